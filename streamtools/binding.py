@@ -1,0 +1,146 @@
+"""Binding: a user's function, compiled once into the shape async (message) -> result."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, get_type_hints
+
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
+
+from streamtools import codec
+from streamtools.delivery import Delivery, current
+from streamtools.errors import ConfigurationError
+from streamtools.message import Message
+from streamtools.types import Handler
+
+#: Finds the value of a handler's further parameter from the message.
+Resolver = Callable[[Message], Any]
+
+
+def _delivery(message: Message) -> Delivery | None:
+    return current.get()
+
+
+#: What a handler's further parameters may be annotated with.
+RESOLVERS: Mapping[type, Resolver] = {Message: lambda message: message, Delivery: _delivery}
+
+
+def compile_handler(
+    function: Callable[..., Any],
+    executor: Executor | None = None,
+    resolvers: Mapping[type, Resolver] = RESOLVERS,
+) -> Handler:
+    """The function as a handler: its plan is made here, once, never per message.
+
+    Parameters:
+        function: `async def` or `def`, a function or a bound method. Its first parameter's
+            annotation decides what the body is decoded to; the others are filled by type.
+        executor: where a `def` runs; the loop's default when None.
+        resolvers: type -> where a further parameter of that type comes from.
+
+    Raises:
+        ConfigurationError: the signature cannot be filled.
+    """
+    decode, further = _plan(function, resolvers)
+    call = function if _is_async(function) else _in_thread(function, executor)
+    if not further:
+
+        async def handle(message: Message) -> Any:
+            return await call(decode(message))
+
+        return handle
+
+    async def handle_with(message: Message) -> Any:
+        return await call(decode(message), **{name: resolve(message) for name, resolve in further})
+
+    return handle_with
+
+
+def _plan(
+    function: Callable[..., Any], resolvers: Mapping[type, Resolver]
+) -> tuple[codec.Decoder, list[tuple[str, Resolver]]]:
+    name = name_of(function)
+    parameters = list(inspect.signature(function).parameters.values())
+    hints = _hints(function)
+    if not parameters or parameters[0].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+    ):
+        raise ConfigurationError(f"The handler {name} takes no message: write async def {name}(msg): ...")
+    first = parameters[0]
+    if first.kind is inspect.Parameter.VAR_POSITIONAL:
+        return codec.decode, []
+    further = []
+    for parameter in parameters[1:]:
+        resolver = resolvers.get(hints.get(parameter.name, inspect.Parameter.empty))
+        if resolver is not None and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
+            further.append((parameter.name, resolver))
+        elif parameter.default is inspect.Parameter.empty and parameter.kind not in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        ):
+            known = ", ".join(t.__name__ for t in resolvers)
+            raise ConfigurationError(
+                f"The handler {name} has a parameter {parameter.name!r} that nothing fills: annotate it with "
+                f"one of {known}, or give it a default."
+            )
+    return _decoder(hints.get(first.name, Any), name), further
+
+
+def _decoder(annotation: Any, name: str) -> codec.Decoder:
+    try:
+        return codec.decoder(annotation)
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation) as error:
+        raise ConfigurationError(
+            f"The handler {name} wants {annotation!r}, which pydantic cannot validate; annotate its first "
+            "parameter with a pydantic model, a dataclass, a TypedDict, a builtin, bytes, Message, or nothing."
+        ) from error
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    target = function if inspect.isroutine(function) else type(function).__call__
+    try:
+        return get_type_hints(inspect.unwrap(target))
+    except NameError as error:
+        raise ConfigurationError(
+            f"The handler {name_of(function)} has an annotation that cannot be found: {error}. Import the name "
+            "at module level, not under TYPE_CHECKING or inside a function."
+        ) from error
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _in_thread(function: Callable[..., Any], executor: Executor | None) -> Callable[..., Any]:
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        context = contextvars.copy_context()
+        work = partial(context.run, partial(_outcome, function, args, kwargs))
+        fine, value = await asyncio.get_running_loop().run_in_executor(executor, work)
+        if not fine:
+            raise value
+        return value
+
+    return call
+
+
+def _outcome(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[bool, Any]:
+    # An exception travels as a value: StopIteration set on a future never arrives, and the awaiting
+    # task would hang for ever.
+    try:
+        return True, function(*args, **kwargs)
+    except StopIteration as error:
+        return False, RuntimeError(f"the handler raised {error!r}")
+    except BaseException as error:
+        return False, error
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The name of a handler, for logs, errors and copies."""
+    return str(getattr(function, "__qualname__", None) or type(function).__qualname__).removeprefix("<locals>.")

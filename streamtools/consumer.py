@@ -1,0 +1,478 @@
+"""Consumer: receives messages, by a decorated handler, by iteration, or by pulling."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, ClassVar, Final, Literal, Self
+
+from streamtools.binding import RESOLVERS, Resolver, compile_handler, name_of
+from streamtools.checks import Declare, check_name
+from streamtools.delivery import Delivery, Settlement
+from streamtools.dispatch import Dispatcher, chain
+from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
+from streamtools.features import Features
+from streamtools.loop import Ack, Loop
+from streamtools.options import QUEUE_OPTIONS, Options, read_options
+from streamtools.policy import Retry, backoff
+from streamtools.registry import Registry
+from streamtools.settings import ProtocolSettings, default_url, resolve
+from streamtools.types import Middleware
+from streamtools.verdicts import RELEASE, Verdict
+
+log = logging.getLogger("streamtools")
+
+OrderedBy = Literal["queue", "key"]
+#: Deliveries in hand at most, when the consumer does not say.
+PREFETCH: Final = 100
+
+#: Protocol name to consumer class.
+CONSUMER_LOOPS: Registry[Consumer] = Registry(
+    "consumer",
+    {
+        "asyncio": "streamtools.drivers.asyncio:AsyncIOConsumer",
+        "sqlite": "streamtools.drivers.sqlite:SQLiteConsumer",
+        "rabbitmq": "streamtools.drivers.rabbitmq:RabbitMQConsumer",
+        "http": "streamtools.drivers.http:HTTPConsumer",
+    },
+)
+
+
+class Consumer:
+    """Receives the messages of one queue.
+
+    `Consumer("orders", url="amqp://...")` picks the protocol by the URL; `CONSUMER_LOOPS["rabbitmq"]("orders")`
+    picks it by name.
+
+    Parameters:
+        queue: the queue's name.
+        url: the address, or a settings object such as `RabbitMQSettings(...)`; see `streamtools.settings`.
+        concurrency: handlers at once; 1 keeps first in, first out.
+        prefetch: deliveries in hand at most; 100 or twice the concurrency when None.
+        retry: what is done about a handler that fails.
+        error_queue: where rejected messages go; `{queue}` in it stands for this queue's name.
+        max_deliveries: a message that the broker delivered this often without a verdict is rejected.
+        ack: "after" the handler returned (at least once), "on_receive" (at most once), or "manual":
+            the handler takes the `Delivery` and settles it, now or later.
+        ordered_by: "queue" or "key" holds later messages (of the same key) back while one is retried.
+        group: consumers of one group share the queue's messages, and each group has them all.
+        offset: where a new group begins: "earliest" or "latest".
+        declare: make the queue and the error queue if missing (True), never (False), or only check ("passive").
+        connect_timeout: seconds for which the first connection is tried.
+        middleware: outermost first.
+        client_id: this consumer's name, where the broker shows connections.
+        host: used by protocols that listen (HTTP); accepted by all.
+        port: likewise.
+        options: the protocol's own; those of another built-in protocol are ignored with a log line.
+
+    Raises:
+        ConfigurationError: a name, a URL or an option that cannot work.
+        FeatureError: the protocol cannot do what is asked.
+        TypeError: an option that no protocol knows.
+    """
+
+    protocol: ClassVar[str] = ""
+    features: ClassVar[Features] = Features()
+    settings_class: ClassVar[type[ProtocolSettings]] = ProtocolSettings
+    options_class: ClassVar[type[Options]] = Options
+
+    def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if protocol is not None:
+            cls.protocol = protocol
+            CONSUMER_LOOPS[protocol] = cls
+
+    def __new__(cls, queue: str = "", *, url: str | ProtocolSettings | None = None, **options: Any) -> Self:
+        if cls is not Consumer:
+            return super().__new__(cls)
+        name = url.protocol if isinstance(url, ProtocolSettings) else CONSUMER_LOOPS.protocol(url or default_url())
+        return super().__new__(CONSUMER_LOOPS[name])  # type: ignore[return-value]
+
+    def __init__(
+        self,
+        queue: str,
+        *,
+        url: str | ProtocolSettings | None = None,
+        concurrency: int = 1,
+        prefetch: int | None = None,
+        retry: Retry | None = None,
+        error_queue: str = "error",
+        max_deliveries: int = 5,
+        ack: Ack = "after",
+        ordered_by: OrderedBy | None = None,
+        group: str | None = None,
+        offset: Literal["earliest", "latest"] = "earliest",
+        declare: Declare = True,
+        connect_timeout: float = 30.0,
+        middleware: Iterable[Middleware] = (),
+        client_id: str | None = None,
+        host: str | None = None,
+        port: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.queue = queue
+        self.concurrency = 1 if ordered_by == "queue" else concurrency
+        self.prefetch = prefetch if prefetch is not None else max(PREFETCH, 2 * self.concurrency)
+        self.retry = retry if retry is not None else Retry()
+        self.error_queue = error_queue
+        self.max_deliveries = max_deliveries
+        self.ack = ack
+        self.ordered_by = ordered_by
+        self.group = group
+        self.offset = offset
+        self.declare = declare
+        self.connect_timeout = connect_timeout
+        self.middleware = list(middleware)
+        self.client_id = client_id
+        self.host = host
+        self.port = port
+        self._check()
+        self.settings = resolve(self.settings_class, url)
+        self._ignored: set[str] = set()
+        self.options = self._read_options(options)
+        self.resolvers: Mapping[type, Resolver] = RESOLVERS
+        self._loop: Loop | None = None
+        self._by_hand = self._dispatcher(_no_handler, "by hand")
+        self._connected = False
+        self._closed = False
+        self._opening = asyncio.Lock()
+        self._stopping = asyncio.Event()
+        self._deadline: float | None = None
+
+    # --- for users ------------------------------------------------------------------------------
+
+    async def open(self) -> Self:
+        """Connect and declare the queue and the error queue. Safe to repeat; opens again after `close()`.
+
+        Raises:
+            ConnectError: the broker cannot be reached within `connect_timeout`, or refuses us.
+            QueueError: a queue is missing (declare="passive") or has other arguments.
+        """
+        self._closed = False
+        self._stopping.clear()
+        await self._connect(time.monotonic() + self.connect_timeout)
+        return self
+
+    async def a_init(self) -> Self:
+        """The same as `open()`."""
+        return await self.open()
+
+    def __call__(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        retry: Retry | None = None,
+        middleware: Iterable[Middleware] = (),
+        **options: Any,
+    ) -> Any:
+        """Decorate the handler: `@consumer()`; nothing connects yet.
+
+        The decorated name still calls the function plainly with a message; without an argument it
+        runs the loop until cancelled.
+
+        Parameters:
+            retry: replaces the consumer's policy.
+            middleware: goes inside the consumer's own.
+            options: the protocol's own, as in the constructor.
+
+        Raises:
+            TypeError: an option that no protocol knows.
+        """
+        if options:
+            given = {n: getattr(self.options, n) for n in self.options.model_fields_set}
+            self.options = self._read_options({**given, **options})
+        if retry is not None:
+            self.retry = retry
+        self.middleware = [*self.middleware, *middleware]
+
+        def decorate(function: Callable[..., Any]) -> BoundHandler:
+            return BoundHandler(self, function)
+
+        return decorate if function is None else decorate(function)
+
+    async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]:  # noqa: ASYNC109
+        """Pull up to `max_messages`; each delivery is to be settled by hand.
+
+        Parameters:
+            timeout: seconds to wait for the first one; 0 returns at once with what is there, None
+                waits for ever.
+
+        Returns:
+            Deliveries, none when the time is over.
+        """
+        if max_messages < 1:
+            raise ValueError(f"max_messages={max_messages} is out of range: at least 1.")
+        deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        while True:
+            await self._connect(time.monotonic() + self.connect_timeout)
+            try:
+                return await self._pull(max_messages, deadline)
+            except ConnectError as error:
+                if error.permanent:
+                    raise
+                await self._disconnect(error)
+
+    async def __aiter__(self) -> AsyncIterator[Delivery]:
+        """Deliveries one after the other, for ever; each is to be settled by hand."""
+        while True:
+            batch = await self.receive(self.prefetch)
+            try:
+                while batch:
+                    yield batch.pop(0)
+            finally:
+                await self._settle([Settlement(d, RELEASE) for d in batch]) if batch else None
+
+    async def run(self, handler: BoundHandler, *, on_started: Callable[[], None] | None = None) -> None:
+        """Handle messages until `stop()` or cancellation, through reconnects.
+
+        Raises:
+            ConnectError: the first connection cannot be made, or a later one is refused for good.
+            QueueError: about the queue.
+        """
+        executor = ThreadPoolExecutor(self.concurrency, f"streamtools-{self.queue}")
+        try:
+            dispatch = self._dispatcher(
+                chain(compile_handler(handler.function, executor, self.resolvers), self.middleware), handler.name
+            )
+            await self._connect(time.monotonic() + self.connect_timeout)
+            if on_started is not None:
+                on_started()
+            await self._run(dispatch)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+            await self.close()
+
+    def stop(self, grace: float = 30.0) -> None:
+        """Take no more messages; handlers at work have `grace` seconds, the rest goes back. Safe to repeat."""
+        self._deadline = time.monotonic() + grace
+        self._stopping.set()
+
+    async def close(self) -> None:
+        """Close the connection; what is not settled goes back to the broker. Safe to repeat."""
+        self._closed = True
+        self._connected = False
+        await self._close()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.queue!r} at {self.settings.safe_url}>"
+
+    # --- for drivers ----------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        """Connect and declare. Called again after ConnectionLost; must first discard what is left of before.
+
+        Raises:
+            ConnectError: with permanent=True when trying again cannot help.
+            QueueError: about the queue.
+        """
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]:
+        """Wait for at least one message and return at most `limit`.
+
+        Cancelling it loses nothing: a message that is not returned stays with the broker, or is
+        returned by the next call. One call at a time.
+
+        Raises:
+            ConnectionLost: the connection ended.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how to receive: write its _receive().")
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        """Send each one's `outgoing` and have it confirmed, then acknowledge (or give back) the delivery.
+
+        May be called several times at once. Settling what is settled already does nothing.
+
+        Raises:
+            ConnectionLost: the connection ended; what was not settled is delivered again.
+            SendError: the broker refused something outgoing; the deliveries concerned are still in
+                hand, and those whose outgoing messages it took are settled.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how to settle: write its _settle().")
+
+    async def _stop(self) -> None:
+        """Take in no more; called once before the last settlements. Deliveries in hand stay so."""
+
+    async def _close(self) -> None:
+        """Let go of everything, what is not settled goes back; idempotent, and works while `_receive` waits."""
+
+    @classmethod
+    def validate_queue(cls, queue: str) -> None:
+        """Check a queue's name; never rewrite it.
+
+        Raises:
+            ConfigurationError: the name cannot be used.
+        """
+        check_name(queue)
+
+    # --- the way of a message -------------------------------------------------------------------
+
+    async def _run(self, dispatch: Dispatcher) -> None:
+        finished: dict[tuple[str, int], Settlement] = {}
+        attempt = 0
+        while not self._stopping.is_set():
+            self._loop = Loop(
+                self, dispatch, concurrency=self.concurrency, prefetch=self.prefetch,
+                by_key=self.ordered_by == "key", ack=self.ack, hand=self._settle_by_hand, finished=finished,
+            )  # fmt: skip
+            watch = asyncio.create_task(self._watch(dispatch))
+            try:
+                await self._loop.run(self._stopping, self._grace)
+            except ConnectError as error:
+                if error.permanent:
+                    raise
+                await self._disconnect(error)
+            finally:
+                watch.cancel()
+            attempt = 0 if self._loop.settled else attempt + 1
+            if not self._stopping.is_set():
+                await self._reconnect(attempt)
+
+    async def _watch(self, dispatch: Dispatcher) -> None:
+        await self._stopping.wait()
+        dispatch.stop()
+
+    async def _reconnect(self, attempt: int) -> None:
+        while not self._stopping.is_set():
+            if attempt:
+                await self._pause(backoff(attempt))
+            attempt += 1
+            try:
+                return await self._connect(time.monotonic())
+            except ConnectError as error:
+                if error.permanent:
+                    raise
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+    async def _pull(self, limit: int, deadline: float | None) -> list[Delivery]:
+        try:
+            async with asyncio.timeout_at(deadline):
+                batch = await self._receive(limit)
+        except TimeoutError:
+            return []
+        for delivery in batch:
+            delivery.hand = self._settle_by_hand
+        return list(batch)
+
+    async def _settle_by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
+        settlement = self._by_hand.settlement(delivery, delivery.message, verdict, None)
+        if self._loop is not None:
+            await self._loop.by_hand(settlement)
+        else:
+            await self._settle([settlement])
+
+    async def _connect(self, deadline: float) -> None:
+        async with self._opening:
+            attempt = 0
+            while not self._connected:
+                if self._closed:
+                    raise Closed(f"{self!r} was closed; call open() to use it again.")
+                try:
+                    await self._open()
+                except ConnectError as error:
+                    attempt += 1
+                    log.warning("%r: %s", self, error)
+                    if error.permanent or time.monotonic() + backoff(attempt) >= deadline:
+                        raise
+                    await self._pause(backoff(attempt))
+                    if self._stopping.is_set():
+                        raise
+                else:
+                    self._connected = True
+
+    async def _disconnect(self, error: ConnectError) -> None:
+        log.warning("%r: %s Reconnecting.", self, error)
+        self._connected = False
+        await self._close()
+
+    def _grace(self) -> float:
+        return max(0.0, (self._deadline or time.monotonic()) - time.monotonic())
+
+    def _dispatcher(self, handler: Any, name: str) -> Dispatcher:
+        return Dispatcher(
+            handler,
+            name,
+            retry=self.retry,
+            error_queue=self.error_queue,
+            max_deliveries=self.max_deliveries,
+            in_place=self.ordered_by is not None,
+            features=self.features,
+        )
+
+    def _read_options(self, given: Mapping[str, Any]) -> Options:
+        own = frozenset(inspect.signature(Consumer.__init__).parameters)
+        options, foreign = read_options(
+            self.options_class, given, known=QUEUE_OPTIONS, own=own, owner=type(self).__name__
+        )
+        if new := [name for name in foreign if name not in self._ignored]:
+            self._ignored.update(new)
+            log.info("%s ignores %s: options of another protocol.", type(self).__name__, ", ".join(new))
+        return options
+
+    def _check(self) -> None:
+        self.validate_queue(self.queue)
+        for name in ("concurrency", "prefetch", "max_deliveries"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(self, name)!r} is out of range: at least 1.")
+        if self.ack not in ("after", "on_receive", "manual"):
+            raise ConfigurationError(f"ack={self.ack!r} is not one of 'after', 'on_receive', 'manual'.")
+        if self.ordered_by not in (None, "queue", "key"):
+            raise ConfigurationError(f"ordered_by={self.ordered_by!r} is not one of None, 'queue', 'key'.")
+        if self.features.error_queue:
+            self.validate_queue(self.error_queue.replace("{queue}", self.queue))
+        if self.group is not None and not self.features.groups:
+            raise FeatureError(
+                f"{self.protocol!r} has no consumer groups: leave group= away (consumers of one queue share "
+                "its messages), and send to one queue for each group."
+            )
+
+
+class BoundHandler:
+    """A decorated handler: called with a message it is the function, without one it runs the loop.
+
+    On a method it is a descriptor: `await obj.handle()` runs the loop, `await obj.handle(msg)` calls it once.
+    """
+
+    def __init__(self, consumer: Consumer, function: Callable[..., Any]) -> None:
+        self.consumer = consumer
+        self.function = function
+        self.name = name_of(function)
+        self.__doc__ = function.__doc__
+        self.__name__ = getattr(function, "__name__", self.name)
+        self.__qualname__ = self.name
+        self.__module__ = function.__module__
+        self.__wrapped__ = function
+
+    def __get__(self, instance: object, owner: type | None = None) -> BoundHandler:
+        if instance is None:
+            return self
+        return BoundHandler(self.consumer, self.function.__get__(instance, owner))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs) if args or kwargs else self.consumer.run(self)
+
+    def __repr__(self) -> str:
+        return f"<handler {self.name} of {self.consumer!r}>"
+
+
+async def _no_handler(message: object) -> None:
+    raise Closed("This consumer settles by hand and has no handler.")

@@ -1,0 +1,92 @@
+"""Delivery: a message in hand, awaiting its verdict; Settlement: the verdict, ready to be performed."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from streamtools.message import Message
+from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
+
+#: What settles a delivery by hand: (delivery, verdict) -> None, given by the consumer.
+SettleByHand = Callable[["Delivery", Verdict], Awaitable[None]]
+
+
+class Delivery:
+    """A message in hand. Settle it once; a second verdict is ignored.
+
+    Attributes:
+        message: the message.
+        token: whatever the driver needs to settle it; no one else reads it.
+        count: how often the broker delivered it before without a verdict; 0 at first, and where unknown.
+        settled: a verdict was given.
+    """
+
+    __slots__ = ("__weakref__", "count", "hand", "message", "settled", "token")
+
+    def __init__(self, message: Message, token: Any = None, count: int = 0) -> None:
+        self.message = message
+        self.token = token
+        self.count = count
+        self.settled = False
+        self.hand: SettleByHand | None = None
+
+    async def ack(self) -> None:
+        """The message is done. Returns when the verdict was given to the broker."""
+        await self._settle(ACK)
+
+    async def retry(self, delay: float = 0.0) -> None:
+        """Run it again after `delay` seconds, counted as one more attempt."""
+        await self._settle(Verdict.retry(delay))
+
+    async def reject(self, reason: str = "") -> None:
+        """Move it to the error queue with this reason."""
+        await self._settle(Verdict.reject(reason))
+
+    async def drop(self) -> None:
+        """Acknowledge it and forget it."""
+        await self._settle(DROP)
+
+    async def release(self) -> None:
+        """Give it back to the broker as it came, without counting an attempt."""
+        await self._settle(RELEASE)
+
+    async def _settle(self, verdict: Verdict) -> None:
+        if self.settled:
+            return
+        if self.hand is None:
+            raise RuntimeError("This delivery did not come from an open consumer, so it cannot be settled.")
+        self.settled = True
+        await self.hand(self, verdict)
+
+    def __repr__(self) -> str:
+        return f"<Delivery {self.message.id} of {self.message.queue!r}, attempt {self.message.attempt}>"
+
+
+@dataclass(slots=True)
+class Settlement:
+    """A verdict ready to be performed: first `outgoing` is confirmed by the broker, then the delivery is settled.
+
+    A driver performs it as "send all `outgoing`, then acknowledge" for every kind of verdict but
+    `release`, which gives the delivery back. Retries and moves to the error queue are copies in
+    `outgoing`, made by the policy. A driver with `Features.atomic` does both as one.
+
+    Attributes:
+        delivery: what is settled.
+        verdict: ack, retry, reject, drop or release.
+        outgoing: messages to send first: the handler's own, a retry copy, an error copy.
+        result: the handler's value, for protocols that answer (`Features.reply`).
+        error: what the handler raised, for protocols that answer.
+    """
+
+    delivery: Delivery
+    verdict: Verdict
+    outgoing: tuple[Message, ...] = ()
+    result: Any = None
+    error: BaseException | None = None
+
+
+#: The delivery being handled in this task, for code that runs inside a handler.
+current: ContextVar[Delivery | None] = ContextVar("streamtools_delivery", default=None)

@@ -1,0 +1,170 @@
+"""Dispatch: one delivery in, one settlement out, whatever happens on the way.
+
+    decode -> middleware -> handler        (one compiled handler; the order is the chain's)
+    -> policy                              (error and attempt to a verdict)
+    -> settlement                          (the verdict with the copies that it needs)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from streamtools.delivery import Delivery, Settlement, current
+from streamtools.errors import Drop, HandlerError, Signal
+from streamtools.features import Features
+from streamtools.message import Message
+from streamtools.policy import Retry, describe, error_copy, retry_copy
+from streamtools.types import Handler, Middleware
+from streamtools.verdicts import ACK, DROP, RELEASE, Kind, Verdict
+
+log = logging.getLogger("streamtools")
+
+
+def chain(handler: Handler, middleware: Sequence[Middleware]) -> Handler:
+    """The handler inside its middleware; the first of the list is outermost."""
+    for layer in reversed(middleware):
+        handler = partial(_call_layer, layer, handler)
+    return handler
+
+
+async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -> object:
+    return await layer(message, call_next)
+
+
+class Dispatcher:
+    """Turns a delivery into a settlement; raises nothing but our own cancellation.
+
+    Parameters:
+        handler: the compiled handler within its middleware.
+        name: the handler's name, for logs and error copies.
+        retry: the retry policy.
+        error_queue: where rejected messages go; a template in which `{queue}` is the source.
+        max_deliveries: a message delivered this often without a verdict is not run any more.
+        in_place: retries wait here, holding their place in the order, instead of as copies.
+        features: what the protocol can do.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        name: str,
+        *,
+        retry: Retry,
+        error_queue: str,
+        max_deliveries: int,
+        in_place: bool,
+        features: Features,
+    ) -> None:
+        self._handler = handler
+        self._name = name
+        self._retry = retry
+        self._error_queue = error_queue
+        self._max_deliveries = max_deliveries
+        self._in_place = in_place
+        self._copies = features.error_queue
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Let retries that wait in place be given back at once."""
+        self._stopping.set()
+
+    def start(self) -> None:
+        """Be usable again after `stop()`."""
+        self._stopping.clear()
+
+    async def __call__(self, delivery: Delivery) -> Settlement:
+        message = delivery.message
+        if delivery.count >= self._max_deliveries:
+            return self._poison(delivery)
+        if message.expires_at is not None and message.expires_at <= time.time():
+            return Settlement(delivery, DROP)
+        token = current.set(delivery)
+        try:
+            return await self._run(delivery, message)
+        finally:
+            current.reset(token)
+
+    async def _run(self, delivery: Delivery, message: Message) -> Settlement:
+        while True:
+            try:
+                result = await self._handler(message)
+            except asyncio.CancelledError as error:
+                if _cancelled():
+                    raise
+                failure: BaseException = error
+            except BaseException as error:  # SystemExit too: a message must not end the process
+                failure = error
+            else:
+                return Settlement(delivery, ACK, result=result)
+            verdict = self._retry.decide(failure, message.attempt)
+            if verdict.kind is not Kind.RETRY or not self._in_place:
+                return self.settlement(delivery, message, verdict, failure)
+            self._log(message, failure, verdict)
+            if await self._stopped_within(verdict.delay):
+                return Settlement(delivery, RELEASE)
+            message = retry_copy(message, describe(message, failure, self._name), 0)
+
+    def settlement(
+        self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
+    ) -> Settlement:
+        """The verdict with the copies that it needs; logged where it is a failure."""
+        if verdict.kind is Kind.RETRY or verdict.kind is Kind.REJECT:
+            if error is not None and not isinstance(error, Drop):
+                self._log(message, error, verdict)
+            if self._copies:
+                copy = self._copy(message, verdict, error)
+                return Settlement(delivery, verdict, (copy,), error=error)
+        return Settlement(delivery, verdict, error=error)
+
+    def _copy(self, message: Message, verdict: Verdict, error: BaseException | None) -> Message:
+        details = describe(message, error if error is not None else verdict.reason, self._name)
+        if verdict.kind is Kind.RETRY:
+            return retry_copy(message, details, verdict.delay)
+        return error_copy(message, details, self._error_queue)
+
+    def _poison(self, delivery: Delivery) -> Settlement:
+        error = HandlerError(
+            f"delivered {delivery.count} times without a verdict (max_deliveries={self._max_deliveries}): "
+            "it seems to end the process that handles it"
+        )
+        return self.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
+
+    async def _stopped_within(self, delay: float) -> bool:
+        try:
+            async with asyncio.timeout(delay):
+                return await self._stopping.wait()
+        except TimeoutError:
+            return False
+
+    def _log(self, message: Message, error: BaseException, verdict: Verdict) -> None:
+        # A verdict that the handler chose, or a body that is wrong, needs no traceback.
+        trace = None if isinstance(error, Signal | ValueError) else error
+        if verdict.kind is Kind.RETRY:
+            log.warning(
+                "%s failed on message %s of %r, attempt %d: %s: %s; again in %.3g s.",
+                self._name, message.id, message.queue, message.attempt,
+                type(error).__name__, _short(error), verdict.delay,
+            )  # fmt: skip
+        else:
+            log.error(
+                "%s rejected message %s of %r after attempt %d: %s: %s",
+                self._name, message.id, message.queue, message.attempt,
+                type(error).__name__, _short(error), exc_info=trace,
+            )  # fmt: skip
+
+
+def _cancelled() -> bool:
+    # Ours if someone asked this task to stop; else the handler raised it on its own account.
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _short(error: BaseException) -> str:
+    try:
+        return str(error)[:500]
+    except Exception:
+        return "(unreadable)"

@@ -1,0 +1,1 @@
+"""The built-in protocols; each module is imported when its name is first looked up."""

@@ -1,0 +1,156 @@
+"""Every error that streamtools raises, in one tree.
+
+```text
+StreamToolsError
+├── ConfigurationError        wrong settings, names, options; raised at start-up, never retried
+│   ├── UnknownProtocol       no such protocol, or its extra is not installed
+│   ├── FeatureError          the protocol cannot do what was asked
+│   └── QueueError            a queue is missing, or exists with other arguments
+├── ConnectError              the broker cannot be reached, or refuses us
+│   └── ConnectionLost        the connection ended; the base class reconnects
+├── SendError                 messages that the broker does not hold (.refused, .unknown)
+│   └── ResponseError         an HTTP peer answered 4xx or 5xx (.status, .headers, .body)
+├── DecodeError               a body is not what its content type or the handler's annotation says
+├── Closed                    used after close()
+├── HandlerError              a handler or a loop ended in a way that cannot go on
+└── Signal                    not failures: what a handler raises to choose the verdict itself
+    ├── Reject                to the error queue, without any retry
+    ├── RetryLater            retry after a delay of the handler's choice
+    └── Drop                  acknowledge and forget
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class StreamToolsError(Exception):
+    """The root of every error that streamtools raises on purpose."""
+
+
+class ConfigurationError(StreamToolsError, ValueError):
+    """Settings, names or options that cannot work; raised before any message moves."""
+
+
+class UnknownProtocol(ConfigurationError, LookupError):
+    """No protocol has this name, or the client library of one is not installed."""
+
+
+class FeatureError(ConfigurationError):
+    """The protocol cannot do what was asked; the text names what to use instead."""
+
+
+class QueueError(ConfigurationError):
+    """A queue is missing, or it exists with arguments other than those asked for."""
+
+
+class ConnectError(StreamToolsError, ConnectionError):
+    """The broker could not be reached, or it refused these credentials or this address.
+
+    Parameters:
+        message: what happened and what to do about it.
+        permanent: trying again cannot help (a wrong password, a missing virtual host).
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+
+class ConnectionLost(ConnectError):
+    """A connection that worked has ended; what was in flight has an unknown fate."""
+
+
+class SendError(StreamToolsError):
+    """Some messages of a batch are not known to be held by the broker.
+
+    Attributes:
+        refused: ids of the messages that the broker said no to; it does not hold them.
+        unknown: ids of the messages whose confirmation never came; it may hold them.
+    """
+
+    def __init__(self, message: str, *, refused: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.refused = tuple(refused)
+        self.unknown = tuple(unknown)
+
+
+class ResponseError(SendError):
+    """An HTTP peer answered with an error status.
+
+    Attributes:
+        status: the HTTP status code.
+        headers: the response headers.
+        body: the response body, as received.
+    """
+
+    def __init__(
+        self, message: str, *, status: int, headers: Mapping[str, str], body: bytes, refused: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message, refused=refused)
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+
+class DecodeError(StreamToolsError, ValueError):
+    """A body does not decode, or does not validate; retrying cannot help.
+
+    Attributes:
+        errors: one mapping per problem found, as pydantic lists them; empty for undecodable bytes.
+    """
+
+    def __init__(self, message: str, *, errors: Sequence[Mapping[str, object]] = ()) -> None:
+        super().__init__(message)
+        self.errors = tuple(errors)
+
+
+class Closed(StreamToolsError, RuntimeError):
+    """The producer or consumer was closed and is not to be used again before `open()`."""
+
+
+class HandlerError(StreamToolsError, RuntimeError):
+    """A handler misbehaved in a way that is not an ordinary exception, or a loop cannot go on."""
+
+
+class Signal(StreamToolsError):
+    """Raised by a handler to choose the verdict itself; not a failure of the framework."""
+
+
+class Reject(Signal):
+    """To the error queue at once, without a retry.
+
+    Parameters:
+        reason: kept with the message in the error queue.
+    """
+
+    def __init__(self, reason: str = "rejected by the handler") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class RetryLater(Signal):
+    """Retry this message, after `delay` seconds, or after the policy's own delay when None."""
+
+    def __init__(self, delay: float | None = None, reason: str = "the handler asked for a retry") -> None:
+        super().__init__(reason)
+        self.delay = delay
+        self.reason = reason
+
+
+class Drop(Signal):
+    """Acknowledge the message and forget it."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the close matches of `name` and the whole list of `known`."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=3, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
+    return f"{hint}Known: {', '.join(names)}."

@@ -1,0 +1,42 @@
+"""Features: what a protocol can do, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What a protocol can do. Asking for more fails at start-up, with what to use instead.
+
+    Attributes:
+        durable: messages survive the end of every process.
+        processes: several processes can share one queue.
+        ordered: one producer's messages reach one consumer of concurrency 1 in the order sent.
+        groups: several groups can each have every message of one queue (`group=`).
+        delay: `send(delay=...)` and retries with a delay are held by the broker.
+        expiry: `send(ttl=...)` is honoured.
+        error_queue: a rejected message can be moved to an error queue; without it the sender keeps it.
+        delivery_count: the broker counts deliveries, so a message that kills its process is found out.
+        redelivery: what was delivered and not settled comes back after the consumer has died.
+        atomic: what a handler sends and the settlement of its message are one transaction.
+        reply: the handler's value travels back to the sender on the same call.
+        listens: the consumer opens a port itself (`host=`, `port=`).
+        admin: the protocol has a QueueAdmin.
+        missing_queue: sending to a queue that does not exist, with `declare=False`, raises.
+    """
+
+    durable: bool = False
+    processes: bool = False
+    ordered: bool = True
+    groups: bool = False
+    delay: bool = True
+    expiry: bool = True
+    error_queue: bool = True
+    delivery_count: bool = False
+    redelivery: bool = True
+    atomic: bool = False
+    reply: bool = False
+    listens: bool = False
+    admin: bool = True
+    missing_queue: bool = True

@@ -1,0 +1,393 @@
+"""The consumer loop: receive, dispatch, settle, in batches, until told to stop.
+
+One task receives and fills `ready`; `concurrency` workers take from it and dispatch; two lanes
+settle what is finished. A lane takes all that has gathered while its last batch was under way, so
+that acknowledgements coalesce without any timer. Settlements that send something first have a lane
+of their own: a publisher that is blocked must not hold up plain acknowledgements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Literal, Protocol
+
+from streamtools.delivery import Delivery, SettleByHand, Settlement
+from streamtools.errors import ConnectError, ConnectionLost, SendError
+from streamtools.verdicts import ACK, RELEASE, Kind
+
+log = logging.getLogger("streamtools")
+
+#: Seconds that a worker may run handlers that never wait, before others have their turn.
+SLICE: Final = 0.005
+#: A message delivered this often without a verdict is run alone: it may be what ends the process.
+SUSPECT: Final = 2
+#: Seconds before a refused copy is tried again, and the most of it; doubled each time.
+REFUSED_DELAY: Final = 0.5
+REFUSED_MAX_DELAY: Final = 30.0
+
+#: Verdicts kept over a reconnect, at most.
+FINISHED_LIMIT: Final = 10_000
+
+Ack = Literal["after", "on_receive", "manual"]
+
+
+class Source(Protocol):
+    """What the loop needs of a driver."""
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]: ...
+    async def _settle(self, settlements: Sequence[Settlement]) -> None: ...
+    async def _stop(self) -> None: ...
+
+
+class Lane:
+    """Settles what is added, in batches: all that gathered while the last batch was under way."""
+
+    def __init__(self, settle: Callable[[list[Settlement]], Awaitable[None]]) -> None:
+        self._settle = settle
+        self._pending: list[Settlement] = []
+        self._wake = asyncio.Event()
+
+    def add(self, settlement: Settlement) -> None:
+        self._pending.append(settlement)
+        self._wake.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch, self._pending = self._pending, []
+            await self._settle(batch)
+
+
+class Loop:
+    """One consumer's loop over one connection; made anew after each reconnect.
+
+    Parameters:
+        source: the driver's hooks.
+        dispatch: delivery -> settlement.
+        concurrency: handlers at once.
+        prefetch: deliveries in hand at most.
+        by_key: deliveries of one key are handled one after the other.
+        ack: "after" the handler, "on_receive", or "manual".
+        hand: settles a delivery whose verdict the handler gives itself.
+        finished: settlements that an earlier connection took with it, by message id and attempt.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        dispatch: Callable[[Delivery], Awaitable[Settlement]],
+        *,
+        concurrency: int,
+        prefetch: int,
+        by_key: bool,
+        ack: Ack,
+        hand: SettleByHand,
+        finished: dict[tuple[str, int], Settlement],
+    ) -> None:
+        self._source = source
+        self._dispatch = dispatch
+        self._concurrency = concurrency
+        self._prefetch = prefetch
+        self._by_key = by_key
+        self._ack = ack
+        self._hand = hand
+        self._finished = finished
+        self._ready: deque[Delivery] = deque()
+        self._keys: dict[str, deque[Delivery]] = {}
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._changed = asyncio.Event()
+        self._lost: ConnectError | None = None
+        self._plain = Lane(self._settle_all)
+        self._moves = Lane(self._settle_moves)
+        #: Deliveries received and not yet settled.
+        self.in_hand = 0
+        #: Handlers at work.
+        self.running = 0
+        #: Deliveries settled so far.
+        self.settled = 0
+        #: When a delivery was last settled, on the monotonic clock.
+        self.progress = time.monotonic()
+
+    async def run(self, stopping: asyncio.Event, grace: Callable[[], float]) -> None:
+        """Until `stopping` is set and all in hand is settled, or the connection is lost.
+
+        Parameters:
+            stopping: set it to stop taking messages in.
+            grace: the seconds that handlers at work are then given.
+
+        Raises:
+            ConnectionLost: once the handlers at work have ended; what was not settled comes back.
+        """
+        tasks = [asyncio.create_task(self._work(), name="streamtools-worker") for _ in range(self._concurrency)]
+        tasks += [asyncio.create_task(lane.run(), name="streamtools-settle") for lane in (self._plain, self._moves)]
+        for task in tasks:
+            task.add_done_callback(self._task_ended)
+        stop = asyncio.create_task(stopping.wait())
+        stop.add_done_callback(lambda _: self._changed.set())
+        try:
+            await self._take_in(stopping)
+            self._release_ready()
+            await self._drain(stopping, grace)
+        finally:
+            stop.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in tasks:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+        if self._lost is not None:
+            raise self._lost
+
+    # --- taking in ------------------------------------------------------------------------------
+
+    async def _take_in(self, stopping: asyncio.Event) -> None:
+        receive: asyncio.Task[Sequence[Delivery]] | None = None
+        try:
+            while not stopping.is_set() and self._lost is None:
+                if not self._has_room():
+                    await self._change()
+                    continue
+                receive = asyncio.create_task(self._receive(self._prefetch - self.in_hand))
+                receive.add_done_callback(lambda _: self._changed.set())
+                while not receive.done() and not stopping.is_set() and self._lost is None:
+                    await self._change()
+                if receive.done():
+                    await self._accept_all(receive.result(), stopping)
+        except ConnectError as error:
+            self._lost = error
+        finally:
+            if receive is not None and not receive.done():
+                await self._cancel_receive(receive)
+            if self._lost is None:
+                await self._stop_source()
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]:
+        return await self._source._receive(limit)
+
+    async def _cancel_receive(self, receive: asyncio.Task[Sequence[Delivery]]) -> None:
+        receive.cancel()
+        await asyncio.gather(receive, return_exceptions=True)
+        if not receive.cancelled() and receive.exception() is None:
+            batch = receive.result()  # it was just about to return these
+            self.in_hand += len(batch)
+            self._give_back(batch)
+
+    async def _stop_source(self) -> None:
+        try:
+            await self._source._stop()
+        except ConnectError as error:
+            self._lost = error
+
+    def _has_room(self) -> bool:
+        # Half a prefetch at a time, so that intake stays in batches; at once when workers would idle.
+        room = self._prefetch - self.in_hand
+        return room > 0 and (2 * room >= self._prefetch or not self._ready)
+
+    async def _change(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()
+
+    async def _accept_all(self, batch: Sequence[Delivery], stopping: asyncio.Event) -> None:
+        self.in_hand += len(batch)
+        if self._ack == "on_receive":
+            await self._source._settle([Settlement(d, ACK) for d in batch])
+        for position, delivery in enumerate(batch):
+            alone = delivery.count >= SUSPECT and self._concurrency > 1
+            if alone and not await self._idle(len(batch) - position, stopping):
+                self._give_back(batch[position:])
+                return
+            self._accept(delivery)
+            if alone and not await self._idle(len(batch) - position - 1, stopping):
+                self._give_back(batch[position + 1 :])
+                return
+
+    async def _idle(self, held: int, stopping: asyncio.Event) -> bool:
+        """Wait until nothing but `held` deliveries is in hand; False when that is not to be."""
+        while self.in_hand > held:
+            if stopping.is_set() or self._lost is not None:
+                return False
+            await self._change()
+        return True
+
+    def _accept(self, delivery: Delivery) -> None:
+        delivery.hand = self._hand
+        if self._finished and self._settle_again(delivery):
+            return
+        if self._by_key and (key := delivery.message.key) is not None:
+            if (line := self._keys.get(key)) is not None:
+                line.append(delivery)
+                return
+            self._keys[key] = deque()
+        self._make_ready(delivery)
+
+    def _make_ready(self, delivery: Delivery) -> None:
+        self._ready.append(delivery)
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    def _settle_again(self, delivery: Delivery) -> bool:
+        """Settle what had been handled when the last connection went, without handling it again."""
+        done = self._finished.pop((delivery.message.id, delivery.message.attempt), None)
+        # The same id is not enough: a foreign sender may repeat ids. Same body, and delivered before.
+        if done is None or delivery.count < 1 or done.delivery.message.body != delivery.message.body:
+            return False
+        self._to_lane(Settlement(delivery, done.verdict, done.outgoing, done.result, done.error))
+        return True
+
+    # --- handling -------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        clock = time.monotonic
+        turn = clock()
+        while True:
+            while not self._ready:
+                await self._wait()
+                turn = clock()
+            delivery = self._ready.popleft()
+            self.running += 1
+            try:
+                settlement = await self._dispatch(delivery)
+            finally:
+                self.running -= 1
+            self._finish(settlement)
+            if self._lost is not None:
+                self._changed.set()
+            if clock() - turn > SLICE:
+                await asyncio.sleep(0)
+                turn = clock()
+
+    async def _wait(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        await waiter
+
+    def _finish(self, settlement: Settlement) -> None:
+        delivery = settlement.delivery
+        if self._by_key and delivery.message.key is not None:
+            self._next_of_key(delivery.message.key)
+        if self._ack == "manual" and (delivery.settled or settlement.verdict is ACK):
+            return  # the handler's own hands settle it, when they are ready
+        if self._ack == "on_receive" or delivery.settled:
+            self._done(1)
+        else:
+            delivery.settled = True
+            self._to_lane(settlement)
+
+    def _next_of_key(self, key: str) -> None:
+        line = self._keys.get(key)
+        if line:
+            self._make_ready(line.popleft())
+        else:
+            self._keys.pop(key, None)
+
+    # --- settling -------------------------------------------------------------------------------
+
+    async def by_hand(self, settlement: Settlement) -> None:
+        """Perform a verdict that the handler gave itself; returns when it is given to the broker."""
+        await self._source._settle([settlement])
+        if self._ack == "manual":
+            self._done(1)
+
+    def _to_lane(self, settlement: Settlement) -> None:
+        if self._lost is not None:
+            self._remember([settlement])
+        elif settlement.outgoing:
+            self._moves.add(settlement)
+        else:
+            self._plain.add(settlement)
+
+    async def _settle_all(self, batch: list[Settlement]) -> None:
+        try:
+            await self._source._settle(batch)
+        except ConnectError as error:
+            self._fail(error, batch)
+        else:
+            self._done(len(batch))
+
+    async def _settle_moves(self, batch: list[Settlement]) -> None:
+        """As `_settle_all`, and what the broker refuses is tried again: it is never let go."""
+        delay = REFUSED_DELAY
+        while True:
+            try:
+                await self._source._settle(batch)
+            except ConnectError as error:
+                return self._fail(error, batch)
+            except SendError as error:
+                log.error("The broker does not take what was to be sent before settling: %s", error)  # noqa: TRY400
+                if len(batch) > 1:
+                    return await self._settle_one_by_one(batch)
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, REFUSED_MAX_DELAY)
+            else:
+                return self._done(len(batch))
+
+    async def _settle_one_by_one(self, batch: list[Settlement]) -> None:
+        # So that one message that is refused does not hold up the rest of its batch.
+        await asyncio.gather(*(self._settle_moves([settlement]) for settlement in batch))
+
+    def _done(self, number: int) -> None:
+        self.in_hand -= number
+        self.settled += number
+        self.progress = time.monotonic()
+        self._changed.set()
+
+    def _fail(self, error: ConnectError, batch: Sequence[Settlement]) -> None:
+        self._lost = self._lost or error
+        self._remember(batch)
+        self._changed.set()
+
+    def _remember(self, batch: Sequence[Settlement]) -> None:
+        for settlement in batch:
+            if settlement.verdict.kind is not Kind.RELEASE:
+                message = settlement.delivery.message
+                self._finished[message.id, message.attempt] = settlement
+        while len(self._finished) > FINISHED_LIMIT:  # the oldest went to another consumer
+            del self._finished[next(iter(self._finished))]
+        self.in_hand -= len(batch)
+        self._changed.set()
+
+    # --- stopping -------------------------------------------------------------------------------
+
+    def _release_ready(self) -> None:
+        waiting = [*self._ready, *(d for line in self._keys.values() for d in line)]
+        self._ready.clear()
+        for line in self._keys.values():
+            line.clear()
+        self._give_back(waiting)
+
+    def _give_back(self, deliveries: Sequence[Delivery]) -> None:
+        if self._lost is not None:
+            self.in_hand -= len(deliveries)  # the broker takes them back by itself
+            return
+        for delivery in deliveries:
+            delivery.settled = True
+            self._plain.add(Settlement(delivery, RELEASE))
+
+    async def _drain(self, stopping: asyncio.Event, grace: Callable[[], float]) -> None:
+        while self._lost is not None and self.running and not stopping.is_set():
+            # What they do would be done twice if the broker gave their messages out again meanwhile.
+            await self._change()
+        try:
+            async with asyncio.timeout(grace()):
+                while self.running if self._lost is not None else self.in_hand > 0:
+                    await self._change()
+        except TimeoutError:
+            log.warning("%d deliveries not finished in time; they go back to the broker.", self.in_hand)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        # A worker or a lane that ended by itself is our own fault: end the loop, loudly.
+        self._lost = self._lost or (
+            error if isinstance(error, ConnectError) else ConnectionLost(f"the loop ended by {error!r}")
+        )
+        self._changed.set()

@@ -1,0 +1,101 @@
+"""Message: one message with its metadata, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count
+from secrets import token_hex
+from types import MappingProxyType
+from typing import Any, Self
+
+#: The header mapping of a message without headers; shared, so that it costs nothing.
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorDetails:
+    """Why a message failed, carried with its retries and into the error queue.
+
+    Attributes:
+        queue: the queue that it was received from.
+        handler: the name of the handler that failed.
+        exception: the exception's qualified class name.
+        reason: the exception's text, shortened to 2 KiB.
+        traceback: the end of the formatted traceback, 8 KiB at most.
+        attempts: how often the message was run.
+        first_failed: when it first failed, in seconds since the epoch.
+        last_failed: when it last failed, in seconds since the epoch.
+    """
+
+    queue: str
+    handler: str = ""
+    exception: str = ""
+    reason: str = ""
+    traceback: str = ""
+    attempts: int = 0
+    first_failed: float = 0.0
+    last_failed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message: the body, which is the payload alone, and the metadata beside it.
+
+    Attributes:
+        body: the payload's bytes.
+        queue: where the message goes, or where it was received.
+        id: unique; kept through every retry, delay, error queue and redrive.
+        type: the name of what the payload is, such as `orders.Placed`.
+        source: who sent it (the producer's `client_id`).
+        time: when it was sent, in seconds since the epoch.
+        content_type: the body's media type; None when the sender did not say.
+        content_encoding: a further encoding of the body, when there is one.
+        correlation_id: common to all messages of one conversation.
+        causation_id: the id of the message whose handling sent this one.
+        reply_to: where a reply is to go.
+        intent: `command` or `event`, or None.
+        key: messages of one key stay in order where the consumer asks for it.
+        headers: the user's own, `str -> str`, never mixed with ours.
+        attempt: which run this is; 1 at first.
+        deliver_at: not to be delivered before this time, in seconds since the epoch.
+        expires_at: not to be handled after this time, in seconds since the epoch.
+        error: why it failed before, if it did.
+    """
+
+    body: bytes
+    queue: str
+    id: str
+    type: str | None = None
+    source: str | None = None
+    time: float | None = None
+    content_type: str | None = None
+    content_encoding: str | None = None
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    reply_to: str | None = None
+    intent: str | None = None
+    key: str | None = None
+    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
+    attempt: int = 1
+    deliver_at: float | None = None
+    expires_at: float | None = None
+    error: ErrorDetails | None = None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with these fields changed."""
+        return replace(self, **changes)
+
+    def __hash__(self) -> int:
+        """By id: headers are a mapping, which has no hash."""
+        return hash(self.id)
+
+
+def ids() -> Callable[[], str]:
+    """A source of unique message ids: 32 hex digits, random in the first half, counted in the second.
+
+    One random number serves a producer's whole life, so that an id costs no system call.
+    """
+    prefix = token_hex(8)
+    numbers = count(1)
+    return lambda: f"{prefix}{next(numbers):016x}"

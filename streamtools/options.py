@@ -1,0 +1,62 @@
+"""Options of one protocol, so that code written for it runs unchanged on another.
+
+An option that the chosen protocol does not know but another built-in one does is ignored, with
+one log line; an option that no protocol knows is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from streamtools.errors import ConfigurationError, near
+
+log = logging.getLogger("streamtools")
+
+#: Options of the built-in protocols' producers and consumers (constructor and decorator).
+QUEUE_OPTIONS: Final = frozenset(
+    {"queue_type", "durable", "exclusive", "auto_delete", "arguments", "error_arguments", "error_declare"}
+    | {"method", "max_body"}
+    | {"partitions", "replication", "static_id", "consumer_group", "auto_ack", "exactly_once"}
+)
+#: Options of the built-in protocols' `send`.
+SEND_OPTIONS: Final = frozenset({"method", "endpoint", "headers_tag", "header_tag", "partition", "timestamp", "wait"})
+
+
+class Options(BaseModel):
+    """The base of a driver's options: frozen, and nothing beyond the declared names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+
+
+def read_options(
+    model: type[O], given: Mapping[str, Any], *, known: frozenset[str], own: frozenset[str], owner: str
+) -> tuple[O, list[str]]:
+    """The options for one protocol, and the names that belong to others and are ignored.
+
+    Parameters:
+        model: the driver's options.
+        given: what the user wrote.
+        known: names that some built-in protocol knows.
+        own: parameter names of the callable itself, to suggest from.
+        owner: who takes the options, for the error text.
+
+    Raises:
+        TypeError: a name that no protocol knows.
+        ConfigurationError: a value that does not fit.
+    """
+    foreign = [name for name in given if name not in model.model_fields]
+    for name in foreign:
+        if name not in known:
+            raise TypeError(f"{owner} takes no {name!r}. {near(name, {*own, *known, *model.model_fields})}")
+    try:
+        return model(**{n: v for n, v in given.items() if n in model.model_fields}), foreign
+    except ValidationError as error:
+        rows = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_input=False))
+        raise ConfigurationError(f"{owner}: {rows}.") from error

@@ -1,0 +1,162 @@
+"""What becomes of a message whose handler failed: decisions and copies, without any I/O."""
+
+from __future__ import annotations
+
+import random
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Final
+
+from streamtools.errors import ConfigurationError, DecodeError, Drop, Reject, RetryLater
+from streamtools.message import ErrorDetails, Message
+from streamtools.verdicts import DROP, Verdict
+
+#: Seconds before the second attempt to reach a broker; doubled each time, up to MAX_BACKOFF.
+BACKOFF: Final = 0.1
+MAX_BACKOFF: Final = 5.0
+#: The most of a traceback that travels with a message, in bytes of UTF-8; its end is kept.
+TRACEBACK_LIMIT: Final = 8 * 1024
+#: The most of an exception's text, in bytes of UTF-8; its beginning is kept.
+REASON_LIMIT: Final = 2 * 1024
+#: The most of a name (of a handler, a class, a queue), in bytes of UTF-8.
+NAME_LIMIT: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How often and how soon a failed message is run again.
+
+    Parameters:
+        retries: runs after the first one; 0 goes straight to the error queue, None never gives up.
+        delay: seconds before the first retry; 0 for none.
+        backoff: each further delay is this many times the one before.
+        max_delay: no delay is longer, in seconds.
+        jitter: each delay varies by up to this part of itself, so that retries spread out.
+
+    Raises:
+        ConfigurationError: a value is out of its range.
+    """
+
+    retries: int | None = 5
+    delay: float = 1.0
+    backoff: float = 2.0
+    max_delay: float = 300.0
+    jitter: float = 0.1
+
+    def __post_init__(self) -> None:
+        checks = {
+            "retries": self.retries is None or self.retries >= 0,
+            "delay": 0 <= self.delay < float("inf"),
+            "backoff": 1 <= self.backoff < float("inf"),
+            "max_delay": 0 <= self.max_delay < float("inf"),
+            "jitter": 0 <= self.jitter <= 1,
+        }
+        if wrong := [name for name, fine in checks.items() if not fine]:
+            raise ConfigurationError(
+                f"Retry({', '.join(f'{n}={getattr(self, n)!r}' for n in wrong)}) is out of range: retries >= 0 "
+                "or None, delay >= 0, backoff >= 1, max_delay >= 0, jitter from 0 to 1."
+            )
+
+    def after(self, attempt: int) -> float:
+        """The seconds to wait after the failed run number `attempt` (1 is the first)."""
+        # The exponent is capped: 2.0 ** 1100 overflows, and no delay grows that far.
+        delay = min(self.delay * self.backoff ** min(attempt - 1, 64), self.max_delay)
+        return delay * (1 + random.uniform(-self.jitter, self.jitter)) if self.jitter else delay  # noqa: S311
+
+    def decide(self, error: BaseException, attempt: int) -> Verdict:
+        """The verdict on run number `attempt` that ended with `error`."""
+        if isinstance(error, Drop):
+            return DROP
+        if isinstance(error, Reject | DecodeError):
+            return Verdict.reject(str(error))
+        if self.retries is not None and attempt > self.retries:
+            return Verdict.reject(f"failed {attempt} time{'s' if attempt > 1 else ''}")
+        if isinstance(error, RetryLater) and error.delay is not None:
+            return Verdict.retry(error.delay)
+        return Verdict.retry(self.after(attempt))
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to wait after failed attempt number `attempt` (1 is the first), spread by a quarter."""
+    return float(min(BACKOFF * 2 ** min(attempt - 1, 16), MAX_BACKOFF) * random.uniform(0.75, 1.25))  # noqa: S311
+
+
+def describe(message: Message, error: BaseException | str, handler: str = "") -> ErrorDetails:
+    """Why `message` failed, shortened to what travels everywhere.
+
+    Parameters:
+        error: the exception, or the reason alone where there was none.
+    """
+    now = time.time()
+    before = message.error
+    first = before.first_failed if before is not None and before.queue == message.queue else now
+    raised = isinstance(error, BaseException)
+    return ErrorDetails(
+        queue=_head(message.queue, NAME_LIMIT),
+        handler=_head(handler, NAME_LIMIT),
+        exception=_head(_class_name(error), NAME_LIMIT) if raised else "",
+        reason=_head(_text(error), REASON_LIMIT),
+        traceback=_tail(_format(error), TRACEBACK_LIMIT) if raised else "",
+        attempts=message.attempt,
+        first_failed=first,
+        last_failed=now,
+    )
+
+
+def retry_copy(message: Message, details: ErrorDetails, delay: float) -> Message:
+    """The copy that is sent for a retry: one more attempt, due after `delay` seconds."""
+    due = time.time() + delay if delay > 0 else None
+    return message.replace(attempt=message.attempt + 1, deliver_at=due, error=details)
+
+
+def error_copy(message: Message, details: ErrorDetails, error_queue: str) -> Message:
+    """The copy that is sent to the error queue (a template: `{queue}` is the source queue)."""
+    target = error_queue.replace("{queue}", message.queue)
+    # Without its expiry: a failed message is evidence, and must wait for its operator.
+    return message.replace(queue=target, deliver_at=None, expires_at=None, error=details)
+
+
+def redrive_copy(message: Message, queue: str | None = None) -> Message:
+    """The copy that goes back to work: to `queue`, or to the queue it failed in, as attempt 1.
+
+    Raises:
+        ConfigurationError: no queue is given and the message does not say where it failed.
+    """
+    target = queue or (message.error.queue if message.error is not None else None)
+    if target is None:
+        raise ConfigurationError(
+            f"Message {message.id} does not say which queue it came from; name one with queue=."
+        )
+    return message.replace(queue=target, attempt=1, error=None, deliver_at=None, expires_at=None)
+
+
+def _class_name(error: object) -> str:
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _text(error: object) -> str:
+    try:
+        return str(error)
+    except Exception as broken:  # an exception whose __str__ raises must not stop its own report
+        return f"(its text could not be read: {type(broken).__name__})"
+
+
+def _format(error: object) -> str:
+    if not isinstance(error, BaseException):
+        return ""
+    try:
+        return "".join(traceback.format_exception(error))
+    except Exception as broken:
+        return f"(its traceback could not be read: {type(broken).__name__})"
+
+
+def _head(text: str, limit: int) -> str:
+    data = text[:limit].encode("utf-8", "replace")
+    return data.decode("utf-8") if len(data) <= limit else data[: limit - 3].decode("utf-8", "ignore") + "…"
+
+
+def _tail(text: str, limit: int) -> str:
+    data = text[-limit:].encode("utf-8", "replace")
+    return data.decode("utf-8") if len(data) <= limit else "…" + data[3 - limit :].decode("utf-8", "ignore")

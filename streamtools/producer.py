@@ -1,0 +1,349 @@
+"""Producer: sends messages and returns once the broker holds them."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+from streamtools import codec
+from streamtools.errors import Closed, ConnectError, SendError
+from streamtools.features import Features
+from streamtools.message import NO_HEADERS, Message, ids
+from streamtools.checks import Declare, check_headers, check_name, check_seconds
+from streamtools.options import QUEUE_OPTIONS, SEND_OPTIONS, Options, read_options
+from streamtools.policy import backoff
+from streamtools.registry import Registry
+from streamtools.settings import ProtocolSettings, default_url, resolve
+
+log = logging.getLogger("streamtools")
+
+#: Protocol name to producer class.
+PRODUCERS: Registry[Producer] = Registry(
+    "producer",
+    {
+        "asyncio": "streamtools.drivers.asyncio:AsyncIOProducer",
+        "sqlite": "streamtools.drivers.sqlite:SQLiteProducer",
+        "rabbitmq": "streamtools.drivers.rabbitmq:RabbitMQProducer",
+        "http": "streamtools.drivers.http:HTTPProducer",
+    },
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What `send` returns: the broker holds the message.
+
+    Attributes:
+        id: the message's id.
+        queue: where it was sent.
+    """
+
+    id: str
+    queue: str
+
+
+class Producer:
+    """Sends messages to one queue.
+
+    `Producer("orders", url="amqp://...")` picks the protocol by the URL; `PRODUCERS["rabbitmq"]("orders")`
+    picks it by name. Safe to use from many tasks of one event loop at once.
+
+    Parameters:
+        queue: the queue's name.
+        url: the address, or a settings object such as `RabbitMQSettings(...)`; see `streamtools.settings`.
+        declare: make the queue if it is missing (True), never (False: a missing queue is an error on
+            send), or only check that it exists ("passive").
+        send_timeout: seconds for which `send` keeps trying through reconnects.
+        client_id: this producer's name, as message source and where the broker shows connections.
+        host: used by protocols whose address is a host and port alone (HTTP); accepted by all.
+        port: likewise.
+        options: the protocol's own; those of another built-in protocol are ignored with a log line.
+
+    Raises:
+        ConfigurationError: a name, a URL or an option that cannot work.
+        TypeError: an option that no protocol knows.
+    """
+
+    protocol: ClassVar[str] = ""
+    features: ClassVar[Features] = Features()
+    settings_class: ClassVar[type[ProtocolSettings]] = ProtocolSettings
+    options_class: ClassVar[type[Options]] = Options
+    send_options_class: ClassVar[type[Options]] = Options
+
+    def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if protocol is not None:
+            cls.protocol = protocol
+            PRODUCERS[protocol] = cls
+
+    def __new__(cls, queue: str = "", *, url: str | ProtocolSettings | None = None, **options: Any) -> Self:
+        if cls is not Producer:
+            return super().__new__(cls)
+        name = url.protocol if isinstance(url, ProtocolSettings) else PRODUCERS.protocol(url or default_url())
+        return super().__new__(PRODUCERS[name])  # type: ignore[return-value]
+
+    def __init__(
+        self,
+        queue: str,
+        *,
+        url: str | ProtocolSettings | None = None,
+        declare: Declare = True,
+        send_timeout: float = 30.0,
+        client_id: str | None = None,
+        host: str | None = None,
+        port: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.queue = queue
+        self.declare = declare
+        self.send_timeout = send_timeout
+        self.client_id = client_id
+        self.host = host
+        self.port = port
+        self.validate_queue(queue)
+        self.settings = resolve(self.settings_class, url)
+        own = frozenset(inspect.signature(Producer.__init__).parameters)
+        self.options, foreign = read_options(
+            self.options_class, options, known=QUEUE_OPTIONS, own=own, owner=type(self).__name__
+        )
+        self._ignored: set[str] = set()
+        self._note_ignored(foreign)
+        self._no_options = self.send_options_class()
+        self._new_id = ids()
+        self._connected = False
+        self._closed = False
+        self._opening = asyncio.Lock()
+
+    # --- for users ------------------------------------------------------------------------------
+
+    async def open(self) -> Self:
+        """Connect and declare the queue. Safe to repeat; opens again after `close()`.
+
+        Raises:
+            ConnectError: the broker cannot be reached within `send_timeout`, or refuses us.
+            QueueError: the queue is missing (declare="passive") or has other arguments.
+        """
+        self._closed = False
+        await self._connect(time.monotonic() + self.send_timeout)
+        return self
+
+    async def a_init(self) -> Self:
+        """The same as `open()`."""
+        return await self.open()
+
+    async def send(
+        self,
+        payload: object,
+        *,
+        headers: Mapping[str, str] | None = None,
+        key: str | None = None,
+        type: str | None = None,  # noqa: A002 - the field's name everywhere
+        delay: float | None = None,
+        ttl: float | None = None,
+        id: str | None = None,  # noqa: A002
+        correlation_id: str | None = None,
+        reply_to: str | None = None,
+        **options: Any,
+    ) -> Receipt:
+        """Send one message; returns once the broker holds it.
+
+        Parameters:
+            payload: `str` goes as UTF-8 text, `bytes` untouched, everything else as JSON.
+            headers: the user's own, `str -> str`, 64 KiB at most.
+            key: messages of one key keep their order for consumers with `ordered_by="key"`.
+            type: the name of what the payload is.
+            delay: seconds before it may be received.
+            ttl: seconds after which it is no longer to be handled.
+            id: its unique id; made when not given. To repeat a send safely, repeat the id.
+            correlation_id: common to one conversation.
+            reply_to: where a reply is to go.
+            options: the protocol's own.
+
+        Raises:
+            SendError: the broker refused it, or did not confirm it within `send_timeout`.
+            ConnectError: the broker cannot be reached.
+            TypeError: the payload, a header or an option is not of a usable type.
+        """
+        message = self._encode(
+            payload, headers, id, type=type, key=key, delay=delay, ttl=ttl,
+            correlation_id=correlation_id, reply_to=reply_to,
+        )  # fmt: skip
+        receipts = await self._deliver([message], self._read_send_options(options))
+        return receipts[0]
+
+    async def send_many(
+        self,
+        payloads: Iterable[object],
+        *,
+        headers: Mapping[str, str] | None = None,
+        key: str | None = None,
+        type: str | None = None,  # noqa: A002
+        delay: float | None = None,
+        ttl: float | None = None,
+        **options: Any,
+    ) -> list[Receipt]:
+        """Send many messages in one confirmed batch, in order; parameters as for `send`.
+
+        Raises:
+            SendError: some are not known to be held; `.refused` and `.unknown` name them by id.
+        """
+        batch = [
+            self._encode(payload, headers, None, type=type, key=key, delay=delay, ttl=ttl) for payload in payloads
+        ]
+        if not batch:
+            return []
+        return await self._deliver(batch, self._read_send_options(options))
+
+    async def send_messages(self, batch: Sequence[Message]) -> list[Receipt]:
+        """Send messages that are complete already, each to its own `queue`; for copies and bridges."""
+        return await self._deliver(batch, self._no_options) if batch else []
+
+    async def close(self) -> None:
+        """Close the connection. Safe to repeat, and while a `send` is under way (which then raises)."""
+        self._closed = True
+        self._connected = False
+        await self._close()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.queue!r} at {self.settings.safe_url}>"
+
+    # --- for drivers ----------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        """Connect and declare. Called again after ConnectionLost; must first discard what is left of before.
+
+        Raises:
+            ConnectError: with permanent=True when trying again cannot help.
+            QueueError: about the queue.
+        """
+
+    async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None:
+        """Return when the broker holds every message of `batch`, each in the queue that it names.
+
+        Returns:
+            Receipts in the order of `batch` where the protocol has something to add, else None.
+
+        Raises:
+            SendError: naming those that it does not hold.
+            ConnectionLost: the connection ended; nothing of the batch is known. The base reopens and
+                sends the batch again, with the same ids.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how to send: write its _send().")
+
+    async def _close(self) -> None:
+        """Let go of everything; idempotent, and works while `_send` is blocked."""
+
+    @classmethod
+    def validate_queue(cls, queue: str) -> None:
+        """Check a queue's name; never rewrite it.
+
+        Raises:
+            ConfigurationError: the name cannot be used.
+        """
+        check_name(queue)
+
+    # --- the way of a message -------------------------------------------------------------------
+
+    def _encode(
+        self,
+        payload: object,
+        headers: Mapping[str, str] | None,
+        id: str | None,  # noqa: A002
+        *,
+        delay: float | None,
+        ttl: float | None,
+        **fields: str | None,
+    ) -> Message:
+        body, content_type = codec.encode(payload)
+        now = time.time()
+        return Message(
+            body=body,
+            queue=self.queue,
+            id=id or self._new_id(),
+            source=self.client_id,
+            time=now,
+            content_type=content_type,
+            headers=check_headers(headers) if headers else NO_HEADERS,
+            deliver_at=None if not delay else now + check_seconds("delay", delay),
+            expires_at=None if ttl is None else now + check_seconds("ttl", ttl),
+            **fields,  # type: ignore[arg-type]
+        )
+
+    async def _deliver(self, batch: Sequence[Message], options: Options) -> list[Receipt]:
+        """Send through reconnects until the deadline; what is not confirmed then is named."""
+        deadline = time.monotonic() + self.send_timeout
+        attempt = 0
+        while True:
+            try:
+                if not self._connected:
+                    await self._connect(deadline)
+                async with asyncio.timeout_at(_loop_time(deadline)):
+                    receipts = await self._send(batch, options)
+                return list(receipts) if receipts is not None else [Receipt(m.id, m.queue) for m in batch]
+            except TimeoutError as error:
+                raise self._unconfirmed(batch, "no confirmation came", error) from error
+            except ConnectError as error:
+                attempt += 1
+                self._connected = False
+                if error.permanent:
+                    raise
+                if time.monotonic() + backoff(attempt) >= deadline:
+                    raise self._unconfirmed(batch, str(error), error) from error
+                await asyncio.sleep(backoff(attempt))
+
+    async def _connect(self, deadline: float) -> None:
+        async with self._opening:
+            attempt = 0
+            while not self._connected:
+                if self._closed:
+                    raise Closed(f"{self!r} was closed; call open() to use it again.")
+                try:
+                    await self._open()
+                except ConnectError as error:
+                    attempt += 1
+                    if error.permanent or time.monotonic() + backoff(attempt) >= deadline:
+                        raise
+                    log.warning("%r: %s Trying again in %.1f s.", self, error, backoff(attempt))
+                    await asyncio.sleep(backoff(attempt))
+                else:
+                    self._connected = True
+
+    def _unconfirmed(self, batch: Sequence[Message], why: str, cause: BaseException) -> SendError:
+        return SendError(
+            f"{len(batch)} message{'s' if len(batch) > 1 else ''} to {self.queue!r} not confirmed within "
+            f"{self.send_timeout:g} s: {why} The broker may hold them; send again with the same id to be sure.",
+            unknown=[m.id for m in batch],
+        )
+
+    def _read_send_options(self, given: Mapping[str, Any]) -> Options:
+        if not given:
+            return self._no_options
+        own = frozenset(inspect.signature(Producer.send).parameters)
+        options, foreign = read_options(
+            self.send_options_class, given, known=SEND_OPTIONS, own=own, owner=f"{type(self).__name__}.send"
+        )
+        self._note_ignored(foreign)
+        return options
+
+    def _note_ignored(self, names: Iterable[str]) -> None:
+        if new := [name for name in names if name not in self._ignored]:
+            self._ignored.update(new)
+            log.info("%s ignores %s: options of another protocol.", type(self).__name__, ", ".join(new))
+
+
+def _loop_time(deadline: float) -> float:
+    return asyncio.get_running_loop().time() + deadline - time.monotonic()

@@ -1,0 +1,141 @@
+"""Registry: protocol names to classes, each imported when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Final, Generic, TypeVar
+
+from streamtools.errors import ConfigurationError, UnknownProtocol, near
+
+T = TypeVar("T")
+
+#: Where third parties announce a module that registers their classes: name = protocol, value = module.
+ENTRY_POINTS: Final = "streamtools.protocols"
+
+RABBITMQ: Final = "rabbitmq"
+KAFKA: Final = "kafka"
+HTTP: Final = "http"
+SQLITE: Final = "sqlite"
+ASYNCIO: Final = "asyncio"
+
+#: Names of older systems.
+ALIASES: Final[Mapping[str, str]] = {
+    "RMQIOHandler": RABBITMQ,
+    "KafkaHandler": KAFKA,
+    "HTTPHandler": HTTP,
+    "AsyncIOHandler": ASYNCIO,
+    "SQSHandler": "sqs",
+}
+#: URL schemes that are not themselves protocol names.
+SCHEMES: Final[Mapping[str, str]] = {"amqp": RABBITMQ, "amqps": RABBITMQ, "https": HTTP}
+#: Protocols that are planned: they answer so, instead of as unknown.
+PLANNED: Final = frozenset({KAFKA, "sqs", "redis", "nats"})
+#: The extra that brings a built-in protocol's client library.
+EXTRAS: Final[Mapping[str, str]] = {RABBITMQ: "rabbitmq", HTTP: "http"}
+
+
+class Registry(MutableMapping[str, type[T]], Generic[T]):
+    """A mapping of protocol name to class, where a class may be a "module:Class" string until first used.
+
+    Aliases work in `[]`, `in` and `.get()`; iteration names each protocol once.
+    """
+
+    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+        self._kind = kind
+        self._entries: dict[str, type[T] | str] = dict(builtin)
+        self._announced = False
+
+    def __getitem__(self, name: str) -> type[T]:
+        key = self._key(name)
+        entry = self._entries.get(key)
+        if entry is None:
+            raise self._unknown(name, key)
+        return self._load(key, entry) if isinstance(entry, str) else entry
+
+    def __setitem__(self, name: str, value: type[T]) -> None:
+        if name in ALIASES:
+            raise ConfigurationError(f"{name!r} is an alias of {ALIASES[name]!r}; register under another name.")
+        taken = self._entries.get(name)
+        if taken is not None and not _same(taken, value):
+            raise ConfigurationError(
+                f"{self._kind} {name!r} is taken by {taken!r}, so {value!r} cannot register under it. "
+                f"Choose another protocol name, or `del` the entry first."
+            )
+        self._entries[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[self._key(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        self._discover()
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        self._discover()
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._key(name) in self._entries
+
+    def protocol(self, url: str) -> str:
+        """The protocol that a URL's scheme belongs to.
+
+        Raises:
+            UnknownProtocol: no protocol has this scheme.
+        """
+        scheme = url.partition(":")[0].lower()
+        name = SCHEMES.get(scheme, scheme)
+        if name not in self:
+            raise self._unknown(scheme, name)
+        return name
+
+    def _key(self, name: str) -> str:
+        key = ALIASES.get(name, name)
+        if key not in self._entries:
+            self._discover()
+        return key
+
+    def _discover(self) -> None:
+        if self._announced:
+            return
+        self._announced = True
+        for point in entry_points(group=ENTRY_POINTS):
+            self._entries.setdefault(point.name, point.value)
+
+    def _load(self, key: str, target: str) -> type[T]:
+        module = target.partition(":")[0]
+        try:
+            import_module(module)
+        except ModuleNotFoundError as error:
+            extra = EXTRAS.get(key)
+            if extra is None or (error.name or "").startswith("streamtools"):
+                raise
+            raise UnknownProtocol(
+                f"{key!r} needs the package {error.name!r}, which is not installed. "
+                f'Install it: pip install "streamtools[{extra}]"'
+            ) from error
+        loaded = self._entries[key]
+        if isinstance(loaded, str):
+            raise ConfigurationError(
+                f"Importing {module!r} did not register a {self._kind} named {key!r}; "
+                f'its class statement should say: class {target.partition(":")[2] or "Mine"}(..., protocol="{key}").'
+            )
+        return loaded
+
+    def _unknown(self, name: str, key: str) -> UnknownProtocol:
+        if key in PLANNED:
+            return UnknownProtocol(f"{name!r} is not in this version. {near(name, self)}")
+        return UnknownProtocol(f"No {self._kind} is named {name!r}. {near(name, [*self, *ALIASES])}")
+
+
+def _same(taken: type | str, value: type) -> bool:
+    if isinstance(taken, str):
+        module, _, name = taken.partition(":")
+        # An entry point names the module alone; a built-in names its class too.
+        return value.__module__ == module and name in ("", value.__qualname__) or value.__module__.startswith(
+            module + "."
+        )
+    # A reloaded module defines its class anew under the same name: that is the same class.
+    return (taken.__module__, taken.__qualname__) == (value.__module__, value.__qualname__)

@@ -1,0 +1,304 @@
+"""Addresses: from a URL, from the environment, or from defaults. The only reader of the environment.
+
+Which address holds: `url=`, then `STREAMTOOLS_URL` if its scheme belongs to the protocol, then the
+protocol's own variables (`RMQ_HOST`, `HTTP_HOST`, ...), then the defaults.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from streamtools.errors import ConfigurationError, near
+
+URL_VARIABLE: Final = "STREAMTOOLS_URL"
+#: The embedded default: a file in the working directory.
+DEFAULT_URL: Final = "sqlite:///streamtools.db"
+
+
+class ProtocolSettings(BaseSettings):
+    """Where a protocol's broker is and how to reach it. A driver subclasses it, naming its URL schemes.
+
+    Raises:
+        ConfigurationError: from `from_url`, when the URL does not fit; the text never holds a password.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", populate_by_name=True, hide_input_in_errors=True)
+
+    #: The protocol's name in the registries.
+    protocol: ClassVar[str] = ""
+    #: URL schemes that belong to it; the first is written in `safe_url`.
+    schemes: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Read a URL; its query sets the further fields (`?certfile=...`)."""
+        try:
+            parts = urlsplit(url)
+            if parts.scheme not in cls.schemes:
+                raise ConfigurationError(
+                    f"{cls.protocol!r} takes URLs that begin with {' or '.join(f'{s}://' for s in cls.schemes)}, "
+                    f"not {parts.scheme + '://' if parts.scheme else 'one without a scheme'}."
+                )
+            query = dict(parse_qsl(parts.query, keep_blank_values=True))
+            cls._check_query(query)
+            return cls(**{**cls._from_parts(parts), **query})
+        except ValidationError as error:
+            raise _explain(cls, error) from None
+        except ConfigurationError:
+            raise
+        except ValueError as error:  # urlsplit: a port that is no number, an unclosed bracket
+            raise ConfigurationError(
+                f"The {cls.protocol} URL cannot be read: {error}. Percent-encode special characters "
+                "in user names and passwords: '/' is %2F, '@' is %40, ':' is %3A."
+            ) from None
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """`STREAMTOOLS_URL` if it is this protocol's, else its own variables, else the defaults."""
+        url = os.environ.get(URL_VARIABLE, "")
+        if url and url.partition(":")[0].lower() in cls.schemes:
+            return cls.from_url(url)
+        try:
+            return cls()
+        except ValidationError as error:
+            raise _explain(cls, error) from None
+
+    @classmethod
+    def _from_parts(cls, parts: Any) -> dict[str, Any]:
+        """The fields that stand in the URL before its query; `parts` is a `urllib.parse.SplitResult`."""
+        raise TypeError(f"{cls.__name__} does not say how to read a URL: write its _from_parts().")
+
+    @classmethod
+    def _check_query(cls, query: dict[str, str]) -> None:
+        for name in query:
+            if name not in cls.model_fields:
+                raise ConfigurationError(f"A {cls.protocol} URL has no {name!r}. {near(name, cls.model_fields)}")
+
+    @property
+    def safe_url(self) -> str:
+        """The address for logs and errors, without a password."""
+        return f"{self.schemes[0]}://"
+
+
+def _explain(cls: type[ProtocolSettings], error: ValidationError) -> ConfigurationError:
+    # Only the field and pydantic's sentence: the value may be a password.
+    rows = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_input=False))
+    return ConfigurationError(f"{cls.__name__} cannot be used: {rows}.")
+
+
+class RabbitMQSettings(ProtocolSettings):
+    """`amqp(s)://user:password@host:5672,other:5672/vhost?cafile=...`, or `RMQ_HOST`, `RMQ_PORT`, `RMQ_USER`,
+    `RMQ_PASS`, `RMQ_VHOST` and so on.
+
+    Parameters:
+        host: one host, or several separated by commas, each with `:port` if it differs; tried in turn.
+        port: for hosts without their own; 5672, or 5671 with TLS, when unset.
+        username: percent-encoding is done by us.
+        password: likewise.
+        vhost: the virtual host.
+        tls: speak TLS (`amqps`).
+        cafile: a file of certificates to trust, in PEM.
+        certfile: this client's certificate, in PEM.
+        keyfile: its private key, in PEM.
+        verify: check the server's certificate and host name.
+        heartbeat: seconds between heartbeats.
+        connect_timeout: seconds to wait for one connection attempt.
+        management_url: the management plugin's address, for listing queues; http://host:15672 when unset.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="RMQ_")
+    protocol: ClassVar[str] = "rabbitmq"
+    schemes: ClassVar[tuple[str, ...]] = ("amqp", "amqps")
+
+    host: str = "localhost"
+    port: Annotated[int | None, Field(ge=1, le=65535)] = None
+    username: Annotated[str, Field(validation_alias=AliasChoices("username", "RMQ_USER", "RMQ_USERNAME"))] = "guest"
+    password: Annotated[
+        SecretStr, Field(validation_alias=AliasChoices("password", "RMQ_PASS", "RMQ_PASSWORD"))
+    ] = SecretStr("guest")
+    vhost: str = "/"
+    tls: bool = False
+    cafile: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
+    verify: bool = True
+    heartbeat: Annotated[int, Field(ge=0, le=65535)] = 30
+    connect_timeout: Annotated[float, Field(gt=0)] = 10.0
+    management_url: SecretStr | None = None
+
+    @classmethod
+    def _from_parts(cls, parts: Any) -> dict[str, Any]:
+        user, at, hosts = parts.netloc.rpartition("@")
+        name, colon, password = user.partition(":")
+        fields: dict[str, Any] = {"tls": parts.scheme == "amqps"}
+        if hosts:
+            fields["host"] = hosts
+        if at:
+            fields["username"] = unquote(name)
+            if colon:
+                fields["password"] = unquote(password)
+        # AMQP URI specification of RabbitMQ: "/" after the host and nothing behind it is the vhost ""
+        # there; every client but the strictest reads it as the default vhost, and so do we.
+        if parts.path not in ("", "/"):
+            fields["vhost"] = unquote(parts.path[1:])
+        return fields
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """The hosts with their ports, in the order to try them."""
+        default = self.port or (5671 if self.tls else 5672)
+        return [_address(item, default) for item in self.host.split(",") if item.strip()]
+
+    @property
+    def safe_url(self) -> str:
+        hosts = ",".join(f"{h}:{p}" for h, p in self.addresses)
+        return f"{'amqps' if self.tls else 'amqp'}://{quote(self.username)}@{hosts}/{quote(self.vhost, safe='')}"
+
+
+class SQLiteSettings(ProtocolSettings):
+    """`sqlite:///orders.db` (relative), `sqlite:////var/lib/orders.db` (absolute), `sqlite://` (streamtools.db).
+
+    Parameters:
+        path: the database file; made when it does not exist.
+        lease: seconds after which messages of a consumer that died come back.
+        busy_timeout: seconds to wait for another process's write.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SQLITE_")
+    protocol: ClassVar[str] = "sqlite"
+    schemes: ClassVar[tuple[str, ...]] = ("sqlite",)
+
+    path: str = "streamtools.db"
+    lease: Annotated[float, Field(gt=0)] = 30.0
+    busy_timeout: Annotated[float, Field(gt=0)] = 30.0
+
+    @classmethod
+    def _from_parts(cls, parts: Any) -> dict[str, Any]:
+        if parts.netloc:
+            raise ConfigurationError(
+                f"A sqlite URL has no host, but this one names {parts.netloc!r}: write three slashes for a "
+                "relative path (sqlite:///orders.db) and four for an absolute one (sqlite:////var/lib/orders.db)."
+            )
+        path = unquote(parts.path.removeprefix("/"))
+        return {"path": path} if path else {}
+
+    @property
+    def safe_url(self) -> str:
+        return f"sqlite:///{quote(self.path)}"
+
+
+class HTTPSettings(ProtocolSettings):
+    """`http(s)://host:9000/prefix`, or `HTTP_HOST` and `HTTP_PORT`.
+
+    Parameters:
+        host: where the producer sends and the consumer listens; may be `host:port`.
+        port: 9000 when unset.
+        prefix: a path before the queue names.
+        tls: speak TLS (`https`); a consumer then needs certfile and keyfile.
+        cafile: a file of certificates to trust, in PEM.
+        certfile: this side's certificate, in PEM.
+        keyfile: its private key, in PEM.
+        verify: check the server's certificate and host name.
+        timeout: seconds for one request and its answer.
+        max_body: the largest request body that a consumer takes, in bytes.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="HTTP_")
+    protocol: ClassVar[str] = "http"
+    schemes: ClassVar[tuple[str, ...]] = ("http", "https")
+
+    host: str = "127.0.0.1"
+    port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    prefix: str = ""
+    tls: bool = False
+    cafile: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
+    verify: bool = True
+    timeout: Annotated[float, Field(gt=0)] = 30.0
+    max_body: Annotated[int, Field(gt=0)] = 1024 * 1024
+
+    @classmethod
+    def _from_parts(cls, parts: Any) -> dict[str, Any]:
+        if "@" in parts.netloc:
+            raise ConfigurationError("An http URL here has no user and password; send them as headers.")
+        fields: dict[str, Any] = {"tls": parts.scheme == "https", "prefix": parts.path.rstrip("/")}
+        if parts.hostname:
+            fields |= {"host": parts.hostname, "port": parts.port or (443 if parts.scheme == "https" else 80)}
+        return fields
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and the port."""
+        return _address(self.host, 9000 if self.port is None else self.port)
+
+    @property
+    def safe_url(self) -> str:
+        host, port = self.address
+        return f"{'https' if self.tls else 'http'}://{host}:{port}{self.prefix}"
+
+
+class AsyncIOSettings(ProtocolSettings):
+    """`asyncio://name?maxsize=10000`: queues in this process, shared by name within one event loop.
+
+    Parameters:
+        name: brokers of other names are apart.
+        maxsize: messages that a queue holds before `send` waits.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="ASYNCIO_")
+    protocol: ClassVar[str] = "asyncio"
+    schemes: ClassVar[tuple[str, ...]] = ("asyncio",)
+
+    name: str = ""
+    maxsize: Annotated[int, Field(gt=0)] = 10_000
+
+    @classmethod
+    def _from_parts(cls, parts: Any) -> dict[str, Any]:
+        return {"name": unquote(parts.netloc + parts.path)}
+
+    @property
+    def safe_url(self) -> str:
+        return f"asyncio://{quote(self.name)}"
+
+
+S = TypeVar("S", bound=ProtocolSettings)
+
+
+def resolve(settings: type[S], url: str | ProtocolSettings | None) -> S:
+    """The settings that hold: those given, else from the environment, else the defaults.
+
+    Raises:
+        ConfigurationError: the URL or the settings object is another protocol's, or cannot be used.
+    """
+    if url is None:
+        return settings.from_environment()
+    if isinstance(url, str):
+        return settings.from_url(url)
+    if isinstance(url, settings):
+        return url
+    raise ConfigurationError(
+        f"{settings.protocol!r} takes a URL or {settings.__name__}(...), not {type(url).__name__}."
+    )
+
+
+def default_url() -> str:
+    """`STREAMTOOLS_URL`, or the embedded default."""
+    return os.environ.get(URL_VARIABLE) or DEFAULT_URL
+
+
+def _address(text: str, default: int) -> tuple[str, int]:
+    text = text.strip()
+    if text.count(":") > 1 and not text.startswith("["):
+        return text, default  # an IPv6 address without a port
+    host, colon, port = text.rpartition(":")
+    if not colon or port.endswith("]"):
+        return text.strip("[]"), default
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ConfigurationError(f"{port!r} is not a port: write host:port with a number from 1 to 65535.")
+    return host.strip("[]"), int(port)

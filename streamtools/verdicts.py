@@ -1,0 +1,48 @@
+"""Verdicts: what is to become of a delivery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+
+class Kind(StrEnum):
+    """The five ends that a delivery can come to."""
+
+    ACK = "ack"
+    RETRY = "retry"
+    REJECT = "reject"
+    DROP = "drop"
+    #: Given back to the broker untouched: the consumer is shutting down.
+    RELEASE = "release"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is to become of a delivery: `ack`, `retry` after a delay, `reject`, `drop` or `release`.
+
+    Attributes:
+        kind: which of the five.
+        delay: for a retry, the seconds to wait.
+        reason: for a reject, why.
+    """
+
+    kind: Kind
+    delay: float = 0.0
+    reason: str = ""
+
+    @classmethod
+    def retry(cls, delay: float = 0.0) -> Self:
+        """Run the message again, after `delay` seconds."""
+        return cls(Kind.RETRY, delay=delay)
+
+    @classmethod
+    def reject(cls, reason: str = "") -> Self:
+        """Move the message to the error queue."""
+        return cls(Kind.REJECT, reason=reason)
+
+
+ACK = Verdict(Kind.ACK)
+DROP = Verdict(Kind.DROP)
+RELEASE = Verdict(Kind.RELEASE)
