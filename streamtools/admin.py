@@ -1,0 +1,268 @@
+"""QueueAdmin: what an operator does with queues; list, create, delete, purge, stats, peek, move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Final, Protocol, Self
+
+from streamtools.checks import check_name
+from streamtools.delivery import Delivery, Settlement
+from streamtools.message import Message
+from streamtools.policy import redrive_copy
+from streamtools.registry import Registry
+from streamtools.settings import ProtocolSettings, default_url, resolve
+from streamtools.verdicts import ACK
+
+#: Messages taken at once by `peek` and `move`.
+BATCH: Final = 100
+#: Seconds of silence after which a queue that should hold more is taken as empty.
+SILENCE: Final = 1.0
+
+#: Protocol name to admin class.
+ADMINS: Registry[QueueAdmin] = Registry(
+    "admin",
+    {
+        "asyncio": "streamtools.drivers.asyncio:AsyncIOAdmin",
+        "sqlite": "streamtools.drivers.sqlite:SQLiteAdmin",
+        "rabbitmq": "streamtools.drivers.rabbitmq:RabbitMQAdmin",
+    },
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueInfo:
+    """One queue's numbers; None where the protocol does not know.
+
+    Attributes:
+        name: the queue.
+        ready: messages that wait and are due.
+        delayed: messages that wait for their time.
+        in_hand: messages delivered and not settled.
+        consumers: consumers connected.
+        oldest: the age of the oldest waiting message, in seconds.
+    """
+
+    name: str
+    ready: int
+    delayed: int | None = None
+    in_hand: int | None = None
+    consumers: int | None = None
+    oldest: float | None = None
+
+
+class Reader(Protocol):
+    """What `peek` and `move` need: a consumer of the same protocol."""
+
+    async def open(self) -> Any: ...
+    async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]: ...
+    async def _settle(self, settlements: Sequence[Settlement]) -> None: ...
+    async def close(self) -> None: ...
+
+
+class QueueAdmin:
+    """Looks at queues and changes them: `async with ADMINS["sqlite"](url=...) as admin: await admin.list()`.
+
+    Parameters:
+        url: the address, or a settings object; see `streamtools.settings`.
+        client_id: this client's name, where the broker shows connections.
+    """
+
+    protocol: ClassVar[str] = ""
+    settings_class: ClassVar[type[ProtocolSettings]] = ProtocolSettings
+
+    def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if protocol is not None:
+            cls.protocol = protocol
+            ADMINS[protocol] = cls
+
+    def __new__(cls, *, url: str | ProtocolSettings | None = None, client_id: str | None = None) -> Self:
+        if cls is not QueueAdmin:
+            return super().__new__(cls)
+        name = url.protocol if isinstance(url, ProtocolSettings) else ADMINS.protocol(url or default_url())
+        return super().__new__(ADMINS[name])  # type: ignore[return-value]
+
+    def __init__(self, *, url: str | ProtocolSettings | None = None, client_id: str | None = None) -> None:
+        self.settings = resolve(self.settings_class, url)
+        self.client_id = client_id
+
+    # --- for users ------------------------------------------------------------------------------
+
+    async def open(self) -> Self:
+        """Connect.
+
+        Raises:
+            ConnectError: the broker cannot be reached, or refuses us.
+        """
+        await self._open()
+        return self
+
+    async def close(self) -> None:
+        """Close the connection. Safe to repeat."""
+        await self._close()
+
+    async def list(self) -> list[QueueInfo]:
+        """Every queue, by name."""
+        return sorted(await self._list(), key=lambda info: info.name)
+
+    async def create(self, queue: str, **options: Any) -> None:
+        """Make a queue; safe to repeat.
+
+        Parameters:
+            options: the protocol's own, as for its Producer.
+
+        Raises:
+            QueueError: it exists with other options.
+        """
+        check_name(queue)
+        await self._create(queue, options)
+
+    async def delete(self, queue: str) -> None:
+        """Delete a queue with all that is in it; safe to repeat.
+
+        Raises:
+            QueueError: there is no such queue.
+        """
+        await self._delete(queue)
+
+    async def purge(self, queue: str) -> int:
+        """Forget every message that waits in the queue; the number of them.
+
+        Raises:
+            QueueError: there is no such queue.
+        """
+        return await self._purge(queue)
+
+    async def stats(self, queue: str) -> QueueInfo:
+        """One queue's numbers.
+
+        Raises:
+            QueueError: there is no such queue.
+        """
+        return await self._stats(queue)
+
+    async def peek(self, queue: str, limit: int = 10) -> list[Message]:
+        """The first messages that wait, left where they are.
+
+        Where the broker counts deliveries, looking counts as one.
+
+        Raises:
+            QueueError: there is no such queue.
+        """
+        found: list[Message] = []
+
+        async def keep(batch: Sequence[Delivery]) -> None:
+            found.extend(delivery.message for delivery in batch)
+
+        await self._read(queue, limit, keep)
+        return found
+
+    async def move(
+        self,
+        source: str,
+        target: str | None = None,
+        *,
+        where: Callable[[Message], bool] | None = None,
+        limit: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Move what waits in `source` back to work, as attempt 1; the number moved.
+
+        Each message is held by its target before it leaves `source`: a crash in between can repeat
+        one, never lose one. Messages that arrive meanwhile are left.
+
+        Parameters:
+            target: where to; the queue that each message failed in when None.
+            where: moves only those for which it is true.
+            limit: look at this many at most.
+            progress: called with the number moved so far.
+
+        Raises:
+            QueueError: there is no such queue.
+            ConfigurationError: a message does not say where it failed, and no target is given.
+            SendError: a target does not take a message; it stays in `source`.
+        """
+        moved = 0
+        reader: Reader | None = None
+
+        async def send_on(batch: Sequence[Delivery]) -> None:
+            nonlocal moved
+            chosen = [d for d in batch if where is None or where(d.message)]
+            if chosen and reader is not None:
+                await reader._settle([Settlement(d, ACK, (redrive_copy(d.message, target),)) for d in chosen])
+                moved += len(chosen)
+            if progress is not None:
+                progress(moved)
+
+        waiting = (await self._stats(source)).ready
+        number = waiting if limit is None else min(limit, waiting)
+        reader = self._reader(source, number)
+        await self._read_from(reader, number, send_on)
+        return moved
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {self.settings.safe_url}>"
+
+    # --- for drivers ----------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        """Connect."""
+
+    async def _close(self) -> None:
+        """Let go of everything; idempotent."""
+
+    async def _list(self) -> Sequence[QueueInfo]:
+        """Every queue, in any order."""
+        raise TypeError(f"{type(self).__name__} does not say how: write its _list().")
+
+    async def _create(self, queue: str, options: dict[str, Any]) -> None:
+        """Make a queue if it is missing."""
+        raise TypeError(f"{type(self).__name__} does not say how: write its _create().")
+
+    async def _delete(self, queue: str) -> None:
+        """Delete a queue, or raise QueueError."""
+        raise TypeError(f"{type(self).__name__} does not say how: write its _delete().")
+
+    async def _purge(self, queue: str) -> int:
+        """Forget what waits, or raise QueueError."""
+        raise TypeError(f"{type(self).__name__} does not say how: write its _purge().")
+
+    async def _stats(self, queue: str) -> QueueInfo:
+        """One queue's numbers, or raise QueueError."""
+        raise TypeError(f"{type(self).__name__} does not say how: write its _stats().")
+
+    def _reader(self, queue: str, prefetch: int) -> Reader:
+        """A consumer of this queue that declares nothing and can hold `prefetch` deliveries in hand."""
+        raise TypeError(f"{type(self).__name__} does not say how: write its _reader().")
+
+    # --- shared by peek and move ----------------------------------------------------------------
+
+    async def _read(self, queue: str, limit: int, use: Callable[[Sequence[Delivery]], Any]) -> None:
+        number = min(limit, (await self._stats(queue)).ready)
+        await self._read_from(self._reader(queue, number), number, use)
+
+    async def _read_from(self, reader: Reader, number: int, use: Callable[[Sequence[Delivery]], Any]) -> None:
+        """Give `number` deliveries to `use`, in batches; what it leaves unsettled goes back at the end."""
+        if number < 1:
+            return
+        await reader.open()
+        try:
+            seen = 0
+            while seen < number:
+                batch = await reader.receive(min(BATCH, number - seen), timeout=SILENCE)
+                if not batch:
+                    break
+                seen += len(batch)
+                await use(batch)
+        finally:
+            await reader.close()
