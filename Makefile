@@ -1,0 +1,59 @@
+# Everything from nothing but Python >= 3.11; each target does its own set-up and is quick when repeated.
+#   make demo    the demo, on STREAMTOOLS_URL or the embedded default
+#   make test    brokers, lint, docs and the whole suite       (ARGS="-k name" reaches pytest)
+#   make lint | docs | bench | format | clean
+# PYTHON=/path/to/python3 chooses the interpreter.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+export VENV
+
+#: The demo needs the client library of the broker it is pointed at, and no other.
+DEMO_EXTRAS = cli$(if $(findstring amqp,$(STREAMTOOLS_URL)),$(comma)rabbitmq)
+comma := ,
+DEMO := $(VENV)/.installed-$(if $(findstring amqp,$(STREAMTOOLS_URL)),demo-rabbitmq,demo)
+DEV := $(VENV)/.installed-dev
+BENCH := $(VENV)/.installed-bench
+
+.PHONY: help demo test lint format docs bench brokers-up brokers-down clean
+
+help:
+	@sed -n '1,/^$$/{/^#/p}' Makefile
+
+demo: $(DEMO)
+	@$(BIN)/python -m streamtools demo $(ARGS)
+
+test: $(DEV)
+	@scripts/check $(ARGS)
+
+lint: $(DEV)
+	@scripts/lint
+
+format: $(DEV)
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: $(DEV)
+	@scripts/docs
+
+bench: $(DEV) $(BENCH)
+	@scripts/bench $(ARGS)
+
+brokers-up brokers-down: brokers-%:
+	@scripts/brokers $*
+
+clean:
+	@test ! -x scripts/brokers || scripts/brokers down
+	rm -rf $(VENV) .tox site build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is as new as the pyproject.toml that it was installed from.
+$(DEMO): pyproject.toml scripts/venv
+	@scripts/venv -e '.[$(DEMO_EXTRAS)]' && touch $@
+
+$(DEV): pyproject.toml scripts/venv
+	@scripts/venv -e '.[all]' --group dev && touch $@
+
+$(BENCH): pyproject.toml scripts/venv
+	@scripts/venv -e '.[all]' --group bench && touch $@
