@@ -335,6 +335,8 @@ class Consumer:
                 if error.permanent:
                     raise
                 await self._disconnect(error)
+            except Closed:
+                return  # close() was called from elsewhere
             finally:
                 watch.cancel()
             attempt = 0 if self._loop.settled else attempt + 1

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from streamtools import codec
-from streamtools.errors import Closed, ConnectError, SendError
+from streamtools.errors import Closed, ConnectError, FeatureError, SendError
 from streamtools.features import Features
 from streamtools.message import NO_HEADERS, Message, ids
 from streamtools.checks import Declare, check_headers, check_name, check_seconds
@@ -268,6 +268,8 @@ class Producer:
         ttl: float | None,
         **fields: str | None,
     ) -> Message:
+        if delay and not self.features.delay:
+            raise FeatureError(f"{self.protocol!r} holds no message back: leave delay= away, or send it later yourself.")
         body, content_type = codec.encode(payload)
         now = time.time()
         return Message(

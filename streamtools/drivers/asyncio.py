@@ -16,17 +16,19 @@ from itertools import count
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from streamtools.admin import QueueAdmin, QueueInfo
+from streamtools.admin import QueueAdmin, QueueInfo, Reader
+from streamtools.checks import Declare
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
-from streamtools.errors import Closed, SendError
+from streamtools.errors import Closed, QueueError, SendError
 from streamtools.features import Features
 from streamtools.message import Message
+from streamtools.options import Options
 from streamtools.producer import Producer
 from streamtools.settings import AsyncIOSettings
 from streamtools.verdicts import Kind
 
-FEATURES = Features()
+FEATURES = Features(groups=True, redelivery=True)
 
 
 class Queue:
@@ -40,7 +42,6 @@ class Queue:
         self.in_hand = 0
         self._order = count()
         self._timer: asyncio.TimerHandle | None = None
-        self._changed = asyncio.Condition()
         self._getters: deque[asyncio.Future[None]] = deque()
         self._putters: deque[asyncio.Future[None]] = deque()
 
@@ -70,10 +71,17 @@ class Queue:
         self.ready.extendleft(reversed(messages))
         _wake(self._getters)
 
-    async def take(self, limit: int) -> list[Message]:
-        """Wait for at least one message and take up to `limit`."""
-        while not self.ready:
-            await self._wait(self._getters)
+    async def arrival(self) -> None:
+        """Wait until a message may be ready, or until `interrupt()`."""
+        await self._wait(self._getters)
+
+    def interrupt(self) -> None:
+        """Wake everyone who waits for an arrival."""
+        for _ in range(len(self._getters)):
+            _wake(self._getters)
+
+    def take(self, limit: int) -> list[Message]:
+        """Take up to `limit` messages that are ready."""
         taken = [self.ready.popleft() for _ in range(min(limit, len(self.ready)))]
         self.in_hand += len(taken)
         if self.ready:
@@ -125,17 +133,186 @@ def _wake(line: deque[asyncio.Future[None]]) -> None:
             return
 
 
+class Topic:
+    """What is sent to one name: a queue for each group that has ever consumed it.
+
+    Until a group has, messages wait in the queue of the group None, and the first group takes
+    that queue over; from then on each group has every message.
+    """
+
+    def __init__(self, name: str, maxsize: int) -> None:
+        self.name = name
+        self.maxsize = maxsize
+        self.groups: dict[str | None, Queue] = {None: Queue(name, maxsize)}
+        self._claimed = False
+
+    def join(self, group: str | None, *, latest: bool) -> Queue:
+        """The queue of a group, which is made if it is new."""
+        if not self._claimed:
+            self._claimed = True
+            self.groups[group] = self.groups.pop(None)
+            if latest and group is not None:
+                self.groups[group].purge()
+        return self.groups.setdefault(group, Queue(self.name, self.maxsize))
+
+
 class Broker:
-    """The queues of one name within one event loop."""
+    """The topics of one name within one event loop."""
 
     #: By event loop, so that it ends with the loop; nothing outlives it.
     _all: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Broker]]] = WeakKeyDictionary()
 
-    def __init__(self) -> None:
-        self.queues: dict[str, Queue] = {}
+    def __init__(self, maxsize: int) -> None:
+        self.topics: dict[str, Topic] = {}
+        self._maxsize = maxsize
 
     @classmethod
     def of(cls, settings: AsyncIOSettings) -> Broker:
         """The broker of this name in the running loop."""
         brokers = cls._all.setdefault(asyncio.get_running_loop(), {})
-        return brokers.setdefault(settings.name, cls())
+        return brokers.setdefault(settings.name, cls(settings.maxsize))
+
+    def declare(self, name: str, declare: Declare) -> None:
+        """Make a topic, or check that it is there.
+
+        Raises:
+            QueueError: it is missing, and is not to be made.
+        """
+        if declare is True:
+            self.topics.setdefault(name, Topic(name, self._maxsize))
+        elif declare == "passive":
+            self.topic(name)
+
+    def topic(self, name: str) -> Topic:
+        """The topic of this name.
+
+        Raises:
+            QueueError: there is none.
+        """
+        try:
+            return self.topics[name]
+        except KeyError:
+            raise QueueError(
+                f"There is no queue {name!r} in this process. Open a consumer of it first, or a producer with "
+                "declare=True."
+            ) from None
+
+
+class AsyncIOProducer(Producer, protocol="asyncio"):
+    """Sends within this process; waits while the queue is full."""
+
+    features = FEATURES
+    settings_class = AsyncIOSettings
+    settings: AsyncIOSettings
+    _broker: Broker
+
+    async def _open(self) -> None:
+        self._broker = Broker.of(self.settings)
+        self._broker.declare(self.queue, self.declare)
+
+    async def _send(self, batch: Sequence[Message], options: Options) -> None:
+        for position, message in enumerate(batch):
+            try:
+                topic = self._broker.topic(message.queue)
+                for queue in topic.groups.values():
+                    await queue.put(message)
+            except QueueError as error:
+                raise SendError(str(error), refused=[m.id for m in batch[position:]]) from error
+
+
+class AsyncIOConsumer(Consumer, protocol="asyncio"):
+    """Receives within this process; what it holds unsettled when it closes goes back to the front."""
+
+    features = FEATURES
+    settings_class = AsyncIOSettings
+    settings: AsyncIOSettings
+    _broker: Broker
+    _queue: Queue | None = None
+
+    async def _open(self) -> None:
+        self._broker = Broker.of(self.settings)
+        self._broker.declare(self.queue, self.declare)
+        self._broker.declare(self.error_queue.replace("{queue}", self.queue), self.declare)
+        self._queue = self._broker.topic(self.queue).join(self.group, latest=self.offset == "latest")
+        self._numbers = count()
+        self._held: dict[int, Message] = {}  # in the order taken
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]:
+        while (queue := self._queue) is not None:
+            if queue.ready:
+                return [self._hold(message) for message in queue.take(limit)]
+            await queue.arrival()
+        raise Closed(f"{self!r} was closed while it waited for messages.")
+
+    def _hold(self, message: Message) -> Delivery:
+        number = next(self._numbers)
+        self._held[number] = message
+        return Delivery(message, number)
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        if self._queue is None:
+            return  # closed: all that was in hand has gone back
+        released = []
+        for settlement in settlements:
+            if settlement.delivery.token not in self._held:
+                continue  # settled before
+            for message in settlement.outgoing:
+                self._send_on(message, settlement.verdict.kind)
+            taken = self._held.pop(settlement.delivery.token)
+            if settlement.verdict.kind is Kind.RELEASE:
+                released.append(taken)
+            else:
+                self._queue.in_hand -= 1
+        self._queue.put_back(released)
+
+    def _send_on(self, message: Message, kind: Kind) -> None:
+        if kind is Kind.RETRY and message.queue == self.queue and self._queue is not None:
+            self._queue.put_now(message)  # for this group alone: the others have theirs
+            return
+        try:
+            topic = self._broker.topic(message.queue)
+        except QueueError as error:
+            raise SendError(str(error), refused=[message.id]) from error
+        for queue in topic.groups.values():
+            queue.put_now(message)
+
+    async def _close(self) -> None:
+        if self._queue is not None:
+            queue, self._queue = self._queue, None
+            queue.put_back([*self._held.values()])
+            queue.interrupt()
+
+
+class AsyncIOAdmin(QueueAdmin, protocol="asyncio"):
+    """Looks at the queues of this process."""
+
+    settings_class = AsyncIOSettings
+    settings: AsyncIOSettings
+
+    async def _open(self) -> None:
+        self._broker = Broker.of(self.settings)
+
+    async def _list(self) -> Sequence[QueueInfo]:
+        return [await self._stats(name) for name in self._broker.topics]
+
+    async def _create(self, queue: str, options: dict[str, Any]) -> None:
+        self._broker.declare(queue, True)
+
+    async def _delete(self, queue: str) -> None:
+        self._broker.topic(queue)
+        del self._broker.topics[queue]
+
+    async def _purge(self, queue: str) -> int:
+        return sum(group.purge() for group in self._broker.topic(queue).groups.values())
+
+    async def _stats(self, queue: str) -> QueueInfo:
+        groups = self._broker.topic(queue).groups.values()
+        return QueueInfo(
+            name=queue,
+            ready=sum(len(group.ready) for group in groups),
+            delayed=sum(len(group.later) for group in groups),
+            in_hand=sum(group.in_hand for group in groups),
+        )
+
+    def _reader(self, queue: str, prefetch: int) -> Reader:
+        return AsyncIOConsumer(queue, url=self.settings, prefetch=max(1, prefetch), declare=False)
