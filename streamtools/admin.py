@@ -103,7 +103,7 @@ class QueueAdmin:
         """Close the connection. Safe to repeat."""
         await self._close()
 
-    async def list(self) -> list[QueueInfo]:
+    async def list(self) -> Sequence[QueueInfo]:
         """Every queue, by name."""
         return sorted(await self._list(), key=lambda info: info.name)
 
@@ -143,7 +143,7 @@ class QueueAdmin:
         """
         return await self._stats(queue)
 
-    async def peek(self, queue: str, limit: int = 10) -> list[Message]:
+    async def peek(self, queue: str, limit: int = 10) -> Sequence[Message]:
         """The first messages that wait, left where they are.
 
         Where the broker counts deliveries, looking counts as one.

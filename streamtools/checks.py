@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from streamtools.errors import ConfigurationError
 
@@ -29,7 +29,7 @@ def check_name(queue: object) -> None:
         raise ConfigurationError(f"The queue name {queue!r} has control characters.")
 
 
-def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
+def check_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
     """A copy of the user's headers.
 
     Raises:
@@ -45,9 +45,13 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
         try:
             size += len(name.encode()) + len(value.encode())
         except UnicodeEncodeError as error:
-            raise ConfigurationError(f"The header {name!r} holds a lone surrogate, which no wire carries.") from error
+            raise ConfigurationError(
+                f"The header {name!r} holds a lone surrogate, which no wire carries."
+            ) from error
     if size > HEADERS_LIMIT:
-        raise ConfigurationError(f"The headers are {size} bytes; 64 KiB is the most. Put data into the payload.")
+        raise ConfigurationError(
+            f"The headers are {size} bytes; 64 KiB is the most. Put data into the payload."
+        )
     return dict(headers)
 
 

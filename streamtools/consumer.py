@@ -90,7 +90,11 @@ class Consumer:
     def __new__(cls, queue: str = "", *, url: str | ProtocolSettings | None = None, **options: Any) -> Self:
         if cls is not Consumer:
             return super().__new__(cls)
-        name = url.protocol if isinstance(url, ProtocolSettings) else CONSUMER_LOOPS.protocol(url or default_url())
+        name = (
+            url.protocol
+            if isinstance(url, ProtocolSettings)
+            else CONSUMER_LOOPS.protocol(url or default_url())
+        )
         return super().__new__(CONSUMER_LOOPS[name])  # type: ignore[return-value]
 
     def __init__(
@@ -136,6 +140,8 @@ class Consumer:
         self._ignored: set[str] = set()
         self.options = self._read_options(options)
         self.resolvers: Mapping[type, Resolver] = RESOLVERS
+        #: The decorated handler, once there is one.
+        self.handler: BoundHandler | None = None
         self._loop: Loop | None = None
         self._by_hand = self._dispatcher(_no_handler, "by hand")
         self._connected = False
@@ -192,7 +198,13 @@ class Consumer:
         self.middleware = [*self.middleware, *middleware]
 
         def decorate(function: Callable[..., Any]) -> BoundHandler:
-            return BoundHandler(self, function)
+            if self.handler is not None:
+                raise ConfigurationError(
+                    f"{self!r} has the handler {self.handler.name} already; make another consumer for "
+                    f"{name_of(function)}."
+                )
+            self.handler = BoundHandler(self, function)
+            return self.handler
 
         return decorate if function is None else decorate(function)
 
@@ -238,7 +250,8 @@ class Consumer:
         executor = ThreadPoolExecutor(self.concurrency, f"streamtools-{self.queue}")
         try:
             dispatch = self._dispatcher(
-                chain(compile_handler(handler.function, executor, self.resolvers), self.middleware), handler.name
+                chain(compile_handler(handler.function, executor, self.resolvers), self.middleware),
+                handler.name,
             )
             await self._connect(time.monotonic() + self.connect_timeout)
             if on_started is not None:
@@ -266,6 +279,21 @@ class Consumer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def in_flight(self) -> int:
+        """Handlers at work."""
+        return self._loop.running if self._loop is not None else 0
+
+    @property
+    def connected(self) -> bool:
+        """The connection is up, as far as is known."""
+        return self._connected
+
+    @property
+    def progress(self) -> float | None:
+        """When a delivery was last settled, on the monotonic clock; None before the loop began."""
+        return self._loop.progress if self._loop is not None else None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.queue!r} at {self.settings.safe_url}>"
@@ -456,6 +484,9 @@ class BoundHandler:
 
     def __init__(self, consumer: Consumer, function: Callable[..., Any]) -> None:
         self.consumer = consumer
+        self._describe(function)
+
+    def _describe(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = name_of(function)
         self.__doc__ = function.__doc__

@@ -1,8 +1,8 @@
 """Dispatch: one delivery in, one settlement out, whatever happens on the way.
 
-    decode -> middleware -> handler        (one compiled handler; the order is the chain's)
-    -> policy                              (error and attempt to a verdict)
-    -> settlement                          (the verdict with the copies that it needs)
+decode -> middleware -> handler        (one compiled handler; the order is the chain's)
+-> policy                              (error and attempt to a verdict)
+-> settlement                          (the verdict with the copies that it needs)
 """
 
 from __future__ import annotations

@@ -91,7 +91,13 @@ class ResponseError(SendError):
     """
 
     def __init__(
-        self, message: str, *, status: int, headers: Mapping[str, str], body: bytes, refused: Sequence[str] = ()
+        self,
+        message: str,
+        *,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes,
+        refused: Sequence[str] = (),
     ) -> None:
         super().__init__(message, refused=refused)
         self.status = status

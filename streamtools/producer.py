@@ -194,7 +194,8 @@ class Producer:
             SendError: some are not known to be held; `.refused` and `.unknown` name them by id.
         """
         batch = [
-            self._encode(payload, headers, None, type=type, key=key, delay=delay, ttl=ttl) for payload in payloads
+            self._encode(payload, headers, None, type=type, key=key, delay=delay, ttl=ttl)
+            for payload in payloads
         ]
         if not batch:
             return []
@@ -269,7 +270,9 @@ class Producer:
         **fields: str | None,
     ) -> Message:
         if delay and not self.features.delay:
-            raise FeatureError(f"{self.protocol!r} holds no message back: leave delay= away, or send it later yourself.")
+            raise FeatureError(
+                f"{self.protocol!r} holds no message back: leave delay= away, or send it later yourself."
+            )
         body, content_type = codec.encode(payload)
         now = time.time()
         return Message(

@@ -56,7 +56,9 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
 
     def __setitem__(self, name: str, value: type[T]) -> None:
         if name in ALIASES:
-            raise ConfigurationError(f"{name!r} is an alias of {ALIASES[name]!r}; register under another name.")
+            raise ConfigurationError(
+                f"{name!r} is an alias of {ALIASES[name]!r}; register under another name."
+            )
         taken = self._entries.get(name)
         if taken is not None and not _same(taken, value):
             raise ConfigurationError(
@@ -134,8 +136,10 @@ def _same(taken: type | str, value: type) -> bool:
     if isinstance(taken, str):
         module, _, name = taken.partition(":")
         # An entry point names the module alone; a built-in names its class too.
-        return value.__module__ == module and name in ("", value.__qualname__) or value.__module__.startswith(
-            module + "."
+        return (
+            value.__module__ == module
+            and name in ("", value.__qualname__)
+            or value.__module__.startswith(module + ".")
         )
     # A reloaded module defines its class anew under the same name: that is the same class.
     return (taken.__module__, taken.__qualname__) == (value.__module__, value.__qualname__)

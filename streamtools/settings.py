@@ -27,7 +27,9 @@ class ProtocolSettings(BaseSettings):
         ConfigurationError: from `from_url`, when the URL does not fit; the text never holds a password.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", populate_by_name=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, hide_input_in_errors=True
+    )
 
     #: The protocol's name in the registries.
     protocol: ClassVar[str] = ""
@@ -77,7 +79,9 @@ class ProtocolSettings(BaseSettings):
     def _check_query(cls, query: dict[str, str]) -> None:
         for name in query:
             if name not in cls.model_fields:
-                raise ConfigurationError(f"A {cls.protocol} URL has no {name!r}. {near(name, cls.model_fields)}")
+                raise ConfigurationError(
+                    f"A {cls.protocol} URL has no {name!r}. {near(name, cls.model_fields)}"
+                )
 
     @property
     def safe_url(self) -> str:
@@ -117,7 +121,9 @@ class RabbitMQSettings(ProtocolSettings):
 
     host: str = "localhost"
     port: Annotated[int | None, Field(ge=1, le=65535)] = None
-    username: Annotated[str, Field(validation_alias=AliasChoices("username", "RMQ_USER", "RMQ_USERNAME"))] = "guest"
+    username: Annotated[str, Field(validation_alias=AliasChoices("username", "RMQ_USER", "RMQ_USERNAME"))] = (
+        "guest"
+    )
     password: Annotated[
         SecretStr, Field(validation_alias=AliasChoices("password", "RMQ_PASS", "RMQ_PASSWORD"))
     ] = SecretStr("guest")
@@ -157,7 +163,9 @@ class RabbitMQSettings(ProtocolSettings):
     @property
     def safe_url(self) -> str:
         hosts = ",".join(f"{h}:{p}" for h, p in self.addresses)
-        return f"{'amqps' if self.tls else 'amqp'}://{quote(self.username)}@{hosts}/{quote(self.vhost, safe='')}"
+        return (
+            f"{'amqps' if self.tls else 'amqp'}://{quote(self.username)}@{hosts}/{quote(self.vhost, safe='')}"
+        )
 
 
 class SQLiteSettings(ProtocolSettings):

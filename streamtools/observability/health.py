@@ -1,0 +1,111 @@
+"""Liveness and readiness of every consumer loop, over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from streamtools.errors import ConfigurationError, ConnectError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopHealth:
+    """One consumer loop.
+
+    Attributes:
+        queue: its queue.
+        protocol: its protocol's name.
+        state: starting, running, reconnecting, restarting, draining, stopped or dead.
+        progress: seconds since a delivery was last settled; None before the loop began.
+        restarts: how often it was started again after an error.
+        in_flight: handlers at work.
+    """
+
+    queue: str
+    protocol: str
+    state: str
+    progress: float | None = None
+    restarts: int = 0
+    in_flight: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthReport:
+    """Every loop of a runner."""
+
+    loops: list[LoopHealth] = field(default_factory=list)
+
+    @property
+    def live(self) -> bool:
+        """No loop is dead: restarting the process would not help."""
+        return all(loop.state != "dead" for loop in self.loops)
+
+    @property
+    def ready(self) -> bool:
+        """There are loops, and each is connected and running."""
+        return bool(self.loops) and all(loop.state == "running" for loop in self.loops)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON data."""
+        return {"live": self.live, "ready": self.ready, "loops": [asdict(loop) for loop in self.loops]}
+
+
+class HealthServer:
+    """Serves `GET /health/live` and `/health/ready` (200 or 503) and `/health` (JSON).
+
+    Parameters:
+        host: where to listen.
+        port: likewise; 0 takes a free one, which `port` then holds.
+        report: called for each request.
+    """
+
+    def __init__(self, host: str, port: int, report: Callable[[], HealthReport]) -> None:
+        self.host = host
+        self.port = port
+        self._report = report
+        self._runner: Any = None
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            ConfigurationError: aiohttp is not installed.
+            ConnectError: the port is taken.
+        """
+        try:
+            from aiohttp import web  # noqa: PLC0415 - only who asks for health endpoints needs aiohttp
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                'Health endpoints need aiohttp. Install it: pip install "streamtools[http]"'
+            ) from error
+        app = web.Application()
+        app.router.add_get("/health", self._handler(lambda report: True))
+        app.router.add_get("/health/live", self._handler(lambda report: report.live))
+        app.router.add_get("/health/ready", self._handler(lambda report: report.ready))
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self.host, self.port).start()
+        except OSError as error:
+            await self.stop()
+            raise ConnectError(
+                f"Health endpoints cannot listen on {self.host}:{self.port}: {error.strerror}. Choose another health_port.",
+                permanent=True,
+            ) from error
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Stop listening. Safe to repeat."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()
+
+    def _handler(self, fine: Callable[[HealthReport], bool]) -> Callable[[Any], Any]:
+        from aiohttp import web  # noqa: PLC0415
+
+        async def answer(request: web.Request) -> web.Response:
+            report = self._report()
+            return web.json_response(report.as_dict(), status=200 if fine(report) else 503)
+
+        return answer

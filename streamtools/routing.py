@@ -1,0 +1,124 @@
+"""ConsumerFactory: handlers by queue, with a decorator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from streamtools.binding import name_of
+from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
+from streamtools.errors import ConfigurationError
+from streamtools.settings import ProtocolSettings
+
+
+class Route(BoundHandler):
+    """A handler routed from a queue; its consumer is made when it is first asked for.
+
+    Attributes:
+        queue: the queue.
+        options: the consumer's parameters.
+    """
+
+    def __init__(
+        self, factory: ConsumerFactory, queue: str, function: Callable[..., Any], options: dict[str, Any]
+    ):
+        self.factory = factory
+        self.queue = queue
+        self.options = options
+        self._describe(function)
+
+    @cached_property
+    def consumer(self) -> Consumer:  # type: ignore[override]
+        """The consumer of this route."""
+        return self.build()
+
+    def build(self, url: str | ProtocolSettings | None = None) -> Consumer:
+        """A consumer for this route; at `url` instead of the factory's address, if given."""
+        consumer = self.factory.make(self.queue, self.options, url)
+        consumer.handler = self
+        return consumer
+
+    def __get__(self, instance: object, owner: type | None = None) -> BoundHandler:
+        if instance is None:
+            return self
+        return Route(self.factory, self.queue, self.function.__get__(instance, owner), self.options)
+
+
+class ConsumerFactory:
+    """Makes a consumer for each routed handler.
+
+    ```python
+    consumers = ConsumerFactory(url="amqp://localhost")
+
+    @consumers.route("orders", concurrency=8)
+    async def order(msg: Order): ...
+
+    ConsumerRunner(consumers).run()
+    ```
+
+    Parameters:
+        queue_type: the protocol by name, such as `HTTP`; by the URL when None.
+        url: the address, or a settings object; see `streamtools.settings`.
+        port: where protocols that listen do so; accepted for every protocol.
+        host: likewise.
+        options: parameters for every consumer, as for `Consumer`.
+
+    Raises:
+        UnknownProtocol: no protocol has this name.
+    """
+
+    def __init__(
+        self,
+        queue_type: str | None = None,
+        *,
+        url: str | ProtocolSettings | None = None,
+        port: int | None = None,
+        host: str | None = None,
+        **options: Any,
+    ) -> None:
+        if queue_type is not None and queue_type not in CONSUMER_LOOPS:
+            CONSUMER_LOOPS[queue_type]  # raises, naming the near ones
+        self.queue_type = queue_type
+        self.url = url
+        self.options = {"port": port, "host": host, **options}
+        #: One for each decorated handler, in the order of decoration.
+        self.handlers: list[Route] = []
+
+    def route(self, queue: str, **options: Any) -> Callable[[Callable[..., Any]], Route]:
+        """Register a handler for a queue; nothing connects yet.
+
+        Parameters:
+            queue: the queue's name. A queue has one handler (over HTTP: one for each method).
+            options: parameters for this consumer, as for `Consumer`.
+
+        Raises:
+            ConfigurationError: the queue has a handler already.
+        """
+        key = (queue, options.get("method"), options.get("group"))
+
+        def decorate(function: Callable[..., Any]) -> Route:
+            for other in self.handlers:
+                if (other.queue, other.options.get("method"), other.options.get("group")) == key:
+                    raise ConfigurationError(
+                        f"The queue {queue!r} has the handler {other.name} already, so {name_of(function)} cannot "
+                        "have it too; route it from another queue."
+                    )
+            handler = Route(self, queue, function, {**self.options, **options})
+            self.handlers.append(handler)
+            return handler
+
+        return decorate
+
+    @property
+    def instances(self) -> list[Consumer]:
+        """The consumers, one for each handler; made when first asked for."""
+        return [handler.consumer for handler in self.handlers]
+
+    def make(
+        self, queue: str, options: dict[str, Any], url: str | ProtocolSettings | None = None
+    ) -> Consumer:
+        """A consumer of this factory's protocol and address, or of `url`'s."""
+        if url is None and self.queue_type is not None:
+            return CONSUMER_LOOPS[self.queue_type](queue, url=self.url, **options)
+        return Consumer(queue, url=url or self.url, **options)
