@@ -115,9 +115,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)
-    )  # noqa: B004
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 def _in_thread(function: Callable[..., Any], executor: Executor | None) -> Callable[..., Any]:
@@ -145,6 +143,4 @@ def _outcome(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[bool
 
 def name_of(function: Callable[..., Any]) -> str:
     """The name of a handler, for logs, errors and copies."""
-    return str(getattr(function, "__qualname__", None) or type(function).__qualname__).removeprefix(
-        "<locals>."
-    )
+    return str(getattr(function, "__qualname__", None) or type(function).__qualname__).removeprefix("<locals>.")

@@ -45,13 +45,9 @@ def check_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
         try:
             size += len(name.encode()) + len(value.encode())
         except UnicodeEncodeError as error:
-            raise ConfigurationError(
-                f"The header {name!r} holds a lone surrogate, which no wire carries."
-            ) from error
+            raise ConfigurationError(f"The header {name!r} holds a lone surrogate, which no wire carries.") from error
     if size > HEADERS_LIMIT:
-        raise ConfigurationError(
-            f"The headers are {size} bytes; 64 KiB is the most. Put data into the payload."
-        )
+        raise ConfigurationError(f"The headers are {size} bytes; 64 KiB is the most. Put data into the payload.")
     return dict(headers)
 
 

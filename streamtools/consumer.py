@@ -90,11 +90,7 @@ class Consumer:
     def __new__(cls, queue: str = "", *, url: str | ProtocolSettings | None = None, **options: Any) -> Self:
         if cls is not Consumer:
             return super().__new__(cls)
-        name = (
-            url.protocol
-            if isinstance(url, ProtocolSettings)
-            else CONSUMER_LOOPS.protocol(url or default_url())
-        )
+        name = url.protocol if isinstance(url, ProtocolSettings) else CONSUMER_LOOPS.protocol(url or default_url())
         return super().__new__(CONSUMER_LOOPS[name])  # type: ignore[return-value]
 
     def __init__(

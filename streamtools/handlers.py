@@ -98,12 +98,8 @@ class HandlerFactory(Mapping[str, HandleMsgs]):
         UnknownProtocol: no protocol has this name.
     """
 
-    def __init__(
-        self, queues: Mapping[str, Mapping[str, str]], *, url: str | ProtocolSettings | None = None
-    ) -> None:
-        self.handlers: dict[str, HandleMsgs] = {
-            name: _pair(name, entry, url) for name, entry in queues.items()
-        }
+    def __init__(self, queues: Mapping[str, Mapping[str, str]], *, url: str | ProtocolSettings | None = None) -> None:
+        self.handlers: dict[str, HandleMsgs] = {name: _pair(name, entry, url) for name, entry in queues.items()}
 
     def __getitem__(self, name: str) -> HandleMsgs:
         try:
@@ -139,12 +135,8 @@ def _pair(name: str, entry: Mapping[str, str], url: str | ProtocolSettings | Non
         if key not in keys:
             raise ConfigurationError(f"Pair {name!r} has the unknown key {key!r}. {near(key, keys)}")
     if "consumer_loop" not in entry:
-        raise ConfigurationError(
-            f"Pair {name!r} lacks 'consumer_loop': say which protocol its consumer speaks."
-        )
-    return HandleMsgs(
-        entry.get("name", name), entry["consumer_loop"], producer_type=entry.get("producer"), url=url
-    )
+        raise ConfigurationError(f"Pair {name!r} lacks 'consumer_loop': say which protocol its consumer speaks.")
+    return HandleMsgs(entry.get("name", name), entry["consumer_loop"], producer_type=entry.get("producer"), url=url)
 
 
 def _known(registry: Any, name: str) -> str:

@@ -123,12 +123,8 @@ class Loop:
         Raises:
             ConnectionLost: once the handlers at work have ended; what was not settled comes back.
         """
-        tasks = [
-            asyncio.create_task(self._work(), name="streamtools-worker") for _ in range(self._concurrency)
-        ]
-        tasks += [
-            asyncio.create_task(lane.run(), name="streamtools-settle") for lane in (self._plain, self._moves)
-        ]
+        tasks = [asyncio.create_task(self._work(), name="streamtools-worker") for _ in range(self._concurrency)]
+        tasks += [asyncio.create_task(lane.run(), name="streamtools-settle") for lane in (self._plain, self._moves)]
         for task in tasks:
             task.add_done_callback(self._task_ended)
         stop = asyncio.create_task(stopping.wait())

@@ -23,9 +23,7 @@ QUEUE_OPTIONS: Final = frozenset(
     | {"partitions", "replication", "static_id", "consumer_group", "auto_ack", "exactly_once"}
 )
 #: Options of the built-in protocols' `send`.
-SEND_OPTIONS: Final = frozenset(
-    {"method", "endpoint", "headers_tag", "header_tag", "partition", "timestamp", "wait"}
-)
+SEND_OPTIONS: Final = frozenset({"method", "endpoint", "headers_tag", "header_tag", "partition", "timestamp", "wait"})
 
 
 class Options(BaseModel):
@@ -60,7 +58,5 @@ def read_options(
     try:
         return model(**{n: v for n, v in given.items() if n in model.model_fields}), foreign
     except ValidationError as error:
-        rows = "; ".join(
-            f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_input=False)
-        )
+        rows = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_input=False))
         raise ConfigurationError(f"{owner}: {rows}.") from error

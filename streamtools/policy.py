@@ -125,9 +125,7 @@ def redrive_copy(message: Message, queue: str | None = None) -> Message:
     """
     target = queue or (message.error.queue if message.error is not None else None)
     if target is None:
-        raise ConfigurationError(
-            f"Message {message.id} does not say which queue it came from; name one with queue=."
-        )
+        raise ConfigurationError(f"Message {message.id} does not say which queue it came from; name one with queue=.")
     return message.replace(queue=target, attempt=1, error=None, deliver_at=None, expires_at=None)
 
 

@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from streamtools import codec
+from streamtools.checks import Declare, check_headers, check_name, check_seconds
 from streamtools.errors import Closed, ConnectError, FeatureError, SendError
 from streamtools.features import Features
 from streamtools.message import NO_HEADERS, Message, ids
-from streamtools.checks import Declare, check_headers, check_name, check_seconds
 from streamtools.options import QUEUE_OPTIONS, SEND_OPTIONS, Options, read_options
 from streamtools.policy import backoff
 from streamtools.registry import Registry
@@ -194,8 +194,7 @@ class Producer:
             SendError: some are not known to be held; `.refused` and `.unknown` name them by id.
         """
         batch = [
-            self._encode(payload, headers, None, type=type, key=key, delay=delay, ttl=ttl)
-            for payload in payloads
+            self._encode(payload, headers, None, type=type, key=key, delay=delay, ttl=ttl) for payload in payloads
         ]
         if not batch:
             return []

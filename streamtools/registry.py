@@ -56,9 +56,7 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
 
     def __setitem__(self, name: str, value: type[T]) -> None:
         if name in ALIASES:
-            raise ConfigurationError(
-                f"{name!r} is an alias of {ALIASES[name]!r}; register under another name."
-            )
+            raise ConfigurationError(f"{name!r} is an alias of {ALIASES[name]!r}; register under another name.")
         taken = self._entries.get(name)
         if taken is not None and not _same(taken, value):
             raise ConfigurationError(

@@ -20,9 +20,7 @@ class Route(BoundHandler):
         options: the consumer's parameters.
     """
 
-    def __init__(
-        self, factory: ConsumerFactory, queue: str, function: Callable[..., Any], options: dict[str, Any]
-    ):
+    def __init__(self, factory: ConsumerFactory, queue: str, function: Callable[..., Any], options: dict[str, Any]):
         self.factory = factory
         self.queue = queue
         self.options = options
@@ -115,9 +113,7 @@ class ConsumerFactory:
         """The consumers, one for each handler; made when first asked for."""
         return [handler.consumer for handler in self.handlers]
 
-    def make(
-        self, queue: str, options: dict[str, Any], url: str | ProtocolSettings | None = None
-    ) -> Consumer:
+    def make(self, queue: str, options: dict[str, Any], url: str | ProtocolSettings | None = None) -> Consumer:
         """A consumer of this factory's protocol and address, or of `url`'s."""
         if url is None and self.queue_type is not None:
             return CONSUMER_LOOPS[self.queue_type](queue, url=self.url, **options)

@@ -186,9 +186,7 @@ class ConsumerRunner:
             Exception: what ended the runner, when it was not stopped.
         """
         if not self._handlers:
-            raise ConfigurationError(
-                "There is no handler to run: decorate one with @consumers.route('queue')."
-            )
+            raise ConfigurationError("There is no handler to run: decorate one with @consumers.route('queue').")
         self._stop.clear()
         async with AsyncExitStack() as stack:
             if signals and threading.current_thread() is threading.main_thread():
@@ -209,9 +207,7 @@ class ConsumerRunner:
         """
         waiting = asyncio.create_task(self._ready.wait())
         try:
-            await asyncio.wait(
-                {waiting, *([self._task] if self._task else [])}, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({waiting, *([self._task] if self._task else [])}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waiting.cancel()
         if self._task is not None and self._task.done():
@@ -252,9 +248,7 @@ class ConsumerRunner:
             await self._health.start()
 
     async def _supervise(self) -> None:
-        loops = [
-            asyncio.create_task(s.run(), name=f"streamtools-{s.consumer.queue}") for s in self._supervisors
-        ]
+        loops = [asyncio.create_task(s.run(), name=f"streamtools-{s.consumer.queue}") for s in self._supervisors]
         stop = asyncio.create_task(self._stop.wait())
         started = asyncio.create_task(self._announce())
         try:

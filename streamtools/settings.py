@@ -27,9 +27,7 @@ class ProtocolSettings(BaseSettings):
         ConfigurationError: from `from_url`, when the URL does not fit; the text never holds a password.
     """
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", populate_by_name=True, hide_input_in_errors=True)
 
     #: The protocol's name in the registries.
     protocol: ClassVar[str] = ""
@@ -79,9 +77,7 @@ class ProtocolSettings(BaseSettings):
     def _check_query(cls, query: dict[str, str]) -> None:
         for name in query:
             if name not in cls.model_fields:
-                raise ConfigurationError(
-                    f"A {cls.protocol} URL has no {name!r}. {near(name, cls.model_fields)}"
-                )
+                raise ConfigurationError(f"A {cls.protocol} URL has no {name!r}. {near(name, cls.model_fields)}")
 
     @property
     def safe_url(self) -> str:
@@ -121,12 +117,10 @@ class RabbitMQSettings(ProtocolSettings):
 
     host: str = "localhost"
     port: Annotated[int | None, Field(ge=1, le=65535)] = None
-    username: Annotated[str, Field(validation_alias=AliasChoices("username", "RMQ_USER", "RMQ_USERNAME"))] = (
-        "guest"
+    username: Annotated[str, Field(validation_alias=AliasChoices("username", "RMQ_USER", "RMQ_USERNAME"))] = "guest"
+    password: Annotated[SecretStr, Field(validation_alias=AliasChoices("password", "RMQ_PASS", "RMQ_PASSWORD"))] = (
+        SecretStr("guest")
     )
-    password: Annotated[
-        SecretStr, Field(validation_alias=AliasChoices("password", "RMQ_PASS", "RMQ_PASSWORD"))
-    ] = SecretStr("guest")
     vhost: str = "/"
     tls: bool = False
     cafile: str | None = None
@@ -163,9 +157,7 @@ class RabbitMQSettings(ProtocolSettings):
     @property
     def safe_url(self) -> str:
         hosts = ",".join(f"{h}:{p}" for h, p in self.addresses)
-        return (
-            f"{'amqps' if self.tls else 'amqp'}://{quote(self.username)}@{hosts}/{quote(self.vhost, safe='')}"
-        )
+        return f"{'amqps' if self.tls else 'amqp'}://{quote(self.username)}@{hosts}/{quote(self.vhost, safe='')}"
 
 
 class SQLiteSettings(ProtocolSettings):
