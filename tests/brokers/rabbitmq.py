@@ -1,0 +1,409 @@
+"""A RabbitMQ node (or a cluster) of our own, which a test may kill -9 and restart.
+
+    with RabbitMQNode() as node:
+        node.kill(); node.start()
+
+Calls block; inside a running event loop use `await asyncio.to_thread(node.restart)`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+from tests.brokers import packages
+from tests.brokers.address import RabbitMQAddress, with_vhost
+from tests.brokers.handshake import shake_hands
+from tests.brokers.home import Home
+from tests.brokers.processes import POLL, BrokerError, end, free_ports, spawn
+
+#: Seconds that a node may take until it answers; 8 on a quiet machine.
+START_TIMEOUT = 120.0
+#: Seconds that rabbitmqctl may take; 2 on a quiet machine.
+CTL_TIMEOUT = 60.0
+
+CONFIG = """\
+listeners.tcp.1 = 127.0.0.1:{port}
+listeners.ssl.1 = 127.0.0.1:{tls_port}
+ssl_options.cacertfile = {ca}
+ssl_options.certfile = {server_cert}
+ssl_options.keyfile = {server_key}
+ssl_options.verify = verify_peer
+ssl_options.fail_if_no_peer_cert = {require_client_cert}
+management.tcp.ip = 127.0.0.1
+management.tcp.port = {management_port}
+disk_free_limit.absolute = 50MB
+# The default of 512 MB is kept in memory, too, and weighs on small machines.
+raft.wal_max_size_bytes = 67108864
+"""
+CLUSTER = """\
+cluster_formation.peer_discovery_backend = classic_config
+cluster_formation.target_cluster_size_hint = {size}
+"""
+ERL_ARGS = "-kernel inet_dist_use_interface {127,0,0,1} -start_epmd false"
+
+
+class RabbitMQNode:
+    """One node with ports of its own: AMQP, AMQP over TLS, management, Erlang distribution.
+
+    Parameters:
+        home: shared by the nodes of a cluster; None makes one, which `close()` removes.
+        name: the node's short name, without a dot.
+        peers: names of all nodes of its cluster; empty for a single node.
+        require_client_cert: True makes the TLS listener refuse clients without a certificate.
+        guarded: see `Home`.
+    """
+
+    def __init__(
+        self,
+        home: Home | None = None,
+        *,
+        name: str = "n1",
+        peers: tuple[str, ...] = (),
+        require_client_cert: bool = False,
+        guarded: bool = True,
+    ) -> None:
+        self._owns_home = home is None
+        self.home = home or Home(guarded=guarded)
+        self.name = name
+        self.vhost = "/"
+        self.port, self.tls_port, self.management_port, self._dist_port = free_ports(4)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._configure(peers, require_client_cert)
+
+    # --- where it is ---------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int | None:
+        """The node itself, so that kill -9 hits it; None while it does not run."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    @property
+    def address(self) -> RabbitMQAddress:
+        """Everything that a client needs, as data."""
+        certificates = self.home.certificates
+        return RabbitMQAddress(
+            url=with_vhost(f"amqp://guest:guest@127.0.0.1:{self.port}/", self.vhost),
+            tls_url=with_vhost(f"amqps://guest:guest@127.0.0.1:{self.tls_port}/", self.vhost),
+            management_url=f"http://guest:guest@127.0.0.1:{self.management_port}",
+            ca=str(certificates.ca),
+            cert=str(certificates.client_cert),
+            key=str(certificates.client_key),
+        )
+
+    @property
+    def url(self) -> str:
+        """`amqp://guest:guest@127.0.0.1:<port>/<vhost>`."""
+        return self.address.url
+
+    @property
+    def tls_url(self) -> str:
+        """`amqps://...`; check it with `ca`, show `cert` and `key`."""
+        return str(self.address.tls_url)
+
+    @property
+    def management_url(self) -> str:
+        """`http://guest:guest@127.0.0.1:<port>`."""
+        return str(self.address.management_url)
+
+    @property
+    def ca(self) -> str:
+        """Path of the authority's certificate."""
+        return str(self.home.certificates.ca)
+
+    @property
+    def cert(self) -> str:
+        """Path of the client certificate."""
+        return str(self.home.certificates.client_cert)
+
+    @property
+    def key(self) -> str:
+        """Path of the client certificate's key."""
+        return str(self.home.certificates.client_key)
+
+    # --- life ----------------------------------------------------------------------------------------
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start it, on the same ports and data as before; nothing happens when it runs."""
+        if self.pid is None:
+            self.home.start_epmd()
+            self._process = spawn(
+                [str(packages.BIN / "rabbitmq-server"), "-noinput"],
+                env=self._environment(),
+                log=self.home.directory / f"{self.name}.out",
+                pid_file=self.home.directory / f"{self.name}.pid",
+            )
+        if wait:
+            self.wait_ready()
+
+    def kill(self) -> None:
+        """SIGKILL: no goodbye to clients, nothing flushed; returns when the process is gone."""
+        self._end(force=True)
+
+    def stop(self) -> None:
+        """SIGTERM: an orderly shutdown, the clients' connections are closed by the protocol."""
+        self._end(force=False)
+
+    def restart(self, *, force: bool = False) -> None:
+        """Stop (or, with `force`, kill) and start again; returns when it serves."""
+        self._end(force=force)
+        self.start()
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay open and nothing answers, until `thaw`."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT after `freeze`."""
+        self._signal(signal.SIGCONT)
+
+    def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
+        """Return when AMQP, AMQP over TLS and the management API let us in; raises BrokerError if not."""
+        deadline = time.monotonic() + timeout
+        while (trouble := self._trouble()) is not None:
+            if self.pid is None:
+                raise BrokerError(f"RabbitMQ {self.name} ended while starting.\n{self._last_words()}")
+            if time.monotonic() > deadline:
+                raise BrokerError(
+                    f"RabbitMQ {self.name} gave no answer in {timeout:g} s: {trouble}\n{self._last_words()}"
+                )
+            time.sleep(POLL)
+
+    def close(self) -> None:
+        """Kill it and, unless it is part of a cluster, remove everything; safe to repeat."""
+        self.kill()
+        if self._owns_home:
+            self.home.close()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- commands ------------------------------------------------------------------------------------
+
+    def ctl(self, *arguments: str) -> str:
+        """Run rabbitmqctl against this node and return what it prints; about 2 seconds each."""
+        done = subprocess.run(
+            [str(packages.BIN / "rabbitmqctl"), "-q", "-n", self._node_name, *arguments],
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CTL_TIMEOUT,
+        )
+        if done.returncode:
+            raise BrokerError(
+                f"rabbitmqctl {' '.join(arguments)} failed: {(done.stderr or done.stdout).strip()[-2000:]}"
+            )
+        return done.stdout
+
+    def raise_alarm(self) -> None:
+        """A memory alarm: the broker blocks every connection that publishes, until `clear_alarm`."""
+        self.ctl("set_vm_memory_high_watermark", "0.0001")
+        self._wait_alarm(True)
+
+    def clear_alarm(self) -> None:
+        """Back to the default limit; returns when publishers are free again."""
+        self.ctl("set_vm_memory_high_watermark", "0.4")
+        self._wait_alarm(False)
+
+    def close_all_connections(self, reason: str = "closed by a test") -> None:
+        """Close every client's connection by the protocol (320 CONNECTION_FORCED)."""
+        self.ctl("close_all_connections", reason)
+
+    def list_queues(self, *columns: str) -> list[dict[str, Any]]:
+        """Queues of the current virtual host as they are now: `list_queues("name", "messages", "type")`."""
+        columns = columns or ("name", "messages")
+        rows: list[dict[str, Any]] = json.loads(
+            self.ctl("--formatter", "json", "list_queues", "-p", self.vhost, *columns)
+        )
+        return rows
+
+    def delete_queue(self, queue: str) -> None:
+        """Delete a queue under its consumers: the broker cancels them."""
+        self.manage("DELETE", f"queues/{quote(self.vhost, safe='')}/{quote(queue, safe='')}")
+
+    def manage(self, method: str, path: str, body: Any = None) -> Any:
+        """Call the management API; see `RabbitMQAddress.manage`."""
+        return self.address.manage(method, path, body)
+
+    def fresh_vhost(self) -> None:
+        """Go on in a new, empty virtual host; the one before, unless it is `/`, is deleted."""
+        if self.vhost != "/":
+            self.manage("DELETE", f"vhosts/{self.vhost}")
+        self.vhost = f"test-{secrets.token_hex(4)}"
+        add_vhost(self.address, self.vhost)
+
+    # --- how -----------------------------------------------------------------------------------------
+
+    @property
+    def _node_name(self) -> str:
+        return f"{self.name}@localhost"
+
+    def _configure(self, peers: tuple[str, ...], require_client_cert: bool) -> None:
+        certificates = self.home.certificates
+        config = CONFIG.format(
+            port=self.port,
+            tls_port=self.tls_port,
+            management_port=self.management_port,
+            ca=certificates.ca,
+            server_cert=certificates.server_cert,
+            server_key=certificates.server_key,
+            require_client_cert=str(require_client_cert).lower(),
+        )
+        if peers:
+            config += CLUSTER.format(size=len(peers))
+            config += "".join(
+                f"cluster_formation.classic_config.nodes.{i} = {n}@localhost\n" for i, n in enumerate(peers, 1)
+            )
+        self._file("conf").write_text(config)
+        self._file("plugins").write_text("[rabbitmq_management].\n")
+        self._file("advanced.config").write_text("[].\n")
+
+    def _file(self, suffix: str) -> Any:
+        return self.home.directory / f"{self.name}.{suffix}"
+
+    def _environment(self) -> dict[str, str]:
+        data = self.home.directory / self.name
+        return self.home.environment() | {
+            "RABBITMQ_ALLOW_INPUT": "1",  # with it the script ends in `exec`: its pid is the node's
+            "RABBITMQ_NODENAME": self._node_name,
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(self._dist_port),
+            "RABBITMQ_CONFIG_FILE": str(self._file("conf")),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(self._file("advanced.config")),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self._file("plugins")),
+            "RABBITMQ_PLUGINS_EXPAND_DIR": str(data / "plugins"),
+            "RABBITMQ_MNESIA_BASE": str(data / "data"),
+            "RABBITMQ_LOG_BASE": str(data / "log"),
+            "RABBITMQ_PID_FILE": str(data / "pid"),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": ERL_ARGS,
+        }
+
+    def _end(self, *, force: bool) -> None:
+        if self._process is None:
+            return
+        if (pid := self.pid) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)  # a frozen process does not see SIGTERM
+            end(pid, force=force)
+        self._process.wait()
+        self._process = None
+        self._file("pid").unlink(missing_ok=True)
+
+    def _wait_alarm(self, wanted: bool, timeout: float = 30) -> None:
+        deadline = time.monotonic() + timeout
+        while self._has_alarm() is not wanted:
+            if time.monotonic() > deadline:
+                raise BrokerError(f"RabbitMQ {self.name}: memory alarm is not {wanted} after {timeout:g} s")
+            time.sleep(POLL)
+
+    def _has_alarm(self) -> bool:
+        try:
+            self.manage("GET", "health/checks/alarms")
+        except BrokerError as error:  # 503 while an alarm is on
+            if '"alarms":' not in str(error):
+                raise
+            return True
+        return False
+
+    def _signal(self, number: signal.Signals) -> None:
+        if (pid := self.pid) is None:
+            raise BrokerError(f"RabbitMQ {self.name} is not running; call start() first")
+        os.kill(pid, number)
+
+    def _trouble(self) -> Exception | None:
+        """What still stands against calling it ready."""
+        try:
+            shake_hands(with_vhost(self.url, "/"))
+            shake_hands(with_vhost(self.tls_url, "/"), ca=self.ca, cert=(self.cert, self.key))
+            self.manage("GET", "overview")
+        except (OSError, BrokerError) as error:
+            return error
+        return None
+
+    def _last_words(self) -> str:
+        logs = [self._file("out"), *sorted((self.home.directory / self.name / "log").glob("*.log"))]
+        return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-2000:]}" for log in logs if log.exists())
+
+
+class RabbitMQCluster:
+    """Several nodes that know each other; `nodes` one by one, `urls` for a client."""
+
+    def __init__(self, size: int = 3, *, guarded: bool = True) -> None:
+        self.home = Home(guarded=guarded)
+        names = tuple(f"n{i}" for i in range(1, size + 1))
+        self.nodes = [RabbitMQNode(self.home, name=name, peers=names) for name in names]
+
+    @property
+    def urls(self) -> list[str]:
+        """One URL for each node."""
+        return [node.url for node in self.nodes]
+
+    @property
+    def url(self) -> str:
+        """One URL with all hosts: `amqp://guest:guest@127.0.0.1:1,127.0.0.1:2/`."""
+        return f"amqp://guest:guest@{','.join(f'127.0.0.1:{n.port}' for n in self.nodes)}/{quote(self.nodes[0].vhost, safe='')}"
+
+    def start(self) -> None:
+        """Start what does not run; returns when all nodes serve and see each other."""
+        self.home.start_epmd()
+        with ThreadPoolExecutor(len(self.nodes)) as pool:
+            list(pool.map(RabbitMQNode.start, self.nodes))
+        self.wait_joined()
+
+    def wait_joined(self, timeout: float = START_TIMEOUT) -> None:
+        """Return when every node runs in one cluster."""
+        deadline = time.monotonic() + timeout
+        while (running := self._running()) < len(self.nodes):
+            if time.monotonic() > deadline:
+                raise BrokerError(f"{running} of {len(self.nodes)} nodes joined in {timeout:g} s")
+            time.sleep(POLL)
+
+    def _running(self) -> int:
+        return min(sum(bool(n.get("running")) for n in node.manage("GET", "nodes")) for node in self.nodes)
+
+    def close(self) -> None:
+        """Kill all and remove everything; safe to repeat."""
+        for node in self.nodes:
+            node.close()
+        self.home.close()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def add_vhost(address: RabbitMQAddress, vhost: str) -> None:
+    """Make a virtual host that `guest` may use."""
+    name = quote(vhost, safe="")
+    address.manage("PUT", f"vhosts/{name}", {})
+    address.manage("PUT", f"permissions/{name}/guest", {"configure": ".*", "write": ".*", "read": ".*"})
