@@ -7,7 +7,6 @@ import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, ClassVar, Final, Literal, Self
 
@@ -22,6 +21,7 @@ from streamtools.options import QUEUE_OPTIONS, Options, read_options
 from streamtools.policy import Retry, backoff
 from streamtools.registry import Registry
 from streamtools.settings import ProtocolSettings, default_url, resolve
+from streamtools.threads import Threads
 from streamtools.types import Middleware
 from streamtools.verdicts import RELEASE, Verdict
 
@@ -80,6 +80,8 @@ class Consumer:
     features: ClassVar[Features] = Features()
     settings_class: ClassVar[type[ProtocolSettings]] = ProtocolSettings
     options_class: ClassVar[type[Options]] = Options
+    #: Seconds in which `_receive` has surely found what is there.
+    look: ClassVar[float] = 0.25
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -143,6 +145,7 @@ class Consumer:
         self._connected = False
         self._closed = False
         self._opening = asyncio.Lock()
+        self._pulling = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._deadline: float | None = None
 
@@ -208,19 +211,20 @@ class Consumer:
         """Pull up to `max_messages`; each delivery is to be settled by hand.
 
         Parameters:
-            timeout: seconds to wait for the first one; 0 returns at once with what is there, None
-                waits for ever.
+            timeout: seconds to wait for the first one; 0 returns with what is there as soon as the
+                broker has answered, None waits for ever.
 
         Returns:
             Deliveries, none when the time is over.
         """
         if max_messages < 1:
             raise ValueError(f"max_messages={max_messages} is out of range: at least 1.")
-        deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        if timeout is not None:
+            timeout = asyncio.get_running_loop().time() + max(timeout, self.look)
         while True:
             await self._connect(time.monotonic() + self.connect_timeout)
             try:
-                return await self._pull(max_messages, deadline)
+                return await self._pull(max_messages, timeout)
             except ConnectError as error:
                 if error.permanent:
                     raise
@@ -243,19 +247,22 @@ class Consumer:
             ConnectError: the first connection cannot be made, or a later one is refused for good.
             QueueError: about the queue.
         """
-        executor = ThreadPoolExecutor(self.concurrency, f"streamtools-{self.queue}")
+        self._closed = False
+        threads = Threads(self.concurrency, f"streamtools-{self.queue}")
         try:
-            dispatch = self._dispatcher(
-                chain(compile_handler(handler.function, executor, self.resolvers), self.middleware),
-                handler.name,
-            )
+            function = compile_handler(handler.function, threads, self.resolvers)
+            dispatch = self._dispatcher(chain(function, self.middleware), handler.name)
             await self._connect(time.monotonic() + self.connect_timeout)
             if on_started is not None:
                 on_started()
             await self._run(dispatch)
+        except ConnectError:
+            if not self._stopping.is_set():
+                raise
         finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown()
             await self.close()
+            self._stopping.clear()
 
     def stop(self, grace: float = 30.0) -> None:
         """Take no more messages; handlers at work have `grace` seconds, the rest goes back. Safe to repeat."""
@@ -350,7 +357,7 @@ class Consumer:
         while not self._stopping.is_set():
             self._loop = Loop(
                 self, dispatch, concurrency=self.concurrency, prefetch=self.prefetch,
-                by_key=self.ordered_by == "key", ack=self.ack, hand=self._settle_by_hand, finished=finished,
+                by_key=self.ordered_by == "key", ack=self.ack, finished=finished,
             )  # fmt: skip
             watch = asyncio.create_task(self._watch(dispatch))
             try:
@@ -391,7 +398,7 @@ class Consumer:
 
     async def _pull(self, limit: int, deadline: float | None) -> list[Delivery]:
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(deadline), self._pulling:
                 batch = await self._receive(limit)
         except TimeoutError:
             return []
@@ -400,11 +407,7 @@ class Consumer:
         return list(batch)
 
     async def _settle_by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
-        settlement = self._by_hand.settlement(delivery, delivery.message, verdict, None)
-        if self._loop is not None:
-            await self._loop.by_hand(settlement)
-        else:
-            await self._settle([settlement])
+        await self._settle([self._by_hand.settlement(delivery, delivery.message, verdict, None)])
 
     async def _connect(self, deadline: float) -> None:
         async with self._opening:

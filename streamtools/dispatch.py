@@ -124,7 +124,10 @@ class Dispatcher:
         details = describe(message, error if error is not None else verdict.reason, self._name)
         if verdict.kind is Kind.RETRY:
             return retry_copy(message, details, verdict.delay)
-        return error_copy(message, details, self._error_queue)
+        copy = error_copy(message, details, self._error_queue)
+        if copy.queue == message.queue:  # the error queue's own consumer failed: not again at once
+            return copy.replace(deliver_at=time.time() + self._retry.max_delay)
+        return copy
 
     def _poison(self, delivery: Delivery) -> Settlement:
         error = HandlerError(

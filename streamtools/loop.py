@@ -12,12 +12,14 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Literal, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Final, Literal, Protocol
 
-from streamtools.delivery import Delivery, SettleByHand, Settlement
+from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import ConnectError, ConnectionLost, SendError
-from streamtools.verdicts import ACK, RELEASE, Kind
+from streamtools.message import Message
+from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
 
 log = logging.getLogger("streamtools")
 
@@ -29,6 +31,8 @@ SUSPECT: Final = 2
 REFUSED_DELAY: Final = 0.5
 REFUSED_MAX_DELAY: Final = 30.0
 
+#: Seconds for the last settlements when the loop ends.
+FLUSH: Final = 5.0
 #: Verdicts kept over a reconnect, at most.
 FINISHED_LIMIT: Final = 10_000
 
@@ -43,13 +47,28 @@ class Source(Protocol):
     async def _stop(self) -> None: ...
 
 
+class Dispatch(Protocol):
+    """What turns a delivery into a settlement: by its handler, or by a verdict given by hand."""
+
+    async def __call__(self, delivery: Delivery) -> Settlement: ...
+    def settlement(
+        self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
+    ) -> Settlement: ...
+
+
 class Lane:
     """Settles what is added, in batches: all that gathered while the last batch was under way."""
 
     def __init__(self, settle: Callable[[list[Settlement]], Awaitable[None]]) -> None:
         self._settle = settle
         self._pending: list[Settlement] = []
+        self._settling = False
         self._wake = asyncio.Event()
+
+    @property
+    def busy(self) -> bool:
+        """Something added is not settled yet."""
+        return self._settling or bool(self._pending)
 
     def add(self, settlement: Settlement) -> None:
         self._pending.append(settlement)
@@ -60,7 +79,9 @@ class Lane:
             await self._wake.wait()
             self._wake.clear()
             batch, self._pending = self._pending, []
+            self._settling = True
             await self._settle(batch)
+            self._settling = False
 
 
 class Loop:
@@ -73,20 +94,18 @@ class Loop:
         prefetch: deliveries in hand at most.
         by_key: deliveries of one key are handled one after the other.
         ack: "after" the handler, "on_receive", or "manual".
-        hand: settles a delivery whose verdict the handler gives itself.
         finished: settlements that an earlier connection took with it, by message id and attempt.
     """
 
     def __init__(
         self,
         source: Source,
-        dispatch: Callable[[Delivery], Awaitable[Settlement]],
+        dispatch: Dispatch,
         *,
         concurrency: int,
         prefetch: int,
         by_key: bool,
         ack: Ack,
-        hand: SettleByHand,
         finished: dict[tuple[str, int], Settlement],
     ) -> None:
         self._source = source
@@ -95,13 +114,13 @@ class Loop:
         self._prefetch = prefetch
         self._by_key = by_key
         self._ack = ack
-        self._hand = hand
         self._finished = finished
         self._ready: deque[Delivery] = deque()
         self._keys: dict[str, deque[Delivery]] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._changed = asyncio.Event()
         self._lost: ConnectError | None = None
+        self._held_back: set[asyncio.Task[None]] = set()
         self._plain = Lane(self._settle_all)
         self._moves = Lane(self._settle_moves)
         #: Deliveries received and not yet settled.
@@ -123,10 +142,8 @@ class Loop:
         Raises:
             ConnectionLost: once the handlers at work have ended; what was not settled comes back.
         """
-        tasks = [asyncio.create_task(self._work(), name="streamtools-worker") for _ in range(self._concurrency)]
-        tasks += [asyncio.create_task(lane.run(), name="streamtools-settle") for lane in (self._plain, self._moves)]
-        for task in tasks:
-            task.add_done_callback(self._task_ended)
+        workers = [self._start(self._work(), "worker") for _ in range(self._concurrency)]
+        lanes = [self._start(lane.run(), "settle") for lane in (self._plain, self._moves)]
         stop = asyncio.create_task(stopping.wait())
         stop.add_done_callback(lambda _: self._changed.set())
         try:
@@ -135,14 +152,19 @@ class Loop:
             await self._drain(stopping, grace)
         finally:
             stop.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for task in tasks:
+            await _end(workers)
+            await self._flush()
+            await _end([*lanes, *self._held_back])
+        for task in (*workers, *lanes):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
         if self._lost is not None:
             raise self._lost
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=f"streamtools-{name}")
+        task.add_done_callback(self._task_ended)
+        return task
 
     # --- taking in ------------------------------------------------------------------------------
 
@@ -216,7 +238,7 @@ class Loop:
         return True
 
     def _accept(self, delivery: Delivery) -> None:
-        delivery.hand = self._hand
+        delivery.hand = self.by_hand
         if self._finished and self._settle_again(delivery):
             return
         if self._by_key and (key := delivery.message.key) is not None:
@@ -291,9 +313,9 @@ class Loop:
 
     # --- settling -------------------------------------------------------------------------------
 
-    async def by_hand(self, settlement: Settlement) -> None:
+    async def by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
         """Perform a verdict that the handler gave itself; returns when it is given to the broker."""
-        await self._source._settle([settlement])
+        await self._source._settle([self._dispatch.settlement(delivery, delivery.message, verdict, None)])
         if self._ack == "manual":
             self._done(1)
 
@@ -314,25 +336,38 @@ class Loop:
             self._done(len(batch))
 
     async def _settle_moves(self, batch: list[Settlement]) -> None:
-        """As `_settle_all`, and what the broker refuses is tried again: it is never let go."""
+        try:
+            await self._source._settle(batch)
+        except ConnectError as error:
+            self._fail(error, batch)
+        except SendError as error:
+            log.error("The broker refused what is to be sent before settling: %s", error)  # noqa: TRY400
+            for settlement in batch:
+                self._keep(self._insist(settlement))
+        else:
+            self._done(len(batch))
+
+    async def _insist(self, settlement: Settlement) -> None:
+        """Try again until the broker takes it: a message is never let go, and none waits behind it."""
         delay = REFUSED_DELAY
         while True:
             try:
-                await self._source._settle(batch)
+                await self._source._settle([settlement])
             except ConnectError as error:
-                return self._fail(error, batch)
+                return self._fail(error, [settlement])
             except SendError as error:
-                log.error("The broker does not take what was to be sent before settling: %s", error)  # noqa: TRY400
-                if len(batch) > 1:
-                    return await self._settle_one_by_one(batch)
+                message = settlement.delivery.message
+                log.error("Message %s of %r is held back: %s", message.id, message.queue, error)  # noqa: TRY400
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, REFUSED_MAX_DELAY)
             else:
-                return self._done(len(batch))
+                return self._done(1)
 
-    async def _settle_one_by_one(self, batch: list[Settlement]) -> None:
-        # So that one message that is refused does not hold up the rest of its batch.
-        await asyncio.gather(*(self._settle_moves([settlement]) for settlement in batch))
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._held_back.add(task)
+        task.add_done_callback(self._held_back.discard)
+        task.add_done_callback(self._task_ended)
 
     def _done(self, number: int) -> None:
         self.in_hand -= number
@@ -383,6 +418,13 @@ class Loop:
         except TimeoutError:
             log.warning("%d deliveries not finished in time; they go back to the broker.", self.in_hand)
 
+    async def _flush(self) -> None:
+        """Settle what is finished, even when the loop itself was cancelled, so that it is not repeated."""
+        with suppress(TimeoutError):  # what is not settled in time is delivered again
+            async with asyncio.timeout(FLUSH):
+                while self._lost is None and (self._plain.busy or self._moves.busy):
+                    await self._change()
+
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or (error := task.exception()) is None:
             return
@@ -391,3 +433,10 @@ class Loop:
             error if isinstance(error, ConnectError) else ConnectionLost(f"the loop ended by {error!r}")
         )
         self._changed.set()
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -226,6 +226,7 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
     features = FEATURES
     settings_class = AsyncIOSettings
     settings: AsyncIOSettings
+    look = 0.0
     _broker: Broker
     _queue: Queue | None = None
 
