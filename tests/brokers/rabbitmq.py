@@ -362,7 +362,8 @@ class RabbitMQCluster:
     @property
     def url(self) -> str:
         """One URL with all hosts: `amqp://guest:guest@127.0.0.1:1,127.0.0.1:2/`."""
-        return f"amqp://guest:guest@{','.join(f'127.0.0.1:{n.port}' for n in self.nodes)}/{quote(self.nodes[0].vhost, safe='')}"
+        hosts = ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+        return f"amqp://guest:guest@{hosts}/%2F"
 
     def start(self) -> None:
         """Start what does not run; returns when all nodes serve and see each other."""
