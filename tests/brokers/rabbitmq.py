@@ -225,6 +225,16 @@ class RabbitMQNode:
         self.ctl("set_vm_memory_high_watermark", "0.4")
         self._wait_alarm(False)
 
+    def has_alarm(self) -> bool:
+        """Whether any alarm is on, of memory or of disk."""
+        try:
+            self.manage("GET", "health/checks/alarms")
+        except BrokerError as error:  # 503 while an alarm is on
+            if '"alarms":' not in str(error):
+                raise
+            return True
+        return False
+
     def close_all_connections(self, reason: str = "closed by a test") -> None:
         """Close every client's connection by the protocol (320 CONNECTION_FORCED)."""
         self.ctl("close_all_connections", reason)
@@ -312,19 +322,10 @@ class RabbitMQNode:
 
     def _wait_alarm(self, wanted: bool, timeout: float = 30) -> None:
         deadline = time.monotonic() + timeout
-        while self._has_alarm() is not wanted:
+        while self.has_alarm() is not wanted:
             if time.monotonic() > deadline:
                 raise BrokerError(f"RabbitMQ {self.name}: memory alarm is not {wanted} after {timeout:g} s")
             time.sleep(POLL)
-
-    def _has_alarm(self) -> bool:
-        try:
-            self.manage("GET", "health/checks/alarms")
-        except BrokerError as error:  # 503 while an alarm is on
-            if '"alarms":' not in str(error):
-                raise
-            return True
-        return False
 
     def _signal(self, number: signal.Signals) -> None:
         if (pid := self.pid) is None:
