@@ -1,0 +1,187 @@
+"""`streamtools demo`, and how it is told."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Final
+
+from streamtools.cli import output
+from streamtools.cli.session import Json, Url, address, drive, source
+from streamtools.settings import URL_VARIABLE
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from streamtools.cli.demo.tally import Result
+    from streamtools.redrive import ErrorGroup
+
+#: The embedded default: a temporary file, so that nothing is left behind.
+EMBEDDED: Final = "sqlite://"
+COLUMNS: Final = ("sent", "handled", "retried", "dead-lettered", "redriven")
+
+
+def demo(*, url: Url = None, json: Json = False) -> None:
+    """Run a service of three handlers on 3,000 order events, with retries, an error queue and a redrive.
+
+    Without an address it works on a SQLite file of its own, which is removed. On a broker it works on queues
+    of its own, which are deleted at the end.
+    """
+    with _place(url) as where, _quiet():
+        result = drive(_run(where, json))
+    if json:
+        output.print_json(_as_data(result))
+    else:
+        _print_result(result)
+    if not result.adds_up:
+        output.fail("the numbers do not add up; please report this with the table above.")
+
+
+async def _run(url: str, json: bool) -> Result:
+    from streamtools.cli.demo.flow import run_demo
+
+    if json:
+        return await run_demo(url, Silent())
+    with Teller() as teller:
+        return await run_demo(url, teller)
+
+
+@contextmanager
+def _place(url: str | None) -> Iterator[str]:
+    if source(url) != "the default" and address(url) != EMBEDDED:
+        yield address(url)
+        return
+    with TemporaryDirectory(prefix="streamtools-demo-") as directory:
+        yield f"sqlite:///{directory}/demo.db"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Every rejection and retry is logged with its reason: in a service just right, here it would bury the story."""
+    log = logging.getLogger("streamtools")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+class Silent:
+    """Tells nothing."""
+
+    def phase(self, text: str, total: int) -> None:
+        """Nothing."""
+
+    def progress(self, done: int) -> None:
+        """Nothing."""
+
+    def errors(self, groups: Sequence[ErrorGroup]) -> None:
+        """Nothing."""
+
+
+class Teller:
+    """Tells in one line for each phase, with a progress bar while it lasts."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._text = ""
+        self._begin = 0.0
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Teller:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._end(finished=error is None)
+
+    def phase(self, text: str, total: int) -> None:
+        """A bar of its own."""
+        self._end()
+        self._number += 1
+        self._text, self._begin = text, time.monotonic()
+        self._bar = _bar()
+        self._bar.add_task(f"{self._number}  {text}", total=total)
+        self._bar.start()
+
+    def progress(self, done: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done)
+
+    def errors(self, groups: Sequence[ErrorGroup]) -> None:
+        """What the error queue holds, as `streamtools errors list` shows it."""
+        from rich.padding import Padding
+
+        self._end()
+        self._number += 1
+        print(f"{self._number}  The error queue holds what no retry could help:")
+        made = output.table("", "failed in", "exception", "count", "the latest one's reason", right=["count"])
+        for group in groups:
+            name = group.queue.rpartition(".")[2], group.exception.rpartition(".")[2]
+            made.add_row(*name, str(group.count), output.printable(group.reason))
+        output.out().print(Padding(made, (0, 0, 0, 3)))
+
+    def _end(self, *, finished: bool = True) -> None:
+        bar, self._bar = self._bar, None
+        if bar is None:
+            return
+        bar.stop()
+        if finished:
+            number = int(bar.tasks[0].completed)
+            print(f"{self._number}  {self._text}: {number:,} in {time.monotonic() - self._begin:.1f} s")
+
+
+def _bar() -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    # Transient: when a phase ends its line replaces the bar, in the order of the story.
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn()
+    return Progress(*columns, console=output.out(), transient=True, disable=not output.out().is_terminal)
+
+
+def _print_result(result: Result) -> None:
+    made = output.table(f"\nOn {result.url}", "queue", *COLUMNS, right=COLUMNS)
+    made.show_footer = True
+    rows = [(row.queue, *_numbers(row)) for row in result.rows]
+    for column, value in zip(made.columns, ("together", *_numbers(result.total)), strict=True):
+        column.footer = output.cell(value)
+    output.print_table(made, rows)
+    total = result.total
+    print(
+        f"{total.handled:,} messages handled in {result.seconds:.1f} s: {result.rate:,.0f} a second, each sent, "
+        f"confirmed, received and acknowledged."
+    )
+    if result.adds_up:
+        print(
+            f"The numbers add up: sent = handled + dead-lettered - redriven; {result.left} wait in the error queue."
+        )
+    if result.url.startswith(("sqlite", "asyncio")):
+        print(f"On RabbitMQ: {URL_VARIABLE}=amqp://guest:guest@localhost/ {_command()} demo")
+
+
+def _command() -> str:
+    return "streamtools" if sys.argv[0].endswith("/streamtools") else "python -m streamtools"
+
+
+def _numbers(row: Any) -> tuple[int, ...]:
+    return (row.sent, row.handled, row.retried, row.dead_lettered, row.redriven)
+
+
+def _as_data(result: Result) -> dict[str, Any]:
+    total = asdict(result.total)
+    del total["queue"]
+    return {
+        "url": result.url,
+        **total,
+        "left": result.left,
+        "seconds": round(result.seconds, 3),
+        "rate": round(result.rate, 1),
+        "adds_up": result.adds_up,
+        "queues": {row.queue: {n: v for n, v in asdict(row).items() if n != "queue"} for row in result.rows},
+    }

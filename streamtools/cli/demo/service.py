@@ -1,0 +1,103 @@
+"""The demo's service: orders -> payments -> shipments. Nothing in it knows which protocol it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from streamtools.cli.demo.models import Order, Payment, Shipment
+from streamtools.errors import Reject
+from streamtools.message import Message
+from streamtools.policy import Retry
+from streamtools.producer import Producer
+from streamtools.routing import ConsumerFactory
+from streamtools.runner import ConsumerRunner
+from streamtools.types import Middleware
+
+#: Handlers of one queue at once: while one waits for its send to be confirmed, the others go on.
+CONCURRENCY: Final = 50
+#: The card company answers within a fraction of a second, or is asked again.
+RETRY: Final = Retry(retries=5, delay=0.2)
+
+
+class CardCompanyBusy(Exception):
+    """The card company did not answer in time; it will, if asked again."""
+
+
+class WarehouseClosed(Reject):
+    """Nobody is there to pack: an operator is to put the shipment back once somebody is."""
+
+
+class Warehouses:
+    """Which warehouses are closed."""
+
+    def __init__(self, *closed: str) -> None:
+        self._closed = set(closed)
+
+    def open(self, name: str) -> None:
+        """From now on somebody packs there."""
+        self._closed.discard(name)
+
+    def check(self, name: str) -> None:
+        """Raise unless somebody packs there.
+
+        Raises:
+            WarehouseClosed: nobody does.
+        """
+        if name in self._closed:
+            raise WarehouseClosed(f"The warehouse {name} is closed.")
+
+
+class Queues:
+    """The demo's queue names: those of one run share a prefix and meet no other run's."""
+
+    def __init__(self, prefix: str) -> None:
+        self.orders = f"{prefix}.orders"
+        self.payments = f"{prefix}.payments"
+        self.shipments = f"{prefix}.shipments"
+        self.error = f"{prefix}.error"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.orders, self.payments, self.shipments))
+
+
+def build(url: str, queues: Queues, warehouses: Warehouses, watch: Middleware) -> ConsumerRunner:
+    """The service, ready to run.
+
+    Parameters:
+        watch: counts what happens, for the demo's table.
+    """
+    consumers = ConsumerFactory(
+        url=url, concurrency=CONCURRENCY, retry=RETRY, error_queue=queues.error, middleware=[watch]
+    )
+    payments = Producer(queues.payments, url=url)
+    shipments = Producer(queues.shipments, url=url)
+
+    @consumers.route(queues.orders)
+    async def order(msg: Order) -> None:
+        # The id is made of the order's own, so that an order that is handled twice is paid once.
+        await payments.send(Payment(order=msg), id=f"payment-{msg.order_id}", type="demo.Payment")
+
+    @consumers.route(queues.payments)
+    async def payment(msg: Payment, message: Message) -> None:
+        charge(msg.order, message.attempt)
+        parcels = sum(line.quantity for line in msg.order.lines)
+        shipment = Shipment(parcels=parcels, **msg.order.model_dump(include={"order_id", "warehouse", "ship_to"}))
+        await shipments.send(shipment, id=f"shipment-{msg.order.order_id}", type="demo.Shipment")
+
+    @consumers.route(queues.shipments)
+    async def shipment(msg: Shipment) -> None:
+        warehouses.check(msg.warehouse)
+
+    return ConsumerRunner(consumers, payments, shipments)
+
+
+def charge(order: Order, attempt: int) -> None:
+    """Charge the customer's card: one in ten needs a second attempt, one in a hundred a third.
+
+    Raises:
+        CardCompanyBusy: ask again.
+    """
+    needed = 3 if order.number % 100 == 7 else 2 if order.number % 10 == 7 else 1
+    if attempt < needed:
+        raise CardCompanyBusy(f"No answer for {order.order_id} within a second.")

@@ -1,0 +1,118 @@
+"""What happened to each message of the demo, counted by id, so that one delivered twice counts once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from streamtools.errors import DecodeError, HandlerError, Reject
+from streamtools.message import Message
+from streamtools.types import Handler
+
+#: Seconds without any event after which the demo says that something is wrong.
+PATIENCE: Final = 30.0
+
+
+class Tally:
+    """A middleware that counts."""
+
+    def __init__(self) -> None:
+        self.handled: dict[str, set[str]] = defaultdict(set)
+        self.retried: dict[str, set[tuple[str, int]]] = defaultdict(set)
+        self.rejected: dict[str, set[str]] = defaultdict(set)
+        self._changed = asyncio.Event()
+
+    async def watch(self, message: Message, call_next: Handler) -> object:
+        """Count one run of a handler."""
+        try:
+            result = await call_next(message)
+        except (DecodeError, Reject):
+            self.rejected[message.queue].add(message.id)
+            raise
+        except Exception:
+            self.retried[message.queue].add((message.id, message.attempt))
+            raise
+        else:
+            self.handled[message.queue].add(message.id)
+            return result
+        finally:
+            self._changed.set()
+
+    async def until(self, finished: Callable[[], bool]) -> None:
+        """Wait until `finished()` is true.
+
+        Raises:
+            HandlerError: nothing happens any more.
+        """
+        while not finished():
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await self._changed.wait()
+            except TimeoutError:
+                raise HandlerError(
+                    f"The demo heard of no message for {PATIENCE:g} s: is another program at work on its queues?"
+                ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The numbers of one queue.
+
+    Attributes:
+        queue: its name in the service.
+        sent: messages that the broker confirmed.
+        handled: messages that a handler finished.
+        retried: runs that failed and were repeated.
+        dead_lettered: messages found in the error queue.
+        redriven: messages put back from there.
+    """
+
+    queue: str
+    sent: int
+    handled: int
+    retried: int
+    dead_lettered: int
+    redriven: int
+
+    @property
+    def adds_up(self) -> bool:
+        """Every message sent was handled, or is still in the error queue."""
+        return self.sent == self.handled + self.dead_lettered - self.redriven
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What the demo ends with.
+
+    Attributes:
+        url: where it ran, without a password.
+        rows: one for each queue, in the order of the service.
+        left: messages in the error queue at the end, as the broker counts them.
+        seconds: from the first send to the last settlement.
+    """
+
+    url: str
+    rows: tuple[Row, ...]
+    left: int
+    seconds: float
+
+    @property
+    def total(self) -> Row:
+        """All queues together."""
+        names = ("sent", "handled", "retried", "dead_lettered", "redriven")
+        return Row(queue="total", **{name: sum(getattr(row, name) for row in self.rows) for name in names})
+
+    @property
+    def rate(self) -> float:
+        """Messages handled in a second, each of them sent, confirmed, received and acknowledged."""
+        return self.total.handled / self.seconds
+
+    @property
+    def adds_up(self) -> bool:
+        """No message is missing and none is there twice."""
+        total = self.total
+        return all(row.adds_up for row in self.rows) and self.left == total.dead_lettered - total.redriven

@@ -1,0 +1,94 @@
+"""Finding what `streamtools run module:app` names."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from streamtools.consumer import BoundHandler, Consumer
+from streamtools.errors import ConfigurationError, near
+from streamtools.handlers import HandlerFactory
+from streamtools.routing import ConsumerFactory
+from streamtools.runner import ConsumerRunner
+
+#: What can be run, as a runner or inside one.
+RUNNABLE: Final = (ConsumerRunner, ConsumerFactory, HandlerFactory, Consumer, BoundHandler)
+
+
+def load(target: str) -> ConsumerRunner:
+    """The runner that `module:name` names; anything else that can run is put into one.
+
+    The working directory is searched first, as `python -m` does.
+
+    Raises:
+        ConfigurationError: there is no such module or name in it, or it is nothing that can run.
+        Exception: what the module raises when it is imported.
+    """
+    name, _, path = target.partition(":")
+    if not name or name.endswith(".py") or "/" in name:
+        raise ConfigurationError(f"{target!r} does not name a module: write {_suggest(name)}:app, with dots.")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    module = _import(name)
+    if not path:
+        raise ConfigurationError(f"{target!r} does not say what to run: write {name}:app. {_candidates(module)}")
+    return _runner(_attribute(module, path), target)
+
+
+def _suggest(name: str) -> str:
+    return name.removesuffix(".py").strip("./").replace("/", ".") or "module"
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A module that is there and misses another one is the user's own error: theirs to see whole.
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise
+        raise ConfigurationError(
+            f"There is no module {error.name!r}, looked for from {Path.cwd()}. {near(error.name, _modules())}"
+        ) from None
+
+
+def _modules() -> list[str]:
+    here = Path.cwd()
+    files = [*here.glob("*.py"), *here.glob("*/*.py"), *here.glob("*/*/*.py")]
+    names = {".".join(file.relative_to(here).with_suffix("").parts) for file in files}
+    names = {name.removesuffix(".__init__") for name in names if name.replace(".", "").isidentifier()}
+    return sorted(names)[:200]
+
+
+def _attribute(module: ModuleType, path: str) -> Any:
+    found: Any = module
+    for part in path.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            known = [name for name in vars(module) if not name.startswith("_")]
+            raise ConfigurationError(
+                f"{module.__name__!r} has no {path!r}. {_candidates(module) or near(path, known)}"
+            ) from None
+    return found
+
+
+def _candidates(module: ModuleType) -> str:
+    names = [name for name, value in vars(module).items() if isinstance(value, RUNNABLE)]
+    return f"It can run: {', '.join(f'{module.__name__}:{name}' for name in names)}." if names else ""
+
+
+def _runner(found: Any, target: str) -> ConsumerRunner:
+    if isinstance(found, ConsumerRunner):
+        return found
+    if isinstance(found, ConsumerFactory | HandlerFactory | Consumer | BoundHandler):
+        return ConsumerRunner(found)
+    if isinstance(found, Iterable) and not isinstance(found, str | bytes) and (parts := list(found)):
+        return ConsumerRunner(*parts)
+    raise ConfigurationError(
+        f"{target!r} is {type(found).__name__}, which cannot run: name a ConsumerRunner, ConsumerFactory, "
+        "HandlerFactory, Consumer or decorated handler."
+    )

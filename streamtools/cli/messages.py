@@ -1,0 +1,350 @@
+"""`streamtools send` and `streamtools receive`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json as json_module
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final
+
+import typer
+
+from streamtools.cli import output
+from streamtools.cli.session import Json, Url, address, drive
+
+if TYPE_CHECKING:
+    from streamtools.delivery import Delivery
+    from streamtools.message import Message
+    from streamtools.producer import Producer
+
+#: Messages that are sent or received at once.
+BATCH: Final = 500
+#: Messages that `receive` can hold at once while it only looks.
+HOLD: Final = 1_000
+#: Messages that `receive` shows when it is not told how many, and does not follow.
+SHOWN: Final = 10
+
+Header = Annotated[list[str] | None, typer.Option("--header", "-H", metavar="NAME=VALUE", help="May be repeated.")]
+
+
+def send(
+    queue: Annotated[str, typer.Argument(help="The queue; made if it is missing.")],
+    payload: Annotated[str | None, typer.Argument(help="JSON, or text; - reads standard input.")] = None,
+    *,
+    url: Url = None,
+    header: Header = None,
+    key: Annotated[str | None, typer.Option(help="Messages of one key keep their order.")] = None,
+    type_: Annotated[str | None, typer.Option("--type", help="The name of what the payload is.")] = None,
+    delay: Annotated[float, typer.Option(min=0, help="Seconds before it may be received.")] = 0.0,
+    ttl: Annotated[float | None, typer.Option(min=0, help="Seconds after which it is not handled any more.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="JSON lines, one message each; - is stdin.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Bytes as they are, whether JSON, text or neither.")] = False,
+    json: Json = False,
+) -> None:
+    """Send a message and print its id once the broker holds it; or send each line of a file.
+
+    A payload that is JSON goes as JSON, byte for byte; any other as text. A file is checked to hold JSON
+    alone before its first line is sent, unless --raw; its lines go in confirmed batches of 500.
+    """
+    fields = {"headers": _headers(header or []), "key": key, "type": type_}
+    template = Template(fields, delay=delay, ttl=ttl, raw=raw)
+    if (payload is None) == (file is None):
+        output.fail("say what to send: a payload, - for standard input, or --file.", output.USAGE)
+    if file is not None:
+        drive(_send_file(queue, url, file, template, as_json=json))
+    else:
+        data = sys.stdin.buffer.read() if payload == "-" else (payload or "").encode("utf-8", "surrogateescape")
+        drive(_send_one(queue, url, data, template, as_json=json))
+
+
+def _headers(texts: Sequence[str]) -> dict[str, str]:
+    from streamtools.checks import check_headers
+    from streamtools.errors import ConfigurationError
+
+    pairs = [text.partition("=") for text in texts]
+    for name, equals, _ in pairs:
+        if not equals:
+            output.fail(f"--header {name!r} has no value: write --header name=value.", output.USAGE)
+    try:
+        return check_headers({name: value for name, _, value in pairs})
+    except ConfigurationError as error:
+        output.fail(str(error), output.USAGE)
+
+
+class Template:
+    """What the messages of one command have in common; makes them from bytes.
+
+    Not `Producer.send(data)`: JSON is to arrive as it was typed, not parsed and written anew.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], *, delay: float, ttl: float | None, raw: bool) -> None:
+        from streamtools.message import ids
+
+        self._fields = fields
+        self._delay = delay
+        self._ttl = ttl
+        self._raw = raw
+        self._new_id = ids()
+
+    def check(self, producer: Producer) -> None:
+        """Raise if the protocol cannot do what is asked.
+
+        Raises:
+            FeatureError: it holds no message back.
+        """
+        if self._delay and not producer.features.delay:
+            from streamtools.errors import FeatureError
+
+            raise FeatureError(f"{producer.protocol!r} holds no message back: leave --delay away.")
+
+    def make(self, body: bytes, queue: str) -> Message:
+        """A message with this body."""
+        from streamtools.message import Message
+
+        now = time.time()
+        return Message(
+            body=body,
+            queue=queue,
+            id=self._new_id(),
+            time=now,
+            content_type=self._content_type(body),
+            deliver_at=now + self._delay if self._delay else None,
+            expires_at=None if self._ttl is None else now + self._ttl,
+            **self._fields,
+        )
+
+    def _content_type(self, body: bytes) -> str:
+        from streamtools import codec
+
+        if self._raw:
+            return codec.BINARY
+        if why_not_json(body) is None:
+            return codec.JSON
+        try:
+            body.decode()
+        except UnicodeDecodeError:
+            output.fail("the payload is neither JSON nor UTF-8 text; send it with --raw.", output.USAGE)
+        return codec.TEXT
+
+    def check_lines(self, file: Path) -> None:
+        """Every line of a file is JSON, unless they go raw.
+
+        Raises:
+            typer.Exit: one is not.
+        """
+        with file.open("rb") as stream:
+            for number, line in _lines(stream):
+                self.check_line(number, line)
+
+    def check_line(self, number: int, line: bytes) -> None:
+        """A line is JSON, unless it goes raw.
+
+        Raises:
+            typer.Exit: it is not.
+        """
+        if not self._raw and (why := why_not_json(line)):
+            output.fail(f"line {number} is not JSON: {why}. Mend it, or send the lines as they are with --raw.")
+
+
+def why_not_json(data: bytes) -> str | None:
+    """What is wrong with this JSON; None when nothing is."""
+    try:
+        json_module.loads(data, parse_constant=_not_json)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _not_json(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _producer(queue: str, url: str | None) -> Producer:
+    from streamtools.producer import Producer
+
+    if address(url).startswith("asyncio:"):
+        output.note("note: asyncio:// queues live within one process; nothing else will ever see this message.")
+    return Producer(queue, url=address(url))
+
+
+async def _send_one(queue: str, url: str | None, data: bytes, template: Template, *, as_json: bool) -> None:
+    async with _producer(queue, url) as producer:
+        template.check(producer)
+        receipts = await producer.send_messages([template.make(data, queue)])
+    _print_ids(receipts, as_json)
+
+
+async def _send_file(queue: str, url: str | None, file: Path, template: Template, *, as_json: bool) -> None:
+    standard_input = str(file) == "-"
+    size = None if standard_input else _size(file)
+    if not standard_input:
+        template.check_lines(file)
+    sent = 0
+    with open_lines(file) as stream, output.bar("Sending", size) as advance:
+        async with _producer(queue, url) as producer:
+            template.check(producer)
+            lines = _lines(stream)
+            # In a thread: standard input may keep us waiting, and the connection must stay alive meanwhile.
+            while batch := await asyncio.to_thread(lambda: list(islice(lines, BATCH))):
+                for number, line in batch:
+                    template.check_line(number, line)
+                receipts = await producer.send_messages([template.make(line, queue) for _, line in batch])
+                sent += len(receipts)
+                advance(sum(len(line) + 1 for _, line in batch))
+                if as_json:
+                    _print_ids(receipts, as_json)
+    output.note(f"{sent:,} messages sent to {queue}.")
+
+
+def open_lines(file: Path) -> AbstractContextManager[BinaryIO]:
+    """The file, or standard input for `-`, which stays open."""
+    return nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")
+
+
+def _size(file: Path) -> int:
+    try:
+        with file.open("rb"):
+            return file.stat().st_size
+    except OSError as error:
+        output.fail(f"{file} cannot be read: {error.strerror}.", output.USAGE)
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            yield number, line.rstrip(b"\r\n")
+
+
+def _print_ids(receipts: Sequence[Any], as_json: bool) -> None:
+    for receipt in receipts:
+        if as_json:
+            output.print_json({"id": receipt.id, "queue": receipt.queue})
+        else:
+            print(receipt.id)
+
+
+def receive(
+    queue: Annotated[str, typer.Argument(help="The queue; never made here.")],
+    *,
+    url: Url = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    maximum: Annotated[
+        int | None, typer.Option("--max", "-n", min=1, help=f"Messages at most; {SHOWN} unless --follow.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the next one, unless --follow.")] = 1.0,
+    ack: Annotated[bool, typer.Option("--ack/--no-ack", help="Take them out of the queue.")] = False,
+    json: Json = False,
+) -> None:
+    """Show messages. They stay in the queue, unless --ack.
+
+    Without --ack the messages are only looked at: they go back when the command ends, in their order, and
+    until then no consumer has them. Where the broker counts deliveries, looking counts as one. With --ack
+    each is acknowledged once it has been printed, and is then gone.
+    """
+    limit = maximum if maximum is not None or follow else SHOWN
+    show = _show_json if json else _show
+    viewer = Viewer(queue, address(url), show, ack=ack)
+    try:
+        drive(viewer.run(limit, None if follow else timeout))
+    except typer.Exit as end:
+        if not follow or end.exit_code < 128:
+            raise
+    if not json:
+        viewer.summary()
+
+
+class Viewer:
+    """Receives and shows messages.
+
+    Parameters:
+        show: prints one.
+        ack: take each out of the queue once it is shown.
+    """
+
+    def __init__(self, queue: str, url: str, show: Callable[[Delivery], None], *, ack: bool) -> None:
+        self._queue = queue
+        self._url = url
+        self._show = show
+        self._ack = ack
+        self._shown = 0
+
+    async def run(self, limit: int | None, timeout: float | None) -> None:
+        """Until `limit` messages are shown, or none came for `timeout` seconds."""
+        from streamtools.consumer import Consumer
+
+        most = limit if self._ack else min(limit or HOLD, HOLD)
+        prefetch = min(most or BATCH, HOLD)
+        async with Consumer(self._queue, url=self._url, declare=False, prefetch=prefetch) as consumer:
+            while most is None or self._shown < most:
+                batch = await consumer.receive(min(BATCH, (most or HOLD) - self._shown, prefetch), timeout=timeout)
+                if not batch:
+                    break
+                await self._take(batch)
+            if not self._ack and self._shown == HOLD != limit:
+                output.note(f"note: {HOLD:,} are held, no more can be looked at once; take them out with --ack.")
+
+    async def _take(self, batch: Sequence[Delivery]) -> None:
+        for delivery in batch:
+            self._show(delivery)
+            self._shown += 1
+        sys.stdout.flush()  # if nobody reads it any more, this raises, and nothing is acknowledged
+        if self._ack:
+            await asyncio.gather(*(delivery.ack() for delivery in batch))
+
+    def summary(self) -> None:
+        """Say how many were shown, and where they are now."""
+        if not self._shown:
+            output.note(f"{self._queue} has no message that is due.")
+        else:
+            what = "taken out of" if self._ack else "shown; they stay in"
+            output.note(f"{self._shown:,} message{'s' if self._shown > 1 else ''} {what} {self._queue}.")
+
+
+def as_data(message: Message) -> dict[str, Any]:
+    """A message as JSON data, without what is unset; a body that is not text in base64."""
+    fields = ("id", "queue", "type", "source", "key", "content_type", "correlation_id", "reply_to", "intent")
+    data: dict[str, Any] = {name: value for name in fields if (value := getattr(message, name)) is not None}
+    for name in ("time", "deliver_at", "expires_at"):
+        if (seconds := getattr(message, name)) is not None:
+            data[name] = output.moment(seconds)
+    return data | {"attempt": message.attempt, "headers": dict(message.headers), **_body(message)}
+
+
+def _body(message: Message) -> dict[str, Any]:
+    if (message.content_type or "json").partition(";")[0].endswith("json"):
+        with suppress(ValueError):  # it says JSON and is not: shown as text
+            return {"payload": json_module.loads(message.body, parse_constant=_not_json)}
+    with suppress(UnicodeDecodeError):
+        return {"text": message.body.decode()}
+    return {"base64": base64.b64encode(message.body).decode()}
+
+
+def body_text(message: Message) -> str:
+    """The body for a person."""
+    body = _body(message)
+    if "payload" in body:
+        return json_module.dumps(body["payload"], ensure_ascii=False, indent=2)
+    return str(body.get("text", f"({len(message.body):,} bytes that are not text)"))
+
+
+def _show_json(delivery: Delivery) -> None:
+    print(json_module.dumps(as_data(delivery.message), ensure_ascii=False))
+
+
+def _show(delivery: Delivery) -> None:
+    message = delivery.message
+    facts = [output.moment(message.time), message.type, message.key and f"key {message.key}"]
+    if message.attempt > 1:
+        facts.append(f"attempt {message.attempt}")
+    print(output.printable(f"--- {message.id}  {'  '.join(fact for fact in facts if fact)}"))
+    for name, value in message.headers.items():
+        print(output.printable(f"{name}: {value}"))
+    print(output.printable(body_text(message)))

@@ -1,0 +1,133 @@
+"""What the commands print: results on stdout, everything said to a person on stderr or as a table.
+
+With `--json`, stdout holds JSON alone. Text that came in a message is never trusted: control
+characters are shown, not sent to the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+#: Exit codes.
+FAILED = 1
+USAGE = 2
+
+
+@cache
+def out() -> Console:
+    """The console on stdout."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+@cache
+def err() -> Console:
+    """The console on stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def note(text: str) -> None:
+    """Say something to the person at the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fail(text: str, code: int = FAILED) -> NoReturn:
+    """Say what is wrong, and end with this exit code."""
+    note(f"error: {text}")
+    raise typer.Exit(code)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document, on one line."""
+    print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
+
+
+def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
+    """An empty table; the columns named in `right` are aligned there."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def print_table(made: Table, rows: Iterable[Sequence[object]]) -> None:
+    """Fill the table and print it."""
+    from rich.text import Text
+
+    for row in rows:
+        made.add_row(*(Text(cell(value)) for value in row))
+    out().print(made)
+
+
+@contextmanager
+def bar(text: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, gone at the end, and none where there is no terminal; call it with the advance."""
+    from rich.progress import Progress
+
+    with Progress(console=err(), transient=True, disable=not err().is_terminal) as bars:
+        task = bars.add_task(text, total=total)
+        yield lambda done: bars.update(task, advance=done)
+
+
+def cell(value: object) -> str:
+    """A value as a person reads it; `-` for what is not known."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """The text with its control characters shown as escapes, but for line ends and tabs."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def moment(seconds: float | None) -> str | None:
+    """Seconds since the epoch as RFC 3339 in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if seconds else None
+
+
+def age(seconds: float | None) -> str:
+    """A span of time, in its largest unit."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something that cannot be undone.
+
+    Raises:
+        typer.Exit: the answer is no, or there is no one to ask.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        fail(f"{question} There is no terminal to ask at; repeat the command with --yes.", USAGE)
+    if not typer.confirm(question, err=True):
+        note("Nothing was changed.")
+        raise typer.Exit(FAILED)

@@ -1,0 +1,78 @@
+"""`streamtools run`: a service, in this process or in worker processes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from streamtools.cli.output import FAILED, USAGE, fail
+from streamtools.cli.session import Url, code_of, export
+from streamtools.errors import StreamToolsError
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def run(
+    target: Annotated[str, typer.Argument(metavar="MODULE:APP", help="What to run, such as shop.service:runner.")],
+    *,
+    url: Url = None,
+    workers: Annotated[int, typer.Option(min=1, max=512, help="Processes that share the work.")] = 1,
+    reload: Annotated[bool, typer.Option("--reload", help="Start anew when a .py file here changes.")] = False,
+    log_level: Annotated[LogLevel, typer.Option(help="What is logged, on stderr.")] = "info",
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Run a ConsumerRunner, ConsumerFactory, HandlerFactory, Consumer or decorated handler until SIGTERM or Ctrl-C.
+
+    The working directory is on the import path. With --workers or --reload the service runs in processes
+    that are watched: one that dies is started again, a few times, and after that the whole command ends
+    with 1. SIGTERM and Ctrl-C let handlers at work finish; a second one ends at once.
+    """
+    export(url)
+    _log_to_stderr(log_level, workers > 1 or reload or parent is not None)
+    if workers > 1 or reload:
+        raise typer.Exit(_run_workers(target, workers, log_level, reload=reload))
+    if parent is not None:
+        from streamtools.cli.workers import end_with_parent
+
+        end_with_parent(parent)
+    _run_here(target)
+
+
+def _run_here(target: str) -> None:
+    from streamtools.cli.loading import load
+
+    try:
+        load(target).run()
+    except StreamToolsError as error:
+        fail(str(error), code_of(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(FAILED) from None  # while the service's module was still being imported
+
+
+def _run_workers(target: str, number: int, log_level: str, *, reload: bool) -> int:
+    from streamtools.cli.reload import changes
+    from streamtools.cli.workers import Workers
+
+    if sys.platform == "win32":
+        fail("--workers and --reload need process groups and signals, which Windows lacks.", USAGE)
+    command = [sys.executable, "-m", "streamtools", "run", target, "--log-level", log_level]
+    watch = partial(changes, Path.cwd()) if reload else None
+
+    async def supervise() -> int:
+        return await Workers(command, number, watch).run()
+
+    return asyncio.run(supervise())
+
+
+def _log_to_stderr(level: str, several: bool) -> None:
+    process = " %(process)d" if several else ""
+    # Only where the service's own module has not set up logging: basicConfig leaves handlers alone.
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format=f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s"
+    )

@@ -1,0 +1,79 @@
+"""What every command shares: the address it works at, and running a coroutine with errors for people."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from streamtools.cli.output import FAILED, USAGE, fail
+from streamtools.errors import ConfigurationError, QueueError, StreamToolsError
+from streamtools.settings import URL_VARIABLE, default_url
+
+T = TypeVar("T")
+
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help=f"Where the broker is; {URL_VARIABLE} when not given, else sqlite:///streamtools.db."),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def address(url: str | None) -> str:
+    """The URL to work at."""
+    return url or default_url()
+
+
+def source(url: str | None) -> str:
+    """Where the URL comes from."""
+    if url:
+        return "--url"
+    return URL_VARIABLE if os.environ.get(URL_VARIABLE) else "the default"
+
+
+def export(url: str | None) -> None:
+    """Make `--url` the address of this process and of those it starts, without showing it in their arguments."""
+    if url:
+        os.environ[URL_VARIABLE] = url
+
+
+def drive(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command's coroutine; our own errors become one line on stderr and an exit code.
+
+    Raises:
+        typer.Exit: with 1 when it failed, 2 when what was asked for cannot be.
+    """
+    try:
+        return asyncio.run(_until_signal(work))
+    except StreamToolsError as error:
+        fail(str(error), code_of(error))
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once more when it flushes.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except asyncio.CancelledError:
+        raise typer.Exit(128 + signal.SIGTERM) from None
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code for an error: 2 for what was typed wrong, 1 for what went wrong."""
+    return USAGE if isinstance(error, ConfigurationError) and not isinstance(error, QueueError) else FAILED
+
+
+async def _until_signal(work: Coroutine[Any, Any, T]) -> T:
+    # SIGTERM ends a command as Ctrl-C does: what it holds goes back to the broker.
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    with suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread, not on this system
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task

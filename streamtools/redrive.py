@@ -1,0 +1,224 @@
+"""The error queue, for operators: which messages failed and why, and putting them back to work."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Final
+
+from streamtools.admin import BATCH, SILENCE, QueueAdmin
+from streamtools.consumer import Consumer
+from streamtools.delivery import Delivery
+from streamtools.errors import ConfigurationError, near
+from streamtools.message import ErrorDetails, Message
+
+#: Called with the number of messages looked at so far.
+Progress = Callable[[int], None]
+#: The filter's names, each with the value that it is compared with.
+FIELDS: Final[dict[str, Callable[[Message, ErrorDetails], str]]] = {
+    "queue": lambda message, error: error.queue or message.queue,
+    "exception": lambda message, error: error.exception,
+    "handler": lambda message, error: error.handler,
+    "reason": lambda message, error: error.reason,
+    "type": lambda message, error: message.type or "",
+    "id": lambda message, error: message.id,
+    "key": lambda message, error: message.key or "",
+    "source": lambda message, error: message.source or "",
+}
+#: Before the name of a user's header.
+HEADER: Final = "header."
+#: Deliveries held at once while looking for those to discard; AMQP's prefetch is a 16 bit number.
+HOLD_LIMIT: Final = 60_000
+NO_DETAILS: Final = ErrorDetails(queue="")
+
+Condition = Callable[[Message], bool]
+
+
+class ErrorFilter:
+    """Chooses messages of an error queue: true for those that meet every condition.
+
+    `name=value` compares a field: queue, exception (its full name or the last part), handler, reason, type,
+    id, key, source, or header.NAME. `*` and `?` in a value stand for anything; a reason need only contain
+    its value. A word without `=` is looked for in the reason and in the body.
+
+    Parameters:
+        conditions: each one or several, separated by blanks; quote a value that has blanks.
+
+    Raises:
+        ConfigurationError: a name that is not known, or a quote that is not closed.
+    """
+
+    def __init__(self, conditions: Iterable[str] = ()) -> None:
+        self._texts = [word for text in conditions for word in _words(text)]
+        self._conditions: list[Condition] = [_condition(text) for text in self._texts]
+
+    def __call__(self, message: Message) -> bool:
+        return all(condition(message) for condition in self._conditions)
+
+    def __bool__(self) -> bool:
+        return bool(self._conditions)
+
+    def __repr__(self) -> str:
+        return f"ErrorFilter({self._texts})"
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigurationError(f"The filter {text!r} cannot be read: {error}.") from None
+
+
+def _condition(text: str) -> Condition:
+    name, equals, value = text.partition("=")
+    if not equals:
+        return _containing(text)
+    if name.startswith(HEADER):
+        header = name.removeprefix(HEADER)
+        return lambda message: fnmatchcase(message.headers.get(header, ""), value)
+    if name not in FIELDS:
+        raise ConfigurationError(f"A filter has no {name!r}. {near(name, [*FIELDS, HEADER + 'NAME'])}")
+    read, fits = FIELDS[name], _fits(name, value)
+    return lambda message: fits(read(message, message.error or NO_DETAILS))
+
+
+def _fits(name: str, value: str) -> Callable[[str], bool]:
+    if name == "reason":
+        return lambda text: value in text or fnmatchcase(text, value)
+    if name == "exception":
+        return lambda text: fnmatchcase(text, value) or fnmatchcase(text.rpartition(".")[2], value)
+    return lambda text: fnmatchcase(text, value)
+
+
+def _containing(text: str) -> Condition:
+    body = text.encode()
+    return lambda message: body in message.body or text in (message.error or NO_DETAILS).reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorGroup:
+    """Messages that failed in one queue by one exception.
+
+    Attributes:
+        queue: where they failed.
+        exception: the exception's name; empty where they were rejected without one.
+        count: how many.
+        first_failed: the earliest first failure, in seconds since the epoch.
+        last_failed: the latest last failure.
+        reason: the latest one's text.
+        example: the latest one's id.
+    """
+
+    queue: str
+    exception: str
+    count: int
+    first_failed: float
+    last_failed: float
+    reason: str
+    example: str
+
+
+def group_errors(messages: Iterable[Message]) -> list[ErrorGroup]:
+    """The messages by source queue and exception, the largest group first."""
+    groups: dict[tuple[str, str], list[Message]] = {}
+    for message in messages:
+        error = message.error or NO_DETAILS
+        groups.setdefault((error.queue, error.exception), []).append(message)
+    found = [_group(queue, exception, members) for (queue, exception), members in groups.items()]
+    return sorted(found, key=lambda group: (-group.count, group.queue, group.exception))
+
+
+def _group(queue: str, exception: str, members: Sequence[Message]) -> ErrorGroup:
+    details = [message.error or NO_DETAILS for message in members]
+    latest = max(range(len(members)), key=lambda place: details[place].last_failed)
+    return ErrorGroup(
+        queue=queue,
+        exception=exception,
+        count=len(members),
+        first_failed=min(error.first_failed for error in details),
+        last_failed=details[latest].last_failed,
+        reason=details[latest].reason,
+        example=members[latest].id,
+    )
+
+
+async def redrive(
+    admin: QueueAdmin,
+    queue: str,
+    *,
+    where: Condition = lambda message: True,
+    target: str | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Put failed messages back to work, as attempt 1, with their body, id and headers; the number of them.
+
+    Each is held by its target before it leaves the error queue: a crash in between can repeat one,
+    never lose one.
+
+    Parameters:
+        queue: the error queue.
+        where: only those for which it is true.
+        target: where to; the queue that each one failed in when None.
+        limit: this many at most.
+        progress: called with the number looked at so far.
+
+    Raises:
+        QueueError: there is no such queue.
+        ConfigurationError: a message does not say where it failed, and no target is given.
+        SendError: a target does not take a message; it stays in the error queue.
+    """
+    return await admin.move(queue, target, where=_counted(where, limit, progress))
+
+
+async def discard(
+    admin: QueueAdmin,
+    queue: str,
+    *,
+    where: Condition = lambda message: True,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Forget messages for ever; the number of them. Parameters as for `redrive`.
+
+    Raises:
+        QueueError: there is no such queue.
+    """
+    waiting = min((await admin.stats(queue)).ready, HOLD_LIMIT)
+    chosen = _counted(where, limit, progress)
+    done = seen = 0
+    reader = Consumer(queue, url=admin.settings, declare=False, prefetch=max(1, waiting))
+    async with reader:
+        while seen < waiting:
+            batch = await reader.receive(min(BATCH, waiting - seen), timeout=SILENCE)
+            if not batch:
+                break
+            seen += len(batch)
+            done += await _drop([delivery for delivery in batch if chosen(delivery.message)])
+    return done
+
+
+async def _drop(batch: Sequence[Delivery]) -> int:
+    await asyncio.gather(*(delivery.drop() for delivery in batch))
+    return len(batch)
+
+
+def _counted(where: Condition, limit: int | None, progress: Progress | None) -> Condition:
+    """`where`, until it was true `limit` times."""
+    seen = found = 0
+
+    def choose(message: Message) -> bool:
+        nonlocal seen, found
+        seen += 1
+        if progress is not None:
+            progress(seen)
+        if limit is not None and found >= limit:
+            return False
+        chosen = where(message)
+        found += chosen
+        return chosen
+
+    return choose
