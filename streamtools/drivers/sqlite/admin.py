@@ -1,0 +1,108 @@
+"""SQLiteAdmin."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from streamtools.admin import QueueAdmin, QueueInfo, Reader
+from streamtools.drivers.sqlite.consumer import SQLiteReader
+from streamtools.drivers.sqlite.database import Session
+from streamtools.drivers.sqlite.producer import declare
+from streamtools.drivers.sqlite.tables import Tables
+from streamtools.errors import ConnectError, QueueError
+from streamtools.settings import SQLiteSettings
+
+#: Messages deleted in one transaction, so that others have their turn.
+PURGE: Final = 5000
+
+
+class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
+    """Looks at the queues of a SQLite file. The numbers of all groups of a queue are added up.
+
+    Messages whose `ttl` has passed count as waiting until a consumer meets and drops them.
+    """
+
+    settings_class = SQLiteSettings
+    settings: SQLiteSettings
+    _session: Session | None = None
+
+    async def _open(self) -> None:
+        await self._close()
+        # A thread of its own: counting a million messages must not hold up consumers.
+        self._session = await Session.open(self.settings, use="admin")
+
+    async def _close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _list(self) -> Sequence[QueueInfo]:
+        names = await self._call(names_of, None)
+        return [await self._stats(name) for name in names]
+
+    async def _create(self, queue: str, options: dict[str, Any]) -> None:
+        await declare(self._get(), [queue], True)
+
+    async def _delete(self, queue: str) -> None:
+        await self._purge(queue)
+        await self._call(drop, queue, full=True)
+
+    async def _purge(self, queue: str) -> int:
+        last = await self._call(last_id, queue)
+        number = 0
+        while more := await self._call(forget, (queue, last), full=True):
+            number += more
+        return number
+
+    async def _stats(self, queue: str) -> QueueInfo:
+        ready, delayed, in_hand, oldest = await self._call(numbers, queue)
+        age = None if oldest is None else max(0.0, time.time() - oldest)
+        return QueueInfo(name=queue, ready=ready, delayed=delayed, in_hand=in_hand, oldest=age)
+
+    def _reader(self, queue: str, prefetch: int) -> Reader:
+        return SQLiteReader(queue, url=self.settings, prefetch=max(1, prefetch), declare=False)
+
+    async def _call(self, run: Any, argument: Any, *, full: bool = False) -> Any:
+        found = await self._get().call(run, argument, full=full)
+        if found is None:
+            raise QueueError(f"There is no queue {argument!r} in {self.settings.path}.")
+        return found
+
+    def _get(self) -> Session:
+        if self._session is None:
+            raise ConnectError(f"{self!r} is not open: async with ADMINS['sqlite'](url=...) as admin: ...")
+        return self._session
+
+
+def names_of(tables: Tables, arguments: Sequence[None]) -> list[list[str]]:
+    """The names of all queues."""
+    names = [row[0] for row in tables.run("SELECT name FROM queues").fetchall()]
+    return [names for _ in arguments]
+
+
+def last_id(tables: Tables, arguments: Sequence[str]) -> list[int | None]:
+    """The last row id given so far; None where the queue is missing."""
+    last = tables.value("SELECT last FROM sequence")
+    return [last if tables.has_queue(queue) else None for queue in arguments]
+
+
+def forget(tables: Tables, arguments: Sequence[tuple[str, int]]) -> list[int]:
+    """Delete some of what waits in each queue up to a row id; how many."""
+    return [sum(tables.forget(lane, last, PURGE) for lane in tables.lanes(queue)) for queue, last in arguments]
+
+
+def drop(tables: Tables, arguments: Sequence[str]) -> list[bool]:
+    """Delete queues, with what came in since they were purged."""
+    for queue in arguments:
+        for lane in tables.lanes(queue):
+            tables.forget(lane, 1 << 62, None)
+        tables.drop_queue(queue)
+    return [True for _ in arguments]
+
+
+def numbers(tables: Tables, arguments: Sequence[str]) -> list[tuple[int, int, int, float | None] | None]:
+    """For each queue: ready, delayed, in hand, and when its oldest message was sent."""
+    now = time.time()
+    return [tables.numbers(queue, now) if tables.has_queue(queue) else None for queue in arguments]

@@ -1,0 +1,209 @@
+"""SQLiteConsumer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from streamtools.consumer import Consumer
+from streamtools.delivery import Delivery, Settlement
+from streamtools.drivers.sqlite.database import Session
+from streamtools.drivers.sqlite.producer import FEATURES, declare, insert, missing
+from streamtools.drivers.sqlite.rows import Row, encode
+from streamtools.drivers.sqlite.schema import NoRoom
+from streamtools.drivers.sqlite.tables import Tables
+from streamtools.drivers.sqlite.worker import Holder
+from streamtools.errors import Closed, ConnectError, QueueError, SendError
+from streamtools.settings import SQLiteSettings
+from streamtools.verdicts import Kind
+
+
+class Token(NamedTuple):
+    """What settles a delivery: the row, and the claim under which it was taken.
+
+    Attributes:
+        origin: the lane that it failed in, where it was read from an error queue.
+    """
+
+    id: int
+    claim: int
+    lane: int
+    origin: int | None
+
+
+@dataclass(slots=True)
+class Verdicts:
+    """A batch of settlements as the database thread performs it.
+
+    Attributes:
+        acks: row ids to delete, by claim.
+        releases: row ids to give back, by claim.
+        moves: (row id, claim, what goes out first).
+    """
+
+    acks: dict[int, list[int]] = field(default_factory=dict)
+    releases: dict[int, list[int]] = field(default_factory=dict)
+    moves: list[tuple[int, int, list[Row]]] = field(default_factory=list)
+
+
+class SQLiteConsumer(Consumer, protocol="sqlite"):
+    """Reads messages from a SQLite file, beside other consumers in this and other processes.
+
+    A message is claimed under a lease (`SQLiteSettings.lease`), which the database thread renews: what a
+    killed process had in hand comes back when its lease has run out, counted as one delivery; what a
+    consumer has in hand when it closes goes back at once, uncounted. A settlement, with all that it
+    sends, is one transaction; one that comes after its lease ran out does nothing.
+
+    Groups: as long as no consumer has come, messages wait in the queue. The first one to come, with
+    `group=` or without, takes over what waits there. From then on each message is kept once for each
+    group that has ever come, the consumers without a group together being one of them; a group that is
+    new begins with what is sent from then on. `offset="latest"` has the first group leave what waits.
+    A retry goes back to the group whose handler failed, and so does a redrive from the error queue.
+    """
+
+    features = FEATURES
+    settings_class = SQLiteSettings
+    settings: SQLiteSettings
+    _session: Session | None = None
+    _holder: Holder
+
+    async def _open(self) -> None:
+        await self._close()
+        session = await Session.open(self.settings)
+        try:
+            self._holder = await self._join(session)
+        except BaseException:
+            await session.close()
+            raise
+        self._session = session
+
+    async def _join(self, session: Session) -> Holder:
+        await declare(session, [self.queue, self.error_queue.replace("{queue}", self.queue)], self.declare)
+        lane = await session.call(join, (self.queue, self.group or "", self.offset == "latest"), full=True)
+        if lane is None:
+            raise QueueError(f"There is no queue {self.queue!r} in {session.path}. Use declare=True to have it made.")
+        return Holder([lane], ordered_by=self.ordered_by)
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]:
+        if self._session is None:
+            raise Closed(f"{self!r} is not open.")
+        taken = await self._session.claim(self._holder, limit)
+        return [
+            Delivery(message, Token(row, taken.claim, taken.lane, origin), count)
+            for (message, origin), row, count in zip(taken.messages(self.queue), taken.ids, taken.counts, strict=True)
+        ]
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        if self._session is None:
+            return  # closed: all that was in hand has gone back
+        verdicts = self._verdicts(settlements)
+        try:
+            refused = await self._session.call(settle, verdicts, full=bool(verdicts.moves))
+        except NoRoom as error:
+            if not verdicts.moves:
+                raise
+            raise SendError(str(error), refused=[row.id for _, _, rows in verdicts.moves for row in rows]) from error
+        except Closed:
+            return  # closed meanwhile: likewise
+        if refused:
+            raise missing(refused)
+
+    def _verdicts(self, settlements: Sequence[Settlement]) -> Verdicts:
+        verdicts = Verdicts()
+        for settlement in settlements:
+            token: Token = settlement.delivery.token
+            if settlement.verdict.kind is Kind.RELEASE:
+                verdicts.releases.setdefault(token.claim, []).append(token.id)
+            elif settlement.outgoing:
+                verdicts.moves.append((token.id, token.claim, self._rows(settlement, token)))
+            else:
+                verdicts.acks.setdefault(token.claim, []).append(token.id)
+        return verdicts
+
+    def _rows(self, settlement: Settlement, token: Token) -> list[Row]:
+        kind = settlement.verdict.kind
+        rows = []
+        for message in settlement.outgoing:
+            # A retry is for this group alone: the others have theirs.
+            own = kind is Kind.RETRY and message.queue == self.queue
+            failed = kind is Kind.REJECT and message.error is not None
+            rows.append(encode(message, lane=token.lane if own else None, origin=token.lane if failed else None))
+        return rows
+
+    async def _close(self) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        try:
+            # When the file cannot be reached, its lease brings back what is in hand.
+            with contextlib.suppress(ConnectError):
+                await session.let_go(self._holder)
+        finally:
+            await session.close()
+
+
+class SQLiteReader(SQLiteConsumer):
+    """Reads what waits in all lanes of a queue, for `peek` and `move`; joins no group and makes nothing."""
+
+    async def _join(self, session: Session) -> Holder:
+        lanes = await session.call(lanes_of, self.queue, full=False)
+        if not lanes:
+            raise QueueError(f"There is no queue {self.queue!r} in {session.path}.")
+        return Holder(lanes, alone=False)
+
+    def _rows(self, settlement: Settlement, token: Token) -> list[Row]:
+        # Back to the group that it failed in; the others had it.
+        return [encode(message, lane=token.origin) for message in settlement.outgoing]
+
+
+def join(tables: Tables, arguments: Sequence[tuple[str, str, bool]]) -> list[int | None]:
+    """For each (queue, group, latest): the group's lane, None where the queue is missing."""
+    return [
+        tables.join(queue, group, latest=latest) if tables.has_queue(queue) else None
+        for queue, group, latest in arguments
+    ]
+
+
+def lanes_of(tables: Tables, arguments: Sequence[str]) -> list[list[int]]:
+    """For each queue: its lanes."""
+    return [tables.lanes(queue) for queue in arguments]
+
+
+def settle(tables: Tables, arguments: Sequence[Verdicts]) -> list[list[Row]]:
+    """Perform all batches at once; for each, what could not go out, whose deliveries are still in hand."""
+    acks: dict[int, list[int]] = {}
+    refused = [_move(tables, verdicts.moves, acks) if verdicts.moves else [] for verdicts in arguments]
+    for verdicts in arguments:
+        for claim, ids in verdicts.acks.items():
+            acks.setdefault(claim, []).extend(ids)
+        for claim, ids in verdicts.releases.items():
+            tables.put_back(claim, ids)
+    for claim, ids in acks.items():
+        tables.remove(claim, ids)
+    return refused
+
+
+def _move(tables: Tables, moves: Sequence[tuple[int, int, list[Row]]], acks: dict[int, list[int]]) -> list[Row]:
+    asked: dict[int, list[int]] = {}
+    for row, claim, _ in moves:
+        asked.setdefault(claim, []).append(row)
+    held = {claim: tables.still_held(claim, ids) for claim, ids in asked.items()}
+    valid = []
+    for number, claim, rows in moves:
+        if number in held[claim]:
+            held[claim].discard(number)  # a second settlement of the same delivery does nothing
+            valid.append((number, claim, rows))
+    absent = tables.absent({row.queue for _, _, rows in valid for row in rows})
+    refused: list[Row] = []
+    out: list[Sequence[Row]] = []
+    for number, claim, rows in valid:
+        if bad := [row for row in rows if row.queue in absent]:
+            refused.extend(bad)
+        else:
+            out.append(rows)
+            acks.setdefault(claim, []).append(number)
+    if out:
+        insert(tables, out)
+    return refused

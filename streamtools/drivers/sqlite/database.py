@@ -1,0 +1,260 @@
+"""One file as the event loop sees it: shared by the producers and consumers of the loop.
+
+They share the database thread, so that what one sends and another settles meets in one transaction
+instead of in a queue for the file's lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar, Final
+from weakref import WeakKeyDictionary, ref
+
+from streamtools.drivers.sqlite.rows import Claimed
+from streamtools.drivers.sqlite.schema import check_path
+from streamtools.drivers.sqlite.tables import Tables
+from streamtools.drivers.sqlite.worker import Holder, Job, Outcome, Run, Waiter, Worker
+from streamtools.errors import Closed, ConnectionLost
+from streamtools.settings import SQLiteSettings
+
+#: Seconds that closing waits for another process's lock before it leaves things to the lease.
+CLOSE_PATIENCE: Final = 2.0
+
+#: Databases of before a fork: closing SQLite's files in the child could take its parent's locks away,
+#: so they are kept from being collected there.
+_FORKED: Final[list[Any]] = []
+
+
+class Database:
+    """The database thread's other end.
+
+    Parameters:
+        path: the file.
+        settings: as given to the producer or consumer.
+    """
+
+    #: By event loop, so that it ends with the loop; then by file, settings and kind of use.
+    _all: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Any, Database]]] = WeakKeyDictionary()
+
+    def __init__(self, path: str, settings: SQLiteSettings, key: Any) -> None:
+        loop = asyncio.get_running_loop()
+        self.path = path
+        self.settings = settings
+        self._key = key
+        self._pid = os.getpid()
+        self._users = 0
+        # Weak: this object is the value of a mapping that ends with the loop.
+        self._loop = ref(loop)
+        self._opened: asyncio.Future[None] = loop.create_future()
+        self._ended: asyncio.Future[None] = loop.create_future()
+        self._worker = Worker(
+            path, settings, post=self._post, opened=self._on_opened, ended=self._on_ended, listening=self._listens
+        )
+        self._worker.thread.start()
+
+    # --- lifetime -------------------------------------------------------------------------------
+
+    @classmethod
+    async def attach(cls, settings: SQLiteSettings, *, use: str = "") -> Database:
+        """The open database of this file in the running loop.
+
+        Parameters:
+            use: databases for different uses are apart, each with its own thread.
+
+        Raises:
+            ConnectError: the file cannot be used; permanent where trying again cannot help.
+            ConfigurationError: the path cannot be one.
+        """
+        path = await asyncio.to_thread(check_path, settings.path)
+        databases = cls._all.setdefault(asyncio.get_running_loop(), {})
+        key = (path, settings.lease, settings.busy_timeout, use)
+        database = databases.get(key)
+        if database is not None and database._pid != os.getpid():
+            _FORKED.append(databases.pop(key))
+            database = None
+        if database is None or database._worker.gone:
+            database = databases[key] = cls(path, settings, key)
+        database._users += 1
+        try:
+            await asyncio.shield(database._opened)
+        except BaseException:
+            await database.detach()
+            raise
+        return database
+
+    async def detach(self) -> None:
+        """Let go; with the last user the thread ends and the file is closed."""
+        self._users -= 1
+        if self._users > 0 or self._pid != os.getpid():
+            return
+        databases = self._all.get(asyncio.get_running_loop(), {})
+        if databases.get(self._key) is self:
+            del databases[self._key]
+        self._worker.stop()
+        await asyncio.shield(self._ended)
+
+    # --- asking ---------------------------------------------------------------------------------
+
+    def ask(self, what: Job | Waiter) -> None:
+        """Hand something to the database thread; the answer goes into its future.
+
+        Raises:
+            ConnectionLost: the thread has ended, or this is a forked child, which has none.
+        """
+        if self._pid != os.getpid():
+            raise ConnectionLost(f"{self.path} was opened before this process was forked; it is opened anew.")
+        self._worker.ask(what)
+        if self._worker.gone:
+            raise ConnectionLost(f"{self.path} was closed.")
+
+    def tell(self, run: Run, argument: Any) -> None:
+        """Have something done that nobody waits for."""
+        self._worker.ask(Job(run, argument, False, self.settings.busy_timeout))
+
+    def forget(self, holder: Holder) -> None:
+        """Renew this holder's lease no more."""
+        self._worker.ask(holder)
+
+    # --- answers, called in the database thread -------------------------------------------------
+
+    def _listens(self) -> bool:
+        loop = self._loop()
+        return loop is not None and not loop.is_closed()
+
+    def _post(self, outcomes: list[Outcome]) -> None:
+        self._call(self._answer, outcomes)
+
+    def _on_opened(self, error: BaseException | None) -> None:
+        self._call(self._answer_opened, error)
+
+    def _on_ended(self) -> None:
+        self._call(_resolve, self._ended)
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        loop = self._loop()
+        if loop is None:
+            return
+        try:
+            loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            return  # the loop was closed: nobody waits, and the thread ends by itself
+
+    # --- answers, in the event loop -------------------------------------------------------------
+
+    def _answer(self, outcomes: Sequence[Outcome]) -> None:
+        for what, result, error in outcomes:
+            future = what.future
+            if future is None or future.done():
+                if isinstance(result, Claimed):
+                    self.tell(release, (result.claim, result.ids))
+            elif error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+    def _answer_opened(self, error: BaseException | None) -> None:
+        if error is None:
+            self._opened.set_result(None)
+        else:
+            self._opened.set_exception(error)
+            self._opened.exception()  # everyone who waited may have been cancelled
+
+
+class Session:
+    """One producer's, consumer's or admin's use of a database; ended by `close()`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._pending: set[Job | Waiter] = set()
+        self.path = database.path
+        self.closed = False
+
+    @classmethod
+    async def open(cls, settings: SQLiteSettings, *, use: str = "") -> Session:
+        """A session with the file, which is opened if it is not; parameters and errors as for `Database.attach`."""
+        return cls(await Database.attach(settings, use=use))
+
+    async def call(self, run: Run, argument: Any, *, full: bool, patience: float | None = None) -> Any:
+        """Have something done in a transaction, together with what else is asked meanwhile.
+
+        Parameters:
+            full: return when it is on the disk, not only in the operating system's hands.
+            patience: seconds to wait for another process's lock; `busy_timeout` when None.
+
+        Raises:
+            ConnectionLost: it was not done.
+            Closed: the session was closed before it was done; it may be done all the same.
+        """
+        patience = self._database.settings.busy_timeout if patience is None else patience
+        return await self._ask(Job(run, argument, full, patience))
+
+    async def claim(self, holder: Holder, limit: int) -> Claimed:
+        """Wait for messages and take them into hand. When cancelled, nothing stays in hand.
+
+        Raises:
+            ConnectionLost: the file cannot be used any more, or is locked for too long.
+            Closed: the session was closed.
+        """
+        return await self._ask(Waiter(holder, limit, self._database.settings.busy_timeout))  # type: ignore[no-any-return]
+
+    async def let_go(self, holder: Holder) -> None:
+        """Have what a holder has in hand made ready for others, and whoever waits with it raise Closed."""
+        for what in [what for what in self._pending if isinstance(what, Waiter)]:
+            self._abandon(what)
+        self._database.forget(holder)
+        await self.call(end_claims, holder, full=True, patience=CLOSE_PATIENCE)
+
+    async def close(self) -> None:
+        """End it; whoever waits for an answer has Closed raised. Safe to repeat."""
+        if self.closed:
+            return
+        self.closed = True
+        for what in [*self._pending]:
+            self._abandon(what)
+        await self._database.detach()
+
+    async def _ask(self, what: Job | Waiter) -> Any:
+        if self.closed:
+            raise Closed(f"{self.path} was closed.")
+        future = what.future = asyncio.get_running_loop().create_future()
+        self._database.ask(what)
+        self._pending.add(what)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            what.cancelled = True
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._undo(future.result())
+            raise
+        finally:
+            self._pending.discard(what)
+
+    def _abandon(self, what: Job | Waiter) -> None:
+        what.cancelled = True
+        if not what.future.done():
+            what.future.set_exception(Closed(f"{self.path} was closed."))
+
+    def _undo(self, result: Any) -> None:
+        if isinstance(result, Claimed):
+            self._database.tell(release, (result.claim, result.ids))
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def end_claims(tables: Tables, arguments: Sequence[Holder]) -> list[int]:
+    """For each holder: end its claim, so that what it has in hand is ready again."""
+    for holder in arguments:
+        holder.closed = True
+    return [tables.end_lease(holder.claim) for holder in arguments]
+
+
+def release(tables: Tables, arguments: Sequence[tuple[int, Sequence[int]]]) -> Sequence[None]:
+    """Give messages back, uncounted."""
+    for claim, ids in arguments:
+        tables.put_back(claim, ids)
+    return [None] * len(arguments)

@@ -1,0 +1,105 @@
+"""SQLiteProducer."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from streamtools.checks import Declare
+from streamtools.drivers.sqlite.database import Session
+from streamtools.drivers.sqlite.rows import Row, encode
+from streamtools.drivers.sqlite.schema import NoRoom
+from streamtools.drivers.sqlite.tables import Tables
+from streamtools.errors import ConnectionLost, QueueError, SendError
+from streamtools.features import Features
+from streamtools.message import Message
+from streamtools.options import Options
+from streamtools.producer import Producer
+from streamtools.settings import SQLiteSettings
+
+FEATURES: Final = Features(
+    durable=True, processes=True, groups=True, redelivery=True, delivery_count=True, atomic=True
+)
+
+
+class SQLiteProducer(Producer, protocol="sqlite"):
+    """Writes messages into a SQLite file; a send returns once they are on the disk.
+
+    Sends of many tasks that wait at the same time share one transaction. A queue that consumers with
+    `group=` read has one copy of each message for each group; see SQLiteConsumer.
+    """
+
+    features = FEATURES
+    settings_class = SQLiteSettings
+    settings: SQLiteSettings
+    _session: Session | None = None
+
+    async def _open(self) -> None:
+        await self._close()
+        session = await Session.open(self.settings)
+        try:
+            await declare(session, [self.queue], self.declare)
+        except BaseException:
+            await session.close()
+            raise
+        self._session = session
+
+    async def _send(self, batch: Sequence[Message], options: Options) -> None:
+        if self._session is None:
+            raise ConnectionLost(f"{self!r} is not open.")
+        # The base gives up after send_timeout without knowing why; so be earlier and say it.
+        patience = min(self.settings.busy_timeout, self.send_timeout * 0.9)
+        try:
+            rows = [encode(message) for message in batch]
+            refused = await self._session.call(insert, rows, full=True, patience=patience)
+        except NoRoom as error:
+            raise SendError(str(error), refused=[m.id for m in batch]) from error
+        except (sqlite3.Error, ValueError, OverflowError) as error:
+            raise SendError(f"SQLite does not take this: {error}.", refused=[m.id for m in batch]) from error
+        if refused:
+            raise missing(refused)
+
+    async def _close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+
+async def declare(session: Session, queues: Sequence[str], how: Declare) -> None:
+    """Make queues, or check that they are there.
+
+    Raises:
+        QueueError: one is missing, and is not to be made.
+    """
+    if how is False:
+        return
+    absent = await session.call(find_or_make, (queues, how is True), full=how is True)
+    if absent:
+        raise QueueError(
+            f"There is no queue {absent[0]!r} in {session.path}. Open a consumer of it first, or use declare=True."
+        )
+
+
+def find_or_make(tables: Tables, arguments: Sequence[tuple[Sequence[str], bool]]) -> list[list[str]]:
+    """For each: the queues that are missing, after making them where that is asked."""
+    for queues, make in arguments:
+        for queue in queues if make else ():
+            tables.make_queue(queue)
+    return [[queue for queue in queues if not tables.has_queue(queue)] for queues, _ in arguments]
+
+
+def insert(tables: Tables, arguments: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    """Write all batches at once; for each, the rows whose queue is missing."""
+    absent = {id(row) for row in tables.insert([row for rows in arguments for row in rows], time.time())}
+    return [[row for row in rows if id(row) in absent] for rows in arguments]
+
+
+def missing(rows: Sequence[Row]) -> SendError:
+    """The error for rows whose queue does not exist."""
+    return SendError(
+        f"There is no queue {rows[0].queue!r}, so {len(rows)} message{'s' if len(rows) > 1 else ''} to it cannot be "
+        "held. Open a consumer of it first, or a producer with declare=True.",
+        refused=[row.id for row in rows],
+    )

@@ -1,0 +1,230 @@
+"""The file: its tables, how it is opened, and what is wrong with it when it cannot be."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, StreamToolsError
+
+#: Marks a file as ours (`PRAGMA application_id`): "strm" in ASCII.
+APPLICATION: Final = 0x7374726D
+#: The version of the tables (`PRAGMA user_version`).
+VERSION: Final = 1
+#: The oldest SQLite with all that is used here: RETURNING came with 3.35.
+OLDEST: Final = (3, 35, 0)
+#: Pages written to the log before they are copied into the file: 16 MB of 4 KiB pages.
+CHECKPOINT_PAGES: Final = 4000
+#: Bytes above which the log is cut back.
+LOG_LIMIT: Final = 64 * 1024 * 1024
+#: Memory for pages, in KiB.
+CACHE_KIB: Final = 8 * 1024
+
+# A message is in exactly one of ready, later and held; `messages` itself never changes, so that a
+# claim and a lease write a few bytes and not the body. Ids are given by `sequence`, never twice: a
+# settlement that comes late must not meet another message under its id.
+TABLES: Final = """
+CREATE TABLE sequence (last INTEGER NOT NULL, generation INTEGER NOT NULL);
+INSERT INTO sequence VALUES (0, 1);
+CREATE TABLE queues (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE);
+CREATE TABLE lanes (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    queue INTEGER NOT NULL REFERENCES queues (id),
+    grp TEXT NOT NULL,
+    joined INTEGER NOT NULL,
+    UNIQUE (queue, grp)
+);
+CREATE TABLE messages (
+    id INTEGER PRIMARY KEY,
+    lane INTEGER NOT NULL,
+    key TEXT,
+    due REAL,
+    meta TEXT NOT NULL,
+    body BLOB NOT NULL
+);
+CREATE TABLE ready (
+    lane INTEGER NOT NULL,
+    id INTEGER NOT NULL,
+    count INTEGER NOT NULL,
+    key TEXT,
+    PRIMARY KEY (lane, id)
+) WITHOUT ROWID;
+CREATE TABLE later (
+    lane INTEGER NOT NULL,
+    due REAL NOT NULL,
+    id INTEGER NOT NULL,
+    PRIMARY KEY (lane, due, id)
+) WITHOUT ROWID;
+CREATE TABLE held (
+    id INTEGER PRIMARY KEY,
+    claim INTEGER NOT NULL,
+    lane INTEGER NOT NULL,
+    count INTEGER NOT NULL
+);
+CREATE TABLE claims (id INTEGER PRIMARY KEY, expires REAL NOT NULL);
+"""
+
+
+class NoRoom(ConnectionLost):
+    """The disk, or the file's allowance, is full; nothing was written."""
+
+
+def check_path(path: str) -> str:
+    """The absolute path of the file.
+
+    Raises:
+        ConfigurationError: it cannot be a file's path.
+        ConnectError: its directory is missing, or it is one itself.
+    """
+    if path == ":memory:":
+        raise ConfigurationError(
+            "sqlite:///:memory: would be lost with each connection. For queues in memory use asyncio://, "
+            "for a file sqlite:///orders.db."
+        )
+    if "\0" in path:
+        raise ConfigurationError("The path of a SQLite file cannot hold a NUL character.")
+    file = Path(path).absolute()
+    if file.is_dir():
+        raise ConnectError(f"{path} is a directory; name a file in it: sqlite:///{path}/queues.db", permanent=True)
+    if not file.parent.is_dir():
+        raise ConnectError(
+            f"The directory {file.parent} does not exist, so {file.name} cannot be made in it: "
+            f"mkdir -p {file.parent}",
+            permanent=True,
+        )
+    return str(file)
+
+
+def connect(path: str) -> sqlite3.Connection:
+    """Open the file and make the tables if it is new. Raises sqlite3.Error as it comes, and:
+
+    Raises:
+        ConnectError: (permanent) the file is not ours, or newer than this version.
+        ConfigurationError: this Python's SQLite is too old.
+    """
+    if sqlite3.sqlite_version_info < OLDEST:
+        raise ConfigurationError(
+            f"This Python has SQLite {sqlite3.sqlite_version}; 3.35 is the oldest that works. Use a newer Python."
+        )
+    # timeout=0: SQLite would sleep by itself, deaf to a close; the database thread waits instead.
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None, cached_statements=256)
+    try:
+        _prepare(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: str) -> None:
+    run = connection.execute
+    if run("PRAGMA application_id").fetchone()[0] != APPLICATION:
+        _check_foreign(connection, path)
+    (mode,) = run("PRAGMA journal_mode=WAL").fetchone()
+    if mode != "wal":
+        raise ConnectError(
+            f"{path} cannot be shared by several processes (journal_mode={mode} instead of wal): put it on a local "
+            "disk, not on a network share.",
+            permanent=True,
+        )
+    run("PRAGMA synchronous=FULL")
+    run(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+    run(f"PRAGMA journal_size_limit={LOG_LIMIT}")
+    run(f"PRAGMA cache_size=-{CACHE_KIB}")
+    # Some builds overwrite what is deleted with zeros; that is a write for each page let go.
+    run("PRAGMA secure_delete=OFF")
+    run("BEGIN IMMEDIATE")
+    try:
+        _make_tables(connection, path)
+        run("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            run("ROLLBACK")
+        raise
+
+
+def _check_foreign(connection: sqlite3.Connection, path: str) -> None:
+    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        # Another process may just have made our tables.
+        if connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION:
+            return
+        raise ConnectError(
+            f"{path} is a SQLite file of another application; streamtools wants one of its own. Name another file: "
+            "sqlite:///streamtools.db",
+            permanent=True,
+        )
+
+
+def _make_tables(connection: sqlite3.Connection, path: str) -> None:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > VERSION:
+        raise ConnectError(
+            f"{path} was made by a newer streamtools (tables of version {version}; this one knows {VERSION}): "
+            "pip install -U streamtools",
+            permanent=True,
+        )
+    if version == VERSION:
+        return
+    for statement in TABLES.split(";\n"):
+        if statement.strip():
+            connection.execute(statement)
+    connection.execute(f"PRAGMA application_id={APPLICATION}")
+    connection.execute(f"PRAGMA user_version={VERSION}")
+
+
+def is_busy(error: BaseException) -> bool:
+    """Someone else holds a lock on the file; it passes."""
+    return isinstance(error, sqlite3.Error) and _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def is_fatal(error: BaseException) -> bool:
+    """The connection cannot go on: the disk or the file itself is in trouble."""
+    return isinstance(error, sqlite3.Error) and (_code(error) == sqlite3.SQLITE_IOERR or _code(error) in _PERMANENT)
+
+
+def is_too_big(error: BaseException) -> bool:
+    """A value is larger than SQLite takes (1 GB by default)."""
+    return isinstance(error, OverflowError | MemoryError) or (
+        isinstance(error, sqlite3.Error) and _code(error) == sqlite3.SQLITE_TOOBIG
+    )
+
+
+def explain(error: BaseException, path: str) -> StreamToolsError:
+    """Our error for one of SQLite's: what happened to the file and what to do about it."""
+    if isinstance(error, StreamToolsError):
+        return error
+    code = _code(error) if isinstance(error, sqlite3.Error) else -1
+    if code in _PERMANENT:
+        return ConnectError(_PERMANENT[code].format(path=path, error=error), permanent=True)
+    if code == sqlite3.SQLITE_FULL:
+        return NoRoom(
+            f"There is no room for {path} to grow, so nothing was written: df -h {Path(path).parent}. "
+            "It goes on when there is room."
+        )
+    return ConnectionLost(f"{path} could not be read or written: {error}.")
+
+
+def locked(path: str, seconds: float) -> str:
+    """What to say when another process does not let go of the file."""
+    return (
+        f"Another process has kept {path} locked for {seconds:.3g} s. Look for one with a write transaction "
+        f"left open (a sqlite3 shell, a backup, a stopped process): fuser -v {path}"
+    )
+
+
+def _code(error: sqlite3.Error) -> int:
+    return int(getattr(error, "sqlite_errorcode", -1) or -1) & 0xFF
+
+
+_PERMANENT: Final = {
+    sqlite3.SQLITE_NOTADB: "{path} is not a SQLite file. Name another file, or move this one away.",
+    sqlite3.SQLITE_CORRUPT: "{path} is damaged ({error}). Stop all that use it, then save what can be read: "
+    "sqlite3 {path} .recover | sqlite3 new.db",
+    sqlite3.SQLITE_READONLY: "{path} cannot be written ({error}): this user needs write permission for the file "
+    "and for its directory.",
+    sqlite3.SQLITE_CANTOPEN: "{path} cannot be opened: this user needs permission to read and write the file and "
+    "its directory.",
+    sqlite3.SQLITE_PERM: "{path} cannot be opened: this user needs permission to read and write it.",
+    sqlite3.SQLITE_AUTH: "{path} cannot be opened: this user needs permission to read and write it.",
+}

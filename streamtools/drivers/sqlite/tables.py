@@ -1,0 +1,373 @@
+"""What is done with the tables, each within the transaction of whoever calls.
+
+Every step of a statement lets go of Python's lock and has to win it back, for up to 5 ms where the
+event loop is at work: one row for each step took 1,000 us a message there, and all rows in one step
+take 50. Hence many rows in each INSERT, ids as one JSON parameter, and a claim that is read as one
+row of aggregates.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from pydantic_core import from_json, to_json
+
+from streamtools.drivers.sqlite import schema
+from streamtools.drivers.sqlite.rows import Claimed, Row, ids_json
+
+#: Rows in one INSERT; each size is one prepared statement, the last one padded.
+CHUNKS: Final = (1, 16, 256)
+COLUMNS: Final = 6
+#: Delayed messages made ready at once.
+RIPEN: Final = 1000
+#: A message delivered this often without a verdict is claimed alone: it may be what ends the process.
+SUSPECT: Final = 2
+#: Bytes of bodies that a claim aims at, at most; it takes at least one message.
+CLAIM_BYTES: Final = 16 * 1024 * 1024
+
+_IDS: Final = "(SELECT value FROM json_each(:ids))"
+
+#: Which ready rows may be claimed, by `ordered_by`. What another consumer has in hand goes before
+#: all that is behind it: in the whole lane, or of the same key.
+ALLOWED: Final[Mapping[str | None, str]] = {
+    None: "",
+    "queue": "AND r.id < coalesce((SELECT min(id) FROM held WHERE lane = :lane AND claim <> :claim), 9e18)",
+    "key": "AND (r.key IS NULL OR r.key NOT IN (SELECT m.key FROM held h CROSS JOIN messages m ON m.id = h.id "
+    "WHERE h.lane = :lane AND h.claim <> :claim AND m.key IS NOT NULL))",
+}
+
+
+def candidates(ordered_by: str | None) -> str:
+    """The statement that reads what can be claimed, as one row."""
+    return (
+        "SELECT json_group_array(id), json_group_array(count), json_group_array(size), "
+        "'[' || group_concat(meta) || ']', CAST(group_concat(body, '') AS BLOB) FROM ("
+        "SELECT r.id, r.count, length(m.body) AS size, m.meta, m.body "
+        "FROM ready r CROSS JOIN messages m ON m.id = r.id "
+        f"WHERE r.lane = :lane {ALLOWED[ordered_by]} ORDER BY r.id LIMIT :limit)"
+    )
+
+
+def _look(ordered_by: str | None) -> str:
+    return (
+        f"SELECT EXISTS (SELECT 1 FROM ready r WHERE r.lane = :lane {ALLOWED[ordered_by]}), "
+        "(SELECT min(due) FROM later WHERE lane = :lane), EXISTS (SELECT 1 FROM lanes WHERE id = :lane)"
+    )
+
+
+CANDIDATES: Final = {ordered_by: candidates(ordered_by) for ordered_by in ALLOWED}
+LOOK: Final = {ordered_by: _look(ordered_by) for ordered_by in ALLOWED}
+
+
+def _insert(rows: int) -> str:
+    values = ",".join(["(" + ",".join("?" * COLUMNS) + ")"] * rows)
+    return f"INSERT INTO messages SELECT * FROM (VALUES {values}) WHERE column1 IS NOT NULL"
+
+
+INSERT: Final = {rows: _insert(rows) for rows in CHUNKS}
+
+
+class Tables:
+    """The statements, on one connection; used by its thread alone."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.run = connection.execute
+        self._generation = 0
+        self._lanes: dict[str, list[int]] = {}
+
+    def value(self, statement: str, parameters: Any = ()) -> Any:
+        """The only value of the only row."""
+        return self.run(statement, parameters).fetchone()[0]
+
+    # --- queues and lanes -----------------------------------------------------------------------
+
+    def has_queue(self, name: str) -> bool:
+        """Whether there is a queue of this name."""
+        return bool(self.value("SELECT EXISTS (SELECT 1 FROM queues WHERE name = ?)", (name,)))
+
+    def make_queue(self, name: str) -> None:
+        """Make a queue, unless it is there."""
+        if self.has_queue(name):
+            return
+        self.run("INSERT INTO queues (name) VALUES (?)", (name,))
+        self.run("INSERT INTO lanes (queue, grp, joined) SELECT id, '', 0 FROM queues WHERE name = ?", (name,))
+        self._changed_lanes()
+
+    def join(self, queue: str, group: str, *, latest: bool) -> int:
+        """The lane of a group ("": no group), which is made, or taken over from nobody, if it is new."""
+        found = self.run(
+            "SELECT l.id, l.joined FROM lanes l JOIN queues q ON q.id = l.queue WHERE q.name = ? AND l.grp = ?",
+            (queue, group),
+        ).fetchone()
+        if found is not None and found[1]:
+            return int(found[0])
+        self._changed_lanes()
+        # Until a consumer has ever come, messages wait in a lane that no one has joined.
+        orphan = self.run(
+            "SELECT l.id FROM lanes l JOIN queues q ON q.id = l.queue WHERE q.name = ? AND NOT l.joined", (queue,)
+        ).fetchone()
+        if orphan is None:
+            self.run(
+                "INSERT INTO lanes (queue, grp, joined) SELECT id, ?, 1 FROM queues WHERE name = ?", (group, queue)
+            )
+            return int(self.value("SELECT last_insert_rowid()"))
+        self.run("UPDATE lanes SET grp = ?, joined = 1 WHERE id = ?", (group, orphan[0]))
+        if latest and group:
+            self.forget(orphan[0], 1 << 62, None)
+        return int(orphan[0])
+
+    def lanes(self, queue: str) -> list[int]:
+        """The lanes of a queue, none if there is no such queue."""
+        found = self.run(
+            "SELECT l.id FROM lanes l JOIN queues q ON q.id = l.queue WHERE q.name = ? ORDER BY l.id", (queue,)
+        )
+        return [row[0] for row in found.fetchall()]
+
+    def forget(self, lane: int, last: int, limit: int | None) -> int:
+        """Delete what waits in a lane up to row id `last`, `limit` rows of each kind at most; the number."""
+        number = 0
+        for kind in ("ready", "later"):
+            ids = self.value(
+                f"SELECT json_group_array(id) FROM (SELECT id FROM {kind} WHERE lane = ? AND id <= ? LIMIT ?)",
+                (lane, last, -1 if limit is None else limit),
+            )
+            given = {"lane": lane, "ids": ids}
+            self.run(f"DELETE FROM messages WHERE id IN {_IDS}", given)
+            number += self.run(f"DELETE FROM {kind} WHERE lane = :lane AND id IN {_IDS}", given).rowcount
+        return number
+
+    def drop_queue(self, name: str) -> None:
+        """Delete a queue that nothing waits in any more, with what consumers have in hand of it."""
+        for lane in self.lanes(name):
+            self.run("DELETE FROM messages WHERE id IN (SELECT id FROM held WHERE lane = ?)", (lane,))
+            self.run("DELETE FROM held WHERE lane = ?", (lane,))
+            self.run("DELETE FROM lanes WHERE id = ?", (lane,))
+        self.run("DELETE FROM queues WHERE name = ?", (name,))
+        self._changed_lanes()
+
+    def forget_lanes(self) -> None:
+        """Read the lanes anew at the next send: what was read may have been rolled back."""
+        self._generation = 0
+
+    def _changed_lanes(self) -> None:
+        self.run("UPDATE sequence SET generation = generation + 1")
+        self._generation = 0
+
+    def _read_lanes(self, generation: int) -> None:
+        self._lanes = {}
+        found = self.run("SELECT q.name, l.id FROM queues q JOIN lanes l ON l.queue = q.id ORDER BY l.id")
+        for name, lane in found.fetchall():
+            self._lanes.setdefault(name, []).append(lane)
+        self._generation = generation
+
+    # --- in -------------------------------------------------------------------------------------
+
+    def insert(self, rows: Sequence[Row], now: float) -> list[Row]:
+        """Write rows, one copy for each lane of their queue; those whose queue is missing are returned."""
+        # The lanes are those of the last time, unless the generation says otherwise.
+        last = self._take_ids(len(rows))
+        spread = [(row, lane) for row in rows for lane in self._targets(row)]
+        if len(spread) > len(rows):
+            last = self._take_ids(len(spread))
+        first = last - max(len(rows), len(spread)) + 1
+        self._write(first, spread)
+        if spread:
+            self._enqueue(first, last, now, any(row.due is not None for row in rows))
+        known = {id(row) for row, _ in spread}
+        return [row for row in rows if id(row) not in known]
+
+    def absent(self, queues: Iterable[str]) -> set[str]:
+        """Those of `queues` that do not exist."""
+        self._take_ids(0)
+        return {queue for queue in queues if queue not in self._lanes}
+
+    def _take_ids(self, number: int) -> int:
+        statement = "UPDATE sequence SET last = last + ? RETURNING last, generation"
+        ((last, generation),) = self.run(statement, (number,)).fetchall()
+        if generation != self._generation:
+            self._read_lanes(generation)
+        return int(last)
+
+    def _targets(self, row: Row) -> Iterable[int]:
+        lanes = self._lanes.get(row.queue, [])
+        # A lane that has gone meanwhile: to whoever reads that queue now.
+        return [row.lane] if row.lane in lanes else lanes
+
+    def _write(self, first: int, spread: Sequence[tuple[Row, int]]) -> None:
+        start = 0
+        while start < len(spread):
+            size = next((size for size in CHUNKS if size >= len(spread) - start), CHUNKS[-1])
+            flat: list[Any] = []
+            for number, (row, lane) in enumerate(spread[start : start + size], first + start):
+                flat += (number, lane, row.key, row.due, row.meta, row.body)
+            flat += [None] * (size * COLUMNS - len(flat))
+            self.run(INSERT[size], flat)
+            start += size
+
+    def _enqueue(self, first: int, last: int, now: float, delayed: bool) -> None:
+        given = {"first": first, "last": last, "now": now}
+        self.run(
+            "INSERT INTO ready SELECT lane, id, 0, key FROM messages "
+            "WHERE id BETWEEN :first AND :last AND (due IS NULL OR due <= :now)",
+            given,
+        )
+        if delayed:
+            self.run(
+                "INSERT INTO later SELECT lane, due, id FROM messages "
+                "WHERE id BETWEEN :first AND :last AND due > :now",
+                given,
+            )
+
+    # --- out ------------------------------------------------------------------------------------
+
+    def look(self, lane: int, claim: int, ordered_by: str | None) -> tuple[bool, float | None, bool]:
+        """Whether something is ready to be claimed; when the next delayed one is due; whether the lane is there."""
+        ready, due, there = self.run(LOOK[ordered_by], {"lane": lane, "claim": claim}).fetchone()
+        return bool(ready), due, bool(there)
+
+    def claim(
+        self, lane: int, claim: int, *, ordered_by: str | None, limit: int, alone: bool, now: float
+    ) -> Claimed | None:
+        """Take what is ready into hand.
+
+        Parameters:
+            alone: take a suspect by itself, so that no other is counted with it.
+        """
+        self._ripen(lane, now)
+        taken = self._read(lane, claim, ordered_by, limit)
+        if taken is None:
+            return None
+        if alone and (cut := _cut(taken.counts)) is not None:
+            taken.keep(cut)
+        given = {"lane": lane, "claim": claim, "ids": ids_json(taken.ids), "last": taken.ids[-1]}
+        # All that is ready up to the last one, unless keys were left out between.
+        which = f"id IN {_IDS}" if ordered_by == "key" else "id <= :last"
+        self.run(f"INSERT INTO held SELECT id, :claim, lane, count FROM ready WHERE lane = :lane AND {which}", given)
+        self.run(f"DELETE FROM ready WHERE lane = :lane AND {which}", given)
+        return taken
+
+    def _read(self, lane: int, claim: int, ordered_by: str | None, limit: int) -> Claimed | None:
+        while True:
+            given = {"lane": lane, "claim": claim, "limit": limit}
+            try:
+                ids, counts, sizes, meta, bodies = self.run(CANDIDATES[ordered_by], given).fetchone()
+            except (sqlite3.Error, OverflowError, MemoryError) as error:
+                if limit == 1 or not schema.is_too_big(error):
+                    raise
+                limit = max(1, limit // 8)  # together they are more than SQLite joins
+                continue
+            if meta is None:
+                return None
+            return Claimed(claim, lane, from_json(ids), from_json(counts), from_json(sizes), meta, bodies or b"")
+
+    def _ripen(self, lane: int, now: float) -> None:
+        last = self.run(
+            "SELECT due, id FROM (SELECT due, id FROM later WHERE lane = ? AND due <= ? ORDER BY due, id LIMIT ?) "
+            "ORDER BY due DESC, id DESC LIMIT 1",
+            (lane, now, RIPEN),
+        ).fetchall()
+        if not last:
+            return
+        given = (lane, *last[0])
+        self.run(
+            "INSERT INTO ready SELECT l.lane, l.id, 0, m.key FROM later l CROSS JOIN messages m ON m.id = l.id "
+            "WHERE l.lane = ? AND (l.due, l.id) <= (?, ?)",
+            given,
+        )
+        self.run("DELETE FROM later WHERE lane = ? AND (due, id) <= (?, ?)", given)
+
+    def still_held(self, claim: int, ids: Sequence[int]) -> set[int]:
+        """Those of `ids` that this claim still has in hand."""
+        statement = f"SELECT json_group_array(id) FROM held WHERE claim = :claim AND id IN {_IDS}"
+        return set(from_json(self.value(statement, {"claim": claim, "ids": ids_json(ids)})))
+
+    def remove(self, claim: int, ids: Sequence[int]) -> int:
+        """Delete messages that this claim has in hand; the number. Others of `ids` are left."""
+        given = {"claim": claim, "ids": ids_json(ids)}
+        self.run(
+            f"DELETE FROM messages WHERE id IN (SELECT id FROM held WHERE claim = :claim AND id IN {_IDS})", given
+        )
+        return self.run(f"DELETE FROM held WHERE claim = :claim AND id IN {_IDS}", given).rowcount
+
+    def put_back(self, claim: int, ids: Sequence[int] | None = None, *, count: int = 0) -> int:
+        """Make messages that this claim has in hand (all of them when `ids` is None) ready again; the number."""
+        given = {"claim": claim, "count": count, "ids": "[]" if ids is None else ids_json(ids)}
+        which = "" if ids is None else f"AND h.id IN {_IDS}"
+        self.run(
+            "INSERT INTO ready SELECT h.lane, h.id, h.count + :count, m.key FROM held h "
+            f"CROSS JOIN messages m ON m.id = h.id WHERE h.claim = :claim {which}",
+            given,
+        )
+        return self.run(f"DELETE FROM held AS h WHERE h.claim = :claim {which}", given).rowcount
+
+    # --- leases ---------------------------------------------------------------------------------
+
+    def lease(self, claim: int, expires: float) -> bool:
+        """Renew the lease of a claim; False when there is none (any more)."""
+        return self.run("UPDATE claims SET expires = ? WHERE id = ?", (expires, claim)).rowcount == 1
+
+    def renew(self, claim: int, expires: float) -> bool:
+        """The same if the claim has anything in hand; without, it needs none and the write is saved."""
+        return (
+            self.run(
+                "UPDATE claims SET expires = ?1 WHERE id = ?2 AND EXISTS (SELECT 1 FROM held WHERE claim = ?2)",
+                (expires, claim),
+            ).rowcount
+            == 1
+        )
+
+    def new_lease(self, claim: int, expires: float) -> None:
+        """Begin the lease of a claim."""
+        self.run("INSERT INTO claims VALUES (?, ?)", (claim, expires))
+
+    def end_lease(self, claim: int) -> int:
+        """End a claim: what it has in hand goes back, uncounted; the number."""
+        number = self.put_back(claim)
+        self.run("DELETE FROM claims WHERE id = ?", (claim,))
+        return number
+
+    def next_expiry(self) -> float | None:
+        """When the first lease ends."""
+        expires = self.value("SELECT min(expires) FROM claims")
+        return None if expires is None else float(expires)
+
+    def expire(self, now: float) -> int:
+        """Put back what consumers have in hand whose lease has run out, counted; the number."""
+        number = 0
+        for claim in from_json(self.value("SELECT json_group_array(id) FROM claims WHERE expires <= ?", (now,))):
+            number += self.put_back(claim, count=1)
+            self.run("DELETE FROM claims WHERE id = ?", (claim,))
+        return number
+
+    def sweep(self) -> None:
+        """Put back what is held under no lease at all, which nothing else would ever bring back."""
+        orphans = "SELECT json_group_array(DISTINCT claim) FROM held WHERE claim NOT IN (SELECT id FROM claims)"
+        for claim in from_json(self.value(orphans)):
+            self.put_back(claim, count=1)
+
+    # --- numbers --------------------------------------------------------------------------------
+
+    def numbers(self, name: str, now: float) -> tuple[int, int, int, float | None]:
+        """Of one queue: messages ready, delayed, in hand, and when the oldest waiting one was sent."""
+        ids = to_json(self.lanes(name)).decode()
+        among = "lane IN (SELECT value FROM json_each(:ids))"
+        ready, due, delayed, in_hand, oldest = self.run(
+            f"SELECT (SELECT count(*) FROM ready WHERE {among}), "
+            f"(SELECT count(*) FROM later WHERE {among} AND due <= :now), "
+            f"(SELECT count(*) FROM later WHERE {among} AND due > :now), "
+            f"(SELECT count(*) FROM held WHERE {among}), "
+            "(SELECT min(json_extract(m.meta, '$.time')) FROM json_each(:ids) l CROSS JOIN messages m "
+            "ON m.id = (SELECT min(r.id) FROM ready r WHERE r.lane = l.value))",
+            {"ids": ids, "now": now},
+        ).fetchone()
+        return ready + due, delayed, in_hand, oldest
+
+
+def _cut(counts: Sequence[int]) -> int | None:
+    """How many to take so that a suspect is alone; None for all."""
+    for position, count in enumerate(counts):
+        if count >= SUSPECT:
+            return max(1, position)
+    return None
