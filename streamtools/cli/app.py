@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 from streamtools.cli.demo.command import demo
+from streamtools.cli.doctor import doctor
+from streamtools.cli.errors import errors
 from streamtools.cli.messages import receive, send
+from streamtools.cli.queues import queues
 from streamtools.cli.run import run
 
 app = typer.Typer(
@@ -39,4 +42,7 @@ def streamtools(
 app.command()(run)
 app.command()(send)
 app.command()(receive)
+app.add_typer(queues, name="queues")
+app.add_typer(errors, name="errors")
 app.command()(demo)
+app.command()(doctor)

@@ -77,3 +77,15 @@ async def _until_signal(work: Coroutine[Any, Any, T]) -> T:
     with suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread, not on this system
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
     return await task
+
+
+def safe_address(url: str | None) -> str:
+    """The address without a password, for people.
+
+    Raises:
+        ConfigurationError: it cannot be read, or no protocol has its scheme.
+    """
+    from streamtools.producer import PRODUCERS
+
+    where = address(url)
+    return PRODUCERS[PRODUCERS.protocol(where)].settings_class.from_url(where).safe_url

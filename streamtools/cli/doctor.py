@@ -1,0 +1,214 @@
+"""`streamtools doctor`: is everything there that messages need, and what to do where it is not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from secrets import token_hex
+from typing import TYPE_CHECKING, Final, Literal
+
+import typer
+
+from streamtools.cli import output
+from streamtools.cli.session import Json, Url, address, drive, safe_address, source
+from streamtools.settings import URL_VARIABLE
+
+if TYPE_CHECKING:
+    from streamtools.features import Features
+
+#: Client libraries by protocol, and what is useful everywhere.
+LIBRARIES: Final = {"rabbitmq": ("aio-pika", "aiormq"), "http": ("aiohttp",)}
+COMMON: Final = ("pydantic", "uvloop")
+#: Seconds for one step.
+STEP: Final = 10.0
+
+State = Literal["ok", "warning", "failed", "skipped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing looked at.
+
+    Attributes:
+        name: what.
+        state: how it is.
+        found: what was found.
+        next: the line to type next, where something is wrong.
+    """
+
+    name: str
+    state: State
+    found: str
+    next: str = ""
+
+
+def doctor(*, url: Url = None, json: Json = False) -> None:
+    """Check the configuration and the connection: what is used, from where, does it work, and what to do if not.
+
+    Sends one message through a temporary queue, which it deletes. Ends with 1 when something is wrong.
+    """
+    checks = drive(Doctor(url).examine())
+    if json:
+        output.print_json([asdict(check) for check in checks])
+    else:
+        _print(checks)
+    if any(check.state == "failed" for check in checks):
+        raise typer.Exit(output.FAILED)
+
+
+class Doctor:
+    """Looks at one thing after the other; what depends on a thing that failed is skipped."""
+
+    def __init__(self, url: str | None) -> None:
+        self._given = url
+        self._url = address(url)
+        self._checks: list[Check] = []
+
+    async def examine(self) -> Sequence[Check]:
+        """Every check."""
+        self._software()
+        if self._address() and self._driver() and await self._step("connection", self._connect):
+            await self._step("round trip", self._probe)
+            await self._step("admin", self._look)
+        return self._checks
+
+    def _add(self, name: str, state: State, found: str, then: str = "") -> None:
+        self._checks.append(Check(name=name, state=state, found=found, next=then))
+
+    # --- without a connection -------------------------------------------------------------------
+
+    def _software(self) -> None:
+        python = ".".join(map(str, sys.version_info[:3]))
+        self._add("streamtools", "ok", f"{_version('streamtools') or 'not installed as a package'}, Python {python}")
+        found = [f"{name} {number}" for name in COMMON if (number := _version(name))]
+        self._add("libraries", "ok", ", ".join(found))
+
+    def _address(self) -> bool:
+        from streamtools.errors import ConfigurationError
+
+        where = source(self._given)
+        try:
+            shown = safe_address(self._given)
+        except ConfigurationError as error:
+            fix = f"export {URL_VARIABLE}=..., such as amqp://user:password@host/vhost"
+            self._add("address", "failed", f"from {where}: {error}", fix)
+            return False
+        self._add("address", "ok", f"{shown}, from {where}")
+        return True
+
+    def _driver(self) -> bool:
+        from streamtools.consumer import CONSUMER_LOOPS
+        from streamtools.errors import ConfigurationError
+
+        try:
+            protocol = CONSUMER_LOOPS.protocol(self._url)
+            self._features: Features = CONSUMER_LOOPS[protocol].features
+        except ConfigurationError as error:
+            self._add("driver", "failed", str(error))
+            return False
+        found = [f"{name} {_version(name)}" for name in LIBRARIES.get(protocol, ())]
+        if protocol == "sqlite":
+            import sqlite3
+
+            found = [f"SQLite {sqlite3.sqlite_version}"]
+        self._add("driver", "ok", ", ".join([protocol, *found]))
+        return True
+
+    # --- with a connection ----------------------------------------------------------------------
+
+    async def _step(self, name: str, step: Callable[[], Awaitable[tuple[State, str]]]) -> bool:
+        """One check that talks to the broker; its error becomes the finding."""
+        from streamtools.errors import StreamToolsError
+
+        try:
+            state, found = await step()
+        except StreamToolsError as error:
+            self._add(name, "failed", str(error), self._advice(name))
+            return False
+        self._add(name, state, found)
+        return True
+
+    def _advice(self, name: str) -> str:
+        if name == "connection" and source(self._given) == "the default":
+            return f"export {URL_VARIABLE}=..., if the broker is elsewhere"
+        return "streamtools doctor --url ..., once that is mended"
+
+    async def _connect(self) -> tuple[State, str]:
+        from streamtools.producer import Producer
+
+        if self._features.listens:
+            return "skipped", "this protocol has no broker: a consumer listens there once it runs"
+        begin = time.monotonic()
+        producer = Producer(self._queue("connection"), url=self._url, declare=False, send_timeout=STEP)
+        async with producer:
+            return "ok", f"in {1000 * (time.monotonic() - begin):.0f} ms"
+
+    async def _probe(self) -> tuple[State, str]:
+        from streamtools.consumer import Consumer
+        from streamtools.producer import Producer
+
+        if self._features.listens:
+            return "skipped", "needs a running consumer"
+        queue = self._queue("probe")
+        try:
+            async with (
+                Producer(queue, url=self._url, send_timeout=STEP) as producer,
+                Consumer(queue, url=self._url, error_queue=queue, connect_timeout=STEP) as consumer,
+            ):
+                begin = time.monotonic()
+                receipt = await producer.send({"probe": True})
+                deliveries = await consumer.receive(timeout=STEP)
+                if [delivery.message.id for delivery in deliveries] != [receipt.id]:
+                    return "failed", f"sent one message to {queue!r}, but it did not arrive within {STEP:g} s"
+                await deliveries[0].ack()
+                return "ok", f"sent, received and acknowledged in {1000 * (time.monotonic() - begin):.0f} ms"
+        finally:
+            await self._remove(queue)
+
+    async def _look(self) -> tuple[State, str]:
+        from streamtools.admin import ADMINS, QueueAdmin
+
+        if not self._features.admin or ADMINS.protocol(self._url) not in ADMINS:
+            return "skipped", "this protocol has no queues to look at"
+        async with QueueAdmin(url=self._url) as admin:
+            infos = await admin.list()
+        waiting = sum(info.ready + (info.delayed or 0) for info in infos)
+        text = f"{len(infos):,} queues, {waiting:,} messages wait"
+        failed = next((info.ready for info in infos if info.name == "error"), 0)
+        if failed:
+            return "warning", f"{text}; {failed:,} failed: streamtools errors list"
+        return "ok", text
+
+    def _queue(self, purpose: str) -> str:
+        return f"streamtools-doctor-{purpose}-{token_hex(4)}"
+
+    async def _remove(self, queue: str) -> None:
+        from streamtools.admin import QueueAdmin
+        from streamtools.errors import StreamToolsError
+
+        with suppress(StreamToolsError):  # never made; or the connection is gone, and the check says so
+            async with QueueAdmin(url=self._url) as admin:
+                await admin.delete(queue)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _print(checks: Sequence[Check]) -> None:
+    signs = {"ok": "ok", "warning": "look", "failed": "FAILED", "skipped": "skipped"}
+    output.print_table(
+        output.table("", "check", "", "found"), [(check.name, signs[check.state], check.found) for check in checks]
+    )
+    for check in checks:
+        if check.next:
+            print(f"Next, for {check.name}: {check.next}")
+    if all(check.state != "failed" for check in checks):
+        print("All is well.")

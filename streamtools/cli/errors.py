@@ -1,0 +1,272 @@
+"""`streamtools errors`: list, show, redrive, purge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from streamtools.cli import output
+from streamtools.cli.messages import as_data, body_text
+from streamtools.cli.queues import at
+from streamtools.cli.session import Json, Url, Yes, safe_address
+
+if TYPE_CHECKING:
+    from streamtools.admin import QueueAdmin
+    from streamtools.message import Message
+    from streamtools.redrive import ErrorFilter, ErrorGroup
+
+#: Messages that `list` and `show` look at, when they are not told how many.
+LOOK: Final = 10_000
+
+errors = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Look at messages that failed, put them back to work, or forget them.",
+)
+
+Queue = Annotated[str, typer.Option("--queue", "-q", help="The error queue.")]
+Filter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        "-w",
+        metavar="NAME=VALUE",
+        help="Only those with queue=, exception=, handler=, reason=, type=, id=, key=, source= or header.NAME= "
+        "so (* and ? stand for anything); a word alone is looked for in reason and body. All must hold.",
+    ),
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="This many at most.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID...]", help="Message ids; all when none is given.")]
+
+
+@errors.command("list")
+def list_(*, url: Url = None, queue: Queue = "error", filter_: Filter = None, json: Json = False) -> None:
+    """The failed messages, grouped by the queue they failed in and by exception."""
+    chosen = _filter(filter_)
+    seen = _peek(url, queue, LOOK)
+    from streamtools.redrive import group_errors
+
+    groups = group_errors(message for message in seen if chosen(message))
+    if json:
+        output.print_json([_group_data(group) for group in groups])
+        return
+    _print_groups(groups)
+    _say_what_was_seen(queue, len(seen), sum(group.count for group in groups), url)
+
+
+@errors.command()
+def show(
+    ids: Ids = None,
+    *,
+    url: Url = None,
+    queue: Queue = "error",
+    filter_: Filter = None,
+    limit: Limit = 10,
+    json: Json = False,
+) -> None:
+    """Failed messages with all that is known: why and when, the traceback, headers and body."""
+    chosen = _filter(filter_)
+    found = [m for m in _peek(url, queue, LOOK) if (not ids or m.id in ids) and chosen(m)]
+    shown = found if limit is None else found[:limit]
+    for message in shown:
+        if json:
+            output.print_json(_error_data(message))
+        else:
+            _print_error(message)
+    if not found:
+        output.fail(f"{queue!r} at {safe_address(url)} holds no such message.")
+    if len(shown) < len(found):
+        output.note(f"{len(shown)} of {len(found):,} shown; --limit shows more.")
+
+
+@errors.command()
+def redrive(
+    ids: Ids = None,
+    *,
+    url: Url = None,
+    queue: Queue = "error",
+    filter_: Filter = None,
+    dry_run: DryRun = False,
+    to: Annotated[
+        str | None, typer.Option(help="The queue to put them in; the one each failed in, if not given.")
+    ] = None,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """Put failed messages back to work: same id, body and headers, as attempt 1.
+
+    Each is held by its queue before it leaves the error queue: if this command is killed, one may be put
+    back twice, none is lost.
+    """
+    chosen = _choose(ids, filter_)
+    if dry_run:
+        _print_dry_run("redriven", _peek(url, queue, LOOK), chosen, limit, json=json)
+        return
+
+    async def work(admin: QueueAdmin) -> int:
+        from streamtools.redrive import redrive
+
+        with output.bar(f"Redriving from {queue}", (await admin.stats(queue)).ready) as advance:
+            return await redrive(admin, queue, where=chosen, target=to, limit=limit, progress=lambda seen: advance(1))
+
+    _print_done("redriven", queue, at(url, work), json=json)
+
+
+@errors.command()
+def purge(
+    ids: Ids = None,
+    *,
+    url: Url = None,
+    queue: Queue = "error",
+    filter_: Filter = None,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Forget failed messages for ever."""
+    chosen = _choose(ids, filter_)
+    seen = _peek(url, queue, LOOK)
+    number = _counted(sum(chosen(message) for message in seen), limit)
+    if dry_run or not number:
+        _print_dry_run("forgotten", seen, chosen, limit, json=json)
+        return
+    more = " or more" if len(seen) == LOOK else ""
+    output.confirm(f"Forget {number:,}{more} failed messages in {queue!r} at {safe_address(url)} for ever?", yes=yes)
+
+    async def work(admin: QueueAdmin) -> int:
+        from streamtools.redrive import discard
+
+        if limit is None and not ids and not filter_:
+            return await admin.purge(queue)
+        with output.bar(f"Forgetting from {queue}", (await admin.stats(queue)).ready) as advance:
+            return await discard(admin, queue, where=chosen, limit=limit, progress=lambda seen: advance(1))
+
+    _print_done("forgotten", queue, at(url, work), json=json)
+
+
+# --- choosing ------------------------------------------------------------------------------------
+
+
+def _filter(texts: Sequence[str] | None) -> ErrorFilter:
+    from streamtools.errors import ConfigurationError
+    from streamtools.redrive import ErrorFilter
+
+    try:
+        return ErrorFilter(texts or [])
+    except ConfigurationError as error:
+        output.fail(str(error), output.USAGE)
+
+
+def _choose(ids: Sequence[str] | None, texts: Sequence[str] | None) -> Any:
+    chosen, wanted = _filter(texts), set(ids or ())
+    return (lambda message: message.id in wanted and chosen(message)) if wanted else chosen
+
+
+def _peek(url: str | None, queue: str, limit: int) -> Sequence[Message]:
+    async def peek(admin: QueueAdmin) -> Sequence[Message]:
+        from streamtools.errors import QueueError
+
+        try:
+            return await admin.peek(queue, limit)
+        except QueueError as error:
+            raise QueueError(
+                f"{error} Either nothing here has consumed yet, or its error queue has another name: --queue NAME."
+            ) from error
+
+    return at(url, peek)
+
+
+def _counted(number: int, limit: int | None) -> int:
+    return number if limit is None else min(number, limit)
+
+
+# --- printing ------------------------------------------------------------------------------------
+
+
+def _print_groups(groups: Sequence[ErrorGroup]) -> None:
+    if not groups:
+        return
+    made = output.table(
+        "", "failed in", "exception", "count", "first", "last", "the latest one's reason", right=["count"]
+    )
+    rows = [
+        (
+            g.queue,
+            g.exception.rpartition(".")[2],
+            g.count,
+            _when(g.first_failed),
+            _when(g.last_failed),
+            g.reason[:300],
+        )
+        for g in groups
+    ]
+    output.print_table(made, rows)
+
+
+def _when(seconds: float) -> str:
+    return (output.moment(seconds) or "-").removesuffix("+00:00").replace("T", " ")
+
+
+def _say_what_was_seen(queue: str, seen: int, chosen: int, url: str | None) -> None:
+    if not seen:
+        output.note(f"{queue!r} at {safe_address(url)} is empty: nothing has failed.")
+    elif not chosen:
+        output.note(f"None of the {seen:,} messages in {queue!r} is meant by the filter.")
+    elif seen == LOOK:
+        output.note(f"Of the first {LOOK:,} messages; there may be more.")
+
+
+def _group_data(group: ErrorGroup) -> dict[str, Any]:
+    times = {"first_failed": output.moment(group.first_failed), "last_failed": output.moment(group.last_failed)}
+    return asdict(group) | times
+
+
+def _error_data(message: Message) -> dict[str, Any]:
+    if message.error is None:
+        return as_data(message)
+    error = asdict(message.error)
+    for name in ("first_failed", "last_failed"):
+        error[name] = output.moment(error[name])
+    return as_data(message) | {"error": error}
+
+
+def _print_error(message: Message) -> None:
+    print(output.printable(f"--- {message.id}"))
+    error = message.error
+    facts: dict[str, object] = {"type": message.type, "key": message.key, "sent": output.moment(message.time)}
+    if error is not None:
+        facts = {
+            "failed in": error.queue, "handler": error.handler, "exception": error.exception, "reason": error.reason,
+            "attempts": error.attempts, "first": _when(error.first_failed), "last": _when(error.last_failed), **facts,
+        }  # fmt: skip
+    facts |= {f"header {name}": value for name, value in message.headers.items()}
+    for name, value in facts.items():
+        if value:
+            print(output.printable(f"{name + ':':<12}{value}"))
+    if error is not None and error.traceback:
+        print(output.printable(error.traceback.rstrip()))
+    print(output.printable(body_text(message)) + "\n")
+
+
+def _print_dry_run(what: str, seen: Sequence[Message], chosen: Any, limit: int | None, *, json: bool) -> None:
+    found = [message for message in seen if chosen(message)]
+    found = found if limit is None else found[:limit]
+    if json:
+        output.print_json({what: 0, "would_be": len(found), "ids": [message.id for message in found]})
+        return
+    from streamtools.redrive import group_errors
+
+    _print_groups(group_errors(found))
+    print(f"{len(found):,} of {len(seen):,} messages would be {what}; nothing was changed.")
+
+
+def _print_done(what: str, queue: str, number: int, *, json: bool) -> None:
+    if json:
+        output.print_json({what: number})
+    else:
+        print(f"{number:,} message{'' if number == 1 else 's'} of {queue} {what}.")
