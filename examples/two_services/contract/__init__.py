@@ -1,0 +1,28 @@
+"""What travels between webshop and warehouse. Both import it; it imports neither."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, Field
+
+#: Read by the warehouse.
+RESERVATIONS: Final = "warehouse.reservations"
+#: Read by the webshop.
+CONFIRMATIONS: Final = "webshop.confirmations"
+
+
+class Reservation(BaseModel):
+    """Please put so many aside."""
+
+    order_id: str
+    sku: str
+    quantity: Annotated[int, Field(gt=0)]
+
+
+class Confirmation(BaseModel):
+    """They are, or they are not there."""
+
+    order_id: str
+    status: Literal["reserved", "sold out"]
+    left: Annotated[int, Field(ge=0)]
