@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,10 +12,10 @@ from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.producer import FEATURES, declare, insert, missing
+from streamtools.drivers.sqlite.requests import Holder
 from streamtools.drivers.sqlite.rows import Row, encode
 from streamtools.drivers.sqlite.schema import NoRoom
-from streamtools.drivers.sqlite.tables import Tables
-from streamtools.drivers.sqlite.worker import Holder
+from streamtools.drivers.sqlite.tables import SUSPECT, Tables
 from streamtools.errors import Closed, ConnectError, QueueError, SendError
 from streamtools.settings import SQLiteSettings
 from streamtools.verdicts import Kind
@@ -47,6 +48,11 @@ class Verdicts:
     releases: dict[int, list[int]] = field(default_factory=dict)
     moves: list[tuple[int, int, list[Row]]] = field(default_factory=list)
 
+    def all(self) -> Iterator[tuple[int, int]]:
+        """(claim, row id) of all that are done with."""
+        yield from ((claim, row) for claim, rows in self.acks.items() for row in rows)
+        yield from ((claim, row) for row, claim, _ in self.moves)
+
 
 class SQLiteConsumer(Consumer, protocol="sqlite"):
     """Reads messages from a SQLite file, beside other consumers in this and other processes.
@@ -68,6 +74,8 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
     settings: SQLiteSettings
     _session: Session | None = None
     _holder: Holder
+    #: Set when the suspect that was received last is settled; None when there is none.
+    _suspect: asyncio.Event | None = None
 
     async def _open(self) -> None:
         await self._close()
@@ -77,6 +85,7 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         except BaseException:
             await session.close()
             raise
+        self._failed: set[tuple[int, int]] = set()
         self._session = session
 
     async def _join(self, session: Session) -> Holder:
@@ -87,13 +96,30 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         return Holder([lane], ordered_by=self.ordered_by)
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
+        if self._suspect is not None:
+            await self._isolation(self._suspect)
         if self._session is None:
             raise Closed(f"{self!r} is not open.")
         taken = await self._session.claim(self._holder, limit)
+        if self._holder.alone and taken.counts[0] >= SUSPECT:
+            self._isolate(taken.ids[0])
         return [
             Delivery(message, Token(row, taken.claim, taken.lane, origin), count)
             for (message, origin), row, count in zip(taken.messages(self.queue), taken.ids, taken.counts, strict=True)
         ]
+
+    def _isolate(self, row: int) -> None:
+        # What is taken while a suspect runs would be counted with it if it ends the process. Not for
+        # ever: whoever settles in batches by hand may be waiting for more.
+        self._suspect = asyncio.Event()
+        self._suspect_row = row
+        self._suspect_until = asyncio.get_running_loop().time() + self.settings.lease
+
+    async def _isolation(self, settled: asyncio.Event) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._suspect_until):
+                await settled.wait()
+        self._suspect = None
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         if self._session is None:
@@ -107,6 +133,11 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
             raise SendError(str(error), refused=[row.id for _, _, rows in verdicts.moves for row in rows]) from error
         except Closed:
             return  # closed meanwhile: likewise
+        except ConnectError:
+            self._failed.update(verdicts.all())
+            raise
+        if self._suspect is not None and any(s.delivery.token.id == self._suspect_row for s in settlements):
+            self._suspect.set()
         if refused:
             raise missing(refused)
 
@@ -136,10 +167,13 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         session, self._session = self._session, None
         if session is None:
             return
+        if self._suspect is not None:
+            self._suspect.set()
+            self._suspect = None
         try:
             # When the file cannot be reached, its lease brings back what is in hand.
             with contextlib.suppress(ConnectError):
-                await session.let_go(self._holder)
+                await session.let_go(self._holder, [*self._failed])
         finally:
             await session.close()
 

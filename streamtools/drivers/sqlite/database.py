@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 from weakref import WeakKeyDictionary, ref
 
+from streamtools.drivers.sqlite.requests import Holder, Job, Outcome, Run, Waiter
 from streamtools.drivers.sqlite.rows import Claimed
-from streamtools.drivers.sqlite.schema import check_path
+from streamtools.drivers.sqlite.schema import absolute
 from streamtools.drivers.sqlite.tables import Tables
-from streamtools.drivers.sqlite.worker import Holder, Job, Outcome, Run, Waiter, Worker
+from streamtools.drivers.sqlite.worker import Worker
 from streamtools.errors import Closed, ConnectionLost
 from streamtools.settings import SQLiteSettings
 
@@ -67,7 +68,7 @@ class Database:
             ConnectError: the file cannot be used; permanent where trying again cannot help.
             ConfigurationError: the path cannot be one.
         """
-        path = await asyncio.to_thread(check_path, settings.path)
+        path = absolute(settings.path)
         databases = cls._all.setdefault(asyncio.get_running_loop(), {})
         key = (path, settings.lease, settings.busy_timeout, use)
         database = databases.get(key)
@@ -112,10 +113,6 @@ class Database:
     def tell(self, run: Run, argument: Any) -> None:
         """Have something done that nobody waits for."""
         self._worker.ask(Job(run, argument, False, self.settings.busy_timeout))
-
-    def forget(self, holder: Holder) -> None:
-        """Renew this holder's lease no more."""
-        self._worker.ask(holder)
 
     # --- answers, called in the database thread -------------------------------------------------
 
@@ -199,12 +196,18 @@ class Session:
         """
         return await self._ask(Waiter(holder, limit, self._database.settings.busy_timeout))  # type: ignore[no-any-return]
 
-    async def let_go(self, holder: Holder) -> None:
-        """Have what a holder has in hand made ready for others, and whoever waits with it raise Closed."""
+    async def let_go(self, holder: Holder, failed: Sequence[tuple[int, int]]) -> None:
+        """Have what a holder has in hand made ready for others, and whoever waits with it raise Closed.
+
+        Parameters:
+            failed: (claim, row id) of those whose verdict is known but could not be written; they come
+                back counted, so that the next connection knows them again.
+        """
+        holder.closed = True  # its lease is renewed no more, whether the rest succeeds or not
         for what in [what for what in self._pending if isinstance(what, Waiter)]:
             self._abandon(what)
-        self._database.forget(holder)
-        await self.call(end_claims, holder, full=True, patience=CLOSE_PATIENCE)
+        # After the settlements that wait already, which are of the same kind.
+        await self.call(end_claims, (holder, failed), full=True, patience=CLOSE_PATIENCE)
 
     async def close(self) -> None:
         """End it; whoever waits for an answer has Closed raised. Safe to repeat."""
@@ -246,11 +249,12 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def end_claims(tables: Tables, arguments: Sequence[Holder]) -> list[int]:
+def end_claims(tables: Tables, arguments: Sequence[tuple[Holder, Sequence[tuple[int, int]]]]) -> list[int]:
     """For each holder: end its claim, so that what it has in hand is ready again."""
-    for holder in arguments:
-        holder.closed = True
-    return [tables.end_lease(holder.claim) for holder in arguments]
+    for _, failed in arguments:
+        for claim, row in failed:
+            tables.put_back(claim, [row], count=1)
+    return [tables.end_lease(holder.claim) for holder, _ in arguments]
 
 
 def release(tables: Tables, arguments: Sequence[tuple[int, Sequence[int]]]) -> Sequence[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 from typing import Final
@@ -70,12 +71,11 @@ class NoRoom(ConnectionLost):
     """The disk, or the file's allowance, is full; nothing was written."""
 
 
-def check_path(path: str) -> str:
-    """The absolute path of the file.
+def absolute(path: str) -> str:
+    """The file's absolute path.
 
     Raises:
         ConfigurationError: it cannot be a file's path.
-        ConnectError: its directory is missing, or it is one itself.
     """
     if path == ":memory:":
         raise ConfigurationError(
@@ -84,7 +84,16 @@ def check_path(path: str) -> str:
         )
     if "\0" in path:
         raise ConfigurationError("The path of a SQLite file cannot hold a NUL character.")
-    file = Path(path).absolute()
+    return os.path.abspath(path)
+
+
+def check_path(path: str) -> None:
+    """Say what is in the way of a file there.
+
+    Raises:
+        ConnectError: (permanent) its directory is missing, or it is one itself.
+    """
+    file = Path(path)
     if file.is_dir():
         raise ConnectError(f"{path} is a directory; name a file in it: sqlite:///{path}/queues.db", permanent=True)
     if not file.parent.is_dir():
@@ -93,7 +102,6 @@ def check_path(path: str) -> str:
             f"mkdir -p {file.parent}",
             permanent=True,
         )
-    return str(file)
 
 
 def connect(path: str) -> sqlite3.Connection:
@@ -134,6 +142,8 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
     run(f"PRAGMA cache_size=-{CACHE_KIB}")
     # Some builds overwrite what is deleted with zeros; that is a write for each page let go.
     run("PRAGMA secure_delete=OFF")
+    if run("PRAGMA user_version").fetchone()[0] == VERSION:
+        return
     run("BEGIN IMMEDIATE")
     try:
         _make_tables(connection, path)
@@ -165,7 +175,7 @@ def _make_tables(connection: sqlite3.Connection, path: str) -> None:
             permanent=True,
         )
     if version == VERSION:
-        return
+        return  # another process was first
     for statement in TABLES.split(";\n"):
         if statement.strip():
             connection.execute(statement)

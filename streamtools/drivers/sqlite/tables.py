@@ -339,13 +339,11 @@ class Tables:
         for claim in from_json(self.value("SELECT json_group_array(id) FROM claims WHERE expires <= ?", (now,))):
             number += self.put_back(claim, count=1)
             self.run("DELETE FROM claims WHERE id = ?", (claim,))
-        return number
-
-    def sweep(self) -> None:
-        """Put back what is held under no lease at all, which nothing else would ever bring back."""
+        # What is held under no lease at all nothing else would ever bring back.
         orphans = "SELECT json_group_array(DISTINCT claim) FROM held WHERE claim NOT IN (SELECT id FROM claims)"
         for claim in from_json(self.value(orphans)):
-            self.put_back(claim, count=1)
+            number += self.put_back(claim, count=1)
+        return number
 
     # --- numbers --------------------------------------------------------------------------------
 

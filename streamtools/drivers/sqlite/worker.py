@@ -21,12 +21,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from secrets import randbits
 from typing import Any, Final
 
 from streamtools.drivers.sqlite import schema
+from streamtools.drivers.sqlite.requests import Holder, Job, Outcome, Run, Waiter
 from streamtools.drivers.sqlite.rows import Claimed
 from streamtools.drivers.sqlite.tables import CLAIM_BYTES, Tables
 from streamtools.errors import ConnectError, ConnectionLost
@@ -46,73 +46,6 @@ LOCK_DELAY: Final = 0.0005
 LOCK_MAX_DELAY: Final = 0.01
 #: Seconds between looks at leases, and at the size of the log, at most.
 CARE: Final = 1.0
-
-#: Done once for all jobs of its kind in one transaction: their arguments in, their results out.
-Run = Callable[[Tables, Sequence[Any]], Sequence[Any]]
-#: What came of a job: the job, its result, its error.
-Outcome = tuple["Job | Waiter", Any, BaseException | None]
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """Something to be done in a transaction.
-
-    Attributes:
-        run: does it.
-        argument: for `run`.
-        full: it must be on the disk before it counts as done.
-        patience: seconds to wait for a lock on the file.
-        future: where the result goes; of the event loop, which alone touches it.
-        cancelled: nobody waits for it any more.
-    """
-
-    run: Run
-    argument: Any
-    full: bool
-    patience: float
-    future: Any = None
-    cancelled: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Holder:
-    """A consumer, as the database thread sees it.
-
-    Attributes:
-        lanes: what it reads, in this order.
-        claim: the number under which it holds messages; a new one after a lease that ran out.
-        expires: when its lease ends as far as is known, in seconds since the epoch; 0 when it has none.
-    """
-
-    lanes: Sequence[int]
-    ordered_by: str | None = None
-    alone: bool = True
-    claim: int = field(default_factory=lambda: randbits(62))
-    expires: float = 0.0
-    #: Its consumer has closed: nothing more is claimed for it.
-    closed: bool = False
-    #: The last claim took all that it was allowed to, so that there is likely more.
-    eager: bool = False
-    #: Bytes of the largest body seen lately.
-    size: int = 1
-
-
-@dataclass(slots=True, eq=False)
-class Waiter:
-    """A consumer that waits for messages.
-
-    Attributes:
-        due: when the next delayed message is ready, in seconds since the epoch.
-        fresh: nothing was looked up for it yet.
-    """
-
-    holder: Holder
-    limit: int
-    patience: float
-    future: Any = None
-    cancelled: bool = False
-    due: float | None = None
-    fresh: bool = True
 
 
 class Worker:
@@ -144,7 +77,7 @@ class Worker:
         self._opened = opened
         self._ended = ended
         self._listening = listening
-        self._asked: SimpleQueue[Job | Waiter | Holder | None] = SimpleQueue()
+        self._asked: SimpleQueue[Job | Waiter | None] = SimpleQueue()
         self._halt = threading.Event()
         self._waiters: list[Waiter] = []
         self._holders: set[Holder] = set()
@@ -156,14 +89,15 @@ class Worker:
         self._version = 0
         self._synchronous = ""
         self._next_care = 0.0
+        self._swept = False
         self._active = 0.0
         # A daemon: a process that forgets to close must still be able to end.
         self.thread = threading.Thread(target=self._main, name="streamtools-sqlite", daemon=True)
 
     # --- for the event loop ---------------------------------------------------------------------
 
-    def ask(self, what: Job | Waiter | Holder) -> None:
-        """Have a job done, or a waiter wait; a holder given is forgotten."""
+    def ask(self, what: Job | Waiter) -> None:
+        """Have a job done, or a waiter wait."""
         self._asked.put(what)
 
     def stop(self) -> None:
@@ -178,7 +112,7 @@ class Worker:
             self._connection = self._connect()
         except BaseException as error:
             self.gone = True
-            self._opened(schema.explain(error, self._path) if isinstance(error, sqlite3.Error) else error)
+            self._opened(schema.explain(error, self._path) if isinstance(error, Exception) else error)
             self._ended()
             return
         self._opened(None)
@@ -197,6 +131,7 @@ class Worker:
         started = time.monotonic()
         while True:
             try:
+                schema.check_path(self._path)
                 connection = schema.connect(self._path)
                 break
             except sqlite3.Error as error:
@@ -217,7 +152,7 @@ class Worker:
             self._connection.close()
         except sqlite3.Error as error:
             log.warning("Closing %s: %s", self._path, error)
-        left: list[Job | Waiter] = [*self._waiters, *(w for w in self._drain() if isinstance(w, Job | Waiter))]
+        left: list[Job | Waiter] = [*self._waiters, *(what for what in self._drain() if what is not None)]
         self._post([(what, None, gone) for what in left])
         self._ended()
 
@@ -244,8 +179,6 @@ class Worker:
                 jobs.append(what)
             elif isinstance(what, Waiter):
                 self._waiters.append(what)
-            elif isinstance(what, Holder):
-                self._holders.discard(what)
             else:
                 self._stopped = True
         if jobs:
@@ -254,7 +187,7 @@ class Worker:
             self._stopped = True
         return [job for job in jobs if not job.cancelled]
 
-    def _drain(self, timeout: float = 0.0) -> list[Job | Waiter | Holder | None]:
+    def _drain(self, timeout: float = 0.0) -> list[Job | Waiter | None]:
         found = []
         try:
             found.append(self._asked.get(timeout=timeout) if timeout > 0 else self._asked.get_nowait())
@@ -297,9 +230,11 @@ class Worker:
 
     def _has_changed(self) -> bool:
         version: int = self._tables.value("PRAGMA data_version")
-        changed = version != self._version
+        if version == self._version:
+            return False
         self._version = version
-        return changed
+        self._active = time.monotonic()
+        return True
 
     def _has_something(self, waiter: Waiter, stirred: bool, now: float) -> bool:
         if waiter.holder.eager:
@@ -326,15 +261,17 @@ class Worker:
     def _care(self) -> list[Job]:
         """From time to time: jobs that renew our leases, and end those of others that have run out."""
         now = time.monotonic()
-        if now < self._next_care or not (self._waiters or self._holders):
+        if now < self._next_care:
             return []
         self._next_care = now + min(CARE, self._lease / 4)
         self._cut_log()
+        self._holders = {holder for holder in self._holders if not holder.closed}
         wall = time.time()
         jobs = []
         if any(h.expires and h.expires < wall + self._lease * 2 / 3 for h in self._holders):
             jobs.append(Job(self._renew, None, False, self._busy_timeout))
-        if self._waiters and self._has_expired(wall):
+        if self._waiters and (not self._swept or self._has_expired(wall)):
+            self._swept = True
             jobs.append(Job(_expire, None, False, self._busy_timeout))
         return jobs
 
