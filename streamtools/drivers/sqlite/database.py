@@ -68,7 +68,7 @@ class Database:
             ConnectError: the file cannot be used; permanent where trying again cannot help.
             ConfigurationError: the path cannot be one.
         """
-        path = absolute(settings.path)
+        path = await asyncio.to_thread(absolute, settings.path)
         databases = cls._all.setdefault(asyncio.get_running_loop(), {})
         key = (path, settings.lease, settings.busy_timeout, use)
         database = databases.get(key)

@@ -72,7 +72,7 @@ class NoRoom(ConnectionLost):
 
 
 def absolute(path: str) -> str:
-    """The file's absolute path.
+    """The file's absolute path; asks the operating system where we are.
 
     Raises:
         ConfigurationError: it cannot be a file's path.
