@@ -52,9 +52,10 @@ class ProtocolSettings(BaseSettings):
         except ConfigurationError:
             raise
         except ValueError as error:  # urlsplit: a port that is no number, an unclosed bracket
+            # Not its own text: that quotes the part which is no port, and that may be a password's beginning.
             raise ConfigurationError(
-                f"The {cls.protocol} URL cannot be read: {error}. Percent-encode special characters "
-                "in user names and passwords: '/' is %2F, '@' is %40, ':' is %3A."
+                f"The {cls.protocol} URL cannot be read: its host or port is not one ({type(error).__name__}). "
+                "Percent-encode special characters in user names and passwords: '/' is %2F, '@' is %40, ':' is %3A."
             ) from None
 
     @classmethod
@@ -181,8 +182,8 @@ class SQLiteSettings(ProtocolSettings):
     def _from_parts(cls, parts: Any) -> dict[str, Any]:
         if parts.netloc:
             raise ConfigurationError(
-                f"A sqlite URL has no host, but this one names {parts.netloc!r}: write three slashes for a "
-                "relative path (sqlite:///orders.db) and four for an absolute one (sqlite:////var/lib/orders.db)."
+                "A sqlite URL has no host, but this one names something there: write three slashes for a relative "
+                "path (sqlite:///orders.db) and four for an absolute one (sqlite:////var/lib/orders.db)."
             )
         path = unquote(parts.path.removeprefix("/"))
         return {"path": path} if path else {}
@@ -300,5 +301,9 @@ def _address(text: str, default: int) -> tuple[str, int]:
     if not colon or port.endswith("]"):
         return text.strip("[]"), default
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise ConfigurationError(f"{port!r} is not a port: write host:port with a number from 1 to 65535.")
+        # What stands there is not shown: behind an unencoded "/" it is a password's beginning.
+        raise ConfigurationError(
+            "The port is not a number from 1 to 65535. Write host:port; in a user name or password "
+            "'/' is %2F, '@' is %40, ':' is %3A."
+        )
     return host.strip("[]"), int(port)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import Final
 
 #: What the extra `cli` brings.
-PACKAGES: Final = frozenset({"typer", "rich"})
+PACKAGES: Final = ("typer", "rich")
 
 
 def main() -> None:
     """Run the command line; ends the process with 0 (done), 1 (it failed) or 2 (wrong usage)."""
-    try:
-        from streamtools.cli.app import app
-    except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
-            raise
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
         sys.exit(
-            f'The command line needs {error.name}, which is not installed. Install it: pip install "streamtools[cli]"'
+            f"The command line needs {' and '.join(missing)}, which is not installed. "
+            'Install it: pip install "streamtools[cli]"'
         )
+    from streamtools.cli.app import app
+
     app(prog_name="streamtools")

@@ -51,7 +51,10 @@ def doctor(*, url: Url = None, json: Json = False) -> None:
 
     Sends one message through a temporary queue, which it deletes. Ends with 1 when something is wrong.
     """
-    checks = drive(Doctor(url).examine())
+    examination = Doctor(url)
+    if examination.prepare():
+        drive(examination.talk())
+    checks = examination.checks
     if json:
         output.print_json([asdict(check) for check in checks])
     else:
@@ -66,18 +69,22 @@ class Doctor:
     def __init__(self, url: str | None) -> None:
         self._given = url
         self._url = address(url)
-        self._checks: list[Check] = []
+        #: What was found so far.
+        self.checks: list[Check] = []
 
-    async def examine(self) -> Sequence[Check]:
-        """Every check."""
+    def prepare(self) -> bool:
+        """What can be seen without a connection; whether one is worth trying."""
         self._software()
-        if self._address() and self._driver() and await self._step("connection", self._connect):
+        return self._address() and self._driver()
+
+    async def talk(self) -> None:
+        """What only the broker can tell."""
+        if await self._step("connection", self._connect):
             await self._step("round trip", self._probe)
             await self._step("admin", self._look)
-        return self._checks
 
     def _add(self, name: str, state: State, found: str, then: str = "") -> None:
-        self._checks.append(Check(name=name, state=state, found=found, next=then))
+        self.checks.append(Check(name=name, state=state, found=found, next=then))
 
     # --- without a connection -------------------------------------------------------------------
 
@@ -101,12 +108,16 @@ class Doctor:
         return True
 
     def _driver(self) -> bool:
+        from streamtools.admin import ADMINS
         from streamtools.consumer import CONSUMER_LOOPS
         from streamtools.errors import ConfigurationError
+        from streamtools.producer import PRODUCERS
 
         try:
             protocol = CONSUMER_LOOPS.protocol(self._url)
             self._features: Features = CONSUMER_LOOPS[protocol].features
+            PRODUCERS[protocol]
+            self._has_admin = protocol in ADMINS and self._features.admin
         except ConfigurationError as error:
             self._add("driver", "failed", str(error))
             return False
@@ -170,9 +181,9 @@ class Doctor:
             await self._remove(queue)
 
     async def _look(self) -> tuple[State, str]:
-        from streamtools.admin import ADMINS, QueueAdmin
+        from streamtools.admin import QueueAdmin
 
-        if not self._features.admin or ADMINS.protocol(self._url) not in ADMINS:
+        if not self._has_admin:
             return "skipped", "this protocol has no queues to look at"
         async with QueueAdmin(url=self._url) as admin:
             infos = await admin.list()

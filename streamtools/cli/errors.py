@@ -11,7 +11,7 @@ import typer
 from streamtools.cli import output
 from streamtools.cli.messages import as_data, body_text
 from streamtools.cli.queues import at
-from streamtools.cli.session import Json, Url, Yes, safe_address
+from streamtools.cli.session import Json, Url, Yes, plain_errors, safe_address
 
 if TYPE_CHECKING:
     from streamtools.admin import QueueAdmin
@@ -153,13 +153,10 @@ def purge(
 
 
 def _filter(texts: Sequence[str] | None) -> ErrorFilter:
-    from streamtools.errors import ConfigurationError
     from streamtools.redrive import ErrorFilter
 
-    try:
+    with plain_errors():
         return ErrorFilter(texts or [])
-    except ConfigurationError as error:
-        output.fail(str(error), output.USAGE)
 
 
 def _choose(ids: Sequence[str] | None, texts: Sequence[str] | None) -> Any:

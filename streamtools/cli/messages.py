@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final
 import typer
 
 from streamtools.cli import output
-from streamtools.cli.session import Json, Url, address, drive
+from streamtools.cli.session import Json, Url, address, drive, plain_errors
 
 if TYPE_CHECKING:
     from streamtools.delivery import Delivery
@@ -58,25 +58,27 @@ def send(
     template = Template(fields, delay=delay, ttl=ttl, raw=raw)
     if (payload is None) == (file is None):
         output.fail("say what to send: a payload, - for standard input, or --file.", output.USAGE)
+    with plain_errors():
+        producer = _producer(queue, url)
     if file is not None:
-        drive(_send_file(queue, url, file, template, as_json=json))
+        size = _check_file(file, template)
+        with open_lines(file) as stream, output.bar("Sending", size) as advance:
+            sent = drive(_send_lines(producer, stream, template, advance, as_json=json))
+        output.note(f"{sent:,} messages sent to {queue}.")
     else:
         data = sys.stdin.buffer.read() if payload == "-" else (payload or "").encode("utf-8", "surrogateescape")
-        drive(_send_one(queue, url, data, template, as_json=json))
+        drive(_send_one(producer, data, template, as_json=json))
 
 
 def _headers(texts: Sequence[str]) -> dict[str, str]:
     from streamtools.checks import check_headers
-    from streamtools.errors import ConfigurationError
 
     pairs = [text.partition("=") for text in texts]
     for name, equals, _ in pairs:
         if not equals:
             output.fail(f"--header {name!r} has no value: write --header name=value.", output.USAGE)
-    try:
+    with plain_errors():
         return check_headers({name: value for name, _, value in pairs})
-    except ConfigurationError as error:
-        output.fail(str(error), output.USAGE)
 
 
 class Template:
@@ -175,33 +177,30 @@ def _producer(queue: str, url: str | None) -> Producer:
     return Producer(queue, url=address(url))
 
 
-async def _send_one(queue: str, url: str | None, data: bytes, template: Template, *, as_json: bool) -> None:
-    async with _producer(queue, url) as producer:
+async def _send_one(producer: Producer, data: bytes, template: Template, *, as_json: bool) -> None:
+    async with producer:
         template.check(producer)
-        receipts = await producer.send_messages([template.make(data, queue)])
+        receipts = await producer.send_messages([template.make(data, producer.queue)])
     _print_ids(receipts, as_json)
 
 
-async def _send_file(queue: str, url: str | None, file: Path, template: Template, *, as_json: bool) -> None:
-    standard_input = str(file) == "-"
-    size = None if standard_input else _size(file)
-    if not standard_input:
-        template.check_lines(file)
+async def _send_lines(
+    producer: Producer, stream: BinaryIO, template: Template, advance: Callable[[int], None], *, as_json: bool
+) -> int:
     sent = 0
-    with open_lines(file) as stream, output.bar("Sending", size) as advance:
-        async with _producer(queue, url) as producer:
-            template.check(producer)
-            lines = _lines(stream)
-            # In a thread: standard input may keep us waiting, and the connection must stay alive meanwhile.
-            while batch := await asyncio.to_thread(lambda: list(islice(lines, BATCH))):
-                for number, line in batch:
-                    template.check_line(number, line)
-                receipts = await producer.send_messages([template.make(line, queue) for _, line in batch])
-                sent += len(receipts)
-                advance(sum(len(line) + 1 for _, line in batch))
-                if as_json:
-                    _print_ids(receipts, as_json)
-    output.note(f"{sent:,} messages sent to {queue}.")
+    lines = _lines(stream)
+    async with producer:
+        template.check(producer)
+        # In a thread: standard input may keep us waiting, and the connection must stay alive meanwhile.
+        while batch := await asyncio.to_thread(lambda: list(islice(lines, BATCH))):
+            for number, line in batch:
+                template.check_line(number, line)
+            receipts = await producer.send_messages([template.make(line, producer.queue) for _, line in batch])
+            sent += len(receipts)
+            advance(sum(len(line) + 1 for _, line in batch))
+            if as_json:
+                _print_ids(receipts, as_json)
+    return sent
 
 
 def open_lines(file: Path) -> AbstractContextManager[BinaryIO]:
@@ -209,10 +208,13 @@ def open_lines(file: Path) -> AbstractContextManager[BinaryIO]:
     return nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")
 
 
-def _size(file: Path) -> int:
+def _check_file(file: Path, template: Template) -> int | None:
+    """Check every line of a file before the first is sent; its size, None for standard input."""
+    if str(file) == "-":
+        return None
     try:
-        with file.open("rb"):
-            return file.stat().st_size
+        template.check_lines(file)
+        return file.stat().st_size
     except OSError as error:
         output.fail(f"{file} cannot be read: {error.strerror}.", output.USAGE)
 
@@ -251,9 +253,10 @@ def receive(
     """
     limit = maximum if maximum is not None or follow else SHOWN
     show = _show_json if json else _show
-    viewer = Viewer(queue, address(url), show, ack=ack)
+    with plain_errors():
+        viewer = Viewer(queue, address(url), limit, show, ack=ack)
     try:
-        drive(viewer.run(limit, None if follow else timeout))
+        drive(viewer.run(None if follow else timeout))
     except typer.Exit as end:
         if not follow or end.exit_code < 128:
             raise
@@ -265,31 +268,40 @@ class Viewer:
     """Receives and shows messages.
 
     Parameters:
+        limit: this many at most.
         show: prints one.
         ack: take each out of the queue once it is shown.
     """
 
-    def __init__(self, queue: str, url: str, show: Callable[[Delivery], None], *, ack: bool) -> None:
-        self._queue = queue
-        self._url = url
-        self._show = show
-        self._ack = ack
-        self._shown = 0
-
-    async def run(self, limit: int | None, timeout: float | None) -> None:
-        """Until `limit` messages are shown, or none came for `timeout` seconds."""
+    def __init__(
+        self, queue: str, url: str, limit: int | None, show: Callable[[Delivery], None], *, ack: bool
+    ) -> None:
         from streamtools.consumer import Consumer
 
-        most = limit if self._ack else min(limit or HOLD, HOLD)
-        prefetch = min(most or BATCH, HOLD)
-        async with Consumer(self._queue, url=self._url, declare=False, prefetch=prefetch) as consumer:
-            while most is None or self._shown < most:
-                batch = await consumer.receive(min(BATCH, (most or HOLD) - self._shown, prefetch), timeout=timeout)
+        self._queue = queue
+        self._show = show
+        self._ack = ack
+        self._limit = limit
+        #: What can be held unacknowledged; more than that is never shown.
+        self._most = limit if ack else min(limit or HOLD, HOLD)
+        self._prefetch = min(self._most or BATCH, HOLD)
+        self._consumer = Consumer(queue, url=url, declare=False, prefetch=self._prefetch)
+        self._shown = 0
+
+    async def run(self, timeout: float | None) -> None:
+        """Until as many as wanted are shown, or none came for `timeout` seconds."""
+        async with self._consumer:
+            while (room := self._room()) > 0:
+                batch = await self._consumer.receive(room, timeout=timeout)
                 if not batch:
                     break
                 await self._take(batch)
-            if not self._ack and self._shown == HOLD != limit:
+            if not self._ack and self._shown == HOLD != self._limit:
                 output.note(f"note: {HOLD:,} are held, no more can be looked at once; take them out with --ack.")
+
+    def _room(self) -> int:
+        left = self._prefetch if self._most is None else self._most - self._shown
+        return min(BATCH, self._prefetch, left)
 
     async def _take(self, batch: Sequence[Delivery]) -> None:
         for delivery in batch:

@@ -118,6 +118,11 @@ def age(seconds: float | None) -> str:
     return f"{seconds:.1f} s"
 
 
+def at_terminal() -> bool:
+    """There is a person to ask."""
+    return sys.stdin.isatty()
+
+
 def confirm(question: str, *, yes: bool) -> None:
     """Ask before something that cannot be undone.
 
@@ -126,7 +131,7 @@ def confirm(question: str, *, yes: bool) -> None:
     """
     if yes:
         return
-    if not sys.stdin.isatty():
+    if not at_terminal():
         fail(f"{question} There is no terminal to ask at; repeat the command with --yes.", USAGE)
     if not typer.confirm(question, err=True):
         note("Nothing was changed.")

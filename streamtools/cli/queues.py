@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import typer
 
 from streamtools.cli import output
-from streamtools.cli.session import Json, Url, Yes, address, drive, safe_address
+from streamtools.cli.session import Json, Url, Yes, address, drive, plain_errors, safe_address
 
 if TYPE_CHECKING:
     from streamtools.admin import QueueAdmin, QueueInfo
@@ -26,11 +26,13 @@ NUMBERS: Final = ("ready", "delayed", "in hand", "consumers", "oldest")
 
 def at(url: str | None, work: Callable[[QueueAdmin], Awaitable[T]]) -> T:
     """Do something with an open QueueAdmin."""
+    from streamtools.admin import QueueAdmin
+
+    with plain_errors():
+        admin = QueueAdmin(url=address(url))
 
     async def session() -> T:
-        from streamtools.admin import QueueAdmin
-
-        async with QueueAdmin(url=address(url)) as admin:
+        async with admin:
             return await work(admin)
 
     return drive(session())

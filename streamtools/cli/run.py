@@ -12,8 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from streamtools.cli.output import FAILED, USAGE, fail
-from streamtools.cli.session import Url, code_of, export
-from streamtools.errors import StreamToolsError
+from streamtools.cli.session import Url, export, plain_errors
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -48,9 +47,8 @@ def _run_here(target: str) -> None:
     from streamtools.cli.loading import load
 
     try:
-        load(target).run()
-    except StreamToolsError as error:
-        fail(str(error), code_of(error))
+        with plain_errors():
+            load(target).run()
     except KeyboardInterrupt:
         raise typer.Exit(FAILED) from None  # while the service's module was still being imported
 

@@ -6,8 +6,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -45,24 +45,36 @@ def export(url: str | None) -> None:
 
 
 def drive(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine; our own errors become one line on stderr and an exit code.
+    """Run a command's coroutine; what goes wrong becomes one line on stderr and an exit code.
+
+    Raises:
+        typer.Exit: with 1 when it failed, 2 when what was asked for cannot be, 128 + the signal's number.
+    """
+    with plain_errors():
+        try:
+            return asyncio.run(_until_signal(work))
+        except BrokenPipeError:
+            # Whoever read our output has seen enough. Python would complain once more when it flushes.
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except asyncio.CancelledError:
+            raise typer.Exit(128 + signal.SIGTERM) from None
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Our own errors as one line on stderr and an exit code, without a traceback.
 
     Raises:
         typer.Exit: with 1 when it failed, 2 when what was asked for cannot be.
     """
     try:
-        return asyncio.run(_until_signal(work))
+        yield
     except StreamToolsError as error:
         fail(str(error), code_of(error))
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more when it flushes.
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(128 + signal.SIGINT) from None
-    except asyncio.CancelledError:
-        raise typer.Exit(128 + signal.SIGTERM) from None
 
 
 def code_of(error: BaseException) -> int:

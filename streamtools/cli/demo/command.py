@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 from streamtools.cli import output
-from streamtools.cli.session import Json, Url, address, drive, source
+from streamtools.cli.session import Json, Url, address, drive, plain_errors, source
 from streamtools.settings import URL_VARIABLE
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from streamtools.cli.demo.flow import Course
     from streamtools.cli.demo.tally import Result
     from streamtools.redrive import ErrorGroup
 
@@ -33,7 +34,11 @@ def demo(*, url: Url = None, json: Json = False) -> None:
     of its own, which are deleted at the end.
     """
     with _place(url) as where, _quiet():
-        result = drive(_run(where, json))
+        from streamtools.cli.demo.flow import prepare
+
+        with plain_errors():
+            course = prepare(where)
+        result = drive(_tell(course, Silent() if json else Teller()))
     if json:
         output.print_json(_as_data(result))
     else:
@@ -42,13 +47,9 @@ def demo(*, url: Url = None, json: Json = False) -> None:
         output.fail("the numbers do not add up; please report this with the table above.")
 
 
-async def _run(url: str, json: bool) -> Result:
-    from streamtools.cli.demo.flow import run_demo
-
-    if json:
-        return await run_demo(url, Silent())
-    with Teller() as teller:
-        return await run_demo(url, teller)
+async def _tell(course: Course, narrator: Silent | Teller) -> Result:
+    with narrator:
+        return await course.run(narrator)
 
 
 @contextmanager
@@ -75,6 +76,12 @@ def _quiet() -> Iterator[None]:
 class Silent:
     """Tells nothing."""
 
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
     def phase(self, text: str, total: int) -> None:
         """Nothing."""
 
@@ -93,9 +100,10 @@ class Teller:
         self._text = ""
         self._begin = 0.0
         self._bar: Progress | None = None
+        self._new_bar = _bars()  # imports what it needs now, not while messages wait
 
-    def __enter__(self) -> Teller:
-        return self
+    def __enter__(self) -> None:
+        pass
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._end(finished=error is None)
@@ -105,7 +113,7 @@ class Teller:
         self._end()
         self._number += 1
         self._text, self._begin = text, time.monotonic()
-        self._bar = _bar()
+        self._bar = self._new_bar()
         self._bar.add_task(f"{self._number}  {text}", total=total)
         self._bar.start()
 
@@ -116,8 +124,6 @@ class Teller:
 
     def errors(self, groups: Sequence[ErrorGroup]) -> None:
         """What the error queue holds, as `streamtools errors list` shows it."""
-        from rich.padding import Padding
-
         self._end()
         self._number += 1
         print(f"{self._number}  The error queue holds what no retry could help:")
@@ -125,7 +131,7 @@ class Teller:
         for group in groups:
             name = group.queue.rpartition(".")[2], group.exception.rpartition(".")[2]
             made.add_row(*name, str(group.count), output.printable(group.reason))
-        output.out().print(Padding(made, (0, 0, 0, 3)))
+        output.out().print(made)
 
     def _end(self, *, finished: bool = True) -> None:
         bar, self._bar = self._bar, None
@@ -137,12 +143,17 @@ class Teller:
             print(f"{self._number}  {self._text}: {number:,} in {time.monotonic() - self._begin:.1f} s")
 
 
-def _bar() -> Progress:
+def _bars() -> Callable[[], Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    # Transient: when a phase ends its line replaces the bar, in the order of the story.
-    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn()
-    return Progress(*columns, console=output.out(), transient=True, disable=not output.out().is_terminal)
+    console = output.out()
+
+    def make() -> Progress:
+        # Transient: when a phase ends its line replaces the bar, in the order of the story.
+        columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn()
+        return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+    return make
 
 
 def _print_result(result: Result) -> None:

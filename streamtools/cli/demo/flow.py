@@ -57,44 +57,52 @@ def load() -> list[bytes]:
     return checkout.read_bytes().splitlines()
 
 
-async def run_demo(url: str, narrator: Narrator) -> Result:
-    """Run the demo at `url`, on queues of its own, which are deleted at the end.
+def prepare(url: str) -> Course:
+    """The demo at `url`, on queues of its own.
 
     Raises:
-        StreamToolsError: the broker cannot be reached, or is not able to do this.
+        ConfigurationError: the URL cannot be used, or its protocol has no error queue.
     """
-    queues = Queues(f"streamtools-demo-{token_hex(3)}")
-    async with QueueAdmin(url=url) as admin:
-        try:
-            return await Demo(url, queues, admin, narrator).run()
-        finally:
-            for name in (*queues, queues.error):
-                with suppress(QueueError):  # it was never made
-                    await admin.delete(name)
+    admin = QueueAdmin(url=url)
+    return Course(url, Queues(f"streamtools-demo-{token_hex(3)}"), admin, load())
 
 
-class Demo:
-    """One run.
+class Course:
+    """One run of the demo.
 
     Parameters:
         queues: names that nothing else uses.
-        admin: open.
+        admin: not open yet.
+        events: the lines to send.
     """
 
-    def __init__(self, url: str, queues: Queues, admin: QueueAdmin, narrator: Narrator) -> None:
+    def __init__(self, url: str, queues: Queues, admin: QueueAdmin, events: Sequence[bytes]) -> None:
         self._url = url
         self._queues = queues
         self._admin = admin
-        self._narrator = narrator
+        self._events = events
         self._tally = Tally()
         self._warehouses = Warehouses(CLOSED)
         self._sent = 0
 
-    async def run(self) -> Result:
-        """All phases."""
-        events = load()
+    async def run(self, narrator: Narrator) -> Result:
+        """All phases; the queues are deleted at the end, whatever happens.
+
+        Raises:
+            StreamToolsError: the broker cannot be reached, or refuses something.
+        """
+        self._narrator = narrator
+        async with self._admin:
+            try:
+                return await self._run()
+            finally:
+                for name in (*self._queues, self._queues.error):
+                    with suppress(QueueError):  # it was never made
+                        await self._admin.delete(name)
+
+    async def _run(self) -> Result:
         begin = time.monotonic()
-        await self._send(events)
+        await self._send(self._events)
         async with build(self._url, self._queues, self._warehouses, self._tally.watch):
             await self._handle()
             failed = await self._look()

@@ -1,0 +1,175 @@
+"""`streamtools errors`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.conftest import Cli, fail_messages, lines, received
+
+
+class CardRefused(Exception):
+    """The customer's card is no good."""
+
+
+@pytest.fixture
+def failures(url: str) -> None:
+    """Three orders failed by ValueError, two payments by CardRefused."""
+    fail_messages(url, "orders", [{"id": 1}, {"id": 2}, {"id": 3}], ValueError, headers={"shop": "north"}, key="k")
+    fail_messages(url, "payments", ["first", "second"], CardRefused, type="shop.Payment")
+
+
+def waiting(cli: Cli, queue: str) -> int:
+    return int(lines(cli("queues", "stats", queue, "--json"))[0][0]["ready"])
+
+
+@pytest.mark.usefixtures("failures")
+class TestList:
+    def test_groups_by_source_queue_and_exception(self, cli: Cli) -> None:
+        groups = lines(cli("errors", "list", "--json"))[0]
+
+        assert [(g["queue"], g["exception"].rpartition(".")[2], g["count"]) for g in groups] == [
+            ("orders", "ValueError", 3),
+            ("payments", "CardRefused", 2),
+        ]
+
+    def test_shows_people_a_table(self, cli: Cli) -> None:
+        table = cli("errors", "list").stdout
+
+        assert "CardRefused" in table
+        assert "no luck with second" in table
+
+    def test_leaves_the_messages_where_they_are(self, cli: Cli) -> None:
+        for _ in range(3):
+            cli("errors", "list")
+
+        assert waiting(cli, "error") == 5
+
+    def test_takes_a_filter(self, cli: Cli) -> None:
+        groups = lines(cli("errors", "list", "--filter", "queue=payments", "--json"))[0]
+
+        assert [group["count"] for group in groups] == [2]
+
+
+@pytest.mark.usefixtures("failures")
+class TestShow:
+    def test_tells_all_that_is_known(self, cli: Cli) -> None:
+        found = lines(cli("errors", "show", "--filter", "exception=CardRefused first", "--json"))
+
+        assert len(found) == 1
+        error = found[0]["error"]
+        assert error["queue"] == "payments"
+        assert error["reason"] == "no luck with first"
+        assert error["attempts"] == 1
+        assert "raise error" in error["traceback"]
+        assert found[0]["text"] == "first"
+
+    def test_by_id(self, cli: Cli) -> None:
+        example = lines(cli("errors", "list", "--json"))[0][0]["example"]
+
+        result = cli("errors", "show", example)
+
+        assert result.exit_code == 0
+        assert example in result.stdout
+        assert "header shop" in result.stdout
+        assert "ValueError" in result.stdout
+
+    def test_of_an_unknown_id_ends_with_1(self, cli: Cli) -> None:
+        result = cli("errors", "show", "nobody")
+
+        assert result.exit_code == 1
+        assert "no such message" in result.stderr
+
+
+@pytest.mark.usefixtures("failures")
+class TestRedrive:
+    def test_puts_each_back_once_as_it_was(self, cli: Cli, url: str) -> None:
+        ids = {message["id"] for message in lines(cli("errors", "show", "--json"))}
+
+        assert lines(cli("errors", "redrive", "--json")) == [{"redriven": 5}]
+
+        assert waiting(cli, "error") == 0
+        back = received(url, "orders") + received(url, "payments")
+        assert {message.id for message in back} == ids
+        assert len(back) == 5
+        assert {message.attempt for message in back} == {1}
+        assert {message.error for message in back} == {None}
+        assert [message.body for message in back] == [b'{"id":1}', b'{"id":2}', b'{"id":3}', b"first", b"second"]
+        assert [dict(message.headers) for message in back][:3] == [{"shop": "north"}] * 3
+        assert [message.key for message in back][:3] == ["k"] * 3
+
+    def test_by_filter_leaves_the_others(self, cli: Cli) -> None:
+        result = cli("errors", "redrive", "--filter", "queue=orders", "--filter", "exception=ValueError")
+
+        assert "3 messages of error redriven." in result.stdout
+        assert (waiting(cli, "orders"), waiting(cli, "error")) == (3, 2)
+
+    def test_dry_run_changes_nothing(self, cli: Cli) -> None:
+        told = lines(cli("errors", "redrive", "--filter", "queue=orders", "--dry-run", "--json"))[0]
+
+        assert (told["redriven"], told["would_be"], len(told["ids"])) == (0, 3, 3)
+        assert waiting(cli, "error") == 5
+        assert (
+            "3 of 5 messages would be redriven" in cli("errors", "redrive", "-w", "queue=orders", "--dry-run").stdout
+        )
+
+    def test_to_another_queue(self, cli: Cli) -> None:
+        cli("queues", "create", "inspection")
+
+        cli("errors", "redrive", "--to", "inspection")
+
+        assert waiting(cli, "inspection") == 5
+
+    def test_limit(self, cli: Cli) -> None:
+        assert lines(cli("errors", "redrive", "--limit", "2", "--json")) == [{"redriven": 2}]
+        assert waiting(cli, "error") == 3
+
+    def test_by_id(self, cli: Cli, url: str) -> None:
+        wanted = lines(cli("errors", "list", "--json"))[0][0]["example"]
+
+        assert lines(cli("errors", "redrive", wanted, "--json")) == [{"redriven": 1}]
+        assert [message.id for message in received(url, "orders")] == [wanted]
+
+    def test_to_a_queue_that_is_gone_keeps_the_messages(self, cli: Cli) -> None:
+        cli("queues", "delete", "orders", "--yes")
+
+        result = cli("errors", "redrive", "--filter", "queue=orders")
+
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: ")
+        assert waiting(cli, "error") == 5
+
+
+@pytest.mark.usefixtures("failures")
+class TestPurge:
+    def test_needs_yes_without_a_terminal(self, cli: Cli) -> None:
+        result = cli("errors", "purge")
+
+        assert result.exit_code == 2
+        assert "5 failed messages" in result.stderr
+        assert waiting(cli, "error") == 5
+
+    def test_forgets_all(self, cli: Cli) -> None:
+        assert lines(cli("errors", "purge", "--yes", "--json")) == [{"forgotten": 5}]
+        assert waiting(cli, "error") == 0
+
+    def test_forgets_only_what_the_filter_means(self, cli: Cli) -> None:
+        assert lines(cli("errors", "purge", "-w", "exception=CardRefused", "--yes", "--json")) == [{"forgotten": 2}]
+        assert waiting(cli, "error") == 3
+
+    def test_dry_run_needs_no_yes(self, cli: Cli) -> None:
+        assert lines(cli("errors", "purge", "--dry-run", "--json"))[0]["would_be"] == 5
+        assert waiting(cli, "error") == 5
+
+
+def test_a_filter_that_does_not_exist_names_the_near_ones(cli: Cli) -> None:
+    result = cli("errors", "list", "--filter", "exeption=ValueError")
+
+    assert result.exit_code == 2
+    assert "'exception'" in result.stderr
+
+
+def test_without_an_error_queue_it_says_where_to_look(cli: Cli) -> None:
+    result = cli("errors", "list")
+
+    assert result.exit_code == 1
+    assert "--queue NAME" in result.stderr

@@ -1,0 +1,237 @@
+"""`streamtools run`: services as processes, with workers, signals and reload."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import ROOT, Cli, Service, received
+
+Start = Callable[..., Service]
+
+SERVICE = """
+import asyncio, os
+from streamtools import ConsumerFactory, ConsumerRunner, Retry
+
+consumers = ConsumerFactory(retry=Retry(retries=0))
+
+@consumers.route("orders")
+async def handle(msg):
+    print(f"begun {msg}", flush=True)
+    if msg == "slow":
+        while not os.path.exists("go"):
+            await asyncio.sleep(0.01)
+    print(f"handled {msg}", flush=True)
+
+def up():
+    print(f"up {os.getpid()}", flush=True)
+
+runner = ConsumerRunner(consumers, on_startup=[up])
+nothing = 5
+"""
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> None:
+    """A package `shop` with a module `service`, in the directory where commands are started."""
+    package = tmp_path / "shop"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "service.py").write_text(SERVICE)
+
+
+@pytest.mark.usefixtures("service")
+class TestOneProcess:
+    @pytest.mark.parametrize("name", ["runner", "consumers", "handle"])
+    def test_handles_messages_until_sigterm_and_ends_with_0(self, cli: Cli, start: Start, name: str) -> None:
+        running = start("run", f"shop.service:{name}")
+        cli("send", "orders", "one")
+
+        assert running.wait_for("handled ") == ["one"]
+        assert running.end(signal.SIGTERM) == 0
+
+    def test_what_is_in_hand_is_finished_before_the_end(
+        self, cli: Cli, start: Start, url: str, tmp_path: Path
+    ) -> None:
+        running = start("run", "shop.service:runner")
+        cli("send", "orders", "slow")
+        running.wait_for("begun ")
+
+        running.process.send_signal(signal.SIGINT)
+        running.wait_until(lambda: "finishing" in running.output)
+        (tmp_path / "go").touch()
+
+        assert running.wait() == 0
+        assert running.lines("handled ") == ["slow"]
+        assert received(url, "orders") == []
+
+    def test_url_chooses_the_broker(self, start: Start, cli: Cli, tmp_path: Path) -> None:
+        other = f"sqlite:///{tmp_path}/other.db"
+        running = start("run", "shop.service:runner", "--url", other)
+        cli("send", "orders", "one", "--url", other)
+
+        assert running.wait_for("handled ") == ["one"]
+        assert running.end() == 0
+
+    @pytest.mark.parametrize(
+        ("target", "hint"),
+        [
+            ("shop.servce:runner", "'shop.service'"),
+            ("shop.service:runer", "shop.service:runner"),
+            ("shop.service", "shop.service:runner"),
+            ("shop/service.py:runner", "shop.service:app"),
+            ("shop.service:nothing", "int"),
+        ],
+    )
+    def test_a_wrong_name_ends_with_2_and_names_the_right_one(self, start: Start, target: str, hint: str) -> None:
+        running = start("run", target)
+
+        assert running.wait() == 2
+        assert hint in running.output
+        assert "Traceback" not in running.output
+
+    def test_a_module_that_is_broken_shows_where(self, start: Start, tmp_path: Path) -> None:
+        (tmp_path / "shop" / "broken.py").write_text("import not_installed_at_all\n")
+        running = start("run", "shop.broken:runner")
+
+        assert running.wait() == 1
+        assert "broken.py" in running.output
+
+    def test_a_broker_that_cannot_be_used_ends_with_1_and_one_line(self, start: Start) -> None:
+        running = start("run", "shop.service:runner", "--url", "sqlite:////nowhere/at/all/x.db")
+
+        assert running.wait() == 1
+        assert "Traceback" not in running.output
+
+
+@pytest.mark.usefixtures("service")
+class TestWorkers:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_end_together_with_0(self, start: Start, number: int) -> None:
+        running = start("run", "shop.service:runner", "--workers", "2")
+        pids = [int(pid) for pid in running.wait_for("up ", 2)]
+
+        assert running.end(number) == 0
+        assert not any(_alive(pid) for pid in pids)
+
+    def test_a_worker_that_dies_is_started_again(self, cli: Cli, start: Start) -> None:
+        running = start("run", "shop.service:runner", "--workers", "2")
+        first = running.wait_for("up ", 2)
+        os.kill(int(first[0]), signal.SIGKILL)
+
+        assert len(set(running.wait_for("up ", 3))) == 3
+        cli("send", "orders", "one")
+        assert running.wait_for("handled ") == ["one"]
+        assert running.end() == 0
+
+    def test_workers_end_by_themselves_when_their_parent_is_killed(self, start: Start) -> None:
+        running = start("run", "shop.service:runner", "--workers", "2")
+        pids = [int(pid) for pid in running.wait_for("up ", 2)]
+
+        running.process.kill()
+
+        running.wait_until(lambda: not any(_alive(pid) for pid in pids))
+
+    def test_finish_what_is_in_hand(self, cli: Cli, start: Start, tmp_path: Path) -> None:
+        running = start("run", "shop.service:runner", "--workers", "2")
+        running.wait_for("up ", 2)
+        cli("send", "orders", "slow")
+        running.wait_for("begun ")
+
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_until(lambda: "finishing" in running.output)
+        (tmp_path / "go").touch()
+
+        assert running.wait() == 0
+        assert running.lines("handled ") == ["slow"]
+
+    def test_a_second_signal_ends_at_once_with_1(self, cli: Cli, start: Start) -> None:
+        running = start("run", "shop.service:runner", "--workers", "2")
+        running.wait_for("up ", 2)
+        cli("send", "orders", "slow")
+        running.wait_for("begun ")
+
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_until(lambda: running.output.count("finishing") == 2)
+
+        assert running.end() == 1
+
+    def test_a_service_that_dies_again_and_again_ends_the_command_with_1(self, start: Start, tmp_path: Path) -> None:
+        (tmp_path / "shop" / "service.py").write_text(SERVICE + "\nos._exit(3)\n")
+        running = start("run", "shop.service:runner", "--workers", "1", "--log-level", "warning", "--reload")
+        running.wait_until(lambda: "starts again when a file changes" in running.output)
+        assert running.end() == 0
+
+        running = start("run", "shop.service:runner", "--workers", "2", "--log-level", "warning")
+        assert running.wait() == 1
+        assert "for the 6th time" in running.output
+
+    def test_a_wrong_name_is_not_tried_again(self, start: Start) -> None:
+        running = start("run", "shop.service:nobody", "--workers", "2", "--log-level", "warning")
+
+        assert running.wait() == 2
+        assert "starting it again" not in running.output
+
+
+@pytest.mark.usefixtures("service")
+class TestReload:
+    def test_a_changed_file_starts_the_service_anew(self, cli: Cli, start: Start, tmp_path: Path) -> None:
+        running = start("run", "shop.service:runner", "--reload")
+        running.wait_for("up ")
+        module = tmp_path / "shop" / "service.py"
+
+        module.write_text(SERVICE.replace("handled {msg}", "done {msg}"))
+
+        running.wait_for("up ", 2)
+        cli("send", "orders", "one")
+        assert running.wait_for("done ") == ["one"]
+        assert running.end() == 0
+
+    def test_after_a_mistake_it_waits_for_the_next_change(self, start: Start, tmp_path: Path) -> None:
+        running = start("run", "shop.service:runner", "--reload")
+        running.wait_for("up ")
+        module = tmp_path / "shop" / "service.py"
+
+        module.write_text("this is no Python\n")
+        running.wait_until(lambda: "starts again when a file changes" in running.output)
+        module.write_text(SERVICE)
+
+        running.wait_for("up ", 2)
+        assert running.end() == 0
+
+
+def test_python_m_streamtools_is_the_command(start: Start) -> None:
+    running = start("--help")
+
+    assert running.wait() == 0
+    assert "Usage: streamtools" in running.output
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_typer_the_command_says_what_to_install(tmp_path: Path, url: str, package: str) -> None:
+    # A package of this name that cannot be found any more, whether or not it is installed.
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "STREAMTOOLS_URL": url}
+
+    import subprocess
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "streamtools", "queues", "list"], env=environment, capture_output=True, text=True
+    )
+
+    assert ended.returncode == 1
+    assert ended.stderr.strip() == (
+        f'The command line needs {package}, which is not installed. Install it: pip install "streamtools[cli]"'
+    )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
