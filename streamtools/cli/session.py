@@ -14,7 +14,7 @@ import typer
 
 from streamtools.cli.output import FAILED, USAGE, fail
 from streamtools.errors import ConfigurationError, QueueError, StreamToolsError
-from streamtools.settings import URL_VARIABLE, default_url
+from streamtools.settings import URL_VARIABLE, ProtocolSettings, default_url
 
 T = TypeVar("T")
 
@@ -100,4 +100,8 @@ def safe_address(url: str | None) -> str:
     from streamtools.producer import PRODUCERS
 
     where = address(url)
-    return PRODUCERS[PRODUCERS.protocol(where)].settings_class.from_url(where).safe_url
+    protocol = PRODUCERS.protocol(where)
+    # A built-in protocol's settings are known without its driver, which may miss its client library.
+    builtin = {known.protocol: known for known in ProtocolSettings.__subclasses__()}
+    settings = builtin.get(protocol) or PRODUCERS[protocol].settings_class
+    return settings.from_url(where).safe_url
