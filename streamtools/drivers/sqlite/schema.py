@@ -205,6 +205,8 @@ def explain(error: BaseException, path: str) -> StreamToolsError:
     if isinstance(error, StreamToolsError):
         return error
     code = _code(error) if isinstance(error, sqlite3.Error) else -1
+    if isinstance(error, PermissionError):
+        code = sqlite3.SQLITE_PERM
     if code in _PERMANENT:
         return ConnectError(_PERMANENT[code].format(path=path, error=error), permanent=True)
     if code == sqlite3.SQLITE_FULL:

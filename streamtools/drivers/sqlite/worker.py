@@ -112,7 +112,7 @@ class Worker:
             self._connection = self._connect()
         except BaseException as error:
             self.gone = True
-            self._opened(schema.explain(error, self._path) if isinstance(error, Exception) else error)
+            self._opened(schema.explain(error, self._path) if isinstance(error, sqlite3.Error | OSError) else error)
             self._ended()
             return
         self._opened(None)

@@ -1,0 +1,236 @@
+"""What is wrong with a file is said once, clearly, with what to do; and nothing is lost by it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamtools.delivery import Settlement
+from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProducer
+from streamtools.drivers.sqlite.schema import VERSION
+from streamtools.drivers.sqlite.tables import Tables
+from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, SendError
+from streamtools.settings import SQLiteSettings
+from streamtools.verdicts import ACK
+from tests.drivers.sqlite.conftest import drain, look, take
+from tests.faults.waiting import wait_until
+
+
+async def refused(path: object, text: str) -> None:
+    """Opening gives one permanent error of this text, for every kind of client."""
+    for client in (
+        SQLiteProducer("orders", url=f"sqlite:///{path}"),
+        SQLiteConsumer("orders", url=f"sqlite:///{path}"),
+        SQLiteAdmin(url=f"sqlite:///{path}"),
+    ):
+        with pytest.raises(ConnectError, match=text) as caught:
+            await client.open()
+        assert caught.value.permanent
+        await client.close()
+
+
+async def test_a_missing_directory_is_named_with_the_command_to_make_it(tmp_path: Path) -> None:
+    await refused(tmp_path / "no" / "q.db", f"mkdir -p {tmp_path}/no")
+
+
+async def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    await refused(tmp_path, "is a directory")
+
+
+async def test_a_file_of_something_else_is_not_touched(path: Path) -> None:
+    path.write_text("name,price\n" * 1000)
+    await refused(path, "not a SQLite file")
+    assert path.read_text() == "name,price\n" * 1000
+
+
+async def test_a_file_of_another_application_is_not_touched(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE customers (name)")
+    connection.close()
+    await refused(path, "another application")
+    assert look(path, "SELECT name FROM sqlite_master") == [("customers",)]
+
+
+async def test_a_file_of_a_newer_version_is_not_touched(url: str, path: Path) -> None:
+    async with SQLiteProducer("orders", url=url):
+        pass
+    look(path, f"PRAGMA user_version={VERSION + 1}")
+    await refused(path, f"newer streamtools .*version {VERSION + 1}.*pip install -U")
+
+
+async def test_a_damaged_file_says_how_to_save_what_is_left(url: str, path: Path) -> None:
+    async with SQLiteProducer("orders", url=url) as producer:
+        await producer.send_many([os.urandom(3000)] * 300)
+    data = bytearray(path.read_bytes())
+    data[8192:-4096] = os.urandom(len(data) - 8192 - 4096)
+    path.write_bytes(bytes(data))
+    with pytest.raises(ConnectError, match=r"damaged .*\.recover") as caught:
+        async with SQLiteConsumer("orders", url=url) as consumer, asyncio.timeout(10):
+            await consumer.receive(1000)
+    assert caught.value.permanent
+
+
+async def test_memory_is_another_protocol(path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="asyncio://"):
+        await SQLiteProducer("orders", url="sqlite:///:memory:").open()
+
+
+@pytest.fixture
+def shared_directory() -> Iterator[Path]:
+    """A directory that a user without privileges can reach; the test becomes one if it runs as root."""
+    uid = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield directory
+        os.seteuid(uid)
+        directory.chmod(0o755)
+
+
+def lose_privileges() -> None:
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+async def test_a_file_without_write_permission_says_so(shared_directory: Path) -> None:
+    path = shared_directory / "q.db"
+    async with SQLiteProducer("orders", url=f"sqlite:///{path}") as producer:
+        await producer.send("a")
+    path.chmod(0o444)
+    shared_directory.chmod(0o555)
+    lose_privileges()
+    await refused(path, "permission")
+
+
+async def test_a_directory_without_write_permission_says_so(shared_directory: Path) -> None:
+    shared_directory.chmod(0o555)
+    lose_privileges()
+    await refused(shared_directory / "new.db", "permission")
+
+
+async def test_a_locked_file_is_waited_for(url: str, path: Path) -> None:
+    async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
+        lock = sqlite3.connect(path, isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")
+        sending = asyncio.create_task(producer.send("a"))
+        receiving = asyncio.create_task(consumer.receive())
+        await wait_until(lambda: bool(producer._session and producer._session._pending))
+        assert not sending.done()
+        lock.close()
+        async with asyncio.timeout(10):
+            await sending
+            assert await take(await receiving) == [b"a"]
+
+
+async def test_a_file_that_stays_locked_is_an_error_that_says_where_to_look(path: Path) -> None:
+    settings = SQLiteSettings(path=str(path), busy_timeout=0.2)
+    async with SQLiteProducer("orders", url=settings, send_timeout=1) as producer:
+        lock = sqlite3.connect(path, isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")
+        with pytest.raises(SendError, match=r"locked for .*fuser -v") as caught:
+            await producer.send("a", id="1")
+        assert caught.value.unknown == ("1",)
+        lock.close()
+        await producer.send("b")
+        async with SQLiteConsumer("orders", url=settings) as consumer:
+            assert await drain(consumer) == [b"b"]
+
+
+async def test_a_send_timeout_shorter_than_the_busy_timeout_still_says_why(url: str, path: Path) -> None:
+    async with SQLiteProducer("orders", url=url, send_timeout=0.5) as producer:
+        lock = sqlite3.connect(path, isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")
+        with pytest.raises(SendError, match="locked for"):
+            await producer.send("a")
+        lock.close()
+
+
+async def test_a_new_file_that_is_locked_is_an_error_that_says_where_to_look(path: Path) -> None:
+    lock = sqlite3.connect(path, isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    settings = SQLiteSettings(path=str(path), busy_timeout=0.2)
+    with pytest.raises(ConnectError, match=r"locked for .*fuser -v"):
+        await SQLiteProducer("orders", url=settings, send_timeout=0.3).open()
+    lock.close()
+
+
+async def test_a_verdict_that_a_locked_file_kept_from_being_written_is_not_handled_again(path: Path) -> None:
+    settings = SQLiteSettings(path=str(path), busy_timeout=0.2)
+    consumer = SQLiteConsumer("orders", url=settings)
+    handled: list[bytes] = []
+    lock = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+
+    @consumer()
+    async def handle(body: bytes) -> None:
+        if not handled:
+            await asyncio.to_thread(lock.execute, "BEGIN IMMEDIATE")
+        handled.append(body)
+
+    async with SQLiteProducer("orders", url=settings) as producer:
+        await producer.send("a")
+        running = asyncio.create_task(handle())
+        await wait_until(lambda: bool(handled))
+        await wait_until(lambda: not consumer._connected)
+        lock.close()
+        await wait_until(lambda: look(path, "SELECT count(*) FROM messages") == [(0,)])
+        consumer.stop()
+        await running
+    assert handled == [b"a"]
+
+
+async def set_pages(producer: SQLiteProducer, number: int) -> None:
+    """Allow the file that many pages: the disk is full beyond."""
+
+    def limit(tables: Tables, arguments: Sequence[Any]) -> list[None]:
+        tables.value(f"PRAGMA max_page_count={number}")
+        return [None for _ in arguments]
+
+    assert producer._session is not None
+    await producer._session.call(limit, None, full=False)
+
+
+async def test_a_full_disk_refuses_loses_nothing_and_goes_on_when_there_is_room(url: str) -> None:
+    async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
+        await producer.send("small")
+        await set_pages(producer, 1)  # as many as there are
+        with pytest.raises(SendError, match="no room.*df -h") as caught:
+            await producer.send(b"x" * 100_000, id="big")
+        assert caught.value.refused == ("big",)
+        (small,) = await consumer.receive()
+        with pytest.raises(SendError, match="no room"):
+            await consumer._settle([Settlement(small, ACK, (small.message.replace(body=b"x" * 100_000),))])
+        await small.release()
+        await set_pages(producer, 1_000_000)
+        await producer.send(b"x" * 100_000)
+        assert await drain(consumer) == [b"small", b"x" * 100_000]
+
+
+async def test_one_send_without_room_does_not_fail_those_beside_it(url: str) -> None:
+    async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
+        await producer.send_many(["x" * 3000] * 20)
+        await drain(consumer)  # leaves some free pages
+        await set_pages(producer, 1)
+        got = await asyncio.gather(
+            producer.send("a"), producer.send(b"x" * 1_000_000), producer.send("b"), return_exceptions=True
+        )
+        assert [isinstance(result, SendError) for result in got] == [False, True, False]
+        assert await drain(consumer) == [b"a", b"b"]
+
+
+async def test_a_file_that_was_moved_away_is_not_written_to_any_more(url: str, path: Path, tmp_path: Path) -> None:
+    async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
+        await producer.send("old")
+        (old,) = await consumer.receive()
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{path}{suffix}").rename(tmp_path / f"away.db{suffix}")
+        with pytest.raises(ConnectionLost, match="moved, deleted or replaced"):
+            await consumer._settle([Settlement(old, ACK)])
+        await producer.send("new")
+        assert await drain(consumer) == [b"new"]
