@@ -1,0 +1,16 @@
+"""`amqp(s)://`: RabbitMQ by aio-pika.
+
+link        one connection: made, watched, given up as a whole
+channel     the hot path: deliveries and confirms taken out of the byte stream, in bulk
+frames      the frames of the hot path             properties  a Message as AMQP properties, and back
+publisher   publishing with confirms               intake      receiving and acknowledging
+topology    declaring and comparing queues         delay       the chain of TTL levels
+lock        one consumer at a time                 errors      the client's errors become ours
+"""
+
+from streamtools.drivers.rabbitmq.admin import RabbitMQAdmin
+from streamtools.drivers.rabbitmq.consumer import RabbitMQConsumer
+from streamtools.drivers.rabbitmq.producer import RabbitMQProducer
+from streamtools.drivers.rabbitmq.topology import QueueOptions
+
+__all__ = ["QueueOptions", "RabbitMQAdmin", "RabbitMQConsumer", "RabbitMQProducer"]

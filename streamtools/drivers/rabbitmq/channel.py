@@ -1,0 +1,222 @@
+"""The hot path under the client library: frames of some channels are read here, all others pass through.
+
+aio-pika and aiormq make the connection, declare, and keep the heartbeat. Their price is per frame
+(three awaits, a queue hop, a decoded object, and one task for each delivery), so deliveries and
+confirms of channels attached here are taken out of the byte stream first, in bulk as they arrive,
+by a stream protocol that the library's own reader stands behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from streamtools.drivers.rabbitmq import frames
+from streamtools.drivers.rabbitmq.frames import (
+    BODY,
+    END,
+    HEAD,
+    HEADER,
+    HEARTBEAT,
+    HEARTBEAT_FRAME,
+    LONG,
+    LONGLONG,
+    METHOD,
+    OVERHEAD,
+)
+from streamtools.errors import ConnectionLost
+
+#: Seconds after which the library is shown a heartbeat, when all else that arrived was ours: it
+#: takes a connection on which it sees nothing for dead.
+SHOW_HEARTBEAT: Final = 1.0
+
+
+class HotChannel:
+    """One channel whose deliveries or confirms are read here. A subclass says what becomes of them."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        #: Why the channel is of no use any more.
+        self.error: ConnectionLost | None = None
+        self._method = 0
+        self._tag = 0
+        self._redelivered = False
+        self._routing_key = ""
+        self._properties = b""
+        self._parts: list[bytes] = []
+        self._left = 0
+
+    def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+        """A message arrived."""
+
+    def returned(self, routing_key: str, properties: bytes, body: bytes) -> None:
+        """A message that was published could not be routed."""
+
+    def confirm(self, tag: int, *, multiple: bool, held: bool) -> None:
+        """The broker holds what was published under `tag`, or does not."""
+
+    def fail(self, why: str) -> None:
+        """The channel has ended."""
+
+    def frame(self, kind: int, data: bytes, start: int, stop: int) -> bool:
+        """Take one frame, whose payload is `data[start:stop]`; False leaves it to the library."""
+        if kind == METHOD:
+            return self._take_method(data, start)
+        if self._method == 0:
+            return False  # content of a method that was left to the library
+        if kind == HEADER:
+            self._left = LONGLONG.unpack_from(data, start + 4)[0]
+            self._properties = data[start + 12 : stop]
+            if self._left == 0:
+                self._complete(b"")
+        elif kind == BODY:
+            self._take_body(data[start:stop])
+        return True
+
+    def _take_body(self, part: bytes) -> None:
+        self._left -= len(part)
+        if self._left > 0:
+            self._parts.append(part)
+        elif self._parts:
+            self._parts.append(part)
+            body = b"".join(self._parts)
+            self._parts = []
+            self._complete(body)
+        else:
+            self._complete(part)
+
+    def _take_method(self, data: bytes, start: int) -> bool:
+        (method,) = LONG.unpack_from(data, start)
+        if method == frames.DELIVER:
+            position = start + 5 + data[start + 4]  # behind the consumer tag
+            (self._tag,) = LONGLONG.unpack_from(data, position)
+            self._redelivered = data[position + 8] & 1 == 1
+            self._method = method
+            return True
+        if method in (frames.ACK, frames.NACK):
+            (tag,) = LONGLONG.unpack_from(data, start + 4)
+            self.confirm(tag, multiple=data[start + 12] & 1 == 1, held=method == frames.ACK)
+            return True
+        if method == frames.RETURN:
+            self._method = method
+            self._routing_key = frames.returned_key(data, start + 4)
+            return True
+        self._method = 0
+        if method == frames.CANCEL:
+            self.fail("it cancelled the consumer: the queue was deleted, or moved to another node")
+        elif method == frames.CHANNEL_CLOSE:
+            code, text = frames.close_reason(data, start + 4)
+            self.fail(f"it closed the channel: {code} {text}")
+        return False
+
+    def _complete(self, body: bytes) -> None:
+        method, self._method = self._method, 0
+        properties, self._properties = self._properties, b""
+        if method == frames.DELIVER:
+            self.deliver(self._tag, self._redelivered, properties, body)
+        else:
+            self.returned(self._routing_key, properties, body)
+
+
+class FrameReader(asyncio.StreamReaderProtocol):
+    """Splits the byte stream into frames; those of attached channels go there, the rest to the library.
+
+    Parameters:
+        reader: the library's.
+        on_lost: called once with the reason when the connection has ended.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, on_lost: Callable[[str], None], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(reader, loop=loop)
+        self._channels: dict[int, HotChannel] = {}
+        self._on_lost = on_lost
+        self._time = loop.time
+        self._rest = b""
+        self._foreign = False
+        self._transport_to_abort: asyncio.BaseTransport | None = None
+        #: When something last arrived, on the loop's clock.
+        self.heard = loop.time()
+        self._shown = self.heard
+        #: The broker does not take messages now (a memory or disk alarm).
+        self.blocked = False
+
+    def attach(self, channel: HotChannel) -> None:
+        """Read this channel's frames here."""
+        self._channels[channel.number] = channel
+
+    def detach(self, channel: HotChannel) -> None:
+        """Leave this channel to the library again."""
+        self._channels.pop(channel.number, None)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport_to_abort = transport
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_lost(f"{exc}" if exc is not None and str(exc) else "the other side closed it without a word")
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = self._time()
+        if self._foreign:
+            super().data_received(data)
+            return
+        try:
+            self._split(self._rest + data if self._rest else data)
+        except (IndexError, ValueError, struct.error) as error:
+            self._broken(error)
+            return
+        if self.heard - self._shown > SHOW_HEARTBEAT:
+            self._pass(HEARTBEAT_FRAME)
+
+    def _split(self, data: bytes) -> None:
+        position, end = 0, len(data)
+        channels = self._channels
+        while end - position >= OVERHEAD:
+            kind, number, size = HEAD.unpack_from(data, position)
+            stop = position + size + OVERHEAD
+            if kind not in _KINDS:
+                # A greeting instead of a frame: the other side speaks another protocol or version.
+                self._foreign = True
+                self._pass(data[position:])
+                return
+            if stop > end:
+                break
+            if data[stop - 1] != END:
+                raise ValueError(f"a frame of type {kind} without its end octet")
+            channel = channels.get(number)
+            if channel is None:
+                if number == 0 and kind == METHOD:
+                    self._note(data, position + 7)
+                self._pass(data[position:stop])
+            elif not channel.frame(kind, data, position + 7, stop - 1):
+                self._pass(data[position:stop])
+            position = stop
+        self._rest = data[position:]
+
+    def _pass(self, data: bytes) -> None:
+        self._shown = self.heard
+        super().data_received(data)
+
+    def _note(self, data: bytes, start: int) -> None:
+        """Look at what the broker says about the connection; the library answers it."""
+        (method,) = LONG.unpack_from(data, start)
+        if method == frames.CONNECTION_CLOSE:
+            code, text = frames.close_reason(data, start + 4)
+            self._on_lost(f"the broker closed it: {code} {text}")
+        elif method == frames.CONNECTION_BLOCKED:
+            self.blocked = True
+        elif method == frames.CONNECTION_UNBLOCKED:
+            self.blocked = False
+
+    def _broken(self, error: Exception) -> None:
+        self._on_lost(f"what arrived is not AMQP: {error}")
+        if isinstance(self._transport_to_abort, asyncio.WriteTransport):
+            self._transport_to_abort.abort()
+
+
+_KINDS: Final = frozenset({METHOD, HEADER, BODY, HEARTBEAT})

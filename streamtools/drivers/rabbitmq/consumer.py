@@ -1,0 +1,254 @@
+"""RabbitMQConsumer: receives one queue over one connection, publishes what it sends on over another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Final
+
+from streamtools.consumer import Consumer
+from streamtools.delivery import Delivery, Settlement
+from streamtools.drivers.rabbitmq import properties
+from streamtools.drivers.rabbitmq.features import FEATURES
+from streamtools.drivers.rabbitmq.intake import Intake, Raw
+from streamtools.drivers.rabbitmq.link import Link, open_link
+from streamtools.drivers.rabbitmq.lock import OrderLock
+from streamtools.drivers.rabbitmq.publisher import Limits, Publisher
+from streamtools.drivers.rabbitmq.topology import (
+    ACTIVE,
+    QueueOptions,
+    Topology,
+    check_rabbitmq_name,
+    error_queue,
+    work_queue,
+)
+from streamtools.errors import Closed, ConnectionLost, SendError, StreamToolsError
+from streamtools.loop import SUSPECT
+from streamtools.message import ids
+from streamtools.settings import RabbitMQSettings
+from streamtools.verdicts import Kind
+
+#: What settles a delivery: the channel that it came on, and its tag there.
+Token = tuple[Intake, int]
+
+
+class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
+    """Receives from RabbitMQ. Options: `QueueOptions`.
+
+    A message's count is a suspicion only: it rises for all that a consumer held when it died. So a
+    consumer begins with one message at a time, and takes its whole prefetch once it meets one that
+    is above suspicion; then the innocents around a message that ends the process do not share its count.
+    """
+
+    features = FEATURES
+    settings_class = RabbitMQSettings
+    options_class = QueueOptions
+    settings: RabbitMQSettings
+    options: QueueOptions
+    #: Takes one message at a time first; an admin's reader holds many at once instead.
+    cautious = True
+    _link: Link | None = None
+    _intake: Intake | None = None
+    _outbox: Link | None = None
+    _publisher: Publisher | None = None
+    _turning: asyncio.Task[None] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = Limits()
+        self._new_id = ids()
+        self._outbox_lock = asyncio.Lock()
+
+    # --- opening ------------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        await self._close()
+        link = await open_link(self.settings, self.client_id or f"streamtools consumer of {self.queue}")
+        self._link = link
+        try:
+            alone = await self._declare(Topology(link))
+            self._intake = await Intake.open(link, self.queue)
+            self._narrow = self.cautious and self.prefetch > 1
+            self._may_widen = self._narrow
+            if self.ordered_by is None or alone:
+                await self._intake.consume(1 if self._narrow else self.prefetch)
+                self._hand_over_first = not alone
+            else:
+                self._hand_over_first = True
+                lock = OrderLock(link, self.queue)
+                self._turn(self._take_turn(self._intake, lock))
+        except BaseException:
+            await self._close()
+            raise
+
+    async def _declare(self, topology: Topology) -> bool:
+        """Declare what is to be; True when the broker itself lets one consumer at a time receive."""
+        name = self.error_queue.replace("{queue}", self.queue)
+        declare = self.declare if self.options.error_declare is None else self.options.error_declare
+        await topology.declare_error_queue(error_queue(name, self.options), declare)
+        ordered = self.ordered_by is not None
+        wanted = work_queue(self.queue, self.options, name, single_active=ordered)
+        is_new = self.declare is True and not await topology.exists(self.queue)
+        queue = await topology.declare(wanted, self.declare)
+        if not ordered:
+            return False
+        return queue.arguments.get(ACTIVE) is True if is_new else await topology.is_single_active(queue)
+
+    # --- receiving ----------------------------------------------------------------------------------
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]:
+        while True:
+            intake = self._intake
+            if intake is None:
+                raise Closed(f"{self!r} was closed while it waited for messages.")
+            await intake.arrival()
+            buffer = intake.buffer
+            batch = [self._delivery(intake, buffer.popleft()) for _ in range(min(limit, len(buffer)))]
+            if self._may_widen and any(d.count < SUSPECT for d in batch):
+                batch = self._widen(intake, batch)
+            if batch:
+                return batch
+
+    def _delivery(self, intake: Intake, raw: Raw) -> Delivery:
+        tag, redelivered, data, body = raw
+        message, count = properties.decode(data, body, self.queue, self._new_id)
+        if redelivered and count < 1:
+            count = 1
+        return Delivery(message, (intake, tag), count)
+
+    def _widen(self, intake: Intake, batch: list[Delivery]) -> list[Delivery]:
+        """Take the whole prefetch from now on: a message above suspicion has come."""
+        self._may_widen = False
+        if self._hand_over_first:
+            self._turn(self._consume_anew(intake, []))
+            return batch
+        # While nobody consumes here, another process may become the active one: it must find the
+        # first message first, not what comes after the one in our hands.
+        self._turn(self._consume_anew(intake, [d.token[1] for d in batch]))
+        return []
+
+    async def _consume_anew(self, intake: Intake, releases: Sequence[int]) -> None:
+        await intake.cancel()
+        intake.settle((), releases)
+        if releases:
+            intake.give_back_buffer()
+        await intake.consume(self.prefetch)
+
+    async def _take_turn(self, intake: Intake, lock: OrderLock) -> None:
+        await lock.acquire()
+        await intake.consume(1 if self._narrow else self.prefetch)
+
+    def _turn(self, work: Any) -> None:
+        """Run this beside `_receive`, which may be cancelled at any time; a failure shows there."""
+        self._turning = asyncio.create_task(self._guarded(work, self._intake))
+
+    async def _guarded(self, work: Any, intake: Intake | None) -> None:
+        try:
+            await work
+        except StreamToolsError as error:
+            if intake is not None:
+                intake.fail(str(error))
+
+    # --- settling -----------------------------------------------------------------------------------
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        mine, stale = self._sort(settlements)
+        refused: SendError | None = None
+        if outgoing := [message for s in mine for message in s.outgoing]:
+            try:
+                await (await self._get_publisher()).publish(outgoing)
+            except SendError as error:
+                refused = error
+                mine = _held(mine, frozenset(error.refused))
+        if mine:
+            await self._acknowledge(mine)
+        if stale:
+            raise ConnectionLost(
+                f"{stale} deliver{'y' if stale == 1 else 'ies'} of {self.queue!r} came over a connection that has "
+                "ended; the broker delivers them again."
+            )
+        if refused is not None:
+            raise refused
+
+    def _sort(self, settlements: Sequence[Settlement]) -> tuple[list[Settlement], int]:
+        """Those that are to be settled here and now, and how many of another connection are left."""
+        mine: list[Settlement] = []
+        stale = 0
+        intake = self._intake
+        for settlement in settlements:
+            channel, tag = settlement.delivery.token
+            if channel.is_settled(tag):
+                continue
+            if intake is not None and channel is intake and intake.error is None:
+                mine.append(settlement)
+            else:
+                stale += 1
+        return mine, stale
+
+    async def _acknowledge(self, settlements: Sequence[Settlement]) -> None:
+        intake = settlements[0].delivery.token[0]
+        intake.check()  # it may have ended while the copies were confirmed
+        release = Kind.RELEASE
+        intake.settle(
+            [s.delivery.token[1] for s in settlements if s.verdict.kind is not release],
+            [s.delivery.token[1] for s in settlements if s.verdict.kind is release],
+        )
+        await intake.link.drain()
+
+    async def _get_publisher(self) -> Publisher:
+        """The publisher on a connection of its own: a broker that blocks publishers still takes acks."""
+        async with self._outbox_lock:
+            if self._publisher is not None and self._publisher.error is None:
+                return self._publisher
+            if self._outbox is not None:
+                await self._outbox.close()
+            name = f"{self.client_id or f'streamtools consumer of {self.queue}'} (publishing)"
+            self._outbox = await open_link(self.settings, name)
+            self._publisher = await Publisher.open(self._outbox, self._limits)
+            return self._publisher
+
+    # --- the end ------------------------------------------------------------------------------------
+
+    async def _stop(self) -> None:
+        intake = self._intake
+        if intake is None or intake.error is not None:
+            return
+        self._may_widen = False
+        if self._turning is not None:
+            await _ended(self._turning, STOP_TIMEOUT)
+        await intake.cancel()
+        intake.give_back_buffer()
+
+    async def _close(self) -> None:
+        turning, self._turning = self._turning, None
+        link, self._link = self._link, None
+        outbox, self._outbox = self._outbox, None
+        intake, self._intake = self._intake, None
+        self._publisher = None
+        if turning is not None:
+            await _ended(turning, 0)
+        if intake is not None:
+            intake.fail("it was closed by us")
+        await asyncio.gather(*(end.close() for end in (link, outbox) if end is not None))
+
+    @classmethod
+    def validate_queue(cls, queue: str) -> None:
+        super().validate_queue(queue)
+        check_rabbitmq_name(queue)
+
+
+#: Seconds for a change of prefetch that is under way when the consumer stops.
+STOP_TIMEOUT: Final = 5.0
+
+
+async def _ended(task: asyncio.Task[None], timeout: float) -> None:
+    """Wait for a task, then cancel it."""
+    if timeout:
+        await asyncio.wait({task}, timeout=timeout)
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def _held(settlements: Sequence[Settlement], refused: frozenset[str]) -> list[Settlement]:
+    """Those of which the broker holds all that was to be sent."""
+    return [s for s in settlements if not any(m.id in refused for m in s.outgoing)]

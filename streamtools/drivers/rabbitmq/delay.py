@@ -1,0 +1,210 @@
+"""Delay without a plugin: a chain of levels, each of which holds a message for twice as long as the one before.
+
+Level n is a topic exchange and a queue whose messages expire after 100 ms x 2^n. The routing key of a
+delayed message says in binary which levels hold it, lowest first, and ends in a word that stands for
+its target: `0.1.1.orders` is held 400 ms and 200 ms. It enters at its highest level; each exchange
+reads one digit: 1 goes into its queue, which dead-letters to the exchange below when the time is up,
+0 goes to the exchange below at once. The last exchange is bound to each target by its word. So the
+cost does not depend on the delay, nor on how many messages wait.
+
+No hop can lose a message: quorum queues, at-least-once dead-lettering (which needs reject-publish), and an
+alternate exchange behind the last one: a target that is gone sends its messages to
+`streamtools.undeliverable`, where 32 of them cannot stall a whole level.
+
+A queue's time to live is a 32-bit number of milliseconds, so levels stop doubling at 2^25 x 100 ms
+(39 days); eight further levels of that length come on top: 388 days together.
+
+https://www.rabbitmq.com/docs/quorum-queues#dead-lettering, /docs/ttl, /docs/ae
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from hashlib import blake2b
+from math import ceil
+from typing import Any, Final
+
+from aiormq.abc import AbstractChannel
+from aiormq.exceptions import ChannelLockedResource, ChannelNotFoundEntity
+
+from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
+from streamtools.drivers.rabbitmq.frames import Unsendable
+from streamtools.drivers.rabbitmq.link import Link
+from streamtools.errors import QueueError, StreamToolsError
+from streamtools.message import Message
+
+#: Seconds of the lowest level.
+STEP: Final = 0.1
+#: Levels whose time doubles.
+DOUBLING: Final = 26
+#: Further levels, each as long as the last of those.
+LAPS: Final = 8
+#: Steps of one of these.
+LAP: Final = 1 << (DOUBLING - 1)
+#: The most steps that the chain can hold a message.
+MOST: Final = (1 << DOUBLING) - 1 + LAPS * LAP
+#: Seconds added, so that rounding in the broker's clock makes nothing early.
+MARGIN: Final = 0.005
+#: Seconds for which a target that was found and bound is taken to be so.
+TRUST: Final = 30.0
+
+PREFIX: Final = "streamtools.delay"
+OUT: Final = f"{PREFIX}.out"
+UNDELIVERABLE: Final = "streamtools.undeliverable"
+_PLAIN_WORD: Final = re.compile(r"[A-Za-z0-9_-]{1,100}")
+
+#: Arguments of a queue that dead-letters without losing anything.
+SAFE: Final[dict[str, Any]] = {
+    "x-queue-type": "quorum",
+    "x-dead-letter-strategy": "at-least-once",
+    "x-overflow": "reject-publish",
+}
+
+
+def level_name(level: int) -> str:
+    """The name of a level's exchange and queue."""
+    return f"{PREFIX}.{level:02d}"
+
+
+def level_time(level: int) -> int:
+    """How long a level holds a message, in milliseconds."""
+    return 100 << min(level, DOUBLING - 1)
+
+
+def steps(delay: float) -> int:
+    """The steps that hold a message for at least `delay` seconds; 0 for none.
+
+    Raises:
+        Unsendable: longer than the chain can hold it.
+    """
+    number = ceil((delay + MARGIN) / STEP) if delay > 0 else 0
+    if number > MOST:
+        raise Unsendable(
+            f"its delay of {delay / 86400:.0f} days is over {MOST * STEP / 86400:.0f} days, the most here. Send it "
+            "later, from a schedule of your own."
+        )
+    return number
+
+
+def digits(number: int) -> list[str]:
+    """Which levels hold a message for so many steps, lowest first, up to the highest that does."""
+    laps = max(0, -(-(number - (1 << DOUBLING) + 1) // LAP))
+    rest = number - laps * LAP
+    doubling = [str(rest >> level & 1) for level in range(DOUBLING if laps else rest.bit_length())]
+    return doubling + ["1"] * laps
+
+
+def word(queue: str) -> str:
+    """One word of a routing key for a queue's name, whatever characters that has."""
+    if _PLAIN_WORD.fullmatch(queue):
+        return queue
+    return "~" + blake2b(queue.encode(), digest_size=16).hexdigest()
+
+
+class DelayChain:
+    """The chain as one connection sees it: levels declared and targets bound when they are first needed."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._levels = 0
+        self._targets: dict[str, float] = {}
+        self._lock = asyncio.Lock()
+        self._time = asyncio.get_running_loop().time
+
+    def route(self, delay: float, target: str) -> tuple[str, str]:
+        """The exchange and the routing key for a message due in `delay` seconds; two empty strings when it is due.
+
+        Parameters:
+            target: what `prepare` returned.
+        """
+        number = steps(delay)
+        if number == 0:
+            return "", ""
+        bits = digits(number)
+        # Levels that a message's time needs were declared for a longer time, a moment before.
+        return level_name(len(bits) - 1), ".".join((*bits, target))
+
+    async def prepare(self, message: Message, now: float) -> str:
+        """Make sure that the chain stands for this message; the word of its target.
+
+        Parameters:
+            now: seconds since the epoch.
+
+        Raises:
+            QueueError: the target does not exist.
+            Unsendable: the delay is too long.
+            ConnectionLost: the connection has ended.
+        """
+        levels = len(digits(steps((message.deliver_at or now) - now)))
+        target = word(message.queue)
+        if levels <= self._levels and self._targets.get(message.queue, 0.0) > self._time():
+            return target
+        async with self._lock:
+            try:
+                await self._declare(levels)
+                await self._bind(message.queue, target)
+            except StreamToolsError:
+                raise
+            except CLIENT_ERRORS as error:
+                raise channel_error(error, self._link.where) from error
+        return target
+
+    async def _bind(self, queue: str, target: str) -> None:
+        if self._targets.get(queue, 0.0) > self._time():
+            return
+        try:
+            async with self._link.declaring() as channel:
+                await self._link.call(channel.queue_declare(queue, passive=True))
+        except ChannelLockedResource:
+            # Exclusive to another connection: it exists, but only that one may bind it.
+            raise QueueError(
+                f"The queue {queue!r} is exclusive to another connection, so a delayed message cannot be sent to it. "
+                "Use Retry(delay=0), or a queue that is not exclusive."
+            ) from None
+        except ChannelNotFoundEntity as error:
+            raise QueueError(
+                f"There is no queue {queue!r} at {self._link.where}. Open a consumer of it first, or a producer with "
+                "declare=True."
+            ) from error
+        async with self._link.declaring() as channel:
+            # "#" stands for the digits, however many: the word is always the last, and has no dot.
+            await self._link.call(channel.queue_bind(queue, OUT, f"#.{target}"))
+        self._targets[queue] = self._time() + TRUST
+
+    async def _declare(self, levels: int) -> None:
+        """Declare what is missing, from the end of the chain upwards: a level is used when all below stand."""
+        if levels <= self._levels:
+            return
+        async with self._link.declaring() as channel:
+            if self._levels == 0:
+                await self._declare_end(channel)
+            for level in range(self._levels, levels):
+                await self._declare_level(channel, level)
+                self._levels = level + 1
+
+    async def _declare_end(self, channel: AbstractChannel) -> None:
+        call = self._link.call
+        await declare_undeliverable(self._link, channel)
+        await call(channel.exchange_declare(UNDELIVERABLE, exchange_type="fanout", durable=True))
+        await call(channel.queue_bind(UNDELIVERABLE, UNDELIVERABLE))
+        await call(
+            channel.exchange_declare(
+                OUT, exchange_type="topic", durable=True, arguments={"alternate-exchange": UNDELIVERABLE}
+            )
+        )
+
+    async def _declare_level(self, channel: AbstractChannel, level: int) -> None:
+        call = self._link.call
+        name, below = level_name(level), level_name(level - 1) if level else OUT
+        arguments = {**SAFE, "x-message-ttl": level_time(level), "x-dead-letter-exchange": below}
+        await call(channel.queue_declare(name, durable=True, arguments=arguments))
+        await call(channel.exchange_declare(name, exchange_type="topic", durable=True))
+        place = "*." * level
+        await call(channel.queue_bind(name, name, f"{place}1.#"))
+        await call(channel.exchange_bind(below, name, f"{place}0.#"))
+
+
+async def declare_undeliverable(link: Link, channel: AbstractChannel) -> None:
+    """The queue where messages wait that would have nowhere else to go."""
+    await link.call(channel.queue_declare(UNDELIVERABLE, durable=True, arguments={"x-queue-type": "quorum"}))

@@ -1,0 +1,5 @@
+"""What RabbitMQ can do."""
+
+from streamtools.features import Features
+
+FEATURES = Features(durable=True, processes=True, delivery_count=True)

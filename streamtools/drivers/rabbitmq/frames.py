@@ -1,0 +1,129 @@
+"""AMQP 0-9-1 frames of the hot path: publish, ack, nack, and the reading of deliveries and confirms.
+
+Everything else (handshake, declarations, heartbeats) is the client library's. A frame is a type
+octet, the channel, a length, the payload, and an end octet (specification 0-9-1, section 2.3.5);
+methods are numbered as class * 65536 + method. The properties of a message are in `properties`.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final
+
+#: A frame's type, channel and payload length.
+HEAD: Final = Struct(">BHI")
+#: Bytes of a frame around its payload.
+OVERHEAD: Final = 8
+END: Final = 0xCE
+_END: Final = b"\xce"
+
+METHOD: Final = 1
+HEADER: Final = 2
+BODY: Final = 3
+HEARTBEAT: Final = 8
+#: A whole heartbeat frame.
+HEARTBEAT_FRAME: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"
+
+LONG: Final = Struct(">I")
+SHORT: Final = Struct(">H")
+LONGLONG: Final = Struct(">Q")
+
+CONNECTION_CLOSE: Final = 10 << 16 | 50
+CONNECTION_BLOCKED: Final = 10 << 16 | 60
+CONNECTION_UNBLOCKED: Final = 10 << 16 | 61
+CHANNEL_CLOSE: Final = 20 << 16 | 40
+CANCEL: Final = 60 << 16 | 30
+RETURN: Final = 60 << 16 | 50
+DELIVER: Final = 60 << 16 | 60
+ACK: Final = 60 << 16 | 80
+NACK: Final = 60 << 16 | 120
+
+_PUBLISH: Final = Struct(">HHH")
+_CONTENT: Final = Struct(">BHIHHQ")
+_SETTLE: Final = Struct(">BHIIQBB")
+_MANDATORY: Final = b"\x01"
+#: basic.nack's bits: multiple = 1, requeue = 2.
+_REQUEUE: Final = 2
+
+
+class Unsendable(ValueError):
+    """A message that no AMQP frame can carry; the text says why."""
+
+
+def shortstr(text: str) -> bytes:
+    """A string of at most 255 bytes with its length before it.
+
+    Raises:
+        Unsendable: it is longer.
+    """
+    data = text.encode()
+    if len(data) > 255:
+        raise Unsendable(f"{text[:40]!r}... is {len(data)} bytes long; AMQP takes 255 at most there.")
+    return bytes((len(data),)) + data
+
+
+def publish_frame(channel: int, exchange: str, routing_key: str) -> bytes:
+    """A whole basic.publish frame, mandatory: a message that reaches no queue comes back."""
+    payload = _PUBLISH.pack(60, 40, 0) + shortstr(exchange) + shortstr(routing_key) + _MANDATORY
+    return HEAD.pack(METHOD, channel, len(payload)) + payload + _END
+
+
+def header_frame(channel: int, properties: bytes, body_size: int, frame_max: int) -> bytes:
+    """A whole content header frame.
+
+    Parameters:
+        properties: flags and values, as `properties.encode` makes them.
+        frame_max: the largest frame that the broker takes, in bytes.
+
+    Raises:
+        Unsendable: the properties do not fit; a header cannot be split.
+    """
+    size = len(properties) + 12
+    if size + OVERHEAD > frame_max:
+        raise Unsendable(
+            f"its headers and properties are {len(properties)} bytes; this broker takes {frame_max - OVERHEAD - 12} "
+            "(frame_max). Put data into the payload."
+        )
+    return _CONTENT.pack(HEADER, channel, size, 60, 0, body_size) + properties + _END
+
+
+def body_frames(channel: int, body: bytes, frame_max: int) -> bytes:
+    """The body in as many frames as it needs: none when it is empty."""
+    size = len(body)
+    most = frame_max - OVERHEAD
+    if 0 < size <= most:
+        return HEAD.pack(BODY, channel, size) + body + _END
+    parts: list[bytes] = []
+    for start in range(0, size, most):
+        part = body[start : start + most]
+        parts += (HEAD.pack(BODY, channel, len(part)), part, _END)
+    return b"".join(parts)
+
+
+def ack_frame(channel: int, tag: int, *, multiple: bool) -> bytes:
+    """A whole basic.ack frame: of this delivery, or of all up to it."""
+    return _SETTLE.pack(METHOD, channel, 13, ACK, tag, multiple, END)
+
+
+def release_frame(channel: int, tag: int) -> bytes:
+    """A whole basic.nack frame that gives one delivery back to its queue."""
+    return _SETTLE.pack(METHOD, channel, 13, NACK, tag, _REQUEUE, END)
+
+
+def returned_key(data: bytes, start: int) -> str:
+    """The routing key of a basic.return, which comes after code, text and exchange."""
+    text = start + 2
+    exchange = text + 1 + data[text]
+    key = exchange + 1 + data[exchange]
+    return data[key + 1 : key + 1 + data[key]].decode("utf-8", "replace")
+
+
+def close_reason(data: bytes, start: int) -> tuple[int, str]:
+    """Code and text of a connection.close or channel.close.
+
+    Parameters:
+        start: where the method's arguments begin.
+    """
+    (code,) = SHORT.unpack_from(data, start)
+    length = data[start + 2]
+    return code, data[start + 3 : start + 3 + length].decode("utf-8", "replace")

@@ -1,0 +1,57 @@
+"""One consumer at a time where the queue itself does not see to it.
+
+A queue declared without x-single-active-consumer cannot become one, and quorum queues take no notice of an
+exclusive consumer (seen on RabbitMQ 3.10: a second one is let in). What every broker does keep is an
+exclusive queue: it belongs to one connection and ends with it. So the consumer of an ordered queue holds an
+empty exclusive queue as its lock, on the connection that it consumes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from hashlib import blake2b
+from typing import Final
+
+from aiormq.exceptions import ChannelLockedResource
+
+from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
+from streamtools.drivers.rabbitmq.link import Link
+from streamtools.errors import StreamToolsError
+
+PREFIX: Final = "streamtools.order."
+#: Seconds between two tries for the lock; a standby takes over within this time.
+POLL: Final = 1.0
+
+
+class OrderLock:
+    """Held from `acquire()` until the connection ends."""
+
+    def __init__(self, link: Link, queue: str) -> None:
+        self._link = link
+        name = PREFIX + queue
+        fits = len(name.encode()) <= 255
+        self.name = name if fits else PREFIX + blake2b(queue.encode(), digest_size=16).hexdigest()
+
+    async def acquire(self) -> None:
+        """Wait until no other connection holds it.
+
+        Raises:
+            ConnectionLost: the connection has ended.
+        """
+        # An exclusive queue sends no word when it ends, so there is nothing to wait for but the time.
+        while not await self._try():  # noqa: ASYNC110
+            await asyncio.sleep(POLL)
+
+    async def _try(self) -> bool:
+        try:
+            async with self._link.declaring() as channel:
+                await self._link.call(
+                    channel.queue_declare(self.name, exclusive=True, arguments={"x-queue-type": "classic"})
+                )
+        except ChannelLockedResource:
+            return False
+        except StreamToolsError:
+            raise
+        except CLIENT_ERRORS as error:
+            raise channel_error(error, self._link.where) from error
+        return True

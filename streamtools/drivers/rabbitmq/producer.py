@@ -1,0 +1,88 @@
+"""RabbitMQProducer: publishes to the default exchange, where a queue's name is its routing key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from streamtools.drivers.rabbitmq.features import FEATURES
+from streamtools.drivers.rabbitmq.link import Link, open_link
+from streamtools.drivers.rabbitmq.publisher import Limits, Publisher
+from streamtools.drivers.rabbitmq.topology import (
+    QueueOptions,
+    Topology,
+    check_rabbitmq_name,
+    error_queue,
+    work_queue,
+)
+from streamtools.errors import Closed, ConnectionLost
+from streamtools.message import Message
+from streamtools.options import Options
+from streamtools.producer import Producer, Receipt
+from streamtools.settings import RabbitMQSettings
+
+#: Where rejected messages go unless a consumer says otherwise; a queue declared by a producer dead-letters to it.
+ERROR_QUEUE = "error"
+
+
+class ProducerOptions(QueueOptions):
+    """A producer checks first and takes an existing queue as it is: its consumers say what it should be."""
+
+
+class RabbitMQProducer(Producer, protocol="rabbitmq"):
+    """Sends to RabbitMQ: persistent, mandatory, confirmed. Options: `QueueOptions`."""
+
+    features = FEATURES
+    settings_class = RabbitMQSettings
+    options_class = ProducerOptions
+    settings: RabbitMQSettings
+    options: ProducerOptions
+    _link: Link | None = None
+    _publisher: Publisher | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = Limits()
+
+    async def _open(self) -> None:
+        await self._close()
+        link = await open_link(self.settings, self.client_id or f"streamtools producer of {self.queue}")
+        self._link = link
+        try:
+            await self._declare(Topology(link))
+            self._publisher = await Publisher.open(link, self._limits)
+        except BaseException:
+            await self._close()
+            raise
+
+    async def _declare(self, topology: Topology) -> None:
+        if self.declare is False:
+            return
+        queue = work_queue(self.queue, self.options, ERROR_QUEUE)
+        if self.declare is True and await topology.exists(self.queue):
+            return
+        if self.declare is True:
+            await topology.declare_error_queue(error_queue(ERROR_QUEUE, self.options), self._error_declare)
+        await topology.declare(queue, self.declare)
+
+    @property
+    def _error_declare(self) -> Any:
+        return True if self.options.error_declare is None else self.options.error_declare
+
+    async def _send(self, batch: Sequence[Message], options: Options) -> Sequence[Receipt] | None:
+        if self._publisher is None:
+            if self._closed:
+                raise Closed(f"{self!r} was closed; call open() to use it again.")
+            raise ConnectionLost(f"{self!r} is not connected.")
+        await self._publisher.publish(batch)
+        return None
+
+    async def _close(self) -> None:
+        link, self._link, self._publisher = self._link, None, None
+        if link is not None:
+            await link.close()
+
+    @classmethod
+    def validate_queue(cls, queue: str) -> None:
+        super().validate_queue(queue)
+        check_rabbitmq_name(queue)

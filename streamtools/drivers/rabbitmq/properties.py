@@ -1,0 +1,316 @@
+"""A Message as AMQP properties and headers, and back.
+
+Native properties carry what AMQP has a place for; the rest of the metadata travels in headers named
+`streamtools-...` (see `streamtools.wire`); user headers stand under their own names. The encoding is
+that of the specification 0-9-1, section 4.2, with the type letters that RabbitMQ and every client
+agree on (https://www.rabbitmq.com/amqp-0-9-1-errata, section 3).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Final
+
+from pamqp import decode as pamqp_decode
+
+from streamtools import wire
+from streamtools.drivers.rabbitmq.frames import LONG, LONGLONG, SHORT, Unsendable, shortstr
+from streamtools.message import NO_HEADERS, ErrorDetails, Message
+
+PREFIX: Final = "streamtools-"
+TIME: Final = PREFIX + wire.TIMES["time"]
+#: Before the name of a user header that AMQP or RabbitMQ would act upon.
+ESCAPE: Final = PREFIX + "header-"
+#: Queues of ours that a message only passes through.
+DELAY_PREFIX: Final = "streamtools.delay."
+
+#: Headers that RabbitMQ itself reads or writes. A copied x-death makes the second trip through a
+#: delay level vanish as a cycle, CC and BCC route copies (or close the channel): none is ever sent.
+BROKER_HEADERS: Final = frozenset(
+    {"cc", "bcc", "x-death", "x-delivery-count", "x-acquired-count", "x-delay"}
+    | {f"x-{which}-death-{what}" for which in ("first", "last") for what in ("reason", "queue", "exchange")}
+)
+
+# Flag bits, specification 0-9-1, section 4.2.6.1.
+CONTENT_TYPE, CONTENT_ENCODING, HEADERS, DELIVERY_MODE, PRIORITY = 1 << 15, 1 << 14, 1 << 13, 1 << 12, 1 << 11
+CORRELATION_ID, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP = 1 << 10, 1 << 9, 1 << 8, 1 << 7, 1 << 6
+TYPE, USER_ID, APP_ID, CLUSTER_ID = 1 << 5, 1 << 4, 1 << 3, 1 << 2
+#: Fields that AMQP has a property for, where they are short enough.
+NATIVE: Final = frozenset(
+    {"id", "type", "source", "content_type", "content_encoding", "correlation_id", "reply_to", "time"}
+)
+#: (flag, how it is encoded, our field), in the order of the specification; "" is read over.
+_LAYOUT: Final = (
+    (CONTENT_TYPE, "text", "content_type"),
+    (CONTENT_ENCODING, "text", "content_encoding"),
+    (HEADERS, "table", ""),
+    (DELIVERY_MODE, "octet", ""),
+    (PRIORITY, "octet", ""),
+    (CORRELATION_ID, "text", "correlation_id"),
+    (REPLY_TO, "text", "reply_to"),
+    (EXPIRATION, "text", ""),
+    (MESSAGE_ID, "text", "id"),
+    (TIMESTAMP, "time", "time"),
+    (TYPE, "text", "type"),
+    (USER_ID, "text", ""),
+    (APP_ID, "text", "source"),
+    (CLUSTER_ID, "text", ""),
+)
+_PERSISTENT: Final = b"\x02"
+
+
+@lru_cache(maxsize=1024)
+def _repeated(text: str) -> bytes:
+    """A short string that most messages share (a type, a source); empty when it is not short."""
+    data = text.encode()
+    return bytes((len(data),)) + data if len(data) <= 255 else b""
+
+
+def _single(text: str) -> bytes:
+    data = text.encode()
+    return bytes((len(data),)) + data if len(data) <= 255 else b""
+
+
+#: Native text properties in the order of the specification, before and after the delivery mode.
+_FRONT: Final[tuple[tuple[str, int, Callable[[str], bytes]], ...]] = (
+    ("content_type", CONTENT_TYPE, _repeated),
+    ("content_encoding", CONTENT_ENCODING, _repeated),
+)
+_MIDDLE: Final[tuple[tuple[str, int, Callable[[str], bytes]], ...]] = (
+    ("correlation_id", CORRELATION_ID, _single),
+    ("reply_to", REPLY_TO, _single),
+    ("id", MESSAGE_ID, _single),
+)
+_BACK: Final[tuple[tuple[str, int, Callable[[str], bytes]], ...]] = (
+    ("type", TYPE, _repeated),
+    ("source", APP_ID, _repeated),
+)
+
+
+def encode(message: Message) -> bytes:
+    """The flags and values of a message's content header.
+
+    Raises:
+        Unsendable: a header's name is over 255 bytes, or a text is no valid Unicode.
+    """
+    try:
+        return _encode(message)
+    except UnicodeEncodeError as error:
+        raise Unsendable(f"its metadata holds a lone surrogate, which no wire carries: {error.reason}.") from None
+
+
+def _encode(message: Message) -> bytes:
+    long: list[str] = []
+    flags, front = _texts(message, _FRONT, long)
+    more, middle = _texts(message, _MIDDLE, long)
+    last, back = _texts(message, _BACK, long)
+    flags |= more | last | DELIVERY_MODE
+    if message.time is not None and 0 <= message.time < 1 << 63:
+        flags |= TIMESTAMP
+        middle.append(LONGLONG.pack(int(message.time)))
+    if headers := _headers(message, long):
+        flags |= HEADERS
+        front.append(headers)
+    return b"".join((SHORT.pack(flags), *front, _PERSISTENT, *middle, *back))
+
+
+def _texts(
+    message: Message, properties: tuple[tuple[str, int, Callable[[str], bytes]], ...], long: list[str]
+) -> tuple[int, list[bytes]]:
+    """Flags and values of these properties; the names of those over 255 bytes are added to `long`."""
+    flags, values = 0, []
+    for name, flag, make in properties:
+        if (value := getattr(message, name)) is None:
+            continue
+        if data := make(value):
+            flags |= flag
+            values.append(data)
+        else:
+            long.append(name)
+    return flags, values
+
+
+def _headers(message: Message, long: list[str]) -> bytes:
+    """The headers as a field table: the user's own, then ours."""
+    items: list[bytes] = []
+    for name, value in message.headers.items():
+        lower = name.lower()
+        if lower not in BROKER_HEADERS:
+            items.append(_field(name, value))
+        else:
+            items.append(_field(ESCAPE + name, value))
+    if message.time is not None:
+        # The property holds whole seconds only.
+        items.append(_repeated(TIME) + _longstr(f"{message.time:.6f}"))
+    if _has_more(message) or long:
+        meta = wire.encode_meta(message, prefix=PREFIX, skip=NATIVE - frozenset(long))
+        items += [_field(name, value) for name, value in meta.items()]
+    if not items:
+        return b""
+    table = b"".join(items)
+    return LONG.pack(len(table)) + table
+
+
+def _has_more(message: Message) -> bool:
+    return (
+        message.attempt != 1
+        or message.error is not None
+        or message.key is not None
+        or message.intent is not None
+        or message.causation_id is not None
+        or message.deliver_at is not None
+        or message.expires_at is not None
+    )
+
+
+def _field(name: str, value: str) -> bytes:
+    return shortstr(name) + _longstr(value)
+
+
+def _longstr(value: str) -> bytes:
+    data = value.encode()
+    return b"S" + LONG.pack(len(data)) + data
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def decode(data: bytes, body: bytes, queue: str, new_id: Callable[[], str]) -> tuple[Message, int]:
+    """The message, and the broker's delivery count (0 where it sent none).
+
+    Nothing that a foreign sender may write makes it fail: what cannot be read is left out.
+
+    Parameters:
+        data: flags and values of the content header.
+        new_id: gives an id to a message that came without one.
+    """
+    try:
+        fields, table = _split(data)
+        message_headers, ours, count, deaths = _sort(table)
+    except (ValueError, IndexError, struct.error, OverflowError):
+        return Message(body=body, queue=queue, id=new_id()), 0
+    if ours:
+        fields.update(wire.decode_meta(ours, prefix=PREFIX))
+    if deaths is not None and "error" not in fields and (error := _death(deaths)) is not None:
+        fields["error"] = error
+    if not fields.get("id"):
+        fields["id"] = new_id()
+    return Message(body=body, queue=queue, headers=message_headers or NO_HEADERS, **fields), count
+
+
+@lru_cache(maxsize=256)
+def _layout(flags: int) -> tuple[tuple[str, str], ...]:
+    """What stands in a content header with these flags, in order: (how it is encoded, our name for it)."""
+    return tuple((how, name) for flag, how, name in _LAYOUT if flags & flag)
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The native properties by our field names, and the headers still encoded."""
+    (flags,) = SHORT.unpack_from(data)
+    position = 2
+    fields: dict[str, Any] = {}
+    table = b""
+    for how, name in _layout(flags):
+        if how == "text":
+            end = position + 1 + data[position]
+            if name:
+                fields[name] = data[position + 1 : end].decode("utf-8", "backslashreplace")
+            position = end
+        elif how == "octet":
+            position += 1
+        elif how == "table":
+            end = position + 4 + LONG.unpack_from(data, position)[0]
+            table = data[position + 4 : end]
+            position = end
+        else:
+            fields[name] = float(LONGLONG.unpack_from(data, position)[0])
+            position += 8
+    return fields, table
+
+
+def _sort(table: bytes) -> tuple[dict[str, str], dict[str, str], int, object]:
+    """The user's headers, ours, the delivery count, and x-death."""
+    headers: dict[str, str] = {}
+    ours: dict[str, str] = {}
+    count, deaths = 0, None
+    for name, value in _fields(table):
+        if name.startswith(PREFIX):
+            if name.startswith(ESCAPE):
+                headers[name[len(ESCAPE) :]] = as_text(value)
+            else:
+                ours[name] = as_text(value)
+        elif name.lower() in BROKER_HEADERS:
+            if name == "x-delivery-count" and isinstance(value, int):
+                count = value
+            elif name == "x-death":
+                deaths = value
+        else:
+            headers[name] = value if isinstance(value, str) else as_text(value)
+    return headers, ours, count, deaths
+
+
+def _fields(table: bytes) -> Iterable[tuple[str, object]]:
+    position, end = 0, len(table)
+    while position < end:
+        start = position + 1
+        position = start + table[position]
+        name = table[start:position].decode("utf-8", "backslashreplace")
+        if table[position] == 0x53:  # "S", a long string: what nearly every header is
+            start = position + 5
+            position = start + LONG.unpack_from(table, position + 1)[0]
+            yield name, table[start:position].decode("utf-8", "backslashreplace")
+        else:
+            used, value = pamqp_decode.embedded_value(table[position:])
+            position += used
+            yield name, value
+
+
+def as_text(value: object) -> str:
+    """A header value of any AMQP type as text: nested ones as JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes | bytearray):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    if isinstance(value, Mapping | list):
+        return json.dumps(value, default=as_text, ensure_ascii=False)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def _death(deaths: object) -> ErrorDetails | None:
+    """Why the broker itself dead-lettered the message; hops through our delay queues do not count."""
+    for death in deaths if isinstance(deaths, list) else ():
+        if not isinstance(death, Mapping):
+            continue
+        queue = as_text(death.get("queue", ""))
+        if queue and not queue.startswith(DELAY_PREFIX):
+            return _details(queue, death)
+    return None
+
+
+def _details(queue: str, death: Mapping[str, Any]) -> ErrorDetails:
+    reason = as_text(death.get("reason", "unknown"))
+    when = death.get("time")
+    number = death.get("count")
+    seconds = when.timestamp() if isinstance(when, datetime) else 0.0
+    return ErrorDetails(
+        queue=queue,
+        reason=f"the broker moved it here from {queue!r}: {_REASONS.get(reason, reason)}",
+        attempts=number if isinstance(number, int) else 0,
+        first_failed=seconds,
+        last_failed=seconds,
+    )
+
+
+#: https://www.rabbitmq.com/docs/dlx
+_REASONS: Final = {
+    "rejected": "a consumer rejected it (rejected)",
+    "expired": "its time to live was over (expired)",
+    "maxlen": "the queue was full (maxlen)",
+    "delivery_limit": "it was redelivered more often than the queue allows (delivery_limit)",
+}

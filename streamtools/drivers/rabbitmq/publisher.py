@@ -1,0 +1,278 @@
+"""Publishing with confirms: many in flight, one future for each batch.
+
+A batch is written in chunks while the window has room, each chunk in one piece; the broker confirms
+in any order, singly or up to a number. A message that reaches no queue comes back before its
+confirm does, and is then refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from streamtools.drivers.rabbitmq import frames, properties
+from streamtools.drivers.rabbitmq.channel import HotChannel
+from streamtools.drivers.rabbitmq.delay import DelayChain
+from streamtools.drivers.rabbitmq.errors import lost
+from streamtools.drivers.rabbitmq.frames import Unsendable
+from streamtools.drivers.rabbitmq.link import Link
+from streamtools.errors import ConnectionLost, QueueError, SendError
+from streamtools.message import Message, ids
+
+#: Messages written and not yet confirmed, at most.
+WINDOW: Final = 2000
+#: Messages written in one piece.
+CHUNK: Final = 100
+#: Routes remembered with their encoded frames.
+ROUTES: Final = 1000
+#: Bytes that RabbitMQ 3.8 to 3.13 takes in one body (max_message_size); 4.0 takes 16 MiB by default.
+BODY_MAX: Final = 128 * 1024 * 1024
+#: "message size 20000000 is larger than configured max size 16777216"
+_TOO_LARGE: Final = re.compile(r"message size \d+ .*max size (\d+)")
+
+
+class Limits:
+    """What the broker was found to take; kept over reconnects.
+
+    Attributes:
+        body: bytes in one body, at most.
+    """
+
+    def __init__(self) -> None:
+        self.body = BODY_MAX
+
+    def learn(self, why: str) -> None:
+        """Read a channel's end: a body over the limit ends it, and must not be sent again."""
+        if found := _TOO_LARGE.search(why):
+            self.body = min(self.body, int(found[1]))
+
+
+class Batch:
+    """What one call publishes, until all of it is confirmed."""
+
+    __slots__ = ("future", "left", "refused", "spans")
+
+    def __init__(self, future: asyncio.Future[None]) -> None:
+        self.future = future
+        self.left = 0
+        #: Message id -> why the broker, or AMQP, does not take it.
+        self.refused: dict[str, str] = {}
+        #: (first tag, messages) of what was written.
+        self.spans: list[tuple[int, list[Message]]] = []
+
+    def message(self, tag: int) -> Message:
+        """The message that was written under this tag."""
+        return next(m[tag - first] for first, m in self.spans if first <= tag < first + len(m))
+
+    def settle_if_done(self) -> None:
+        """Wake the caller when nothing is outstanding."""
+        if self.left == 0 and not self.future.done():
+            self.future.set_result(None)
+
+
+class Publisher(HotChannel):
+    """A channel in confirm mode.
+
+    Parameters:
+        link: the connection.
+        number: the channel's number there.
+        limits: what the broker is known to take.
+    """
+
+    def __init__(self, link: Link, number: int, limits: Limits) -> None:
+        super().__init__(number)
+        self._link = link
+        self._limits = limits
+        self._delay = DelayChain(link)
+        self._next = 1
+        self._low = 1
+        self._pending: dict[int, Batch] = {}
+        self._returned: set[tuple[str, str]] = set()
+        self._routes: dict[str, bytes] = {}
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._new_id = ids()
+        self._out: list[bytes] = []
+        self._loop = asyncio.get_running_loop()
+
+    @classmethod
+    async def open(cls, link: Link, limits: Limits) -> Publisher:
+        """Open a channel for publishing on this connection."""
+        channel = await link.channel(confirms=True)
+        publisher = cls(link, channel.number, limits)
+        link.attach(publisher)
+        return publisher
+
+    async def publish(self, messages: Sequence[Message]) -> None:
+        """Return when the broker holds all of them, each in the queue that it names.
+
+        Raises:
+            SendError: naming those it does not take; it holds the others.
+            ConnectionLost: the connection ended; nothing is known of what was not confirmed.
+        """
+        batch = Batch(self._loop.create_future())
+        # Held open by one until all is written: confirms may come before the last chunk is.
+        batch.left = 1
+        for start in range(0, len(messages), CHUNK):
+            await self._room()
+            chunk = messages[start : start + CHUNK]
+            routes = await self._delayed_routes(chunk, batch)
+            self._write(chunk, routes, batch)
+            await self._link.drain()
+        batch.left -= 1
+        batch.settle_if_done()
+        await batch.future
+        if batch.refused:
+            raise _refusal(messages, batch.refused)
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    async def _room(self) -> None:
+        while self.error is None and len(self._pending) >= WINDOW:
+            waiter = self._loop.create_future()
+            self._waiting.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled():
+                    self._wake(1)  # it was meant for us; pass it on
+                raise
+        self._check()
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise ConnectionLost(str(self.error))
+
+    async def _delayed_routes(self, chunk: Sequence[Message], batch: Batch) -> dict[str, str]:
+        """Message id -> the last word of its route through the delay chain, for those due later."""
+        now = time.time()
+        later = [m for m in chunk if m.deliver_at is not None and m.deliver_at > now]
+        routes: dict[str, str] = {}
+        for message in later:
+            try:
+                routes[message.id] = await self._delay.prepare(message, now)
+            except (QueueError, Unsendable) as error:
+                batch.refused[message.id] = str(error)
+        return routes
+
+    def _write(self, chunk: Sequence[Message], routes: dict[str, str], batch: Batch) -> None:
+        self._check()
+        out: list[bytes] = []
+        written: list[Message] = []
+        for message in chunk:
+            if message.id in batch.refused:
+                continue
+            try:
+                out.append(self._encode(message, routes))
+            except Unsendable as error:
+                batch.refused[message.id] = f"Message {message.id} cannot be sent: {error}"
+            else:
+                written.append(message)
+        if not written:
+            return
+        first, self._next = self._next, self._next + len(written)
+        batch.spans.append((first, written))
+        batch.left += len(written)
+        self._pending.update(dict.fromkeys(range(first, self._next), batch))
+        self._send(out)
+
+    def _encode(self, message: Message, routes: dict[str, str]) -> bytes:
+        body, number, frame_max = message.body, self.number, self._link.frame_max
+        if len(body) > self._limits.body:
+            raise Unsendable(
+                f"its body is {len(body)} bytes; this broker takes {self._limits.body} (max_message_size). "
+                "Store it elsewhere and send where it is."
+            )
+        header = frames.header_frame(number, properties.encode(message), len(body), frame_max)
+        return self._route(message, routes) + header + frames.body_frames(number, body, frame_max)
+
+    def _route(self, message: Message, routes: dict[str, str]) -> bytes:
+        if routes and (word := routes.get(message.id)) is not None and message.deliver_at is not None:
+            exchange, key = self._delay.route(message.deliver_at - time.time(), word)
+            return frames.publish_frame(self.number, exchange, key or message.queue)
+        route = self._routes.get(message.queue)
+        if route is None:
+            if len(self._routes) >= ROUTES:
+                self._routes.clear()
+            route = self._routes[message.queue] = frames.publish_frame(self.number, "", message.queue)
+        return route
+
+    def _send(self, out: list[bytes]) -> None:
+        # What many tasks publish in one turn of the loop leaves in one piece.
+        if not self._out:
+            self._loop.call_soon(self._flush)
+        self._out += out
+
+    def _flush(self) -> None:
+        out, self._out = self._out, []
+        if out and self.error is None:
+            self._link.write(b"".join(out))
+
+    # --- what the broker says -----------------------------------------------------------------------
+
+    def confirm(self, tag: int, *, multiple: bool, held: bool) -> None:
+        if not multiple:
+            self._confirm_one(tag, held)
+        else:
+            for number in range(self._low, tag + 1):
+                self._confirm_one(number, held)
+            self._low = tag + 1
+        if self._waiting:
+            self._wake(WINDOW - len(self._pending))
+
+    def _wake(self, number: int) -> None:
+        while self._waiting and number > 0:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                number -= 1
+
+    def _confirm_one(self, tag: int, held: bool) -> None:
+        batch = self._pending.pop(tag, None)
+        if batch is None:
+            return
+        if not held or self._returned:
+            self._refuse(batch, tag, held)
+        batch.left -= 1
+        if batch.left == 0:
+            batch.settle_if_done()
+
+    def _refuse(self, batch: Batch, tag: int, held: bool) -> None:
+        message = batch.message(tag)
+        if (message.id, message.queue) in self._returned:
+            self._returned.discard((message.id, message.queue))
+            batch.refused[message.id] = (
+                f"There is no queue {message.queue!r} at {self._link.where}. Open a consumer of it first, or a "
+                "producer with declare=True."
+            )
+        elif not held:
+            batch.refused[message.id] = (
+                f"The queue {message.queue!r} at {self._link.where} does not take it: it is full (x-max-length "
+                "with x-overflow reject-publish), or its node has failed."
+            )
+
+    def returned(self, routing_key: str, properties_: bytes, body: bytes) -> None:
+        message, _ = properties.decode(properties_, body, "", self._new_id)
+        self._returned.add((message.id, routing_key))
+
+    def fail(self, why: str) -> None:
+        if self.error is not None:
+            return
+        self._limits.learn(why)
+        self.error = lost(self._link.where, why)
+        for batch in dict.fromkeys(self._pending.values()):
+            if not batch.future.done():
+                batch.future.set_exception(lost(self._link.where, why))
+                batch.future.exception()  # its caller may have been cancelled
+        self._pending.clear()
+        self._wake(len(self._waiting))
+
+
+def _refusal(messages: Sequence[Message], refused: dict[str, str]) -> SendError:
+    reasons = list(dict.fromkeys(refused.values()))
+    text = " ".join(reasons[:3]) + (f" And {len(reasons) - 3} more." if len(reasons) > 3 else "")
+    count = f"{len(refused)} of {len(messages)} messages: " if len(messages) > 1 else ""
+    return SendError(count + text, refused=[m.id for m in messages if m.id in refused])

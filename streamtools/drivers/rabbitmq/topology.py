@@ -1,0 +1,276 @@
+"""Queues: how they are declared, checked, and compared with what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
+
+from aiormq.exceptions import ChannelLockedResource, ChannelNotFoundEntity, ChannelPreconditionFailed
+from pydantic import model_validator
+
+from streamtools.checks import Declare
+from streamtools.drivers.rabbitmq import errors
+from streamtools.drivers.rabbitmq.delay import SAFE, UNDELIVERABLE, declare_undeliverable
+from streamtools.drivers.rabbitmq.link import Link
+from streamtools.errors import ConfigurationError, QueueError, StreamToolsError
+from streamtools.options import Options
+
+QueueType = Literal["quorum", "classic"]
+ACTIVE: Final = "x-single-active-consumer"
+#: Arguments that a queue may differ in before we give up comparing it.
+MOST_DIFFERENCES: Final = 20
+#: What the broker compares that is no argument.
+_ATTRIBUTES: Final = ("durable", "exclusive", "auto_delete")
+
+
+class QueueOptions(Options):
+    """Options of RabbitMQ's producers and consumers.
+
+    Parameters:
+        queue_type: "quorum" (replicated; the default) or "classic".
+        durable: the queue outlives a restart of the broker.
+        exclusive: the queue belongs to this connection and ends with it.
+        auto_delete: the queue ends with its last consumer.
+        arguments: further arguments for the broker; they win over ours, and None takes one of ours away.
+        error_arguments: the same for the error queue.
+        error_declare: as `declare`, for the error queue; the same as `declare` when None.
+    """
+
+    queue_type: QueueType | None = None
+    durable: bool = True
+    exclusive: bool = False
+    auto_delete: bool = False
+    arguments: Mapping[str, Any] | None = None
+    error_arguments: Mapping[str, Any] | None = None
+    error_declare: Declare | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> QueueOptions:
+        if self.queue_type == "quorum" and (self.exclusive or self.auto_delete or not self.durable):
+            raise ValueError(
+                'a quorum queue is durable, not exclusive, and not deleted by itself; write queue_type="classic"'
+            )
+        for name, mapping in (("arguments", self.arguments), ("error_arguments", self.error_arguments)):
+            if "x-delivery-limit" in (mapping or {}):
+                raise ValueError(
+                    f"{name}: x-delivery-limit would let the broker drop or move messages by a count of its own "
+                    "(-1 drops all on 3.10); write max_deliveries=... on the consumer"
+                )
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queue:
+    """One queue as it is wanted.
+
+    Attributes:
+        explicit: what the user asked for by name; only there is a difference an error.
+        arguments: all arguments, ours and the user's.
+    """
+
+    name: str
+    durable: bool = True
+    exclusive: bool = False
+    auto_delete: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    explicit: frozenset[str] = frozenset()
+
+
+def work_queue(name: str, options: QueueOptions, error_queue: str, *, single_active: bool = False) -> Queue:
+    """A queue for work: what the broker itself gives up on goes to the error queue.
+
+    RabbitMQ 4 drops a message after 20 redeliveries unless its queue has a dead-letter target.
+    """
+    kind = _kind(options)
+    arguments = {"x-queue-type": kind, **_target(kind, UNDELIVERABLE if name == error_queue else error_queue)}
+    if single_active:
+        arguments[ACTIVE] = True
+    return Queue(
+        name=name,
+        durable=options.durable,
+        exclusive=options.exclusive,
+        auto_delete=options.auto_delete,
+        arguments=_merged(arguments, options.arguments),
+        explicit=_explicit(options),
+    )
+
+
+def error_queue(name: str, options: QueueOptions) -> Queue:
+    """The queue of rejected messages; one that is looked at too often ends in `streamtools.undeliverable`."""
+    arguments = {"x-queue-type": "quorum", **_target("quorum", UNDELIVERABLE)}
+    explicit = frozenset(options.error_arguments or ())
+    return Queue(name=name, arguments=_merged(arguments, options.error_arguments), explicit=explicit)
+
+
+def _kind(options: QueueOptions) -> str:
+    if options.queue_type is not None:
+        return options.queue_type
+    return "classic" if options.exclusive or options.auto_delete or not options.durable else "quorum"
+
+
+def _target(kind: str, queue: str) -> dict[str, Any]:
+    target = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": queue}
+    return {**SAFE, **target} if kind == "quorum" else target
+
+
+def _merged(ours: dict[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in {**ours, **(given or {})}.items() if value is not None}
+
+
+def _explicit(options: QueueOptions) -> frozenset[str]:
+    names: set[str] = {name for name in _ATTRIBUTES if name in options.model_fields_set}
+    if options.queue_type is not None:
+        names.add("x-queue-type")
+    return frozenset(names | set(options.arguments or ()))
+
+
+class Topology:
+    """Declares queues over one connection.
+
+    Every refusal ends the channel it came on (specification 0-9-1, section 1.2), so each try has a
+    fresh one where the last was refused.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    async def count(self, name: str) -> tuple[int, int]:
+        """Messages that wait in a queue, and its consumers.
+
+        Raises:
+            QueueError: there is no such queue.
+        """
+        found = await self._passive(name)
+        if found is None:
+            raise missing(name, self._link.where)
+        return found
+
+    async def exists(self, name: str) -> bool:
+        """There is a queue of this name."""
+        return await self._passive(name) is not None
+
+    async def declare(self, queue: Queue, declare: Declare) -> Queue:
+        """Declare or check a queue; the queue as it is now.
+
+        Raises:
+            QueueError: it is missing, or differs in what was asked for by name.
+        """
+        if declare is False:
+            return queue
+        found = await self._passive(queue.name)
+        if found is None:
+            if declare == "passive":
+                raise missing(queue.name, self._link.where)
+            return await self._make(queue)
+        return await self._make(queue) if queue.explicit else replace(queue, arguments={})
+
+    async def declare_error_queue(self, queue: Queue, declare: Declare) -> None:
+        """Declare or check an error queue, and what stands behind it."""
+        if declare is True and await self._passive(queue.name) is None:
+            async with self._link.declaring() as channel:
+                await self._mapped(declare_undeliverable(self._link, channel))
+        await self.declare(queue, declare)
+
+    async def is_single_active(self, queue: Queue) -> bool:
+        """An existing queue hands its messages to one consumer at a time."""
+        probe = replace(queue, arguments={**SAFE, ACTIVE: True}, explicit=frozenset())
+        return (await self._make(probe)).arguments.get(ACTIVE) is True
+
+    async def _passive(self, name: str) -> tuple[int, int] | None:
+        try:
+            async with self._link.declaring() as channel:
+                answer = await self._link.call(channel.queue_declare(name, passive=True))
+        except ChannelNotFoundEntity:
+            return None
+        except ChannelLockedResource as error:
+            raise QueueError(
+                f"The queue {name!r} is exclusive to another connection. Choose another name, or make it without "
+                "exclusive=True."
+            ) from error
+        except StreamToolsError:
+            raise
+        except errors.CLIENT_ERRORS as error:
+            raise errors.channel_error(error, self._link.where) from error
+        return answer.message_count or 0, answer.consumer_count or 0
+
+    async def _make(self, queue: Queue) -> Queue:
+        """Declare; where the queue stands with other arguments, take those that were not asked for by name."""
+        for _ in range(MOST_DIFFERENCES):
+            try:
+                async with self._link.declaring() as channel:
+                    await self._link.call(_declaration(channel, queue))
+            except ChannelPreconditionFailed as error:
+                queue = _adapted(queue, error, self._link.where)
+            except StreamToolsError:
+                raise
+            except errors.CLIENT_ERRORS as error:
+                raise errors.channel_error(error, self._link.where) from error
+            else:
+                return queue
+        raise QueueError(
+            f"The queue {queue.name!r} differs in more than {MOST_DIFFERENCES} arguments from what is asked."
+        )
+
+    async def _mapped(self, work: Any) -> None:
+        try:
+            await work
+        except StreamToolsError:
+            raise
+        except errors.CLIENT_ERRORS as error:
+            raise errors.channel_error(error, self._link.where) from error
+
+
+def _declaration(channel: Any, queue: Queue) -> Any:
+    return channel.queue_declare(
+        queue.name,
+        durable=queue.durable,
+        exclusive=queue.exclusive,
+        auto_delete=queue.auto_delete,
+        arguments=dict(queue.arguments),
+    )
+
+
+def _adapted(queue: Queue, error: ChannelPreconditionFailed, where: str) -> Queue:
+    found = errors.difference(error)
+    if found is None:
+        raise QueueError(
+            f"RabbitMQ at {where} does not make the queue {queue.name!r}: {errors.plain(error)}"
+        ) from error
+    name, asked, current = found
+    if name in queue.explicit:
+        raise QueueError(
+            f"The queue {queue.name!r} exists with another {_option(name)}: {name} is {current}, and {asked} "
+            f"is asked for. Three ways out: leave {_option(name)} away and use it as it is; choose another queue name; or "
+            f"move its messages elsewhere and delete it (streamtools queues delete {queue.name})."
+        ) from error
+    value = errors.value(current)
+    if name in _ATTRIBUTES:
+        changes: dict[str, Any] = {name: value is True}
+        return replace(queue, **changes)
+    arguments = {n: v for n, v in queue.arguments.items() if n != name}
+    return replace(queue, arguments=arguments if value is None else {**arguments, name: value})
+
+
+def _option(name: str) -> str:
+    if name in _ATTRIBUTES:
+        return f"{name}="
+    return "queue_type=" if name == "x-queue-type" else "arguments="
+
+
+def missing(name: str, where: str) -> QueueError:
+    """A queue that is not there, and what to do about it."""
+    return QueueError(
+        f"There is no queue {name!r} at {where}. Write declare=True to make it, or check the name and the virtual "
+        "host."
+    )
+
+
+def check_rabbitmq_name(name: str) -> None:
+    """RabbitMQ keeps names that begin with `amq.` to itself.
+
+    Raises:
+        ConfigurationError: this is one.
+    """
+    if name.startswith("amq."):
+        raise ConfigurationError(f"The queue name {name!r} begins with 'amq.', which RabbitMQ keeps to itself.")
