@@ -7,9 +7,9 @@ A turn is at most two transactions:
                                  undo, since the messages are then delivered again
     full (synchronous=FULL)      what is sent or moved: on the disk before anyone is told so
 
-Both survive the end of any process. While a consumer waits for messages, the thread asks SQLite
-every 20 to 30 ms whether another process has written (`PRAGMA data_version`: it reads a counter in
-shared memory); writers of its own process it knows of at once.
+Both survive the end of any process. While a consumer waits for messages, the thread looks every 25 ms
+whether another process has written (the log's time of change, and where that is recent, `PRAGMA
+data_version`, a counter in shared memory); writers of its own process it knows of at once.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ from streamtools.settings import SQLiteSettings
 
 log = logging.getLogger("streamtools")
 
-#: Seconds between looks for what other processes wrote: while there is traffic, and while idle.
-POLL: Final = 0.02
-POLL_IDLE: Final = 0.03
-#: Seconds without traffic after which it is idle.
-IDLE_AFTER: Final = 2.0
+#: Seconds between looks for what other processes wrote.
+POLL: Final = 0.025
+#: Seconds from a write to the log to its commit, ordinarily (a flush to the disk lies between).
+COMMIT_TIME: Final = 1.0
 #: Seconds between checks that the event loop still lives, when nothing else is to be done.
 TICK: Final = 10.0
 #: Seconds before another try for a lock, and the most of it.
@@ -90,7 +89,8 @@ class Worker:
         self._synchronous = ""
         self._next_care = 0.0
         self._swept = False
-        self._active = 0.0
+        self._log_changed = 0.0
+        self._asked_at = 0.0
         # A daemon: a process that forgets to close must still be able to end.
         self.thread = threading.Thread(target=self._main, name="streamtools-sqlite", daemon=True)
 
@@ -181,8 +181,6 @@ class Worker:
                 self._waiters.append(what)
             else:
                 self._stopped = True
-        if jobs:
-            self._active = time.monotonic()
         if not self._listening():
             self._stopped = True
         return [job for job in jobs if not job.cancelled]
@@ -203,7 +201,7 @@ class Worker:
         now = time.monotonic()
         timeout = TICK
         if self._waiters:
-            timeout = POLL if now - self._active < IDLE_AFTER else POLL_IDLE
+            timeout = POLL
             if due := [waiter.due for waiter in self._waiters if waiter.due is not None]:
                 timeout = min(timeout, min(due) - time.time())
         if any(holder.expires for holder in self._holders):
@@ -229,11 +227,25 @@ class Worker:
             return []
 
     def _has_changed(self) -> bool:
-        version: int = self._tables.value("PRAGMA data_version")
-        if version == self._version:
+        if not self._may_have_changed():
             return False
+        version: int = self._tables.value("PRAGMA data_version")
+        changed = version != self._version
         self._version = version
-        self._active = time.monotonic()
+        return changed
+
+    def _may_have_changed(self) -> bool:
+        # Asking SQLite takes some file locks; this takes one system call, and idle is what most are
+        # most of the time. A commit is written to the log before it counts, so the log has changed
+        # by then; should its time deceive us, SQLite is asked once a second all the same.
+        now = time.time()
+        try:
+            changed = os.stat(self._path + "-wal").st_mtime
+        except FileNotFoundError:
+            return True
+        if changed == self._log_changed < self._asked_at - COMMIT_TIME and 0 <= now - self._asked_at < COMMIT_TIME:
+            return False
+        self._log_changed, self._asked_at = changed, now
         return True
 
     def _has_something(self, waiter: Waiter, stirred: bool, now: float) -> bool:
