@@ -62,11 +62,15 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
     consumer has in hand when it closes goes back at once, uncounted. A settlement, with all that it
     sends, is one transaction; one that comes after its lease ran out does nothing.
 
+    `ordered_by` holds across processes: with "queue" nothing is claimed that is behind a message which
+    another consumer has in hand, with "key" nothing of its key.
+
     Groups: as long as no consumer has come, messages wait in the queue. The first one to come, with
     `group=` or without, takes over what waits there. From then on each message is kept once for each
     group that has ever come, the consumers without a group together being one of them; a group that is
     new begins with what is sent from then on. `offset="latest"` has the first group leave what waits.
-    A retry goes back to the group whose handler failed, and so does a redrive from the error queue.
+    A retry goes back to the group whose handler failed, and so does a redrive from the error queue. A
+    group whose consumers never come back keeps its messages; deleting the queue ends it.
     """
 
     features = FEATURES

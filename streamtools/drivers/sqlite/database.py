@@ -46,10 +46,12 @@ class Database:
         self._key = key
         self._pid = os.getpid()
         self._users = 0
-        # Weak: this object is the value of a mapping that ends with the loop.
+        # Weak, and no future kept for longer than someone waits: this object is the value of a mapping
+        # that is to end with the loop.
         self._loop = ref(loop)
-        self._opened: asyncio.Future[None] = loop.create_future()
-        self._ended: asyncio.Future[None] = loop.create_future()
+        self._opening: asyncio.Future[None] | None = loop.create_future()
+        self._ending: asyncio.Future[None] | None = None
+        self._ended = False
         self._worker = Worker(
             path, settings, post=self._post, opened=self._on_opened, ended=self._on_ended, listening=self._listens
         )
@@ -79,7 +81,8 @@ class Database:
             database = databases[key] = cls(path, settings, key)
         database._users += 1
         try:
-            await asyncio.shield(database._opened)
+            if database._opening is not None:
+                await asyncio.shield(database._opening)
         except BaseException:
             await database.detach()
             raise
@@ -94,7 +97,9 @@ class Database:
         if databases.get(self._key) is self:
             del databases[self._key]
         self._worker.stop()
-        await asyncio.shield(self._ended)
+        if not self._ended:
+            self._ending = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._ending)
 
     # --- asking ---------------------------------------------------------------------------------
 
@@ -127,7 +132,7 @@ class Database:
         self._call(self._answer_opened, error)
 
     def _on_ended(self) -> None:
-        self._call(_resolve, self._ended)
+        self._call(self._answer_ended)
 
     def _call(self, function: Any, *arguments: Any) -> None:
         loop = self._loop()
@@ -152,11 +157,20 @@ class Database:
                 future.set_exception(error)
 
     def _answer_opened(self, error: BaseException | None) -> None:
+        opening, self._opening = self._opening, None
+        if opening is None:
+            return
         if error is None:
-            self._opened.set_result(None)
+            opening.set_result(None)
         else:
-            self._opened.set_exception(error)
-            self._opened.exception()  # everyone who waited may have been cancelled
+            opening.set_exception(error)
+            opening.exception()  # everyone who waited may have been cancelled
+
+    def _answer_ended(self) -> None:
+        self._ended = True
+        if self._ending is not None:
+            self._ending.set_result(None)
+            self._ending = None
 
 
 class Session:
@@ -242,11 +256,6 @@ class Session:
     def _undo(self, result: Any) -> None:
         if isinstance(result, Claimed):
             self._database.tell(release, (result.claim, result.ids))
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def end_claims(tables: Tables, arguments: Sequence[tuple[Holder, Sequence[tuple[int, int]]]]) -> list[int]:

@@ -153,6 +153,7 @@ class Worker:
         except sqlite3.Error as error:
             log.warning("Closing %s: %s", self._path, error)
         left: list[Job | Waiter] = [*self._waiters, *(what for what in self._drain() if what is not None)]
+        self._waiters.clear()
         self._post([(what, None, gone) for what in left])
         self._ended()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sqlite3
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,18 @@ def test_a_loop_that_ends_without_closing_ends_the_thread(url: str) -> None:
     before = len(database_threads())
     asyncio.run(forget())
     asyncio.run(wait_until(lambda: len(database_threads()) == before))
+
+
+def test_a_loop_that_ended_is_not_kept(url: str) -> None:
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    async def forget() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        await SQLiteProducer("orders", url=url).open()
+
+    async def is_gone() -> bool:
+        gc.collect()
+        return loops[0]() is None
+
+    asyncio.run(forget())
+    asyncio.run(wait_until(is_gone))
