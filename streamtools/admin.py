@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,6 +21,8 @@ from streamtools.verdicts import ACK
 BATCH: Final = 100
 #: Seconds of silence after which a queue that should hold more is taken as empty.
 SILENCE: Final = 1.0
+#: Seconds between two looks at whether deliveries have gone back.
+RETURN_LOOK: Final = 0.02
 
 #: Protocol name to admin class.
 ADMINS: Registry[QueueAdmin] = Registry(
@@ -58,6 +62,7 @@ class Reader(Protocol):
     async def open(self) -> Any: ...
     async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]: ...
     async def _settle(self, settlements: Sequence[Settlement]) -> None: ...
+    async def _stop(self) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -184,23 +189,22 @@ class QueueAdmin:
             ConfigurationError: a message does not say where it failed, and no target is given.
             SendError: a target does not take a message; it stays in `source`.
         """
-        moved = 0
-        reader: Reader | None = None
+        return await self._settle_where(source, where, limit, progress, lambda m: (redrive_copy(m, target),))
 
-        async def send_on(batch: Sequence[Delivery]) -> None:
-            nonlocal moved
-            chosen = [d for d in batch if where is None or where(d.message)]
-            if chosen and reader is not None:
-                await reader._settle([Settlement(d, ACK, (redrive_copy(d.message, target),)) for d in chosen])
-                moved += len(chosen)
-            if progress is not None:
-                progress(moved)
+    async def discard(
+        self,
+        source: str,
+        *,
+        where: Callable[[Message], bool] | None = None,
+        limit: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Forget messages that wait in `source`, for ever; the number of them. Parameters as for `move`.
 
-        waiting = (await self._stats(source)).ready
-        number = waiting if limit is None else min(limit, waiting)
-        reader = self._reader(source, number)
-        await self._read_from(reader, number, send_on)
-        return moved
+        Raises:
+            QueueError: there is no such queue.
+        """
+        return await self._settle_where(source, where, limit, progress, lambda message: ())
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -245,11 +249,40 @@ class QueueAdmin:
         """A consumer of this queue that declares nothing and can hold `prefetch` deliveries in hand."""
         raise TypeError(f"{type(self).__name__} does not say how: write its _reader().")
 
-    # --- shared by peek and move ----------------------------------------------------------------
+    # --- shared by peek, move and discard -------------------------------------------------------
+
+    async def _settle_where(
+        self,
+        source: str,
+        where: Callable[[Message], bool] | None,
+        limit: int | None,
+        progress: Callable[[int], None] | None,
+        outgoing: Callable[[Message], tuple[Message, ...]],
+    ) -> int:
+        """Acknowledge those that `where` is true for, once their `outgoing` is held; the number of them."""
+        waiting = (await self._stats(source)).ready
+        number = waiting if limit is None else min(limit, waiting)
+        reader = self._reader(source, number)
+        settled = 0
+
+        async def settle(batch: Sequence[Delivery]) -> None:
+            nonlocal settled
+            chosen = [d for d in batch if where is None or where(d.message)]
+            if chosen:
+                await reader._settle([Settlement(d, ACK, outgoing(d.message)) for d in chosen])
+                settled += len(chosen)
+            if progress is not None:
+                progress(settled)
+
+        await self._read_from(reader, number, settle)
+        await self._returned(source, waiting - settled)
+        return settled
 
     async def _read(self, queue: str, limit: int, use: Callable[[Sequence[Delivery]], Any]) -> None:
-        number = min(limit, (await self._stats(queue)).ready)
+        waiting = (await self._stats(queue)).ready
+        number = min(limit, waiting)
         await self._read_from(self._reader(queue, number), number, use)
+        await self._returned(queue, waiting)
 
     async def _read_from(self, reader: Reader, number: int, use: Callable[[Sequence[Delivery]], Any]) -> None:
         """Give `number` deliveries to `use`, in batches; what it leaves unsettled goes back at the end."""
@@ -264,5 +297,18 @@ class QueueAdmin:
                     break
                 seen += len(batch)
                 await use(batch)
+            # RabbitMQ's quorum queues take some 32 single acknowledgements at once and keep the rest in
+            # the channel, with which they would vanish; its answer that it delivers no more comes after them.
+            await reader._stop()
         finally:
             await reader.close()
+
+    async def _returned(self, queue: str, expected: int) -> None:
+        """Wait until what a reader has left is back in its queue, so that who looks next finds it there.
+
+        RabbitMQ takes deliveries back after the connection's end, and tells nobody when it has; while
+        another consumer is at work on the queue the number is never reached, hence the limit.
+        """
+        deadline = time.monotonic() + SILENCE
+        while (await self._stats(queue)).ready < expected and time.monotonic() < deadline:  # noqa: ASYNC110 - see above
+            await asyncio.sleep(RETURN_LOOK)

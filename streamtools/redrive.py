@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
 
-from streamtools.admin import BATCH, SILENCE, QueueAdmin
-from streamtools.consumer import Consumer
-from streamtools.delivery import Delivery
+from streamtools.admin import QueueAdmin
 from streamtools.errors import ConfigurationError, near
 from streamtools.message import ErrorDetails, Message
 
@@ -30,8 +27,6 @@ FIELDS: Final[dict[str, Callable[[Message, ErrorDetails], str]]] = {
 }
 #: Before the name of a user's header.
 HEADER: Final = "header."
-#: Deliveries held at once while looking for those to discard; AMQP's prefetch is a 16 bit number.
-HOLD_LIMIT: Final = 60_000
 NO_DETAILS: Final = ErrorDetails(queue="")
 
 Condition = Callable[[Message], bool]
@@ -187,23 +182,7 @@ async def discard(
     Raises:
         QueueError: there is no such queue.
     """
-    waiting = min((await admin.stats(queue)).ready, HOLD_LIMIT)
-    chosen = _counted(where, limit, progress)
-    done = seen = 0
-    reader = Consumer(queue, url=admin.settings, declare=False, prefetch=max(1, waiting))
-    async with reader:
-        while seen < waiting:
-            batch = await reader.receive(min(BATCH, waiting - seen), timeout=SILENCE)
-            if not batch:
-                break
-            seen += len(batch)
-            done += await _drop([delivery for delivery in batch if chosen(delivery.message)])
-    return done
-
-
-async def _drop(batch: Sequence[Delivery]) -> int:
-    await asyncio.gather(*(delivery.drop() for delivery in batch))
-    return len(batch)
+    return await admin.discard(queue, where=_counted(where, limit, progress))
 
 
 def _counted(where: Condition, limit: int | None, progress: Progress | None) -> Condition:

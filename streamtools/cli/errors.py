@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -16,7 +16,7 @@ from streamtools.cli.session import Json, Url, Yes, plain_errors, safe_address
 if TYPE_CHECKING:
     from streamtools.admin import QueueAdmin
     from streamtools.message import Message
-    from streamtools.redrive import ErrorFilter, ErrorGroup
+    from streamtools.redrive import ErrorFilter, ErrorGroup, Progress
 
 #: Messages that `list` and `show` look at, when they are not told how many.
 LOOK: Final = 10_000
@@ -107,13 +107,12 @@ def redrive(
         _print_dry_run("redriven", _peek(url, queue, LOOK), chosen, limit, json=json)
         return
 
-    async def work(admin: QueueAdmin) -> int:
-        from streamtools.redrive import redrive
+    from streamtools.redrive import redrive
 
-        with output.bar(f"Redriving from {queue}", (await admin.stats(queue)).ready) as advance:
-            return await redrive(admin, queue, where=chosen, target=to, limit=limit, progress=lambda seen: advance(1))
+    def work(admin: QueueAdmin, looked: Progress) -> Awaitable[int]:
+        return redrive(admin, queue, where=chosen, target=to, limit=limit, progress=looked)
 
-    _print_done("redriven", queue, at(url, work), json=json)
+    _print_done("redriven", queue, _with_bar(url, queue, work), json=json)
 
 
 @errors.command()
@@ -138,15 +137,25 @@ def purge(
     more = " or more" if len(seen) == LOOK else ""
     output.confirm(f"Forget {number:,}{more} failed messages in {queue!r} at {safe_address(url)} for ever?", yes=yes)
 
-    async def work(admin: QueueAdmin) -> int:
-        from streamtools.redrive import discard
+    from streamtools.redrive import discard
 
+    def work(admin: QueueAdmin, looked: Progress) -> Awaitable[int]:
         if limit is None and not ids and not filter_:
-            return await admin.purge(queue)
-        with output.bar(f"Forgetting from {queue}", (await admin.stats(queue)).ready) as advance:
-            return await discard(admin, queue, where=chosen, limit=limit, progress=lambda seen: advance(1))
+            return admin.purge(queue)
+        return discard(admin, queue, where=chosen, limit=limit, progress=looked)
 
-    _print_done("forgotten", queue, at(url, work), json=json)
+    _print_done("forgotten", queue, _with_bar(url, queue, work), json=json)
+
+
+def _with_bar(url: str | None, queue: str, work: Callable[[QueueAdmin, Progress], Awaitable[int]]) -> int:
+    """Do it to the queue's messages, with a progress bar over those looked at."""
+    with output.Bar(f"Going through {queue}") as bar:
+
+        async def watched(admin: QueueAdmin) -> int:
+            bar.expect((await admin.stats(queue)).ready)
+            return await work(admin, lambda seen: bar.advance())
+
+        return at(url, watched)
 
 
 # --- choosing ------------------------------------------------------------------------------------

@@ -62,8 +62,9 @@ def send(
         producer = _producer(queue, url)
     if file is not None:
         size = _check_file(file, template)
-        with open_lines(file) as stream, output.bar("Sending", size) as advance:
-            sent = drive(_send_lines(producer, stream, template, advance, as_json=json))
+        with open_lines(file) as stream, output.Bar("Sending") as bar:
+            bar.expect(size)
+            sent = drive(_send_lines(producer, stream, template, bar, as_json=json))
         output.note(f"{sent:,} messages sent to {queue}.")
     else:
         data = sys.stdin.buffer.read() if payload == "-" else (payload or "").encode("utf-8", "surrogateescape")
@@ -185,7 +186,7 @@ async def _send_one(producer: Producer, data: bytes, template: Template, *, as_j
 
 
 async def _send_lines(
-    producer: Producer, stream: BinaryIO, template: Template, advance: Callable[[int], None], *, as_json: bool
+    producer: Producer, stream: BinaryIO, template: Template, bar: output.Bar, *, as_json: bool
 ) -> int:
     sent = 0
     lines = _lines(stream)
@@ -197,7 +198,7 @@ async def _send_lines(
                 template.check_line(number, line)
             receipts = await producer.send_messages([template.make(line, producer.queue) for _, line in batch])
             sent += len(receipts)
-            advance(sum(len(line) + 1 for _, line in batch))
+            bar.advance(sum(len(line) + 1 for _, line in batch))
             if as_json:
                 _print_ids(receipts, as_json)
     return sent

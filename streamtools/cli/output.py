@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import typer
 
@@ -77,14 +76,29 @@ def print_table(made: Table, rows: Iterable[Sequence[object]]) -> None:
     out().print(made)
 
 
-@contextmanager
-def bar(text: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, gone at the end, and none where there is no terminal; call it with the advance."""
-    from rich.progress import Progress
+class Bar:
+    """A progress bar on stderr, gone at the end, and none where there is no terminal."""
 
-    with Progress(console=err(), transient=True, disable=not err().is_terminal) as bars:
-        task = bars.add_task(text, total=total)
-        yield lambda done: bars.update(task, advance=done)
+    def __init__(self, text: str) -> None:
+        from rich.progress import Progress
+
+        self._bars = Progress(console=err(), transient=True, disable=not err().is_terminal)
+        self._task = self._bars.add_task(text, total=None)
+
+    def expect(self, total: int | None) -> None:
+        """So much is to be done in all."""
+        self._bars.update(self._task, total=total)
+
+    def advance(self, done: int = 1) -> None:
+        """So much more is done."""
+        self._bars.update(self._task, advance=done)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
 
 
 def cell(value: object) -> str:

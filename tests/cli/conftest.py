@@ -70,6 +70,7 @@ def received(url: str, queue: str) -> list[Message]:
 
 def fail_messages(url: str, queue: str, payloads: list[object], error: type[Exception], **fields: Any) -> None:
     """Send messages to a service whose handler raises `error` for each; they end in the error queue."""
+    producer = Producer(queue, url=url)  # here, because loading a driver inside the loop would block it
 
     async def fail() -> None:
         seen = 0
@@ -84,7 +85,6 @@ def fail_messages(url: str, queue: str, payloads: list[object], error: type[Exce
                 complete.set()
             raise error(f"no luck with {msg}")
 
-        producer = Producer(queue, url=url)
         async with ConsumerRunner(consumers, producer):
             await producer.send_many(payloads, **fields)
             await complete.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -56,7 +57,19 @@ def test_what_is_wrong_is_named_with_the_line_to_type_next(cli: Cli, url: str, f
 
 @pytest.mark.rabbitmq
 def test_all_is_well_on_rabbitmq(cli: Cli, rabbitmq_vhost: Any) -> None:
-    result = cli("doctor", "--url", rabbitmq_vhost.url, "--json")
+    url = f"{rabbitmq_vhost.url}?management_url={quote(rabbitmq_vhost.management_url, safe='')}"
 
-    assert {check["state"] for check in json.loads(result.stdout)} == {"ok"}
+    result = cli("doctor", "--url", url, "--json")
+
+    assert {check["state"] for check in json.loads(result.stdout)} == {"ok"}, result.stdout
     assert "aio-pika" in result.stdout
+
+
+@pytest.mark.rabbitmq
+def test_without_the_management_plugin_it_says_what_does_not_work(cli: Cli, rabbitmq_vhost: Any) -> None:
+    result = cli("doctor", "--url", f"{rabbitmq_vhost.url}?management_url=http://127.0.0.1:9", "--json")
+
+    checks = {check["name"]: check for check in json.loads(result.stdout)}
+    assert result.exit_code == 0
+    assert (checks["round trip"]["state"], checks["admin"]["state"]) == ("ok", "warning")
+    assert "rabbitmq_management" in checks["admin"]["found"]

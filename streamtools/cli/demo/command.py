@@ -150,7 +150,7 @@ def _bars() -> Callable[[], Progress]:
 
     def make() -> Progress:
         # Transient: when a phase ends its line replaces the bar, in the order of the story.
-        columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn()
+        columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), MofNCompleteColumn()
         return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
     return make

@@ -111,7 +111,7 @@ class Course:
         return self._result(failed, redriven, left, time.monotonic() - begin)
 
     async def _send(self, events: Sequence[bytes]) -> None:
-        self._narrator.phase("Order events sent as they came in, malformed ones too", len(events))
+        self._narrator.phase("Order events sent, as they came in", len(events))
         async with Producer(self._queues.orders, url=self._url) as producer:
             for start in range(0, len(events), BATCH):
                 batch = [self._message(number, events[number]) for number in _range(start, BATCH, len(events))]
@@ -149,7 +149,7 @@ class Course:
     async def _put_back(self, failed: Sequence[Message]) -> int:
         chosen = ErrorFilter([FILTER])
         number = sum(chosen(message) for message in failed)
-        self._narrator.phase("The warehouse in Tromsø opens; its shipments are put back to work", number)
+        self._narrator.phase("Tromsø opens again: its shipments are redriven", number)
         self._warehouses.open(CLOSED)
         before = len(self._tally.handled[self._queues.shipments])
         moved = await redrive(self._admin, self._queues.error, where=chosen)
