@@ -14,6 +14,9 @@ from streamtools.message import Message
 JSON: Final = "application/json"
 TEXT: Final = "text/plain; charset=utf-8"
 BINARY: Final = "application/octet-stream"
+#: Media types whose bodies are read as JSON where they are JSON, else left as bytes: SSI agents' messages are
+#: either, and `curl -d` calls every body a form.
+PERHAPS_JSON: Final = frozenset({"application/ssi-agent-wire", "application/x-www-form-urlencoded"})
 
 #: Turns a message into the payload that a handler asked for.
 Decoder = Callable[[Message], Any]
@@ -43,8 +46,8 @@ def encode(payload: object) -> tuple[bytes, str]:
 def decode(message: Message) -> Any:
     """The payload by content type: JSON data, text, or bytes.
 
-    Without a content type a body that is JSON is read as JSON (as CloudEvents does), any other
-    is left as bytes.
+    Without a content type, and with one of `PERHAPS_JSON`, a body that is JSON is read as JSON (as
+    CloudEvents does), any other is left as bytes.
 
     Raises:
         DecodeError: the body is not what its content type says.
@@ -54,7 +57,7 @@ def decode(message: Message) -> Any:
         return _decode_json(message)
     if media.startswith("text/"):
         return _decode_text(message)
-    if media:
+    if media and media not in PERHAPS_JSON:
         return message.body
     try:
         return from_json(message.body)

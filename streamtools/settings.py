@@ -10,7 +10,7 @@ import os
 from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from streamtools.errors import ConfigurationError, near
@@ -199,13 +199,13 @@ class HTTPSettings(ProtocolSettings):
     Parameters:
         host: where the producer sends and the consumer listens; may be `host:port`.
         port: 9000 when unset.
-        prefix: a path before the queue names.
+        prefix: a path before the queue names, as it stands in a URL.
         tls: speak TLS (`https`); a consumer then needs certfile and keyfile.
-        cafile: a file of certificates to trust, in PEM.
+        cafile: a file of certificates that a producer trusts, in PEM.
         certfile: this side's certificate, in PEM.
         keyfile: its private key, in PEM.
         verify: check the server's certificate and host name.
-        timeout: seconds for one request and its answer.
+        timeout: seconds for one request and its answer; for a consumer, for one body to arrive.
         max_body: the largest request body that a consumer takes, in bytes.
     """
 
@@ -228,10 +228,18 @@ class HTTPSettings(ProtocolSettings):
     def _from_parts(cls, parts: Any) -> dict[str, Any]:
         if "@" in parts.netloc:
             raise ConfigurationError("An http URL here has no user and password; send them as headers.")
-        fields: dict[str, Any] = {"tls": parts.scheme == "https", "prefix": parts.path.rstrip("/")}
+        fields: dict[str, Any] = {"tls": parts.scheme == "https", "prefix": parts.path}
         if parts.hostname:
-            fields |= {"host": parts.hostname, "port": parts.port or (443 if parts.scheme == "https" else 80)}
+            default = 443 if parts.scheme == "https" else 80
+            fields |= {"host": parts.hostname, "port": default if parts.port is None else parts.port}
         return fields
+
+    @field_validator("prefix")
+    @classmethod
+    def _one_form(cls, prefix: str) -> str:
+        # "v1", "/v1/" and "/v1" are one prefix; what is not fit for a URL is percent-encoded.
+        path = quote(unquote(prefix), safe="/").strip("/")
+        return f"/{path}" if path else ""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -241,6 +249,7 @@ class HTTPSettings(ProtocolSettings):
     @property
     def safe_url(self) -> str:
         host, port = self.address
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if self.tls else 'http'}://{host}:{port}{self.prefix}"
 
 

@@ -1,0 +1,104 @@
+"""What each request is answered: from a settlement, or because it never became a message."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from aiohttp import web
+from pydantic_core import to_json
+
+from streamtools import codec
+from streamtools.delivery import Settlement
+from streamtools.drivers.http.headers import CE_ATTEMPT
+from streamtools.errors import DecodeError, Reject
+from streamtools.message import Message
+from streamtools.verdicts import Kind
+
+log = logging.getLogger("streamtools")
+
+#: Seconds after which a request that was not handled is to be sent again.
+RETRY_AFTER: Final = 1
+#: In place of aiohttp's, which names its version.
+SERVER: Final = "streamtools"
+
+
+def answer(settlement: Settlement) -> web.Response:
+    """The answer that a verdict stands for; never raises."""
+    message = settlement.delivery.message
+    match settlement.verdict.kind:
+        case Kind.ACK:
+            return _value(settlement.result, message)
+        case Kind.DROP:
+            return respond(202)
+        case Kind.RETRY:
+            delay = max(0, math.ceil(settlement.verdict.delay))
+            problem = {"error": "The handler failed; send the message again.", "id": message.id}
+            return respond(503, problem, **{"Retry-After": str(delay), CE_ATTEMPT: str(message.attempt + 1)})
+        case Kind.REJECT:
+            return _rejected(settlement, message)
+    return unavailable(str(message.attempt))
+
+
+def unavailable(attempt: str, why: str = "The service is stopping; send the message again.") -> web.Response:
+    """503: the message did not reach a handler, so that it is to come again as the same attempt."""
+    return respond(503, {"error": why}, **{"Retry-After": str(RETRY_AFTER), CE_ATTEMPT: attempt})
+
+
+def problem(status: int, why: str, **headers: str) -> web.Response:
+    """An error status with the reason as JSON."""
+    return respond(status, {"error": why}, **headers)
+
+
+def cut_off(status: int, why: str) -> web.Response:
+    """An error status before the request was read to its end, so that its connection cannot go on."""
+    response = problem(status, why)
+    response.force_close()
+    return response
+
+
+def wrong_method(method: str, allowed: Iterable[str]) -> web.Response:
+    """405, or the answer to OPTIONS."""
+    allow = ", ".join(sorted({*allowed, "OPTIONS"}))
+    if method == "OPTIONS":
+        return respond(204, Allow=allow)
+    return problem(405, f"{method} is not taken here; allowed: {allow}.", Allow=allow)
+
+
+def respond(status: int, content: Mapping[str, Any] | None = None, **headers: str) -> web.Response:
+    """A response with JSON, or without a body."""
+    headers["Server"] = SERVER
+    if content is None:
+        return web.Response(status=status, headers=headers)
+    headers["Content-Type"] = codec.JSON
+    return web.Response(status=status, headers=headers, body=to_json(content, fallback=str))
+
+
+def _value(result: object, message: Message) -> web.Response:
+    if result is None:
+        return respond(202)
+    try:
+        body, content_type = codec.encode(result)
+    except Exception:  # whatever a value of the user's does when it is serialised, someone waits for an answer
+        log.exception("The handler of %r returned a value that cannot be sent.", message.queue)
+        return respond(500, {"error": "The message was handled, but its answer cannot be sent.", "id": message.id})
+    return web.Response(status=200, headers={"Server": SERVER, "Content-Type": content_type}, body=body)
+
+
+def _rejected(settlement: Settlement, message: Message) -> web.Response:
+    error = settlement.error
+    if isinstance(error, DecodeError):
+        return _undecodable(error, message)
+    if isinstance(error, Reject) or error is None:
+        return respond(422, {"error": settlement.verdict.reason, "id": message.id})
+    # Not the error's own text: it is the log's, and may hold what no caller is to see.
+    return respond(500, {"error": "The handler failed.", "id": message.id, "attempts": message.attempt})
+
+
+def _undecodable(error: DecodeError, message: Message) -> web.Response:
+    content: dict[str, Any] = {"error": str(error), "id": message.id}
+    if not error.errors or any(e.get("type") == "json_invalid" for e in error.errors):
+        return respond(400, content)
+    return respond(422, {**content, "errors": error.errors})

@@ -1,0 +1,120 @@
+"""HTTPConsumer: each request is a message, and its settlement the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from urllib.parse import quote, unquote
+
+from streamtools.consumer import Consumer
+from streamtools.delivery import Delivery, Settlement
+from streamtools.drivers.http.answers import answer
+from streamtools.drivers.http.mailbox import Call, Mailbox
+from streamtools.drivers.http.options import FEATURES, ConsumerOptions, check_queue, is_url
+from streamtools.drivers.http.producer import HTTPProducer
+from streamtools.drivers.http.server import SharedServer
+from streamtools.drivers.http.tls import server_context
+from streamtools.errors import Closed, ConfigurationError
+from streamtools.settings import HTTPSettings
+
+
+class HTTPConsumer(Consumer, protocol="http"):
+    """Takes requests to `/<queue name>` and answers them with what the handler returns.
+
+    All consumers of one event loop on one host and port share it. Answers: 200 with the handler's
+    value, 202 without one (an expired or dropped message too), 400 undecodable, 404 unknown path,
+    405 wrong method, 408 a body that does not arrive, 413 a body over `max_body`, 422 a body that
+    does not validate or that the handler rejected, 431 too many headers, 503 with Retry-After while
+    the retry policy has attempts left, 500 when it has none. The attempt is counted by the sender,
+    in `ce-attempt`; the answer 503 names the next. Requests beyond those in hand and `prefetch` more
+    that wait are answered 503 at once.
+
+    Parameters beyond those of `Consumer`:
+        method: "POST" (the default), "GET" (the body if there is one, else the query as a flat
+            mapping, in which repeated keys are a list), "DELETE" (likewise), "PUT" or "PATCH".
+        max_body: the largest body in bytes, compressed or not; 1 MiB by default, from the settings.
+    """
+
+    features = FEATURES
+    settings_class = HTTPSettings
+    options_class = ConsumerOptions
+    settings: HTTPSettings
+    options: ConsumerOptions
+    _server: SharedServer | None = None
+    _mailbox: Mailbox | None = None
+    _sender: HTTPProducer | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and the port: while open those that it listens on, else those that it will (0: any free port)."""
+        if self._server is not None:
+            return self._server.address
+        host, port = self.settings.address
+        return (host if self.host is None else self.host), (port if self.port is None else self.port)
+
+    @property
+    def endpoint(self) -> str:
+        """The URL that requests go to."""
+        host, port = self.address
+        host = f"[{host}]" if ":" in host else host
+        return f"{'https' if self.settings.tls else 'http'}://{host}:{port}{quote(self._path)}"
+
+    @classmethod
+    def validate_queue(cls, queue: str) -> None:
+        check_queue(queue)
+        if is_url(queue):
+            raise ConfigurationError(
+                "A consumer has a queue's name, not a URL: the address is url=, host= and port=."
+            )
+
+    @property
+    def _path(self) -> str:
+        return f"{unquote(self.settings.prefix)}/{self.queue}"
+
+    async def _open(self) -> None:
+        await self._close()
+        settings = self.settings
+        tls = await server_context(settings)
+        server = SharedServer.of(*self.address, tls, (settings.tls, settings.certfile, settings.keyfile))
+        mailbox = Mailbox(
+            self.queue,
+            self.options.method,
+            limit=self.prefetch,
+            max_body=self.options.max_body or settings.max_body,
+            body_timeout=settings.timeout,
+        )
+        await server.join(self._path, mailbox)
+        self._server, self._mailbox = server, mailbox
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]:
+        mailbox = self._mailbox
+        calls = await mailbox.take(limit) if mailbox is not None else []
+        if not calls:
+            raise Closed(f"{self!r} was closed while it waited for requests.")
+        return [Delivery(call.message, call) for call in calls]
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        for settlement in settlements:
+            call: Call = settlement.delivery.token
+            if settlement.outgoing and not call.done:
+                await self._send_on(settlement)
+            call.answer(answer(settlement))
+
+    async def _send_on(self, settlement: Settlement) -> None:
+        if self._sender is None:
+            self._sender = HTTPProducer(self.queue, url=self.settings, client_id=self.client_id)
+        await self._sender.send_messages(settlement.outgoing)
+
+    async def _stop(self) -> None:
+        if self._mailbox is not None and self._server is not None:
+            self._mailbox.stop()
+            self._server.drain()
+
+    async def _close(self) -> None:
+        mailbox, self._mailbox = self._mailbox, None
+        server, self._server = self._server, None
+        sender, self._sender = self._sender, None
+        if mailbox is not None and server is not None:
+            mailbox.close()
+            await server.leave()
+        if sender is not None:
+            await sender.close()

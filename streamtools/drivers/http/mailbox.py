@@ -1,0 +1,237 @@
+"""Mailbox: the requests to one consumer, from their arrival to their answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import parse_qsl
+
+from aiohttp import web
+from aiohttp.http import HttpProcessingError
+from pydantic_core import to_json
+
+from streamtools import codec
+from streamtools.checks import HEADERS_LIMIT
+from streamtools.drivers.http import answers
+from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers
+from streamtools.drivers.http.options import QUERY_METHODS
+from streamtools.message import NO_HEADERS, Message, ids
+
+#: Encodings that aiohttp has undone before we see the body.
+DECODED: Final = frozenset({"gzip", "deflate", "br", "zstd", "identity"})
+BUSY: Final = "Too many requests wait here; send the message again."
+
+
+class Refused(Exception):  # noqa: N818 - not an error of ours: a request that cannot become a message
+    """A request gets this answer, and never becomes a message."""
+
+    def __init__(self, response: web.Response) -> None:
+        super().__init__(response.status)
+        self.response = response
+
+
+class Call:
+    """One request that has become a message, and waits for its answer."""
+
+    __slots__ = ("_answer", "_request", "message")
+
+    def __init__(self, request: web.BaseRequest, message: Message) -> None:
+        self.message = message
+        self._request = request
+        self._answer: asyncio.Future[web.Response] = asyncio.get_running_loop().create_future()
+
+    @property
+    def done(self) -> bool:
+        """An answer was given."""
+        return self._answer.done()
+
+    @property
+    def gone(self) -> bool:
+        """No one waits any more: the client has left, or an answer was given."""
+        return self._request.transport is None or self._answer.done()
+
+    def answer(self, response: web.Response) -> None:
+        """Let the response go out; the first one counts."""
+        if not self._answer.done():
+            self._answer.set_result(response)
+
+    async def answered(self) -> web.Response:
+        """Wait for the answer."""
+        return await self._answer
+
+
+class Mailbox:
+    """Takes the requests of one method on one path, as messages, up to a limit.
+
+    Parameters:
+        queue: the queue's name.
+        method: the method.
+        limit: requests that wait to be received; further ones are told to come again.
+        max_body: the largest body, in bytes, compressed or not.
+        body_timeout: seconds for a body to arrive.
+    """
+
+    def __init__(self, queue: str, method: str, *, limit: int, max_body: int, body_timeout: float) -> None:
+        self.method = method
+        #: No more is taken in; what was received is still answered.
+        self.stopped = False
+        #: Nothing is answered any more but "come again".
+        self.closed = False
+        self._queue = queue
+        self._limit = limit
+        self._max_body = max_body
+        self._body_timeout = body_timeout
+        self._new_id = ids()
+        self._waiting: deque[Call] = deque()
+        self._unanswered: set[Call] = set()
+        self._reading: set[asyncio.Timeout] = set()
+        self._arrival = asyncio.Event()
+
+    # --- for the consumer -----------------------------------------------------------------------
+
+    async def take(self, limit: int) -> list[Call]:
+        """Wait for requests, and take up to `limit`; none when closed. Cancelling it loses nothing."""
+        while not self.closed:
+            taken: list[Call] = []
+            while self._waiting and len(taken) < limit:
+                call = self._waiting.popleft()
+                if call.gone:
+                    _send_back(call)  # who has left will come again: handling this one too would be for nothing
+                else:
+                    taken.append(call)
+            if taken:
+                return taken
+            self._arrival.clear()
+            await self._arrival.wait()
+        return []
+
+    def stop(self) -> None:
+        """Take no more in; what no one has received yet is told to come again."""
+        self.stopped = True
+        while self._waiting:
+            _send_back(self._waiting.popleft())
+        for limit in self._reading:
+            limit.reschedule(asyncio.get_running_loop().time())
+
+    def close(self) -> None:
+        """Answer everyone who still waits."""
+        self.stop()
+        self.closed = True
+        for call in self._unanswered:
+            _send_back(call)
+        self._arrival.set()
+
+    # --- for the server -------------------------------------------------------------------------
+
+    async def handle(self, request: web.BaseRequest) -> web.Response:
+        """The answer to a request, once there is one."""
+        try:
+            self._check_open(request)
+            body = await self._read(request)
+            self._check_open(request)
+            message = self._message(request, body)
+        except Refused as refusal:
+            return refusal.response
+        call = Call(request, message)
+        self._waiting.append(call)
+        self._unanswered.add(call)
+        self._arrival.set()
+        try:
+            response = await call.answered()
+        finally:
+            self._unanswered.discard(call)
+        if self.stopped:
+            response.force_close()
+        return response
+
+    def _check_open(self, request: web.BaseRequest) -> None:
+        if self.stopped:
+            response = answers.unavailable(attempt_of(request))
+            response.force_close()
+            raise Refused(response)
+        if len(self._waiting) >= self._limit and not self._make_room():
+            raise Refused(answers.unavailable(attempt_of(request), BUSY))
+
+    def _make_room(self) -> bool:
+        for call in self._waiting:
+            if call.gone:
+                _send_back(call)
+        self._waiting = deque(call for call in self._waiting if not call.done)
+        return len(self._waiting) < self._limit
+
+    async def _read(self, request: web.BaseRequest) -> bytes:
+        length = request.content_length
+        if length is not None and length > self._max_body:
+            raise self._too_large()
+        content = request.content
+        try:
+            if content.is_eof():  # it came in one piece with the headers, as most do
+                body = content.read_nowait()
+                if len(body) > self._max_body:
+                    raise self._too_large()
+                return body
+            return await self._read_slowly(request)
+        except (web.RequestPayloadError, HttpProcessingError) as error:
+            raise Refused(answers.cut_off(400, f"The body cannot be read: {type(error).__name__}.")) from error
+
+    async def _read_slowly(self, request: web.BaseRequest) -> bytes:
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # that was no part of the answer
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._body_timeout) as limit:
+                self._reading.add(limit)
+                try:
+                    while chunk := await request.content.readany():
+                        body += chunk
+                        if len(body) > self._max_body:
+                            raise self._too_large()
+                finally:
+                    self._reading.discard(limit)
+        except TimeoutError:
+            self._check_open(request)
+            raise Refused(answers.cut_off(408, f"The body took over {self._body_timeout:g} s.")) from None
+        return bytes(body)
+
+    def _too_large(self) -> Refused:
+        return Refused(answers.cut_off(413, f"The body is over {self._max_body} bytes."))
+
+    def _message(self, request: web.BaseRequest, body: bytes) -> Message:
+        fields, headers = decode_headers(request.raw_headers)
+        if sum(len(n) + len(v) for n, v in headers.items()) > HEADERS_LIMIT:
+            raise Refused(answers.problem(431, f"The headers are over {HEADERS_LIMIT} bytes."))
+        fields["content_type"] = request.headers.get("Content-Type") or fields.get("content_type")
+        encoding = request.headers.get("Content-Encoding")
+        fields["content_encoding"] = None if encoding is None or encoding.lower() in DECODED else encoding
+        if not body and self.method in QUERY_METHODS:
+            body = _query(request.raw_path)
+            fields["content_type"] = codec.JSON
+        fields["id"] = fields.get("id") or self._new_id()
+        return Message(body=body, queue=self._queue, headers=headers or NO_HEADERS, **fields)
+
+
+def attempt_of(request: web.BaseRequest) -> str:
+    """Which attempt the sender says that this is."""
+    text = request.headers.get(CE_ATTEMPT, "")
+    return text if text.isascii() and text.isdigit() and len(text) < 10 else "1"
+
+
+def _send_back(call: Call) -> None:
+    response = answers.unavailable(str(call.message.attempt))
+    response.force_close()
+    call.answer(response)
+
+
+def _query(raw_path: str) -> bytes:
+    try:
+        pairs = parse_qsl(raw_path.partition("?")[2], keep_blank_values=True, errors="strict")
+    except ValueError as error:
+        raise Refused(answers.problem(400, "The query is not percent-encoded UTF-8.")) from error
+    query: dict[str, Any] = {}
+    for name, value in pairs:
+        query.setdefault(name, []).append(value)
+    flat: Mapping[str, Any] = {n: v[0] if len(v) == 1 else v for n, v in query.items()}
+    return to_json(flat)

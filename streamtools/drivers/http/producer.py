@@ -1,0 +1,355 @@
+"""HTTPProducer: each message is a request, and the answer its confirmation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from pydantic_core import from_json
+from yarl import URL
+
+from streamtools import codec
+from streamtools.drivers.http.headers import CE_ATTEMPT, encode_headers
+from streamtools.drivers.http.options import (
+    FEATURES,
+    QUERY_METHODS,
+    ProducerOptions,
+    SendOptions,
+    check_queue,
+    is_url,
+)
+from streamtools.drivers.http.tls import client_context
+from streamtools.errors import (
+    Closed,
+    ConfigurationError,
+    ConnectError,
+    ConnectionLost,
+    DecodeError,
+    ResponseError,
+    SendError,
+)
+from streamtools.message import Message
+from streamtools.options import Options
+from streamtools.policy import backoff
+from streamtools.producer import Producer, Receipt
+from streamtools.settings import HTTPSettings
+
+#: Connections of one producer at most; further sends wait for one to be free.
+CONNECTIONS: Final = 1000
+#: Seconds to wait for one connection to be made.
+CONNECT_TIMEOUT: Final = 10.0
+#: The longest header of an answer, in bytes.
+MAX_FIELD: Final = 64 * 1024
+#: Answers after which the message is sent again: it was not handled, or no one knows.
+RESENT: Final = frozenset({502, 503, 504})
+#: Seconds before `send_timeout` is over at which we say so ourselves: we know more than the base.
+MARGIN: Final = 0.05
+#: The most of an answer that an error's text quotes, in characters.
+EXCERPT: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class HTTPReceipt(Receipt):
+    """What `send` returns: the answer.
+
+    Attributes:
+        status: the HTTP status code, 200 to 299.
+        headers: of the answer; names in any case.
+        body: of the answer.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """The body as JSON data.
+
+        Raises:
+            DecodeError: it is not JSON; a handler without a value is answered 202 with an empty body.
+        """
+        try:
+            return from_json(self.body)
+        except ValueError as error:
+            raise DecodeError(f"The answer {self.status} is not JSON: {error}") from error
+
+
+@dataclass(slots=True)
+class _Request:
+    """A message as a request; made once for all its attempts."""
+
+    method: str
+    url: URL
+    headers: dict[str, str]
+    body: bytes
+    attempt: int
+
+
+class _Sending:
+    """One call of `send` or `send_many`, through all reconnects: what is done is not done again."""
+
+    def __init__(self, options: Any, number: int, deadline: float) -> None:
+        self.options = options
+        self.deadline = deadline
+        self.requests: list[_Request | None] = [None] * number
+        self.receipts: list[HTTPReceipt | None] = [None] * number
+        self.refusals: dict[int, ResponseError] = {}
+
+
+class HTTPProducer(Producer, protocol="http"):
+    """Sends each message as a request, and returns the answer.
+
+    The queue is a name, sent to `/<name>` at the address, or an absolute URL. One session with up to
+    1000 connections serves all tasks; a batch goes one message after the other, in order. `declare`
+    has no meaning here.
+
+    A request is sent again, with the same `ce-id`, when the connection fails and after 502, 503 and
+    504 (as late as Retry-After says), until `send_timeout` is over. A connection that fails while the
+    answer is awaited leaves open whether the request was handled: the receiver may see one `ce-id`
+    twice, and a handler that must not act twice remembers the ids it has handled. Other errors raise
+    at once, as does an answer that takes longer than the settings' `timeout`.
+
+    Parameters beyond those of `Producer`:
+        method: for every send that does not say ("POST").
+    """
+
+    features = FEATURES
+    settings_class = HTTPSettings
+    options_class = ProducerOptions
+    send_options_class = SendOptions
+    settings: HTTPSettings
+    options: ProducerOptions
+    _session: aiohttp.ClientSession | None = None
+
+    def __init__(self, queue: str, **options: Any) -> None:
+        super().__init__(queue, **options)
+        self._leaving = asyncio.Event()
+        self._base = self._base_url()
+        self._target = self._url_of(queue)
+        if is_url(queue):
+            self.queue = queue.partition("?")[0]  # the query may hold a secret, and a queue's name is logged
+
+    @classmethod
+    def validate_queue(cls, queue: str) -> None:
+        check_queue(queue)
+
+    # --- where to -------------------------------------------------------------------------------
+
+    def _base_url(self) -> str:
+        host, port = self.settings.address
+        host, port = self.host or host, self.port or port
+        host = f"[{host}]" if ":" in host else host
+        return f"{'https' if self.settings.tls else 'http'}://{host}:{port}{self.settings.prefix}"
+
+    def _url_of(self, queue: str) -> URL:
+        if is_url(queue):
+            return URL(queue)
+        # "/" may stand in a name, and is kept readable where no one takes it for an empty segment.
+        safe = "" if "//" in f"/{queue}/" else "/"
+        return URL(f"{self._base}/{quote(queue, safe=safe)}", encoded=True)
+
+    def _request(self, message: Message, options: SendOptions) -> _Request:
+        if message.deliver_at is not None and message.deliver_at > time.time():
+            raise ConfigurationError("'http' holds no message back: send it later, or by a protocol with a broker.")
+        method = options.method or self.options.method
+        if options.content_type is not None:
+            message = message.replace(content_type=options.content_type)
+        headers = encode_headers(message)
+        headers[CE_ATTEMPT] = str(message.attempt)
+        if options.endpoint is not None:
+            url = URL(options.endpoint)
+        else:
+            url = self._target if message.queue == self.queue else self._url_of(message.queue)
+        if method not in QUERY_METHODS or (query := _as_query(message)) is None:
+            return _Request(method, url, headers, message.body, message.attempt)
+        headers.pop("Content-Type", None)
+        return _Request(method, _with_query(url, query), headers, b"", message.attempt)
+
+    # --- the hooks ------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        self._leaving.clear()
+        if self._session is not None and not self._session.closed:
+            return  # a connection that was lost is replaced by the session itself
+        tls = await client_context(self.settings)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=tls),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": "streamtools"},
+            skip_auto_headers=["Content-Type"],
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+            max_field_size=MAX_FIELD,
+        )
+
+    async def _deliver(self, batch: Sequence[Message], options: Options) -> list[Receipt]:
+        deadline = time.monotonic() + self.send_timeout - min(MARGIN, self.send_timeout / 10)
+        sending: Any = _Sending(options, len(batch), deadline)
+        return await super()._deliver(batch, sending)
+
+    async def _send(self, batch: Sequence[Message], options: _Sending) -> Sequence[Receipt]:
+        sending = options
+        for position, message in enumerate(batch):
+            if sending.receipts[position] is not None or position in sending.refusals:
+                continue  # answered before the connection was lost
+            request = sending.requests[position]
+            if request is None:
+                request = sending.requests[position] = self._request(message, sending.options)
+            try:
+                sending.receipts[position] = await self._call(message, request, sending.deadline)
+            except ResponseError as error:
+                sending.refusals[position] = error
+                if error.status in RESENT:  # the time is over, for those behind it too
+                    error.refused = _not_held(batch, sending, position)
+                    raise
+            except SendError as error:
+                error.refused = _not_held(batch, sending, position)
+                raise
+        if sending.refusals:
+            first = next(iter(sending.refusals.values()))
+            first.refused = tuple(batch[position].id for position in sending.refusals)
+            raise first
+        return [receipt for receipt in sending.receipts if receipt is not None]
+
+    async def _close(self) -> None:
+        self._leaving.set()
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    # --- one message ----------------------------------------------------------------------------
+
+    async def _call(self, message: Message, request: _Request, deadline: float) -> HTTPReceipt:
+        failures = 0
+        while True:
+            status, headers, body = await self._exchange(message, request, deadline)
+            if 200 <= status < 300:
+                return HTTPReceipt(message.id, message.queue, status, headers, body)
+            failures += 1
+            delay = _retry_after(headers) or backoff(failures)
+            if status not in RESENT or time.monotonic() + delay >= deadline:
+                raise _response_error(message, request, status, headers, body)
+            if status == 503:
+                request.attempt = _next_attempt(headers, request.attempt)
+                request.headers[CE_ATTEMPT] = str(request.attempt)
+            await self._pause(delay)
+
+    async def _exchange(
+        self, message: Message, request: _Request, deadline: float
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        where = f"{request.method} {_shown(request.url)}"
+        if self._session is None:
+            raise self._was_closed()
+        try:
+            async with asyncio.timeout(min(self.settings.timeout, deadline - time.monotonic())):
+                async with self._session.request(
+                    request.method, request.url, headers=request.headers, data=request.body or None,
+                    allow_redirects=False,
+                ) as response:  # fmt: skip
+                    return response.status, response.headers, await response.read()
+        except aiohttp.ConnectionTimeoutError as error:
+            raise ConnectError(f"{where}: no connection within {CONNECT_TIMEOUT:g} s.") from error
+        except TimeoutError as error:
+            raise _no_answer(where, message, self.settings.timeout) from error
+        except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError) as error:
+            raise ConnectError(f"{where}: TLS failed: {error}.", permanent=True) from error
+        except aiohttp.ClientConnectorError as error:
+            raise ConnectError(f"{where}: cannot connect: {error.strerror or error}.") from error
+        except aiohttp.ClientResponseError as error:
+            raise SendError(f"{where} was not answered in HTTP: {error.message}.", unknown=[message.id]) from error
+        except aiohttp.ClientError as error:
+            if self._session is None:
+                raise self._was_closed() from error
+            raise ConnectionLost(f"{where}: the connection ended before the answer: {error}.") from error
+
+    async def _pause(self, delay: float) -> None:
+        try:
+            async with asyncio.timeout(delay):
+                await self._leaving.wait()
+        except TimeoutError:
+            return
+        raise self._was_closed()
+
+    def _was_closed(self) -> Closed:
+        return Closed(f"{self!r} was closed; call open() to use it again.")
+
+
+def _as_query(message: Message) -> str | None:
+    """The payload as a query, when it is a flat mapping of scalars and lists of scalars; else None."""
+    if message.content_type != codec.JSON:
+        return None
+    try:
+        data = from_json(message.body)
+    except ValueError:
+        return None
+    if not isinstance(data, dict):
+        return None
+    pairs = []
+    for name, value in data.items():
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(v, str | int | float) for v in values):
+            return None  # None, an empty list and what is nested have no form in a query
+        pairs += [(name, _scalar(v)) for v in values]
+    return urlencode(pairs)
+
+
+def _scalar(value: str | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _with_query(url: URL, query: str) -> URL:
+    if not query:
+        return url
+    return URL(f"{url}{'&' if url.raw_query_string else '?'}{query}", encoded=True)
+
+
+def _shown(url: URL) -> str:
+    """Without the query, which is data, or may hold a secret."""
+    return str(url.with_query(None).with_fragment(None))
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds to wait (RFC 9110, section 10.2.3: a number, or a date); 0 when nothing is said."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit() and len(text) < 10:
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _next_attempt(headers: Mapping[str, str], attempt: int) -> int:
+    """What our consumer says (the same again, if no handler saw the message), else one more."""
+    text = headers.get(CE_ATTEMPT, "")
+    return max(1, int(text)) if text.isascii() and text.isdigit() and len(text) < 10 else attempt + 1
+
+
+def _response_error(
+    message: Message, request: _Request, status: int, headers: Mapping[str, str], body: bytes
+) -> ResponseError:
+    why = body[: 4 * EXCERPT].decode("utf-8", "replace")[:EXCERPT]
+    if 300 <= status < 400:
+        why = f"redirects are not followed; send to {headers.get('Location', 'its new address')} instead"
+    return ResponseError(
+        f"{request.method} {_shown(request.url)} was answered {status}{': ' if why else ''}{why}",
+        status=status, headers=headers, body=body, refused=[message.id],
+    )  # fmt: skip
+
+
+def _not_held(batch: Sequence[Message], sending: _Sending, position: int) -> tuple[str, ...]:
+    """Those refused so far, and those not sent because of the one at `position`."""
+    return tuple(m.id for place, m in enumerate(batch) if place in sending.refusals or place > position)
+
+
+def _no_answer(where: str, message: Message, timeout: float) -> SendError:
+    return SendError(
+        f"{where} was not answered in time ({timeout:g} s for one answer, send_timeout for all). It may be handled "
+        "yet; send again with the same id= to be sure.",
+        unknown=[message.id],
+    )

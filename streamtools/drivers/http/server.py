@@ -1,0 +1,201 @@
+"""SharedServer: one port of one event loop, for all consumers that listen there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from contextlib import suppress
+from typing import Any, ClassVar, Final
+from urllib.parse import unquote, urlsplit
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from aiohttp import web
+from aiohttp.http import HttpProcessingError
+
+from streamtools.drivers.http import answers
+from streamtools.drivers.http.mailbox import Mailbox, attempt_of
+from streamtools.errors import ConfigurationError, ConnectError
+
+log = logging.getLogger("streamtools")
+
+#: The longest header, in bytes: 64 KiB of user headers, percent-encoded, in one.
+MAX_FIELD: Final = 200 * 1024
+#: The longest request line, in bytes.
+MAX_LINE: Final = 64 * 1024
+#: Seconds that an idle connection, or one that sends no whole request, stays open.
+KEEP_ALIVE: Final = 75.0
+#: Seconds that the rest of a refused body is read, so that its sender gets to see the answer.
+LINGER: Final = 3.0
+#: Seconds that the last answers have to go out when the server ends; for each of two steps.
+CLOSING: Final = 1.0
+#: Connections that wait to be accepted.
+BACKLOG: Final = 1024
+
+Key = tuple[str, int]
+
+
+class SharedServer:
+    """Serves the mailboxes of one host and port; it listens from the first that joins to the last that leaves.
+
+    A path whose consumer has left answers 503, not 404, as long as the server lives: a consumer that
+    is restarted must not look as if it had never been.
+    """
+
+    #: By event loop; held by the consumers alone, so that nothing outlives them.
+    _all: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[Key, SharedServer]]] = (
+        WeakKeyDictionary()
+    )
+
+    def __init__(self, key: Key, tls: ssl.SSLContext | None, certificate: object) -> None:
+        self._key = key
+        self._tls = tls
+        #: What the TLS context was made of, to compare.
+        self.certificate = certificate
+        self._mailboxes: dict[str, dict[str, Mailbox]] = {}
+        self._starting = asyncio.Lock()
+        self._listener: asyncio.Server | None = None
+        self._http: web.Server | None = None
+        #: The host and the port, once it listens.
+        self.address: tuple[str, int] = key
+
+    @classmethod
+    def of(cls, host: str, port: int, tls: ssl.SSLContext | None, certificate: object) -> SharedServer:
+        """The server of this host and port in the running loop.
+
+        Raises:
+            ConfigurationError: another consumer listens there with other certificates.
+        """
+        servers = cls._all.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
+        server = servers.get((host, port))
+        if server is None:
+            server = servers[host, port] = cls((host, port), tls, certificate)
+        if server.certificate != certificate:
+            raise ConfigurationError(
+                f"Consumers on {host}:{port} share one port, so they need the same TLS settings: the same scheme, "
+                "certfile and keyfile."
+            )
+        return server
+
+    async def join(self, path: str, mailbox: Mailbox) -> None:
+        """Serve a mailbox under a path (not percent-encoded); listen, if it is the first.
+
+        Raises:
+            ConfigurationError: a consumer has this path and method already.
+            ConnectError: the port cannot be listened on.
+        """
+        methods = self._mailboxes.setdefault(path, {})
+        before = methods.get(mailbox.method)
+        if before is not None and not before.closed:
+            raise ConfigurationError(
+                f"Another consumer takes {mailbox.method} {path} on port {self._key[1]} already. Give one of them "
+                'another queue, another port=, or another method= (as in method="GET").'
+            )
+        methods[mailbox.method] = mailbox
+        try:
+            async with self._starting:
+                if self._listener is None:
+                    await self._listen()
+        except BaseException:
+            mailbox.close()
+            if not self._any_left():
+                self._forget()
+            raise
+
+    def drain(self) -> None:
+        """Accept no more connections once every consumer here has stopped."""
+        if all(mailbox.stopped for mailbox in self._each()):
+            self._forget()
+            if self._listener is not None:
+                self._listener.close()
+
+    async def leave(self) -> None:
+        """A mailbox was closed; with the last one the server ends."""
+        if self._any_left():
+            return
+        self._forget()
+        listener, self._listener = self._listener, None
+        http, self._http = self._http, None
+        if listener is None or http is None:
+            return
+        listener.close()
+        http.pre_shutdown()  # idle connections end now, those at work after their answer
+        await http.shutdown(CLOSING)
+        with suppress(TimeoutError):  # the sockets are closed; what is left to wait for is the transports' own end
+            async with asyncio.timeout(CLOSING):
+                await listener.wait_closed()
+
+    def _any_left(self) -> bool:
+        return any(not mailbox.closed for mailbox in self._each())
+
+    def _each(self) -> list[Mailbox]:
+        return [mailbox for methods in self._mailboxes.values() for mailbox in methods.values()]
+
+    def _forget(self) -> None:
+        servers = self._all.get(asyncio.get_running_loop())
+        if servers is not None and servers.get(self._key) is self:
+            del servers[self._key]
+
+    # --- listening ------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        host, port = self._key
+        self._http = web.Server(
+            self._handle,
+            access_log=None,
+            logger=_Quiet(),
+            max_line_size=MAX_LINE,
+            max_field_size=MAX_FIELD,
+            keepalive_timeout=KEEP_ALIVE,
+            lingering_time=LINGER,
+        )  # fmt: skip
+        try:
+            if port == 0:  # one address only: each would get a port of its own
+                found = await loop.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+                host = str(found[0][4][0])
+            self._listener = await loop.create_server(self._http, host, port, ssl=self._tls, backlog=BACKLOG)
+        except OSError as error:
+            raise ConnectError(
+                f"Cannot listen on {self._key[0]}:{port}: {error.strerror or error}. Is another process there? "
+                "Choose another with port=, or HTTP_PORT.",
+                permanent=True,
+            ) from error
+        self.address = self._key[0], self._listener.sockets[0].getsockname()[1]
+        log.info("Listening on %s port %d.", *self.address)
+
+    async def _handle(self, request: web.BaseRequest) -> web.Response:
+        path = _path(request.raw_path)
+        methods = self._mailboxes.get(path)
+        if methods is None:
+            if all(mailbox.stopped for mailbox in self._each()):
+                response = answers.unavailable(attempt_of(request))
+                response.force_close()
+                return response
+            return answers.problem(404, f"No consumer is at {path!r} here.")
+        mailbox = methods.get(request.method)
+        if mailbox is None:
+            return answers.wrong_method(request.method, methods)
+        return await mailbox.handle(request)
+
+
+def _path(raw: str) -> str:
+    path = raw.partition("?")[0]
+    if not path.startswith("/"):  # a proxy's request: the whole URL (RFC 9112, section 3.2.2)
+        path = urlsplit(path).path
+    return unquote(path) if "%" in path else path
+
+
+class _Quiet:
+    """A log for aiohttp's server, whose own would quote parts of malformed requests, secrets included."""
+
+    def debug(self, *args: Any, **kwargs: Any) -> None:
+        """Not kept."""
+
+    def exception(self, text: str, *args: Any, exc_info: BaseException | None = None) -> None:
+        """Keep what is our own fault."""
+        if isinstance(exc_info, HttpProcessingError):
+            log.debug("A malformed request was answered %d (%s).", exc_info.code, type(exc_info).__name__)
+        else:
+            log.error(text, *args, exc_info=exc_info)
