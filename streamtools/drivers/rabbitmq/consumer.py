@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from streamtools.consumer import Consumer
@@ -20,6 +20,7 @@ from streamtools.drivers.rabbitmq.topology import (
     Topology,
     check_rabbitmq_name,
     error_queue,
+    missing,
     work_queue,
 )
 from streamtools.errors import Closed, ConnectionLost, SendError, StreamToolsError
@@ -52,6 +53,9 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     _outbox: Link | None = None
     _publisher: Publisher | None = None
     _turning: asyncio.Task[None] | None = None
+    _widening: asyncio.Task[None] | None = None
+    #: Tags given back after `_stop`, kept so that all goes back together, in order; None before.
+    _kept_back: set[int] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,15 +72,13 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         try:
             alone = await self._declare(Topology(link))
             self._intake = await Intake.open(link, self.queue)
+            self._kept_back = None
             self._narrow = self.cautious and self.prefetch > 1
-            self._may_widen = self._narrow
             if self.ordered_by is None or alone:
                 await self._intake.consume(1 if self._narrow else self.prefetch)
-                self._hand_over_first = not alone
             else:
-                self._hand_over_first = True
                 lock = OrderLock(link, self.queue)
-                self._turn(self._take_turn(self._intake, lock))
+                self._turning = self._beside(self._take_turn, self._intake, lock)
         except BaseException:
             await self._close()
             raise
@@ -85,10 +87,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         """Declare what is to be; True when the broker itself lets one consumer at a time receive."""
         name = self.error_queue.replace("{queue}", self.queue)
         declare = self.declare if self.options.error_declare is None else self.options.error_declare
+        is_new = self.declare is not False and not await topology.exists(self.queue)
+        if is_new and self.declare == "passive":
+            raise missing(self.queue, topology.where)
         await topology.declare_error_queue(error_queue(name, self.options), declare)
         ordered = self.ordered_by is not None
         wanted = work_queue(self.queue, self.options, name, single_active=ordered)
-        is_new = self.declare is True and not await topology.exists(self.queue)
         queue = await topology.declare(wanted, self.declare)
         if not ordered:
             return False
@@ -101,13 +105,26 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             intake = self._intake
             if intake is None:
                 raise Closed(f"{self!r} was closed while it waited for messages.")
+            if self._widening is not None:
+                await asyncio.wait({self._widening})
+                self._widening = None
             await intake.arrival()
+            if self._narrow and self._begins_to_widen(intake):
+                continue
             buffer = intake.buffer
-            batch = [self._delivery(intake, buffer.popleft()) for _ in range(min(limit, len(buffer)))]
-            if self._may_widen and any(d.count < SUSPECT for d in batch):
-                batch = self._widen(intake, batch)
-            if batch:
-                return batch
+            return [self._delivery(intake, buffer.popleft()) for _ in range(min(limit, len(buffer)))]
+
+    def _begins_to_widen(self, intake: Intake) -> bool:
+        """Take the whole prefetch from now on, if a message above suspicion has come.
+
+        It is handed over only then: were it settled before, the broker would deliver the next to the
+        consumer that is about to be cancelled, and take it back behind later ones (seen on 3.10).
+        """
+        if self._delivery(intake, intake.buffer[0]).count >= SUSPECT:
+            return False
+        self._narrow = False
+        self._widening = self._beside(self._consume_anew, intake)
+        return True
 
     def _delivery(self, intake: Intake, raw: Raw) -> Delivery:
         tag, redelivered, data, body = raw
@@ -116,38 +133,28 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             count = 1
         return Delivery(message, (intake, tag), count)
 
-    def _widen(self, intake: Intake, batch: list[Delivery]) -> list[Delivery]:
-        """Take the whole prefetch from now on: a message above suspicion has come."""
-        self._may_widen = False
-        if self._hand_over_first:
-            self._turn(self._consume_anew(intake, []))
-            return batch
-        # While nobody consumes here, another process may become the active one: it must find the
-        # first message first, not what comes after the one in our hands.
-        self._turn(self._consume_anew(intake, [d.token[1] for d in batch]))
-        return []
-
-    async def _consume_anew(self, intake: Intake, releases: Sequence[int]) -> None:
+    async def _consume_anew(self, intake: Intake) -> None:
         await intake.cancel()
-        intake.settle((), releases)
-        if releases:
-            intake.give_back_buffer()
+        if self.ordered_by is not None:
+            # While nobody consumes here, another process may become the active one: it must find the
+            # first message first. Besides, a broker that loses us returns in order what one consumer
+            # of the channel held, but not what two did.
+            intake.give_back()
         await intake.consume(self.prefetch)
 
     async def _take_turn(self, intake: Intake, lock: OrderLock) -> None:
         await lock.acquire()
         await intake.consume(1 if self._narrow else self.prefetch)
 
-    def _turn(self, work: Any) -> None:
+    def _beside(self, work: Callable[..., Awaitable[None]], intake: Intake, *arguments: Any) -> asyncio.Task[None]:
         """Run this beside `_receive`, which may be cancelled at any time; a failure shows there."""
-        self._turning = asyncio.create_task(self._guarded(work, self._intake))
+        return asyncio.create_task(self._guarded(work, intake, *arguments))
 
-    async def _guarded(self, work: Any, intake: Intake | None) -> None:
+    async def _guarded(self, work: Callable[..., Awaitable[None]], intake: Intake, *arguments: Any) -> None:
         try:
-            await work
+            await work(intake, *arguments)
         except StreamToolsError as error:
-            if intake is not None:
-                intake.fail(str(error))
+            intake.fail(str(error))
 
     # --- settling -----------------------------------------------------------------------------------
 
@@ -181,7 +188,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
                 continue
             if intake is not None and channel is intake and intake.error is None:
                 mine.append(settlement)
-            else:
+            elif settlement.verdict.kind is not Kind.RELEASE:  # given back with its connection
                 stale += 1
         return mine, stale
 
@@ -189,10 +196,14 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         intake = settlements[0].delivery.token[0]
         intake.check()  # it may have ended while the copies were confirmed
         release = Kind.RELEASE
-        intake.settle(
-            [s.delivery.token[1] for s in settlements if s.verdict.kind is not release],
-            [s.delivery.token[1] for s in settlements if s.verdict.kind is release],
-        )
+        back = [s.delivery.token[1] for s in settlements if s.verdict.kind is release]
+        done = [s.delivery.token[1] for s in settlements if s.verdict.kind is not release]
+        if self._kept_back is None:
+            intake.settle(done, back)
+        else:
+            self._kept_back.update(back)
+            intake.settle(done)
+            self._give_back_together(intake)
         await intake.link.drain()
 
     async def _get_publisher(self) -> Publisher:
@@ -213,23 +224,39 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         intake = self._intake
         if intake is None or intake.error is not None:
             return
-        self._may_widen = False
+        self._narrow = False
         if self._turning is not None:
-            await _ended(self._turning, STOP_TIMEOUT)
+            await _ended(self._turning, 0)
+        if self._widening is not None:
+            await _ended(self._widening, STOP_TIMEOUT)
         await intake.cancel()
-        intake.give_back_buffer()
+        if self.concurrency > 1:
+            intake.give_back()
+        else:
+            self._kept_back = set()
+            self._give_back_together(intake)
+
+    def _give_back_together(self, intake: Intake) -> None:
+        """Give back in one piece, once no handler is at work any more: so the queue keeps its order.
+
+        If it does not come to that, the broker returns everything when the channel is closed, in order too.
+        """
+        if self._kept_back is not None and intake.only(self._kept_back):
+            intake.give_back(self._kept_back)
+            self._kept_back.clear()
 
     async def _close(self) -> None:
-        turning, self._turning = self._turning, None
+        beside = [task for task in (self._turning, self._widening) if task is not None]
+        self._turning = self._widening = None
         link, self._link = self._link, None
         outbox, self._outbox = self._outbox, None
         intake, self._intake = self._intake, None
         self._publisher = None
-        if turning is not None:
-            await _ended(turning, 0)
         if intake is not None:
             intake.fail("it was closed by us")
         await asyncio.gather(*(end.close() for end in (link, outbox) if end is not None))
+        for task in beside:
+            await _ended(task, 0)
 
     @classmethod
     def validate_queue(cls, queue: str) -> None:

@@ -33,7 +33,7 @@ ACCESS_REFUSED, NOT_ALLOWED = 403, 530
 _DIFFERENCE: Final = re.compile(
     r"inequivalent arg '(?P<name>[^']+)'.*: received (?P<asked>.*) but current is (?P<current>.*)$"
 )
-_VALUE: Final = re.compile(r"^(?:the value )?'(?P<value>.*)'(?: of type '(?P<type>\w+)')?$", re.DOTALL)
+_VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '(?P<type>\w+)')?", re.DOTALL)
 
 
 def connect_error(error: BaseException, settings: RabbitMQSettings, host: str, port: int) -> ConnectError:
@@ -111,22 +111,21 @@ def difference(error: ChannelPreconditionFailed) -> tuple[str, str, str] | None:
     return (found["name"], found["asked"], found["current"]) if found else None
 
 
-def value(text: str) -> str | int | bool | float | None:
-    """A value as the broker words it: none, 'true', the value 'error' of type 'longstr'."""
-    found = _VALUE.match(text.strip())
+def value(text: str, like: object = None) -> str | int | bool | float | None:
+    """A value as the broker words it: none, 'true', the value 'error' of type 'longstr'.
+
+    Parameters:
+        like: what was asked for; the broker names no type where both have the same.
+    """
+    found = _VALUE.fullmatch(text.strip())
     if found is None:
         return None
-    if found["type"] in (None, "longstr"):
-        return (
-            {"true": True, "false": False}.get(found["value"], found["value"])
-            if found["type"] is None
-            else found["value"]
-        )
-    if found["type"] == "bool":
-        return found["value"] == "true"
-    if found["type"] in ("double", "float"):
-        return float(found["value"])
-    return int(found["value"])
+    word, kind = found["value"], found["type"]
+    if kind == "bool" or (kind is None and word in ("true", "false") and not isinstance(like, str)):
+        return word == "true"
+    if kind == "longstr" or (kind is None and not isinstance(like, int | float)):
+        return word
+    return float(word) if kind in ("double", "float") or isinstance(like, float) else int(word)
 
 
 def plain(error: BaseException) -> str:

@@ -41,6 +41,7 @@ class Intake(HotChannel):
         self._consumer_tag: str | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
+        self._last = 0
         #: Every tag below is settled; of those above, these are.
         self._low = 1
         self._settled: set[int] = set()
@@ -93,6 +94,7 @@ class Intake(HotChannel):
 
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         self.buffer.append((tag, redelivered, properties, body))
+        self._last = tag
         if self._waiter is not None:
             self._wake()
 
@@ -137,28 +139,48 @@ class Intake(HotChannel):
         is unfinished. The rest goes singly: it must not count against the prefetch while an early
         one takes its time.
         """
-        number = self.number
-        back = sorted(t for t in set(releases) if not self.is_settled(t))
-        done = sorted(t for t in set(acks) if not self.is_settled(t))
-        # Given back first: an ack of all up to a later one would acknowledge these too.
-        out = [frames.release_frame(number, tag) for tag in back]
-        self._settled.update(back)
-        self._settled.update(done)
-        while self._low in self._settled:
-            self._settled.remove(self._low)
-            self._low += 1
-        # The tag of a multiple ack must itself be outstanding: else the broker acks past it.
-        upto = max((tag for tag in done if tag < self._low), default=None)
-        if upto is not None:
-            out.append(frames.ack_frame(number, upto, multiple=True))
-        out += [frames.ack_frame(number, tag, multiple=False) for tag in done if tag >= self._low]
+        done = sorted(tag for tag in set(acks) if not self.is_settled(tag))
+        # First the acks: what is given back as "all up to" must find them done.
+        out = self._ack(done) if done else []
+        if back := sorted(tag for tag in set(releases) if not self.is_settled(tag)):
+            out += self._release(back)
         if out:
             self.link.write(b"".join(out))
 
-    def give_back_buffer(self) -> None:
-        """Give back what nobody has taken yet."""
+    def _ack(self, tags: list[int]) -> list[bytes]:
+        self._mark(tags)
+        low, number = self._low, self.number
+        # The tag of a multiple ack must itself be outstanding: else the broker acks past it.
+        upto = max((tag for tag in tags if tag < low), default=None)
+        out = [] if upto is None else [frames.ack_frame(number, upto, multiple=True)]
+        return out + [frames.ack_frame(number, tag, multiple=False) for tag in tags if tag >= low]
+
+    def _release(self, tags: list[int]) -> list[bytes]:
+        """Together where nothing unfinished is in between: a quorum queue keeps the order of such a return only.
+
+        Seen on RabbitMQ 3.10: returns that follow each other closely come back in another order.
+        """
+        self._mark(tags)
+        low, number = self._low, self.number
+        upto = max((tag for tag in tags if tag < low), default=None)
+        out = [] if upto is None else [frames.release_frame(number, upto, multiple=True)]
+        return out + [frames.release_frame(number, tag, multiple=False) for tag in tags if tag >= low]
+
+    def _mark(self, tags: Iterable[int]) -> None:
+        self._settled.update(tags)
+        while self._low in self._settled:
+            self._settled.remove(self._low)
+            self._low += 1
+
+    def only(self, tags: Iterable[int]) -> bool:
+        """Nothing is unsettled but these and what is in the buffer."""
+        mine = {*tags, *(raw[0] for raw in self.buffer)}
+        return all(tag in mine or tag in self._settled for tag in range(self._low, self._last + 1))
+
+    def give_back(self, tags: Iterable[int] = ()) -> None:
+        """Give these back, and what nobody has taken yet."""
         if self.error is None:
-            self.settle((), [raw[0] for raw in self.buffer])
+            self.settle((), [*tags, *(raw[0] for raw in self.buffer)])
         self.buffer.clear()
 
 

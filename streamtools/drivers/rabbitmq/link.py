@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 #: Seconds for a goodbye to the broker; after it the socket is closed without one.
 CLOSE_TIMEOUT: Final = 2.0
+#: Seconds for the answer to one request, unless the broker has blocked the connection.
+CALL_TIMEOUT: Final = 30.0
 #: A broker that names no limit (frame_max 0) takes frames of any size; this is what RabbitMQ proposes.
 FRAME_MAX: Final = 131_072
 
@@ -111,7 +113,12 @@ class Link:
         task.add_done_callback(_retrieve)
         ends: set[asyncio.Future[Any]] = {task, self.gone}
         try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            done: set[asyncio.Future[Any]] = set()
+            while not done:
+                done, _ = await asyncio.wait(ends, timeout=CALL_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+                if not done and not self.blocked:
+                    self.lose(f"a request had no answer for {CALL_TIMEOUT:g} s")
+                    self._transport.abort()
         except BaseException:
             task.cancel()
             raise

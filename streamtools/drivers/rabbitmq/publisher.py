@@ -154,8 +154,10 @@ class Publisher(HotChannel):
         for message in later:
             try:
                 routes[message.id] = await self._delay.prepare(message, now)
-            except (QueueError, Unsendable) as error:
+            except QueueError as error:
                 batch.refused[message.id] = str(error)
+            except Unsendable as error:
+                batch.refused[message.id] = f"Message {message.id} cannot be sent: {error}"
         return routes
 
     def _write(self, chunk: Sequence[Message], routes: dict[str, str], batch: Batch) -> None:

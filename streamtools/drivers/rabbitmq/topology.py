@@ -134,6 +134,8 @@ class Topology:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        #: The broker's host and port, for errors.
+        self.where = link.where
 
     async def count(self, name: str) -> tuple[int, int]:
         """Messages that wait in a queue, and its consumers.
@@ -241,10 +243,10 @@ def _adapted(queue: Queue, error: ChannelPreconditionFailed, where: str) -> Queu
     if name in queue.explicit:
         raise QueueError(
             f"The queue {queue.name!r} exists with another {_option(name)}: {name} is {current}, and {asked} "
-            f"is asked for. Three ways out: leave {_option(name)} away and use it as it is; choose another queue name; or "
-            f"move its messages elsewhere and delete it (streamtools queues delete {queue.name})."
+            f"is asked for. Three ways out: leave {_option(name)} away and use it as it is; choose another queue "
+            f"name; or move its messages elsewhere and delete it (streamtools queues delete {queue.name})."
         ) from error
-    value = errors.value(current)
+    value = errors.value(current, queue.arguments.get(name))
     if name in _ATTRIBUTES:
         changes: dict[str, Any] = {name: value is True}
         return replace(queue, **changes)

@@ -1,0 +1,156 @@
+"""Queues: what is declared, what is accepted as it is, and which difference is an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from aiormq.abc import AbstractChannel
+from aiormq.exceptions import ChannelNotFoundEntity
+
+from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
+from streamtools.errors import ConfigurationError, QueueError
+from tests.brokers.address import RabbitMQAddress
+from tests.drivers.rabbitmq.conftest import take
+
+
+def _queues(address: RabbitMQAddress) -> dict[str, dict[str, Any]]:
+    rows = address.manage("GET", f"queues/{address.url.rpartition('/')[2]}")
+    return {row["name"]: row for row in rows}
+
+
+async def test_queues_are_durable_quorum_queues_that_dead_letter_safely(
+    consumer: Any, rabbitmq_vhost: RabbitMQAddress
+) -> None:
+    await consumer()
+
+    queues = _queues(rabbitmq_vhost)
+    assert queues["orders"]["durable"]
+    assert queues["orders"]["arguments"] == {
+        "x-queue-type": "quorum",
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": "error",
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",
+    }
+    assert queues["error"]["type"] == "quorum"
+
+
+async def test_producer_and_consumer_declare_the_same_in_either_order(producer: Any, consumer: Any) -> None:
+    await producer("one")
+    await consumer("one", queue_type="quorum", durable=True)
+    await consumer("two")
+    await producer("two", queue_type="quorum")
+
+
+async def test_a_producer_takes_an_existing_queue_as_it_is(foreign: AbstractChannel, producer: Any) -> None:
+    await foreign.queue_declare("orders", durable=False, arguments={"x-max-length": 5})
+
+    sender = await producer(queue_type="quorum")
+
+    await sender.send(b"x")
+
+
+async def test_a_consumer_that_asks_for_nothing_takes_an_existing_queue_as_it_is(
+    foreign: AbstractChannel, consumer: Any
+) -> None:
+    await foreign.queue_declare("orders", durable=True)
+    await foreign.queue_declare("error", durable=True)
+
+    await consumer()
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"queue_type": "quorum"}, "x-queue-type"),
+        ({"durable": False}, "durable"),
+        ({"arguments": {"x-max-length": 9}}, "x-max-length"),
+    ],
+)
+async def test_a_difference_from_what_is_asked_names_it_and_the_ways_out(
+    foreign: AbstractChannel, url: str, asked: dict[str, Any], named: str
+) -> None:
+    await foreign.queue_declare("orders", durable=True, arguments={"x-max-length": 5, "x-message-ttl": 60_000})
+
+    with pytest.raises(QueueError, match=f"(?s){named}.*Three ways out"):
+        async with RabbitMQConsumer("orders", url=url, **asked):
+            pass
+
+
+async def test_a_difference_that_was_not_asked_about_is_accepted(foreign: AbstractChannel, consumer: Any) -> None:
+    await foreign.queue_declare("orders", durable=True, arguments={"x-max-length": 5, "x-message-ttl": 60_000})
+
+    await consumer(queue_type="classic", arguments={"x-max-length": 5})
+
+
+@pytest.mark.parametrize("kind", [RabbitMQConsumer, RabbitMQProducer])
+async def test_a_missing_queue_is_an_error_when_it_is_only_checked(url: str, kind: Any) -> None:
+    with pytest.raises(QueueError, match="no queue 'orders'"):
+        async with kind("orders", url=url, declare="passive"):
+            pass
+
+
+async def test_a_missing_queue_is_an_error_to_a_consumer_that_declares_nothing(url: str) -> None:
+    with pytest.raises(QueueError, match="no queue 'orders'"):
+        async with RabbitMQConsumer("orders", url=url, declare=False):
+            pass
+
+
+async def test_the_error_queue_has_options_of_its_own(consumer: Any, rabbitmq_vhost: RabbitMQAddress) -> None:
+    await consumer(error_queue="{queue}.error", error_arguments={"x-max-length": 100})
+
+    queues = _queues(rabbitmq_vhost)
+    assert queues["orders.error"]["arguments"]["x-max-length"] == 100
+    assert queues["orders"]["arguments"]["x-dead-letter-routing-key"] == "orders.error"
+
+
+async def test_the_error_queue_can_be_left_undeclared(consumer: Any, foreign: AbstractChannel) -> None:
+    await consumer(error_declare=False)
+
+    with pytest.raises(ChannelNotFoundEntity):
+        await foreign.queue_declare("error", passive=True)
+
+
+async def test_a_queue_that_ends_with_its_consumer_is_classic(consumer: Any, rabbitmq_vhost: RabbitMQAddress) -> None:
+    await consumer(exclusive=True, auto_delete=True, durable=False)
+
+    row = _queues(rabbitmq_vhost)["orders"]
+    assert row["type"] == "classic"
+    assert row["exclusive"]
+    assert row["auto_delete"]
+
+
+async def test_an_exclusive_queue_of_another_connection_is_named(consumer: Any, url: str) -> None:
+    await consumer(exclusive=True)
+
+    with pytest.raises(QueueError, match="exclusive to another connection"):
+        async with RabbitMQConsumer("orders", url=url):
+            pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"queue_type": "quorum", "exclusive": True},
+        {"queue_type": "stream"},
+        {"arguments": {"x-delivery-limit": 5}},
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        RabbitMQConsumer("orders", url="amqp://localhost", **options)
+
+
+def test_names_that_the_broker_keeps_to_itself_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="amq"):
+        RabbitMQProducer("amq.orders", url="amqp://localhost")
+
+
+async def test_consuming_the_error_queue_itself_works(producer: Any, consumer: Any) -> None:
+    receiver = await consumer("error")
+    sender = await producer("error")
+
+    await sender.send(b"x")
+
+    assert await take(receiver, 1)

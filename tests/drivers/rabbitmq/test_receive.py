@@ -1,0 +1,239 @@
+"""Receiving and settling: what is acknowledged, what goes back, and what foreign senders leave."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from aiormq import spec
+from aiormq.abc import AbstractChannel
+
+from streamtools.admin import QueueAdmin
+from streamtools.delivery import Settlement
+from streamtools.errors import ConnectionLost, SendError
+from streamtools.message import Message
+from streamtools.verdicts import ACK, RELEASE
+from tests.drivers.rabbitmq.conftest import take
+from tests.faults.waiting import wait_until
+
+
+async def _depth(url: str, queue: str = "orders") -> int:
+    async with QueueAdmin(url=url) as admin:
+        return (await admin.stats(queue)).ready
+
+
+async def test_acknowledged_out_of_order_only_the_unfinished_come_back(producer: Any, consumer: Any) -> None:
+    sender = await producer()
+    await sender.send_many([str(n) for n in range(20)])
+    first = await consumer()
+    deliveries = await take(first, 20)
+
+    await asyncio.gather(*(deliveries[n].ack() for n in (3, 0, 1, 19, 7, 2, 8)))
+    await deliveries[5].release()
+    await first._settle([Settlement(deliveries[n], ACK) for n in (4, 3, 19)])
+    await first.close()
+
+    left = await take(await consumer(), 12)
+    assert sorted(int(d.message.body) for d in left) == [5, 6, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
+    assert all(d.count >= 1 for d in left)
+
+
+async def test_settling_twice_is_harmless(producer: Any, consumer: Any) -> None:
+    sender = await producer()
+    await sender.send_many([b"1", b"2"])
+    receiver = await consumer()
+    one, two = await take(receiver, 2)
+
+    for _ in range(3):
+        await receiver._settle([Settlement(one, ACK)])
+    await receiver._settle([Settlement(two, ACK)])
+
+    await sender.send(b"3")
+    assert (await take(receiver, 1))[0].message.body == b"3"
+
+
+async def test_what_is_given_back_at_the_end_comes_again_in_order(producer: Any, consumer: Any, url: str) -> None:
+    sender = await producer()
+    await sender.send_many([str(n) for n in range(50)])
+    receiver = await consumer(prefetch=50)
+    taken = await take(receiver, 3)
+
+    await receiver._stop()
+    await receiver._settle([Settlement(d, RELEASE) for d in taken])
+    await receiver.close()
+
+    again = await take(await consumer(prefetch=100), 50)
+    assert [int(d.message.body) for d in again[-50:]] == list(range(50))
+
+
+async def test_cancelling_receive_loses_nothing(producer: Any, consumer: Any) -> None:
+    sender = await producer()
+    receiver = await consumer(prefetch=10)
+    seen: list[bytes] = []
+
+    async def send() -> None:
+        for n in range(200):
+            await sender.send(str(n))
+
+    sending = asyncio.create_task(send())
+    while len(seen) < 200:
+        for delivery in await receiver.receive(5, timeout=0.003):
+            seen.append(delivery.message.body)
+            await delivery.ack()
+    await sending
+
+    assert seen == [str(n).encode() for n in range(200)]
+
+
+async def test_no_more_than_the_prefetch_is_taken(producer: Any, consumer: Any, url: str) -> None:
+    sender = await producer()
+    await sender.send_many([b"x"] * 100)
+    receiver = await consumer(prefetch=7)
+    await take(receiver, 7)
+
+    async def depth() -> bool:
+        # One more than the prefetch until the first is settled: it came before the prefetch was known.
+        return await _depth(url) == 92
+
+    await wait_until(depth)
+    assert len(await receiver.receive(10, timeout=0.2)) == 1
+    assert await receiver.receive(10, timeout=0.2) == []
+    assert await depth()
+
+
+async def test_a_copy_that_is_refused_keeps_its_delivery_in_hand_and_settles_the_others(
+    producer: Any, consumer: Any, url: str
+) -> None:
+    sender = await producer()
+    await sender.send_many([b"1", b"2"])
+    receiver = await consumer()
+    one, two = await take(receiver, 2)
+    copy = Message(body=b"c", queue="error", id="good")
+
+    with pytest.raises(SendError) as caught:
+        await receiver._settle(
+            [
+                Settlement(one, ACK, (copy.replace(queue="nowhere", id="bad"),)),
+                Settlement(two, ACK, (copy,)),
+            ]
+        )
+    await receiver.close()
+
+    assert caught.value.refused == ("bad",)
+    assert await _depth(url, "error") == 1
+    assert [d.message.body for d in await take(await consumer(), 1)] == [b"1"]
+
+
+async def test_a_delivery_of_an_ended_connection_is_not_settled_on_the_next(producer: Any, consumer: Any) -> None:
+    sender = await producer()
+    await sender.send(b"1")
+    receiver = await consumer()
+    (old,) = await take(receiver, 1)
+    await receiver.close()
+    await receiver.open()
+
+    with pytest.raises(ConnectionLost, match="delivers them again"):
+        await old.ack()
+
+    (new,) = await take(receiver, 1)
+    assert new.count >= 1
+    await new.ack()
+
+
+async def test_a_foreign_message_without_anything_is_received(foreign: AbstractChannel, consumer: Any) -> None:
+    receiver = await consumer()
+    properties = spec.Basic.Properties(headers={"n": 1, "nested": {"a": [1, "ü"]}, "odd name \u2603": "x"})
+    await foreign.basic_publish(b"\xff\x00", routing_key="orders", properties=properties)
+
+    message = (await take(receiver, 1))[0].message
+
+    assert message.body == b"\xff\x00"
+    assert message.headers == {"n": "1", "nested": '{"a": [1, "ü"]}', "odd name \u2603": "x"}
+    assert message.content_type is None
+    assert message.id
+
+
+async def test_what_the_broker_dead_lettered_itself_says_where_it_came_from(
+    foreign: AbstractChannel, producer: Any, consumer: Any, url: str
+) -> None:
+    sender = await producer(queue_type="classic")
+    await sender.send(b"x", headers={"mine": "1"})
+    taken = await foreign.basic_get("orders")
+    await foreign.basic_reject(taken.delivery.delivery_tag, requeue=False)
+
+    message = (await take(await consumer("error"), 1))[0].message
+
+    assert message.error is not None
+    assert message.error.queue == "orders"
+    assert "rejected" in message.error.reason
+    assert message.headers == {"mine": "1"}
+
+
+async def test_counts_rise_with_each_redelivery(producer: Any, consumer: Any) -> None:
+    sender = await producer()
+    await sender.send(b"x")
+    counts = []
+    for _ in range(4):
+        receiver = await consumer()
+        (delivery,) = await take(receiver, 1)
+        counts.append(delivery.count)
+        await receiver.close()
+
+    assert counts == [0, 1, 2, 3]
+
+
+async def test_a_classic_queue_says_at_least_that_it_is_a_redelivery(producer: Any, consumer: Any) -> None:
+    sender = await producer(queue_type="classic")
+    await sender.send(b"x")
+    first = await consumer()
+    await take(first, 1)
+    await first.close()
+
+    assert (await take(await consumer(), 1))[0].count == 1
+
+
+async def test_suspects_are_taken_one_at_a_time_until_an_innocent_comes(producer: Any, consumer: Any) -> None:
+    sender = await producer()
+    await sender.send_many([b"1", b"2"])
+    for _ in range(2):
+        receiver = await consumer()
+        await take(receiver, 2)
+        await receiver.close()
+    await sender.send_many([b"3", b"4", b"5"])
+
+    careful = await consumer()
+    first = await careful.receive(10, timeout=5)
+    nothing_more = await careful.receive(10, timeout=0.3)
+    await first[0].ack()
+    second = await take(careful, 1)
+    await second[0].ack()
+    rest = await take(careful, 3)
+
+    assert [d.count for d in (*first, *second, *rest)] == [2, 2, 0, 0, 0]
+    assert nothing_more == []
+
+
+async def test_closing_while_a_receive_waits_ends_it(consumer: Any) -> None:
+    receiver = await consumer()
+    waiting = asyncio.create_task(receiver.receive(1, timeout=None))
+    await asyncio.sleep(0)
+
+    async with asyncio.timeout(5):
+        await receiver.close()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    assert isinstance(waiting.exception(), Exception)
+
+
+async def test_nothing_is_left_running_after_the_end(producer: Any, consumer: Any) -> None:
+    before = asyncio.all_tasks()
+    sender, receiver = await producer(), await consumer()
+    await sender.send_many([b"x"] * 10, delay=0.1)
+    for delivery in await take(receiver, 10):
+        await delivery.retry(0.1)
+
+    await sender.close()
+    await receiver.close()
+
+    await wait_until(lambda: asyncio.all_tasks() <= before)
