@@ -7,6 +7,7 @@ instead of in a queue for the file's lock.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final
@@ -19,6 +20,8 @@ from streamtools.drivers.sqlite.tables import Tables
 from streamtools.drivers.sqlite.worker import Worker
 from streamtools.errors import Closed, ConnectionLost
 from streamtools.settings import SQLiteSettings
+
+log = logging.getLogger("streamtools")
 
 #: Seconds that closing waits for another process's lock before it leaves things to the lease.
 CLOSE_PATIENCE: Final = 2.0
@@ -149,12 +152,17 @@ class Database:
         for what, result, error in outcomes:
             future = what.future
             if future is None or future.done():
-                if isinstance(result, Claimed):
-                    self.tell(release, (result.claim, result.ids))
+                self._answer_nobody(what, result, error)
             elif error is None:
                 future.set_result(result)
             else:
                 future.set_exception(error)
+
+    def _answer_nobody(self, what: Job | Waiter, result: Any, error: BaseException | None) -> None:
+        if isinstance(result, Claimed):
+            self.tell(release, (result.claim, result.ids))
+        elif error is not None and what.future is None:
+            log.warning("Something that %s needs from time to time failed: %s", self.path, error)
 
     def _answer_opened(self, error: BaseException | None) -> None:
         opening, self._opening = self._opening, None

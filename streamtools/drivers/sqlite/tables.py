@@ -310,13 +310,11 @@ class Tables:
 
     def renew(self, claim: int, expires: float) -> bool:
         """The same if the claim has anything in hand; without, it needs none and the write is saved."""
-        return (
-            self.run(
-                "UPDATE claims SET expires = ?1 WHERE id = ?2 AND EXISTS (SELECT 1 FROM held WHERE claim = ?2)",
-                (expires, claim),
-            ).rowcount
-            == 1
+        statement = (
+            "UPDATE claims SET expires = :expires "
+            "WHERE id = :claim AND EXISTS (SELECT 1 FROM held WHERE claim = :claim)"
         )
+        return self.run(statement, {"claim": claim, "expires": expires}).rowcount == 1
 
     def new_lease(self, claim: int, expires: float) -> None:
         """Begin the lease of a claim."""

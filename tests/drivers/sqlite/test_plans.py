@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from tests.faults.waiting import wait_until
 
 
 @pytest.fixture
-def watched(path: Path) -> tuple[Tables, list[str]]:
+def watched(path: Path) -> Iterator[tuple[Tables, list[str]]]:
     """The statements on a connection of their own, and a list of all that are run."""
     connection = schema.connect(str(path))
     seen: list[str] = []
     connection.set_trace_callback(seen.append)
-    return Tables(connection), seen
+    yield Tables(connection), seen
+    connection.close()
 
 
 def plan(tables: Tables, statement: str) -> list[str]:
