@@ -141,6 +141,8 @@ class FrameReader(asyncio.StreamReaderProtocol):
         #: When something last arrived, on the loop's clock.
         self.heard = loop.time()
         self._shown = self.heard
+        #: What the broker said when it closed the connection.
+        self.said = ""
         #: The broker does not take messages now (a memory or disk alarm).
         self.blocked = False
 
@@ -207,7 +209,8 @@ class FrameReader(asyncio.StreamReaderProtocol):
         (method,) = LONG.unpack_from(data, start)
         if method == frames.CONNECTION_CLOSE:
             code, text = frames.close_reason(data, start + 4)
-            self._on_lost(f"the broker closed it: {code} {text}")
+            self.said = f"{code} {text}"
+            self._on_lost(f"the broker closed it: {self.said}")
         elif method == frames.CONNECTION_BLOCKED:
             self.blocked = True
         elif method == frames.CONNECTION_UNBLOCKED:

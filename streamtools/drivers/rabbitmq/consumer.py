@@ -13,12 +13,12 @@ from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.intake import Intake, Raw
 from streamtools.drivers.rabbitmq.link import Link, open_link
 from streamtools.drivers.rabbitmq.lock import OrderLock
+from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.drivers.rabbitmq.publisher import Limits, Publisher
 from streamtools.drivers.rabbitmq.topology import (
     ACTIVE,
     QueueOptions,
     Topology,
-    check_rabbitmq_name,
     error_queue,
     missing,
     work_queue,

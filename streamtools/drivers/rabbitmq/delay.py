@@ -31,6 +31,7 @@ from aiormq.exceptions import ChannelLockedResource, ChannelNotFoundEntity
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
 from streamtools.drivers.rabbitmq.frames import Unsendable
 from streamtools.drivers.rabbitmq.link import Link
+from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.errors import QueueError, StreamToolsError
 from streamtools.message import Message
 
@@ -133,9 +134,11 @@ class DelayChain:
 
         Raises:
             QueueError: the target does not exist.
+            ConfigurationError: its name cannot be used.
             Unsendable: the delay is too long.
             ConnectionLost: the connection has ended.
         """
+        check_rabbitmq_name(message.queue)
         levels = len(digits(steps((message.deliver_at or now) - now)))
         target = word(message.queue)
         if levels <= self._levels and self._targets.get(message.queue, 0.0) > self._time():

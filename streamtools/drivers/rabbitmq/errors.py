@@ -16,7 +16,6 @@ from aiormq.exceptions import (
     ChannelLockedResource,
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
-    ConnectionClosed,
     ProbableAuthenticationError,
 )
 
@@ -27,8 +26,6 @@ E = TypeVar("E", bound=BaseException)
 
 #: What the client library raises besides its own errors.
 CLIENT_ERRORS: Final = (AMQPError, ChannelInvalidStateError, OSError, RuntimeError, asyncio.InvalidStateError)
-#: connection.close codes (https://www.rabbitmq.com/amqp-0-9-1-reference#constants).
-ACCESS_REFUSED, NOT_ALLOWED = 403, 530
 #: "inequivalent arg 'durable' for queue 'q' in vhost '/': received 'false' but current is 'true'"
 _DIFFERENCE: Final = re.compile(
     r"inequivalent arg '(?P<name>[^']+)'.*: received (?P<asked>.*) but current is (?P<current>.*)$"
@@ -36,9 +33,13 @@ _DIFFERENCE: Final = re.compile(
 _VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '(?P<type>\w+)')?", re.DOTALL)
 
 
-def connect_error(error: BaseException, settings: RabbitMQSettings, host: str, port: int) -> ConnectError:
-    """Why one attempt to connect failed; permanent where trying again cannot help."""
-    where = f"{host}:{port}"
+def connect_error(error: BaseException, settings: RabbitMQSettings, where: str, said: str) -> ConnectError:
+    """Why one attempt to connect failed; permanent where trying again cannot help.
+
+    Parameters:
+        where: the host and port.
+        said: the broker's own words when it closed the connection, which the library does not always tell.
+    """
     if isinstance(error, TimeoutError):
         return ConnectError(f"RabbitMQ at {where} did not answer within {settings.connect_timeout:g} s.")
     if isinstance(error, ProbableAuthenticationError):
@@ -51,8 +52,8 @@ def connect_error(error: BaseException, settings: RabbitMQSettings, host: str, p
         return ConnectError(
             f"RabbitMQ at {where} takes no user and password: it offers {error.args[:1]}.", permanent=True
         )
-    if isinstance(error, ConnectionClosed):
-        return _refused(error, settings, where)
+    if said:
+        return _refused(said, settings, where)
     if (verification := _cause(error, ssl.SSLCertVerificationError)) is not None:
         return ConnectError(
             f"RabbitMQ at {where} shows a certificate that cannot be verified: {verification.verify_message}. "
@@ -71,8 +72,7 @@ def connect_error(error: BaseException, settings: RabbitMQSettings, host: str, p
 _TLS_REFUSALS: Final = ("WRONG_VERSION_NUMBER", "TLSV13_ALERT_CERTIFICATE_REQUIRED", "TLSV1_ALERT_UNKNOWN_CA")
 
 
-def _refused(error: ConnectionClosed, settings: RabbitMQSettings, where: str) -> ConnectError:
-    text = " ".join(str(part) for part in error.args)
+def _refused(text: str, settings: RabbitMQSettings, where: str) -> ConnectError:
     if "not found" in text and "vhost" in text:
         return ConnectError(
             f"RabbitMQ at {where} has no virtual host {settings.vhost!r}. Make it: rabbitmqctl add_vhost "

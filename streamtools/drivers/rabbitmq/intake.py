@@ -42,6 +42,8 @@ class Intake(HotChannel):
         self._waiter: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._last = 0
+        #: The last tag that came to an earlier consumer of this channel.
+        self._boundary = 0
         #: Every tag below is settled; of those above, these are.
         self._low = 1
         self._settled: set[int] = set()
@@ -63,6 +65,7 @@ class Intake(HotChannel):
             ConnectionLost: the connection has ended.
         """
         count = prefetch if prefetch <= PREFETCH_MAX else 0
+        self._boundary = self._last
         try:
             await self.link.call(self._channel.basic_qos(prefetch_count=count))
             answer = await self.link.call(self._channel.basic_consume(self.queue, _never))
@@ -162,8 +165,10 @@ class Intake(HotChannel):
         """
         self._mark(tags)
         low, number = self._low, self.number
-        upto = max((tag for tag in tags if tag < low), default=None)
-        out = [] if upto is None else [frames.release_frame(number, upto, multiple=True)]
+        together = [tag for tag in tags if tag < low]
+        # The broker returns what two consumers of the channel held in an order of its own.
+        parts = ([t for t in together if t <= self._boundary], [t for t in together if t > self._boundary])
+        out = [frames.release_frame(number, part[-1], multiple=True) for part in parts if part]
         return out + [frames.release_frame(number, tag, multiple=False) for tag in tags if tag >= low]
 
     def _mark(self, tags: Iterable[int]) -> None:

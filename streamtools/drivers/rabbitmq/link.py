@@ -100,6 +100,11 @@ class Link:
         """The broker takes no messages over this connection now."""
         return self._frames.blocked
 
+    @property
+    def said(self) -> str:
+        """The broker's words when it closed the connection; empty if it did not."""
+        return self._frames.said
+
     # --- requests -----------------------------------------------------------------------------------
 
     async def call(self, request: Awaitable[T]) -> T:
@@ -261,10 +266,10 @@ async def open_link(settings: RabbitMQSettings, name: str) -> Link:
         except asyncio.CancelledError as error:
             if _asked_to_stop():
                 raise
-            failure = connect_error(ConnectionError("the connection ended at once"), settings, host, port)
+            failure = connect_error(ConnectionError("the connection ended at once"), settings, link.where, link.said)
             failure.__cause__ = error
         except CLIENT_ERRORS as error:
-            failure = connect_error(error, settings, host, port)
+            failure = connect_error(error, settings, link.where, link.said)
             failure.__cause__ = error
         else:
             return link

@@ -7,11 +7,11 @@ from typing import Any
 
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.link import Link, open_link
+from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.drivers.rabbitmq.publisher import Limits, Publisher
 from streamtools.drivers.rabbitmq.topology import (
     QueueOptions,
     Topology,
-    check_rabbitmq_name,
     error_queue,
     work_queue,
 )

@@ -20,7 +20,7 @@ from streamtools.drivers.rabbitmq.delay import DelayChain
 from streamtools.drivers.rabbitmq.errors import lost
 from streamtools.drivers.rabbitmq.frames import Unsendable
 from streamtools.drivers.rabbitmq.link import Link
-from streamtools.errors import ConnectionLost, QueueError, SendError
+from streamtools.errors import ConfigurationError, ConnectionLost, SendError
 from streamtools.message import Message, ids
 
 #: Messages written and not yet confirmed, at most.
@@ -154,7 +154,7 @@ class Publisher(HotChannel):
         for message in later:
             try:
                 routes[message.id] = await self._delay.prepare(message, now)
-            except QueueError as error:
+            except ConfigurationError as error:
                 batch.refused[message.id] = str(error)
             except Unsendable as error:
                 batch.refused[message.id] = f"Message {message.id} cannot be sent: {error}"

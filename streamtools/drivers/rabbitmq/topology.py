@@ -13,7 +13,8 @@ from streamtools.checks import Declare
 from streamtools.drivers.rabbitmq import errors
 from streamtools.drivers.rabbitmq.delay import SAFE, UNDELIVERABLE, declare_undeliverable
 from streamtools.drivers.rabbitmq.link import Link
-from streamtools.errors import ConfigurationError, QueueError, StreamToolsError
+from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
+from streamtools.errors import QueueError, StreamToolsError
 from streamtools.options import Options
 
 QueueType = Literal["quorum", "classic"]
@@ -180,6 +181,7 @@ class Topology:
         return (await self._make(probe)).arguments.get(ACTIVE) is True
 
     async def _passive(self, name: str) -> tuple[int, int] | None:
+        check_rabbitmq_name(name)
         try:
             async with self._link.declaring() as channel:
                 answer = await self._link.call(channel.queue_declare(name, passive=True))
@@ -266,13 +268,3 @@ def missing(name: str, where: str) -> QueueError:
         f"There is no queue {name!r} at {where}. Write declare=True to make it, or check the name and the virtual "
         "host."
     )
-
-
-def check_rabbitmq_name(name: str) -> None:
-    """RabbitMQ keeps names that begin with `amq.` to itself.
-
-    Raises:
-        ConfigurationError: this is one.
-    """
-    if name.startswith("amq."):
-        raise ConfigurationError(f"The queue name {name!r} begins with 'amq.', which RabbitMQ keeps to itself.")

@@ -1,0 +1,157 @@
+"""The delay chain: none early, none lost, whatever the target's name and however long."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Any
+
+import pytest
+from aiormq.abc import AbstractChannel
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamtools.admin import QueueAdmin
+from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer, delay
+from streamtools.drivers.rabbitmq.frames import Unsendable
+from streamtools.errors import SendError
+from streamtools.message import Message
+from tests.brokers.rabbitmq import RabbitMQNode
+from tests.drivers.rabbitmq.conftest import take
+from tests.faults.waiting import wait_until
+
+
+class TestArithmetic:
+    @given(st.integers(1, delay.MOST))
+    def test_the_levels_hold_a_message_for_exactly_its_steps(self, number: int) -> None:
+        digits = delay.digits(number)
+
+        held = sum(delay.level_time(level) for level, digit in enumerate(digits) if digit == "1")
+        assert held == number * 100
+        assert digits[-1] == "1"
+
+    @given(st.floats(0.001, delay.MOST * delay.STEP - 1))
+    def test_never_too_few_steps_and_at_most_one_too_many(self, seconds: float) -> None:
+        assert seconds <= delay.steps(seconds) * delay.STEP <= seconds + 2 * delay.STEP
+
+    def test_more_than_a_year_is_held_and_more_than_the_most_is_refused(self) -> None:
+        assert delay.steps(366 * 86400) <= delay.MOST
+        with pytest.raises(Unsendable, match="days"):
+            delay.steps(400 * 86400)
+
+    @given(st.text(min_size=1, max_size=255))
+    def test_a_target_is_one_word_without_wildcards(self, name: str) -> None:
+        assert not set(delay.word(name)) & set(".*#")
+
+    def test_times_to_live_fit_the_brokers_32_bits(self) -> None:
+        assert delay.level_time(delay.DOUBLING + delay.LAPS) < 1 << 32
+
+
+async def test_none_is_early_and_none_is_lost(producer: Any, consumer: Any) -> None:
+    sender = await producer()
+    now = time.time()
+    rng = random.Random(1)
+    dues = {str(n): now + 0.5 + rng.uniform(0, 4) for n in range(500)}
+    await sender.send_messages([Message(body=b"", queue="orders", id=i, deliver_at=due) for i, due in dues.items()])
+
+    receiver = await consumer(prefetch=1000)
+    late = []
+    while len(late) < 500:
+        for delivery in await receiver.receive(100, timeout=10):
+            late.append(time.time() - dues[delivery.message.id])
+            assert delivery.count == 0
+            assert delivery.message.error is None
+            assert delivery.message.headers == {}
+
+    late.sort()
+    assert late[0] >= 0
+    assert late[250] < 1
+
+
+@pytest.mark.parametrize("name", ["a.b", "b", "a.#", "#", "x" * 255, "a b", "+@,/:"])
+async def test_any_queue_name_can_be_a_target(producer: Any, consumer: Any, url: str, name: str) -> None:
+    other = await producer("c.b")
+    sender = await producer(name)
+
+    await sender.send(b"x", delay=0.15)
+
+    assert await take(await consumer(name), 1)
+    async with QueueAdmin(url=url) as admin:
+        assert (await admin.stats("c.b")).ready == 0
+    assert other.queue == "c.b"
+
+
+async def test_a_message_goes_through_the_chain_again_and_again(producer: Any, consumer: Any) -> None:
+    sender = await producer()
+    await sender.send(b"x", delay=0.3)
+    receiver = await consumer()
+    for attempt in range(1, 6):
+        (delivery,) = await take(receiver, 1)
+        assert delivery.message.attempt == attempt
+        await delivery.retry(0.3)
+
+    (last,) = await take(receiver, 1)
+    assert last.message.attempt == 6
+
+
+async def test_a_missing_target_is_refused_before_anything_is_sent(producer: Any) -> None:
+    sender = await producer()
+    batch = [Message(body=b"", queue=queue, id=queue, deliver_at=time.time() + 1) for queue in ("orders", "nowhere")]
+
+    with pytest.raises(SendError, match="nowhere") as caught:
+        await sender.send_messages(batch)
+
+    assert caught.value.refused == ("nowhere",)
+
+
+async def test_a_target_that_is_deleted_meanwhile_stalls_nobody(
+    producer: Any, consumer: Any, foreign: AbstractChannel, url: str
+) -> None:
+    gone, sender = await producer("gone"), await producer()
+    await gone.send_many([b"x"] * 50, delay=0.5)
+    await sender.send(b"kept", delay=0.5)
+    await foreign.queue_delete("gone")
+
+    assert (await take(await consumer(), 1))[0].message.body == b"kept"
+
+    async def collected() -> bool:
+        async with QueueAdmin(url=url) as admin:
+            return (await admin.stats("streamtools.undeliverable")).ready == 50
+
+    await wait_until(collected)
+
+
+async def test_a_long_delay_is_held_and_makes_its_levels_once(producer: Any, url: str) -> None:
+    sender = await producer()
+    await sender.send(b"x", delay=365 * 86400)
+    begin = time.monotonic()
+    for _ in range(20):
+        await sender.send(b"x", delay=365 * 86400)
+
+    assert time.monotonic() - begin < 2
+    async with QueueAdmin(url=url) as admin:
+        assert (await admin.stats("orders")).ready == 0
+        assert (await admin.stats(delay.level_name(delay.DOUBLING + 7))).ready == 21
+
+
+@pytest.mark.slow
+async def test_delayed_messages_survive_kill_9_of_the_broker(own_rabbitmq: RabbitMQNode) -> None:
+    due = time.time() + 20
+    async with RabbitMQProducer("orders", url=own_rabbitmq.url) as sender:
+        await sender.send(b"warm", delay=12.8)  # makes the levels; one younger than a second may be lost
+        await asyncio.sleep(2)
+        await sender.send_messages(
+            [Message(body=b"", queue="orders", id=str(n), deliver_at=due + n / 100) for n in range(300)]
+        )
+    await asyncio.to_thread(own_rabbitmq.restart, force=True)
+
+    async with RabbitMQConsumer("orders", url=own_rabbitmq.url, prefetch=1000) as receiver:
+        seen: dict[str, float] = {}
+        async with asyncio.timeout(60):
+            while len(seen) < 301:
+                for delivery in await receiver.receive(100, timeout=30):
+                    seen[delivery.message.id] = time.time()
+                    await delivery.ack()
+
+    assert all(moment >= due + int(i) / 100 for i, moment in seen.items() if i.isdigit())
