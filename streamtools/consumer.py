@@ -127,7 +127,7 @@ class Consumer:
         self.ordered_by = ordered_by
         self.group = group
         self.offset = offset
-        self.declare = declare
+        self.declare: Declare = declare
         self.connect_timeout = connect_timeout
         self.middleware = list(middleware)
         self.client_id = client_id

@@ -101,7 +101,7 @@ class Producer:
         **options: Any,
     ) -> None:
         self.queue = queue
-        self.declare = declare
+        self.declare: Declare = declare
         self.send_timeout = send_timeout
         self.client_id = client_id
         self.host = host
