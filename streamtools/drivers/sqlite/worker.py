@@ -79,6 +79,7 @@ class Worker:
         self._asked: SimpleQueue[Job | Waiter | None] = SimpleQueue()
         self._halt = threading.Event()
         self._waiters: list[Waiter] = []
+        self._jobs: list[Job] = []  # of this turn
         self._holders: set[Holder] = set()
         #: The thread has ended, or is about to: what is asked now may get no answer.
         self.gone = False
@@ -152,8 +153,10 @@ class Worker:
             self._connection.close()
         except sqlite3.Error as error:
             log.warning("Closing %s: %s", self._path, error)
-        left: list[Job | Waiter] = [*self._waiters, *(what for what in self._drain() if what is not None)]
-        self._waiters.clear()
+        # What was answered already is not answered again: the first answer holds.
+        left: list[Job | Waiter] = [*self._jobs, *self._waiters]
+        left += [what for what in self._drain() if what is not None]
+        self._jobs, self._waiters = [], []
         self._post([(what, None, gone) for what in left])
         self._ended()
 
@@ -161,7 +164,7 @@ class Worker:
         return ConnectionLost(f"{self._path} was closed.")
 
     def _turn(self) -> None:
-        jobs = self._gather()
+        jobs = self._jobs = self._gather()
         ready = self._look_around()
         plain = [job for job in jobs if not job.full]
         care = self._care()
@@ -170,6 +173,8 @@ class Worker:
         full = [job for job in jobs if job.full]
         if full and self._broken is None:
             self._transaction(full, [], full=True)
+        if self._broken is None:
+            self._jobs = []
 
     # --- waiting --------------------------------------------------------------------------------
 

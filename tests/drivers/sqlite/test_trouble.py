@@ -18,7 +18,7 @@ from streamtools.drivers.sqlite.schema import VERSION
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, SendError
 from streamtools.settings import SQLiteSettings
-from streamtools.verdicts import ACK
+from streamtools.verdicts import ACK, Verdict
 from tests.drivers.sqlite.conftest import drain, look, take
 from tests.faults.waiting import wait_until
 
@@ -224,12 +224,34 @@ async def test_one_send_without_room_does_not_fail_those_beside_it(url: str) -> 
         assert await drain(consumer) == [b"a", b"b"]
 
 
-async def test_a_file_that_was_moved_away_is_not_written_to_any_more(url: str, path: Path, tmp_path: Path) -> None:
+def move_away(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").rename(path.parent / f"away.db{suffix}")
+
+
+async def test_everyone_has_an_answer_when_the_file_goes_away_under_them(url: str, path: Path) -> None:
+    async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
+        await producer.send_many(["a", "b"])
+        held = await consumer.receive(2)
+        move_away(path)
+        copy = held[1].message.replace(attempt=2)
+        asked = [
+            consumer._settle([Settlement(held[0], ACK)]),
+            consumer._settle([Settlement(held[1], Verdict.retry(), (copy,))]),
+            consumer._receive(10),
+            producer.send("c"),
+        ]
+        async with asyncio.timeout(20):
+            got = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(answer, ConnectionLost) for answer in got[:3])
+        assert await drain(consumer) == [b"c"], "the producer opened the new file by itself"
+
+
+async def test_a_file_that_was_moved_away_is_not_written_to_any_more(url: str, path: Path) -> None:
     async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
         await producer.send("old")
         (old,) = await consumer.receive()
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{path}{suffix}").rename(tmp_path / f"away.db{suffix}")
+        move_away(path)
         with pytest.raises(ConnectionLost, match="moved, deleted or replaced"):
             await consumer._settle([Settlement(old, ACK)])
         await producer.send("new")
