@@ -22,7 +22,7 @@ CE_ATTEMPT: Final = PREFIX + ATTEMPT
 #: User headers that cannot be plain HTTP headers.
 PACKED: Final = "streamtools-headers"
 #: CloudEvents 1.0 section 3.1: an event has a type and a source. They stand for "not said".
-UNSAID: Final = {"type": "streamtools.Message", "source": "streamtools"}
+UNSAID: Final = {"type": "streamtools.Message", "source": "urn:streamtools:anonymous"}
 #: Plain user headers of one message; more than these are packed (aiohttp's server takes 128 in all).
 PLAIN_LIMIT: Final = 64
 #: Headers of the connection or of the body, which are no one's message.

@@ -1,0 +1,183 @@
+"""Headers come back exactly as they were written, and can do no harm on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import string
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamtools.checks import HEADERS_LIMIT, check_headers
+from streamtools.drivers.http.headers import PACKED, PLAIN_LIMIT, TRANSPORT, decode_headers, encode_headers
+from streamtools.errors import ConfigurationError
+from streamtools.message import ErrorDetails, Message
+from tests.drivers.http.conftest import producer_to, request, serving, talk
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+ODD_NAMES = st.sampled_from(
+    ["Host", "content-length", "CE-ID", "ce-subject", "Transfer-Encoding", "etag", "ETag", "COOKIE", "Connection"]
+    + ["a b", "a:b", "ü", "\r\nX: y", "\x00", "Expect", "Content-Type", "Date", "Server", "x", "X"]
+)
+ODD_VALUES = st.sampled_from(["", " ", " a", "a ", "\t", "a\r\nX-Evil: 1", "%41", '"quoted"', "a, b", "+", "é", "\x7f"])
+TOKENS = st.text(string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~", min_size=1)
+NAMES = (ANY_TEXT.filter(bool) | TOKENS | ODD_NAMES).filter(lambda name: not name.lower().startswith("streamtools-"))
+HEADERS = st.dictionaries(NAMES, ANY_TEXT | ODD_VALUES, max_size=8)
+TEXT = st.none() | ANY_TEXT.filter(bool)
+
+
+async def test_headers_of_any_text_come_back_exactly() -> None:
+    async def handler(msg: Message) -> Any:
+        return dict(msg.headers)
+
+    async with serving(handler) as consumer, producer_to(consumer) as producer:
+        loop = asyncio.get_running_loop()
+
+        def sent_and_received(headers: Mapping[str, str]) -> Any:
+            return asyncio.run_coroutine_threadsafe(producer.send(b"", headers=headers), loop).result(20).json()
+
+        @settings(max_examples=300)
+        @given(HEADERS)
+        def property_holds(headers: dict[str, str]) -> None:
+            assert sent_and_received(headers) == headers
+
+        await asyncio.to_thread(property_holds)
+
+
+async def test_metadata_of_any_text_comes_back_exactly() -> None:
+    received: list[Message] = []
+
+    async def handler(msg: Message) -> None:
+        received.append(msg)
+
+    async with serving(handler) as consumer, producer_to(consumer) as producer:
+        loop = asyncio.get_running_loop()
+
+        @settings(max_examples=150)
+        @given(
+            st.builds(
+                Message,
+                body=st.binary(),
+                queue=st.just("orders"),
+                id=ANY_TEXT.filter(bool),
+                type=TEXT,
+                source=TEXT,
+                correlation_id=TEXT,
+                causation_id=TEXT,
+                reply_to=TEXT,
+                intent=TEXT,
+                key=TEXT,
+                attempt=st.integers(1, 999),
+                headers=HEADERS,
+                content_type=st.sampled_from([None, "application/x; a=b"]),
+                error=st.none() | st.builds(ErrorDetails, queue=ANY_TEXT.filter(bool), reason=ANY_TEXT, attempts=st.integers(0, 99)),
+            )
+        )
+        def property_holds(message: Message) -> None:
+            received.clear()
+            asyncio.run_coroutine_threadsafe(producer.send_messages([message]), loop).result(20)
+            assert received == [message]
+
+        await asyncio.to_thread(property_holds)
+
+
+def plain(headers: Mapping[str, str]) -> dict[str, str]:
+    return encode_headers(Message(body=b"", queue="q", id="1", headers=headers))
+
+
+def test_a_plain_header_is_a_header_of_its_own() -> None:
+    encoded = plain({"X-GitHub-Event": "push", "authorization": "Bearer a.b"})
+    assert (encoded["X-GitHub-Event"], encoded["authorization"]) == ("push", "Bearer a.b")
+    assert PACKED not in encoded
+
+
+@pytest.mark.parametrize("name", sorted(TRANSPORT))
+def test_no_user_header_changes_the_request_itself(name: str) -> None:
+    if name.startswith("streamtools-"):
+        with pytest.raises(ConfigurationError, match="reserved"):
+            check_headers({name: "x"})
+        return
+    assert set(plain({name.title(): "x"})) - set(plain({})) == {PACKED}
+
+
+def test_a_line_break_never_reaches_the_wire() -> None:
+    for encoded in (plain({"X": "a\r\nX-Evil: 1"}), plain({"X\r\nX-Evil: 1": "a"})):
+        assert not any("\r" in text or "\n" in text for item in encoded.items() for text in item)
+
+
+def test_more_headers_than_a_server_takes_are_packed() -> None:
+    encoded = plain({f"x-{n}": str(n) for n in range(1000)})
+    assert len(encoded) < PLAIN_LIMIT + 20
+
+
+async def test_64_kib_of_the_worst_headers_pass() -> None:
+    headers = {"ü" * 100: "\r" * (HEADERS_LIMIT - 200)}
+
+    async def handler(msg: Message) -> Any:
+        return dict(msg.headers) == headers
+
+    async with serving(handler) as consumer, producer_to(consumer) as producer:
+        assert (await producer.send(b"", headers=headers)).json() is True
+        short = {f"name-{n}": "v" * 20 for n in range(2000)}
+        assert (await producer.send(b"", headers=short)).json() is False
+
+
+async def test_more_than_64_kib_of_headers_are_refused() -> None:
+    async with serving(print) as consumer:
+        reply = await talk(consumer, request(body=b"", X_A="a" * 40_000, X_B="b" * 40_000))
+    assert reply.status == 431
+
+
+def test_metadata_stands_under_its_cloudevents_names() -> None:
+    encoded = encode_headers(
+        Message(body=b"", queue="q", id="é 1%", type="orders.Placed", source="shop", time=0.0, content_type="a/b")
+    )
+    assert encoded == {
+        "ce-specversion": "1.0",
+        "ce-id": "%C3%A9%201%25",
+        "ce-type": "orders.Placed",
+        "ce-source": "shop",
+        "ce-time": "1970-01-01T00:00:00.000000Z",
+        "Content-Type": "a/b",
+    }
+
+
+def test_an_event_has_a_type_and_a_source_on_the_wire_even_when_the_message_has_none() -> None:
+    encoded = plain({})
+    assert {"ce-type", "ce-source"} <= set(encoded)
+    fields, _ = decode_headers([(n.encode(), v.encode()) for n, v in encoded.items()])
+    assert fields == {"id": "1"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [(b'"a \\"b\\" c"', 'a "b" c'), (b"Euro%20%E2%82%AC%20%F0%9F%98%80", "Euro € 😀"), (b"%ff", "�"), (b"100%", "100%")],
+)
+def test_values_of_other_senders_are_read_as_the_binding_says(raw: bytes, expected: str) -> None:
+    fields, _ = decode_headers([(b"Ce-Id", raw)])
+    assert fields["id"] == expected
+
+
+def test_a_repeated_header_is_joined() -> None:
+    _, headers = decode_headers([(b"Forwarded", b"a"), (b"Forwarded", b"b")])
+    assert headers == {"Forwarded": "a, b"}
+
+
+def test_bytes_that_are_no_text_become_text_that_every_wire_carries() -> None:
+    _, headers = decode_headers([(b"X-Latin", b"\xe9")])
+    headers["X-Latin"].encode()
+
+
+@pytest.mark.parametrize("packed", [b"&&&", b"=", b"a", b"a=%ff", b"%"])
+def test_a_malformed_pack_is_no_failure(packed: bytes) -> None:
+    decode_headers([(PACKED.encode(), packed)])
+
+
+def test_a_lone_surrogate_is_a_clear_error() -> None:
+    with pytest.raises(ConfigurationError, match="ce-id holds a lone surrogate"):
+        encode_headers(Message(body=b"", queue="q", id="\ud800"))
+    with pytest.raises(ConfigurationError, match="content_type"):
+        encode_headers(Message(body=b"", queue="q", id="1", content_type="a/b\r\nX: y"))
