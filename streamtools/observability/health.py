@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from streamtools.errors import ConfigurationError, ConnectError
+
+#: Seconds that answers under way have to go out when the server stops.
+CLOSING: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,7 @@ class HealthServer:
         app.router.add_get("/health", self._handler(lambda report: True))
         app.router.add_get("/health/live", self._handler(lambda report: report.live))
         app.router.add_get("/health/ready", self._handler(lambda report: report.ready))
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSING)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self.host, self.port).start()

@@ -66,6 +66,9 @@ class HTTPConsumer(Consumer, protocol="http"):
                 "A consumer has a queue's name, not a URL: the address is url=, host= and port=."
             )
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.options.method} {self.endpoint}>"
+
     @property
     def _path(self) -> str:
         return f"{unquote(self.settings.prefix)}/{self.queue}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,9 @@ class HTTPProducer(Producer, protocol="http"):
     def validate_queue(cls, queue: str) -> None:
         check_queue(queue)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.queue!r} at {self._base}>"
+
     # --- where to -------------------------------------------------------------------------------
 
     def _base_url(self) -> str:
@@ -231,7 +235,8 @@ class HTTPProducer(Producer, protocol="http"):
             if 200 <= status < 300:
                 return HTTPReceipt(message.id, message.queue, status, headers, body)
             failures += 1
-            delay = _retry_after(headers) or backoff(failures)
+            # Spread out: those refused together would come again together.
+            delay = _retry_after(headers) * random.uniform(1, 1.25) or backoff(failures)  # noqa: S311
             if status not in RESENT or time.monotonic() + delay >= deadline:
                 raise _response_error(message, request, status, headers, body)
             if status == 503:

@@ -56,9 +56,7 @@ def producer_to(consumer: HTTPConsumer, **options: Any) -> HTTPProducer:
     return HTTPProducer(consumer.queue, port=consumer.address[1], method=consumer.options.method, **options)
 
 
-def request(
-    method: str = "POST", path: str = "/orders", body: bytes = b"", **headers: str
-) -> bytes:
+def request(method: str = "POST", path: str = "/orders", body: bytes = b"", **headers: str) -> bytes:
     """A request as it stands on the wire; its connection is closed after the answer."""
     lines = {"Host": "test", "Connection": "close", "Content-Length": str(len(body)), **headers}
     head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in lines.items())

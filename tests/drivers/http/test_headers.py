@@ -22,7 +22,9 @@ ODD_NAMES = st.sampled_from(
     ["Host", "content-length", "CE-ID", "ce-subject", "Transfer-Encoding", "etag", "ETag", "COOKIE", "Connection"]
     + ["a b", "a:b", "ü", "\r\nX: y", "\x00", "Expect", "Content-Type", "Date", "Server", "x", "X"]
 )
-ODD_VALUES = st.sampled_from(["", " ", " a", "a ", "\t", "a\r\nX-Evil: 1", "%41", '"quoted"', "a, b", "+", "é", "\x7f"])
+ODD_VALUES = st.sampled_from(
+    ["", " ", " a", "a ", "\t", "a\r\nX-Evil: 1", "%41", '"quoted"', "a, b", "+", "é", "\x7f"]
+)
 TOKENS = st.text(string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~", min_size=1)
 NAMES = (ANY_TEXT.filter(bool) | TOKENS | ODD_NAMES).filter(lambda name: not name.lower().startswith("streamtools-"))
 HEADERS = st.dictionaries(NAMES, ANY_TEXT | ODD_VALUES, max_size=8)
@@ -73,7 +75,8 @@ async def test_metadata_of_any_text_comes_back_exactly() -> None:
                 attempt=st.integers(1, 999),
                 headers=HEADERS,
                 content_type=st.sampled_from([None, "application/x; a=b"]),
-                error=st.none() | st.builds(ErrorDetails, queue=ANY_TEXT.filter(bool), reason=ANY_TEXT, attempts=st.integers(0, 99)),
+                error=st.none()
+                | st.builds(ErrorDetails, queue=ANY_TEXT.filter(bool), reason=ANY_TEXT, attempts=st.integers(0, 99)),
             )
         )
         def property_holds(message: Message) -> None:
@@ -154,7 +157,12 @@ def test_an_event_has_a_type_and_a_source_on_the_wire_even_when_the_message_has_
 
 @pytest.mark.parametrize(
     ("raw", "expected"),
-    [(b'"a \\"b\\" c"', 'a "b" c'), (b"Euro%20%E2%82%AC%20%F0%9F%98%80", "Euro € 😀"), (b"%ff", "�"), (b"100%", "100%")],
+    [
+        (b'"a \\"b\\" c"', 'a "b" c'),
+        (b"Euro%20%E2%82%AC%20%F0%9F%98%80", "Euro € 😀"),
+        (b"%ff", "�"),
+        (b"100%", "100%"),
+    ],
 )
 def test_values_of_other_senders_are_read_as_the_binding_says(raw: bytes, expected: str) -> None:
     fields, _ = decode_headers([(b"Ce-Id", raw)])

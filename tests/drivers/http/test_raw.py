@@ -189,7 +189,3 @@ async def test_a_cancelled_receive_loses_nothing() -> None:
             batch = await consumer._receive(1) if isinstance(result, asyncio.CancelledError) else result
             await consumer._settle_by_hand(batch[0], ACK)
             assert (await asking).status == 202
-
-
-
-

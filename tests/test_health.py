@@ -1,0 +1,128 @@
+"""Health endpoints: what a supervisor of processes sees."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from streamtools import ConsumerFactory, ConsumerRunner, Producer
+from streamtools.errors import ConfigurationError, ConnectError
+from streamtools.observability.health import HealthReport, HealthServer, LoopHealth
+from tests.faults.waiting import wait_until
+
+
+def loop(state: str, **fields: Any) -> LoopHealth:
+    return LoopHealth(queue="orders", protocol="asyncio", state=state, **fields)
+
+
+async def get(port: int, path: str) -> tuple[int, Any]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+    writer.close()
+    status = int(head.split()[1])
+    return status, json.loads(body) if status in (200, 503) else None
+
+
+@pytest.mark.parametrize(
+    ("states", "live", "ready"),
+    [
+        (["running"], True, True),
+        (["running", "running"], True, True),
+        (["running", "starting"], True, False),
+        (["running", "reconnecting"], True, False),
+        (["restarting"], True, False),
+        (["draining"], True, False),
+        (["running", "dead"], False, False),
+        ([], True, False),
+    ],
+)
+async def test_live_while_no_loop_is_dead_and_ready_when_all_are_running(
+    states: list[str], live: bool, ready: bool
+) -> None:
+    report = HealthReport(loops=[loop(state) for state in states])
+    server = HealthServer("127.0.0.1", 0, lambda: report)
+    await server.start()
+    try:
+        statuses = [(await get(server.port, path))[0] for path in ("/health/live", "/health/ready", "/health", "/")]
+    finally:
+        await server.stop()
+    assert statuses == [200 if live else 503, 200 if ready else 503, 200, 404]
+
+
+async def test_the_report_tells_of_every_loop() -> None:
+    report = HealthReport(loops=[loop("running", progress=1.5, restarts=2, in_flight=3), loop("dead")])
+    server = HealthServer("127.0.0.1", 0, lambda: report)
+    await server.start()
+    _, body = await get(server.port, "/health")
+    await server.stop()
+    assert body == {
+        "live": False,
+        "ready": False,
+        "loops": [
+            {"queue": "orders", "protocol": "asyncio", "state": "running", "progress": 1.5, "restarts": 2, "in_flight": 3},
+            {"queue": "orders", "protocol": "asyncio", "state": "dead", "progress": None, "restarts": 0, "in_flight": 0},
+        ],
+    }  # fmt: skip
+
+
+async def test_stop_does_not_wait_for_idle_connections_and_may_be_repeated() -> None:
+    server = HealthServer("127.0.0.1", 0, HealthReport)
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    start = time.monotonic()
+    await server.stop()
+    await server.stop()
+    assert time.monotonic() - start < 1
+    writer.close()
+
+
+async def test_a_port_in_use_is_a_clear_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = HealthServer("127.0.0.1", taken.getsockname()[1], HealthReport)
+        with pytest.raises(ConnectError, match="Choose another health_port"):
+            await server.start()
+    await server.stop()
+
+
+async def test_without_aiohttp_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(ConfigurationError, match=r'pip install "streamtools\[http\]"'):
+        await HealthServer("127.0.0.1", 0, HealthReport).start()
+
+
+async def test_a_runner_is_ready_while_it_runs_and_not_while_it_drains() -> None:
+    # Given a runner with a handler that waits
+    consumers = ConsumerFactory(url="asyncio://")
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    @consumers.route("orders")
+    async def handler(msg: Any) -> None:
+        entered.set()
+        await leave.wait()
+
+    runner = ConsumerRunner(consumers, health_port=0)
+    async with runner:
+        assert runner._health is not None
+        port = runner._health.port
+        # Then it is ready, and says what it does
+        assert (await get(port, "/health/ready"))[0] == 200
+        async with Producer("orders", url="asyncio://") as producer:
+            await producer.send(1)
+        await entered.wait()
+        _, report = await get(port, "/health")
+        assert report["loops"][0]["in_flight"] == 1
+        # When it is told to stop, it is alive and not ready
+        runner.stop()
+        await wait_until(lambda: not runner.health().ready)
+        assert (await get(port, "/health/live"))[0] == 200
+        assert (await get(port, "/health/ready"))[0] == 503
+        leave.set()
