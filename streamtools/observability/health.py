@@ -65,7 +65,7 @@ class HealthServer:
 
     def __init__(self, host: str, port: int, report: Callable[[], HealthReport]) -> None:
         self.host = host
-        self.port = port
+        self.port: int = port
         self._report = report
         self._runner: Any = None
 
@@ -93,7 +93,8 @@ class HealthServer:
         except OSError as error:
             await self.stop()
             raise ConnectError(
-                f"Health endpoints cannot listen on {self.host}:{self.port}: {error.strerror}. Choose another health_port.",
+                f"Health endpoints cannot listen on {self.host}:{self.port}: {error.strerror or error}. "
+                "Choose another health_port.",
                 permanent=True,
             ) from error
         self.port = self._runner.addresses[0][1]

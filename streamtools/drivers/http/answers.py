@@ -17,7 +17,7 @@ from streamtools.errors import DecodeError, Reject
 from streamtools.message import Message
 from streamtools.verdicts import Kind
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds after which a request that was not handled is to be sent again.
 RETRY_AFTER: Final = 1

@@ -20,7 +20,8 @@ from streamtools.settings import HTTPSettings
 class HTTPConsumer(Consumer, protocol="http"):
     """Takes requests to `/<queue name>` and answers them with what the handler returns.
 
-    All consumers of one event loop on one host and port share it. Answers: 200 with the handler's
+    All consumers of one event loop on one host and port share it; with `port=0` it is any free one,
+    which `address` tells. Answers: 200 with the handler's
     value, 202 without one (an expired or dropped message too), 400 undecodable, 404 unknown path,
     405 wrong method, 408 a body that does not arrive, 413 a body over `max_body`, 422 a body that
     does not validate or that the handler rejected, 431 too many headers, 503 with Retry-After while

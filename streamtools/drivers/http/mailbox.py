@@ -21,6 +21,8 @@ from streamtools.message import NO_HEADERS, Message, ids
 
 #: Encodings that aiohttp has undone before we see the body.
 DECODED: Final = frozenset({"gzip", "deflate", "br", "zstd", "identity"})
+#: Bodies that arrive piece by piece at once; further requests are told to come again.
+READERS: Final = 1000
 BUSY: Final = "Too many requests wait here; send the message again."
 
 
@@ -38,7 +40,7 @@ class Call:
     __slots__ = ("_answer", "_request", "message")
 
     def __init__(self, request: web.BaseRequest, message: Message) -> None:
-        self.message = message
+        self.message: Message = message
         self._request = request
         self._answer: asyncio.Future[web.Response] = asyncio.get_running_loop().create_future()
 
@@ -76,9 +78,9 @@ class Mailbox:
     def __init__(self, queue: str, method: str, *, limit: int, max_body: int, body_timeout: float) -> None:
         self.method = method
         #: No more is taken in; what was received is still answered.
-        self.stopped = False
+        self.stopped: bool = False
         #: Nothing is answered any more but "come again".
-        self.closed = False
+        self.closed: bool = False
         self._queue = queue
         self._limit = limit
         self._max_body = max_body
@@ -113,7 +115,8 @@ class Mailbox:
         while self._waiting:
             _send_back(self._waiting.popleft())
         for limit in self._reading:
-            limit.reschedule(asyncio.get_running_loop().time())
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time())
 
     def close(self) -> None:
         """Answer everyone who still waits."""
@@ -151,7 +154,7 @@ class Mailbox:
             response = answers.unavailable(attempt_of(request))
             response.force_close()
             raise Refused(response)
-        if len(self._waiting) >= self._limit and not self._make_room():
+        if len(self._reading) >= READERS or (len(self._waiting) >= self._limit and not self._make_room()):
             raise Refused(answers.unavailable(attempt_of(request), BUSY))
 
     def _make_room(self) -> bool:

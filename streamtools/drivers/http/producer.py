@@ -134,7 +134,7 @@ class HTTPProducer(Producer, protocol="http"):
         self._base = self._base_url()
         self._target = self._url_of(queue)
         if is_url(queue):
-            self.queue = queue.partition("?")[0]  # the query may hold a secret, and a queue's name is logged
+            self.queue: str = queue.partition("?")[0]  # the query may hold a secret, and a queue's name is logged
 
     @classmethod
     def validate_queue(cls, queue: str) -> None:

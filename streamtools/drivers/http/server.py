@@ -18,7 +18,7 @@ from streamtools.drivers.http import answers
 from streamtools.drivers.http.mailbox import Mailbox, attempt_of
 from streamtools.errors import ConfigurationError, ConnectError
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: The longest header, in bytes: 64 KiB of user headers, percent-encoded, in one.
 MAX_FIELD: Final = 200 * 1024

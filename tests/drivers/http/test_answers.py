@@ -142,7 +142,8 @@ async def test_413_for_a_body_over_the_limit_of_1_mib() -> None:
 
 
 async def test_413_follows_max_body_for_chunked_bodies_too() -> None:
-    chunked = b"POST /orders HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n6\r\n123456\r\n6\r\n123456\r\n0\r\n\r\n"
+    head = b"POST /orders HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunked = head + b"6\r\n123456\r\n6\r\n123456\r\n0\r\n\r\n"
     async with serving(echo, max_body=10) as consumer:
         assert (await talk(consumer, request(body=b"x" * 11))).status == 413
         assert (await talk(consumer, chunked)).status == 413

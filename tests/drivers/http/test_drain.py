@@ -62,6 +62,20 @@ async def test_a_body_that_is_still_arriving_does_not_hold_up_the_drain() -> Non
     writer.close()
 
 
+async def test_stop_and_close_in_one_breath_answer_a_body_that_is_still_arriving() -> None:
+    consumer = await HTTPConsumer("orders", port=0).open()
+    reader, writer = await asyncio.open_connection(*consumer.address)
+    writer.write(b"POST /orders HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nabc")
+    mailbox = consumer._mailbox
+    assert mailbox is not None
+    await wait_until(lambda: bool(mailbox._reading))
+    await consumer._stop()
+    await wait_until(lambda: all(limit.expired() for limit in mailbox._reading), poll=0)
+    await consumer.close()
+    assert (await read_reply(reader)).status == 503
+    writer.close()
+
+
 async def test_close_does_not_wait_for_idle_connections() -> None:
     async with serving(echo) as consumer:
         connections = [await asyncio.open_connection(*consumer.address) for _ in range(5)]

@@ -19,7 +19,7 @@ from tests.drivers.http.peer import Peer, peer
 
 
 def fine(number: int) -> web.Response:
-    return web.Response(text='{"n": %d}' % number, content_type="application/json", headers={"X-Peer": "yes"})
+    return web.Response(text=f'{{"n": {number}}}', content_type="application/json", headers={"X-Peer": "yes"})
 
 
 class Order(BaseModel):

@@ -17,6 +17,7 @@ from streamtools.errors import ConfigurationError
 from streamtools.handlers import HandlerFactory
 from tests.drivers.http.conftest import request, talk
 from tests.drivers.http.test_retries import free_port
+from tests.faults.waiting import wait_until
 
 SCRIPT = """
 import sys
@@ -104,6 +105,37 @@ async def test_a_pair_from_configuration_calls_its_own_consumer(monkeypatch: pyt
 async def test_an_http_consumer_has_no_groups() -> None:
     with pytest.raises(ConfigurationError, match="no consumer groups"):
         ConsumerFactory(HTTP, group="g").route("q")(_echo).consumer  # noqa: B018
+
+
+async def test_calls_survive_a_kill_of_the_service(tmp_path: Path) -> None:
+    # Given a service under load from four senders
+    port = free_port()
+    script = tmp_path / "service.py"
+    script.write_text(SCRIPT.replace("port=9000", f"port={port}"))
+    line = [sys.executable, str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    process = await asyncio.create_subprocess_exec(*line, env=environment)
+    answered: list[int] = []
+
+    async def send(numbers: range) -> None:
+        for number in numbers:
+            receipt = await producer.send(number)
+            answered.append(receipt.json()["msg"])  # type: ignore[attr-defined]
+
+    try:
+        async with PRODUCERS[HTTP]("queue_1", port=port) as producer:
+            sending = asyncio.gather(*(send(range(n, 2000, 4)) for n in range(4)))
+            await wait_until(lambda: len(answered) > 500)
+            # When it is killed, and comes back
+            process.kill()
+            await process.wait()
+            process = await asyncio.create_subprocess_exec(*line, env=environment)
+            # Then every call is answered all the same
+            await asyncio.wait_for(sending, 60)
+    finally:
+        process.kill()
+        await process.wait()
+    assert sorted(answered) == list(range(2000))
 
 
 async def test_the_seeds_script_runs_as_a_process_and_ends_by_sigterm(tmp_path: Path) -> None:
