@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import quote, unquote, urlsplit
 
 import aiohttp
@@ -37,7 +37,7 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
     `list` asks the management plugin (its numbers are up to 5 seconds old); everything else is AMQP.
     """
 
-    settings_class = RabbitMQSettings
+    settings_class: ClassVar[type[RabbitMQSettings]] = RabbitMQSettings
     settings: RabbitMQSettings
     _link: Link | None = None
 

@@ -139,20 +139,16 @@ class FrameReader(asyncio.StreamReaderProtocol):
         self._foreign = False
         self._transport_to_abort: asyncio.BaseTransport | None = None
         #: When something last arrived, on the loop's clock.
-        self.heard = loop.time()
+        self.heard: float = loop.time()
         self._shown = self.heard
         #: What the broker said when it closed the connection.
-        self.said = ""
+        self.said: str = ""
         #: The broker does not take messages now (a memory or disk alarm).
-        self.blocked = False
+        self.blocked: bool = False
 
     def attach(self, channel: HotChannel) -> None:
         """Read this channel's frames here."""
         self._channels[channel.number] = channel
-
-    def detach(self, channel: HotChannel) -> None:
-        """Leave this channel to the library again."""
-        self._channels.pop(channel.number, None)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport_to_abort = transport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
@@ -42,8 +42,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     """
 
     features = FEATURES
-    settings_class = RabbitMQSettings
-    options_class = QueueOptions
+    settings_class: ClassVar[type[RabbitMQSettings]] = RabbitMQSettings
+    options_class: ClassVar[type[QueueOptions]] = QueueOptions
     settings: RabbitMQSettings
     options: QueueOptions
     #: Takes one message at a time first; an admin's reader holds many at once instead.
@@ -54,8 +54,6 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     _publisher: Publisher | None = None
     _turning: asyncio.Task[None] | None = None
     _widening: asyncio.Task[None] | None = None
-    #: Tags given back after `_stop`, kept so that all goes back together, in order; None before.
-    _kept_back: set[int] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,8 +70,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         try:
             alone = await self._declare(Topology(link))
             self._intake = await Intake.open(link, self.queue)
-            self._kept_back = None
             self._narrow = self.cautious and self.prefetch > 1
+            self._widen_after = False
             if self.ordered_by is None or alone:
                 await self._intake.consume(1 if self._narrow else self.prefetch)
             else:
@@ -102,12 +100,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
         while True:
-            intake = self._intake
-            if intake is None:
-                raise Closed(f"{self!r} was closed while it waited for messages.")
             if self._widening is not None:
                 await asyncio.wait({self._widening})
                 self._widening = None
+            intake = self._intake
+            if intake is None:
+                raise Closed(f"{self!r} was closed while it waited for messages.")
             await intake.arrival()
             if self._narrow and self._begins_to_widen(intake):
                 continue
@@ -123,6 +121,11 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         if self._delivery(intake, intake.buffer[0]).count >= SUSPECT:
             return False
         self._narrow = False
+        if self.ordered_by is not None:
+            # Another process may become the active one while nobody consumes here: this message is
+            # handled first, alone, and the rest is taken once it is done.
+            self._widen_after = True
+            return False
         self._widening = self._beside(self._consume_anew, intake)
         return True
 
@@ -133,13 +136,9 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             count = 1
         return Delivery(message, (intake, tag), count)
 
-    async def _consume_anew(self, intake: Intake) -> None:
+    async def _consume_anew(self, intake: Intake, acks: Sequence[int] = (), releases: Sequence[int] = ()) -> None:
         await intake.cancel()
-        if self.ordered_by is not None:
-            # While nobody consumes here, another process may become the active one: it must find the
-            # first message first. Besides, a broker that loses us returns in order what one consumer
-            # of the channel held, but not what two did.
-            intake.give_back()
+        intake.settle(acks, releases)
         await intake.consume(self.prefetch)
 
     async def _take_turn(self, intake: Intake, lock: OrderLock) -> None:
@@ -196,14 +195,17 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         intake = settlements[0].delivery.token[0]
         intake.check()  # it may have ended while the copies were confirmed
         release = Kind.RELEASE
-        back = [s.delivery.token[1] for s in settlements if s.verdict.kind is release]
-        done = [s.delivery.token[1] for s in settlements if s.verdict.kind is not release]
-        if self._kept_back is None:
-            intake.settle(done, back)
+        acks = [s.delivery.token[1] for s in settlements if s.verdict.kind is not release]
+        # While stopping, what goes back stays with us until the channel is closed; see `_stop`.
+        held = self._stopping.is_set()
+        releases = [s.delivery.token[1] for s in settlements if s.verdict.kind is release and not held]
+        if self._widen_after and not held:
+            self._widen_after = False
+            self._widening = self._beside(self._consume_anew, intake, acks, releases)
+            await asyncio.wait({self._widening})
+            intake.check()
         else:
-            self._kept_back.update(back)
-            intake.settle(done)
-            self._give_back_together(intake)
+            intake.settle(acks, releases)
         await intake.link.drain()
 
     async def _get_publisher(self) -> Publisher:
@@ -229,21 +231,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             await _ended(self._turning, 0)
         if self._widening is not None:
             await _ended(self._widening, STOP_TIMEOUT)
-        await intake.cancel()
-        if self.concurrency > 1:
-            intake.give_back()
-        else:
-            self._kept_back = set()
-            self._give_back_together(intake)
-
-    def _give_back_together(self, intake: Intake) -> None:
-        """Give back in one piece, once no handler is at work any more: so the queue keeps its order.
-
-        If it does not come to that, the broker returns everything when the channel is closed, in order too.
-        """
-        if self._kept_back is not None and intake.only(self._kept_back):
-            intake.give_back(self._kept_back)
-            self._kept_back.clear()
+        # What has arrived and what the loop gives back stays with us until the channel is closed: then
+        # it goes to the front of the queue, in order. Given back now it would go to its end.
+        if self.ordered_by is None:
+            await intake.cancel()
+        # Else another process would become the active one, and overtake what we still hold. The broker
+        # delivers on, up to the prefetch, and nobody takes it.
 
     async def _close(self) -> None:
         beside = [task for task in (self._turning, self._widening) if task is not None]
@@ -254,6 +247,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         self._publisher = None
         if intake is not None:
             intake.fail("it was closed by us")
+            if self.ordered_by is not None:
+                await intake.close()  # before the lock goes: the next must find what we held
         await asyncio.gather(*(end.close() for end in (link, outbox) if end is not None))
         for task in beside:
             await _ended(task, 0)

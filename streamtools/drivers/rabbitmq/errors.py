@@ -25,7 +25,13 @@ from streamtools.settings import RabbitMQSettings
 E = TypeVar("E", bound=BaseException)
 
 #: What the client library raises besides its own errors.
-CLIENT_ERRORS: Final = (AMQPError, ChannelInvalidStateError, OSError, RuntimeError, asyncio.InvalidStateError)
+CLIENT_ERRORS: Final[tuple[type[BaseException], ...]] = (
+    AMQPError,
+    ChannelInvalidStateError,
+    OSError,
+    RuntimeError,
+    asyncio.InvalidStateError,
+)
 #: "inequivalent arg 'durable' for queue 'q' in vhost '/': received 'false' but current is 'true'"
 _DIFFERENCE: Final = re.compile(
     r"inequivalent arg '(?P<name>[^']+)'.*: received (?P<asked>.*) but current is (?P<current>.*)$"

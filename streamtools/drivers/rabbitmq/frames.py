@@ -44,7 +44,6 @@ _SETTLE: Final = Struct(">BHIIQBB")
 _MANDATORY: Final = b"\x01"
 #: basic.nack's bits: multiple = 1, requeue = 2.
 _REQUEUE: Final = 2
-_REQUEUE_ALL: Final = 3
 
 
 class Unsendable(ValueError):
@@ -106,9 +105,9 @@ def ack_frame(channel: int, tag: int, *, multiple: bool) -> bytes:
     return _SETTLE.pack(METHOD, channel, 13, ACK, tag, multiple, END)
 
 
-def release_frame(channel: int, tag: int, *, multiple: bool) -> bytes:
-    """A whole basic.nack frame that gives this delivery back to its queue, or all up to it."""
-    return _SETTLE.pack(METHOD, channel, 13, NACK, tag, _REQUEUE_ALL if multiple else _REQUEUE, END)
+def release_frame(channel: int, tag: int) -> bytes:
+    """A whole basic.nack frame that gives one delivery back to its queue."""
+    return _SETTLE.pack(METHOD, channel, 13, NACK, tag, _REQUEUE, END)
 
 
 def returned_key(data: bytes, start: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
+from itertools import count
 
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelNotFoundEntity
@@ -12,7 +14,7 @@ from aiormq.exceptions import ChannelNotFoundEntity
 from streamtools.drivers.rabbitmq import frames
 from streamtools.drivers.rabbitmq.channel import HotChannel
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, lost
-from streamtools.drivers.rabbitmq.link import Link
+from streamtools.drivers.rabbitmq.link import CLOSE_TIMEOUT, Link
 from streamtools.drivers.rabbitmq.topology import missing
 from streamtools.errors import ConnectionLost, StreamToolsError
 
@@ -39,11 +41,9 @@ class Intake(HotChannel):
         self.buffer: deque[Raw] = deque()
         self._channel = channel
         self._consumer_tag: str | None = None
+        self._numbers = count(1)
         self._waiter: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._last = 0
-        #: The last tag that came to an earlier consumer of this channel.
-        self._boundary = 0
         #: Every tag below is settled; of those above, these are.
         self._low = 1
         self._settled: set[int] = set()
@@ -64,18 +64,18 @@ class Intake(HotChannel):
             QueueError: there is no such queue, or it is exclusive to another connection.
             ConnectionLost: the connection has ended.
         """
-        count = prefetch if prefetch <= PREFETCH_MAX else 0
-        self._boundary = self._last
+        limit = prefetch if prefetch <= PREFETCH_MAX else 0
         try:
-            await self.link.call(self._channel.basic_qos(prefetch_count=count))
-            answer = await self.link.call(self._channel.basic_consume(self.queue, _never))
+            await self.link.call(self._channel.basic_qos(prefetch_count=limit))
+            # Named by us, before the answer: the first delivery may be settled before that is seen.
+            self._consumer_tag = tag = f"streamtools-{next(self._numbers)}"
+            await self.link.call(self._channel.basic_consume(self.queue, _never, consumer_tag=tag))
         except ChannelNotFoundEntity as error:
             raise missing(self.queue, self.link.where) from error
         except StreamToolsError:
             raise
         except CLIENT_ERRORS as error:
             raise channel_error(error, self.link.where) from error
-        self._consumer_tag = answer.consumer_tag
 
     async def cancel(self) -> None:
         """Have the broker deliver no more; what is in hand stays so.
@@ -93,17 +93,22 @@ class Intake(HotChannel):
         except CLIENT_ERRORS as error:
             raise channel_error(error, self.link.where) from error
 
+    async def close(self) -> None:
+        """Close the channel, if the broker answers in time: what is not settled is then back in the queue."""
+        with suppress(*CLIENT_ERRORS, TimeoutError):  # else it goes back with the connection
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self.link.call(self._channel.close())
+
     # --- what arrives -------------------------------------------------------------------------------
 
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         self.buffer.append((tag, redelivered, properties, body))
-        self._last = tag
         if self._waiter is not None:
             self._wake()
 
     def fail(self, why: str) -> None:
         if self.error is None:
-            self.error = lost(self.link.where, why)
+            self.error: ConnectionLost | None = lost(self.link.where, why)
         self._wake()
 
     async def arrival(self) -> None:
@@ -140,10 +145,10 @@ class Intake(HotChannel):
 
         All that is contiguous from the first unsettled delivery goes as one ack; never past one that
         is unfinished. The rest goes singly: it must not count against the prefetch while an early
-        one takes its time.
+        one takes its time. What is given back goes to the queue's end (RabbitMQ does so to quorum queues
+        without a delivery limit); only a channel that is closed returns all to the front, in order.
         """
         done = sorted(tag for tag in set(acks) if not self.is_settled(tag))
-        # First the acks: what is given back as "all up to" must find them done.
         out = self._ack(done) if done else []
         if back := sorted(tag for tag in set(releases) if not self.is_settled(tag)):
             out += self._release(back)
@@ -159,34 +164,14 @@ class Intake(HotChannel):
         return out + [frames.ack_frame(number, tag, multiple=False) for tag in tags if tag >= low]
 
     def _release(self, tags: list[int]) -> list[bytes]:
-        """Together where nothing unfinished is in between: a quorum queue keeps the order of such a return only.
-
-        Seen on RabbitMQ 3.10: returns that follow each other closely come back in another order.
-        """
         self._mark(tags)
-        low, number = self._low, self.number
-        together = [tag for tag in tags if tag < low]
-        # The broker returns what two consumers of the channel held in an order of its own.
-        parts = ([t for t in together if t <= self._boundary], [t for t in together if t > self._boundary])
-        out = [frames.release_frame(number, part[-1], multiple=True) for part in parts if part]
-        return out + [frames.release_frame(number, tag, multiple=False) for tag in tags if tag >= low]
+        return [frames.release_frame(self.number, tag) for tag in tags]
 
     def _mark(self, tags: Iterable[int]) -> None:
         self._settled.update(tags)
         while self._low in self._settled:
             self._settled.remove(self._low)
             self._low += 1
-
-    def only(self, tags: Iterable[int]) -> bool:
-        """Nothing is unsettled but these and what is in the buffer."""
-        mine = {*tags, *(raw[0] for raw in self.buffer)}
-        return all(tag in mine or tag in self._settled for tag in range(self._low, self._last + 1))
-
-    def give_back(self, tags: Iterable[int] = ()) -> None:
-        """Give these back, and what nobody has taken yet."""
-        if self.error is None:
-            self.settle((), [*tags, *(raw[0] for raw in self.buffer)])
-        self.buffer.clear()
 
 
 async def _never(message: object) -> None:

@@ -72,7 +72,7 @@ class Link:
         self._declaring_lock = asyncio.Lock()
         #: Tasks that end by themselves, referenced until then.
         self._kept: set[asyncio.Task[Any]] = set()
-        self.frame_max = FRAME_MAX
+        self.frame_max: int = FRAME_MAX
 
     async def connect(
         self, settings: RabbitMQSettings, host: str, port: int, context: ssl.SSLContext | None, name: str

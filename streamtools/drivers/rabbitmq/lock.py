@@ -30,7 +30,7 @@ class OrderLock:
         self._link = link
         name = PREFIX + queue
         fits = len(name.encode()) <= 255
-        self.name = name if fits else PREFIX + blake2b(queue.encode(), digest_size=16).hexdigest()
+        self.name: str = name if fits else PREFIX + blake2b(queue.encode(), digest_size=16).hexdigest()
 
     async def acquire(self) -> None:
         """Wait until no other connection holds it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.link import Link, open_link
@@ -33,8 +33,8 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
     """Sends to RabbitMQ: persistent, mandatory, confirmed. Options: `QueueOptions`."""
 
     features = FEATURES
-    settings_class = RabbitMQSettings
-    options_class = ProducerOptions
+    settings_class: ClassVar[type[RabbitMQSettings]] = RabbitMQSettings
+    options_class: ClassVar[type[ProducerOptions]] = ProducerOptions
     settings: RabbitMQSettings
     options: ProducerOptions
     _link: Link | None = None

@@ -43,7 +43,7 @@ class Limits:
     """
 
     def __init__(self) -> None:
-        self.body = BODY_MAX
+        self.body: int = BODY_MAX
 
     def learn(self, why: str) -> None:
         """Read a channel's end: a body over the limit ends it, and must not be sent again."""
@@ -57,8 +57,8 @@ class Batch:
     __slots__ = ("future", "left", "refused", "spans")
 
     def __init__(self, future: asyncio.Future[None]) -> None:
-        self.future = future
-        self.left = 0
+        self.future: asyncio.Future[None] = future
+        self.left: int = 0
         #: Message id -> why the broker, or AMQP, does not take it.
         self.refused: dict[str, str] = {}
         #: (first tag, messages) of what was written.
@@ -264,7 +264,7 @@ class Publisher(HotChannel):
         if self.error is not None:
             return
         self._limits.learn(why)
-        self.error = lost(self._link.where, why)
+        self.error: ConnectionLost | None = lost(self._link.where, why)
         for batch in dict.fromkeys(self._pending.values()):
             if not batch.future.done():
                 batch.future.set_exception(lost(self._link.where, why))

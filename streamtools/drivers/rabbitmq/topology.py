@@ -136,7 +136,7 @@ class Topology:
     def __init__(self, link: Link) -> None:
         self._link = link
         #: The broker's host and port, for errors.
-        self.where = link.where
+        self.where: str = link.where
 
     async def count(self, name: str) -> tuple[int, int]:
         """Messages that wait in a queue, and its consumers.

@@ -132,7 +132,7 @@ class TestFrames:
         nack = pamqp.frame.marshal(commands.Basic.Nack(delivery_tag=9, multiple=False, requeue=True), 3)
 
         assert frames.ack_frame(3, 9, multiple=True) == ack
-        assert frames.release_frame(3, 9, multiple=False) == nack
+        assert frames.release_frame(3, 9) == nack
 
     @pytest.mark.parametrize("size", [0, 1, 92, 93, 184, 185, 1000])
     def test_a_body_is_split_at_the_largest_frame(self, size: int) -> None:

@@ -53,18 +53,24 @@ async def test_settling_twice_is_harmless(producer: Any, consumer: Any) -> None:
     assert (await take(receiver, 1))[0].message.body == b"3"
 
 
-async def test_what_is_given_back_at_the_end_comes_again_in_order(producer: Any, consumer: Any, url: str) -> None:
+@pytest.mark.parametrize("ordered_by", [None, "queue"])
+async def test_what_is_given_back_at_the_end_comes_again_in_order(
+    producer: Any, consumer: Any, ordered_by: str | None
+) -> None:
     sender = await producer()
     await sender.send_many([str(n) for n in range(50)])
-    receiver = await consumer(prefetch=50)
+    receiver = await consumer(prefetch=20, ordered_by=ordered_by)
+    (first,) = await take(receiver, 1)
+    await first.ack()
     taken = await take(receiver, 3)
 
+    receiver.stop()
     await receiver._stop()
-    await receiver._settle([Settlement(d, RELEASE) for d in taken])
+    await receiver._settle([Settlement(d, RELEASE) for d in reversed(taken)])
     await receiver.close()
 
-    again = await take(await consumer(prefetch=100), 50)
-    assert [int(d.message.body) for d in again[-50:]] == list(range(50))
+    again = await take(await consumer(prefetch=100), 49)
+    assert [int(d.message.body) for d in again] == list(range(1, 50))
 
 
 async def test_cancelling_receive_loses_nothing(producer: Any, consumer: Any) -> None:
