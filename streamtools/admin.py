@@ -90,7 +90,7 @@ class QueueAdmin:
         return super().__new__(ADMINS[name])  # type: ignore[return-value]
 
     def __init__(self, *, url: str | ProtocolSettings | None = None, client_id: str | None = None) -> None:
-        self.settings = resolve(self.settings_class, url)
+        self.settings: ProtocolSettings = resolve(self.settings_class, url)
         self.client_id = client_id
 
     # --- for users ------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from streamtools.threads import Threads
 from streamtools.types import Middleware
 from streamtools.verdicts import RELEASE, Verdict
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 OrderedBy = Literal["queue", "key"]
 #: Deliveries in hand at most, when the consumer does not say.
@@ -118,9 +118,9 @@ class Consumer:
         **options: Any,
     ) -> None:
         self.queue = queue
-        self.concurrency = 1 if ordered_by == "queue" else concurrency
-        self.prefetch = prefetch if prefetch is not None else max(PREFETCH, 2 * self.concurrency)
-        self.retry = retry if retry is not None else Retry()
+        self.concurrency: int = 1 if ordered_by == "queue" else concurrency
+        self.prefetch: int = prefetch if prefetch is not None else max(PREFETCH, 2 * self.concurrency)
+        self.retry: Retry = retry if retry is not None else Retry()
         self.error_queue = error_queue
         self.max_deliveries = max_deliveries
         self.ack = ack
@@ -129,14 +129,14 @@ class Consumer:
         self.offset = offset
         self.declare: Declare = declare
         self.connect_timeout = connect_timeout
-        self.middleware = list(middleware)
+        self.middleware: list[Middleware] = list(middleware)
         self.client_id = client_id
         self.host = host
         self.port = port
         self._check()
-        self.settings = resolve(self.settings_class, url)
+        self.settings: ProtocolSettings = resolve(self.settings_class, url)
         self._ignored: set[str] = set()
-        self.options = self._read_options(options)
+        self.options: Options = self._read_options(options)
         self.resolvers: Mapping[type, Resolver] = RESOLVERS
         #: The decorated handler, once there is one.
         self.handler: BoundHandler | None = None
@@ -487,9 +487,9 @@ class BoundHandler:
 
     def _describe(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.name = name_of(function)
+        self.name: str = name_of(function)
         self.__doc__ = function.__doc__
-        self.__name__ = getattr(function, "__name__", self.name)
+        self.__name__: str = getattr(function, "__name__", self.name)
         self.__qualname__ = self.name
         self.__module__ = function.__module__
         self.__wrapped__ = function

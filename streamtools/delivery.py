@@ -27,10 +27,10 @@ class Delivery:
     __slots__ = ("__weakref__", "count", "hand", "message", "settled", "token")
 
     def __init__(self, message: Message, token: Any = None, count: int = 0) -> None:
-        self.message = message
-        self.token = token
-        self.count = count
-        self.settled = False
+        self.message: Message = message
+        self.token: Any = token
+        self.count: int = count
+        self.settled: bool = False
         self.hand: SettleByHand | None = None
 
     async def ack(self) -> None:

@@ -21,7 +21,7 @@ from streamtools.policy import Retry, describe, error_copy, retry_copy
 from streamtools.types import Handler, Middleware
 from streamtools.verdicts import ACK, DROP, RELEASE, Kind, Verdict
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 
 def chain(handler: Handler, middleware: Sequence[Middleware]) -> Handler:

@@ -77,8 +77,8 @@ class SendError(StreamToolsError):
 
     def __init__(self, message: str, *, refused: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.refused = tuple(refused)
-        self.unknown = tuple(unknown)
+        self.refused: tuple[str, ...] = tuple(refused)
+        self.unknown: tuple[str, ...] = tuple(unknown)
 
 
 class ResponseError(SendError):
@@ -114,7 +114,7 @@ class DecodeError(StreamToolsError, ValueError):
 
     def __init__(self, message: str, *, errors: Sequence[Mapping[str, object]] = ()) -> None:
         super().__init__(message)
-        self.errors = tuple(errors)
+        self.errors: tuple[Mapping[str, object], ...] = tuple(errors)
 
 
 class Closed(StreamToolsError, RuntimeError):

@@ -36,8 +36,8 @@ class HandleMsgs:
         url: str | ProtocolSettings | None = None,
     ) -> None:
         self.queue_name = queue_name
-        self.queue_type = _known(CONSUMER_LOOPS, queue_type)
-        self.producer_type = _known(PRODUCERS, producer_type or queue_type)
+        self.queue_type: str = _known(CONSUMER_LOOPS, queue_type)
+        self.producer_type: str = _known(PRODUCERS, producer_type or queue_type)
         self._url = url
         if self.producer_type not in (self.queue_type, HTTP):
             raise ConfigurationError(

@@ -21,7 +21,7 @@ from streamtools.errors import ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
 from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds that a worker may run handlers that never wait, before others have their turn.
 SLICE: Final = 0.005
@@ -124,13 +124,13 @@ class Loop:
         self._plain = Lane(self._settle_all)
         self._moves = Lane(self._settle_moves)
         #: Deliveries received and not yet settled.
-        self.in_hand = 0
+        self.in_hand: int = 0
         #: Handlers at work.
-        self.running = 0
+        self.running: int = 0
         #: Deliveries settled so far.
-        self.settled = 0
+        self.settled: int = 0
         #: When a delivery was last settled, on the monotonic clock.
-        self.progress = time.monotonic()
+        self.progress: float = time.monotonic()
 
     async def run(self, stopping: asyncio.Event, grace: Callable[[], float]) -> None:
         """Until `stopping` is set and all in hand is settled, or the connection is lost.

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from streamtools.errors import ConfigurationError, near
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: Options of the built-in protocols' producers and consumers (constructor and decorator).
 QUEUE_OPTIONS: Final = frozenset(
@@ -29,7 +29,7 @@ SEND_OPTIONS: Final = frozenset({"method", "endpoint", "headers_tag", "header_ta
 class Options(BaseModel):
     """The base of a driver's options: frozen, and nothing beyond the declared names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741

@@ -21,7 +21,7 @@ from streamtools.policy import backoff
 from streamtools.registry import Registry
 from streamtools.settings import ProtocolSettings, default_url, resolve
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: Protocol name to producer class.
 PRODUCERS: Registry[Producer] = Registry(
@@ -107,11 +107,12 @@ class Producer:
         self.host = host
         self.port = port
         self.validate_queue(queue)
-        self.settings = resolve(self.settings_class, url)
+        self.settings: ProtocolSettings = resolve(self.settings_class, url)
         own = frozenset(inspect.signature(Producer.__init__).parameters)
-        self.options, foreign = read_options(
+        found, foreign = read_options(
             self.options_class, options, known=QUEUE_OPTIONS, own=own, owner=type(self).__name__
         )
+        self.options: Options = found
         self._ignored: set[str] = set()
         self._note_ignored(foreign)
         self._no_options = self.send_options_class()

@@ -79,7 +79,7 @@ class ConsumerFactory:
             CONSUMER_LOOPS[queue_type]  # raises, naming the near ones
         self.queue_type = queue_type
         self.url = url
-        self.options = {"port": port, "host": host, **options}
+        self.options: dict[str, Any] = {"port": port, "host": host, **options}
         #: One for each decorated handler, in the order of decoration.
         self.handlers: list[Route] = []
 

@@ -22,7 +22,7 @@ from streamtools.policy import backoff
 from streamtools.producer import Producer
 from streamtools.routing import ConsumerFactory
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: What runs before the first message or after the last one: a function, `async def` or `def`.
 Hook = Callable[[], Awaitable[Any] | Any]
@@ -38,10 +38,10 @@ class Supervisor:
 
     def __init__(self, handler: BoundHandler, *, restarts: int, window: float) -> None:
         self.handler = handler
-        self.consumer = handler.consumer
-        self.started = asyncio.Event()
-        self.restarts = 0
-        self.state = "starting"
+        self.consumer: Consumer = handler.consumer
+        self.started: asyncio.Event = asyncio.Event()
+        self.restarts: int = 0
+        self.state: str = "starting"
         self._budget = restarts
         self._window = window
         self._recent: deque[float] = deque()
@@ -153,8 +153,8 @@ class ConsumerRunner:
         self._add_long_form(consumers or (), handlers or ())
         self.port = port
         self.host = host
-        self.on_startup = list(on_startup)
-        self.on_shutdown = list(on_shutdown)
+        self.on_startup: list[Hook] = list(on_startup)
+        self.on_shutdown: list[Hook] = list(on_shutdown)
         self.shutdown_timeout = shutdown_timeout
         self._restarts = restarts
         self._window = restart_window

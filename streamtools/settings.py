@@ -27,7 +27,9 @@ class ProtocolSettings(BaseSettings):
         ConfigurationError: from `from_url`, when the URL does not fit; the text never holds a password.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", populate_by_name=True, hide_input_in_errors=True)
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, hide_input_in_errors=True
+    )
 
     #: The protocol's name in the registries.
     protocol: ClassVar[str] = ""
@@ -112,7 +114,7 @@ class RabbitMQSettings(ProtocolSettings):
         management_url: the management plugin's address, for listing queues; http://host:15672 when unset.
     """
 
-    model_config = SettingsConfigDict(env_prefix="RMQ_")
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="RMQ_")
     protocol: ClassVar[str] = "rabbitmq"
     schemes: ClassVar[tuple[str, ...]] = ("amqp", "amqps")
 
@@ -170,7 +172,7 @@ class SQLiteSettings(ProtocolSettings):
         busy_timeout: seconds to wait for another process's write.
     """
 
-    model_config = SettingsConfigDict(env_prefix="SQLITE_")
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="SQLITE_")
     protocol: ClassVar[str] = "sqlite"
     schemes: ClassVar[tuple[str, ...]] = ("sqlite",)
 
@@ -209,7 +211,7 @@ class HTTPSettings(ProtocolSettings):
         max_body: the largest request body that a consumer takes, in bytes.
     """
 
-    model_config = SettingsConfigDict(env_prefix="HTTP_")
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="HTTP_")
     protocol: ClassVar[str] = "http"
     schemes: ClassVar[tuple[str, ...]] = ("http", "https")
 
@@ -261,7 +263,7 @@ class AsyncIOSettings(ProtocolSettings):
         maxsize: messages that a queue holds before `send` waits.
     """
 
-    model_config = SettingsConfigDict(env_prefix="ASYNCIO_")
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="ASYNCIO_")
     protocol: ClassVar[str] = "asyncio"
     schemes: ClassVar[tuple[str, ...]] = ("asyncio",)
 

@@ -13,7 +13,7 @@ from streamtools.cli.messages import receive, send
 from streamtools.cli.queues import queues
 from streamtools.cli.run import run
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Messages that `list` and `show` look at, when they are not told how many.
 LOOK: Final = 10_000
 
-errors = typer.Typer(
+errors: typer.Typer = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Look at messages that failed, put them back to work, or forget them.",

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from streamtools.admin import QueueAdmin, QueueInfo
 
 T = TypeVar("T")
-queues = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at queues, make and remove them.")
+queues: typer.Typer = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at queues, make and remove them."
+)
 
 Name = Annotated[str, typer.Argument(metavar="QUEUE", help="The queue's name.")]
 Names = Annotated[list[str], typer.Argument(metavar="QUEUE...", help="Queue names.")]

@@ -17,7 +17,7 @@ from streamtools.cli.output import FAILED, USAGE
 from streamtools.errors import StreamToolsError
 from streamtools.policy import backoff
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: How often one worker is started again within WINDOW seconds.
 RESTARTS: Final = 5

@@ -39,7 +39,7 @@ class Queue:
         self.maxsize = maxsize
         self.ready: deque[Message] = deque()
         self.later: list[tuple[float, int, Message]] = []
-        self.in_hand = 0
+        self.in_hand: int = 0
         self._order = count()
         self._timer: asyncio.TimerHandle | None = None
         self._getters: deque[asyncio.Future[None]] = deque()
@@ -202,7 +202,7 @@ class AsyncIOProducer(Producer, protocol="asyncio"):
     """Sends within this process; waits while the queue is full."""
 
     features = FEATURES
-    settings_class = AsyncIOSettings
+    settings_class: ClassVar[type[AsyncIOSettings]] = AsyncIOSettings
     settings: AsyncIOSettings
     _broker: Broker
 
@@ -224,9 +224,9 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
     """Receives within this process; what it holds unsettled when it closes goes back to the front."""
 
     features = FEATURES
-    settings_class = AsyncIOSettings
+    settings_class: ClassVar[type[AsyncIOSettings]] = AsyncIOSettings
     settings: AsyncIOSettings
-    look = 0.0
+    look: ClassVar[float] = 0.0
     _broker: Broker
     _queue: Queue | None = None
 
@@ -287,7 +287,7 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
 class AsyncIOAdmin(QueueAdmin, protocol="asyncio"):
     """Looks at the queues of this process."""
 
-    settings_class = AsyncIOSettings
+    settings_class: ClassVar[type[AsyncIOSettings]] = AsyncIOSettings
     settings: AsyncIOSettings
 
     async def _open(self) -> None:

@@ -52,10 +52,10 @@ class Queues:
     """The demo's queue names: those of one run share a prefix and meet no other run's."""
 
     def __init__(self, prefix: str) -> None:
-        self.orders = f"{prefix}.orders"
-        self.payments = f"{prefix}.payments"
-        self.shipments = f"{prefix}.shipments"
-        self.error = f"{prefix}.error"
+        self.orders: str = f"{prefix}.orders"
+        self.payments: str = f"{prefix}.payments"
+        self.shipments: str = f"{prefix}.shipments"
+        self.error: str = f"{prefix}.error"
 
     def __iter__(self) -> Iterator[str]:
         return iter((self.orders, self.payments, self.shipments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 from urllib.parse import quote, unquote
 
 from streamtools.consumer import Consumer
@@ -36,8 +37,8 @@ class HTTPConsumer(Consumer, protocol="http"):
     """
 
     features = FEATURES
-    settings_class = HTTPSettings
-    options_class = ConsumerOptions
+    settings_class: ClassVar[type[HTTPSettings]] = HTTPSettings
+    options_class: ClassVar[type[ConsumerOptions]] = ConsumerOptions
     settings: HTTPSettings
     options: ConsumerOptions
     _server: SharedServer | None = None

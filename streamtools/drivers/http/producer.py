@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -121,9 +121,9 @@ class HTTPProducer(Producer, protocol="http"):
     """
 
     features = FEATURES
-    settings_class = HTTPSettings
-    options_class = ProducerOptions
-    send_options_class = SendOptions
+    settings_class: ClassVar[type[HTTPSettings]] = HTTPSettings
+    options_class: ClassVar[type[ProducerOptions]] = ProducerOptions
+    send_options_class: ClassVar[type[SendOptions]] = SendOptions
     settings: HTTPSettings
     options: ProducerOptions
     _session: aiohttp.ClientSession | None = None

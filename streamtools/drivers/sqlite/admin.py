@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from streamtools.admin import QueueAdmin, QueueInfo, Reader
 from streamtools.drivers.sqlite.consumer import SQLiteReader
@@ -24,7 +24,7 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
     Messages whose `ttl` has passed count as waiting until a consumer meets and drops them.
     """
 
-    settings_class = SQLiteSettings
+    settings_class: ClassVar[type[SQLiteSettings]] = SQLiteSettings
     settings: SQLiteSettings
     _session: Session | None = None
 

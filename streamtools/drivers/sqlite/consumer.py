@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
@@ -74,7 +74,7 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
     """
 
     features = FEATURES
-    settings_class = SQLiteSettings
+    settings_class: ClassVar[type[SQLiteSettings]] = SQLiteSettings
     settings: SQLiteSettings
     _session: Session | None = None
     _holder: Holder

@@ -21,7 +21,7 @@ from streamtools.drivers.sqlite.worker import Worker
 from streamtools.errors import Closed, ConnectionLost
 from streamtools.settings import SQLiteSettings
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds that closing waits for another process's lock before it leaves things to the lease.
 CLOSE_PATIENCE: Final = 2.0
@@ -187,8 +187,8 @@ class Session:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._pending: set[Job | Waiter] = set()
-        self.path = database.path
-        self.closed = False
+        self.path: str = database.path
+        self.closed: bool = False
 
     @classmethod
     async def open(cls, settings: SQLiteSettings, *, use: str = "") -> Session:

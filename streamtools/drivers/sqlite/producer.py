@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import ClassVar, Final
 
 from streamtools.checks import Declare
 from streamtools.drivers.sqlite.database import Session
@@ -32,7 +32,7 @@ class SQLiteProducer(Producer, protocol="sqlite"):
     """
 
     features = FEATURES
-    settings_class = SQLiteSettings
+    settings_class: ClassVar[type[SQLiteSettings]] = SQLiteSettings
     settings: SQLiteSettings
     _session: Session | None = None
 

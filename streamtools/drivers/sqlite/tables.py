@@ -9,7 +9,7 @@ row of aggregates.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from pydantic_core import from_json, to_json
@@ -73,7 +73,7 @@ class Tables:
     """The statements, on one connection; used by its thread alone."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self.run = connection.execute
+        self.run: Callable[..., sqlite3.Cursor] = connection.execute
         self._generation = 0
         self._lanes: dict[str, list[int]] = {}
 

@@ -32,7 +32,7 @@ from streamtools.drivers.sqlite.tables import CLAIM_BYTES, Tables
 from streamtools.errors import ConnectError, ConnectionLost
 from streamtools.settings import SQLiteSettings
 
-log = logging.getLogger("streamtools")
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds between looks for what other processes wrote.
 POLL: Final = 0.025
@@ -82,7 +82,7 @@ class Worker:
         self._jobs: list[Job] = []  # of this turn
         self._holders: set[Holder] = set()
         #: The thread has ended, or is about to: what is asked now may get no answer.
-        self.gone = False
+        self.gone: bool = False
         self._broken: ConnectError | None = None
         self._stopped = False
         self._stirred = False
@@ -93,7 +93,7 @@ class Worker:
         self._log_changed = 0.0
         self._asked_at = 0.0
         # A daemon: a process that forgets to close must still be able to end.
-        self.thread = threading.Thread(target=self._main, name="streamtools-sqlite", daemon=True)
+        self.thread: threading.Thread = threading.Thread(target=self._main, name="streamtools-sqlite", daemon=True)
 
     # --- for the event loop ---------------------------------------------------------------------
 
