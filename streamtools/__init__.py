@@ -1,5 +1,7 @@
 """An asyncio-native toolkit of producers and consumers: one service, any message broker."""
 
+from typing import TYPE_CHECKING, Any
+
 from streamtools.admin import ADMINS, QueueAdmin, QueueInfo
 from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
 from streamtools.delivery import Delivery
@@ -28,9 +30,11 @@ from streamtools.producer import PRODUCERS, Producer, Receipt
 from streamtools.registry import ASYNCIO, HTTP, KAFKA, RABBITMQ, SQLITE
 from streamtools.routing import ConsumerFactory
 from streamtools.runner import ConsumerRunner
-from streamtools.settings import AsyncIOSettings, HTTPSettings, RabbitMQSettings, SQLiteSettings
 from streamtools.types import Handler, Middleware
 from streamtools.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from streamtools.settings import AsyncIOSettings, HTTPSettings, RabbitMQSettings, SQLiteSettings
 
 __all__ = [
     "ADMINS",
@@ -79,3 +83,14 @@ __all__ = [
     "UnknownProtocol",
     "Verdict",
 ]
+
+#: Loaded when first used: pydantic-settings is a third of the import time.
+_SETTINGS = frozenset({"AsyncIOSettings", "HTTPSettings", "RabbitMQSettings", "SQLiteSettings"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SETTINGS:
+        from streamtools import settings  # noqa: PLC0415
+
+        return getattr(settings, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
 
 from streamtools.checks import check_name
 from streamtools.delivery import Delivery, Settlement
 from streamtools.message import Message
 from streamtools.policy import redrive_copy
 from streamtools.registry import Registry
-from streamtools.settings import ProtocolSettings, default_url, resolve
 from streamtools.verdicts import ACK
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
 
 #: Messages taken at once by `peek` and `move`.
 BATCH: Final = 100
@@ -75,7 +77,7 @@ class QueueAdmin:
     """
 
     protocol: ClassVar[str] = ""
-    settings_class: ClassVar[type[ProtocolSettings]] = ProtocolSettings
+    settings_class: ClassVar[type[ProtocolSettings]]
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -86,11 +88,10 @@ class QueueAdmin:
     def __new__(cls, *, url: str | ProtocolSettings | None = None, client_id: str | None = None) -> Self:
         if cls is not QueueAdmin:
             return super().__new__(cls)
-        name = url.protocol if isinstance(url, ProtocolSettings) else ADMINS.protocol(url or default_url())
-        return super().__new__(ADMINS[name])  # type: ignore[return-value]
+        return super().__new__(ADMINS.of_url(url))  # type: ignore[return-value]
 
     def __init__(self, *, url: str | ProtocolSettings | None = None, client_id: str | None = None) -> None:
-        self.settings: ProtocolSettings = resolve(self.settings_class, url)
+        self.settings: ProtocolSettings = self.settings_class.resolve(url)
         self.client_id = client_id
 
     # --- for users ------------------------------------------------------------------------------

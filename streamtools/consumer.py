@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 from streamtools.binding import RESOLVERS, Resolver, compile_handler, name_of
 from streamtools.checks import Declare, check_name
@@ -20,10 +20,12 @@ from streamtools.loop import Ack, Loop
 from streamtools.options import QUEUE_OPTIONS, Options, read_options
 from streamtools.policy import Retry, backoff
 from streamtools.registry import Registry
-from streamtools.settings import ProtocolSettings, default_url, resolve
 from streamtools.threads import Threads
 from streamtools.types import Middleware
 from streamtools.verdicts import RELEASE, Verdict
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -78,7 +80,7 @@ class Consumer:
 
     protocol: ClassVar[str] = ""
     features: ClassVar[Features] = Features()
-    settings_class: ClassVar[type[ProtocolSettings]] = ProtocolSettings
+    settings_class: ClassVar[type[ProtocolSettings]]
     options_class: ClassVar[type[Options]] = Options
     #: Seconds in which `_receive` has surely found what is there.
     look: ClassVar[float] = 0.25
@@ -92,8 +94,7 @@ class Consumer:
     def __new__(cls, queue: str = "", *, url: str | ProtocolSettings | None = None, **options: Any) -> Self:
         if cls is not Consumer:
             return super().__new__(cls)
-        name = url.protocol if isinstance(url, ProtocolSettings) else CONSUMER_LOOPS.protocol(url or default_url())
-        return super().__new__(CONSUMER_LOOPS[name])  # type: ignore[return-value]
+        return super().__new__(CONSUMER_LOOPS.of_url(url))  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -134,7 +135,7 @@ class Consumer:
         self.host = host
         self.port = port
         self._check()
-        self.settings: ProtocolSettings = resolve(self.settings_class, url)
+        self.settings: ProtocolSettings = self.settings_class.resolve(url)
         self._ignored: set[str] = set()
         self.options: Options = self._read_options(options)
         self.resolvers: Mapping[type, Resolver] = RESOLVERS

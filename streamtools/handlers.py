@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
 from streamtools.errors import ConfigurationError, near
 from streamtools.producer import PRODUCERS, Producer
 from streamtools.registry import ALIASES, HTTP
-from streamtools.settings import ProtocolSettings
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
 
 
 class HandleMsgs:
@@ -146,6 +148,6 @@ def _known(registry: Any, name: str) -> str:
 
 
 def _belongs(url: str | ProtocolSettings | None, kind: Any) -> bool:
-    if isinstance(url, ProtocolSettings):
+    if url is not None and not isinstance(url, str):
         return isinstance(url, kind.settings_class)
     return url is not None and url.partition(":")[0].lower() in kind.settings_class.schemes

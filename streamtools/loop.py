@@ -220,7 +220,8 @@ class Loop:
         if self._ack == "on_receive":
             await self._source._settle([Settlement(d, ACK) for d in batch])
         for position, delivery in enumerate(batch):
-            alone = delivery.count >= SUSPECT and self._concurrency > 1
+            # By hand a handler may hold deliveries for as long as it likes: waiting for them could last for ever.
+            alone = delivery.count >= SUSPECT and self._ack != "manual"
             if alone and not await self._idle(len(batch) - position, stopping):
                 self._give_back(batch[position:])
                 return

@@ -76,7 +76,8 @@ class Message:
     reply_to: str | None = None
     intent: str | None = None
     key: str | None = None
-    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
+    # Not in the repr: a webhook's authorization stands there.
+    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS, repr=False)
     attempt: int = 1
     deliver_at: float | None = None
     expires_at: float | None = None

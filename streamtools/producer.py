@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from streamtools import codec
 from streamtools.checks import Declare, check_headers, check_name, check_seconds
@@ -19,7 +19,9 @@ from streamtools.message import NO_HEADERS, Message, ids
 from streamtools.options import QUEUE_OPTIONS, SEND_OPTIONS, Options, read_options
 from streamtools.policy import backoff
 from streamtools.registry import Registry
-from streamtools.settings import ProtocolSettings, default_url, resolve
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -72,7 +74,7 @@ class Producer:
 
     protocol: ClassVar[str] = ""
     features: ClassVar[Features] = Features()
-    settings_class: ClassVar[type[ProtocolSettings]] = ProtocolSettings
+    settings_class: ClassVar[type[ProtocolSettings]]
     options_class: ClassVar[type[Options]] = Options
     send_options_class: ClassVar[type[Options]] = Options
 
@@ -85,8 +87,7 @@ class Producer:
     def __new__(cls, queue: str = "", *, url: str | ProtocolSettings | None = None, **options: Any) -> Self:
         if cls is not Producer:
             return super().__new__(cls)
-        name = url.protocol if isinstance(url, ProtocolSettings) else PRODUCERS.protocol(url or default_url())
-        return super().__new__(PRODUCERS[name])  # type: ignore[return-value]
+        return super().__new__(PRODUCERS.of_url(url))  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class Producer:
         self.host = host
         self.port = port
         self.validate_queue(queue)
-        self.settings: ProtocolSettings = resolve(self.settings_class, url)
+        self.settings: ProtocolSettings = self.settings_class.resolve(url)
         own = frozenset(inspect.signature(Producer.__init__).parameters)
         found, foreign = read_options(
             self.options_class, options, known=QUEUE_OPTIONS, own=own, owner=type(self).__name__
@@ -288,7 +289,7 @@ class Producer:
             **fields,  # type: ignore[arg-type]
         )
 
-    async def _deliver(self, batch: Sequence[Message], options: Options) -> list[Receipt]:
+    async def _deliver(self, batch: Sequence[Message], options: Any) -> list[Receipt]:
         """Send through reconnects until the deadline; what is not confirmed then is named."""
         deadline = time.monotonic() + self.send_timeout
         attempt = 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamtools.binding import name_of
 from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
 from streamtools.errors import ConfigurationError
-from streamtools.settings import ProtocolSettings
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
 
 
 class Route(BoundHandler):

@@ -30,6 +30,8 @@ Hook = Callable[[], Awaitable[Any] | Any]
 Source = ConsumerFactory | HandlerFactory | Consumer | BoundHandler | Producer
 #: Seconds that closing connections may take beyond the shutdown deadline.
 CLOSING: Final = 5.0
+#: Seconds within which a repeated signal is the same one.
+SAME_SIGNAL: Final = 0.2
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -161,6 +163,7 @@ class ConsumerRunner:
         self._health = None if health_port is None else HealthServer(health_host, health_port, self.health)
         self._supervisors: list[Supervisor] = []
         self._stop = asyncio.Event()
+        self._signalled: float | None = None
         self._task: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
 
@@ -188,6 +191,7 @@ class ConsumerRunner:
         if not self._handlers:
             raise ConfigurationError("There is no handler to run: decorate one with @consumers.route('queue').")
         self._stop.clear()
+        self._signalled = None
         async with AsyncExitStack() as stack:
             if signals and threading.current_thread() is threading.main_thread():
                 restore = self._catch_signals()
@@ -264,7 +268,7 @@ class ConsumerRunner:
     async def _announce(self) -> None:
         for supervisor in self._supervisors:
             await supervisor.started.wait()
-        log.info("Running %d handlers.", len(self._supervisors))
+        log.info("Running: %s.", ", ".join(s.consumer.queue for s in self._supervisors))
         self._ready.set()
 
     async def _drain(self, loops: Sequence[asyncio.Task[None]]) -> None:
@@ -292,10 +296,14 @@ class ConsumerRunner:
         return restore
 
     def _on_signal(self, number: int) -> None:
-        if self._stop.is_set():
+        now = time.monotonic()
+        if self._signalled is not None and now - self._signalled < SAME_SIGNAL:
+            return  # one wish to stop, told twice: timeout(1) signals the process and then its group
+        if self._signalled is not None:
             log.warning("A second signal: ending at once.")
             os._exit(128 + number)
         log.info("%s: finishing what is in hand.", signal.Signals(number).name)
+        self._signalled = now
         self._stop.set()
 
     # --- sources --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Addresses: from a URL, from the environment, or from defaults. The only reader of the environment.
+"""Settings: addresses from a URL, from the environment, or from defaults.
 
 Which address holds: `url=`, then `STREAMTOOLS_URL` if its scheme belongs to the protocol, then the
 protocol's own variables (`RMQ_HOST`, `HTTP_HOST`, ...), then the defaults.
@@ -7,17 +7,14 @@ protocol's own variables (`RMQ_HOST`, `HTTP_HOST`, ...), then the defaults.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from streamtools.address import URL_VARIABLE
 from streamtools.errors import ConfigurationError, near
-
-URL_VARIABLE: Final = "STREAMTOOLS_URL"
-#: The embedded default: a file in the working directory.
-DEFAULT_URL: Final = "sqlite:///streamtools.db"
 
 
 class ProtocolSettings(BaseSettings):
@@ -70,6 +67,21 @@ class ProtocolSettings(BaseSettings):
             return cls()
         except ValidationError as error:
             raise _explain(cls, error) from None
+
+    @classmethod
+    def resolve(cls, url: str | ProtocolSettings | None) -> Self:
+        """The settings that hold: those given, else from the environment, else the defaults.
+
+        Raises:
+            ConfigurationError: the URL or the settings object is another protocol's, or cannot be used.
+        """
+        if url is None:
+            return cls.from_environment()
+        if isinstance(url, str):
+            return cls.from_url(url)
+        if isinstance(url, cls):
+            return url
+        raise ConfigurationError(f"{cls.protocol!r} takes a URL or {cls.__name__}(...), not {type(url).__name__}.")
 
     @classmethod
     def _from_parts(cls, parts: Any) -> dict[str, Any]:
@@ -277,31 +289,6 @@ class AsyncIOSettings(ProtocolSettings):
     @property
     def safe_url(self) -> str:
         return f"asyncio://{quote(self.name)}"
-
-
-S = TypeVar("S", bound=ProtocolSettings)
-
-
-def resolve(settings: type[S], url: str | ProtocolSettings | None) -> S:
-    """The settings that hold: those given, else from the environment, else the defaults.
-
-    Raises:
-        ConfigurationError: the URL or the settings object is another protocol's, or cannot be used.
-    """
-    if url is None:
-        return settings.from_environment()
-    if isinstance(url, str):
-        return settings.from_url(url)
-    if isinstance(url, settings):
-        return url
-    raise ConfigurationError(
-        f"{settings.protocol!r} takes a URL or {settings.__name__}(...), not {type(url).__name__}."
-    )
-
-
-def default_url() -> str:
-    """`STREAMTOOLS_URL`, or the embedded default."""
-    return os.environ.get(URL_VARIABLE) or DEFAULT_URL
 
 
 def _address(text: str, default: int) -> tuple[str, int]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import typer
 
+from streamtools.address import URL_VARIABLE
 from streamtools.cli import output
 from streamtools.cli.session import Json, Url, address, drive, safe_address, source
-from streamtools.settings import URL_VARIABLE
 
 if TYPE_CHECKING:
     from streamtools.features import Features

@@ -12,9 +12,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from streamtools.address import URL_VARIABLE, default_url
 from streamtools.cli.output import FAILED, USAGE, fail
 from streamtools.errors import ConfigurationError, QueueError, StreamToolsError
-from streamtools.settings import URL_VARIABLE, ProtocolSettings, default_url
+from streamtools.settings import ProtocolSettings
 
 T = TypeVar("T")
 

@@ -234,9 +234,12 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
         self._broker = Broker.of(self.settings)
         self._broker.declare(self.queue, self.declare)
         self._broker.declare(self.error_queue.replace("{queue}", self.queue), self.declare)
-        self._queue = self._broker.topic(self.queue).join(self.group, latest=self.offset == "latest")
+        self._queue = self._join()
         self._numbers = count()
         self._held: dict[int, Message] = {}  # in the order taken
+
+    def _join(self) -> Queue | None:
+        return self._broker.topic(self.queue).join(self.group, latest=self.offset == "latest")
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
         while (queue := self._queue) is not None:
@@ -284,6 +287,18 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
             queue.interrupt()
 
 
+class AsyncIOReader(AsyncIOConsumer):
+    """Reads a queue for an admin, without becoming a group of its own."""
+
+    async def _open(self) -> None:
+        await super()._open()
+        groups = self._broker.topic(self.queue).groups.values()
+        self._queue = max(groups, key=lambda group: len(group.ready))
+
+    def _join(self) -> Queue | None:
+        return None
+
+
 class AsyncIOAdmin(QueueAdmin, protocol="asyncio"):
     """Looks at the queues of this process."""
 
@@ -316,4 +331,4 @@ class AsyncIOAdmin(QueueAdmin, protocol="asyncio"):
         )
 
     def _reader(self, queue: str, prefetch: int) -> Reader:
-        return AsyncIOConsumer(queue, url=self.settings, prefetch=max(1, prefetch), declare=False)
+        return AsyncIOReader(queue, url=self.settings, prefetch=max(1, prefetch), declare=False)

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
+from streamtools.address import URL_VARIABLE
 from streamtools.cli import output
 from streamtools.cli.session import Json, Url, address, drive, plain_errors, source
-from streamtools.settings import URL_VARIABLE
 
 if TYPE_CHECKING:
     from rich.progress import Progress
