@@ -31,7 +31,7 @@ Source = ConsumerFactory | HandlerFactory | Consumer | BoundHandler | Producer
 #: Seconds that closing connections may take beyond the shutdown deadline.
 CLOSING: Final = 5.0
 #: Seconds within which a repeated signal is the same one.
-SAME_SIGNAL: Final = 0.2
+SAME_SIGNAL: Final = 0.05
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
