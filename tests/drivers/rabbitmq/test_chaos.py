@@ -27,7 +27,7 @@ class Traffic:
         self.confirmed: set[int] = set()
         self.handled: Counter[int] = Counter()
         self._consumer = Consumer("orders", url=url, concurrency=8, prefetch=200)
-        self._producer = Producer("orders", url=url, send_timeout=60)
+        self._producer = Producer("orders", url=url, send_timeout=300)
         self._tasks: list[asyncio.Task[Any]] = []
         self._done = asyncio.Event()
 

@@ -78,9 +78,7 @@ async def test_poison_ends_in_the_error_queue_and_no_innocent_does(
 
 async def _stop_when_done(admin: QueueAdmin, record: Path) -> None:
     while not (
-        record.exists()
-        and len(set(record.read_text().split())) == 100
-        and (await _ready(admin, "error")) >= 1
+        record.exists() and len(set(record.read_text().split())) == 100 and (await _ready(admin, "error")) >= 1
     ):
         await asyncio.sleep(0.1)
     (record.parent / "record.stop").touch()
