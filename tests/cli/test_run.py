@@ -24,14 +24,14 @@ consumers = ConsumerFactory(retry=Retry(retries=0))
 
 @consumers.route("orders")
 async def handle(msg):
-    print(f"begun {msg}", flush=True)
+    os.write(1, f"begun {msg}\\n".encode())
     if msg == "slow":
         while not os.path.exists("go"):
             await asyncio.sleep(0.01)
-    print(f"handled {msg}", flush=True)
+    os.write(1, f"handled {msg}\\n".encode())
 
 def up():
-    print(f"up {os.getpid()}", flush=True)
+    os.write(1, f"up {os.getpid()}\\n".encode())  # one write: two workers share the pipe
 
 runner = ConsumerRunner(consumers, on_startup=[up])
 nothing = 5
