@@ -1,40 +1,43 @@
-"""An asyncio-native toolkit of producers and consumers: one service, any message broker."""
+"""An asyncio-native toolkit of producers and consumers: one service, any message broker.
 
-from typing import TYPE_CHECKING, Any
+Importing it loads nothing: each public name is loaded with its module when it is first used.
+"""
 
-from streamtools.admin import ADMINS, QueueAdmin, QueueInfo
-from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
-from streamtools.delivery import Delivery
-from streamtools.errors import (
-    Closed,
-    ConfigurationError,
-    ConnectError,
-    ConnectionLost,
-    DecodeError,
-    Drop,
-    FeatureError,
-    HandlerError,
-    QueueError,
-    Reject,
-    ResponseError,
-    RetryLater,
-    SendError,
-    StreamToolsError,
-    UnknownProtocol,
-)
-from streamtools.features import Features
-from streamtools.handlers import HandleMsgs, HandlerFactory
-from streamtools.message import ErrorDetails, Message
-from streamtools.policy import Retry
-from streamtools.producer import PRODUCERS, Producer, Receipt
-from streamtools.registry import ASYNCIO, HTTP, KAFKA, RABBITMQ, SQLITE
-from streamtools.routing import ConsumerFactory
-from streamtools.runner import ConsumerRunner
-from streamtools.types import Handler, Middleware
-from streamtools.verdicts import Verdict
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from streamtools.admin import ADMINS, QueueAdmin, QueueInfo
+    from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
+    from streamtools.delivery import Delivery
+    from streamtools.errors import (
+        Closed,
+        ConfigurationError,
+        ConnectError,
+        ConnectionLost,
+        DecodeError,
+        Drop,
+        FeatureError,
+        HandlerError,
+        QueueError,
+        Reject,
+        ResponseError,
+        RetryLater,
+        SendError,
+        StreamToolsError,
+        UnknownProtocol,
+    )
+    from streamtools.features import Features
+    from streamtools.handlers import HandleMsgs, HandlerFactory
+    from streamtools.message import ErrorDetails, Message
+    from streamtools.policy import Retry
+    from streamtools.producer import PRODUCERS, Producer, Receipt
+    from streamtools.registry import ASYNCIO, HTTP, KAFKA, RABBITMQ, SQLITE
+    from streamtools.routing import ConsumerFactory
+    from streamtools.runner import ConsumerRunner
     from streamtools.settings import AsyncIOSettings, HTTPSettings, RabbitMQSettings, SQLiteSettings
+    from streamtools.types import Handler, Middleware
+    from streamtools.verdicts import Verdict
 
 __all__ = [
     "ADMINS",
@@ -84,13 +87,62 @@ __all__ = [
     "Verdict",
 ]
 
-#: Loaded when first used: pydantic-settings is a third of the import time.
-_SETTINGS = frozenset({"AsyncIOSettings", "HTTPSettings", "RabbitMQSettings", "SQLiteSettings"})
+#: The module of each public name.
+_HOMES: Final = {
+    "ADMINS": "admin",
+    "QueueAdmin": "admin",
+    "QueueInfo": "admin",
+    "BoundHandler": "consumer",
+    "CONSUMER_LOOPS": "consumer",
+    "Consumer": "consumer",
+    "Delivery": "delivery",
+    "Closed": "errors",
+    "ConfigurationError": "errors",
+    "ConnectError": "errors",
+    "ConnectionLost": "errors",
+    "DecodeError": "errors",
+    "Drop": "errors",
+    "FeatureError": "errors",
+    "HandlerError": "errors",
+    "QueueError": "errors",
+    "Reject": "errors",
+    "ResponseError": "errors",
+    "RetryLater": "errors",
+    "SendError": "errors",
+    "StreamToolsError": "errors",
+    "UnknownProtocol": "errors",
+    "Features": "features",
+    "HandleMsgs": "handlers",
+    "HandlerFactory": "handlers",
+    "ErrorDetails": "message",
+    "Message": "message",
+    "Retry": "policy",
+    "PRODUCERS": "producer",
+    "Producer": "producer",
+    "Receipt": "producer",
+    "ASYNCIO": "registry",
+    "HTTP": "registry",
+    "KAFKA": "registry",
+    "RABBITMQ": "registry",
+    "SQLITE": "registry",
+    "ConsumerFactory": "routing",
+    "ConsumerRunner": "runner",
+    "AsyncIOSettings": "settings",
+    "HTTPSettings": "settings",
+    "RabbitMQSettings": "settings",
+    "SQLiteSettings": "settings",
+    "Handler": "types",
+    "Middleware": "types",
+    "Verdict": "verdicts",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SETTINGS:
-        from streamtools import settings  # noqa: PLC0415
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
 
-        return getattr(settings, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
