@@ -217,6 +217,11 @@ class ConsumerRunner:
         if self._task is not None and self._task.done():
             self._task.result()
 
+    @property
+    def consumers(self) -> list[Consumer]:
+        """The consumers that it runs."""
+        return [handler.consumer for handler in self._handlers]
+
     def health(self) -> HealthReport:
         """How every loop is doing."""
         return HealthReport(loops=[supervisor.health() for supervisor in self._supervisors])

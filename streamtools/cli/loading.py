@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from streamtools.consumer import BoundHandler, Consumer
-from streamtools.errors import ConfigurationError, near
+from streamtools.errors import ConfigurationError, FeatureError, near
 from streamtools.handlers import HandlerFactory
 from streamtools.routing import ConsumerFactory
 from streamtools.runner import ConsumerRunner
@@ -37,6 +37,20 @@ def load(target: str) -> ConsumerRunner:
     if not path:
         raise ConfigurationError(f"{target!r} does not say what to run: write {name}:app. {_candidates(module)}")
     return _runner(_attribute(module, path), target)
+
+
+def check_shared(runner: ConsumerRunner) -> None:
+    """Refuse to run beside other processes what they cannot share.
+
+    Raises:
+        FeatureError: a consumer's protocol does not let several processes share a queue.
+    """
+    for consumer in runner.consumers:
+        if not consumer.features.processes:
+            raise FeatureError(
+                f"{consumer.protocol!r} consumers do not share {consumer.queue!r} among processes: leave --workers "
+                "away, or raise concurrency=; sqlite and rabbitmq share."
+            )
 
 
 def _suggest(name: str) -> str:

@@ -25,6 +25,7 @@ def run(
     reload: Annotated[bool, typer.Option("--reload", help="Start anew when a .py file here changes.")] = False,
     log_level: Annotated[LogLevel, typer.Option(help="What is logged, on stderr.")] = "info",
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+    shared: Annotated[bool, typer.Option("--shared", hidden=True)] = False,
 ) -> None:
     """Run a ConsumerRunner, ConsumerFactory, HandlerFactory, Consumer or decorated handler until SIGTERM or Ctrl-C.
 
@@ -40,15 +41,18 @@ def run(
         from streamtools.cli.workers import end_with_parent
 
         end_with_parent(parent)
-    _run_here(target)
+    _run_here(target, shared=shared)
 
 
-def _run_here(target: str) -> None:
-    from streamtools.cli.loading import load
+def _run_here(target: str, *, shared: bool) -> None:
+    from streamtools.cli.loading import check_shared, load
 
     try:
         with plain_errors():
-            load(target).run()
+            runner = load(target)
+            if shared:
+                check_shared(runner)
+            runner.run()
     except KeyboardInterrupt:
         raise typer.Exit(FAILED) from None  # while the service's module was still being imported
 
@@ -60,6 +64,7 @@ def _run_workers(target: str, number: int, log_level: str, *, reload: bool) -> i
     if sys.platform == "win32":
         fail("--workers and --reload need process groups and signals, which Windows lacks.", USAGE)
     command = [sys.executable, "-m", "streamtools", "run", target, "--log-level", log_level]
+    command += ["--shared"] if number > 1 else []
     watch = partial(changes, Path.cwd()) if reload else None
 
     async def supervise() -> int:

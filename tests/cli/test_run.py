@@ -166,6 +166,12 @@ class TestWorkers:
 
         assert running.end() == 1
 
+    def test_a_protocol_that_processes_cannot_share_is_refused(self, start: Start) -> None:
+        running = start("run", "shop.service:runner", "--workers", "2", "--url", "asyncio://")
+
+        assert running.wait() == 2
+        assert "leave --workers away" in running.output
+
     def test_a_service_that_dies_again_and_again_ends_the_command_with_1(self, start: Start, tmp_path: Path) -> None:
         (tmp_path / "shop" / "service.py").write_text(SERVICE + "\nos._exit(3)\n")
         running = start("run", "shop.service:runner", "--workers", "1", "--log-level", "warning", "--reload")
