@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Final
 
 from streamtools.consumer import Consumer
@@ -11,7 +12,7 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq import properties
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.intake import Intake, Raw
-from streamtools.drivers.rabbitmq.link import Link, open_link
+from streamtools.drivers.rabbitmq.link import CLOSE_TIMEOUT, Link, open_link
 from streamtools.drivers.rabbitmq.lock import OrderLock
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.drivers.rabbitmq.publisher import Limits, Publisher
@@ -246,12 +247,21 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         intake, self._intake = self._intake, None
         self._publisher = None
         if intake is not None:
+            await self._last_acknowledgements(intake)
             intake.fail("it was closed by us")
             if self.ordered_by is not None:
                 await intake.close()  # before the lock goes: the next must find what we held
         await asyncio.gather(*(end.close() for end in (link, outbox) if end is not None))
         for task in beside:
             await _ended(task, 0)
+
+    async def _last_acknowledgements(self, intake: Intake) -> None:
+        # The channel of a quorum queue has 32 acknowledgements under way at a time, and forgets the
+        # others when it is closed right behind them (seen on 3.10); a cancel waits for the queue.
+        if self.ordered_by is None:
+            with suppress(StreamToolsError, TimeoutError):  # what is lost with the connection comes again
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await intake.cancel()
 
     @classmethod
     def validate_queue(cls, queue: str) -> None:
