@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Any, get_type_hints
 
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
+from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 
 from streamtools import codec
 from streamtools.delivery import Delivery, current
@@ -96,9 +96,10 @@ def _plan(
 def _decoder(annotation: Any, name: str) -> codec.Decoder:
     try:
         return codec.decoder(annotation)
-    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation) as error:
+    except (PydanticUserError, PydanticUndefinedAnnotation) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
         raise ConfigurationError(
-            f"The handler {name} wants {annotation!r}, which pydantic cannot validate; annotate its first "
+            f"The handler {name} wants {annotation!r}, which pydantic cannot validate ({why}); annotate its first "
             "parameter with a pydantic model, a dataclass, a TypedDict, a builtin, bytes, Message, or nothing."
         ) from error
 

@@ -72,7 +72,7 @@ def decoder(annotation: Any) -> Decoder:
     payload by content type, anything else is validated straight from the bytes by pydantic.
 
     Raises:
-        pydantic.PydanticSchemaGenerationError: pydantic cannot validate this annotation.
+        pydantic.PydanticUserError: pydantic cannot validate this annotation.
     """
     if annotation is bytes:
         return lambda message: message.body

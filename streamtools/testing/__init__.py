@@ -1,0 +1,24 @@
+"""For tests: `Harness` runs a service's real handlers, `ConformanceSuite` proves a driver.
+
+`Harness` needs nothing but streamtools; `ConformanceSuite` needs the extra `testing`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from streamtools.testing.waiting import eventually
+
+if TYPE_CHECKING:
+    from streamtools.testing.conformance import ConformanceSuite
+
+__all__ = ["ConformanceSuite", "eventually"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ConformanceSuite":  # loaded when first asked for: it needs pytest
+        import pytest  # noqa: PLC0415
+
+        pytest.register_assert_rewrite("streamtools.testing.conformance")
+        from streamtools.testing.conformance import ConformanceSuite  # noqa: PLC0415
+
+        return ConformanceSuite
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

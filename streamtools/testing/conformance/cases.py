@@ -1,0 +1,78 @@
+"""What a class of cases stands on: its fixtures, and which cases a protocol's Features exclude."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import pytest
+import pytest_asyncio
+
+from streamtools.consumer import CONSUMER_LOOPS
+from streamtools.features import Features
+from streamtools.testing.conformance.stage import Stage
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
+
+Case = TypeVar("Case", bound=Callable[..., Any])
+
+
+def needs(*names: str) -> Callable[[Case], Case]:
+    """This case means nothing where one of these Features is False."""
+
+    def mark(case: Case) -> Case:
+        case.needs = names  # type: ignore[attr-defined]
+        return case
+
+    return mark
+
+
+def except_with(name: str, why: str) -> Callable[[Case], Case]:
+    """This case means nothing where this Feature is True."""
+
+    def mark(case: Case) -> Case:
+        case.excluded = (name, why)  # type: ignore[attr-defined]
+        return case
+
+    return mark
+
+
+class Cases:
+    """Fixtures for every case."""
+
+    #: The driver's name in the registries.
+    protocol: ClassVar[str] = ""
+    pytestmark: ClassVar[list[pytest.MarkDecorator]] = [pytest.mark.asyncio]
+
+    @property
+    def features(self) -> Features:
+        """What the protocol can do."""
+        return CONSUMER_LOOPS[self.protocol].features
+
+    @pytest.fixture
+    def url(self) -> str | ProtocolSettings:
+        """Where the broker is. Write this fixture in your class."""
+        raise TypeError(f"{type(self).__name__} does not say where its broker is: write a fixture named url.")
+
+    @pytest.fixture
+    def queue(self) -> str:
+        """A name that no other case uses."""
+        return f"orders-{secrets.token_hex(4)}"
+
+    @pytest_asyncio.fixture
+    async def stage(self, url: str | ProtocolSettings, queue: str) -> AsyncIterator[Stage]:
+        """What a case opens, sends and receives with."""
+        stage = Stage(self.protocol, url, queue)
+        yield stage
+        await stage.close()
+
+    @pytest.fixture(autouse=True)
+    def _skip_what_features_exclude(self, request: pytest.FixtureRequest) -> None:
+        for name in getattr(request.function, "needs", ()):
+            if not getattr(self.features, name):
+                pytest.skip(f"{self.protocol!r} says {name}=False")
+        name, why = getattr(request.function, "excluded", ("", ""))
+        if name and getattr(self.features, name):
+            pytest.skip(f"{self.protocol!r} says {name}=True: {why}")

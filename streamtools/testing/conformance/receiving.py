@@ -1,0 +1,243 @@
+"""Cases of receiving by hand: pulling, iterating, settling, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+
+import pytest
+
+from streamtools.delivery import Delivery
+from streamtools.errors import Closed, StreamToolsError
+from streamtools.testing.conformance.cases import Cases, except_with
+from streamtools.testing.conformance.stage import Inbox, Stage, gather
+from streamtools.testing.waiting import DEADLINE, eventually
+
+SETTLING = ("ack", "retry", "reject", "drop", "release")
+
+
+class ReceivingCases(Cases):
+    """What a consumer without a handler promises."""
+
+    async def test_what_is_sent_is_received_and_once_acknowledged_gone(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        await stage.send("hello")
+        [delivery] = await stage.take(consumer, 1)
+        assert (delivery.message.body, delivery.message.queue, delivery.count) == (b"hello", stage.queue, 0)
+        await delivery.ack()
+        await consumer.close()
+        await stage.nothing_waits()
+
+    async def test_what_was_sent_before_any_consumer_came_is_there(self, stage: Stage) -> None:
+        await stage.send_many(range(20))
+        inbox = Inbox()
+        async with stage.running(inbox):
+            assert await inbox.holds(20) == list(range(20))
+
+    async def test_queues_are_apart(self, stage: Stage) -> None:
+        other = await stage.producer(f"{stage.queue}-other")
+        mine, theirs = Inbox(), Inbox()
+        async with stage.running(mine), stage.running(theirs, other.queue):
+            await gather(stage.send_many(["a", "b"]), stage.send_many(["x", "y"], by=other))
+            await mine.holds(2)
+            await theirs.holds(2)
+        assert (mine.items, theirs.items) == (["a", "b"], ["x", "y"])
+
+    # --- waiting --------------------------------------------------------------------------------
+
+    async def test_timeout_0_returns_with_what_is_there(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        assert await consumer.receive(5, timeout=0) == []
+        await stage.send("there")
+        found: list[Delivery] = []
+
+        async def look() -> bool:
+            found.extend(await consumer.receive(5, timeout=0))
+            return bool(found)
+
+        await eventually(look)
+        assert [d.message.body for d in found] == [b"there"]
+        await found[0].ack()
+
+    async def test_a_timeout_ends_the_wait_and_not_before(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        start = time.monotonic()
+        assert await consumer.receive(timeout=0.1) == []
+        assert time.monotonic() - start >= 0.1
+
+    async def test_without_a_timeout_it_waits_until_a_message_comes(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        receiving = asyncio.create_task(consumer.receive(timeout=None))
+        await asyncio.sleep(0)
+        await stage.send("at last")
+        async with asyncio.timeout(DEADLINE):
+            [delivery] = await receiving
+        assert delivery.message.body == b"at last"
+        await delivery.ack()
+
+    async def test_no_more_than_asked_for_is_handed_over(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        await stage.send_many(range(9))
+        bodies: list[bytes] = []
+        while len(bodies) < 9:
+            batch = await consumer.receive(4, timeout=DEADLINE)
+            assert 1 <= len(batch) <= 4
+            bodies += [delivery.message.body for delivery in batch]
+            for delivery in batch:
+                await delivery.ack()
+        assert bodies == [str(n).encode() for n in range(9)]
+        with pytest.raises(ValueError, match="at least 1"):
+            await consumer.receive(0)
+
+    async def test_iterating_hands_over_one_after_the_other(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        await stage.send_many(range(10))
+        bodies = []
+        async with asyncio.timeout(DEADLINE):
+            async for delivery in consumer:
+                bodies.append(delivery.message.body)
+                await delivery.ack()
+                if len(bodies) == 10:
+                    break
+        assert bodies == [str(n).encode() for n in range(10)]
+
+    async def test_cancelling_receive_loses_nothing(self, stage: Stage) -> None:
+        consumer, number = await stage.consumer(), 60
+        sending = await stage.send_many(range(number))
+        bodies: set[bytes] = set()
+        cancelled = 0
+        async with asyncio.timeout(DEADLINE):
+            while len(bodies) < number:
+                receiving = asyncio.create_task(consumer.receive(3, timeout=DEADLINE))
+                if cancelled < 2 * number:
+                    cancelled += 1
+                    for _ in range(cancelled % 7):
+                        await asyncio.sleep(0)
+                    receiving.cancel()
+                for delivery in await _outcome(receiving):
+                    assert delivery.message.body not in bodies, "received twice"
+                    bodies.add(delivery.message.body)
+                    await delivery.ack()
+        await sending
+
+    # --- settling -------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("second", SETTLING)
+    @pytest.mark.parametrize("first", ["ack", "reject"])
+    async def test_a_second_verdict_is_ignored(self, stage: Stage, first: str, second: str) -> None:
+        consumer = await stage.consumer()
+        await stage.send("one")
+        [delivery] = await stage.take(consumer, 1)
+        await getattr(delivery, first)()
+        await gather(*(getattr(delivery, second)() for _ in range(2)))
+        await consumer.close()
+        await stage.nothing_waits()
+        if first == "reject" and self.features.error_queue:
+            assert len(await stage.errors(1)) == 1
+
+    async def test_what_is_released_comes_back_as_it_was(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        await stage.send("again", headers={"a": "b"})
+        [delivery] = await stage.take(consumer, 1)
+        await delivery.release()
+        [again] = await stage.take(consumer, 1)
+        assert (again.message.id, again.message.attempt) == (delivery.message.id, 1)
+        assert dict(again.message.headers) == {"a": "b"}
+        await again.ack()
+
+    async def test_what_is_retried_by_hand_comes_back_as_the_next_attempt(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        await stage.send("again", headers={"a": "b"})
+        [delivery] = await stage.take(consumer, 1)
+        await delivery.retry()
+        [again] = await stage.take(consumer, 1)
+        assert (again.message.id, again.message.attempt) == (delivery.message.id, 2)
+        assert (again.message.body, dict(again.message.headers)) == (b"again", {"a": "b"})
+        await again.ack()
+
+    async def test_what_is_rejected_by_hand_says_why(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        sent = await stage.send("bad")
+        [delivery] = await stage.take(consumer, 1)
+        await delivery.reject("not for us")
+        message = await stage.rejected(sent)
+        if message is not None:
+            assert message.error is not None
+            assert (message.error.reason, message.error.queue) == ("not for us", stage.queue)
+        await consumer.close()
+        await stage.nothing_waits()
+
+    async def test_what_is_not_settled_comes_back_when_its_consumer_has_gone(self, stage: Stage) -> None:
+        first = await stage.consumer()
+        await stage.send_many(["a", "b", "c"])
+        [taken] = await stage.take(first, 1)
+        await first.close()
+        second = await stage.consumer()
+        bodies = set()
+        while len(bodies) < 3:
+            [delivery] = await stage.take(second, 1)
+            bodies.add(delivery.message.body)
+            await delivery.ack()
+        assert taken.message.body == b"a" and bodies == {b"a", b"b", b"c"}
+
+    async def test_a_verdict_that_comes_after_the_close_loses_nothing(self, stage: Stage) -> None:
+        first = await stage.consumer()
+        await stage.send("kept")
+        [delivery] = await stage.take(first, 1)
+        await first.close()
+        with suppress(StreamToolsError):  # it may say so, or say nothing
+            await delivery.ack()
+        second = await stage.consumer()
+        [again] = await stage.take(second, 1)
+        assert again.message.id == delivery.message.id
+        await again.ack()
+
+    # --- closing --------------------------------------------------------------------------------
+
+    async def test_close_wakes_who_waits_and_may_be_repeated(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        receiving = asyncio.create_task(consumer.receive(timeout=None))
+        await eventually(lambda: consumer._pulling.locked())
+        await consumer.close()
+        await consumer.close()
+        with pytest.raises(Closed):
+            await gather(receiving)
+        with pytest.raises(Closed):
+            await consumer.receive(timeout=0)
+
+    async def test_it_goes_on_after_it_was_closed_and_opened_again(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        await consumer.close()
+        await consumer.open()
+        await consumer.open()
+        await stage.send("hello")
+        [delivery] = await stage.take(consumer, 1)
+        await delivery.ack()
+
+    @except_with("listens", "two consumers of one queue cannot listen on one port")
+    async def test_consumers_share_a_queue_and_none_is_given_twice(self, stage: Stage) -> None:
+        inboxes = [Inbox(), Inbox(), Inbox()]
+        one, two, three = inboxes
+        async with stage.running(one), stage.running(two), stage.running(three):
+            await stage.send_many(range(150))
+            await eventually(lambda: sum(len(inbox.items) for inbox in inboxes) >= 150)
+        assert sorted(item for inbox in inboxes for item in inbox.items) == list(range(150))
+
+    @except_with("listens", "two consumers of one queue cannot listen on one port")
+    async def test_prefetch_bounds_what_a_consumer_takes(self, stage: Stage) -> None:
+        greedy = await stage.consumer(prefetch=2)
+        await stage.send_many(range(10))
+        held = await stage.take(greedy, 2)
+        other = await stage.consumer()
+        rest = await stage.take(other, 8)
+        assert sorted(int(d.message.body) for d in held + rest) == list(range(10))
+        for delivery in held + rest:
+            await delivery.ack()
+
+
+async def _outcome(receiving: asyncio.Task[list[Delivery]]) -> list[Delivery]:
+    try:
+        return await receiving
+    except asyncio.CancelledError:
+        return []

@@ -1,0 +1,252 @@
+"""The stage: what a case opens, sends and receives with; all of it is closed at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from streamtools.admin import ADMINS, QueueAdmin
+from streamtools.consumer import CONSUMER_LOOPS, Consumer
+from streamtools.delivery import Delivery
+from streamtools.errors import SendError
+from streamtools.features import Features
+from streamtools.message import Message
+from streamtools.policy import Retry
+from streamtools.producer import PRODUCERS, Producer, Receipt
+from streamtools.testing.waiting import DEADLINE, eventually
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
+
+#: Retries that cost no time.
+QUICK: Final = Retry(retries=2, delay=0, jitter=0)
+#: Straight to the error queue.
+NEVER: Final = Retry(retries=0)
+#: Again and again.
+ALWAYS: Final = Retry(retries=None, delay=0, jitter=0)
+#: Each queue has an error queue of its own here, so that cases do not meet in one.
+ERRORS: Final = "{queue}.error"
+
+
+class Sent:
+    """A send: over before a case goes on where the broker holds the message, under way where it is a call."""
+
+    def __init__(self, task: asyncio.Task[list[Receipt]]) -> None:
+        self.task = task
+
+    def __await__(self) -> Generator[Any, None, list[Receipt]]:
+        """The receipts, once there are any."""
+        return self._receipts().__await__()
+
+    async def _receipts(self) -> list[Receipt]:
+        async with asyncio.timeout(DEADLINE):
+            return await asyncio.shield(self.task)
+
+
+class Stage:
+    """One queue of the case's own, and everything opened on it.
+
+    Parameters:
+        protocol: the driver's name in the registries.
+        url: where.
+        queue: a name that no other case uses.
+    """
+
+    def __init__(self, protocol: str, url: str | ProtocolSettings, queue: str) -> None:
+        self.protocol = protocol
+        self.url = url
+        self.queue = queue
+        self.features: Features = CONSUMER_LOOPS[protocol].features
+        self._stack = AsyncExitStack()
+        self._sends: list[asyncio.Task[list[Receipt]]] = []
+        self._sender: Producer | None = None
+
+    # --- making ---------------------------------------------------------------------------------
+
+    def new_producer(self, queue: str | None = None, **options: Any) -> Producer:
+        """A producer that is not open yet."""
+        producer = PRODUCERS[self.protocol](queue or self.queue, **{"url": self.url, **options})
+        self._stack.push_async_callback(producer.close)
+        return producer
+
+    def new_consumer(self, queue: str | None = None, **options: Any) -> Consumer:
+        """A consumer that is not open yet."""
+        defaults = {"url": self.url, "retry": QUICK, "error_queue": ERRORS}
+        consumer = CONSUMER_LOOPS[self.protocol](queue or self.queue, **{**defaults, **options})
+        self._stack.push_async_callback(consumer.close)
+        return consumer
+
+    async def producer(self, queue: str | None = None, **options: Any) -> Producer:
+        """An open producer."""
+        return await self.new_producer(queue, **options).open()
+
+    async def consumer(self, queue: str | None = None, **options: Any) -> Consumer:
+        """An open consumer, to receive by hand."""
+        return await self.new_consumer(queue, **options).open()
+
+    @asynccontextmanager
+    async def running(
+        self, handler: Callable[..., Any], queue: str | None = None, *, grace: float = DEADLINE, **options: Any
+    ) -> AsyncIterator[Consumer]:
+        """A consumer whose loop runs `handler`; it is stopped gracefully at the end."""
+        consumer = self.new_consumer(queue, **options)
+        task = await self.start(consumer, handler)
+        try:
+            yield consumer
+        finally:
+            consumer.stop(grace)
+            async with asyncio.timeout(2 * DEADLINE):
+                await task
+
+    async def start(self, consumer: Consumer, handler: Callable[..., Any]) -> asyncio.Task[None]:
+        """Run the consumer's loop; returns once it receives."""
+        started = asyncio.Event()
+        bound = consumer.handler or consumer()(handler)
+        task = asyncio.create_task(consumer.run(bound, on_started=started.set))
+        self._stack.push_async_callback(_end, task)
+        waiting = asyncio.create_task(started.wait())
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if task.done():
+            task.result()
+        return task
+
+    async def admin(self) -> QueueAdmin:
+        """An open admin."""
+        admin = await ADMINS[self.protocol](url=self.url).open()
+        self._stack.push_async_callback(admin.close)
+        return admin
+
+    # --- sending --------------------------------------------------------------------------------
+
+    async def send(self, payload: object, *, by: Producer | None = None, **options: Any) -> Sent:
+        """Send one message."""
+        producer = by or await self._default_producer()
+
+        async def send() -> list[Receipt]:
+            return [await producer.send(payload, **options)]
+
+        return await self._begin(send())
+
+    async def send_many(self, payloads: Iterable[object], *, by: Producer | None = None, **options: Any) -> Sent:
+        """Send many, one after the other."""
+        producer = by or await self._default_producer()
+        return await self._begin(producer.send_many(payloads, **options))
+
+    async def _default_producer(self) -> Producer:
+        if self._sender is None:
+            self._sender = await self.producer()
+        return self._sender
+
+    async def _begin(self, sending: Coroutine[Any, Any, list[Receipt]]) -> Sent:
+        task = asyncio.create_task(sending)
+        self._sends.append(task)
+        sent = Sent(task)
+        if not self.features.reply:
+            await sent
+        return sent
+
+    # --- looking --------------------------------------------------------------------------------
+
+    async def take(self, consumer: Consumer, number: int) -> list[Delivery]:
+        """Receive exactly so many by hand."""
+        taken: list[Delivery] = []
+        async with asyncio.timeout(DEADLINE):
+            while len(taken) < number:
+                taken += await consumer.receive(number - len(taken), timeout=DEADLINE)
+        return taken
+
+    async def errors(self, number: int, queue: str | None = None) -> list[Message]:
+        """Take exactly so many from the error queue."""
+        consumer = await self.consumer(queue or f"{self.queue}.error", error_queue="unused")
+        taken = await self.take(consumer, number)
+        for delivery in taken:
+            await delivery.ack()
+        await consumer.close()
+        return [delivery.message for delivery in taken]
+
+    async def rejected(self, sent: Sent) -> Message | None:
+        """Wait until the message of this send was rejected: as it stands in the error queue, where there is one.
+
+        Where a call is answered the sender is told, and keeps the message.
+        """
+        if self.features.error_queue:
+            return (await self.errors(1))[0]
+        try:
+            await sent
+        except SendError as error:
+            assert error.refused, "the error names the message that was refused"
+            return None
+        raise AssertionError("The handler rejected the message and its sender was not told.")
+
+    async def nothing_waits(self, queue: str | None = None) -> None:
+        """Make sure that no message can be received; close other consumers before."""
+        consumer = await self.consumer(queue, error_queue="unused")
+        found = await consumer.receive(10, timeout=0)
+        await consumer.close()
+        assert not found, f"{found} should have been settled"
+
+    # --- the end --------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Close all that was opened."""
+        for task in self._sends:
+            task.cancel()
+        await asyncio.gather(*self._sends, return_exceptions=True)
+        async with asyncio.timeout(2 * DEADLINE):
+            await self._stack.aclose()
+
+
+class Inbox:
+    """A handler that keeps what it is given."""
+
+    def __init__(self, answer: Callable[[Any], Any] | None = None) -> None:
+        self.items: list[Any] = []
+        self._answer = answer
+
+    async def __call__(self, msg: Any) -> Any:
+        self.items.append(msg)
+        return self._answer(msg) if self._answer is not None else None
+
+    async def holds(self, number: int) -> list[Any]:
+        """Wait for so many; what came."""
+        await eventually(lambda: len(self.items) >= number, f"{number} messages handled, there are {len(self.items)}")
+        return self.items
+
+
+class Envelopes(Inbox):
+    """A handler that keeps whole messages."""
+
+    async def __call__(self, msg: Message) -> Any:
+        return await super().__call__(msg)
+
+
+class Gate:
+    """A handler that waits until it is let through."""
+
+    def __init__(self) -> None:
+        self.entered: list[Any] = []
+        self.left: list[Any] = []
+        self.opened: asyncio.Event = asyncio.Event()
+
+    async def __call__(self, msg: Any) -> None:
+        self.entered.append(msg)
+        await self.opened.wait()
+        self.left.append(msg)
+
+    async def holds(self, number: int) -> None:
+        """Wait until so many have entered."""
+        await eventually(lambda: len(self.entered) >= number, f"{number} handlers at work")
+
+
+async def gather(*work: Awaitable[Any]) -> Sequence[Any]:
+    """All of it at once, with a deadline."""
+    async with asyncio.timeout(2 * DEADLINE):
+        return await asyncio.gather(*work)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})

@@ -1,0 +1,46 @@
+"""Waiting for what can only be looked at, with a deadline; never for a length of time."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+#: Seconds after which what should have happened has not; long, for busy machines.
+DEADLINE: Final = 30.0
+#: Seconds between two looks.
+LOOK: Final = 0.005
+
+
+async def eventually(
+    condition: Callable[[], object | Awaitable[object]], what: str = "", *, timeout: float = DEADLINE
+) -> None:
+    """Wait until `condition()` is true; the look in between costs 5 ms.
+
+    Parameters:
+        condition: a function, `def` or `async def`.
+        what: named in the error.
+        timeout: seconds.
+
+    Raises:
+        TimeoutError: it has not become true.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            while not await _holds(condition):
+                await asyncio.sleep(LOOK)
+    except TimeoutError:
+        raise TimeoutError(f"Not true after {timeout:g} s: {what or _source(condition)}") from None
+
+
+async def _holds(condition: Callable[[], object | Awaitable[object]]) -> bool:
+    answer = condition()
+    return bool(await answer if isinstance(answer, Awaitable) else answer)
+
+
+def _source(condition: Callable[..., object]) -> str:
+    try:
+        return inspect.getsource(condition).strip()
+    except OSError:
+        return repr(condition)
