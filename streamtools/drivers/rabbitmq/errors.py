@@ -141,9 +141,12 @@ def plain(error: BaseException) -> str:
 
 
 def _cause(error: BaseException, kind: type[E]) -> E | None:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, kind):
-            return seen
-        seen = seen.__cause__ or seen.__context__
+    found: BaseException | None = error
+    seen: set[int] = set()
+    # A client that raises one exception object again and again makes circles of causes (seen).
+    while found is not None and id(found) not in seen:
+        if isinstance(found, kind):
+            return found
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
     return None

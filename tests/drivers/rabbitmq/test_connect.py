@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
+from streamtools.drivers.rabbitmq.errors import connect_error
 from streamtools.errors import ConfigurationError, ConnectError
 from streamtools.settings import RabbitMQSettings
 from tests.brokers.address import RabbitMQAddress
@@ -169,3 +170,12 @@ async def test_a_connection_that_hangs_is_given_up_after_two_heartbeats(rabbitmq
             begin = time.monotonic()
             await consumer.close()
             assert time.monotonic() - begin < 5
+
+
+def test_a_circle_of_causes_is_walked_once() -> None:
+    first, second = OSError("first"), RuntimeError("second")
+    first.__context__, second.__context__ = second, first
+
+    error = connect_error(first, RabbitMQSettings(), "localhost:5672", "")
+
+    assert "localhost:5672" in str(error)
