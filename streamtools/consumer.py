@@ -7,10 +7,12 @@ import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 from streamtools.binding import RESOLVERS, Resolver, compile_handler, name_of
+from streamtools.cancelling import guard
 from streamtools.checks import Declare, check_name
 from streamtools.delivery import Delivery, Settlement
 from streamtools.dispatch import Dispatcher, chain
@@ -355,25 +357,28 @@ class Consumer:
     async def _run(self, dispatch: Dispatcher) -> None:
         finished: dict[tuple[str, int], Settlement] = {}
         attempt = 0
-        while not self._stopping.is_set():
-            self._loop = Loop(
-                self, dispatch, concurrency=self.concurrency, prefetch=self.prefetch,
-                by_key=self.ordered_by == "key", ack=self.ack, finished=finished,
-            )  # fmt: skip
-            watch = asyncio.create_task(self._watch(dispatch))
-            try:
-                await self._loop.run(self._stopping, self._grace)
-            except ConnectError as error:
-                if error.permanent:
-                    raise
-                await self._disconnect(error)
-            except Closed:
-                return  # close() was called from elsewhere
-            finally:
-                watch.cancel()
-            attempt = 0 if self._loop.settled else attempt + 1
-            if not self._stopping.is_set():
-                await self._reconnect(attempt)
+        with suppress(Closed):  # close() was called from elsewhere
+            while not self._stopping.is_set():
+                await self._run_loop(dispatch, finished)
+                attempt = 0 if self._loop is not None and self._loop.settled else attempt + 1
+                if not self._stopping.is_set():
+                    await self._reconnect(attempt)
+
+    async def _run_loop(self, dispatch: Dispatcher, finished: dict[tuple[str, int], Settlement]) -> None:
+        """One loop over one connection, until it is told to stop or the connection is lost."""
+        self._loop = Loop(
+            self, dispatch, concurrency=self.concurrency, prefetch=self.prefetch,
+            by_key=self.ordered_by == "key", ack=self.ack, finished=finished,
+        )  # fmt: skip
+        watch = asyncio.create_task(self._watch(dispatch))
+        try:
+            await self._loop.run(self._stopping, self._grace)
+        except ConnectError as error:
+            if error.permanent:
+                raise
+            await self._disconnect(error)
+        finally:
+            watch.cancel()
 
     async def _watch(self, dispatch: Dispatcher) -> None:
         await self._stopping.wait()
@@ -400,7 +405,7 @@ class Consumer:
     async def _pull(self, limit: int, deadline: float | None) -> list[Delivery]:
         try:
             async with asyncio.timeout_at(deadline), self._pulling:
-                batch = await self._receive(limit)
+                batch = await guard(self._receive(limit))
         except TimeoutError:
             return []
         for delivery in batch:
@@ -408,7 +413,7 @@ class Consumer:
         return list(batch)
 
     async def _settle_by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
-        await self._settle([self._by_hand.settlement(delivery, delivery.message, verdict, None)])
+        await guard(self._settle([self._by_hand.settlement(delivery, delivery.message, verdict, None)]))
 
     async def _connect(self, deadline: float) -> None:
         async with self._opening:
@@ -417,7 +422,7 @@ class Consumer:
                 if self._closed:
                     raise Closed(f"{self!r} was closed; call open() to use it again.")
                 try:
-                    await self._open()
+                    await guard(self._open())
                 except ConnectError as error:
                     attempt += 1
                     log.warning("%r: %s", self, error)
@@ -432,7 +437,10 @@ class Consumer:
     async def _disconnect(self, error: ConnectError) -> None:
         log.warning("%r: %s Reconnecting.", self, error)
         self._connected = False
-        await self._close()
+        try:
+            await guard(self._close())
+        except Exception as trouble:  # what is left of the old connection must not keep us from a new one
+            log.warning("%r: closing what is left: %s", self, trouble)
 
     def _grace(self) -> float:
         return max(0.0, (self._deadline or time.monotonic()) - time.monotonic())

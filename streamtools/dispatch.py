@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
+from streamtools.cancelling import asked_to_stop
 from streamtools.delivery import Delivery, Settlement, current
 from streamtools.errors import Drop, HandlerError, Signal
 from streamtools.features import Features
@@ -93,7 +94,7 @@ class Dispatcher:
             try:
                 result = await self._handler(message)
             except asyncio.CancelledError as error:
-                if _cancelled():
+                if asked_to_stop():
                     raise
                 failure: BaseException = error
             except BaseException as error:  # SystemExit too: a message must not end the process
@@ -158,12 +159,6 @@ class Dispatcher:
                 self._name, message.id, message.queue, message.attempt,
                 type(error).__name__, _short(error), exc_info=trace,
             )  # fmt: skip
-
-
-def _cancelled() -> bool:
-    # Ours if someone asked this task to stop; else the handler raised it on its own account.
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _short(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final, Literal, Protocol
 
+from streamtools.cancelling import guard
 from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
@@ -190,7 +191,7 @@ class Loop:
                 await self._stop_source()
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
-        return await self._source._receive(limit)
+        return await guard(self._source._receive(limit))
 
     async def _cancel_receive(self, receive: asyncio.Task[Sequence[Delivery]]) -> None:
         receive.cancel()
@@ -202,7 +203,7 @@ class Loop:
 
     async def _stop_source(self) -> None:
         try:
-            await self._source._stop()
+            await guard(self._source._stop())
         except ConnectError as error:
             self._lost = error
 
@@ -218,7 +219,7 @@ class Loop:
     async def _accept_all(self, batch: Sequence[Delivery], stopping: asyncio.Event) -> None:
         self.in_hand += len(batch)
         if self._ack == "on_receive":
-            await self._source._settle([Settlement(d, ACK) for d in batch])
+            await guard(self._source._settle([Settlement(d, ACK) for d in batch]))
         for position, delivery in enumerate(batch):
             # By hand a handler may hold deliveries for as long as it likes: waiting for them could last for ever.
             alone = delivery.count >= SUSPECT and self._ack != "manual"
@@ -316,7 +317,7 @@ class Loop:
 
     async def by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
         """Perform a verdict that the handler gave itself; returns when it is given to the broker."""
-        await self._source._settle([self._dispatch.settlement(delivery, delivery.message, verdict, None)])
+        await guard(self._source._settle([self._dispatch.settlement(delivery, delivery.message, verdict, None)]))
         if self._ack == "manual":
             self._done(1)
 
@@ -330,7 +331,7 @@ class Loop:
 
     async def _settle_all(self, batch: list[Settlement]) -> None:
         try:
-            await self._source._settle(batch)
+            await guard(self._source._settle(batch))
         except ConnectError as error:
             self._fail(error, batch)
         else:
@@ -338,7 +339,7 @@ class Loop:
 
     async def _settle_moves(self, batch: list[Settlement]) -> None:
         try:
-            await self._source._settle(batch)
+            await guard(self._source._settle(batch))
         except ConnectError as error:
             self._fail(error, batch)
         except SendError as error:
@@ -353,7 +354,7 @@ class Loop:
         delay = REFUSED_DELAY
         while True:
             try:
-                await self._source._settle([settlement])
+                await guard(self._source._settle([settlement]))
             except ConnectError as error:
                 return self._fail(error, [settlement])
             except SendError as error:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from streamtools import codec
+from streamtools.cancelling import guard
 from streamtools.checks import Declare, check_headers, check_name, check_seconds
 from streamtools.errors import Closed, ConnectError, FeatureError, SendError
 from streamtools.features import Features
@@ -298,7 +299,7 @@ class Producer:
                 if not self._connected:
                     await self._connect(deadline)
                 async with asyncio.timeout_at(_loop_time(deadline)):
-                    receipts = await self._send(batch, options)
+                    receipts = await guard(self._send(batch, options))
                 return list(receipts) if receipts is not None else [Receipt(m.id, m.queue) for m in batch]
             except TimeoutError as error:
                 raise self._unconfirmed(batch, "no confirmation came", error) from error
@@ -318,7 +319,7 @@ class Producer:
                 if self._closed:
                     raise Closed(f"{self!r} was closed; call open() to use it again.")
                 try:
-                    await self._open()
+                    await guard(self._open())
                 except ConnectError as error:
                     attempt += 1
                     if error.permanent or time.monotonic() + backoff(attempt) >= deadline:

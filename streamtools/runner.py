@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
+from streamtools.cancelling import guard
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.errors import ConfigurationError, HandlerError
 from streamtools.handlers import HandlerFactory
@@ -71,7 +72,7 @@ class Supervisor:
 
     async def _run_once(self) -> None:
         try:
-            await self.consumer.run(self.handler, on_started=self._has_started)
+            await guard(self.consumer.run(self.handler, on_started=self._has_started))
         except ConfigurationError:
             raise
         except Exception as error:
