@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sized
 from typing import Final
 
 #: Seconds after which what should have happened has not; long, for busy machines.
@@ -28,10 +28,19 @@ async def eventually(
     """
     try:
         async with asyncio.timeout(timeout):
-            while not await _holds(condition):
+            while not await _holds(condition):  # noqa: ASYNC110 - there is nothing else to wait for
                 await asyncio.sleep(LOOK)
     except TimeoutError:
         raise TimeoutError(f"Not true after {timeout:g} s: {what or _source(condition)}") from None
+
+
+async def reaches(items: Sized, number: int, what: str = "items") -> None:
+    """Wait until `items` holds so many.
+
+    Raises:
+        TimeoutError: it holds fewer.
+    """
+    await eventually(lambda: len(items) >= number, f"{number} {what}")
 
 
 async def _holds(condition: Callable[[], object | Awaitable[object]]) -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from streamtools.settings import RabbitMQSettings
 from streamtools.testing import ConformanceSuite
+from streamtools.testing.conformance import ConnectionCases
 from tests.brokers.address import RabbitMQAddress
+from tests.faults.proxy import Proxy
 
 
 class TestAsyncIO(ConformanceSuite):
@@ -40,5 +45,24 @@ class TestRabbitMQ(ConformanceSuite):
     protocol = "rabbitmq"
 
     @pytest.fixture
-    def url(self, rabbitmq_vhost: RabbitMQAddress) -> str:
-        return rabbitmq_vhost.url
+    def url(self, rabbitmq_vhost: RabbitMQAddress) -> RabbitMQSettings:
+        return RabbitMQSettings.from_url(f"{rabbitmq_vhost.url}?management_url={rabbitmq_vhost.management_url}")
+
+
+class TestRabbitMQCut(ConnectionCases):
+    protocol = "rabbitmq"
+
+    @pytest.fixture
+    async def proxy(self, rabbitmq_vhost: RabbitMQAddress) -> AsyncIterator[Proxy]:
+        address = urlsplit(rabbitmq_vhost.url)
+        async with Proxy(address.hostname or "", address.port or 5672) as proxy:
+            yield proxy
+
+    @pytest.fixture
+    def url(self, rabbitmq_vhost: RabbitMQAddress, proxy: Proxy) -> str:
+        return rabbitmq_vhost.url.replace(f":{proxy.target[1]}/", f":{proxy.port}/")
+
+    @pytest.fixture(params=["cut", "reset"])
+    def cut(self, proxy: Proxy, request: pytest.FixtureRequest) -> Callable[[], Awaitable[None]]:
+        fault: Callable[[], Awaitable[None]] = getattr(proxy, request.param)
+        return fault

@@ -30,7 +30,7 @@ from streamtools.testing.conformance.ordering import ConnectionCases, GroupCases
 from streamtools.testing.conformance.receiving import ReceivingCases
 from streamtools.testing.conformance.sending import SendingCases
 
-__all__ = ["ConformanceSuite"]
+__all__ = ["ConformanceSuite", "ConnectionCases"]
 
 
 class ConformanceSuite(

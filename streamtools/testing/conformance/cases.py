@@ -70,9 +70,10 @@ class Cases:
 
     @pytest.fixture(autouse=True)
     def _skip_what_features_exclude(self, request: pytest.FixtureRequest) -> None:
+        features = self.features  # loads the driver's module here, outside the event loop
         for name in getattr(request.function, "needs", ()):
-            if not getattr(self.features, name):
+            if not getattr(features, name):
                 pytest.skip(f"{self.protocol!r} says {name}=False")
         name, why = getattr(request.function, "excluded", ("", ""))
-        if name and getattr(self.features, name):
+        if name and getattr(features, name):
             pytest.skip(f"{self.protocol!r} says {name}=True: {why}")

@@ -32,12 +32,13 @@ class Parcel(TypedDict):
     weight: float
 
 
+_MAPPING: Final = {"id": 1, "deep": {"list": [1, 2.5, None, True, "ü"]}}
 #: What is sent, and what a handler without an annotation is given.
 PAYLOADS: Final[dict[str, tuple[Any, Any]]] = {
     "text": ("Grüße, 世界 🎉\n\0", "Grüße, 世界 🎉\n\0"),
     "empty text": ("", ""),
     "bytes": (b"\x00\xff\xfe", b"\x00\xff\xfe"),
-    "a mapping": ({"id": 1, "deep": {"list": [1, 2.5, None, True, "ü"]}}, {"id": 1, "deep": {"list": [1, 2.5, None, True, "ü"]}}),
+    "a mapping": (_MAPPING, _MAPPING),
     "a list, which is one message": ([1, [2, 3], {"a": None}], [1, [2, 3], {"a": None}]),
     "an empty list": ([], []),
     "a large number": (2**62, 2**62),

@@ -174,7 +174,7 @@ class ReceivingCases(Cases):
         [taken] = await stage.take(first, 1)
         await first.close()
         second = await stage.consumer()
-        bodies = set()
+        bodies: set[bytes] = set()
         while len(bodies) < 3:
             [delivery] = await stage.take(second, 1)
             bodies.add(delivery.message.body)
@@ -227,6 +227,8 @@ class ReceivingCases(Cases):
     @except_with("listens", "two consumers of one queue cannot listen on one port")
     async def test_prefetch_bounds_what_a_consumer_takes(self, stage: Stage) -> None:
         greedy = await stage.consumer(prefetch=2)
+        await stage.send("first")
+        await (await stage.take(greedy, 1))[0].ack()
         await stage.send_many(range(10))
         held = await stage.take(greedy, 2)
         other = await stage.consumer()
