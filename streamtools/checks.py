@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from streamtools.errors import ConfigurationError
+from streamtools.errors import LONGEST, ConfigurationError
 
 #: How a queue is declared: made if missing, never, or only checked.
 Declare = bool | Literal["passive"]
@@ -57,6 +57,6 @@ def check_seconds(name: str, value: float) -> float:
     Raises:
         ConfigurationError: it is not.
     """
-    if not 0 <= value < 10 * 366 * 86400:
+    if not 0 <= value < LONGEST:
         raise ConfigurationError(f"{name}={value!r} is out of range: seconds from 0 to ten years.")
     return value

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from streamtools.checks import check_seconds
 from streamtools.message import Message
 from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
 
@@ -38,8 +39,12 @@ class Delivery:
         await self._settle(ACK)
 
     async def retry(self, delay: float = 0.0) -> None:
-        """Run it again after `delay` seconds, counted as one more attempt."""
-        await self._settle(Verdict.retry(delay))
+        """Run it again after `delay` seconds, counted as one more attempt.
+
+        Raises:
+            ConfigurationError: the delay is negative, or ten years or more.
+        """
+        await self._settle(Verdict.retry(check_seconds("delay", delay)))
 
     async def reject(self, reason: str = "") -> None:
         """Move it to the error queue with this reason."""

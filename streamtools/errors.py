@@ -24,10 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+#: Delays are shorter, in seconds: ten years. Times far beyond have no form on the wire.
+LONGEST: Final = 10 * 366 * 86400.0
 
 
 class StreamToolsError(Exception):
@@ -142,10 +146,16 @@ class Reject(Signal):
 
 
 class RetryLater(Signal):
-    """Retry this message, after `delay` seconds, or after the policy's own delay when None."""
+    """Retry this message, after `delay` seconds, or after the policy's own delay when None.
+
+    Raises:
+        ConfigurationError: the delay is negative, or ten years or more.
+    """
 
     def __init__(self, delay: float | None = None, reason: str = "the handler asked for a retry") -> None:
         super().__init__(reason)
+        if delay is not None and not 0 <= delay < LONGEST:
+            raise ConfigurationError(f"RetryLater({delay!r}) is out of range: seconds from 0 to ten years.")
         self.delay = delay
         self.reason = reason
 

@@ -8,7 +8,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Final
 
-from streamtools.errors import ConfigurationError, DecodeError, Drop, Reject, RetryLater
+from streamtools.errors import LONGEST, ConfigurationError, DecodeError, Drop, Reject, RetryLater
 from streamtools.message import ErrorDetails, Message
 from streamtools.verdicts import DROP, Verdict
 
@@ -49,19 +49,21 @@ class Retry:
             "retries": self.retries is None or self.retries >= 0,
             "delay": 0 <= self.delay < float("inf"),
             "backoff": 1 <= self.backoff < float("inf"),
-            "max_delay": 0 <= self.max_delay < float("inf"),
+            "max_delay": 0 <= self.max_delay < LONGEST,
             "jitter": 0 <= self.jitter <= 1,
         }
         if wrong := [name for name, fine in checks.items() if not fine]:
             raise ConfigurationError(
                 f"Retry({', '.join(f'{n}={getattr(self, n)!r}' for n in wrong)}) is out of range: retries >= 0 "
-                "or None, delay >= 0, backoff >= 1, max_delay >= 0, jitter from 0 to 1."
+                "or None, delay >= 0, backoff >= 1, max_delay from 0 to ten years, jitter from 0 to 1."
             )
 
     def after(self, attempt: int) -> float:
         """The seconds to wait after the failed run number `attempt` (1 is the first)."""
-        # The exponent is capped: 2.0 ** 1100 overflows, and no delay grows that far.
-        delay = min(self.delay * self.backoff ** min(attempt - 1, 64), self.max_delay)
+        try:
+            delay = min(self.delay * self.backoff ** (attempt - 1), self.max_delay)
+        except OverflowError:
+            delay = self.max_delay if self.delay else 0.0
         return delay * (1 + random.uniform(-self.jitter, self.jitter)) if self.jitter else delay  # noqa: S311
 
     def decide(self, error: BaseException, attempt: int) -> Verdict:
@@ -151,10 +153,10 @@ def _format(error: object) -> str:
 
 
 def _head(text: str, limit: int) -> str:
-    data = text[:limit].encode("utf-8", "replace")
+    data = text[: limit + 1].encode("utf-8", "replace")
     return data.decode("utf-8") if len(data) <= limit else data[: limit - 3].decode("utf-8", "ignore") + "…"
 
 
 def _tail(text: str, limit: int) -> str:
-    data = text[-limit:].encode("utf-8", "replace")
+    data = text[-limit - 1 :].encode("utf-8", "replace")
     return data.decode("utf-8") if len(data) <= limit else "…" + data[3 - limit :].decode("utf-8", "ignore")
