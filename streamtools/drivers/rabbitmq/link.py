@@ -13,6 +13,7 @@ from aiormq.abc import AbstractChannel
 from aiormq.connection import TransportFactory
 from yarl import URL
 
+from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.rabbitmq.channel import FrameReader, HotChannel
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, connect_error, lost
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost
@@ -81,13 +82,15 @@ class Link:
         transport, _ = await self._loop.create_connection(lambda: self._frames, host, port, ssl=context)
         self._transport = transport
         self._writer = asyncio.StreamWriter(transport, self._frames, self._reader, self._loop)
+        connection = _Connection(
+            _url(settings, host, port), _Ready(self._reader, self._writer), {"connection_name": name, **_ABOUT}
+        )
         try:
-            connection = _Connection(
-                _url(settings, host, port), _Ready(self._reader, self._writer), {"connection_name": name, **_ABOUT}
-            )
             await connection.connect()
         except BaseException:
             transport.abort()
+            # There is nothing to close, but without this its finalizer starts a task, in any thread.
+            await connection.close()
             raise
         self._connection = connection
         tune = connection.transport.connection.connection_tune if connection.transport else None
@@ -168,11 +171,12 @@ class Link:
             raise channel_error(error, self.where) from error
         return channel
 
-    def _keep(self, work: Any) -> None:
+    def _keep(self, work: Any) -> asyncio.Task[Any]:
         task = self._loop.create_task(work)
         self._kept.add(task)
         task.add_done_callback(self._kept.discard)
         task.add_done_callback(_retrieve)
+        return task
 
     # --- the hot path -------------------------------------------------------------------------------
 
@@ -233,14 +237,15 @@ class Link:
         connection = self._connection
         if connection is None:
             return
+        # In a task of its own: the library does not always give in to a cancellation while it closes.
+        goodbye = self._keep(connection.close())
         try:
-            # Without an answer in time, or at all, the socket is closed without a goodbye.
-            with suppress(*CLIENT_ERRORS, TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await connection.close()
+            if self.lost is None:
+                await asyncio.wait({goodbye}, timeout=CLOSE_TIMEOUT)
         finally:
             self.lose("it was closed by us")
             self._transport.abort()
+        await asyncio.wait({goodbye}, timeout=CLOSE_TIMEOUT)
         with suppress(OSError, TimeoutError):  # how the socket ended is no matter any more
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._writer.wait_closed()
@@ -264,7 +269,7 @@ async def open_link(settings: RabbitMQSettings, name: str) -> Link:
             async with asyncio.timeout(settings.connect_timeout):
                 await link.connect(settings, host, port, context, name)
         except asyncio.CancelledError as error:
-            if _asked_to_stop():
+            if asked_to_stop():  # the library cancels its callers when a connection ends
                 raise
             failure = connect_error(ConnectionError("the connection ended at once"), settings, link.where, link.said)
             failure.__cause__ = error
@@ -279,12 +284,6 @@ async def open_link(settings: RabbitMQSettings, name: str) -> Link:
     if len(failures) == 1:
         raise failures[0]
     raise ConnectError(" ".join(str(failure) for failure in failures)) from failures[-1]
-
-
-def _asked_to_stop() -> bool:
-    # The library cancels its callers when a connection ends; only our own cancellation counts here.
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _url(settings: RabbitMQSettings, host: str, port: int) -> URL:

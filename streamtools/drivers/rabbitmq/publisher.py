@@ -27,6 +27,9 @@ from streamtools.message import Message, ids
 WINDOW: Final = 2000
 #: Messages written in one piece.
 CHUNK: Final = 100
+#: Seconds between tries of what a queue did not take: a quorum queue that has no leader for a moment (just
+#: declared, or its node gone) says no in the same way as one that is full.
+NACKED_DELAYS: Final = (0.05, 0.15, 0.5, 1.5)
 #: Routes remembered with their encoded frames.
 ROUTES: Final = 1000
 #: Bytes that RabbitMQ 3.8 to 3.13 takes in one body (max_message_size); 4.0 takes 16 MiB by default.
@@ -54,13 +57,15 @@ class Limits:
 class Batch:
     """What one call publishes, until all of it is confirmed."""
 
-    __slots__ = ("future", "left", "refused", "spans")
+    __slots__ = ("future", "left", "nacked", "refused", "spans")
 
     def __init__(self, future: asyncio.Future[None]) -> None:
         self.future: asyncio.Future[None] = future
         self.left: int = 0
-        #: Message id -> why the broker, or AMQP, does not take it.
+        #: Message id -> why AMQP cannot carry it, or the broker cannot route it.
         self.refused: dict[str, str] = {}
+        #: Message id -> why its queue did not take it.
+        self.nacked: dict[str, str] = {}
         #: (first tag, messages) of what was written.
         self.spans: list[tuple[int, list[Message]]] = []
 
@@ -113,6 +118,18 @@ class Publisher(HotChannel):
             SendError: naming those it does not take; it holds the others.
             ConnectionLost: the connection ended; nothing is known of what was not confirmed.
         """
+        refused, nacked = await self._publish(messages)
+        for delay in NACKED_DELAYS:
+            if not nacked:
+                break
+            await asyncio.sleep(delay)
+            more, nacked = await self._publish([m for m in messages if m.id in nacked])
+            refused |= more
+        if refused or nacked:
+            raise _refusal(messages, refused | nacked)
+
+    async def _publish(self, messages: Sequence[Message]) -> tuple[dict[str, str], dict[str, str]]:
+        """Publish once; ids with reasons of what cannot be sent, and of what the broker did not take just now."""
         batch = Batch(self._loop.create_future())
         # Held open by one until all is written: confirms may come before the last chunk is.
         batch.left = 1
@@ -125,8 +142,7 @@ class Publisher(HotChannel):
         batch.left -= 1
         batch.settle_if_done()
         await batch.future
-        if batch.refused:
-            raise _refusal(messages, batch.refused)
+        return batch.refused, batch.nacked
 
     # --- writing ------------------------------------------------------------------------------------
 
@@ -251,7 +267,7 @@ class Publisher(HotChannel):
                 "producer with declare=True."
             )
         elif not held:
-            batch.refused[message.id] = (
+            batch.nacked[message.id] = (
                 f"The queue {message.queue!r} at {self._link.where} does not take it: it is full (x-max-length "
                 "with x-overflow reject-publish), or its node has failed."
             )

@@ -83,10 +83,26 @@ async def test_a_missing_queue_without_declaring_it_is_refused(producer: Any) ->
         await sender.send(b"x", delay=5)
 
 
+async def test_what_a_queue_does_not_take_for_a_moment_is_sent_again(producer: Any, consumer: Any) -> None:
+    sender = await producer()
+    confirm, said_no = sender._publisher.confirm, []
+
+    def refuse_once(tag: int, *, multiple: bool, held: bool) -> None:
+        first = not said_no
+        said_no.append(tag)
+        confirm(tag, multiple=multiple, held=held and not first)
+
+    sender._publisher.confirm = refuse_once
+    await sender.send(b"x", id="1")
+
+    assert len(said_no) >= 2
+    assert {d.message.id for d in await take(await consumer(), 2)} == {"1"}
+
+
 async def test_a_full_queue_refuses_and_says_so(producer: Any) -> None:
     sender = await producer(arguments={"x-max-length": 1})
-    outcomes = [await asyncio.gather(sender.send(b"x"), return_exceptions=True) for _ in range(20)]
-    refusals = [o for (o,) in outcomes if isinstance(o, SendError)]
+    outcomes = await asyncio.gather(*(sender.send(b"x") for _ in range(20)), return_exceptions=True)
+    refusals = [o for o in outcomes if isinstance(o, SendError)]
 
     assert refusals
     assert "full" in str(refusals[0])
