@@ -42,8 +42,11 @@ class ConfigurationError(StreamToolsError, ValueError):
     """Settings, names or options that cannot work; raised before any message moves."""
 
 
-class UnknownProtocol(ConfigurationError, LookupError):
+class UnknownProtocol(ConfigurationError, KeyError):
     """No protocol has this name, or the client library of one is not installed."""
+
+    # Not KeyError's own, which puts the sentence into quotes.
+    __str__ = Exception.__str__
 
 
 class FeatureError(ConfigurationError):

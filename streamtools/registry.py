@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar, overload
 
 from streamtools.address import default_url
 from streamtools.errors import ConfigurationError, UnknownProtocol, near
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
 
 T = TypeVar("T")
+D = TypeVar("D")
+#: RFC 3986, section 3.1.
+SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 #: Where third parties announce a module that registers their classes: name = protocol, value = module.
 ENTRY_POINTS: Final = "streamtools.protocols"
@@ -57,6 +61,18 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
             raise self._unknown(name, key)
         return self._load(key, entry) if isinstance(entry, str) else entry
 
+    @overload
+    def get(self, name: str, default: None = None, /) -> type[T] | None: ...
+    @overload
+    def get(self, name: str, default: D, /) -> type[T] | D: ...
+    def get(self, name: str, default: D | None = None, /) -> type[T] | D | None:
+        """The class, or `default` where no protocol has this name.
+
+        Raises:
+            UnknownProtocol: there is one, and its client library is not installed.
+        """
+        return self[name] if name in self else default
+
     def __setitem__(self, name: str, value: type[T]) -> None:
         if name in ALIASES:
             raise ConfigurationError(f"{name!r} is an alias of {ALIASES[name]!r}; register under another name.")
@@ -98,7 +114,13 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
         Raises:
             UnknownProtocol: no protocol has this scheme.
         """
-        scheme = url.partition(":")[0].lower()
+        match = SCHEME.match(url)
+        if match is None:  # what stands there is not shown: it may be a password
+            schemes = ", ".join(sorted({*SCHEMES, *self} - {RABBITMQ}))
+            raise UnknownProtocol(
+                f"The URL does not begin with a scheme and ://, as in sqlite:///x.db. Known: {schemes}."
+            )
+        scheme = match[1].lower()
         name = SCHEMES.get(scheme, scheme)
         if name not in self:
             raise self._unknown(scheme, name)

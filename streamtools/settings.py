@@ -43,6 +43,8 @@ class ProtocolSettings(BaseSettings):
                     f"{cls.protocol!r} takes URLs that begin with {' or '.join(f'{s}://' for s in cls.schemes)}, "
                     f"not {parts.scheme + '://' if parts.scheme else 'one without a scheme'}."
                 )
+            if not url[len(parts.scheme) :].startswith("://"):
+                raise ConfigurationError(f"A {cls.protocol} URL begins with {cls.schemes[0]}://, with both slashes.")
             query = dict(parse_qsl(parts.query, keep_blank_values=True))
             cls._check_query(query)
             return cls(**{**cls._from_parts(parts), **query})

@@ -13,7 +13,11 @@ some = st.none() | text
 times = st.integers(0, 253402300799 * 10**6).map(lambda n: n / 10**6)
 headers = st.dictionaries(text.filter(bool), text, max_size=5)
 json = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | text,
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | text,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
     max_leaves=12,
 )
