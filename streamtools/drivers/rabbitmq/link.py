@@ -246,6 +246,7 @@ class Link:
             self.lose("it was closed by us")
             self._transport.abort()
         await asyncio.wait({goodbye}, timeout=CLOSE_TIMEOUT)
+        goodbye.cancel()  # does nothing to one that is done
         with suppress(OSError, TimeoutError):  # how the socket ended is no matter any more
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._writer.wait_closed()
