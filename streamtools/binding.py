@@ -105,6 +105,7 @@ def _decoder(annotation: Any, name: str) -> codec.Decoder:
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    function = _inner(function)
     target = function if inspect.isroutine(function) else type(function).__call__
     try:
         return get_type_hints(inspect.unwrap(target))
@@ -113,6 +114,12 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
             f"The handler {name_of(function)} has an annotation that cannot be found: {error}. Import the name "
             "at module level, not under TYPE_CHECKING or inside a function."
         ) from error
+
+
+def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
@@ -144,4 +151,5 @@ def _outcome(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[bool
 
 def name_of(function: Callable[..., Any]) -> str:
     """The name of a handler, for logs, errors and copies."""
+    function = _inner(function)
     return str(getattr(function, "__qualname__", None) or type(function).__qualname__).removeprefix("<locals>.")

@@ -1,0 +1,201 @@
+"""One delivery in, one settlement out, whatever happens on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamtools.binding import compile_handler
+from streamtools.delivery import Delivery, Settlement, current
+from streamtools.dispatch import Dispatcher, chain
+from streamtools.errors import Drop, Reject, RetryLater
+from streamtools.features import Features
+from streamtools.message import Message
+from streamtools.policy import Retry
+from streamtools.types import Handler
+from streamtools.verdicts import Kind
+
+QUICK = Retry(retries=2, delay=0, jitter=0)
+
+
+class Stop(BaseException):
+    pass
+
+
+def delivery(**fields: Any) -> Delivery:
+    count = fields.pop("count", 0)
+    return Delivery(Message(**{"body": b"1", "queue": "orders", "id": "1", **fields}), count=count)
+
+
+def dispatcher(handler: Handler, **options: Any) -> Dispatcher:
+    defaults: dict[str, Any] = {
+        "retry": QUICK, "error_queue": "error", "max_deliveries": 5, "in_place": False, "features": Features(),
+    }  # fmt: skip
+    return Dispatcher(handler, "handler", **{**defaults, **options})
+
+
+def raising(error: BaseException) -> Handler:
+    async def handle(message: Message) -> Any:
+        raise error
+
+    return handle
+
+
+async def fine(message: Message) -> Any:
+    return "value"
+
+
+async def test_a_handler_that_returns_acknowledges_with_its_value() -> None:
+    settlement = await dispatcher(fine)(delivery())
+    assert (settlement.verdict.kind, settlement.result, settlement.outgoing) == (Kind.ACK, "value", ())
+
+
+ERRORS: list[tuple[BaseException, Kind]] = [
+    (ValueError("x"), Kind.RETRY), (SystemExit(1), Kind.RETRY), (KeyboardInterrupt(), Kind.RETRY),
+    (asyncio.CancelledError(), Kind.RETRY), (Stop(), Kind.RETRY), (RetryLater(5), Kind.RETRY),
+    (Reject("no"), Kind.REJECT), (Drop(), Kind.DROP), (BaseExceptionGroup("g", [Stop()]), Kind.RETRY),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "kind"), ERRORS)
+async def test_whatever_is_raised_is_a_verdict(error: BaseException, kind: Kind) -> None:
+    settlement = await dispatcher(raising(error))(delivery())
+    assert (settlement.verdict.kind, settlement.error) == (kind, error)
+    assert [m.queue for m in settlement.outgoing] == {Kind.RETRY: ["orders"], Kind.REJECT: ["error"]}.get(kind, [])
+
+
+behaviours = st.sampled_from(["value", "middleware", "decode", *range(len(ERRORS))])
+
+
+@given(behaviours, st.integers(1, 12), st.integers(0, 8), st.booleans(), st.booleans(), st.binary(max_size=5))
+def test_every_delivery_gets_a_verdict(
+    behaviour: Any, attempt: int, count: int, copies: bool, thread: bool, body: bytes
+) -> None:
+    async def asynchronous(msg: Any) -> Any:
+        return _behave(behaviour)
+
+    def threaded(msg: Any) -> Any:
+        return _behave(behaviour)
+
+    async def broken(message: Message, call_next: Handler) -> Any:
+        if behaviour == "middleware":
+            raise Stop
+        return await call_next(message)
+
+    async def run() -> Settlement:
+        handler = chain(compile_handler(threaded if thread else asynchronous), [broken])
+        dispatch = dispatcher(handler, features=Features(error_queue=copies))
+        content_type = "application/json" if behaviour == "decode" else None
+        return await dispatch(delivery(attempt=attempt, count=count, body=body, content_type=content_type))
+
+    settlement = asyncio.run(run())
+    kind = settlement.verdict.kind
+    assert kind in Kind
+    assert len(settlement.outgoing) == (kind in (Kind.RETRY, Kind.REJECT) and copies)
+    if kind is Kind.RETRY:
+        assert attempt <= 2
+    if count >= 5:
+        assert kind is Kind.REJECT
+
+
+def _behave(behaviour: Any) -> Any:
+    if isinstance(behaviour, int):
+        raise ERRORS[behaviour][0]
+    return behaviour
+
+
+async def test_our_own_cancellation_is_none_of_the_handlers() -> None:
+    entered = asyncio.Event()
+
+    async def handle(message: Message) -> Any:
+        entered.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(dispatcher(handle)(delivery()))  # type: ignore[arg-type]
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_an_expired_message_is_dropped_and_a_poisonous_one_rejected_without_a_run() -> None:
+    runs: list[Message] = []
+
+    async def handle(message: Message) -> Any:
+        runs.append(message)
+
+    assert (await dispatcher(handle)(delivery(expires_at=1.0))).verdict.kind is Kind.DROP
+    settlement = await dispatcher(handle)(delivery(count=5))
+    assert settlement.verdict.kind is Kind.REJECT and "max_deliveries=5" in settlement.verdict.reason
+    [copy] = settlement.outgoing
+    assert copy.error is not None and copy.error.exception.endswith("HandlerError")
+    assert runs == []
+
+
+async def test_in_place_attempts_are_counted_here_and_the_error_queue_is_told() -> None:
+    attempts: list[int] = []
+
+    async def handle(message: Message) -> Any:
+        attempts.append(message.attempt)
+        raise ValueError("never")
+
+    settlement = await dispatcher(handle, in_place=True)(delivery())
+    assert attempts == [1, 2, 3]
+    [copy] = settlement.outgoing
+    assert copy.error is not None and (copy.queue, copy.error.attempts) == ("error", 3)
+
+
+async def test_in_place_a_wait_is_given_up_when_the_loop_stops() -> None:
+    dispatch = dispatcher(raising(ValueError("x")), in_place=True, retry=Retry(delay=3600))
+    task = asyncio.create_task(dispatch(delivery()))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    dispatch.stop()
+    async with asyncio.timeout(10):
+        assert (await task).verdict.kind is Kind.RELEASE
+
+
+async def test_the_error_queues_own_failure_waits_before_it_comes_again() -> None:
+    dispatch = dispatcher(raising(Reject("x")), error_queue="error")
+    [copy] = (await dispatch(delivery(queue="error"))).outgoing
+    assert copy.queue == "error" and copy.deliver_at is not None
+
+
+async def test_the_delivery_in_hand_is_known_inside_and_not_outside() -> None:
+    seen: list[Delivery | None] = []
+
+    async def handle(message: Message) -> Any:
+        seen.append(current.get())
+
+    given_one = delivery()
+    await dispatcher(handle)(given_one)
+    assert (seen, current.get()) == ([given_one], None)
+
+
+async def test_the_first_middleware_is_outermost() -> None:
+    order: list[str] = []
+
+    def layer(name: str) -> Any:
+        async def middleware(message: Message, call_next: Handler) -> Any:
+            order.append(name)
+            return await call_next(message)
+
+        return middleware
+
+    await chain(fine, [layer("a"), layer("b")])(delivery().message)
+    assert order == ["a", "b"]
+
+
+async def test_a_failure_is_logged_once_and_success_never(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    await dispatcher(fine)(delivery())
+    assert caplog.records == []
+    await dispatcher(raising(RuntimeError("boom " * 1000)))(delivery())
+    await dispatcher(raising(RuntimeError("boom")), retry=Retry(retries=0))(delivery())
+    retried, rejected = caplog.records
+    assert "again in" in retried.getMessage() and retried.exc_info is None and len(retried.getMessage()) < 700
+    assert "rejected message 1 of 'orders'" in rejected.getMessage() and rejected.exc_info is not None
