@@ -45,8 +45,8 @@ class ConfigurationError(StreamToolsError, ValueError):
 class UnknownProtocol(ConfigurationError, KeyError):
     """No protocol has this name, or the client library of one is not installed."""
 
-    # Not KeyError's own, which puts the sentence into quotes.
-    __str__ = Exception.__str__
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # not KeyError's own, which puts the sentence into quotes
 
 
 class FeatureError(ConfigurationError):
