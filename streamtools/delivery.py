@@ -64,7 +64,11 @@ class Delivery:
         if self.hand is None:
             raise RuntimeError("This delivery did not come from an open consumer, so it cannot be settled.")
         self.settled = True
-        await self.hand(self, verdict)
+        try:
+            await self.hand(self, verdict)
+        except BaseException:
+            self.settled = False  # it is still in hand: another verdict may fare better
+            raise
 
     def __repr__(self) -> str:
         return f"<Delivery {self.message.id} of {self.message.queue!r}, attempt {self.message.attempt}>"

@@ -222,7 +222,8 @@ class Loop:
             await guard(self._source._settle([Settlement(d, ACK) for d in batch]))
         for position, delivery in enumerate(batch):
             # By hand a handler may hold deliveries for as long as it likes: waiting for them could last for ever.
-            alone = delivery.count >= SUSPECT and self._ack != "manual"
+            # On receive they are acknowledged already, so that none comes again.
+            alone = delivery.count >= SUSPECT and self._ack == "after"
             if alone and not await self._idle(len(batch) - position, stopping):
                 self._give_back(batch[position:])
                 return
@@ -395,6 +396,8 @@ class Loop:
     # --- stopping -------------------------------------------------------------------------------
 
     def _release_ready(self) -> None:
+        if self._ack == "on_receive":
+            return  # the broker has them no more: handled within the grace, or never
         waiting = [*self._ready, *(d for line in self._keys.values() for d in line)]
         self._ready.clear()
         for line in self._keys.values():
@@ -410,15 +413,18 @@ class Loop:
             self._plain.add(Settlement(delivery, RELEASE))
 
     async def _drain(self, stopping: asyncio.Event, grace: Callable[[], float]) -> None:
-        while self._lost is not None and self.running and not stopping.is_set():
+        while self._lost is not None and self._at_work() and not stopping.is_set():
             # What they do would be done twice if the broker gave their messages out again meanwhile.
             await self._change()
         try:
             async with asyncio.timeout(grace()):
-                while self.running if self._lost is not None else self.in_hand > 0:
+                while self._at_work() if self._lost is not None else self.in_hand > 0:
                     await self._change()
         except TimeoutError:
             log.warning("%d deliveries not finished in time; they go back to the broker.", self.in_hand)
+
+    def _at_work(self) -> bool:
+        return self.running > 0 or (self._ack == "on_receive" and bool(self._ready))
 
     async def _flush(self) -> None:
         """Settle what is finished, even when the loop itself was cancelled, so that it is not repeated."""

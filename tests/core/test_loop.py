@@ -1,0 +1,387 @@
+"""The consumer loop over a source that does what a test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from streamtools import loop as loop_module
+from streamtools.delivery import Delivery, Settlement
+from streamtools.dispatch import Dispatcher
+from streamtools.errors import ConnectionLost, SendError
+from streamtools.features import Features
+from streamtools.loop import Ack, Loop
+from streamtools.message import Message
+from streamtools.policy import Retry
+from streamtools.testing import eventually
+from streamtools.types import Handler
+from streamtools.verdicts import Kind
+
+Finished = dict[tuple[str, int], Settlement]
+
+
+def delivery(number: int, *, count: int = 0, key: str | None = None) -> Delivery:
+    return Delivery(Message(body=b"%d" % number, queue="orders", id=str(number), key=key), number, count)
+
+
+class Script:
+    """A source: hands over what `waiting` holds, keeps what is settled, fails where a test says."""
+
+    def __init__(self, *deliveries: Delivery) -> None:
+        self.waiting = list(deliveries)
+        self.more = asyncio.Event()
+        self.asked: list[int] = []
+        self.batches: list[list[Settlement]] = []
+        self.trouble: dict[str, BaseException] = {}
+        self.hold: Callable[[Settlement], bool] = lambda settlement: False
+        self.released = asyncio.Event()
+        self.stopped = False
+
+    def send(self, *deliveries: Delivery) -> None:
+        self.waiting += deliveries
+        self.more.set()
+
+    def fail(self, hook: str, error: BaseException | None = None) -> None:
+        self.trouble[hook] = error or ConnectionLost("cut")
+        self.more.set()
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]:
+        self.asked.append(limit)
+        while not self.waiting:
+            if "receive" in self.trouble:
+                raise self.trouble["receive"]
+            self.more.clear()
+            await self.more.wait()
+        batch, self.waiting = self.waiting[:limit], self.waiting[limit:]
+        return batch
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        if any(self.hold(s) for s in settlements):
+            await self.released.wait()
+        if "settle" in self.trouble:
+            raise self.trouble["settle"]
+        self.batches.append(list(settlements))
+
+    async def _stop(self) -> None:
+        self.stopped = True
+        if "stop" in self.trouble:
+            raise self.trouble["stop"]
+
+    def settled(self, kind: Kind | None = None) -> list[int]:
+        found = [s for batch in self.batches for s in batch if kind is None or s.verdict.kind is kind]
+        return [s.delivery.token for s in found]
+
+
+def dispatcher(handler: Handler, retry: Retry | None = None) -> Dispatcher:
+    return Dispatcher(
+        handler, "handler", retry=retry or Retry(retries=1, delay=0, jitter=0), error_queue="error",
+        max_deliveries=5, in_place=False, features=Features(),
+    )  # fmt: skip
+
+
+def make(
+    source: Script, handler: Handler, *, concurrency: int = 1, prefetch: int = 10, by_key: bool = False,
+    ack: Ack = "after", finished: Finished | None = None,
+) -> Loop:  # fmt: skip
+    return Loop(
+        source, dispatcher(handler), concurrency=concurrency, prefetch=prefetch, by_key=by_key, ack=ack,
+        finished={} if finished is None else finished,
+    )  # fmt: skip
+
+
+@asynccontextmanager
+async def running(loop: Loop, grace: float = 20) -> AsyncIterator[asyncio.Task[None]]:
+    stopping = asyncio.Event()
+    task = asyncio.create_task(loop.run(stopping, lambda: grace))
+    try:
+        yield task
+    finally:
+        stopping.set()
+        async with asyncio.timeout(30):
+            await task
+
+
+class Gate:
+    def __init__(self) -> None:
+        self.entered: list[str] = []
+        self.opened = asyncio.Event()
+
+    async def __call__(self, message: Message) -> Any:
+        self.entered.append(message.id)
+        await self.opened.wait()
+
+
+async def at_once(message: Message) -> Any:
+    return None
+
+
+# --- taking in ----------------------------------------------------------------------------------
+
+
+async def test_it_never_has_more_in_hand_than_the_prefetch() -> None:
+    source, gate = Script(*map(delivery, range(30))), Gate()
+    loop = make(source, gate, concurrency=2, prefetch=5)
+    async with running(loop):
+        await eventually(lambda: loop.in_hand == 5 and len(gate.entered) == 2)
+        assert len(source.waiting) == 25
+        gate.opened.set()
+        await eventually(lambda: len(source.settled(Kind.ACK)) == 30)
+    assert max(source.asked) <= 5
+    assert (loop.in_hand, loop.settled) == (0, 30)
+
+
+async def test_a_suspect_runs_alone() -> None:
+    at_work: list[tuple[int, int]] = []
+    suspects = (2, 3)
+
+    async def handle(message: Message) -> Any:
+        if int(message.id) in suspects:
+            at_work.append((loop.running, loop.in_hand))
+        await asyncio.sleep(0)
+
+    source = Script(*(delivery(n, count=2 if n in suspects else 0) for n in range(6)))
+    loop = make(source, handle, concurrency=6)
+    async with running(loop):
+        await eventually(lambda: len(source.settled()) == 6)
+    # Nothing else is at work; what came in the same batch behind it waits.
+    assert at_work == [(1, 4), (1, 3)]
+
+
+async def test_by_hand_a_suspect_does_not_wait_for_those_that_the_handler_holds() -> None:
+    held: list[Delivery] = []
+
+    async def handle(message: Message) -> Any:
+        return None
+
+    source = Script(delivery(1), delivery(2, count=2))
+    loop = make(source, handle, concurrency=2, ack="manual")
+    async with running(loop, grace=0):
+        await eventually(lambda: loop.in_hand == 2 and loop.running == 0 and not source.waiting)
+    assert held == [] and source.settled(Kind.ACK) == []
+
+
+async def test_keys_wait_for_their_own_and_for_no_other() -> None:
+    gate = Gate()
+    source = Script(delivery(1, key="a"), delivery(2, key="a"), delivery(3, key="b"), delivery(4))
+    loop = make(source, gate, concurrency=4, by_key=True)
+    async with running(loop):
+        await eventually(lambda: len(gate.entered) == 3)
+        assert gate.entered == ["1", "3", "4"]
+        gate.opened.set()
+        await eventually(lambda: len(source.settled()) == 4)
+    assert gate.entered[-1] == "2"
+
+
+# --- settling -----------------------------------------------------------------------------------
+
+
+async def test_acknowledgements_gather_while_the_last_batch_is_under_way() -> None:
+    source = Script(*map(delivery, range(50)))
+    source.hold = lambda settlement: settlement.delivery.token == 0
+    loop = make(source, at_once, prefetch=50)
+    async with running(loop):
+        await eventually(lambda: loop.running == 0 and not source.waiting)
+        await asyncio.sleep(0)
+        source.released.set()
+        await eventually(lambda: len(source.settled()) == 50)
+    assert len(source.batches) <= 3
+
+
+async def test_what_sends_something_first_does_not_hold_up_plain_acknowledgements() -> None:
+    async def handle(message: Message) -> Any:
+        if message.id == "0":
+            raise ValueError("retry me")
+
+    source = Script(*map(delivery, range(10)))
+    source.hold = lambda settlement: bool(settlement.outgoing)
+    async with running(make(source, handle)):
+        await eventually(lambda: sorted(source.settled()) == list(range(1, 10)))
+        source.released.set()
+        await eventually(lambda: len(source.settled()) == 10)
+    assert source.settled(Kind.RETRY) == [0]
+
+
+async def test_a_refused_copy_is_tried_again_and_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "REFUSED_DELAY", 0.01)
+
+    async def handle(message: Message) -> Any:
+        if message.id == "0":
+            raise ValueError("retry me")
+
+    class Refusing(Script):
+        refusals = 4
+
+        async def _settle(self, settlements: Sequence[Settlement]) -> None:
+            if any(s.outgoing for s in settlements) and self.refusals:
+                self.refusals -= 1
+                raise SendError("no such queue", refused=["0"])
+            await super()._settle(settlements)
+
+    source = Refusing(*map(delivery, range(5)))
+    loop = make(source, handle)
+    async with running(loop):
+        await eventually(lambda: len(source.settled()) == 5)
+    assert (source.settled(Kind.RETRY), loop.in_hand, source.refusals) == ([0], 0, 0)
+
+
+async def test_on_receive_they_are_acknowledged_before_they_are_handled() -> None:
+    source, gate = Script(*map(delivery, range(3))), Gate()
+    loop = make(source, gate, ack="on_receive")
+    async with running(loop):
+        await eventually(lambda: gate.entered == ["0"])
+        assert source.settled(Kind.ACK) == [0, 1, 2]
+        gate.opened.set()
+    # Then stopping handles those that the broker has no more.
+    assert gate.entered == ["0", "1", "2"]
+    assert source.settled(Kind.RELEASE) == []
+
+
+async def test_a_verdict_by_hand_that_fails_leaves_the_delivery_in_hand() -> None:
+    held: list[Delivery] = []
+
+    async def handle(message: Message) -> Any:
+        return None
+
+    class Keeping(Script):
+        async def _receive(self, limit: int) -> Sequence[Delivery]:
+            batch = await super()._receive(limit)
+            held.extend(batch)
+            return batch
+
+    source = Keeping(delivery(1))
+    loop = make(source, handle, ack="manual")
+    async with running(loop):
+        await eventually(lambda: held and held[0].hand is not None)
+        source.fail("settle", SendError("no error queue", refused=["1"]))
+        with pytest.raises(SendError):
+            await held[0].reject("bad")
+        source.trouble.clear()
+        assert not held[0].settled and loop.in_hand == 1
+        await held[0].ack()
+        await held[0].ack()
+    assert source.settled() == [1] and loop.in_hand == 0
+
+
+# --- stopping -----------------------------------------------------------------------------------
+
+
+async def test_stopping_finishes_what_is_at_work_and_releases_the_rest_in_order() -> None:
+    source, gate = Script(*map(delivery, range(6))), Gate()
+    loop, stopping = make(source, gate, concurrency=2), asyncio.Event()
+    task = asyncio.create_task(loop.run(stopping, lambda: 20))
+    await eventually(lambda: len(gate.entered) == 2 and loop.in_hand == 6)
+    stopping.set()
+    await eventually(lambda: source.stopped)
+    gate.opened.set()
+    await asyncio.wait_for(task, 20)
+    assert sorted(source.settled(Kind.ACK)) == [0, 1]
+    assert source.settled(Kind.RELEASE) == [2, 3, 4, 5]
+
+
+async def test_what_is_not_finished_in_time_is_left_to_the_broker() -> None:
+    source, gate = Script(*map(delivery, range(2))), Gate()
+    loop = make(source, gate)
+    async with running(loop, grace=0.01):
+        await eventually(lambda: gate.entered == ["0"] and loop.in_hand == 2)
+    assert source.settled(Kind.ACK) == [] and source.settled(Kind.RELEASE) == [1]
+
+
+async def test_cancelled_it_still_settles_what_is_finished() -> None:
+    source, gate = Script(*map(delivery, range(2))), Gate()
+    source.hold = lambda settlement: True
+    loop = make(source, gate)
+    task = asyncio.create_task(loop.run(asyncio.Event(), lambda: 0))
+    await eventually(lambda: len(gate.entered) == 1)
+    gate.opened.set()
+    await eventually(lambda: len(gate.entered) == 2 and loop.running == 0)
+    task.cancel()
+    await asyncio.sleep(0)
+    source.released.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert source.settled(Kind.ACK) == [0, 1]
+
+
+# --- connections that are lost ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", ["receive", "settle", "stop"])
+async def test_a_connection_lost_in_any_phase_ends_the_loop_by_it(hook: str) -> None:
+    source = Script(delivery(1))
+    loop = make(source, at_once)
+    source.fail(hook)
+    with pytest.raises(ConnectionLost, match="cut"):
+        async with running(loop):
+            await eventually(lambda: source.waiting == [] and (loop.settled == 1 or hook == "settle"))
+    assert loop.in_hand == 0
+
+
+async def test_handlers_at_work_end_before_the_connection_is_made_anew() -> None:
+    source, gate, finished = Script(*map(delivery, range(5))), Gate(), Finished()
+    loop = make(source, gate, concurrency=2, finished=finished)
+    task = asyncio.create_task(loop.run(asyncio.Event(), lambda: 0))
+    await eventually(lambda: len(gate.entered) == 2)
+    source.fail("receive")
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    gate.opened.set()
+    with pytest.raises(ConnectionLost):
+        await task
+    # Those that waited were not begun; those that ended are remembered.
+    assert gate.entered == ["0", "1"]
+    assert {key[0] for key in finished} | {str(n) for n in source.settled()} == {"0", "1"}
+
+
+async def test_what_was_handled_and_not_settled_is_settled_and_not_handled_again() -> None:
+    runs: list[str] = []
+
+    async def handle(message: Message) -> Any:
+        runs.append(message.id)
+        if message.id == "1":
+            raise ValueError("retry me")
+
+    finished = Finished()
+    first = Script(*map(delivery, range(4)))
+    first.fail("settle")
+    with pytest.raises(ConnectionLost):
+        async with running(make(first, handle, finished=finished)):
+            await eventually(lambda: len(runs) == 4)
+    assert len(finished) == 4
+    # When the broker delivers them again over the next connection
+    second = Script(*(delivery(n, count=1) for n in range(4)), delivery(9))
+    async with running(make(second, handle, finished=finished)):
+        await eventually(lambda: len(second.settled()) == 5)
+    assert runs == ["0", "1", "2", "3", "9"]
+    assert second.settled(Kind.RETRY) == [1] and sorted(second.settled(Kind.ACK)) == [0, 2, 3, 9]
+    assert finished == {}
+
+
+async def test_another_message_with_the_same_id_is_handled() -> None:
+    runs: list[bytes] = []
+
+    async def handle(message: Message) -> Any:
+        runs.append(message.body)
+
+    finished = Finished()
+    first = Script(delivery(1))
+    first.fail("settle")
+    with pytest.raises(ConnectionLost):
+        async with running(make(first, handle, finished=finished)):
+            await eventually(lambda: runs)
+    other = Delivery(Message(body=b"other", queue="orders", id="1"), 1, 1)
+    second = Script(other)
+    async with running(make(second, handle, finished=finished)):
+        await eventually(lambda: second.settled())
+    assert runs == [b"1", b"other"]
+
+
+@pytest.mark.parametrize("hook", ["receive", "settle"])
+async def test_a_driver_that_fails_in_its_own_way_ends_the_loop_loudly(hook: str) -> None:
+    source = Script(delivery(1))
+    source.fail(hook, ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        await asyncio.wait_for(make(source, at_once).run(asyncio.Event(), lambda: 1), 20)
