@@ -145,15 +145,17 @@ class HandlingCases(Cases):
 
     async def test_a_failure_does_not_stop_the_others(self, stage: Stage) -> None:
         seen: list[int] = []
+        run: set[int] = set()
 
         async def handler(msg: int) -> None:
+            run.add(msg)
             if msg % 3 == 0:
                 raise ValueError(f"{msg} is divisible by 3")
             seen.append(msg)
 
         async with stage.running(handler, retry=NEVER, concurrency=3):
             await gather(*(stage.send(number) for number in range(12)))
-            await eventually(lambda: len(seen) == 8)
+            await eventually(lambda: len(run) == 12 and len(seen) == 8)
         assert sorted(seen) == [n for n in range(12) if n % 3]
         if self.features.error_queue:
             assert sorted(int(m.body) for m in await stage.errors(4)) == [0, 3, 6, 9]
