@@ -5,12 +5,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from streamtools.testing.harness import Harness
 from streamtools.testing.waiting import eventually
 
 if TYPE_CHECKING:
     from streamtools.testing.conformance import ConformanceSuite
 
-__all__ = ["ConformanceSuite", "eventually"]
+__all__ = ["ConformanceSuite", "Harness", "eventually"]
 
 
 def __getattr__(name: str) -> Any:

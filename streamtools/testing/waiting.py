@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Awaitable, Callable, Sized
 from typing import Final
 
@@ -49,7 +48,5 @@ async def _holds(condition: Callable[[], object | Awaitable[object]]) -> bool:
 
 
 def _source(condition: Callable[..., object]) -> str:
-    try:
-        return inspect.getsource(condition).strip()
-    except OSError:
-        return repr(condition)
+    code = getattr(condition, "__code__", None)  # not the text itself: reading the file would block
+    return repr(condition) if code is None else f"the condition at {code.co_filename}:{code.co_firstlineno}"

@@ -1,0 +1,310 @@
+"""Harness: a service's real handlers in a test, on the in-process protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import count
+from types import TracebackType
+from typing import Any, Final, Self
+from unittest.mock import patch
+
+from streamtools import codec
+from streamtools.consumer import Consumer
+from streamtools.delivery import Settlement
+from streamtools.errors import Closed, ConfigurationError, DecodeError, near
+from streamtools.message import Message
+from streamtools.policy import Retry
+from streamtools.producer import Producer, Receipt
+from streamtools.routing import ConsumerFactory, Route
+from streamtools.testing.waiting import eventually
+from streamtools.types import Handler
+from streamtools.verdicts import Kind, Verdict
+
+#: Seconds that `settled` waits.
+TIMEOUT: Final = 10.0
+_names = count()
+
+
+class Harness:
+    """Runs the handlers of factories in a test, without a broker, and tells what became of each message.
+
+    ```python
+    async with Harness(consumers) as service:
+        await service.send("orders", {"id": 1})
+        await service.settled()
+        assert service.handled("orders") == [{"id": 1}]
+        assert service.sent("payments") == [{"order": 1}]
+    ```
+
+    The handlers run with their own concurrency, retries, middleware and order; the address and the
+    protocol are replaced. Inside the block every Producer, at whatever URL, connects nowhere: what it
+    sends to a routed queue is handled here, and all that it sends is kept in `sent`. Its receipts are
+    plain ones, also where a call would be answered. One harness at a time.
+
+    Parameters:
+        sources: factories, or single routed handlers.
+        delays: keep to the delays of retries and of `send(delay=)`; else all comes at once.
+        timeout: seconds that `settled` waits.
+
+    Raises:
+        ConfigurationError: two handlers would have to share a queue.
+    """
+
+    def __init__(self, *sources: ConsumerFactory | Route, delays: bool = False, timeout: float = TIMEOUT) -> None:
+        routes = [route for s in sources for route in (s.handlers if isinstance(s, ConsumerFactory) else [s])]
+        self._url = f"asyncio://harness-{next(_names)}"
+        self._delays = delays
+        self._timeout = timeout
+        self._consumers = [_Watched(self, route) for route in _distinct(routes)]
+        self._producers: dict[str, Producer] = {}
+        self._stack = ExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._handled: list[tuple[Message, Any]] = []
+        self._sent: list[Message] = []
+        #: Messages as they were run again, in order; `.attempt` counts, `.error` says why.
+        self.retried: list[Message] = []
+        #: Messages as they stand in the error queue; `.error` says why.
+        self.rejected: list[Message] = []
+        #: Messages that were dropped, or had expired.
+        self.dropped: list[Message] = []
+
+    # --- for tests ------------------------------------------------------------------------------
+
+    async def send(
+        self,
+        queue: str,
+        payload: object,
+        *,
+        headers: Mapping[str, str] | None = None,
+        key: str | None = None,
+        type: str | None = None,  # noqa: A002 - the field's name everywhere
+        delay: float | None = None,
+        ttl: float | None = None,
+        id: str | None = None,  # noqa: A002
+        correlation_id: str | None = None,
+        reply_to: str | None = None,
+    ) -> Receipt:
+        """Send one message to a handler; parameters as for `Producer.send`.
+
+        Raises:
+            ConfigurationError: no handler is routed from this queue.
+        """
+        if queue not in self._queues:
+            raise ConfigurationError(f"No handler is routed from {queue!r}. {near(queue, self._queues)}")
+        message = self._producer(queue)._encode(
+            payload, headers, id, key=key, type=type, delay=delay, ttl=ttl,
+            correlation_id=correlation_id, reply_to=reply_to,
+        )  # fmt: skip
+        return (await self._put([message]))[0]
+
+    async def settled(self) -> None:
+        """Wait until every message sent has come to an end, its retries and what it caused included.
+
+        Raises:
+            TimeoutError: naming what hangs.
+            Exception: what ended a loop.
+        """
+        try:
+            await eventually(self._is_settled, timeout=self._timeout)
+        except TimeoutError:
+            hanging = "; ".join(text for watched in self._consumers if (text := watched.hanging()))
+            raise TimeoutError(f"Not settled after {self._timeout:g} s: {hanging}.") from None
+
+    def handled(self, queue: str | None = None) -> list[Any]:
+        """The payloads whose handler has returned, in order; by content type, as they were sent."""
+        return [_payload(message) for message, _ in self._handled if queue in (None, message.queue)]
+
+    def results(self, queue: str | None = None) -> list[Any]:
+        """What the handlers returned, in the order of `handled`."""
+        return [result for message, result in self._handled if queue in (None, message.queue)]
+
+    def sent(self, queue: str | None = None) -> list[Any]:
+        """The payloads that Producers have sent within the block, in order."""
+        return [_payload(message) for message in self.sent_messages(queue)]
+
+    def sent_messages(self, queue: str | None = None) -> list[Message]:
+        """The same as whole messages, with headers and metadata."""
+        return [message for message in self._sent if queue in (None, message.queue)]
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._stack.enter_context(_redirected(self._take))
+            for watched in self._consumers:
+                self._tasks.append(await watched.start())
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    # --- how it works ---------------------------------------------------------------------------
+
+    @property
+    def _queues(self) -> set[str]:
+        return {watched.consumer.queue for watched in self._consumers}
+
+    def _is_settled(self) -> bool:
+        for task in self._tasks:
+            if task.done():
+                task.result()  # a loop that ended by itself tells why
+        return not any(watched.busy for watched in self._consumers)
+
+    def _producer(self, queue: str) -> Producer:
+        if queue not in self._producers:
+            self._producers[queue] = Producer(queue, url=self._url)
+        return self._producers[queue]
+
+    async def _take(self, batch: Sequence[Message]) -> list[Receipt]:
+        self._sent += batch
+        return await self._put(batch)
+
+    async def _put(self, batch: Sequence[Message]) -> list[Receipt]:
+        """To the handlers; what has none is only kept."""
+        routed = [m if self._delays else m.replace(deliver_at=None) for m in batch if m.queue in self._queues]
+        for message in routed:
+            self._expect(message)
+            producer = self._producer(message.queue)
+            await producer._open()
+            await producer._send([message], None)
+        return [Receipt(message.id, message.queue) for message in batch]
+
+    def _expect(self, message: Message) -> None:
+        for watched in self._consumers:
+            if watched.consumer.queue == message.queue:
+                watched.pending[message.id] += 1
+
+    async def _end(self) -> None:
+        for watched in self._consumers:
+            watched.consumer.stop(0)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._stack.close()
+
+
+class _Watched:
+    """One route's consumer, and what it has not settled yet."""
+
+    def __init__(self, harness: Harness, route: Route) -> None:
+        self.pending: Counter[str] = Counter()
+        self.consumer: Consumer = route.build(harness._url)
+        self._harness = harness
+        self._route = route
+        self._settle = self.consumer._settle
+        self.consumer.middleware.insert(0, self._see)
+        if not harness._delays:
+            self.consumer.retry = _AtOnce(**asdict(self.consumer.retry))
+
+    @property
+    def busy(self) -> bool:
+        """A message is not settled yet, or is being handled."""
+        loop = self.consumer._loop
+        return self.pending.total() > 0 or (loop is not None and loop.in_hand > 0)
+
+    def hanging(self) -> str:
+        """What has come to no end, for an error."""
+        if not self.busy:
+            return ""
+        ids = ", ".join(self.pending) or "none that waits"
+        return f"{self._route.name} of {self.consumer.queue!r}: {ids} ({self.consumer.in_flight} at work)"
+
+    async def start(self) -> asyncio.Task[None]:
+        """Run the loop; returns once it receives."""
+        self.consumer._settle = self._record  # type: ignore[method-assign]
+        started = asyncio.Event()
+        task = asyncio.create_task(self.consumer.run(self._route, on_started=started.set))
+        task.add_done_callback(lambda _: started.set())
+        await started.wait()
+        if task.done():
+            task.result()
+        return task
+
+    async def _see(self, message: Message, call_next: Handler) -> Any:
+        if message.attempt > 1:
+            self._harness.retried.append(message)
+        result = await call_next(message)
+        if self.consumer.ack == "on_receive":
+            self._harness._handled.append((message, result))
+        return result
+
+    async def _record(self, settlements: Sequence[Settlement]) -> None:
+        for settlement in settlements:
+            if not self._harness._delays:
+                settlement.outgoing = tuple(m.replace(deliver_at=None) for m in settlement.outgoing)
+        await self._settle(settlements)
+        for settlement in settlements:
+            self._note(settlement)
+
+    def _note(self, settlement: Settlement) -> None:
+        message, kind, harness = settlement.delivery.message, settlement.verdict.kind, self._harness
+        if kind in (Kind.RETRY, Kind.RELEASE) or not self.pending[message.id]:
+            return  # it comes again, or a second verdict
+        self.pending -= Counter([message.id])
+        for copy in settlement.outgoing:
+            harness._expect(copy)
+        if kind is Kind.ACK:
+            if self.consumer.ack != "on_receive":  # else its handler has not begun
+                harness._handled.append((message, settlement.result))
+        elif kind is Kind.REJECT:
+            harness.rejected += settlement.outgoing
+        else:
+            harness.dropped.append(message)
+
+
+class _AtOnce(Retry):
+    """The same policy without its delays."""
+
+    def decide(self, error: BaseException, attempt: int) -> Verdict:
+        verdict = super().decide(error, attempt)
+        return Verdict.retry(0) if verdict.kind is Kind.RETRY else verdict
+
+
+def _distinct(routes: Iterable[Route]) -> list[Route]:
+    found: dict[tuple[str, Any], Route] = {}
+    for route in routes:
+        other = found.setdefault((route.queue, route.options.get("group")), route)
+        if other is not route:
+            raise ConfigurationError(
+                f"{other.name} and {route.name} are both routed from {route.queue!r}, which works by HTTP method "
+                "only; give the harness one of them: Harness(handler)."
+            )
+    return list(found.values())
+
+
+def _redirected(take: Callable[[Sequence[Message]], Awaitable[list[Receipt]]]) -> ExitStack:
+    """Until it is closed every Producer sends to `take`, and connects nowhere."""
+    touched: list[Producer] = []
+
+    async def connect(self: Producer, deadline: float) -> None:
+        if self._closed:
+            raise Closed(f"{self!r} was closed; call open() to use it again.")
+        if not self._connected:
+            self._connected = True
+            touched.append(self)
+
+    async def deliver(self: Producer, batch: Sequence[Message], options: Any) -> list[Receipt]:
+        await connect(self, 0)
+        return await take(batch)
+
+    def forget() -> None:
+        for producer in touched:
+            producer._connected = False  # it never was
+
+    stack = ExitStack()
+    stack.callback(forget)
+    stack.enter_context(patch.object(Producer, "_connect", connect))
+    stack.enter_context(patch.object(Producer, "_deliver", deliver))
+    return stack
+
+
+def _payload(message: Message) -> Any:
+    try:
+        return codec.decode(message)
+    except DecodeError:
+        return message.body
