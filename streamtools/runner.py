@@ -53,7 +53,8 @@ class Supervisor:
     def stop(self, grace: float) -> None:
         """Take no more messages in; handlers at work have `grace` seconds."""
         self._stopping = True
-        self.state = "draining"
+        if self.state != "dead":
+            self.state = "draining"
         self.consumer.stop(grace)
 
     async def run(self) -> None:

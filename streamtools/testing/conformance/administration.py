@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from streamtools.admin import QueueAdmin
-from streamtools.errors import ConfigurationError, QueueError, Reject
+from streamtools.errors import ConfigurationError, QueueError, Reject, SendError
 from streamtools.message import Message
 from streamtools.testing.conformance.cases import Cases, needs
 from streamtools.testing.conformance.payloads import HEADERS
@@ -48,7 +48,7 @@ class AdministrationCases(Cases):
         assert (await admin.stats(stage.queue)).in_hand in (1, None)
         await delivery.ack()
 
-    @needs("admin", "delay")
+    @needs("admin")
     async def test_purge_forgets_what_waits(self, stage: Stage) -> None:
         admin = await stage.admin()
         await stage.send_many(range(5))
@@ -110,6 +110,28 @@ class AdministrationCases(Cases):
         [delivery] = await stage.take(await stage.consumer(other), 1)
         assert (delivery.message.body, delivery.message.queue) == (b"a", other)
         await delivery.ack()
+
+    @needs("admin", "error_queue", "missing_queue")
+    async def test_what_its_target_does_not_take_stays(self, stage: Stage) -> None:
+        admin, errors = await stage.admin(), f"{stage.queue}.error"
+        await self._reject(stage, ["a", "b"])
+        await eventually(lambda: _is_ready(admin, errors, 2), "the rejected messages wait")
+        with pytest.raises((SendError, QueueError)):
+            await admin.move(errors, f"{stage.queue}-missing")
+        await eventually(lambda: _is_ready(admin, errors, 2), "they are still there")
+        assert sorted(m.body for m in await stage.errors(2)) == [b"a", b"b"]
+
+    @needs("admin", "error_queue")
+    async def test_a_choice_that_fails_moves_nothing(self, stage: Stage) -> None:
+        admin, errors = await stage.admin(), f"{stage.queue}.error"
+        await self._reject(stage, ["a", "b"])
+        await eventually(lambda: _is_ready(admin, errors, 2), "the rejected messages wait")
+        with pytest.raises(ZeroDivisionError):
+            await admin.move(errors, where=lambda m: bool(1 / 0))
+        await eventually(lambda: _is_ready(admin, errors, 2), "they are still there")
+        assert await admin.move(errors, limit=1) == 1
+        assert [m.body for m in await stage.errors(1)] == [b"b"]
+        assert [d.message.body for d in await stage.take(await stage.consumer(), 1)] == [b"a"]
 
     @needs("admin")
     async def test_what_never_failed_cannot_be_redriven_without_a_target(self, stage: Stage) -> None:

@@ -12,7 +12,7 @@ from streamtools.errors import Drop, Reject, RetryLater
 from streamtools.message import Message
 from streamtools.policy import Retry
 from streamtools.testing.conformance.cases import Cases, needs
-from streamtools.testing.conformance.payloads import HEADERS, Order
+from streamtools.testing.conformance.payloads import BODIES, HEADERS, Order
 from streamtools.testing.conformance.sending import TICK
 from streamtools.testing.conformance.stage import ALWAYS, NEVER, QUICK, Inbox, Stage
 from streamtools.testing.waiting import eventually, reaches
@@ -70,6 +70,19 @@ class FailingCases(Cases):
             assert (message.id, message.key, message.type, message.correlation_id) == ("same", "k", "t", "c")
             assert (message.body, dict(message.headers)) == (b'{"a":1}', HEADERS)
         await stage.nothing_waits()
+
+    @pytest.mark.parametrize("kind", BODIES)
+    async def test_any_bytes_survive_a_retry_and_a_rejection(self, stage: Stage, kind: str) -> None:
+        bodies: list[bytes] = []
+
+        async def handler(msg: bytes) -> None:
+            bodies.append(msg)
+            raise ValueError("never")
+
+        async with stage.running(handler):
+            message = await stage.rejected(await stage.send(BODIES[kind]))
+        assert bodies == [BODIES[kind]] * 3
+        assert message is None or message.body == BODIES[kind]
 
     @pytest.mark.parametrize("retries", [0, 1, 2])
     async def test_after_its_retries_it_is_rejected(self, stage: Stage, retries: int) -> None:

@@ -170,6 +170,23 @@ class HandlingCases(Cases):
             assert await inbox.holds(2) == ["fails", "works"]
         await stage.nothing_waits()
 
+    async def test_acknowledged_on_receive_nothing_comes_back(self, stage: Stage) -> None:
+        gate = Gate()
+        async with stage.running(gate, ack="on_receive", grace=0.05):
+            await stage.send("at most once")
+            await gate.holds(1)
+        await stage.nothing_waits()
+        assert (gate.entered, gate.left) == (["at most once"], [])
+
+    @except_with("reply", "the handler's value is the answer")
+    async def test_a_value_that_nobody_waits_for_is_no_failure(self, stage: Stage) -> None:
+        inbox = Inbox(lambda msg: object())
+        async with stage.running(inbox, retry=NEVER):
+            await stage.send("x")
+            await inbox.holds(1)
+        await stage.nothing_waits()
+        await stage.nothing_waits(f"{stage.queue}.error")
+
     async def test_by_hand_a_handler_settles_later_and_in_batches(self, stage: Stage) -> None:
         kept: list[Delivery] = []
 
@@ -268,6 +285,7 @@ class HandlingCases(Cases):
         async with stage.running(inbox):
             await stage.send("b")
             await eventually(lambda: "b" in inbox.items)
+        assert "a" in [*gate.left, *inbox.items]
 
     @except_with("listens", "two consumers of one queue cannot listen on one port")
     async def test_nothing_is_lost_or_done_twice_while_consumers_come_and_go(self, stage: Stage) -> None:

@@ -60,6 +60,25 @@ BODIES: Final[dict[str, bytes]] = {
     "200 KB": random.Random(1).randbytes(200_000),  # noqa: S311
 }
 
+#: Queue names that mean something to some protocol; the two of a pair are alike to a careless one.
+NAMES: Final[dict[str, tuple[str, str]]] = {
+    "case": ("Orders", "orders"),
+    "dots": ("a.b", "a_b"),
+    "slashes": ("a/b", "a%2Fb"),
+    "dot segments": ("a/../b", "b"),
+    "wildcards": ("a*", "ab"),
+    "topic wildcards": ("a.#", "a.b.c"),
+    "text": ("Aufträge 注文 🎉", "Auftrage"),
+    "composed": ("\u00e9", "e\u0301"),
+    "blanks": ("a b", "a+b"),
+    "trailing blank": ("a ", "a"),
+    "a query": ("a?b=c", "a"),
+    "a fragment": ("a#b", "a"),
+    "quotes": ("a'b\"c", "a''b\"c"),
+    "placeholder": ("a{queue}", "a{}"),
+    "backslash": ("a\\b", "a/b"),
+}
+
 #: Names and values that mean something to some protocol, or that a careless one would change.
 HEADERS: Final[dict[str, str]] = {
     "plain": "value",

@@ -102,6 +102,36 @@ class ReceivingCases(Cases):
                     break
         assert bodies == [str(n).encode() for n in range(10)]
 
+    async def test_leaving_the_iteration_gives_the_rest_back(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        for number in range(10):
+            await stage.send(number)
+        bodies = []
+        async with asyncio.timeout(DEADLINE):
+            async for delivery in consumer:
+                bodies.append(int(delivery.message.body))
+                await delivery.ack()
+                if len(bodies) == 3:
+                    break
+        rest = await stage.take(consumer, 7)
+        assert sorted([*bodies, *(int(d.message.body) for d in rest)]) == list(range(10))
+        for delivery in rest:
+            await delivery.ack()
+
+    async def test_many_may_receive_at_once(self, stage: Stage) -> None:
+        consumer, bodies = await stage.consumer(), list[int]()
+
+        async def work() -> None:
+            while len(bodies) < 60:
+                for delivery in await consumer.receive(4, timeout=0.1):
+                    bodies.append(int(delivery.message.body))
+                    await delivery.ack()
+
+        sending = await stage.send_many(range(60))
+        await gather(*(work() for _ in range(5)))
+        await sending
+        assert sorted(bodies) == list(range(60))
+
     async def test_cancelling_receive_loses_nothing(self, stage: Stage) -> None:
         consumer, number = await stage.consumer(), 60
         sending = await stage.send_many(range(number))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from streamtools.errors import Closed, FeatureError, QueueError, SendError, StreamToolsError
+from streamtools.errors import Closed, ConfigurationError, FeatureError, QueueError, SendError, StreamToolsError
 from streamtools.message import Message
 from streamtools.testing.conformance.cases import Cases, except_with, needs
-from streamtools.testing.conformance.payloads import BODIES, HEADERS, PAYLOADS
+from streamtools.testing.conformance.payloads import BODIES, HEADERS, NAMES, PAYLOADS
 from streamtools.testing.conformance.stage import Envelopes, Gate, Inbox, Stage, gather
 from streamtools.testing.waiting import eventually
 
@@ -157,6 +157,28 @@ class SendingCases(Cases):
                 await asyncio.wait({sending})
             await stage.send("sent", by=producer)
             await eventually(lambda: "sent" in inbox.items)
+        assert inbox.items.count("sent") == 1 and inbox.items.count("cancelled") <= 5
+
+    # --- names ----------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("kind", NAMES)
+    async def test_a_name_is_taken_as_it_is_or_refused_at_once(self, stage: Stage, kind: str) -> None:
+        names = [f"{stage.queue}.{name}" for name in NAMES[kind]]
+        inboxes = Envelopes(), Envelopes()
+        try:
+            producers = [stage.new_producer(name) for name in names]
+        except ConfigurationError:
+            with pytest.raises(ConfigurationError):
+                [stage.new_consumer(name) for name in names]
+            return
+        options = {"delay": 0.02} if self.features.delay else {}
+        async with stage.running(inboxes[0], names[0]), stage.running(inboxes[1], names[1]):
+            for name, producer in zip(names, producers, strict=True):
+                await stage.send(name, by=producer)
+                await stage.send(name, by=producer, **options)
+            for name, inbox in zip(names, inboxes, strict=True):
+                messages = await inbox.holds(2)
+                assert [(m.body.decode(), m.queue) for m in messages] == [(name, name)] * 2
 
     # --- queues that are missing ----------------------------------------------------------------
 
@@ -214,6 +236,18 @@ class SendingCases(Cases):
         assert list(seen) == ["now", "earlier", "late"]
         assert seen["earlier"] - start >= 0.25 - TICK
         assert seen["late"] - start >= 0.5 - TICK
+
+    @needs("delay")
+    async def test_a_delayed_message_waits_for_a_consumer_that_has_not_come(self, stage: Stage) -> None:
+        producer = await stage.producer()
+        start = time.time()
+        await stage.send("later", by=producer, delay=0.2)
+        await producer.close()
+        consumer = await stage.consumer()
+        [delivery] = await stage.take(consumer, 1)
+        assert time.time() - start >= 0.2 - TICK
+        assert (delivery.message.body, delivery.message.attempt) == (b"later", 1)
+        await delivery.ack()
 
     async def test_a_delay_that_the_protocol_cannot_hold_is_refused_at_once(self, stage: Stage) -> None:
         if self.features.delay:
