@@ -34,6 +34,10 @@ ADMINS: Registry[QueueAdmin] = Registry(
         "sqlite": "streamtools.drivers.sqlite:SQLiteAdmin",
         "rabbitmq": "streamtools.drivers.rabbitmq:RabbitMQAdmin",
     },
+    {
+        "http": "is a call, with no queues to look at: its senders keep their messages. For queues and an error "
+        "queue choose sqlite://, asyncio:// or amqp://."
+    },
 )
 
 

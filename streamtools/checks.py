@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, TypeGuard
 
 from streamtools.errors import LONGEST, ConfigurationError
 
@@ -15,18 +15,18 @@ HEADERS_LIMIT: Final = 64 * 1024
 RESERVED: Final = "streamtools-"
 
 
-def check_name(queue: object) -> None:
-    """The rule for queue names that holds on every protocol.
+def check_name(queue: object, what: str = "queue") -> None:
+    """The rule for the names of queues and groups that holds on every protocol.
 
     Raises:
         ConfigurationError: not a str, empty, over 255 bytes, or with control characters.
     """
     if not isinstance(queue, str) or not queue:
-        raise ConfigurationError(f"A queue needs a name of at least one character, not {queue!r}.")
+        raise ConfigurationError(f"A {what} needs a name of at least one character, not {queue!r}.")
     if len(queue.encode("utf-8", "replace")) > 255:
-        raise ConfigurationError(f"The queue name {queue[:40]!r}... is over 255 bytes.")
+        raise ConfigurationError(f"The {what} name {queue[:40]!r}... is over 255 bytes.")
     if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in queue):
-        raise ConfigurationError(f"The queue name {queue!r} has control characters.")
+        raise ConfigurationError(f"The {what} name {queue!r} has control characters.")
 
 
 def check_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
@@ -36,6 +36,8 @@ def check_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
         TypeError: a name or a value is not a str.
         ConfigurationError: a reserved or empty name, or more than 64 KiB together.
     """
+    if not isinstance(headers, Mapping):
+        raise TypeError(f"Headers are a mapping of str -> str, not {type(headers).__name__}.")
     size = 0
     for name, value in headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
@@ -57,6 +59,74 @@ def check_seconds(name: str, value: float) -> float:
     Raises:
         ConfigurationError: it is not.
     """
-    if not 0 <= value < LONGEST:
-        raise ConfigurationError(f"{name}={value!r} is out of range: seconds from 0 to ten years.")
+    if not is_number(value) or not 0 <= value < LONGEST:
+        raise ConfigurationError(f"{name}={value!r} is out of range: a number of seconds from 0 to ten years.")
     return value
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """A whole number of at least `least`.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if not is_whole(value) or value < least:
+        raise ConfigurationError(f"{name}={value!r} is out of range: a whole number of at least {least}.")
+    return value
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """One of a few values.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    # By identity where there is one: 1 == True, and is not meant.
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+        raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def check_declare(value: object, name: str = "declare") -> None:
+    """How a queue is declared.
+
+    Raises:
+        ConfigurationError: neither True, False nor "passive".
+    """
+    check_choice(name, value, (True, False, "passive"))
+
+
+def check_place(host: object, port: object) -> None:
+    """A host name and a port, or None.
+
+    Raises:
+        ConfigurationError: they cannot be such.
+    """
+    if host is not None and (not isinstance(host, str) or not host):
+        raise ConfigurationError(f"host={host!r} is not a host's name or address.")
+    if port is not None and (not is_whole(port) or not 0 <= port < 65536):
+        raise ConfigurationError(f"port={port!r} is not a whole number from 0 to 65535.")
+
+
+def check_texts(fields: Mapping[str, object]) -> None:
+    """Metadata: each is None, or a str that a wire can carry.
+
+    Raises:
+        TypeError: one is of another type, or holds a lone surrogate.
+    """
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise TypeError(f"{name}={value!r} is not a str; write {name}=str(...).")
+        if not value.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in value):
+            raise TypeError(f"{name}= holds a lone surrogate, which no wire carries.")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """An int, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """An int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -29,7 +29,7 @@ def encode(payload: object) -> tuple[bytes, str]:
         TypeError: the payload has no JSON form.
     """
     if isinstance(payload, str):
-        return payload.encode(), TEXT
+        return _utf8(payload), TEXT
     if isinstance(payload, bytes | bytearray | memoryview):
         return bytes(payload), BINARY
     try:
@@ -41,6 +41,13 @@ def encode(payload: object) -> tuple[bytes, str]:
             f"A payload of type {type(payload).__name__} cannot be sent: {error}. "
             "Send a pydantic model, a dataclass, plain JSON data, str or bytes."
         ) from error
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise TypeError(f"A text with a lone surrogate cannot be sent as UTF-8: {error}. Send bytes.") from error
 
 
 def decode(message: Message) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -13,13 +12,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 from streamtools.binding import RESOLVERS, Resolver, compile_handler, name_of
 from streamtools.cancelling import guard
-from streamtools.checks import Declare, check_name
+from streamtools.checks import (
+    Declare,
+    check_choice,
+    check_count,
+    check_declare,
+    check_name,
+    check_place,
+    check_seconds,
+    check_texts,
+)
 from streamtools.delivery import Delivery, Settlement
 from streamtools.dispatch import Dispatcher, chain
 from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
 from streamtools.features import Features
 from streamtools.loop import Ack, Loop
-from streamtools.options import QUEUE_OPTIONS, Options, read_options
+from streamtools.options import QUEUE_OPTIONS, Options, parameters, read_options
 from streamtools.policy import Retry, backoff
 from streamtools.registry import Registry
 from streamtools.threads import Threads
@@ -121,7 +129,7 @@ class Consumer:
         **options: Any,
     ) -> None:
         self.queue = queue
-        self.concurrency: int = 1 if ordered_by == "queue" else concurrency
+        self.concurrency: int = 1 if ordered_by == "queue" else check_count("concurrency", concurrency)
         self.prefetch: int = prefetch if prefetch is not None else max(PREFETCH, 2 * self.concurrency)
         self.retry: Retry = retry if retry is not None else Retry()
         self.error_queue = error_queue
@@ -196,8 +204,10 @@ class Consumer:
             given = {n: getattr(self.options, n) for n in self.options.model_fields_set}
             self.options = self._read_options({**given, **options})
         if retry is not None:
+            _check_retry(retry)
             self.retry = retry
         self.middleware = [*self.middleware, *middleware]
+        _check_middleware(self.middleware)
 
         def decorate(function: Callable[..., Any]) -> BoundHandler:
             if self.handler is not None:
@@ -457,7 +467,7 @@ class Consumer:
         )
 
     def _read_options(self, given: Mapping[str, Any]) -> Options:
-        own = frozenset(inspect.signature(Consumer.__init__).parameters)
+        own = parameters(Consumer.__init__)
         options, foreign = read_options(
             self.options_class, given, known=QUEUE_OPTIONS, own=own, owner=type(self).__name__
         )
@@ -468,15 +478,21 @@ class Consumer:
 
     def _check(self) -> None:
         self.validate_queue(self.queue)
-        for name in ("concurrency", "prefetch", "max_deliveries"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name}={getattr(self, name)!r} is out of range: at least 1.")
-        if self.ack not in ("after", "on_receive", "manual"):
-            raise ConfigurationError(f"ack={self.ack!r} is not one of 'after', 'on_receive', 'manual'.")
-        if self.ordered_by not in (None, "queue", "key"):
-            raise ConfigurationError(f"ordered_by={self.ordered_by!r} is not one of None, 'queue', 'key'.")
+        check_count("prefetch", self.prefetch)
+        check_count("max_deliveries", self.max_deliveries)
+        check_choice("ack", self.ack, ("after", "on_receive", "manual"))
+        check_choice("ordered_by", self.ordered_by, (None, "queue", "key"))
+        check_choice("offset", self.offset, ("earliest", "latest"))
+        check_declare(self.declare)
+        check_seconds("connect_timeout", self.connect_timeout)
+        check_texts({"client_id": self.client_id})
+        check_place(self.host, self.port)
+        _check_retry(self.retry)
+        _check_middleware(self.middleware)
         if self.features.error_queue:
-            self.validate_queue(self.error_queue.replace("{queue}", self.queue))
+            self.validate_queue(_error_queue(self.error_queue, self.queue))
+        if self.group is not None:
+            check_name(self.group, "group")
         if self.group is not None and not self.features.groups:
             raise FeatureError(
                 f"{self.protocol!r} has no consumer groups: leave group= away (consumers of one queue share "
@@ -513,6 +529,23 @@ class BoundHandler:
 
     def __repr__(self) -> str:
         return f"<handler {self.name} of {self.consumer!r}>"
+
+
+def _error_queue(template: object, queue: str) -> str:
+    if not isinstance(template, str) or "{" in template.replace("{queue}", ""):
+        raise ConfigurationError(f"error_queue={template!r} is not a name, in which only {{queue}} is replaced.")
+    return template.replace("{queue}", queue)
+
+
+def _check_retry(retry: object) -> None:
+    if not isinstance(retry, Retry):
+        raise ConfigurationError(f"retry={retry!r} is not a policy: write retry=Retry(retries=...).")
+
+
+def _check_middleware(middleware: Iterable[object]) -> None:
+    for layer in middleware:
+        if not callable(layer):
+            raise ConfigurationError(f"middleware={layer!r} cannot be called: write async def (message, call_next).")
 
 
 async def _no_handler(message: object) -> None:

@@ -6,8 +6,9 @@ one log line; an option that no protocol knows is an error.
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,6 +31,13 @@ class Options(BaseModel):
     """The base of a driver's options: frozen, and nothing beyond the declared names."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+def parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """The names that a function takes by keyword."""
+    fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+    found = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in found if p.kind not in fixed and p.name != "self")
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741

@@ -8,6 +8,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Final
 
+from streamtools.checks import is_number, is_whole
 from streamtools.errors import LONGEST, ConfigurationError, DecodeError, Drop, Reject, RetryLater
 from streamtools.message import ErrorDetails, Message
 from streamtools.verdicts import DROP, Verdict
@@ -46,16 +47,16 @@ class Retry:
 
     def __post_init__(self) -> None:
         checks = {
-            "retries": self.retries is None or self.retries >= 0,
-            "delay": 0 <= self.delay < float("inf"),
-            "backoff": 1 <= self.backoff < float("inf"),
-            "max_delay": 0 <= self.max_delay < LONGEST,
-            "jitter": 0 <= self.jitter <= 1,
+            "retries": self.retries is None or (is_whole(self.retries) and self.retries >= 0),
+            "delay": is_number(self.delay) and 0 <= self.delay < float("inf"),
+            "backoff": is_number(self.backoff) and 1 <= self.backoff < float("inf"),
+            "max_delay": is_number(self.max_delay) and 0 <= self.max_delay < LONGEST,
+            "jitter": is_number(self.jitter) and 0 <= self.jitter <= 1,
         }
         if wrong := [name for name, fine in checks.items() if not fine]:
             raise ConfigurationError(
-                f"Retry({', '.join(f'{n}={getattr(self, n)!r}' for n in wrong)}) is out of range: retries >= 0 "
-                "or None, delay >= 0, backoff >= 1, max_delay from 0 to ten years, jitter from 0 to 1."
+                f"Retry({', '.join(f'{n}={getattr(self, n)!r}' for n in wrong)}) is out of range: retries a whole "
+                "number >= 0 or None, delay >= 0, backoff >= 1, max_delay from 0 to ten years, jitter from 0 to 1."
             )
 
     def after(self, attempt: int) -> float:

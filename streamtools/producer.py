@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +12,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from streamtools import codec
 from streamtools.cancelling import guard
-from streamtools.checks import Declare, check_headers, check_name, check_seconds
-from streamtools.errors import Closed, ConnectError, FeatureError, SendError
+from streamtools.checks import (
+    Declare,
+    check_declare,
+    check_headers,
+    check_name,
+    check_place,
+    check_seconds,
+    check_texts,
+)
+from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError, SendError
 from streamtools.features import Features
 from streamtools.message import NO_HEADERS, Message, ids
-from streamtools.options import QUEUE_OPTIONS, SEND_OPTIONS, Options, read_options
+from streamtools.options import QUEUE_OPTIONS, SEND_OPTIONS, Options, parameters, read_options
 from streamtools.policy import backoff
 from streamtools.registry import Registry
 
@@ -108,9 +115,9 @@ class Producer:
         self.client_id = client_id
         self.host = host
         self.port = port
-        self.validate_queue(queue)
+        self._check()
         self.settings: ProtocolSettings = self.settings_class.resolve(url)
-        own = frozenset(inspect.signature(Producer.__init__).parameters)
+        own = parameters(Producer.__init__)
         found, foreign = read_options(
             self.options_class, options, known=QUEUE_OPTIONS, own=own, owner=type(self).__name__
         )
@@ -276,6 +283,7 @@ class Producer:
                 f"{self.protocol!r} holds no message back: leave delay= away, or send it later yourself."
             )
         body, content_type = codec.encode(payload)
+        check_texts({"id": id, **fields})
         now = time.time()
         return Message(
             body=body,
@@ -339,12 +347,20 @@ class Producer:
     def _read_send_options(self, given: Mapping[str, Any]) -> Options:
         if not given:
             return self._no_options
-        own = frozenset(inspect.signature(Producer.send).parameters)
+        own = parameters(Producer.send)
         options, foreign = read_options(
             self.send_options_class, given, known=SEND_OPTIONS, own=own, owner=f"{type(self).__name__}.send"
         )
         self._note_ignored(foreign)
         return options
+
+    def _check(self) -> None:
+        self.validate_queue(self.queue)
+        check_declare(self.declare)
+        if not check_seconds("send_timeout", self.send_timeout):
+            raise ConfigurationError("send_timeout=0 leaves no time to send anything.")
+        check_texts({"client_id": self.client_id})
+        check_place(self.host, self.port)
 
     def _note_ignored(self, names: Iterable[str]) -> None:
         if new := [name for name in names if name not in self._ignored]:

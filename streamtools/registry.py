@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar, overload
 
 from streamtools.address import default_url
@@ -47,10 +48,18 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
     """A mapping of protocol name to class, where a class may be a "module:Class" string until first used.
 
     Aliases work in `[]`, `in` and `.get()`; iteration names each protocol once.
+
+    Parameters:
+        kind: what the classes are, for errors.
+        builtin: name -> "module:Class".
+        lacking: names of protocols that have no such class -> why not.
     """
 
-    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+    def __init__(
+        self, kind: str, builtin: Mapping[str, str], lacking: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self._kind = kind
+        self._lacking = lacking
         self._entries: dict[str, type[T] | str] = dict(builtin)
         self._announced = False
 
@@ -105,7 +114,7 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
             UnknownProtocol: no protocol has this URL's scheme.
         """
         if url is None or isinstance(url, str):
-            return self[self.protocol(url or default_url())]
+            return self[self.protocol(default_url() if url is None else url)]
         return self[url.protocol]
 
     def protocol(self, url: str) -> str:
@@ -116,15 +125,21 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
         """
         match = SCHEME.match(url)
         if match is None:  # what stands there is not shown: it may be a password
-            schemes = ", ".join(sorted({*SCHEMES, *self} - {RABBITMQ}))
+            schemes = ", ".join(self._schemes())
             raise UnknownProtocol(
                 f"The URL does not begin with a scheme and ://, as in sqlite:///x.db. Known: {schemes}."
             )
         scheme = match[1].lower()
         name = SCHEMES.get(scheme, scheme)
-        if name not in self:
-            raise self._unknown(scheme, name)
-        return name
+        if name in self:
+            return name
+        if name in PLANNED or name in self._lacking:
+            raise self._unknown(name, name)
+        raise UnknownProtocol(f"No URL begins with {scheme}://. {near(scheme, self._schemes())}")
+
+    def _schemes(self) -> list[str]:
+        names = [scheme for scheme, name in SCHEMES.items() if name in self]
+        return sorted({*names, *self} - {RABBITMQ})
 
     def _key(self, name: str) -> str:
         key = ALIASES.get(name, name)
@@ -162,9 +177,12 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
         return loaded
 
     def _unknown(self, name: str, key: str) -> UnknownProtocol:
+        if key in self._lacking:
+            return UnknownProtocol(f"{name!r} {self._lacking[key]}")
         if key in PLANNED:
             return UnknownProtocol(f"{name!r} is not in this version. {near(name, self)}")
-        return UnknownProtocol(f"No {self._kind} is named {name!r}. {near(name, [*self, *ALIASES])}")
+        aliases = [alias for alias, target in ALIASES.items() if target in self]
+        return UnknownProtocol(f"No {self._kind} is named {name!r}. {near(name, [*self, *aliases])}")
 
 
 def _same(taken: type | str, value: type) -> bool:

@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
 from streamtools.cancelling import guard
+from streamtools.checks import check_count, check_place, check_seconds
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.errors import ConfigurationError, HandlerError
 from streamtools.handlers import HandlerFactory
@@ -160,8 +161,11 @@ class ConsumerRunner:
         self.on_startup: list[Hook] = list(on_startup)
         self.on_shutdown: list[Hook] = list(on_shutdown)
         self.shutdown_timeout = shutdown_timeout
-        self._restarts = restarts
-        self._window = restart_window
+        check_place(host, port)
+        check_place(health_host, health_port)
+        check_seconds("shutdown_timeout", shutdown_timeout)
+        self._restarts: int = check_count("restarts", restarts, 0)
+        self._window: float = check_seconds("restart_window", restart_window)
         self._health = None if health_port is None else HealthServer(health_host, health_port, self.health)
         self._supervisors: list[Supervisor] = []
         self._stop = asyncio.Event()

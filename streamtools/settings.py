@@ -7,7 +7,7 @@ protocol's own variables (`RMQ_HOST`, `HTTP_HOST`, ...), then the defaults.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
@@ -15,6 +15,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from streamtools.address import URL_VARIABLE
 from streamtools.errors import ConfigurationError, near
+
+#: What goes wrong most often in a URL.
+ENCODED: Final = (
+    "Percent-encode what is special: in a user name or password '/' is %2F, '?' is %3F, '#' is %23, '@' is %40, "
+    "':' is %3A."
+)
 
 
 class ProtocolSettings(BaseSettings):
@@ -45,6 +51,8 @@ class ProtocolSettings(BaseSettings):
                 )
             if not url[len(parts.scheme) :].startswith("://"):
                 raise ConfigurationError(f"A {cls.protocol} URL begins with {cls.schemes[0]}://, with both slashes.")
+            if "#" in url:
+                raise ConfigurationError(f"A {cls.protocol} URL has no '#'. {ENCODED}")
             query = dict(parse_qsl(parts.query, keep_blank_values=True))
             cls._check_query(query)
             return cls(**{**cls._from_parts(parts), **query})
@@ -56,7 +64,7 @@ class ProtocolSettings(BaseSettings):
             # Not its own text: that quotes the part which is no port, and that may be a password's beginning.
             raise ConfigurationError(
                 f"The {cls.protocol} URL cannot be read: its host or port is not one ({type(error).__name__}). "
-                "Percent-encode special characters in user names and passwords: '/' is %2F, '@' is %40, ':' is %3A."
+                f"{ENCODED}"
             ) from None
 
     @classmethod
@@ -92,8 +100,10 @@ class ProtocolSettings(BaseSettings):
 
     @classmethod
     def _check_query(cls, query: dict[str, str]) -> None:
-        for name in query:
+        for name, value in query.items():
             if name not in cls.model_fields:
+                if "@" in name + value:  # not shown: behind an unencoded "?" it is a password
+                    raise ConfigurationError(f"The {cls.protocol} URL has an '@' behind its '?'. {ENCODED}")
                 raise ConfigurationError(f"A {cls.protocol} URL has no {name!r}. {near(name, cls.model_fields)}")
 
     @property
@@ -161,6 +171,8 @@ class RabbitMQSettings(ProtocolSettings):
                 fields["password"] = unquote(password)
         # AMQP URI specification of RabbitMQ: "/" after the host and nothing behind it is the vhost ""
         # there; every client but the strictest reads it as the default vhost, and so do we.
+        if "@" in parts.path:  # not shown: behind an unencoded "/" it is a password
+            raise ConfigurationError(f"The rabbitmq URL has an '@' behind its host. {ENCODED}")
         if parts.path not in ("", "/"):
             fields["vhost"] = unquote(parts.path[1:])
         return fields
@@ -302,8 +314,5 @@ def _address(text: str, default: int) -> tuple[str, int]:
         return text.strip("[]"), default
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         # What stands there is not shown: behind an unencoded "/" it is a password's beginning.
-        raise ConfigurationError(
-            "The port is not a number from 1 to 65535. Write host:port; in a user name or password "
-            "'/' is %2F, '@' is %40, ':' is %3A."
-        )
+        raise ConfigurationError(f"The port is not a number from 1 to 65535. Write host:port. {ENCODED}")
     return host.strip("[]"), int(port)

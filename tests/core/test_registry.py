@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from streamtools import ADMINS, CONSUMER_LOOPS, PRODUCERS, Consumer, ConsumerFactory, HandleMsgs, Producer
+from streamtools import ADMINS, CONSUMER_LOOPS, PRODUCERS, Consumer, ConsumerFactory, HandleMsgs, Producer, QueueAdmin
 from streamtools.errors import ConfigurationError, UnknownProtocol
 from streamtools.registry import ALIASES, EXTRAS, Registry
 from streamtools.settings import AsyncIOSettings
@@ -52,8 +52,15 @@ def test_an_unknown_name_answers_with_the_near_ones_and_the_whole_list() -> None
     for make in (lambda: ConsumerFactory("rabitmq"), lambda: HandleMsgs("orders", "rabitmq")):
         with pytest.raises(UnknownProtocol, match="Did you mean 'rabbitmq'"):
             make()
-    with pytest.raises(UnknownProtocol, match="No producer is named 'amq'"):
-        Producer("orders", url="amq://host")
+    with pytest.raises(UnknownProtocol, match="No producer is named 'rabbit'") as caught:
+        PRODUCERS["rabbit"]
+    assert "SQSHandler" not in str(caught.value)  # it would answer no better
+
+
+def test_http_has_no_queues_to_look_at_and_says_so() -> None:
+    for look in (lambda: QueueAdmin(url="http://h"), lambda: ADMINS["http"], lambda: ADMINS["HTTPHandler"]):
+        with pytest.raises(UnknownProtocol, match="no queues to look at.*sqlite://"):
+            look()
 
 
 @pytest.mark.parametrize(("protocol", "package"), [("rabbitmq", "aiormq"), ("http", "aiohttp")])
