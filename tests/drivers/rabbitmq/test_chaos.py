@@ -1,83 +1,20 @@
-"""What breaks: the broker killed, connections cut, queues deleted, alarms, silence. Nothing confirmed is lost."""
+"""What breaks short of the end of the broker: connections, queues, alarms, silence. Nothing confirmed is lost."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from typing import Any
 
 import pytest
 
-from streamtools import Consumer, Producer, Retry
+from streamtools import Consumer, Producer
 from streamtools.admin import QueueAdmin
 from streamtools.errors import StreamToolsError
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.rabbitmq import RabbitMQNode
+from tests.chaos.traffic import Traffic
 from tests.faults.proxy import Proxy
 from tests.faults.waiting import wait_until
-
-
-class Traffic:
-    """Sends numbers and handles them, until told to stop; keeps what was confirmed and what was handled."""
-
-    def __init__(self, url: str, *, pause: float = 0.0) -> None:
-        self.url = url
-        self.pause = pause
-        self.confirmed: set[int] = set()
-        self.handled: Counter[int] = Counter()
-        self._consumer = Consumer("orders", url=url, concurrency=8, prefetch=200)
-        self._producer = Producer("orders", url=url, send_timeout=300)
-        self._tasks: list[asyncio.Task[Any]] = []
-        self._done = asyncio.Event()
-
-    async def __aenter__(self) -> Traffic:
-        @self._consumer()
-        async def handle(message: int) -> None:
-            self.handled[message] += 1
-
-        await self._producer.open()
-        self._tasks = [asyncio.create_task(handle()), asyncio.create_task(self._send())]
-        await wait_until(lambda: len(self.handled) > 0)
-        return self
-
-    async def _send(self) -> None:
-        start = 0
-        while not self._done.is_set():
-            numbers = range(start, start + 50)
-            start += 50
-            await self._producer.send_many(numbers)
-            self.confirmed.update(numbers)
-            await asyncio.sleep(self.pause)
-
-    async def grows(self, number: int) -> None:
-        """Wait until so many more are confirmed and handled: both sides are at work."""
-        sent, done = len(self.confirmed) + number, len(self.handled) + number
-        await wait_until(lambda: len(self.confirmed) >= sent and len(self.handled) >= done, timeout=60)
-
-    async def finish(self) -> None:
-        """Stop sending and wait until all that was confirmed is handled."""
-        self._done.set()
-        await self._tasks[1]
-        await wait_until(lambda: self.confirmed <= set(self.handled), timeout=60)
-
-    async def __aexit__(self, *_: object) -> None:
-        self._done.set()
-        self._consumer.stop(5)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._producer.close()
-
-
-@pytest.mark.slow
-async def test_kill_9_of_the_broker_loses_nothing_and_both_sides_resume(own_rabbitmq: RabbitMQNode) -> None:
-    async with Traffic(own_rabbitmq.url) as traffic:
-        await asyncio.sleep(1.5)  # a quorum queue younger than a second may be lost by this version
-        await traffic.grows(1000)
-        await asyncio.to_thread(own_rabbitmq.restart, force=True)
-        await traffic.grows(1000)
-        await traffic.finish()
 
 
 @pytest.mark.parametrize("fault", ["cut", "reset"])
@@ -187,50 +124,3 @@ async def test_a_frozen_broker_does_not_hang_a_close(own_rabbitmq: RabbitMQNode)
         assert time.monotonic() - begin < 6
     finally:
         own_rabbitmq.thaw()
-
-
-@pytest.mark.slow
-async def test_an_outage_of_30_seconds_costs_no_cpu(own_rabbitmq: RabbitMQNode) -> None:
-    async with Traffic(own_rabbitmq.url, pause=0.01) as traffic:
-        await asyncio.sleep(1.5)
-        await traffic.grows(100)
-        await asyncio.to_thread(own_rabbitmq.kill)
-        try:
-            await asyncio.sleep(2)
-            cpu, begin = time.process_time(), time.monotonic()
-            await asyncio.sleep(30)
-            share = (time.process_time() - cpu) / (time.monotonic() - begin)
-        finally:
-            await asyncio.to_thread(own_rabbitmq.start)
-        await traffic.grows(100)
-        await traffic.finish()
-
-    assert share < 0.05
-
-
-async def test_failing_messages_reach_the_error_queue_after_their_retries(rabbitmq_vhost: RabbitMQAddress) -> None:
-    runs: Counter[int] = Counter()
-    consumer = Consumer("orders", url=rabbitmq_vhost.url, concurrency=8, retry=Retry(retries=2, delay=0.1, jitter=0))
-
-    @consumer()
-    async def handle(message: int) -> None:
-        runs[message] += 1
-        if message % 10 == 0:
-            raise ValueError("ten")
-
-    running = asyncio.create_task(handle())
-    async with Producer("orders", url=rabbitmq_vhost.url) as producer:
-        await producer.send_many(range(500))
-    async with QueueAdmin(url=rabbitmq_vhost.url) as admin:
-
-        async def failed() -> bool:
-            return len(runs) == 500 and (await admin.stats("error")).ready == 50
-
-        await wait_until(failed)
-        message = (await admin.peek("error", 1))[0]
-    consumer.stop()
-    await running
-
-    assert runs == Counter({n: 3 if n % 10 == 0 else 1 for n in range(500)})
-    assert message.error is not None
-    assert (message.error.queue, message.error.attempts, message.error.exception) == ("orders", 3, "ValueError")
