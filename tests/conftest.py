@@ -4,6 +4,9 @@
 `rabbitmq_vhost`    the shared broker, in an empty virtual host of the test's own
 `own_rabbitmq`      a node that the test may kill -9, freeze and restart
 `rabbitmq_cluster`  three nodes, likewise
+`kafka`             the shared broker, an address; a test names its topics and groups uniquely
+`own_kafka`         a node that the test may kill -9, freeze and restart
+`kafka_cluster`     three nodes, likewise; `.leader(topic)` is the one to hurt
 
 Without a broker they skip, saying what to type; with CI=true they fail.
 """
@@ -13,19 +16,23 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import settings
 
 from tests.brokers import packages
-from tests.brokers.address import RabbitMQAddress, from_environment, from_state
+from tests.brokers.address import RabbitMQAddress
 from tests.brokers.handshake import shake_hands
+from tests.brokers.kafka import jars
+from tests.brokers.kafka.address import KafkaAddress
+from tests.brokers.kafka.handshake import look_at
+from tests.brokers.kafka.node import KafkaCluster, KafkaNode
 from tests.brokers.processes import BrokerError
 from tests.brokers.rabbitmq import RabbitMQCluster, RabbitMQNode, add_vhost
 
-Broker = TypeVar("Broker", RabbitMQNode, RabbitMQCluster)
+Broker = TypeVar("Broker", RabbitMQNode, RabbitMQCluster, KafkaNode, KafkaCluster)
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 #: Variables that would lead a test to somebody's real broker.
 OURS = ("STREAMTOOLS_URL", "RMQ_", "HTTP_HOST", "KAFKA_HOST")
@@ -42,7 +49,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = set(getattr(item, "fixturenames", ()))
         if names & {"rabbitmq", "own_rabbitmq", "rabbitmq_cluster"}:
             item.add_marker(pytest.mark.rabbitmq)
-        if names & {"own_rabbitmq", "rabbitmq_cluster"}:
+        if names & {"kafka", "own_kafka", "kafka_cluster"}:
+            item.add_marker(pytest.mark.kafka)
+        if names & {"own_rabbitmq", "rabbitmq_cluster", "own_kafka", "kafka_cluster"}:
             item.add_marker(pytest.mark.chaos)
 
 
@@ -66,11 +75,11 @@ def nothing_blocks_the_loop() -> Iterator[BlockBuster]:
 @pytest.fixture(scope="session")
 def rabbitmq() -> Iterator[RabbitMQAddress]:
     """From the environment, from `scripts/brokers up`, or else a node for this session."""
-    given = from_environment() or from_state()
-    if given is not None and (from_environment() or _answers(given)):
+    given = RabbitMQAddress.from_environment() or RabbitMQAddress.from_state()
+    if given is not None and (RabbitMQAddress.from_environment() or _answers(lambda: shake_hands(given.url))):
         yield given
         return
-    node = _started(RabbitMQNode)
+    node = _started(RabbitMQNode, packages)
     yield node.address
     node.close()
 
@@ -86,7 +95,7 @@ def rabbitmq_vhost(rabbitmq: RabbitMQAddress) -> Iterator[RabbitMQAddress]:
 
 @pytest.fixture(scope="session")
 def _own_rabbitmq() -> Iterator[RabbitMQNode]:
-    node = _started(RabbitMQNode)
+    node = _started(RabbitMQNode, packages)
     yield node
     node.close()
 
@@ -107,23 +116,74 @@ def own_rabbitmq(_own_rabbitmq: RabbitMQNode) -> RabbitMQNode:
 @pytest.fixture(scope="module")
 def rabbitmq_cluster() -> Iterator[RabbitMQCluster]:
     """Three nodes, one quorum; about 20 seconds to start, so one for each module."""
-    cluster = _started(RabbitMQCluster)
+    cluster = _started(RabbitMQCluster, packages)
     yield cluster
     cluster.close()
 
 
-def _answers(address: RabbitMQAddress) -> bool:
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[KafkaAddress]:
+    """From the environment, from `scripts/brokers up`, or else a node for this session."""
+    given = KafkaAddress.from_environment() or KafkaAddress.from_state()
+    if given is not None and (KafkaAddress.from_environment() or _answers(lambda: look_at(given))):
+        yield given
+        return
+    node = _started(KafkaNode, jars)
+    yield node.address
+    node.close()
+
+
+@pytest.fixture(scope="session")
+def _own_kafka() -> Iterator[KafkaNode]:
+    node = _started(KafkaNode, jars)
+    yield node
+    node.close()
+
+
+@pytest.fixture
+def own_kafka(_own_kafka: KafkaNode) -> KafkaNode:
+    """Running and thawed, whatever the test before has done; with that one's topics."""
+    if _own_kafka.pid is not None:
+        _own_kafka.thaw()
+    _own_kafka.start()
+    return _own_kafka
+
+
+@pytest.fixture(scope="module")
+def _kafka_cluster() -> Iterator[KafkaCluster]:
+    cluster = _started(KafkaCluster, jars)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def kafka_cluster(_kafka_cluster: KafkaCluster) -> KafkaCluster:
+    """Three nodes, all running and in one cluster, whatever the test before has done."""
+    for node in _kafka_cluster.nodes:
+        if node.pid is not None:
+            node.thaw()
+    _kafka_cluster.start()
+    return _kafka_cluster
+
+
+def _answers(look: Callable[[], object]) -> bool:
     try:
-        shake_hands(address.url)
+        look()
     except OSError:
         return False
     return True
 
 
-def _started(make: Callable[[], Broker]) -> Broker:
+class _Source(Protocol):
+    """Where a product comes from: `packages`, or Kafka's `jars`."""
+
+    def is_installed(self) -> bool: ...
+
+
+def _started(make: Callable[[], Broker], source: _Source) -> Broker:
     """Make and start a broker of the tests' own, or skip. Locally nothing is installed behind anyone's back."""
-    if not (IN_CI or packages.is_installed()):
-        _missing("RabbitMQ is not installed")
+    if not (IN_CI or source.is_installed()):
+        _missing(f"what {make.__name__} needs is not installed")
     try:
         broker = make()
     except BrokerError as error:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import ProxyHandler, Request, build_opener
@@ -17,20 +17,62 @@ from tests.brokers.processes import BrokerError
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".brokers" / "state.json"
-VARIABLE = "STREAMTOOLS_TEST_RABBITMQ_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RabbitMQAddress:
-    """A RabbitMQ to test against; what it has not is None."""
+class Address:
+    """A broker to test against; what it has not is None."""
+
+    #: The broker's name in the state and, in capitals, in the variables.
+    broker: ClassVar[str]
 
     url: str
     tls_url: str | None = None
-    management_url: str | None = None
     #: PEM files for `tls_url`: the authority, the client certificate and its key.
     ca: str | None = None
     cert: str | None = None
     key: str | None = None
+
+    def environment(self) -> dict[str, str]:
+        """As variables that `from_environment` reads back."""
+        return {self.variable(name): value for name, value in asdict(self).items() if value}
+
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """STREAMTOOLS_TEST_RABBITMQ_URL and its sisters (..._TLS_URL, ..._CA)."""
+        return f"STREAMTOOLS_TEST_{cls.broker}_{field}".upper()
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Self | None:
+        """The broker that the environment names, if it does."""
+        found = {f.name: environ.get(cls.variable(f.name)) or None for f in fields(cls)}
+        return cls(**found) if found["url"] else None  # type: ignore[arg-type]
+
+    @classmethod
+    def from_state(cls) -> Self | None:
+        """The broker that `scripts/brokers up` started, if it did."""
+        try:
+            return cls(**read_state()[cls.broker]["address"])
+        except (KeyError, TypeError):
+            return None
+
+
+def read_state() -> dict[str, Any]:
+    """What `scripts/brokers up` left behind; empty when nothing, or nothing readable."""
+    try:
+        state: dict[str, Any] = json.loads(STATE.read_text())
+    except (OSError, ValueError):
+        return {}
+    return state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RabbitMQAddress(Address):
+    """A RabbitMQ to test against."""
+
+    broker: ClassVar[str] = "rabbitmq"
+
+    management_url: str | None = None
 
     def in_vhost(self, vhost: str) -> RabbitMQAddress:
         """The same broker, another virtual host."""
@@ -45,26 +87,8 @@ class RabbitMQAddress:
             BrokerError: when there is none, or it refuses; its text holds status and body.
         """
         if self.management_url is None:
-            raise BrokerError(f"this broker's management API is unknown; set {VARIABLE}MANAGEMENT_URL")
+            raise BrokerError(f"this broker's management API is unknown; set {self.variable('management_url')}")
         return call_management(self.management_url, method, path, body)
-
-    def environment(self) -> dict[str, str]:
-        """As variables that `from_environment` reads back."""
-        return {VARIABLE + name.upper(): value for name, value in asdict(self).items() if value}
-
-
-def from_environment(environ: Mapping[str, str] = os.environ) -> RabbitMQAddress | None:
-    """The broker named by STREAMTOOLS_TEST_RABBITMQ_URL and its sisters (..._TLS_URL, ..._CA), if any."""
-    found = {f.name: environ.get(VARIABLE + f.name.upper()) or None for f in fields(RabbitMQAddress)}
-    return RabbitMQAddress(**found) if found["url"] else None  # type: ignore[arg-type]
-
-
-def from_state() -> RabbitMQAddress | None:
-    """The broker that `scripts/brokers up` started, if it did."""
-    try:
-        return RabbitMQAddress(**json.loads(STATE.read_text())["rabbitmq"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def with_vhost(url: str, vhost: str) -> str:

@@ -1,4 +1,4 @@
-"""What the nodes of one RabbitMQ share: directory, cookie, certificates, epmd, and who cleans up."""
+"""What the nodes of one broker share: directory, certificates, and who cleans up."""
 
 from __future__ import annotations
 
@@ -14,19 +14,34 @@ from tests.brokers.processes import end_all, free_ports, guard, spawn
 
 
 class Home:
-    """A temporary directory with everything in it, and an Erlang port mapper of its own.
+    """A temporary directory with everything in it, certificates first.
 
     Parameters:
+        name: of the product, in the directory's name.
         guarded: True ends the processes and removes the directory with this process, however it ends;
             False leaves them running (`scripts/brokers up`).
     """
 
+    def __init__(self, name: str, *, guarded: bool = True) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix=f"streamtools-{name}-"))
+        self._guard = guard(self.directory) if guarded else None
+        self.certificates: Certificates = make_certificates(self.directory / "certificates")
+
+    def close(self) -> None:
+        """End every process that was started here and remove the directory; safe to repeat."""
+        end_all(self.directory)
+        if self._guard is not None:
+            self._guard.communicate()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class ErlangHome(Home):
+    """What the nodes of one RabbitMQ share besides: a cookie, and an Erlang port mapper of its own."""
+
     def __init__(self, *, guarded: bool = True) -> None:
         packages.ensure_installed()
-        self.directory = Path(tempfile.mkdtemp(prefix="streamtools-rabbitmq-"))
-        self._guard = guard(self.directory) if guarded else None
+        super().__init__("rabbitmq", guarded=guarded)
         self._epmd: subprocess.Popen[bytes] | None = None
-        self.certificates: Certificates = make_certificates(self.directory / "certificates")
         self.epmd_port = 0
         self._bake_cookie()
 
@@ -62,9 +77,6 @@ class Home:
 
     def close(self) -> None:
         """End every process that was started here and remove the directory; safe to repeat."""
-        end_all(self.directory)
+        super().close()
         if self._epmd is not None:
             self._epmd.wait()
-        if self._guard is not None:
-            self._guard.communicate()
-        shutil.rmtree(self.directory, ignore_errors=True)

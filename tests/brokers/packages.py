@@ -1,11 +1,11 @@
-"""RabbitMQ from the distribution's packages: find it, or install it."""
+"""The distribution's packages: RabbitMQ, and what others need."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,20 +28,30 @@ def ensure_installed() -> None:
     """Install what is missing; raises BrokerError naming the line to type where we may not."""
     if is_installed():
         return
-    line = f"apt-get install -y --no-install-recommends {' '.join(PACKAGES)}"
+    install("RabbitMQ", PACKAGES, "STREAMTOOLS_TEST_RABBITMQ_URL (e.g. amqp://guest:guest@127.0.0.1:5672/)")
+    if not is_installed():
+        raise BrokerError(f"apt-get succeeded, but {BIN}/rabbitmq-server, epmd or openssl is still missing")
+
+
+def install(product: str, names: Sequence[str], variable: str) -> None:
+    """Install packages of the distribution.
+
+    Parameters:
+        product: what they are for.
+        variable: names a broker that is already there, for who may not install.
+
+    Raises:
+        BrokerError: it may not be done, with the line to type, or it failed.
+    """
+    line = f"apt-get install -y --no-install-recommends {' '.join(names)}"
     if not shutil.which("apt-get"):
-        raise BrokerError(
-            "no RabbitMQ: nothing in STREAMTOOLS_TEST_RABBITMQ_URL, no Docker engine, and no apt-get here. "
-            "Set the variable to a broker for tests, e.g. amqp://guest:guest@127.0.0.1:5672/"
-        )
+        raise BrokerError(f"no {product}: no Docker engine, no apt-get. Set {variable} to a broker for tests.")
     if os.geteuid() != 0:
-        raise BrokerError(f"RabbitMQ is not installed and only root may do it. Type: sudo {line}")
-    print("installing:", *PACKAGES, flush=True)
+        raise BrokerError(f"{product} is not installed and only root may do it. Type: sudo {line}")
+    print("installing:", *names, flush=True)
     with _services_stay_down():
         _run("apt-get", "update", "-q")
         _run(*line.split())
-    if not is_installed():
-        raise BrokerError(f"{line} succeeded, but {BIN}/rabbitmq-server, epmd or openssl is still missing")
 
 
 def _run(*command: str) -> None:

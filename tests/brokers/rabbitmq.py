@@ -9,13 +9,12 @@ Calls block; inside a running event loop use `await asyncio.to_thread(node.resta
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import signal
 import subprocess
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -23,11 +22,10 @@ from urllib.parse import quote
 from tests.brokers import packages
 from tests.brokers.address import RabbitMQAddress, with_vhost
 from tests.brokers.handshake import shake_hands
-from tests.brokers.home import Home
-from tests.brokers.processes import POLL, BrokerError, end, free_ports, spawn
+from tests.brokers.home import ErlangHome
+from tests.brokers.node import START_TIMEOUT, Node
+from tests.brokers.processes import POLL, BrokerError, free_ports
 
-#: Seconds that a node may take until it answers; 8 on a quiet machine.
-START_TIMEOUT = 120.0
 #: Seconds that rabbitmqctl may take; 2 on a quiet machine.
 CTL_TIMEOUT = 60.0
 
@@ -52,7 +50,7 @@ cluster_formation.target_cluster_size_hint = {size}
 ERL_ARGS = "-kernel inet_dist_use_interface {127,0,0,1} -start_epmd false"
 
 
-class RabbitMQNode:
+class RabbitMQNode(Node):
     """One node with ports of its own: AMQP, AMQP over TLS, management, Erlang distribution.
 
     Parameters:
@@ -63,29 +61,24 @@ class RabbitMQNode:
         guarded: see `Home`.
     """
 
+    product = "RabbitMQ"
+    home: ErlangHome
+
     def __init__(
         self,
-        home: Home | None = None,
+        home: ErlangHome | None = None,
         *,
         name: str = "n1",
         peers: tuple[str, ...] = (),
         require_client_cert: bool = False,
         guarded: bool = True,
     ) -> None:
-        self._owns_home = home is None
-        self.home = home or Home(guarded=guarded)
-        self.name = name
+        super().__init__(home or ErlangHome(guarded=guarded), name, owns_home=home is None)
         self.vhost = "/"
         self.port, self.tls_port, self.management_port, self._dist_port = free_ports(4)
-        self._process: subprocess.Popen[bytes] | None = None
         self._configure(peers, require_client_cert)
 
     # --- where it is ---------------------------------------------------------------------------------
-
-    @property
-    def pid(self) -> int | None:
-        """The node itself, so that kill -9 hits it; None while it does not run."""
-        return self._process.pid if self._process and self._process.poll() is None else None
 
     @property
     def address(self) -> RabbitMQAddress:
@@ -129,73 +122,6 @@ class RabbitMQNode:
     def key(self) -> str:
         """Path of the client certificate's key."""
         return str(self.home.certificates.client_key)
-
-    # --- life ----------------------------------------------------------------------------------------
-
-    def start(self, *, wait: bool = True) -> None:
-        """Start it, on the same ports and data as before; nothing happens when it runs."""
-        if self.pid is None:
-            self.home.start_epmd()
-            self._process = spawn(
-                [str(packages.BIN / "rabbitmq-server"), "-noinput"],
-                env=self._environment(),
-                log=self.home.directory / f"{self.name}.out",
-                pid_file=self.home.directory / f"{self.name}.pid",
-            )
-        if wait:
-            self.wait_ready()
-
-    def kill(self) -> None:
-        """SIGKILL: no goodbye to clients, nothing flushed; returns when the process is gone."""
-        self._end(force=True)
-
-    def stop(self) -> None:
-        """SIGTERM: an orderly shutdown, the clients' connections are closed by the protocol."""
-        self._end(force=False)
-
-    def restart(self, *, force: bool = False) -> None:
-        """Stop (or, with `force`, kill) and start again; returns when it serves."""
-        self._end(force=force)
-        self.start()
-
-    def freeze(self) -> None:
-        """SIGSTOP: connections stay open and nothing answers, until `thaw`."""
-        self._signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """SIGCONT after `freeze`."""
-        self._signal(signal.SIGCONT)
-
-    def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
-        """Return when AMQP, AMQP over TLS and the management API let us in; raises BrokerError if not."""
-        deadline = time.monotonic() + timeout
-        while (trouble := self._trouble()) is not None:
-            if self.pid is None:
-                raise BrokerError(f"RabbitMQ {self.name} ended while starting.\n{self._last_words()}")
-            if time.monotonic() > deadline:
-                raise BrokerError(
-                    f"RabbitMQ {self.name} gave no answer in {timeout:g} s: {trouble}\n{self._last_words()}"
-                )
-            time.sleep(POLL)
-
-    def close(self) -> None:
-        """Kill it and, unless it is part of a cluster, remove everything; safe to repeat."""
-        self.kill()
-        if self._owns_home:
-            self.home.close()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     # --- commands ------------------------------------------------------------------------------------
 
@@ -288,8 +214,11 @@ class RabbitMQNode:
         self._file("plugins").write_text("[rabbitmq_management].\n")
         self._file("advanced.config").write_text("[].\n")
 
-    def _file(self, suffix: str) -> Any:
-        return self.home.directory / f"{self.name}.{suffix}"
+    def _prepare(self) -> None:
+        self.home.start_epmd()
+
+    def _command(self) -> list[str]:
+        return [str(packages.BIN / "rabbitmq-server"), "-noinput"]
 
     def _environment(self) -> dict[str, str]:
         data = self.home.directory / self.name
@@ -309,28 +238,12 @@ class RabbitMQNode:
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": ERL_ARGS,
         }
 
-    def _end(self, *, force: bool) -> None:
-        if self._process is None:
-            return
-        if (pid := self.pid) is not None:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)  # a frozen process does not see SIGTERM
-            end(pid, force=force)
-        self._process.wait()
-        self._process = None
-        self._file("pid").unlink(missing_ok=True)
-
     def _wait_alarm(self, wanted: bool, timeout: float = 30) -> None:
         deadline = time.monotonic() + timeout
         while self.has_alarm() is not wanted:
             if time.monotonic() > deadline:
                 raise BrokerError(f"RabbitMQ {self.name}: memory alarm is not {wanted} after {timeout:g} s")
             time.sleep(POLL)
-
-    def _signal(self, number: signal.Signals) -> None:
-        if (pid := self.pid) is None:
-            raise BrokerError(f"RabbitMQ {self.name} is not running; call start() first")
-        os.kill(pid, number)
 
     def _trouble(self) -> Exception | None:
         """What still stands against calling it ready."""
@@ -342,16 +255,15 @@ class RabbitMQNode:
             return error
         return None
 
-    def _last_words(self) -> str:
-        logs = [self._file("out"), *sorted((self.home.directory / self.name / "log").glob("*.log"))]
-        return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-2000:]}" for log in logs if log.exists())
+    def _logs(self) -> Iterable[Path]:
+        return sorted((self.home.directory / self.name / "log").glob("*.log"))
 
 
 class RabbitMQCluster:
     """Several nodes that know each other; `nodes` one by one, `urls` for a client."""
 
     def __init__(self, size: int = 3, *, guarded: bool = True) -> None:
-        self.home = Home(guarded=guarded)
+        self.home = ErlangHome(guarded=guarded)
         names = tuple(f"n{i}" for i in range(1, size + 1))
         self.nodes = [RabbitMQNode(self.home, name=name, peers=names) for name in names]
 

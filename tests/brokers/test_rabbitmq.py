@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.brokers.address import ROOT, RabbitMQAddress, from_environment
+from tests.brokers.address import ROOT, RabbitMQAddress
 from tests.brokers.handshake import shake_hands
 from tests.brokers.processes import BrokerError, is_alive
 from tests.brokers.rabbitmq import RabbitMQCluster, RabbitMQNode
@@ -21,8 +21,8 @@ QUORUM = {"durable": True, "arguments": {"x-queue-type": "quorum"}}
 
 def test_an_address_survives_the_environment() -> None:
     address = RabbitMQAddress(url="amqp://guest:guest@127.0.0.1:1/%2F", ca="/a b/ca.pem")
-    assert from_environment(address.environment()) == address
-    assert from_environment({}) is None
+    assert RabbitMQAddress.from_environment(address.environment()) == address
+    assert RabbitMQAddress.from_environment({}) is None
 
 
 def test_a_virtual_host_of_ones_own_is_empty_and_open(rabbitmq_vhost: RabbitMQAddress) -> None:
