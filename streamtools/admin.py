@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
 from streamtools.checks import check_name
 from streamtools.delivery import Delivery, Settlement
 from streamtools.message import Message
+from streamtools.options import QUEUE_OPTIONS, check_known
 from streamtools.policy import redrive_copy
 from streamtools.registry import Registry
 from streamtools.verdicts import ACK
@@ -125,8 +126,10 @@ class QueueAdmin:
 
         Raises:
             QueueError: it exists with other options.
+            TypeError: an option that no protocol knows.
         """
         check_name(queue)
+        check_known(options, QUEUE_OPTIONS, owner=f"{type(self).__name__}.create")
         await self._create(queue, options)
 
     async def delete(self, queue: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -43,6 +43,17 @@ def parameters(function: Callable[..., Any]) -> frozenset[str]:
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
+def check_known(names: Iterable[str], known: frozenset[str], *, owner: str, own: Iterable[str] = ()) -> None:
+    """Every name is an option of some protocol; parameters as for `read_options`.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name in names:
+        if name not in known:
+            raise TypeError(f"{owner} takes no {name!r}. {near(name, {*own, *known})}")
+
+
 def read_options(
     model: type[O], given: Mapping[str, Any], *, known: frozenset[str], own: frozenset[str], owner: str
 ) -> tuple[O, list[str]]:
@@ -60,9 +71,7 @@ def read_options(
         ConfigurationError: a value that does not fit.
     """
     foreign = [name for name in given if name not in model.model_fields]
-    for name in foreign:
-        if name not in known:
-            raise TypeError(f"{owner} takes no {name!r}. {near(name, {*own, *known, *model.model_fields})}")
+    check_known(foreign, known, owner=owner, own={*own, *model.model_fields})
     try:
         return model(**{n: v for n, v in given.items() if n in model.model_fields}), foreign
     except ValidationError as error:

@@ -90,7 +90,10 @@ def create(
 ) -> None:
     """Make a queue; safe to repeat."""
     options = dict(_option(text) for text in option or [])
-    at(url, lambda admin: admin.create(name, **options))
+    try:
+        at(url, lambda admin: admin.create(name, **options))
+    except TypeError as error:  # an option that no protocol knows
+        output.fail(str(error), output.USAGE)
     _done("created", name, None, json=json)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from streamtools.cli import output
@@ -105,3 +107,36 @@ def test_a_password_that_makes_the_url_unreadable_is_not_shown_either(cli: Cli, 
 
     assert result.exit_code == 2
     assert "geheim" not in result.output
+
+
+LOOKING = [
+    ("queues", "list"), ("queues", "stats", "orders"), ("queues", "purge", "orders", "--yes"),
+    ("queues", "delete", "orders", "--yes"), ("errors", "list"), ("errors", "show"), ("errors", "redrive"),
+    ("errors", "purge", "--yes"), ("receive", "orders"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", LOOKING, ids=" ".join)
+def test_looking_makes_no_file(cli: Cli, tmp_path: Path, command: tuple[str, ...]) -> None:
+    result = cli(*command)
+
+    assert list(tmp_path.iterdir()) == []
+    if command != ("queues", "list"):
+        assert result.exit_code == 1
+        assert "There is no file" in result.stderr
+
+
+@pytest.mark.parametrize("url", ["sqlite:///x.db", "asyncio://"])
+def test_an_option_that_no_protocol_knows_ends_with_2(cli: Cli, tmp_path: Path, url: str) -> None:
+    result = cli("queues", "create", "orders", "-o", "queue_typ=quorum", "--url", url)
+
+    assert result.exit_code == 2
+    assert "Did you mean 'queue_type'" in result.stderr
+
+
+def test_http_has_no_queues_and_says_what_has(cli: Cli) -> None:
+    result = cli("queues", "list", "--url", "http://127.0.0.1:9000")
+
+    assert result.exit_code == 2
+    assert "no queues to look at" in result.stderr
+    assert "sqlite://" in result.stderr

@@ -64,7 +64,7 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
             QueueOptions,
             options,
             known=QUEUE_OPTIONS,
-            own=frozenset({"queue"}),
+            own=frozenset(),
             owner=f"{type(self).__name__}.create",
         )
         topology = Topology(await self._get_link())
@@ -113,9 +113,11 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
                 if answer.status != 200:
                     raise ConnectError(_refusal(answer.status, where, self.settings.username), permanent=True)
                 return await answer.json()
+        except ConnectError:  # an OSError too
+            raise
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ConnectError(
-                f"The {where} does not answer: {errors.plain(error)} Listing queues needs the management plugin "
+                f"The {where} does not answer: {_words(error)}. Listing queues needs the management plugin "
                 "(rabbitmq-plugins enable rabbitmq_management); name its address with management_url= or "
                 "RMQ_MANAGEMENT_URL."
             ) from error
@@ -140,6 +142,13 @@ def _refusal(status: int, where: str, user: str) -> str:
     if status == 401:
         return f"The {where} refuses the user {user!r}: it needs the tag management (rabbitmqctl set_user_tags)."
     return f"The {where} answered {status}."
+
+
+def _words(error: Exception) -> str:
+    # Of a connection that fails aiohttp shows all that it knows, in its own terms.
+    if isinstance(error, TimeoutError):
+        return f"within {TIMEOUT:g} s"
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _info(row: dict[str, Any]) -> QueueInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Final
 
 from streamtools.admin import QueueAdmin, QueueInfo, Reader
@@ -27,23 +28,37 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
     settings_class: ClassVar[type[SQLiteSettings]] = SQLiteSettings
     settings: SQLiteSettings
     _session: Session | None = None
+    _opened = False
 
     async def _open(self) -> None:
         await self._close()
-        # A thread of its own: counting a million messages must not hold up consumers.
-        self._session = await Session.open(self.settings, use="admin")
+        self._opened = True
+        with suppress(QueueError):  # there is no file: looking makes none
+            await self._connect(make=False)
+
+    async def _connect(self, *, make: bool) -> Session:
+        if not self._opened:
+            raise ConnectError(f"{self!r} is not open: async with ADMINS['sqlite'](url=...) as admin: ...")
+        if self._session is None:
+            # A thread of its own: counting a million messages must not hold up consumers.
+            self._session = await Session.open(self.settings, use="admin", make=make)
+        return self._session
 
     async def _close(self) -> None:
+        self._opened = False
         session, self._session = self._session, None
         if session is not None:
             await session.close()
 
     async def _list(self) -> Sequence[QueueInfo]:
-        names = await self._call(names_of, None)
+        try:
+            names = await self._call(names_of, None)
+        except QueueError:
+            return []
         return [await self._stats(name) for name in names]
 
     async def _create(self, queue: str, options: dict[str, Any]) -> None:
-        await declare(self._get(), [queue], True)
+        await declare(await self._connect(make=True), [queue], True)
 
     async def _delete(self, queue: str) -> None:
         await self._purge(queue)
@@ -65,15 +80,10 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
         return SQLiteReader(queue, url=self.settings, prefetch=max(1, prefetch), declare=False)
 
     async def _call(self, run: Any, argument: Any, *, full: bool = False) -> Any:
-        found = await self._get().call(run, argument, full=full)
+        found = await (await self._connect(make=False)).call(run, argument, full=full)
         if found is None:
             raise QueueError(f"There is no queue {argument!r} in {self.settings.path}.")
         return found
-
-    def _get(self) -> Session:
-        if self._session is None:
-            raise ConnectError(f"{self!r} is not open: async with ADMINS['sqlite'](url=...) as admin: ...")
-        return self._session
 
 
 def names_of(tables: Tables, arguments: Sequence[None]) -> list[list[str]]:

@@ -83,7 +83,7 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
 
     async def _open(self) -> None:
         await self._close()
-        session = await Session.open(self.settings)
+        session = await Session.open(self.settings, make=self.declare is True)
         try:
             self._holder = await self._join(session)
         except BaseException:

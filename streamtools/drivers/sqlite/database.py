@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 from streamtools.drivers.sqlite.requests import Holder, Job, Outcome, Run, Waiter
 from streamtools.drivers.sqlite.rows import Claimed
-from streamtools.drivers.sqlite.schema import absolute
+from streamtools.drivers.sqlite.schema import absolute, check_exists
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.drivers.sqlite.worker import Worker
 from streamtools.errors import Closed, ConnectionLost
@@ -63,17 +63,21 @@ class Database:
     # --- lifetime -------------------------------------------------------------------------------
 
     @classmethod
-    async def attach(cls, settings: SQLiteSettings, *, use: str = "") -> Database:
+    async def attach(cls, settings: SQLiteSettings, *, use: str = "", make: bool = True) -> Database:
         """The open database of this file in the running loop.
 
         Parameters:
             use: databases for different uses are apart, each with its own thread.
+            make: make the file if it is missing.
 
         Raises:
             ConnectError: the file cannot be used; permanent where trying again cannot help.
             ConfigurationError: the path cannot be one.
+            QueueError: the file is missing, and is not to be made.
         """
         path = await asyncio.to_thread(absolute, settings.path)
+        if not make:
+            await asyncio.to_thread(check_exists, path)
         databases = cls._all.setdefault(asyncio.get_running_loop(), {})
         key = (path, settings.lease, settings.busy_timeout, use)
         database = databases.get(key)
@@ -191,9 +195,9 @@ class Session:
         self.closed: bool = False
 
     @classmethod
-    async def open(cls, settings: SQLiteSettings, *, use: str = "") -> Session:
+    async def open(cls, settings: SQLiteSettings, *, use: str = "", make: bool = True) -> Session:
         """A session with the file, which is opened if it is not; parameters and errors as for `Database.attach`."""
-        return cls(await Database.attach(settings, use=use))
+        return cls(await Database.attach(settings, use=use, make=make))
 
     async def call(self, run: Run, argument: Any, *, full: bool, patience: float | None = None) -> Any:
         """Have something done in a transaction, together with what else is asked meanwhile.

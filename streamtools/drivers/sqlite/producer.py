@@ -38,7 +38,7 @@ class SQLiteProducer(Producer, protocol="sqlite"):
 
     async def _open(self) -> None:
         await self._close()
-        session = await Session.open(self.settings)
+        session = await Session.open(self.settings, make=self.declare != "passive")
         try:
             await declare(session, [self.queue], self.declare)
         except BaseException:

@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
-from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, StreamToolsError
+from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, QueueError, StreamToolsError
 
 #: Marks a file as ours (`PRAGMA application_id`): "strm" in ASCII.
 APPLICATION: Final = 0x7374726D
@@ -101,6 +101,21 @@ def check_path(path: str) -> None:
             f"The directory {file.parent} does not exist, so {file.name} cannot be made in it: "
             f"mkdir -p {file.parent}",
             permanent=True,
+        )
+
+
+def check_exists(path: str) -> None:
+    """Say that there is no file there, for who only wants to look.
+
+    Raises:
+        ConnectError: (permanent) there cannot be one.
+        QueueError: there is none.
+    """
+    check_path(path)
+    if not os.path.lexists(path):
+        raise QueueError(
+            f"There is no file {path}, and so no queue in it. Check the path; the first producer or consumer makes "
+            "it (declare=True)."
         )
 
 

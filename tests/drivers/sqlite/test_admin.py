@@ -95,6 +95,7 @@ async def _two(consumer: SQLiteConsumer) -> list[bytes]:
 
 
 async def test_a_missing_queue_is_an_error(admin: SQLiteAdmin) -> None:
+    await admin.create("another")
     for ask in (admin.stats, admin.purge, admin.delete, admin.peek, admin.move):
         with pytest.raises(QueueError, match="no queue 'nowhere'"):
             await ask("nowhere")

@@ -112,7 +112,9 @@ async def test_a_file_without_write_permission_says_so(shared_directory: Path) -
 async def test_a_directory_without_write_permission_says_so(shared_directory: Path) -> None:
     shared_directory.chmod(0o555)
     lose_privileges()
-    await refused(shared_directory / "new.db", "permission")
+    with pytest.raises(ConnectError, match="permission") as caught:
+        await SQLiteProducer("orders", url=f"sqlite:///{shared_directory}/new.db").open()
+    assert caught.value.permanent
 
 
 async def test_a_locked_file_is_waited_for(url: str, path: Path) -> None:
