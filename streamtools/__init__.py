@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from streamtools.registry import ASYNCIO, HTTP, KAFKA, RABBITMQ, SQLITE
     from streamtools.routing import ConsumerFactory
     from streamtools.runner import ConsumerRunner
-    from streamtools.settings import AsyncIOSettings, HTTPSettings, RabbitMQSettings, SQLiteSettings
+    from streamtools.settings import AsyncIOSettings, HTTPSettings, KafkaSettings, RabbitMQSettings, SQLiteSettings
     from streamtools.types import Handler, Middleware
     from streamtools.verdicts import Verdict
 
@@ -68,6 +68,7 @@ __all__ = [
     "Handler",
     "HandlerError",
     "HandlerFactory",
+    "KafkaSettings",
     "Message",
     "Middleware",
     "Producer",
@@ -129,6 +130,7 @@ _HOMES: Final = {
     "ConsumerRunner": "runner",
     "AsyncIOSettings": "settings",
     "HTTPSettings": "settings",
+    "KafkaSettings": "settings",
     "RabbitMQSettings": "settings",
     "SQLiteSettings": "settings",
     "Handler": "types",

@@ -1,13 +1,13 @@
 """Settings: addresses from a URL, from the environment, or from defaults.
 
 Which address holds: `url=`, then `STREAMTOOLS_URL` if its scheme belongs to the protocol, then the
-protocol's own variables (`RMQ_HOST`, `HTTP_HOST`, ...), then the defaults.
+protocol's own variables (`RMQ_HOST`, `KAFKA_HOST`, ...), then the defaults.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
@@ -187,6 +187,84 @@ class RabbitMQSettings(ProtocolSettings):
     def safe_url(self) -> str:
         hosts = ",".join(f"{h}:{p}" for h, p in self.addresses)
         return f"{'amqps' if self.tls else 'amqp'}://{quote(self.username)}@{hosts}/{quote(self.vhost, safe='')}"
+
+
+class KafkaSettings(ProtocolSettings):
+    """`kafka(s)://user:password@host:9092,other:9092/?sasl=SCRAM-SHA-512`, or `KAFKA_HOST`, `KAFKA_USER`,
+    `KAFKA_PASS` and so on.
+
+    Parameters:
+        host: one broker, or several separated by commas, each with `:port` if it differs; one that answers is enough.
+        port: for hosts without their own.
+        username: speak SASL with this user; percent-encoding is done by us.
+        password: likewise.
+        sasl: the SASL mechanism.
+        tls: speak TLS (`kafkas`).
+        cafile: a file of certificates to trust, in PEM.
+        certfile: this client's certificate, in PEM.
+        keyfile: its private key, in PEM.
+        verify: check the server's certificate and host name.
+        connect_timeout: seconds to wait for one connection attempt.
+        request_timeout: seconds to wait for the answer to one request, before it is asked again.
+        session_timeout: seconds without a heartbeat after which a consumer counts as dead and others take over.
+        partitions: of topics that we make; the broker's `num.partitions` when unset.
+        replication: copies of each partition of topics that we make; the broker's default when unset.
+        max_message: the largest message that a producer sends, in bytes; the broker has a limit of its own.
+    """
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="KAFKA_")
+    protocol: ClassVar[str] = "kafka"
+    schemes: ClassVar[tuple[str, ...]] = ("kafka", "kafkas")
+
+    host: str = "localhost"
+    port: Annotated[int, Field(ge=1, le=65535)] = 9092
+    username: Annotated[
+        str | None, Field(validation_alias=AliasChoices("username", "KAFKA_USER", "KAFKA_USERNAME"))
+    ] = None
+    password: Annotated[
+        SecretStr, Field(validation_alias=AliasChoices("password", "KAFKA_PASS", "KAFKA_PASSWORD"))
+    ] = SecretStr("")
+    sasl: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    tls: bool = False
+    cafile: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
+    verify: bool = True
+    connect_timeout: Annotated[float, Field(gt=0)] = 10.0
+    request_timeout: Annotated[float, Field(gt=0)] = 15.0
+    session_timeout: Annotated[float, Field(ge=1)] = 10.0
+    partitions: Annotated[int | None, Field(ge=1)] = None
+    replication: Annotated[int | None, Field(ge=1)] = None
+    max_message: Annotated[int, Field(gt=0)] = 1024 * 1024
+
+    @classmethod
+    def _from_parts(cls, parts: Any) -> dict[str, Any]:
+        if parts.path not in ("", "/"):
+            raise ConfigurationError(
+                "A kafka URL names brokers alone and ends behind them; the topic is the queue's name. In a user name "
+                "or password '/' is %2F, '@' is %40, ':' is %3A."
+            )
+        user, at, hosts = parts.netloc.rpartition("@")
+        name, colon, password = user.partition(":")
+        fields: dict[str, Any] = {"tls": parts.scheme == "kafkas"}
+        if hosts:
+            fields["host"] = hosts
+        if at:
+            fields["username"] = unquote(name)
+            if colon:
+                fields["password"] = unquote(password)
+        return fields
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """The hosts with their ports, in the order to try them."""
+        return [_address(item, self.port) for item in self.host.split(",") if item.strip()]
+
+    @property
+    def safe_url(self) -> str:
+        hosts = ",".join(f"[{h}]:{p}" if ":" in h else f"{h}:{p}" for h, p in self.addresses)
+        user = f"{quote(self.username, safe='')}@" if self.username is not None else ""
+        return f"{'kafkas' if self.tls else 'kafka'}://{user}{hosts}"
 
 
 class SQLiteSettings(ProtocolSettings):

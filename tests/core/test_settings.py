@@ -21,6 +21,7 @@ from streamtools import (
     ConsumerFactory,
     HandleMsgs,
     HTTPSettings,
+    KafkaSettings,
     Producer,
     QueueAdmin,
     RabbitMQSettings,
@@ -221,3 +222,21 @@ def test_headers_stay_out_of_a_messages_repr() -> None:
 def test_reprs_say_what_and_where(protocol: str) -> None:
     for made in (PRODUCERS[protocol]("orders"), CONSUMER_LOOPS[protocol]("orders")):
         assert "orders" in repr(made) and "://" in repr(made)
+
+
+def test_a_kafka_url_names_brokers_and_how_to_speak_to_them() -> None:
+    settings = KafkaSettings.from_url(f"kafkas://shop:{quote(SECRET, safe='')}@h1:9093,h2/?sasl=SCRAM-SHA-512")
+    assert settings.addresses == [("h1", 9093), ("h2", 9092)]
+    assert (settings.tls, settings.username, settings.sasl) == (True, "shop", "SCRAM-SHA-512")
+    assert settings.password.get_secret_value() == SECRET
+    assert settings.safe_url == "kafkas://shop@h1:9093,h2:9092"
+    assert hides(repr(settings))
+    with pytest.raises(ConfigurationError, match="topic is the queue's name"):
+        KafkaSettings.from_url("kafka://h/orders")
+
+
+def test_kafka_from_its_own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_HOST", "h1:1,h2:2")
+    monkeypatch.setenv("KAFKA_PARTITIONS", "6")
+    settings = KafkaSettings.from_environment()
+    assert (settings.addresses, settings.partitions, settings.username) == ([("h1", 1), ("h2", 2)], 6, None)

@@ -1,0 +1,1 @@
+"""`kafka://`: Apache Kafka, by aiokafka."""

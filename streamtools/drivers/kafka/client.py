@@ -1,0 +1,139 @@
+"""How every client of Kafka is made: addresses, security, limits; and why one could not connect."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from contextlib import suppress
+from typing import Any, Final, Protocol
+
+from aiokafka import errors as kafka
+from aiokafka.conn import create_conn
+
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error, connect_error
+from streamtools.errors import ConfigurationError, ConnectError
+from streamtools.settings import KafkaSettings
+
+#: Milliseconds between two attempts of the library at one request.
+BACKOFF: Final = 100
+#: Seconds for a goodbye to the brokers.
+CLOSE_TIMEOUT: Final = 5.0
+
+
+class Client(Protocol):
+    """A producer or consumer of the client library."""
+
+    async def start(self) -> Any: ...
+    async def stop(self) -> Any: ...
+
+
+async def connection(
+    settings: KafkaSettings, client_id: str, *, request_timeout: float | None = None
+) -> dict[str, Any]:
+    """The arguments that every client of the library takes.
+
+    Parameters:
+        client_id: as the broker shows and logs it.
+        request_timeout: seconds; that of the settings when None.
+
+    Raises:
+        ConfigurationError: a file of certificates cannot be used.
+    """
+    seconds = settings.request_timeout if request_timeout is None else request_timeout
+    arguments: dict[str, Any] = {
+        "bootstrap_servers": [f"[{h}]:{p}" if ":" in h else f"{h}:{p}" for h, p in settings.addresses],
+        "client_id": client_id,
+        "request_timeout_ms": int(1000 * seconds),
+        "retry_backoff_ms": BACKOFF,
+    }
+    return arguments | await security(settings)
+
+
+async def security(settings: KafkaSettings) -> dict[str, Any]:
+    """The arguments for TLS and SASL."""
+    protocol = "SSL" if settings.tls else "PLAINTEXT"
+    arguments: dict[str, Any] = {"security_protocol": protocol}
+    if settings.tls:
+        arguments["ssl_context"] = await asyncio.to_thread(_context, settings)
+    if settings.username is not None:
+        arguments |= {
+            "security_protocol": "SASL_SSL" if settings.tls else "SASL_PLAINTEXT",
+            "sasl_mechanism": settings.sasl,
+            "sasl_plain_username": settings.username,
+            "sasl_plain_password": settings.password.get_secret_value(),
+        }
+    return arguments
+
+
+async def started(client: Client, settings: KafkaSettings, *, timeout: float | None = None) -> None:
+    """Start a client of the library; nothing is left open when it fails.
+
+    Parameters:
+        timeout: seconds; those for one connection attempt to each host when None.
+
+    Raises:
+        ConnectError: with the reason, which the library itself only logs.
+    """
+    limit = timeout or settings.connect_timeout * (len(settings.addresses) + 1)
+    try:
+        async with asyncio.timeout(limit):
+            await client.start()
+    except (kafka.KafkaConnectionError, TimeoutError) as error:
+        await stopped(client)
+        raise await diagnose(settings, error) from error
+    except CLIENT_ERRORS as error:
+        await stopped(client)
+        raise client_error(error, settings) from error
+    except BaseException:
+        await stopped(client)
+        raise
+
+
+async def stopped(client: Client, *, timeout: float = CLOSE_TIMEOUT) -> None:
+    """Stop a client of the library, whatever state it is in, within `timeout` seconds."""
+    with suppress(*CLIENT_ERRORS):  # a TimeoutError is an OSError
+        async with asyncio.timeout(timeout):
+            await client.stop()
+
+
+async def diagnose(settings: KafkaSettings, error: BaseException) -> ConnectError:
+    """Why no host let us in, found out by a connection of our own to each."""
+    arguments = await connection(settings, "streamtools", request_timeout=settings.connect_timeout)
+    del arguments["bootstrap_servers"], arguments["retry_backoff_ms"]
+    found = await asyncio.gather(*(_try(settings, host, port, arguments) for host, port in settings.addresses))
+    reasons = [reason for reason in found if reason is not None]
+    if not reasons:
+        return ConnectError(
+            f"{settings.safe_url} could not be used within the time limit: {error!s}".rstrip(": ") + "."
+        )
+    permanent = all(reason.permanent for reason in reasons)
+    return ConnectError(" ".join(dict.fromkeys(str(reason) for reason in reasons)), permanent=permanent)
+
+
+async def _try(settings: KafkaSettings, host: str, port: int, arguments: dict[str, Any]) -> ConnectError | None:
+    try:
+        async with asyncio.timeout(settings.connect_timeout):
+            found = await create_conn(host, port, **arguments)
+    except CLIENT_ERRORS as error:  # a TimeoutError is an OSError
+        return connect_error(error, settings, f"{host}:{port}")
+    await found.close()
+    return None
+
+
+def _context(settings: KafkaSettings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.cafile)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigurationError(f"cafile={settings.cafile!r} cannot be used: {error.strerror or error}.") from error
+    if not settings.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if settings.certfile:
+        try:
+            context.load_cert_chain(settings.certfile, settings.keyfile)
+        except OSError as error:
+            raise ConfigurationError(
+                f"certfile={settings.certfile!r} with keyfile={settings.keyfile!r} cannot be used: "
+                f"{error.strerror or error}."
+            ) from error
+    return context

@@ -1,0 +1,106 @@
+"""The one place where errors of the client library become ours. Each keeps its cause."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from typing import Final
+
+from aiokafka import errors as kafka
+
+from streamtools.errors import ConnectError, ConnectionLost, QueueError, StreamToolsError
+from streamtools.settings import KafkaSettings
+
+#: What the client library raises: its own errors, the socket's, and assertions about its own state.
+CLIENT_ERRORS: Final[tuple[type[Exception], ...]] = (
+    kafka.KafkaError,
+    kafka.ConsumerStoppedError,
+    OSError,
+    AssertionError,
+    asyncio.InvalidStateError,
+)
+#: The broker takes no part of such a batch, whoever sends it again.
+REFUSALS: Final[tuple[type[Exception], ...]] = (
+    kafka.MessageSizeTooLargeError,
+    kafka.RecordListTooLargeError,
+    kafka.InvalidTopicError,
+    kafka.InvalidTimestampError,
+    kafka.TopicAuthorizationFailedError,
+    kafka.ClusterAuthorizationFailedError,
+    kafka.TransactionalIdAuthorizationFailed,
+    kafka.PolicyViolationError,
+    kafka.UnsupportedForMessageFormatError,
+    kafka.InvalidRequiredAcksError,
+    kafka.CorruptRecordException,
+)
+_TOO_LARGE: Final[tuple[type[Exception], ...]] = (kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError)
+
+
+def connect_error(error: BaseException, settings: KafkaSettings, where: str) -> ConnectError:
+    """Why one attempt to connect failed; permanent where trying again cannot help.
+
+    Parameters:
+        where: the host and port.
+    """
+    if isinstance(error, TimeoutError):
+        return ConnectError(f"Kafka at {where} did not answer within {settings.connect_timeout:g} s.")
+    if isinstance(error, kafka.SaslAuthenticationFailed | kafka.AuthenticationFailedError):
+        return ConnectError(
+            f"Kafka at {where} refuses the user {settings.username!r} with the password given ({settings.sasl}). "
+            "Check KAFKA_USER and KAFKA_PASS, or the URL, and sasl=.",
+            permanent=True,
+        )
+    if isinstance(error, kafka.UnsupportedSaslMechanismError | kafka.IllegalSaslStateError):
+        return ConnectError(
+            f"Kafka at {where} does not take {settings.sasl}: {plain(error)} Name another with ?sasl=.",
+            permanent=True,
+        )
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ConnectError(
+            f"Kafka at {where} shows a certificate that cannot be verified: {error.verify_message}. "
+            "Name the authority's file with cafile=, or the host as the certificate has it.",
+            permanent=True,
+        )
+    if isinstance(error, ssl.SSLError):
+        return ConnectError(
+            f"Kafka at {where} does not speak TLS as asked: {error.reason or error}. Check the port, and certfile= "
+            "and keyfile= if it wants a client certificate.",
+            permanent=error.reason == "WRONG_VERSION_NUMBER",
+        )
+    if isinstance(error, socket.gaierror):
+        return ConnectError(
+            f"The host of Kafka at {where} has no address: {error.strerror}. Check KAFKA_HOST or the URL."
+        )
+    if isinstance(error, OSError):
+        return ConnectError(f"Kafka at {where} cannot be reached: {plain(error)}. Check KAFKA_HOST or the URL.")
+    return ConnectError(
+        f"Kafka at {where} closed the connection: {plain(error)}. If it wants TLS write kafkas://, if it wants a "
+        "user kafka://user:password@host."
+    )
+
+
+def client_error(error: BaseException, settings: KafkaSettings) -> StreamToolsError:
+    """What a failed request means where nothing better is known."""
+    where = settings.safe_url
+    if isinstance(error, StreamToolsError):
+        return error
+    if isinstance(error, kafka.TopicAuthorizationFailedError):
+        return QueueError(f"{where} does not allow it: topic {plain(error)} (TOPIC_AUTHORIZATION_FAILED).")
+    if isinstance(error, kafka.GroupAuthorizationFailedError):
+        return QueueError(f"{where} does not allow it: group {plain(error)} (GROUP_AUTHORIZATION_FAILED).")
+    if isinstance(error, kafka.UnknownTopicOrPartitionError):
+        return QueueError(f"{where} has no such topic or partition: {plain(error)}.")
+    if isinstance(error, kafka.InconsistentGroupProtocolError | kafka.InvalidSessionTimeoutError):
+        return ConnectError(f"{where} does not let us into the group: {plain(error)}.", permanent=True)
+    return ConnectionLost(f"The connection to {where} has ended: {plain(error).rstrip('.')}.")
+
+
+def is_too_large(error: BaseException) -> bool:
+    """The broker has refused a batch for its size."""
+    return isinstance(error, _TOO_LARGE)
+
+
+def plain(error: BaseException) -> str:
+    """The error's own words, or its name where it has none."""
+    return str(error).strip() or type(error).__name__
