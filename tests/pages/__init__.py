@@ -1,0 +1,1 @@
+"""Pages of documentation that are run: every example, every command, every link."""

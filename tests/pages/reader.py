@@ -1,0 +1,120 @@
+"""A reader who does all that a page says, in an empty directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tests.brokers.address import RabbitMQAddress
+from tests.pages.markdown import ROOT, Block, Page
+from tests.pages.notebook import Notebook
+from tests.pages.terminal import Terminal, check, shims
+
+#: How pages write the address of a RabbitMQ; the tests' own stands in for it.
+RABBITMQ = "amqp://guest:guest@localhost/"
+#: Ports that pages name; free ones stand in for them.
+PORTS = ("9000", "8080")
+
+
+def needs_rabbitmq(block: Block) -> bool:
+    """It runs on a RabbitMQ."""
+    return block.language in ("python", "console") and RABBITMQ in block.text
+
+
+class Reader:
+    """Runs the blocks of a page in order: files are written, commands typed, Python run; see `markdown`.
+
+    Parameters:
+        directory: an empty one.
+        broker: a RabbitMQ; without one the page is left at the first block that needs it.
+    """
+
+    def __init__(self, directory: Path, broker: RabbitMQAddress | None = None) -> None:
+        self._broker = broker
+        self._page = directory / "page"
+        self._page.mkdir()
+        self._stand_ins = self._addresses()
+        environment = self._environment(shims(directory / "bin"))
+        self._terminal = Terminal(self._page, environment, self._as_written)
+        self._notebook = Notebook(self._page, environment)
+
+    def read(self, page: Page) -> None:
+        """Do what it says; an AssertionError names the block that does not hold."""
+        blocks = page.blocks
+        try:
+            for position, block in enumerate(blocks):
+                if self._broker is None and needs_rabbitmq(block):
+                    break
+                try:
+                    self._do(block, blocks[position + 1 :])
+                except AssertionError as error:
+                    raise AssertionError(f"{page.path}, line {block.line}: {self._as_written(str(error))}") from None
+        finally:
+            self._terminal.close()
+            self._notebook.close()
+
+    def _do(self, block: Block, following: Sequence[Block]) -> None:
+        if block.is_quoted:
+            return  # it is run by its own test
+        text = self._as_run(block.text)
+        if block.title:
+            self._write(block.title, text)
+        elif block.language == "python":
+            promised = following[0].text if following and following[0].language == "text" else ""
+            check(promised, self._as_written(self._notebook.run(text)))
+        elif block.language == "console":
+            self._terminal.run(text)
+
+    def _write(self, name: str, text: str) -> None:
+        file = self._page / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, "utf-8")
+        if file.suffix == ".py":
+            code = f"import runpy; runpy.run_path({name!r}, run_name='page')"
+            done = self._terminal.python(code)
+            assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+    # --- what stands in for what ----------------------------------------------------------------
+
+    def _addresses(self) -> dict[str, str]:
+        found = {port: _free_port() for port in PORTS}
+        if self._broker is not None:
+            found[RABBITMQ] = self._broker.url
+        return found
+
+    def _environment(self, programs: Path) -> Mapping[str, str]:
+        environment = {
+            **os.environ,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "120",
+            "HTTP_PORT": self._stand_ins["9000"],
+        }
+        if self._broker is not None and self._broker.management_url is not None:
+            environment["RMQ_MANAGEMENT_URL"] = self._broker.management_url
+        return environment
+
+    def _as_run(self, text: str) -> str:
+        for written, used in self._stand_ins.items():
+            text = re.sub(rf"(?<!\w){re.escape(written)}", used, text)
+        return text
+
+    def _as_written(self, text: str) -> str:
+        for written, used in self._stand_ins.items():
+            if written == RABBITMQ:
+                address = urlsplit(used)
+                text = text.replace(f"{address.netloc.rpartition('@')[2]}{address.path}", "localhost:5672/%2F")
+                text = text.replace(address.netloc.rpartition("@")[2], "localhost:5672")
+            else:
+                text = text.replace(used, written)
+        return text
+
+
+def _free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])

@@ -1,0 +1,89 @@
+"""The README and the documentation: all that they show is done, all that they promise is seen, every link leads."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+import streamtools
+from tests.brokers.address import RabbitMQAddress
+from tests.pages.commands import check_usage, commands
+from tests.pages.markdown import ROOT, Page, pages
+from tests.pages.reader import Reader, needs_rabbitmq
+
+PAGES = list(pages())
+#: For contributors: what it shows is pytest's own to run.
+SHOWN_ONLY = ("CONTRIBUTING.md",)
+RUN = [page for page in PAGES if page.path not in SHOWN_ONLY and page.blocks]
+OFFERED = [(page.path, command) for page in PAGES for command in commands(page)]
+#: Before the name of what a page of the reference shows the docstrings of.
+DOCSTRING = "::: "
+
+
+def _id(page: Page) -> str:
+    return page.path
+
+
+@pytest.mark.parametrize("page", RUN, ids=_id)
+def test_a_page_does_what_it_says(page: Page, tmp_path: Path) -> None:
+    Reader(tmp_path).read(page)
+
+
+@pytest.mark.parametrize("page", [p for p in RUN if any(map(needs_rabbitmq, p.blocks))], ids=_id)
+def test_a_page_does_what_it_says_on_rabbitmq(page: Page, tmp_path: Path, rabbitmq_vhost: RabbitMQAddress) -> None:
+    Reader(tmp_path, rabbitmq_vhost).read(page)
+
+
+@pytest.mark.parametrize(("path", "command"), OFFERED, ids=[f"{path}: {command}" for path, command in OFFERED])
+def test_a_command_that_is_only_shown_exists(path: str, command: str) -> None:
+    check_usage(command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_every_link_leads_somewhere(page: Page) -> None:
+    for link in page.links:
+        if "://" not in link and not link.startswith("mailto:"):
+            assert _leads(page, unquote(link)), f"{page.path} links to {link}, which is not there"
+
+
+def _leads(page: Page, link: str) -> bool:
+    name, _, anchor = link.partition("#")
+    file = (ROOT / page.path).parent / name if name else ROOT / page.path
+    if not file.exists():
+        return False
+    target = Page(str(file), file.read_text("utf-8")) if file.suffix == ".md" else None
+    return not anchor or (target is not None and (anchor in target.anchors or _documents(target, anchor)))
+
+
+def _documents(page: Page, name: str) -> bool:
+    """A page of the reference has this name's docstring."""
+    return any(name == shown or name.startswith(shown + ".") for shown in _shown(page)) and _exists(name)
+
+
+def _shown(page: Page) -> list[str]:
+    """What a page takes its text from: modules, classes, functions."""
+    return [line.removeprefix(DOCSTRING) for line in page.text.splitlines() if line.startswith(DOCSTRING)]
+
+
+def _exists(name: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(import_module(owner), attribute)
+    except ModuleNotFoundError:
+        return _exists(owner)  # an attribute of a class
+
+
+@pytest.mark.parametrize("name", streamtools.__all__)
+def test_every_public_name_is_in_the_reference(name: str) -> None:
+    value = getattr(streamtools, name)
+    reference = [page for page in PAGES if page.path.startswith("docs/reference/")]
+
+    if isinstance(value, type):
+        homes = {f"streamtools.{name}", value.__module__}
+        assert any(homes & set(_shown(page)) for page in reference), f"no page has {DOCSTRING}streamtools.{name}"
+        assert value.__doc__
+    else:  # a registry, a protocol's name, a type alias: these have no docstrings
+        assert any(f"`{name}`" in page.text for page in reference if page.path != "docs/reference/index.md")
