@@ -28,11 +28,13 @@ from tests.brokers.handshake import shake_hands
 from tests.brokers.kafka import jars
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.handshake import look_at
+from tests.brokers.kafka.jars import NoRegistryError
+from tests.brokers.kafka.mock import KafkaMock, real_or_mock
 from tests.brokers.kafka.node import KafkaCluster, KafkaNode
 from tests.brokers.processes import BrokerError
 from tests.brokers.rabbitmq import RabbitMQCluster, RabbitMQNode, add_vhost
 
-Broker = TypeVar("Broker", RabbitMQNode, RabbitMQCluster, KafkaNode, KafkaCluster)
+Broker = TypeVar("Broker", bound=RabbitMQNode | RabbitMQCluster | KafkaNode | KafkaMock | KafkaCluster)
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 #: Variables that would lead a test to somebody's real broker.
 OURS = ("STREAMTOOLS_URL", "RMQ_", "HTTP_HOST", "KAFKA_HOST")
@@ -128,9 +130,17 @@ def kafka() -> Iterator[KafkaAddress]:
     if given is not None and (KafkaAddress.from_environment() or _answers(lambda: look_at(given))):
         yield given
         return
-    node = _started(KafkaNode, jars)
+    node = _started(real_or_mock, jars)
     yield node.address
     node.close()
+
+
+@pytest.fixture(autouse=True)
+def no_mock_passes_for_a_kafka(request: pytest.FixtureRequest) -> None:
+    """Skip what the mock cluster does not do faithfully: `@pytest.mark.real_kafka("transactions")`."""
+    mark = request.node.get_closest_marker("real_kafka")
+    if mark is not None and request.getfixturevalue("kafka").mock:
+        pytest.skip(f"the mock cluster does not do this faithfully: {mark.args[0]}")
 
 
 @pytest.fixture(scope="session")
@@ -186,6 +196,8 @@ def _started(make: Callable[[], Broker], source: _Source) -> Broker:
         _missing(f"what {make.__name__} needs is not installed")
     try:
         broker = make()
+    except NoRegistryError as error:
+        pytest.skip(str(error))  # in CI, too: there it is the registry that is missing
     except BrokerError as error:
         _missing(str(error))
     try:

@@ -7,7 +7,8 @@ import secrets
 import pytest
 
 from tests.brokers.kafka.address import KafkaAddress
-from tests.brokers.kafka.handshake import live_brokers
+from tests.brokers.kafka.handshake import live_brokers, look_at
+from tests.brokers.kafka.mock import KafkaMock
 from tests.brokers.kafka.node import KafkaCluster, KafkaNode
 from tests.brokers.kafka.tools import kafka_tool
 from tests.brokers.processes import BrokerError
@@ -27,6 +28,7 @@ def test_an_address_survives_the_environment() -> None:
     assert KafkaAddress.from_environment({}) is None
 
 
+@pytest.mark.real_kafka("Kafka's own tools")
 def test_kafkas_own_tools_work_on_the_shared_broker(kafka: KafkaAddress) -> None:
     topic = unique("orders")
     kafka_tool(kafka.bootstrap, "kafka-topics", "--create", "--topic", topic, "--partitions", "2")
@@ -36,9 +38,17 @@ def test_kafkas_own_tools_work_on_the_shared_broker(kafka: KafkaAddress) -> None
     ]
 
 
+@pytest.mark.real_kafka("Kafka's own tools")
 def test_a_tool_that_fails_says_why(kafka: KafkaAddress) -> None:
     with pytest.raises(BrokerError, match="does not exist"):
         kafka_tool(kafka.bootstrap, "kafka-topics", "--delete", "--topic", unique("nothing"))
+
+
+def test_the_mock_answers_and_says_that_it_is_one() -> None:
+    pytest.importorskip("confluent_kafka")
+    with KafkaMock() as mock:
+        assert mock.address.mock
+        look_at(mock.address)
 
 
 def test_tls_takes_our_authority_and_no_other(own_kafka: KafkaNode) -> None:
