@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -49,6 +49,8 @@ PRODUCERS: Registry[Producer] = Registry(
 class Receipt:
     """What `send` returns: the broker holds the message.
 
+    Awaiting it returns it: with `send(wait=False)`, where a protocol has that, once the broker holds the message.
+
     Attributes:
         id: the message's id.
         queue: where it was sent.
@@ -56,6 +58,12 @@ class Receipt:
 
     id: str
     queue: str
+
+    def __await__(self) -> Generator[Any, None, Receipt]:
+        return self._confirmed().__await__()
+
+    async def _confirmed(self) -> Receipt:
+        return self
 
 
 class Producer:
@@ -213,6 +221,13 @@ class Producer:
     async def send_messages(self, batch: Sequence[Message]) -> list[Receipt]:
         """Send messages that are complete already, each to its own `queue`; for copies and bridges."""
         return await self._deliver(batch, self._no_options) if batch else []
+
+    async def flush(self) -> None:
+        """Return when nothing sent with `wait=False` is under way any more; at once where nothing ever is.
+
+        Raises:
+            SendError: naming those that failed since the last `flush()`.
+        """
 
     async def close(self) -> None:
         """Close the connection. Safe to repeat, and while a `send` is under way (which then raises)."""

@@ -1,1 +1,5 @@
 """`kafka://`: Apache Kafka, by aiokafka."""
+
+from streamtools.drivers.kafka.producer import KafkaProducer
+
+__all__ = ["KafkaProducer"]

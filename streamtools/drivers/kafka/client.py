@@ -96,6 +96,21 @@ async def stopped(client: Client, *, timeout: float = CLOSE_TIMEOUT) -> None:
             await client.stop()
 
 
+async def abandoned(producer: Any) -> None:
+    """End a producer of the library at once, with whatever it has not sent; its `stop()` waits for the brokers."""
+    sender = producer._sender.sender_task
+    if sender is not None:
+        sender.cancel()
+    with suppress(*CLIENT_ERRORS):  # a TimeoutError is an OSError
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await producer.client.close()
+    # Whoever waits for a batch, the library's own flush among them, is told.
+    producer._message_accumulator.fail_all(kafka.ProducerClosed())
+    producer._closed = True
+    if sender is not None:
+        await asyncio.wait({sender}, timeout=CLOSE_TIMEOUT)
+
+
 async def diagnose(settings: KafkaSettings, error: BaseException) -> ConnectError:
     """Why no host let us in, found out by a connection of our own to each."""
     arguments = await connection(settings, "streamtools", request_timeout=settings.connect_timeout)

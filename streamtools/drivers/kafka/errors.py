@@ -72,11 +72,12 @@ def connect_error(error: BaseException, settings: KafkaSettings, where: str) -> 
         return ConnectError(
             f"The host of Kafka at {where} has no address: {error.strerror}. Check KAFKA_HOST or the URL."
         )
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, ConnectionResetError):
         return ConnectError(f"Kafka at {where} cannot be reached: {plain(error)}. Check KAFKA_HOST or the URL.")
+    hint = "it may not speak TLS there: write kafka://" if settings.tls else "if it wants TLS write kafkas://"
     return ConnectError(
-        f"Kafka at {where} closed the connection: {plain(error)}. If it wants TLS write kafkas://, if it wants a "
-        "user kafka://user:password@host."
+        f"Kafka at {where} closed the connection: {plain(error).rstrip('.')}; {hint}, and if it wants a user "
+        "kafka://user:password@host."
     )
 
 

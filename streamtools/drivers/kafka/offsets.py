@@ -133,10 +133,10 @@ def encode(start: int, runs: Iterable[Run], limit: int = METADATA_LIMIT) -> tupl
     for first, end in _joined(runs):
         piece = _varint(first - at) + _varint(end - first)
         if len(data) + len(piece) > room:
-            return _text(data), False
+            return _text(bytes(data)), False
         data += piece
         at = end
-    return _text(data), True
+    return _text(bytes(data)), True
 
 
 def decode(start: int, metadata: str) -> list[Run]:

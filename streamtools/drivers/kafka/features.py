@@ -1,0 +1,5 @@
+"""What Kafka can do."""
+
+from streamtools.features import Features
+
+FEATURES = Features(durable=True, processes=True, groups=True)

@@ -1,0 +1,57 @@
+"""Topic names that Kafka takes, and those of the topics that we make beside a queue's own."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from streamtools.errors import ConfigurationError
+
+#: Kafka: org.apache.kafka.common.internals.Topic, LEGAL_CHARS and MAX_NAME_LENGTH.
+_LEGAL: Final = re.compile(r"[a-zA-Z0-9._-]+")
+LONGEST: Final = 249
+#: The part of a name that says: retries of a group wait here.
+RETRY: Final = ".retry"
+
+
+def check_kafka_name(name: str, what: str = "queue") -> None:
+    """Check a topic's name; never rewrite it.
+
+    Raises:
+        ConfigurationError: Kafka takes no topic of this name.
+    """
+    if name in (".", ".."):
+        raise ConfigurationError(f"The {what} name {name!r} is none for Kafka.")
+    if len(name) > LONGEST:
+        raise ConfigurationError(f"The {what} name {name[:40]!r}... is over {LONGEST} characters, Kafka's limit.")
+    if not _LEGAL.fullmatch(name):
+        wrong = "".join(sorted({c for c in name if not _LEGAL.fullmatch(c)}))
+        raise ConfigurationError(
+            f"The {what} name {name!r} has {wrong!r}: on Kafka a name is of letters a-z and A-Z, digits, and . _ -"
+        )
+
+
+def retry_topic(queue: str, group: str) -> str:
+    """Where retries of one group wait: `orders.retry` for the group that is named as its queue, else
+    `orders.retry.billing`.
+
+    Raises:
+        ConfigurationError: the group's name cannot be part of a topic's.
+    """
+    if group == queue:
+        name = queue + RETRY
+    else:
+        check_kafka_name(group, "group")
+        # Else the retries of "a.retry.b" in its own group and those of "a" in "b.retry" would meet.
+        if "retry" in group.split("."):
+            raise ConfigurationError(
+                f"The group name {group!r} has a part named retry, which is ours; choose another."
+            )
+        name = f"{queue}{RETRY}.{group}"
+    check_kafka_name(name, "retry topic's")
+    return name
+
+
+def is_retry_topic(name: str) -> bool:
+    """Retries of some group wait there."""
+    return RETRY[1:] in name.split(".")[1:]

@@ -1,0 +1,438 @@
+"""Publishing: many senders, one lane for each partition, whole batches, each message's own outcome.
+
+A lane hands Kafka one batch at a time and gathers the next meanwhile. Messages are idempotent: the
+library numbers the batches of a partition, so that one which it repeats is written once. A batch that is
+refused leaves a hole in these numbers, and Kafka then takes no other from the same producer; so after
+any failure the lanes go on with a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from aiokafka import AIOKafkaProducer
+from aiokafka import errors as kafka
+from aiokafka.partitioner import murmur2
+
+from streamtools.cancelling import asked_to_stop
+from streamtools.drivers.kafka.client import abandoned, connection, started, stopped
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, REFUSALS, client_error, is_too_large, plain
+from streamtools.drivers.kafka.records import Header
+from streamtools.drivers.kafka.topics import Topics
+from streamtools.errors import Closed, SendError, StreamToolsError
+from streamtools.settings import KafkaSettings
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: Bytes of one batch; Kafka takes 1 MiB unless told otherwise (`message.max.bytes`).
+BATCH: Final = 512 * 1024
+#: Bytes that wait unconfirmed at most; senders wait for room beyond.
+UNCONFIRMED: Final = 64 * 1024 * 1024
+#: Bytes that a record takes beside key, value and headers, at most (KIP-98, message format).
+OVERHEAD: Final = 96
+#: Seconds before a batch is tried again with a new producer.
+PAUSE: Final = 0.05
+
+
+class Pending:
+    """Messages sent together: done when each has its outcome.
+
+    Attributes:
+        future: ends when all are confirmed, or each of the others has failed.
+        given_up: nobody waits any more; what was not handed to Kafka yet is forgotten.
+    """
+
+    __slots__ = ("failed", "future", "given_up", "remaining", "unknown")
+
+    def __init__(self, number: int) -> None:
+        self.remaining: int = number
+        self.failed: dict[str, BaseException] = {}
+        self.unknown: dict[str, BaseException] = {}
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.given_up: bool = False
+
+    def done(self, number: int = 1) -> None:
+        self.remaining -= number
+        if self.remaining <= 0 and not self.future.done():
+            self.future.set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        """All that is left of it ends by this error."""
+        if not self.future.done():
+            self.future.set_exception(error)
+            self.future.exception()  # looked at: whoever waits gets it all the same
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One record on its way.
+
+    Attributes:
+        id: the message's.
+        partition: where it must go; by its key, or anywhere, when None.
+        offset: where it stands once it is confirmed.
+        size: bytes of the record, about.
+    """
+
+    id: str
+    topic: str
+    key: bytes | None
+    value: bytes
+    headers: list[Header]
+    timestamp: int
+    partition: int | None = None
+    offset: int | None = None
+    pending: Pending | None = None
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        size = OVERHEAD + len(self.value) + (len(self.key) if self.key is not None else 0)
+        for name, value in self.headers:
+            size += len(name) + len(value) + 10
+        self.size = size
+
+
+class Lane:
+    """One partition's messages, in order, one batch at a time."""
+
+    def __init__(self, publisher: Publisher, topic: str, partition: int) -> None:
+        self.waiting: deque[Outgoing] = deque()
+        self.task: asyncio.Task[None] | None = None
+        self._publisher = publisher
+        self._topic = topic
+        self._partition = partition
+        self._alone = 0  # so many of those that wait are sent one by one
+
+    def wake(self) -> None:
+        """Send what waits."""
+        if self.task is None or self.task.done():
+            self.task = asyncio.create_task(self._run(), name=f"streamtools-lane-{self._topic}-{self._partition}")
+
+    async def _run(self) -> None:
+        while self.waiting:
+            producer = await self._publisher.producer()
+            if producer is None:
+                return
+            batch, builder = self._build(producer)
+            if not batch:
+                continue
+            try:
+                future = await producer.send_batch(builder, self._topic, partition=self._partition)
+                offset = (await future).offset
+            except asyncio.CancelledError:
+                if asked_to_stop():
+                    self._fail(batch, Closed("The producer was closed while this was sent."))
+                    raise
+                await self._again(batch, producer, kafka.KafkaConnectionError("the client library gave it up"))
+            except CLIENT_ERRORS as error:
+                await self._failed(batch, producer, error)
+            else:
+                self._confirm(batch, offset)
+
+    def _build(self, producer: Any) -> tuple[list[Outgoing], Any]:
+        builder = producer.create_batch()
+        append, waiting = builder.append, self.waiting
+        batch: list[Outgoing] = []
+        most = 1 if self._alone else len(waiting)
+        while waiting and len(batch) < most:
+            item = waiting[0]
+            if item.pending is not None and item.pending.given_up:
+                self._publisher.freed(waiting.popleft())
+                continue
+            if append(timestamp=item.timestamp, key=item.key, value=item.value, headers=item.headers) is None:
+                break
+            batch.append(waiting.popleft())
+        self._alone = max(0, self._alone - 1)
+        builder.close()
+        return batch, builder
+
+    def _confirm(self, batch: list[Outgoing], offset: int) -> None:
+        for number, item in enumerate(batch):
+            item.partition = self._partition
+            item.offset = offset + number if offset >= 0 else None
+            self._publisher.freed(item)
+            if item.pending is not None:
+                item.pending.done()
+
+    async def _failed(self, batch: list[Outgoing], producer: Any, error: BaseException) -> None:
+        if is_too_large(error) and len(batch) > 1:
+            # The limit is on the batch: each of them may fit by itself.
+            self._alone = len(batch)
+            await self._again(batch, producer, error)
+        elif isinstance(error, REFUSALS):
+            self._refuse(batch, error)
+            await self._publisher.renew(producer)
+        elif isinstance(error, kafka.UnknownTopicOrPartitionError):
+            self._publisher.forget(self._topic)
+            self._refuse(batch, error)
+            await self._publisher.renew(producer)
+        else:
+            await self._again(batch, producer, error)
+
+    async def _again(self, batch: list[Outgoing], producer: Any, error: BaseException) -> None:
+        """Send it once more, before all others, by a new producer, as long as somebody waits for it."""
+        log.warning(
+            "A batch of %d for %s-%d is sent again: %s", len(batch), self._topic, self._partition, plain(error)
+        )
+        self.waiting.extendleft(reversed(batch))
+        try:
+            await self._publisher.renew(producer)
+        except StreamToolsError as trouble:
+            failed = list(self.waiting)
+            self.waiting.clear()
+            self._fail(failed, trouble)
+            return
+        await asyncio.sleep(PAUSE)
+
+    def _refuse(self, batch: list[Outgoing], error: BaseException) -> None:
+        for item in batch:
+            self._publisher.freed(item)
+            if item.pending is not None:
+                item.pending.failed[item.id] = error
+                item.pending.done()
+
+    def _fail(self, batch: Sequence[Outgoing], error: BaseException) -> None:
+        for item in batch:
+            self._publisher.freed(item)
+            if item.pending is not None:
+                item.pending.fail(error)
+
+
+class Publisher:
+    """Sends records over one idempotent producer, which is made anew after each failure.
+
+    Parameters:
+        settings: where.
+        client_id: as the broker shows it.
+        ensure: called with a topic that is not known yet; returns when it exists.
+    """
+
+    def __init__(
+        self,
+        settings: KafkaSettings,
+        client_id: str,
+        *,
+        ensure: Callable[[str, Topics], Awaitable[None]] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._client_id = client_id
+        self._ensure = ensure
+        self._producer: Any = None
+        self._lanes: dict[tuple[str, int], Lane] = {}
+        self._partitions: dict[str, int] = {}
+        self._turn: dict[str, int] = {}
+        self._unconfirmed = 0
+        self._room: deque[asyncio.Future[None]] = deque()
+        self._renewing = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def open(self) -> Topics:
+        """Connect; what looks at topics over the same connection.
+
+        Raises:
+            ConnectError: no broker lets us in.
+        """
+        self._producer = await self._new_producer()
+        return Topics(self._producer.client, self._settings)
+
+    async def publish(self, batch: Sequence[Outgoing]) -> None:
+        """Return when all are confirmed.
+
+        Raises:
+            SendError: naming those that Kafka refuses; the others of the batch are confirmed.
+            ConnectError: the connection ended, and no new one can be made.
+        """
+        pending = await self.submit(batch)
+        try:
+            await pending.future
+        finally:
+            pending.given_up = True
+        if pending.failed:
+            raise refused(pending.failed, self._settings)
+
+    async def submit(self, batch: Sequence[Outgoing]) -> Pending:
+        """Hand them over in order, once there is room; returns before they are confirmed."""
+        pending = Pending(len(batch))
+        await self._know({item.topic for item in batch}, batch, pending)
+        size = sum(item.size for item in batch)
+        while self._unconfirmed > 0 and self._unconfirmed + size > UNCONFIRMED:
+            await self._wait_for_room()
+        if self._closed:
+            raise Closed("The producer was closed; call open() to use it again.")
+        lanes = {self._lane(item) for item in batch if self._fits(item, pending)}
+        for lane in lanes:
+            lane.wake()
+        return pending
+
+    async def flush(self) -> None:
+        """Return when nothing waits."""
+        while tasks := [lane.task for lane in self._lanes.values() if lane.task is not None and not lane.task.done()]:
+            await asyncio.wait(tasks)
+
+    async def close(self) -> None:
+        """End; what is not confirmed by then fails."""
+        self._closed = True
+        tasks = [lane.task for lane in self._lanes.values() if lane.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        error = Closed("The producer was closed before this was confirmed.")
+        for lane in self._lanes.values():
+            lane._fail(list(lane.waiting), error)
+            lane.waiting.clear()
+        while self._room:
+            _wake(self._room.popleft())
+        producer, self._producer = self._producer, None
+        for task in list(self._retiring):
+            task.cancel()
+        await asyncio.gather(*self._retiring, return_exceptions=True)
+        if producer is not None:
+            await abandoned(producer)
+
+    # --- topics and partitions --------------------------------------------------------------------
+
+    async def _know(self, topics: set[str], batch: Sequence[Outgoing], pending: Pending) -> None:
+        for topic in topics:
+            if topic in self._partitions:
+                continue
+            producer = await self.producer()
+            if producer is None:
+                raise Closed("The producer was closed; call open() to use it again.")
+            looks = Topics(producer.client, self._settings)
+            found = await looks.find([topic])
+            if topic not in found and self._ensure is not None:
+                await self._ensure(topic, looks)
+                found = await looks.find([topic])
+            if topic not in found:
+                error = looks.missing(topic)
+                pending.failed.update((item.id, error) for item in batch if item.topic == topic)
+                continue
+            try:
+                self._partitions[topic] = len(await producer.partitions_for(topic))
+            except CLIENT_ERRORS as error:
+                raise client_error(error, self._settings) from error
+
+    def forget(self, topic: str) -> None:
+        """Look for it again before the next message goes there."""
+        self._partitions.pop(topic, None)
+
+    def _fits(self, item: Outgoing, pending: Pending) -> bool:
+        item.pending = pending
+        if item.id in pending.failed:
+            pending.done()
+            return False
+        if item.size > self._settings.max_message:
+            pending.failed[item.id] = SendError(
+                f"it has {item.size} bytes, over max_message={self._settings.max_message}; put less into it, or "
+                "raise KAFKA_MAX_MESSAGE and the topic's max.message.bytes"
+            )
+        elif item.partition is not None and not 0 <= item.partition < self._partitions[item.topic]:
+            pending.failed[item.id] = SendError(
+                f"the topic {item.topic!r} has partitions 0 to {self._partitions[item.topic] - 1} and no "
+                f"{item.partition}"
+            )
+        else:
+            self._unconfirmed += item.size
+            return True
+        pending.done()
+        return False
+
+    def _lane(self, item: Outgoing) -> Lane:
+        partitions = self._partitions[item.topic]
+        if item.partition is not None:
+            number = item.partition
+        elif item.key is not None:  # as Kafka's own client does, so that a key has one partition whoever sends
+            number = (murmur2(item.key) & 0x7FFFFFFF) % partitions
+        else:
+            number = self._sticky(item, partitions)
+        lane = self._lanes.get((item.topic, number))
+        if lane is None:
+            lane = self._lanes[item.topic, number] = Lane(self, item.topic, number)
+        lane.waiting.append(item)
+        return lane
+
+    def _sticky(self, item: Outgoing, partitions: int) -> int:
+        """Messages without a key stay together for a while, so that batches fill (KIP-480)."""
+        bytes_so_far = self._turn.get(item.topic, 0) + item.size
+        self._turn[item.topic] = bytes_so_far
+        return bytes_so_far // STICKY % partitions
+
+    # --- producers --------------------------------------------------------------------------------
+
+    async def producer(self) -> Any:
+        """The producer to use now; None after the end."""
+        async with self._renewing:
+            return self._producer
+
+    async def renew(self, failed: Any) -> None:
+        """Use a new producer instead of `failed`, which ends once its last batches have."""
+        async with self._renewing:
+            if self._producer is not failed or self._closed:
+                return
+            self._producer = await self._new_producer()
+            task = asyncio.create_task(self._retire(failed))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    async def _retire(self, producer: Any) -> None:
+        try:
+            await stopped(producer, timeout=2 * self._settings.request_timeout)
+        finally:
+            await abandoned(producer)
+
+    async def _new_producer(self) -> Any:
+        producer = AIOKafkaProducer(
+            **await connection(self._settings, self._client_id),
+            enable_idempotence=True,
+            max_batch_size=BATCH,
+            max_request_size=self._settings.max_message,
+        )
+        await started(producer, self._settings)
+        return producer
+
+    # --- bounds -----------------------------------------------------------------------------------
+
+    async def _wait_for_room(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._room.append(waiter)
+        await waiter
+
+    def freed(self, item: Outgoing) -> None:
+        """This one waits no more."""
+        self._unconfirmed -= item.size
+        while self._room and self._unconfirmed < UNCONFIRMED // 2:
+            _wake(self._room.popleft())
+
+
+#: Bytes of messages without a key that go to one partition before the next has its turn.
+STICKY: Final = 64 * 1024
+
+
+def refused(failed: dict[str, BaseException], settings: KafkaSettings) -> SendError:
+    """The error for messages that Kafka does not take."""
+    first = next(iter(failed.values()))
+    why = str(first) if isinstance(first, StreamToolsError) else _why(first)
+    count = f"{len(failed)} message{'s' if len(failed) > 1 else ''}"
+    error = SendError(f"{count} refused by {settings.safe_url}: {why.rstrip('.')}.", refused=list(failed))
+    error.__cause__ = first
+    return error
+
+
+def _why(error: BaseException) -> str:
+    if is_too_large(error):
+        return (
+            "too large for the topic (MESSAGE_TOO_LARGE); put less into a message, or raise the topic's "
+            "max.message.bytes"
+        )
+    return plain(error)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

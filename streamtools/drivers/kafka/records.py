@@ -1,0 +1,188 @@
+"""Messages as Kafka records, and back.
+
+The key is the record's key, the time its timestamp; the rest stands in headers under the names of the
+CloudEvents 1.0 Kafka binding, binary mode (`ce_id`, `ce_type`, ..., `content-type`). A user header of such a
+name travels behind `streamtools-user-`. Bytes that are no UTF-8, which only other programs write, survive
+every copy: they stand in the str as lone surrogates (PEP 383).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from streamtools.errors import DecodeError
+from streamtools.message import NO_HEADERS, Message
+from streamtools.wire import ATTEMPT, ERROR_ATTEMPTS, ERROR_TEXT, ERROR_TIMES, TEXT, TIMES, decode_meta, encode_meta
+
+PREFIX: Final = "ce_"
+CONTENT_TYPE: Final = "content-type"
+#: Goes before a user header whose name would be taken for one of ours.
+USER: Final = "streamtools-user-"
+#: The topic that a message in a retry topic belongs to.
+QUEUE: Final = "streamtools-queue"
+#: Where a failed message was read first.
+ORIGIN: Final = ("streamtools-origin-topic", "streamtools-origin-partition", "streamtools-origin-offset")
+#: Seconds by which a message's time may differ from now and still be the record's own timestamp. A copy of
+#: an older message keeps its time in a header: by the record's, Kafka decides when to forget it.
+RECENT: Final = 1.0
+
+_NATIVE: Final = frozenset({"key", "content_type", "time"})
+_TEXT: Final = {PREFIX + name: field for field, name in TEXT.items() if field != "key"} | {
+    CONTENT_TYPE: "content_type"
+}
+_META: Final = frozenset(
+    PREFIX + name for name in (*TIMES.values(), *ERROR_TEXT.values(), *ERROR_TIMES.values(), ATTEMPT, ERROR_ATTEMPTS)
+)
+_IGNORED: Final = frozenset({PREFIX + "specversion", PREFIX + TEXT["key"], PREFIX + TEXT["content_type"]})
+_SPECVERSION: Final = (PREFIX + "specversion", b"1.0")
+_ID: Final = PREFIX + TEXT["id"]
+
+Header = tuple[str, bytes]
+
+
+class Origin(NamedTuple):
+    """Where a message was read first, before any retry."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    @property
+    def headers(self) -> list[Header]:
+        """As they stand on a copy."""
+        return [(name, str(value).encode()) for name, value in zip(ORIGIN, self, strict=True)]
+
+
+def encode_key(message: Message) -> bytes | None:
+    """The record's key."""
+    return None if message.key is None else message.key.encode("utf-8", "surrogateescape")
+
+
+def encode_headers(message: Message, *, time_apart: bool) -> list[Header]:
+    """The record's headers.
+
+    Parameters:
+        time_apart: the message's time is not the record's timestamp, and stands in a header.
+    """
+    headers: list[Header] = []
+    if message.type is not None and message.source is not None:  # else it is no event by CloudEvents' rules
+        headers.append(_SPECVERSION)
+    if _is_plain(message) and not time_apart:
+        headers.append((_ID, message.id.encode("utf-8", "surrogateescape")))
+    else:
+        skip = _NATIVE - {"time"} if time_apart else _NATIVE
+        meta = encode_meta(message, prefix=PREFIX, skip=skip)
+        headers += [(name, value.encode("utf-8", "surrogateescape")) for name, value in meta.items()]
+    if message.content_type is not None:
+        headers.append((CONTENT_TYPE, message.content_type.encode("utf-8", "surrogateescape")))
+    if message.headers:
+        headers += _user_headers(message.headers)
+    return headers
+
+
+def timestamp(message: Message, now: float) -> tuple[int, bool]:
+    """The record's timestamp in milliseconds, and whether the message's own time is another."""
+    if message.time is not None and abs(now - message.time) <= RECENT:
+        return int(message.time * 1000), False
+    return int(now * 1000), message.time is not None
+
+
+def decode_record(record: Any, queue: str | None = None) -> Message:
+    """The message of a record as aiokafka gives it.
+
+    Parameters:
+        queue: the message's queue; the record's topic when None.
+    """
+    fields: dict[str, Any] = {}
+    meta: dict[str, str] = {}
+    user: dict[str, str] = {}
+    for name, raw in record.headers:
+        field = _TEXT.get(name)
+        if field is not None:
+            fields[field] = raw.decode("utf-8", "backslashreplace") if raw is not None else ""
+        elif name in _META:
+            meta[name] = raw.decode("utf-8", "backslashreplace") if raw is not None else ""
+        elif name not in _IGNORED:
+            _keep(user, name, raw)
+    if meta:
+        fields |= decode_meta(meta, prefix=PREFIX)
+    fields.setdefault("id", f"{record.topic}-{record.partition}-{record.offset}")
+    if record.timestamp >= 0:
+        fields.setdefault("time", record.timestamp / 1000)
+    key = record.key
+    return Message(
+        body=record.value or b"",
+        queue=record.topic if queue is None else queue,
+        key=None if key is None else key.decode("utf-8", "surrogateescape"),
+        headers=user or NO_HEADERS,
+        **fields,
+    )
+
+
+def trouble(record: Any) -> DecodeError | None:
+    """What makes the record unfit for any handler."""
+    try:
+        if record.key is not None:
+            record.key.decode()
+    except UnicodeDecodeError as error:
+        return DecodeError(
+            f"The key of {record.topic}-{record.partition} at offset {record.offset} is no UTF-8 text: {error}."
+        )
+    return None
+
+
+def decode_origin(record: Any) -> Origin:
+    """Where the message of this record was read first."""
+    found = header_texts(record.headers, ORIGIN)
+    topic, partition, offset = (found.get(name, "") for name in ORIGIN)
+    if topic and partition.isdecimal() and offset.isdecimal():
+        return Origin(topic, int(partition), int(offset))
+    return Origin(record.topic, record.partition, record.offset)
+
+
+def header_texts(headers: Iterable[tuple[str, bytes | None]], names: Sequence[str]) -> dict[str, str]:
+    """Those headers of these names, as text."""
+    return {name: raw.decode("utf-8", "replace") for name, raw in headers if name in names and raw is not None}
+
+
+def _is_plain(message: Message) -> bool:
+    return (
+        message.attempt == 1
+        and message.error is None
+        and message.type is None
+        and message.source is None
+        and message.deliver_at is None
+        and message.expires_at is None
+        and message.correlation_id is None
+        and message.causation_id is None
+        and message.reply_to is None
+        and message.intent is None
+        and message.content_encoding is None
+    )
+
+
+def _user_headers(headers: Mapping[str, str]) -> list[Header]:
+    return [
+        (USER + name if _is_ours(name) else name, value.encode("utf-8", "surrogateescape"))
+        for name, value in headers.items()
+    ]
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith((PREFIX, "streamtools-")) or name == CONTENT_TYPE
+
+
+def _keep(user: dict[str, str], name: str, raw: bytes | None) -> None:
+    if name.startswith("streamtools-"):
+        if not name.startswith(USER):
+            return
+        name = name.removeprefix(USER)
+    value = raw.decode("utf-8", "surrogateescape") if raw is not None else ""
+    user[name] = f"{user[name]}, {value}" if name in user else value
+
+
+def now_ms() -> int:
+    """Now, as Kafka counts."""
+    return int(time.time() * 1000)

@@ -1,0 +1,161 @@
+"""Looking for topics and making them; looking never makes one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from aiokafka import errors as kafka
+from aiokafka.client import AIOKafkaClient
+from aiokafka.protocol.admin import CreateTopicsRequest
+from aiokafka.protocol.metadata import MetadataRequest
+
+from streamtools.checks import Declare
+from streamtools.drivers.kafka.client import connection, diagnose, stopped
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error, plain
+from streamtools.errors import ConnectError, QueueError
+from streamtools.settings import KafkaSettings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+#: Seconds between two looks at a topic that is being made.
+LOOK: Final = 0.05
+#: "As the broker does by default", in a request to make a topic (KIP-464).
+DEFAULT: Final = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topic:
+    """A topic as it is to be made.
+
+    Attributes:
+        partitions: the broker's default when None.
+        replication: likewise.
+        config: the topic's own settings, by Kafka's names.
+    """
+
+    name: str
+    partitions: int | None = None
+    replication: int | None = None
+    config: Mapping[str, str] = field(default_factory=dict)
+
+
+class Topics:
+    """Looks and makes over a client of the library that is connected."""
+
+    def __init__(self, client: Any, settings: KafkaSettings) -> None:
+        self._client = client
+        self._settings = settings
+
+    async def find(self, names: Iterable[str]) -> dict[str, int]:
+        """Those that exist, with their number of partitions."""
+        request = MetadataRequest(list(names), allow_auto_topic_creation=False)
+        response = await self._ask(request)
+        found = {}
+        for error_code, name, _internal, partitions in response.topics:
+            error = kafka.for_code(error_code)
+            if error is kafka.NoError:
+                found[name] = len(partitions) if all(p[2] >= 0 for p in partitions) else 0
+            elif error not in (kafka.UnknownTopicOrPartitionError, kafka.InvalidTopicError):
+                if not error.retriable:
+                    raise client_error(error(name), self._settings)
+                found[name] = 0  # it exists, without a leader as yet
+        return found
+
+    async def declare(self, topics: Iterable[Topic], declare: Declare) -> dict[str, int]:
+        """Make those that are missing, or check that none is; the partitions of each.
+
+        Raises:
+            QueueError: one is missing and is not to be made, or cannot be made.
+        """
+        wanted = {topic.name: topic for topic in topics}
+        found = await self.find(wanted)
+        missing = [topic for name, topic in wanted.items() if name not in found]
+        if missing and declare is not True:
+            raise self.missing(missing[0].name)
+        if missing:
+            await self._create(missing)
+        return await self._wait(list(wanted), found)
+
+    def missing(self, name: str) -> QueueError:
+        """The error for a topic that does not exist."""
+        return QueueError(
+            f"There is no topic {name!r} at {self._settings.safe_url}. Make it: streamtools queues create {name}. Or "
+            "use declare=True to have it made."
+        )
+
+    async def _create(self, topics: list[Topic]) -> None:
+        asked = [
+            (
+                topic.name,
+                topic.partitions or self._settings.partitions or DEFAULT,
+                topic.replication or self._settings.replication or DEFAULT,
+                [],
+                list(topic.config.items()),
+            )
+            for topic in topics
+        ]
+        timeout = int(1000 * self._settings.request_timeout)
+        response = await self._ask(CreateTopicsRequest(asked, timeout, False), controller=True)
+        for name, error_code, *said in response.topic_errors:
+            error = kafka.for_code(error_code)
+            if error not in (kafka.NoError, kafka.TopicAlreadyExistsError):
+                words = (said[0] if said and said[0] else plain(error())).rstrip(".")
+                raise QueueError(
+                    f"The topic {name!r} cannot be made at {self._settings.safe_url}: {words}."
+                ) from error()
+
+    async def _wait(self, names: list[str], found: dict[str, int]) -> dict[str, int]:
+        deadline = asyncio.get_running_loop().time() + self._settings.request_timeout
+        while any(not found.get(name) for name in names):
+            if asyncio.get_running_loop().time() > deadline:
+                absent = [name for name in names if not found.get(name)]
+                raise ConnectError(f"The topics {absent} at {self._settings.safe_url} have no leader.")
+            await asyncio.sleep(LOOK)
+            found = await self.find(names)
+        return found
+
+    async def _ask(self, request: Any, *, controller: bool = False) -> Any:
+        """Ask some broker, or the controller where clients must find it themselves (before KRaft)."""
+        for attempt in (1, 2, 3):
+            node = self._client.get_random_node()
+            if controller and self._client.cluster.controller is not None:
+                node = self._client.cluster.controller.nodeId
+            try:
+                return await self._client.send(node, request)
+            except CLIENT_ERRORS as error:
+                if attempt == 3:
+                    raise client_error(error, self._settings) from error
+                await self._client.force_metadata_update()
+        raise AssertionError("not reached")
+
+
+@asynccontextmanager
+async def topics_at(settings: KafkaSettings, client_id: str) -> AsyncIterator[Topics]:
+    """Topics over a connection of its own."""
+    client = AIOKafkaClient(**await connection(settings, client_id))
+    try:
+        try:
+            async with asyncio.timeout(settings.connect_timeout * (len(settings.addresses) + 1)):
+                await client.bootstrap()
+        except CLIENT_ERRORS as error:
+            raise await diagnose(settings, error) from error
+        yield Topics(client, settings)
+    finally:
+        await stopped(_Closing(client))
+
+
+class _Closing:
+    """The plain client, ended as the others are."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None:
+        await self._client.close()
