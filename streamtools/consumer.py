@@ -28,7 +28,7 @@ from streamtools.errors import Closed, ConfigurationError, ConnectError, Feature
 from streamtools.features import Features
 from streamtools.loop import Ack, Loop
 from streamtools.options import QUEUE_OPTIONS, Options, parameters, read_options
-from streamtools.policy import Retry, backoff
+from streamtools.policy import Retry, backoff, backoff_within
 from streamtools.registry import Registry
 from streamtools.threads import Threads
 from streamtools.types import Middleware
@@ -435,10 +435,11 @@ class Consumer:
                     await guard(self._open())
                 except ConnectError as error:
                     attempt += 1
+                    delay = backoff_within(attempt, deadline - time.monotonic())
                     log.warning("%r: %s", self, error)
-                    if error.permanent or time.monotonic() + backoff(attempt) >= deadline:
+                    if error.permanent or delay is None:
                         raise
-                    await self._pause(backoff(attempt))
+                    await self._pause(delay)
                     if self._stopping.is_set():
                         raise
                 else:

@@ -16,6 +16,8 @@ from streamtools.verdicts import DROP, Verdict
 #: Seconds before the second attempt to reach a broker; doubled each time, up to MAX_BACKOFF.
 BACKOFF: Final = 0.1
 MAX_BACKOFF: Final = 5.0
+#: Seconds before a deadline within which nothing is tried again.
+LAST: Final = 0.2
 #: The most of a traceback that travels with a message, in bytes of UTF-8; its end is kept.
 TRACEBACK_LIMIT: Final = 8 * 1024
 #: The most of an exception's text, in bytes of UTF-8; its beginning is kept.
@@ -83,6 +85,14 @@ class Retry:
 def backoff(attempt: int) -> float:
     """Seconds to wait after failed attempt number `attempt` (1 is the first), spread by a quarter."""
     return float(min(BACKOFF * 2 ** min(attempt - 1, 16), MAX_BACKOFF) * random.uniform(0.75, 1.25))  # noqa: S311
+
+
+def backoff_within(attempt: int, left: float) -> float | None:
+    """The same within the `left` seconds, so that the last tries come close to their end; None when it has come."""
+    delay = backoff(attempt)
+    if delay < left:
+        return delay
+    return left / 2 if left > LAST else None
 
 
 def describe(message: Message, error: BaseException | str, handler: str = "") -> ErrorDetails:

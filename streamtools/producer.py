@@ -21,11 +21,11 @@ from streamtools.checks import (
     check_seconds,
     check_texts,
 )
-from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError, SendError
+from streamtools.errors import Closed, ConfigurationError, ConnectError, ConnectionLost, FeatureError, SendError
 from streamtools.features import Features
 from streamtools.message import NO_HEADERS, Message, ids
 from streamtools.options import QUEUE_OPTIONS, SEND_OPTIONS, Options, parameters, read_options
-from streamtools.policy import backoff
+from streamtools.policy import backoff_within
 from streamtools.registry import Registry
 
 if TYPE_CHECKING:
@@ -317,45 +317,63 @@ class Producer:
         """Send through reconnects until the deadline; what is not confirmed then is named."""
         deadline = time.monotonic() + self.send_timeout
         attempt = 0
+        doubt = False  # the broker may hold some of it
         while True:
+            connected = False
             try:
                 if not self._connected:
                     await self._connect(deadline)
+                connected = True
                 async with asyncio.timeout_at(_loop_time(deadline)):
                     receipts = await guard(self._send(batch, options))
                 return list(receipts) if receipts is not None else [Receipt(m.id, m.queue) for m in batch]
             except TimeoutError as error:
-                raise self._unconfirmed(batch, "no confirmation came", error) from error
+                raise self._unconfirmed(batch, "no confirmation came.", doubt=True) from error
             except ConnectError as error:
                 attempt += 1
                 self._connected = False
+                doubt = doubt or (connected and isinstance(error, ConnectionLost))
                 if error.permanent:
                     raise
-                if time.monotonic() + backoff(attempt) >= deadline:
-                    raise self._unconfirmed(batch, str(error), error) from error
-                await asyncio.sleep(backoff(attempt))
+                delay = backoff_within(attempt, deadline - time.monotonic())
+                if not connected or delay is None:  # connecting has used up the time already
+                    raise self._unconfirmed(batch, str(error), doubt=doubt) from error
+                await asyncio.sleep(delay)
 
     async def _connect(self, deadline: float) -> None:
-        async with self._opening:
-            attempt = 0
-            while not self._connected:
-                if self._closed:
-                    raise Closed(f"{self!r} was closed; call open() to use it again.")
-                try:
-                    await guard(self._open())
-                except ConnectError as error:
-                    attempt += 1
-                    if error.permanent or time.monotonic() + backoff(attempt) >= deadline:
-                        raise
-                    log.warning("%r: %s Trying again in %.1f s.", self, error, backoff(attempt))
-                    await asyncio.sleep(backoff(attempt))
-                else:
-                    self._connected = True
+        failures: list[ConnectError] = []
+        try:
+            async with asyncio.timeout_at(_loop_time(deadline)), self._opening:
+                await self._keep_connecting(deadline, failures)
+        except TimeoutError as error:
+            if failures:
+                raise failures[-1] from error
+            raise ConnectError(
+                f"{self!r} was not connected within {self.send_timeout:g} s; does anything answer there?"
+            ) from error
 
-    def _unconfirmed(self, batch: Sequence[Message], why: str, cause: BaseException) -> SendError:
+    async def _keep_connecting(self, deadline: float, failures: list[ConnectError]) -> None:
+        while not self._connected:
+            if self._closed:
+                raise Closed(f"{self!r} was closed; call open() to use it again.")
+            try:
+                await guard(self._open())
+            except ConnectError as error:
+                failures.append(error)
+                delay = backoff_within(len(failures), deadline - time.monotonic())
+                if error.permanent or delay is None:
+                    raise
+                log.warning("%r: %s Trying again in %.1f s.", self, error, delay)
+                await asyncio.sleep(delay)
+            else:
+                self._connected = True
+
+    def _unconfirmed(self, batch: Sequence[Message], why: str, *, doubt: bool) -> SendError:
+        several = len(batch) > 1
+        end = f"The broker may hold {'them' if several else 'it'}; send again with the same id to be sure."
         return SendError(
-            f"{len(batch)} message{'s' if len(batch) > 1 else ''} to {self.queue!r} not confirmed within "
-            f"{self.send_timeout:g} s: {why} The broker may hold them; send again with the same id to be sure.",
+            f"{len(batch)} message{'s' if several else ''} to {self.queue!r} not confirmed within "
+            f"{self.send_timeout:g} s: {why} {end if doubt else 'Nothing of it has reached the broker.'}",
             unknown=[m.id for m in batch],
         )
 

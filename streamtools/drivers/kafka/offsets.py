@@ -174,7 +174,7 @@ def _joined(runs: Iterable[Run]) -> Iterator[Run]:
         yield current
 
 
-def _text(data: bytes) -> str:
+def _text(data: bytes | bytearray) -> str:
     return MARK + urlsafe_b64encode(data).decode() if data else ""
 
 

@@ -72,7 +72,15 @@ def connect_error(error: BaseException, settings: RabbitMQSettings, where: str, 
             "amqps), and certfile= and keyfile= if it wants a client certificate.",
             permanent=trouble.reason in _TLS_REFUSALS,
         )
-    return ConnectError(f"RabbitMQ at {where} cannot be reached: {plain(error)}")
+    if isinstance(error, AMQPError):
+        return ConnectError(
+            f"RabbitMQ at {where} ended the connection before it was open. Does a RabbitMQ listen there, and is it "
+            "up? Its port is 5672 for amqp://, 5671 for amqps://."
+        )
+    why = (isinstance(error, OSError) and error.strerror) or plain(error)
+    return ConnectError(
+        f"RabbitMQ at {where} cannot be reached: {why}. Does it run there? Check the URL, or RMQ_HOST and RMQ_PORT."
+    )
 
 
 _TLS_REFUSALS: Final = ("WRONG_VERSION_NUMBER", "TLSV13_ALERT_CERTIFICATE_REQUIRED", "TLSV1_ALERT_UNKNOWN_CA")

@@ -1,0 +1,73 @@
+"""`send` keeps trying for its time, not longer and not much shorter, and says what it knows at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import ClassVar
+
+import pytest
+
+from streamtools import ConnectError, ConnectionLost, Message, Producer, SendError
+from streamtools.policy import LAST, backoff_within
+from streamtools.settings import AsyncIOSettings
+
+
+class Silent(Producer):
+    """Its broker takes the connection and says nothing."""
+
+    settings_class: ClassVar[type[AsyncIOSettings]] = AsyncIOSettings
+
+    async def _open(self) -> None:
+        await asyncio.Event().wait()
+
+
+class Away(Silent):
+    """Its broker is not there."""
+
+    async def _open(self) -> None:
+        raise ConnectError("Nobody is there.")
+
+
+class Cut(Silent):
+    """Its broker takes the message, and the connection ends."""
+
+    async def _open(self) -> None: ...
+
+    async def _send(self, batch: Sequence[Message], options: object) -> None:
+        raise ConnectionLost("It was cut.")
+
+
+async def test_a_broker_that_never_greets_costs_no_more_than_the_time_given() -> None:
+    producer = Silent("orders", send_timeout=0.3)
+    begin = time.monotonic()
+    with pytest.raises(SendError, match=r"within 0.3 s.*Nothing of it has reached the broker") as caught:
+        await producer.send(1, id="a")
+    with pytest.raises(ConnectError, match="does anything answer there"):
+        await producer.open()
+    assert caught.value.unknown == ("a",)
+    assert time.monotonic() - begin < 5
+
+
+async def test_what_never_left_is_said_to_have_never_left() -> None:
+    with pytest.raises(SendError, match=r"2 messages.*Nobody is there\. Nothing of it") as caught:
+        await Away("orders", send_timeout=0.3).send_many([1, 2])
+    assert len(caught.value.unknown) == 2
+
+
+async def test_what_may_have_arrived_is_said_to_be_in_doubt() -> None:
+    with pytest.raises(SendError, match=r"It was cut\. The broker may hold it; send again with the same id"):
+        await Cut("orders", send_timeout=0.3).send(1)
+
+
+@pytest.mark.parametrize("attempt", [1, 5, 50])
+def test_tries_go_on_until_shortly_before_the_end(attempt: int) -> None:
+    left = 6.0
+    for _ in range(1000):
+        delay = backoff_within(attempt, left)
+        if delay is None:
+            break
+        assert 0 < delay < left
+        left -= delay
+    assert left <= LAST
