@@ -75,5 +75,11 @@ def read_options(
     try:
         return model(**{n: v for n, v in given.items() if n in model.model_fields}), foreign
     except ValidationError as error:
-        rows = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_input=False))
+        rows = "; ".join(map(_row, error.errors(include_input=False)))
         raise ConfigurationError(f"{owner}: {rows}.") from error
+
+
+def _row(problem: Mapping[str, Any]) -> str:
+    where = ".".join(map(str, problem["loc"]))
+    text = str(problem["msg"]).removeprefix("Value error, ").removesuffix(".")  # pydantic's prefix for errors of ours
+    return f"{where}: {text}" if where else text

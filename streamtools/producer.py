@@ -135,6 +135,8 @@ class Producer:
         self._no_options = self.send_options_class()
         self._new_id = ids()
         self._connected = False
+        #: Connections made so far.
+        self._opened = 0
         self._closed = False
         self._opening = asyncio.Lock()
 
@@ -319,11 +321,11 @@ class Producer:
         attempt = 0
         doubt = False  # the broker may hold some of it
         while True:
-            connected = False
+            connected, opened = False, 0
             try:
                 if not self._connected:
                     await self._connect(deadline)
-                connected = True
+                connected, opened = True, self._opened
                 async with asyncio.timeout_at(_loop_time(deadline)):
                     receipts = await guard(self._send(batch, options))
                 return list(receipts) if receipts is not None else [Receipt(m.id, m.queue) for m in batch]
@@ -331,7 +333,8 @@ class Producer:
                 raise self._unconfirmed(batch, "no confirmation came.", doubt=True) from error
             except ConnectError as error:
                 attempt += 1
-                self._connected = False
+                if connected and opened == self._opened:  # else another send has connected anew meanwhile
+                    self._connected = False
                 doubt = doubt or (connected and isinstance(error, ConnectionLost))
                 if error.permanent:
                     raise
@@ -367,6 +370,7 @@ class Producer:
                 await asyncio.sleep(delay)
             else:
                 self._connected = True
+                self._opened += 1
 
     def _unconfirmed(self, batch: Sequence[Message], why: str, *, doubt: bool) -> SendError:
         several = len(batch) > 1

@@ -36,6 +36,32 @@ def test_an_option_that_no_protocol_knows_is_a_type_error_with_the_near_ones(kin
         kind("orders", urll=url) if url == "asyncio://" else kind("orders", url=url, urll=1)
 
 
+@pytest.mark.parametrize(
+    ("url", "options", "text"),
+    [
+        (
+            "http://h",
+            {"method": "FETCH"},
+            "HTTPConsumer: method: 'FETCH' is not one of GET, POST, PUT, PATCH, DELETE.",
+        ),
+        (
+            "amqp://h",
+            {"queue_type": "quorum", "durable": False},
+            "RabbitMQConsumer: a quorum queue is durable, not exclusive, and not deleted by itself",
+        ),
+        (
+            "amqp://h",
+            {"error_declare": "passiv"},
+            "RabbitMQConsumer: error_declare: error_declare='passiv' is not one of True, False, 'passive'.",
+        ),
+    ],
+)
+def test_an_option_of_a_wrong_value_is_one_plain_sentence(url: str, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Consumer("orders", url=url, **options)
+    assert str(caught.value).startswith(text)
+
+
 async def test_a_send_option_that_no_protocol_knows_is_a_type_error() -> None:
     async with Producer("orders", url="asyncio://") as producer:
         with pytest.raises(TypeError, match="Did you mean 'delay'"):

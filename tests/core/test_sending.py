@@ -61,6 +61,31 @@ async def test_what_may_have_arrived_is_said_to_be_in_doubt() -> None:
         await Cut("orders", send_timeout=0.3).send(1)
 
 
+async def test_a_loss_that_is_noticed_late_does_not_end_the_next_connection() -> None:
+    noticed = asyncio.Event()
+
+    class Twice(Silent):
+        opened = 0
+
+        async def _open(self) -> None:
+            self.opened += 1
+
+        async def _send(self, batch: Sequence[Message], options: object) -> None:
+            if self.opened == 1:
+                if batch[0].id == "late":
+                    await noticed.wait()
+                raise ConnectionLost("It was cut.")
+
+    producer = Twice("orders")
+    late = asyncio.create_task(producer.send(1, id="late"))
+    await asyncio.sleep(0)
+    await producer.send(1, id="early")
+    noticed.set()
+    await late
+    await producer.send(1)
+    assert producer.opened == 2
+
+
 @pytest.mark.parametrize("attempt", [1, 5, 50])
 def test_tries_go_on_until_shortly_before_the_end(attempt: int) -> None:
     left = 6.0

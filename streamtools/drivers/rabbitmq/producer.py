@@ -25,18 +25,14 @@ from streamtools.settings import RabbitMQSettings
 ERROR_QUEUE = "error"
 
 
-class ProducerOptions(QueueOptions):
-    """A producer checks first and takes an existing queue as it is: its consumers say what it should be."""
-
-
 class RabbitMQProducer(Producer, protocol="rabbitmq"):
     """Sends to RabbitMQ: persistent, mandatory, confirmed. Options: `QueueOptions`."""
 
     features = FEATURES
     settings_class: ClassVar[type[RabbitMQSettings]] = RabbitMQSettings
-    options_class: ClassVar[type[ProducerOptions]] = ProducerOptions
+    options_class: ClassVar[type[QueueOptions]] = QueueOptions
     settings: RabbitMQSettings
-    options: ProducerOptions
+    options: QueueOptions
     _link: Link | None = None
     _publisher: Publisher | None = None
 
@@ -59,9 +55,8 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
         if self.declare is False:
             return
         queue = work_queue(self.queue, self.options, ERROR_QUEUE)
-        if self.declare is True and await topology.exists(self.queue):
-            return
-        if self.declare is True:
+        # What stands is taken as it is, but for what was asked for by name: its consumers say what it should be.
+        if self.declare is True and not await topology.exists(self.queue):
             await topology.declare_error_queue(error_queue(ERROR_QUEUE, self.options), self._error_declare)
         await topology.declare(queue, self.declare)
 

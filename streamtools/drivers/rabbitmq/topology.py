@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from aiormq.exceptions import ChannelLockedResource, ChannelNotFoundEntity, ChannelPreconditionFailed
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
-from streamtools.checks import Declare
+from streamtools.checks import Declare, check_declare
 from streamtools.drivers.rabbitmq import errors
 from streamtools.drivers.rabbitmq.delay import SAFE, UNDELIVERABLE, declare_undeliverable
 from streamtools.drivers.rabbitmq.link import Link
@@ -23,6 +23,12 @@ ACTIVE: Final = "x-single-active-consumer"
 MOST_DIFFERENCES: Final = 20
 #: What the broker compares that is no argument.
 _ATTRIBUTES: Final = ("durable", "exclusive", "auto_delete")
+
+
+def _declare(value: object) -> object:
+    if value is not None:
+        check_declare(value, "error_declare")
+    return value
 
 
 class QueueOptions(Options):
@@ -44,7 +50,7 @@ class QueueOptions(Options):
     auto_delete: bool = False
     arguments: Mapping[str, Any] | None = None
     error_arguments: Mapping[str, Any] | None = None
-    error_declare: Declare | None = None
+    error_declare: Annotated[Declare | None, BeforeValidator(_declare)] = None
 
     @model_validator(mode="after")
     def _fits(self) -> QueueOptions:

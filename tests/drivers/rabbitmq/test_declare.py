@@ -43,10 +43,12 @@ async def test_producer_and_consumer_declare_the_same_in_either_order(producer: 
     await producer("two", queue_type="quorum")
 
 
-async def test_a_producer_takes_an_existing_queue_as_it_is(foreign: AbstractChannel, producer: Any) -> None:
+async def test_a_producer_that_asks_for_nothing_takes_an_existing_queue_as_it_is(
+    foreign: AbstractChannel, producer: Any
+) -> None:
     await foreign.queue_declare("orders", durable=False, arguments={"x-max-length": 5})
 
-    sender = await producer(queue_type="quorum")
+    sender = await producer()
 
     await sender.send(b"x")
 
@@ -68,13 +70,14 @@ async def test_a_consumer_that_asks_for_nothing_takes_an_existing_queue_as_it_is
         ({"arguments": {"x-max-length": 9}}, "x-max-length"),
     ],
 )
+@pytest.mark.parametrize("kind", [RabbitMQConsumer, RabbitMQProducer])
 async def test_a_difference_from_what_is_asked_names_it_and_the_ways_out(
-    foreign: AbstractChannel, url: str, asked: dict[str, Any], named: str
+    foreign: AbstractChannel, url: str, kind: Any, asked: dict[str, Any], named: str
 ) -> None:
     await foreign.queue_declare("orders", durable=True, arguments={"x-max-length": 5, "x-message-ttl": 60_000})
 
     with pytest.raises(QueueError, match=f"(?s){named}.*Three ways out"):
-        async with RabbitMQConsumer("orders", url=url, **asked):
+        async with kind("orders", url=url, **asked):
             pass
 
 
@@ -134,6 +137,7 @@ async def test_an_exclusive_queue_of_another_connection_is_named(consumer: Any, 
     [
         {"queue_type": "quorum", "exclusive": True},
         {"queue_type": "stream"},
+        {"error_declare": "passiv"},
         {"arguments": {"x-delivery-limit": 5}},
     ],
 )
