@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-OrderedBy = Literal["queue", "key"]
+OrderedBy = Literal["queue", "partition", "key"]
 #: Deliveries in hand at most, when the consumer does not say.
 PREFETCH: Final = 100
 
@@ -71,7 +71,8 @@ class Consumer:
         max_deliveries: a message that the broker delivered this often without a verdict is rejected.
         ack: "after" the handler returned (at least once), "on_receive" (at most once), or "manual":
             the handler takes the `Delivery` and settles it, now or later.
-        ordered_by: "queue" or "key" holds later messages (of the same key) back while one is retried.
+        ordered_by: "queue" or "key" holds later messages (of the same key) back while one is retried; "partition"
+            those of the same partition, where a protocol has partitions, else it is "queue".
         group: consumers of one group share the queue's messages, and each group has them all.
         offset: where a new group begins: "earliest" or "latest".
         declare: make the queue and the error queue if missing (True), never (False), or only check ("passive").
@@ -129,6 +130,8 @@ class Consumer:
         **options: Any,
     ) -> None:
         self.queue = queue
+        if ordered_by == "partition" and not self.features.partitioned:
+            ordered_by = "queue"
         self.concurrency: int = 1 if ordered_by == "queue" else check_count("concurrency", concurrency)
         self.prefetch: int = prefetch if prefetch is not None else max(PREFETCH, 2 * self.concurrency)
         self.retry: Retry = retry if retry is not None else Retry()
@@ -353,6 +356,10 @@ class Consumer:
     async def _close(self) -> None:
         """Let go of everything, what is not settled goes back; idempotent, and works while `_receive` waits."""
 
+    def _line(self, delivery: Delivery) -> Hashable:
+        """Deliveries of which this is the same are handled one after the other; None: of no matter."""
+        return delivery.message.key
+
     @classmethod
     def validate_queue(cls, queue: str) -> None:
         """Check a queue's name; never rewrite it.
@@ -378,7 +385,7 @@ class Consumer:
         """One loop over one connection, until it is told to stop or the connection is lost."""
         self._loop = Loop(
             self, dispatch, concurrency=self.concurrency, prefetch=self.prefetch,
-            by_key=self.ordered_by == "key", ack=self.ack, finished=finished,
+            line=self._line if self.ordered_by in ("partition", "key") else None, ack=self.ack, finished=finished,
         )  # fmt: skip
         watch = asyncio.create_task(self._watch(dispatch))
         try:
@@ -482,7 +489,7 @@ class Consumer:
         check_count("prefetch", self.prefetch)
         check_count("max_deliveries", self.max_deliveries)
         check_choice("ack", self.ack, ("after", "on_receive", "manual"))
-        check_choice("ordered_by", self.ordered_by, (None, "queue", "key"))
+        check_choice("ordered_by", self.ordered_by, (None, "queue", "partition", "key"))
         check_choice("offset", self.offset, ("earliest", "latest"))
         check_declare(self.declare)
         check_seconds("connect_timeout", self.connect_timeout)

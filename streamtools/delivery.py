@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from streamtools.checks import check_seconds
+from streamtools.errors import DecodeError
 from streamtools.message import Message
 from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
 
@@ -23,16 +25,31 @@ class Delivery:
         token: whatever the driver needs to settle it; no one else reads it.
         count: how often the broker delivered it before without a verdict; 0 at first, and where unknown.
         settled: a verdict was given.
+        trouble: what the driver found wrong with it: it is rejected unread; None for nothing.
+        withdrawn: the broker gives it to another consumer: it is not run any more, and its verdict does nothing.
+        outgoing: what its handler sends, to leave with its acknowledgement (`Features.atomic`).
+        task: what runs its handler.
+        wake: ends its wait for a retry in place.
     """
 
-    __slots__ = ("__weakref__", "count", "hand", "message", "settled", "token")
+    __slots__ = (
+        "__weakref__", "count", "hand", "message", "outgoing", "settled", "task", "token", "trouble", "wake",
+        "withdrawn",
+    )  # fmt: skip
 
-    def __init__(self, message: Message, token: Any = None, count: int = 0) -> None:
+    def __init__(
+        self, message: Message, token: Any = None, count: int = 0, trouble: DecodeError | None = None
+    ) -> None:
         self.message: Message = message
         self.token: Any = token
         self.count: int = count
+        self.trouble: DecodeError | None = trouble
         self.settled: bool = False
+        self.withdrawn: bool = False
+        self.outgoing: list[Message] = []
         self.hand: SettleByHand | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.wake: asyncio.Event | None = None
 
     async def ack(self) -> None:
         """The message is done. Returns when the verdict was given to the broker."""
@@ -57,6 +74,21 @@ class Delivery:
     async def release(self) -> None:
         """Give it back to the broker as it came, without counting an attempt."""
         await self._settle(RELEASE)
+
+    # --- for drivers and the loop -------------------------------------------------------------------
+
+    def withdraw(self) -> None:
+        """The broker takes it back: it is not begun any more; a handler at work goes on."""
+        self.withdrawn = True
+        if self.wake is not None:
+            self.wake.set()
+
+    def abandon(self) -> None:
+        """Withdraw it, and cancel its handler, if one is at work."""
+        self.withdraw()
+        task, self.task = self.task, None
+        if task is not None:
+            task.cancel()
 
     async def _settle(self, verdict: Verdict) -> None:
         if self.settled:

@@ -67,18 +67,23 @@ class Dispatcher:
         self._max_deliveries = max_deliveries
         self._in_place = in_place
         self._copies = features.error_queue
-        self._stopping = asyncio.Event()
+        self._stopping = False
+        self._waits: set[asyncio.Event] = set()
 
     def stop(self) -> None:
         """Let retries that wait in place be given back at once."""
-        self._stopping.set()
+        self._stopping = True
+        for wait in self._waits:
+            wait.set()
 
     def start(self) -> None:
         """Be usable again after `stop()`."""
-        self._stopping.clear()
+        self._stopping = False
 
     async def __call__(self, delivery: Delivery) -> Settlement:
         message = delivery.message
+        if delivery.withdrawn:
+            return Settlement(delivery, RELEASE)
         if delivery.count >= self._max_deliveries:
             return self._poison(delivery)
         if message.expires_at is not None and message.expires_at <= time.time():
@@ -91,7 +96,10 @@ class Dispatcher:
 
     async def _run(self, delivery: Delivery, message: Message) -> Settlement:
         while True:
+            delivery.outgoing.clear()  # an attempt that failed has sent nothing
             try:
+                if delivery.trouble is not None:
+                    raise delivery.trouble
                 result = await self._handler(message)
             except asyncio.CancelledError as error:
                 if asked_to_stop():
@@ -100,12 +108,12 @@ class Dispatcher:
             except BaseException as error:  # SystemExit too: a message must not end the process
                 failure = error
             else:
-                return Settlement(delivery, ACK, result=result)
+                return Settlement(delivery, ACK, tuple(delivery.outgoing), result)
             verdict = self._retry.decide(failure, message.attempt)
             if verdict.kind is not Kind.RETRY or not self._in_place:
                 return self.settlement(delivery, message, verdict, failure)
             self._log(message, failure, verdict)
-            if await self._stopped_within(verdict.delay):
+            if await self._given_back_within(delivery, verdict.delay):
                 return Settlement(delivery, RELEASE)
             message = retry_copy(message, describe(message, failure, self._name), 0)
 
@@ -137,12 +145,20 @@ class Dispatcher:
         )
         return self.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
 
-    async def _stopped_within(self, delay: float) -> bool:
+    async def _given_back_within(self, delivery: Delivery, delay: float) -> bool:
+        """Wait so long; True at once when we stop, or when the broker takes the delivery back."""
+        if self._stopping or delivery.withdrawn:
+            return True
+        wake = delivery.wake = asyncio.Event()
+        self._waits.add(wake)
         try:
             async with asyncio.timeout(delay):
-                return await self._stopping.wait()
+                return await wake.wait()
         except TimeoutError:
             return False
+        finally:
+            delivery.wake = None
+            self._waits.discard(wake)
 
     def _log(self, message: Message, error: BaseException, verdict: Verdict) -> None:
         # A verdict that the handler chose, or a body that is wrong, needs no traceback.

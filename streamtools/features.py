@@ -13,6 +13,8 @@ class Features:
         durable: messages survive the end of every process.
         processes: several processes can share one queue.
         ordered: one producer's messages reach one consumer of concurrency 1 in the order sent.
+        partitioned: a queue is split into partitions, each of which one consumer of a group has at a time, with all
+            that waits in it; order holds within a partition, and messages of one key are in one.
         groups: several groups can each have every message of one queue (`group=`).
         delay: `send(delay=...)` and retries with a delay are held by the broker.
         expiry: `send(ttl=...)` is honoured.
@@ -29,6 +31,7 @@ class Features:
     durable: bool = False
     processes: bool = False
     ordered: bool = True
+    partitioned: bool = False
     groups: bool = False
     delay: bool = True
     expiry: bool = True

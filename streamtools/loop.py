@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final, Literal, Protocol
 
@@ -93,7 +93,7 @@ class Loop:
         dispatch: delivery -> settlement.
         concurrency: handlers at once.
         prefetch: deliveries in hand at most.
-        by_key: deliveries of one key are handled one after the other.
+        line: deliveries of which it says the same are handled one after the other; None, or saying None, lets go.
         ack: "after" the handler, "on_receive", or "manual".
         finished: settlements that an earlier connection took with it, by message id and attempt.
     """
@@ -105,7 +105,7 @@ class Loop:
         *,
         concurrency: int,
         prefetch: int,
-        by_key: bool,
+        line: Callable[[Delivery], Hashable] | None,
         ack: Ack,
         finished: dict[tuple[str, int], Settlement],
     ) -> None:
@@ -113,11 +113,11 @@ class Loop:
         self._dispatch = dispatch
         self._concurrency = concurrency
         self._prefetch = prefetch
-        self._by_key = by_key
+        self._line = line
         self._ack = ack
         self._finished = finished
         self._ready: deque[Delivery] = deque()
-        self._keys: dict[str, deque[Delivery]] = {}
+        self._lines: dict[Hashable, deque[Delivery]] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._changed = asyncio.Event()
         self._lost: ConnectError | None = None
@@ -244,11 +244,11 @@ class Loop:
         delivery.hand = self.by_hand
         if self._finished and self._settle_again(delivery):
             return
-        if self._by_key and (key := delivery.message.key) is not None:
-            if (line := self._keys.get(key)) is not None:
+        if self._line is not None and (name := self._line(delivery)) is not None:
+            if (line := self._lines.get(name)) is not None:
                 line.append(delivery)
                 return
-            self._keys[key] = deque()
+            self._lines[name] = deque()
         self._make_ready(delivery)
 
     def _make_ready(self, delivery: Delivery) -> None:
@@ -280,7 +280,7 @@ class Loop:
             delivery = self._ready.popleft()
             self.running += 1
             try:
-                settlement = await self._dispatch(delivery)
+                settlement = await self._handle(delivery)
             finally:
                 self.running -= 1
             self._finish(settlement)
@@ -290,6 +290,20 @@ class Loop:
                 await asyncio.sleep(0)
                 turn = clock()
 
+    async def _handle(self, delivery: Delivery) -> Settlement:
+        task = delivery.task = asyncio.current_task()
+        try:
+            settlement = await self._dispatch(delivery)
+        except asyncio.CancelledError:
+            # Cancelled by `abandon()` alone, which takes the task out, or is the worker itself to end?
+            if delivery.task is not None or task is None or task.uncancel() > 0:
+                raise
+            return Settlement(delivery, RELEASE)
+        if delivery.task is None and task is not None:
+            task.uncancel()  # the handler has swallowed it
+        delivery.task = None
+        return settlement
+
     async def _wait(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
@@ -297,8 +311,8 @@ class Loop:
 
     def _finish(self, settlement: Settlement) -> None:
         delivery = settlement.delivery
-        if self._by_key and delivery.message.key is not None:
-            self._next_of_key(delivery.message.key)
+        if self._line is not None and (name := self._line(delivery)) is not None:
+            self._next_in_line(name)
         if self._ack == "manual" and (delivery.settled or settlement.verdict is ACK):
             return  # the handler's own hands settle it, when they are ready
         if self._ack == "on_receive" or delivery.settled:
@@ -307,12 +321,12 @@ class Loop:
             delivery.settled = True
             self._to_lane(settlement)
 
-    def _next_of_key(self, key: str) -> None:
-        line = self._keys.get(key)
+    def _next_in_line(self, name: Hashable) -> None:
+        line = self._lines.get(name)
         if line:
             self._make_ready(line.popleft())
         else:
-            self._keys.pop(key, None)
+            self._lines.pop(name, None)
 
     # --- settling -------------------------------------------------------------------------------
 
@@ -398,9 +412,9 @@ class Loop:
     def _release_ready(self) -> None:
         if self._ack == "on_receive":
             return  # the broker has them no more: handled within the grace, or never
-        waiting = [*self._ready, *(d for line in self._keys.values() for d in line)]
+        waiting = [*self._ready, *(d for line in self._lines.values() for d in line)]
         self._ready.clear()
-        for line in self._keys.values():
+        for line in self._lines.values():
             line.clear()
         self._give_back(waiting)
 

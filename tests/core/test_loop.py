@@ -88,8 +88,8 @@ def make(
     ack: Ack = "after", finished: Finished | None = None,
 ) -> Loop:  # fmt: skip
     return Loop(
-        source, dispatcher(handler), concurrency=concurrency, prefetch=prefetch, by_key=by_key, ack=ack,
-        finished={} if finished is None else finished,
+        source, dispatcher(handler), concurrency=concurrency, prefetch=prefetch,
+        line=(lambda d: d.message.key) if by_key else None, ack=ack, finished={} if finished is None else finished,
     )  # fmt: skip
 
 
@@ -385,3 +385,58 @@ async def test_a_driver_that_fails_in_its_own_way_ends_the_loop_loudly(hook: str
     source.fail(hook, ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         await asyncio.wait_for(make(source, at_once).run(asyncio.Event(), lambda: 1), 20)
+
+
+# --- what the broker takes back -------------------------------------------------------------------
+
+
+async def test_what_is_taken_back_before_its_handler_begins_is_not_run() -> None:
+    taken = [delivery(n) for n in range(4)]
+    source, gate = Script(*taken), Gate()
+    loop = make(source, gate)
+    async with running(loop):
+        await eventually(lambda: loop.in_hand == 4 and gate.entered == ["0"])
+        for one in taken[1:3]:
+            one.withdraw()
+        gate.opened.set()
+        await eventually(lambda: loop.settled == 4)
+    assert gate.entered == ["0", "3"]
+    assert source.settled(Kind.ACK) == [0, 3] and source.settled(Kind.RELEASE) == [1, 2]
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+async def test_a_handler_at_work_is_cancelled_for_its_own_delivery_alone(stubborn: bool) -> None:
+    taken = [delivery(n) for n in range(3)]
+    source, gate = Script(*taken), Gate()
+
+    async def handle(message: Message) -> Any:
+        try:
+            await gate(message)
+        except asyncio.CancelledError:
+            if not stubborn:
+                raise
+
+    loop = make(source, handle)
+    async with running(loop):
+        await eventually(lambda: gate.entered == ["0"])
+        taken[0].abandon()
+        await eventually(lambda: gate.entered == ["0", "1"])
+        gate.opened.set()
+        await eventually(lambda: loop.settled == 3)
+    assert source.settled(Kind.RELEASE) == ([] if stubborn else [0])
+    assert source.settled(Kind.ACK) == ([0, 1, 2] if stubborn else [1, 2])
+
+
+async def test_a_retry_that_waits_in_place_ends_when_it_is_taken_back() -> None:
+    async def fails(message: Message) -> Any:
+        raise ValueError("not yet")
+
+    policy = Retry(delay=3600)
+    dispatch = Dispatcher(
+        fails, "fails", retry=policy, error_queue="error", max_deliveries=5, in_place=True, features=Features()
+    )
+    one = delivery(1)
+    task = asyncio.create_task(dispatch(one))
+    await eventually(lambda: one.wake is not None)
+    one.withdraw()
+    assert (await task).verdict.kind is Kind.RELEASE

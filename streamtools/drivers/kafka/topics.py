@@ -89,7 +89,7 @@ class Topics:
         )
 
     async def _create(self, topics: list[Topic]) -> None:
-        asked = [
+        asked: list[Any] = [
             (
                 topic.name,
                 topic.partitions or self._settings.partitions or DEFAULT,
