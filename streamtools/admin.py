@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
 
-from streamtools.checks import check_name
+from streamtools.checks import check_count, check_name, check_seconds
 from streamtools.delivery import Delivery, Settlement
+from streamtools.errors import ConfigurationError, FeatureError
 from streamtools.message import Message
 from streamtools.options import QUEUE_OPTIONS, check_known
 from streamtools.policy import redrive_copy
@@ -27,6 +30,9 @@ SILENCE: Final = 1.0
 #: Seconds between two looks at whether deliveries have gone back.
 RETURN_LOOK: Final = 0.02
 
+#: Where to move a group: an offset, or the first message at or after a time.
+Place = Literal["beginning", "end"] | int | datetime
+
 #: Protocol name to admin class.
 ADMINS: Registry[QueueAdmin] = Registry(
     "admin",
@@ -34,6 +40,7 @@ ADMINS: Registry[QueueAdmin] = Registry(
         "asyncio": "streamtools.drivers.asyncio:AsyncIOAdmin",
         "sqlite": "streamtools.drivers.sqlite:SQLiteAdmin",
         "rabbitmq": "streamtools.drivers.rabbitmq:RabbitMQAdmin",
+        "kafka": "streamtools.drivers.kafka:KafkaAdmin",
     },
     {
         "http": "is a call, with no queues to look at: its senders keep their messages. For queues and an error "
@@ -61,6 +68,67 @@ class QueueInfo:
     in_hand: int | None = None
     consumers: int | None = None
     oldest: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueSettings:
+    """How a queue is kept, where messages stay after they were read (`Features.replay`).
+
+    Attributes:
+        partitions: into how many parts it is divided; each has one consumer of a group at a time.
+        replication: copies of each partition.
+        retention: how long a message is kept, in seconds; `math.inf` for ever.
+        retention_bytes: how much of each partition is kept; `math.inf` without a limit.
+    """
+
+    partitions: int
+    replication: int
+    retention: float
+    retention_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionInfo:
+    """How far a group has come in one partition.
+
+    Attributes:
+        partition: its number.
+        begin: the first offset that is kept.
+        end: the offset after the last message.
+        committed: where the group goes on reading; None when it has never committed.
+        lag: how far it is behind, in offsets.
+        ahead: how many of these are done already, behind one that is not.
+        member: the client id of the consumer that reads it; None when there is none.
+    """
+
+    partition: int
+    begin: int
+    end: int
+    committed: int | None
+    lag: int
+    ahead: int = 0
+    member: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupInfo:
+    """How far a group has come in a queue.
+
+    Attributes:
+        name: the group.
+        queue: what it reads.
+        state: as the broker names it.
+        members: consumers in it.
+        lag: how far it is behind in all partitions, in offsets.
+        partitions: each partition.
+    """
+
+    name: str
+    queue: str
+    state: str
+    members: int
+    lag: int
+    partitions: tuple[PartitionInfo, ...]
 
 
 class Reader(Protocol):
@@ -155,6 +223,80 @@ class QueueAdmin:
             QueueError: there is no such queue.
         """
         return await self._stats(queue)
+
+    async def describe(self, queue: str) -> QueueSettings:
+        """How a queue is kept.
+
+        Raises:
+            QueueError: there is no such queue.
+            FeatureError: the protocol has nothing of the kind.
+        """
+        return await self._describe(queue)
+
+    async def alter(
+        self,
+        queue: str,
+        *,
+        partitions: int | None = None,
+        retention: float | None = None,
+        retention_bytes: float | None = None,
+    ) -> None:
+        """Change how a queue is kept; what is not given stays as it is. Safe to repeat.
+
+        Parameters:
+            partitions: how many it has from now on; more than it has, never fewer. Messages of a key that are sent
+                from then on may go to another partition than those before.
+            retention: seconds that a message is kept; `math.inf` for ever.
+            retention_bytes: how much of each partition is kept; `math.inf` without a limit.
+
+        Raises:
+            QueueError: there is no such queue, or it has more partitions than that.
+            ConfigurationError: nothing to change is given, or a number that cannot be.
+            FeatureError: the protocol has nothing of the kind.
+        """
+        if partitions is None and retention is None and retention_bytes is None:
+            raise ConfigurationError("alter() changes nothing: give partitions=, retention= or retention_bytes=.")
+        if partitions is not None:
+            check_count("partitions", partitions)
+        if retention is not None and retention != math.inf:
+            check_seconds("retention", retention)
+        if retention_bytes is not None and retention_bytes != math.inf:
+            check_count("retention_bytes", retention_bytes)  # type: ignore[arg-type]
+        await self._alter(queue, partitions, retention, retention_bytes)
+
+    async def groups(self, queue: str) -> Sequence[GroupInfo]:
+        """The groups that read a queue, and how far each has come; it moves none of them.
+
+        Raises:
+            QueueError: there is no such queue.
+            FeatureError: the protocol has nothing of the kind.
+        """
+        return sorted(await self._groups(queue), key=lambda group: group.name)
+
+    async def seek(
+        self, queue: str, to: Place, *, group: str | None = None, partition: int | None = None
+    ) -> GroupInfo:
+        """Move a group to another place of a queue: what lies behind it is read, once more if need be.
+
+        The group's consumers must be stopped. Safe to repeat.
+
+        Parameters:
+            to: "beginning", "end", an offset (which needs a partition where there are several), or a time, with its
+                time zone: the first message at or after it.
+            group: the one that is named as the queue when None.
+            partition: only this one.
+
+        Raises:
+            QueueError: there is no such queue or partition, the offset is not kept, or the group has consumers.
+            FeatureError: the protocol cannot.
+        """
+        if isinstance(to, bool) or not (isinstance(to, int | datetime) or to in ("beginning", "end")):
+            raise ConfigurationError(f"seek to {to!r}: 'beginning', 'end', an offset or a datetime.")
+        if isinstance(to, datetime) and to.tzinfo is None:
+            raise ConfigurationError(f"seek to {to!r}: say in which time zone, as in datetime.now(UTC).")
+        if group is not None:
+            check_name(group, "group")
+        return await self._seek(queue, to, queue if group is None else group, partition)
 
     async def peek(self, queue: str, limit: int = 10) -> Sequence[Message]:
         """The first messages that wait, left where they are.
@@ -252,6 +394,27 @@ class QueueAdmin:
     async def _stats(self, queue: str) -> QueueInfo:
         """One queue's numbers, or raise QueueError."""
         raise TypeError(f"{type(self).__name__} does not say how: write its _stats().")
+
+    async def _describe(self, queue: str) -> QueueSettings:
+        """How a queue is kept, or raise QueueError."""
+        raise self._cannot("has no partitions and keeps no message that is done, so there is nothing to describe")
+
+    async def _alter(
+        self, queue: str, partitions: int | None, retention: float | None, retention_bytes: float | None
+    ) -> None:
+        """Change what is not None, and nothing else."""
+        raise self._cannot("has no partitions and keeps no message that is done, so there is nothing to alter")
+
+    async def _groups(self, queue: str) -> Sequence[GroupInfo]:
+        """The groups of a queue, in any order."""
+        raise self._cannot("counts no lag of groups; stats() has its numbers")
+
+    async def _seek(self, queue: str, to: Place, group: str, partition: int | None) -> GroupInfo:
+        """Move a group."""
+        raise self._cannot("forgets a message when it is done, so no group can go back or ahead")
+
+    def _cannot(self, why: str) -> FeatureError:
+        return FeatureError(f"{self.protocol} {why}. kafka:// can.")
 
     def _reader(self, queue: str, prefetch: int) -> Reader:
         """A consumer of this queue that declares nothing and can hold `prefetch` deliveries in hand."""

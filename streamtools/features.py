@@ -25,6 +25,8 @@ class Features:
         reply: the handler's value travels back to the sender on the same call.
         listens: the consumer opens a port itself (`host=`, `port=`).
         admin: the protocol has a QueueAdmin.
+        in_hand: the broker tells messages in hand from those that wait; without it both count as `QueueInfo.ready`.
+        replay: messages stay when they are done, in partitions, for a time: `QueueAdmin.seek`, `groups`, `alter`.
         missing_queue: sending to a queue that does not exist, with `declare=False`, raises.
     """
 
@@ -42,4 +44,6 @@ class Features:
     reply: bool = False
     listens: bool = False
     admin: bool = True
+    in_hand: bool = True
+    replay: bool = False
     missing_queue: bool = True

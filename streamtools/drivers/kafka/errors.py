@@ -97,6 +97,13 @@ def client_error(error: BaseException, settings: KafkaSettings) -> StreamToolsEr
     return ConnectionLost(f"The connection to {where} has ended: {plain(error).rstrip('.')}.")
 
 
+def refusal(error: BaseException, settings: KafkaSettings) -> StreamToolsError:
+    """What a failed request of an operator means: a broker's no is about what was asked, not about the connection."""
+    if isinstance(error, kafka.BrokerResponseError) and not error.retriable:
+        return QueueError(f"{settings.safe_url} refuses it: {plain(error).rstrip('.')}.")
+    return client_error(error, settings)
+
+
 def is_too_large(error: BaseException) -> bool:
     """The broker has refused a batch for its size."""
     return isinstance(error, _TOO_LARGE)

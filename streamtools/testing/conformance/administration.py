@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from streamtools.admin import QueueAdmin
-from streamtools.errors import ConfigurationError, QueueError, Reject, SendError
+from streamtools.errors import ConfigurationError, FeatureError, QueueError, Reject, SendError
 from streamtools.message import Message
 from streamtools.testing.conformance.cases import Cases, needs
 from streamtools.testing.conformance.payloads import HEADERS
@@ -44,7 +44,8 @@ class AdministrationCases(Cases):
         admin, consumer = await stage.admin(), await stage.consumer(prefetch=1)
         await stage.send_many(range(5))
         [delivery] = await stage.take(consumer, 1)
-        await eventually(lambda: _is_ready(admin, stage.queue, 4), "4 messages wait")
+        ready = 4 if self.features.in_hand else 5
+        await eventually(lambda: _is_ready(admin, stage.queue, ready), f"{ready} messages wait")
         assert (await admin.stats(stage.queue)).in_hand in (1, None)
         await delivery.ack()
 
@@ -152,6 +153,22 @@ class AdministrationCases(Cases):
         assert [d.message.body for d in taken] == [b"a", b"c"]
         for delivery in taken:
             await delivery.ack()
+
+    @needs("admin")
+    async def test_places_and_retention_are_there_or_refused(self, stage: Stage) -> None:
+        admin = await stage.admin()
+        await admin.create(stage.queue)
+        if self.features.replay:
+            assert (await admin.seek(stage.queue, "end")).lag == 0
+            assert (await admin.describe(stage.queue)).partitions >= 1
+            return
+        for question in (admin.describe, admin.groups):
+            with pytest.raises(FeatureError, match="kafka://"):
+                await question(stage.queue)
+        with pytest.raises(FeatureError, match="kafka://"):
+            await admin.seek(stage.queue, "beginning")
+        with pytest.raises(FeatureError, match="kafka://"):
+            await admin.alter(stage.queue, partitions=2)
 
     async def _reject(self, stage: Stage, payloads: list[Any], **options: Any) -> None:
         async def refuse(msg: Message) -> None:

@@ -1,0 +1,186 @@
+"""KafkaReader: what waits for a group, read from outside it, for `peek`, `move` and `discard`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import errors as kafka
+
+from streamtools.delivery import Delivery, Settlement
+from streamtools.drivers.kafka.client import connection, started, stopped
+from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
+from streamtools.drivers.kafka.groups import Groups, Progress, busy
+from streamtools.drivers.kafka.offsets import Offsets
+from streamtools.drivers.kafka.producer import outgoing
+from streamtools.drivers.kafka.publisher import Outgoing, Publisher
+from streamtools.drivers.kafka.records import decode_origin, decode_record
+from streamtools.errors import SendError
+from streamtools.settings import KafkaSettings
+
+
+class KafkaReader:
+    """Reads what waited in a topic when it was opened, for the group named as the topic; joins no group.
+
+    Parameters:
+        queue: the topic, and the group.
+        cluster: connected.
+        settings: of the connections that it opens itself.
+        client_id: as the broker shows them.
+    """
+
+    def __init__(self, queue: str, cluster: Cluster, settings: KafkaSettings, *, client_id: str | None) -> None:
+        self._queue = queue
+        self._cluster = cluster
+        self._groups = Groups(cluster)
+        self._settings = settings
+        self._client_id = client_id or "streamtools-admin"
+        self._offsets: dict[TopicPartition, Offsets] = {}
+        self._ends: dict[TopicPartition, int] = {}
+        self._records: dict[TopicPartition, dict[int, Any]] = {}  # taken and not finished
+        self._consumer: Any = None
+        self._publisher: Publisher | None = None
+
+    async def open(self) -> None:
+        """Find out what waits."""
+        topic = (await self._cluster.topics([self._queue]))[self._queue]
+        commits = await self._groups.committed(self._queue, topic.partitions)
+        begins = await self._cluster.offsets(topic.partitions, EARLIEST)
+        self._ends = await self._cluster.offsets(topic.partitions, LATEST)
+        consumer = AIOKafkaConsumer(
+            **await connection(self._settings, self._client_id),
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+        )
+        await started(consumer, self._settings)
+        self._consumer = consumer
+        consumer.assign(topic.partitions)
+        for partition in topic.partitions:
+            progress = Progress(begins[partition], self._ends[partition], commits.get(partition))
+            self._offsets[partition] = Offsets(progress.start, progress.metadata)
+            self._records[partition] = {}
+            consumer.seek(partition, progress.start)
+
+    async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]:
+        """The next that wait, the oldest first among those that came together; none at the end."""
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout is None else loop.time() + timeout
+        while unread := await self._unread():
+            rest = 1.0 if deadline is None else deadline - loop.time()
+            if rest <= 0:
+                break
+            found = await self._consumer.getmany(*unread, timeout_ms=int(1000 * rest), max_records=max_messages)
+            records = [record for records in found.values() for record in records]
+            taken = [self._take(record) for record in sorted(records, key=lambda record: record.timestamp)]
+            if deliveries := [delivery for delivery in taken if delivery is not None]:
+                return deliveries
+        return []
+
+    async def close(self) -> None:
+        """Let go; nothing that was not settled has changed."""
+        consumer, self._consumer = self._consumer, None
+        publisher, self._publisher = self._publisher, None
+        try:
+            if publisher is not None:
+                await publisher.close()
+        finally:
+            if consumer is not None:
+                await stopped(consumer)
+
+    async def _stop(self) -> None:
+        """There is nothing under way between two calls."""
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        """Send what is to go out, then commit.
+
+        Raises:
+            QueueError: the group has consumers.
+            SendError: a message was refused; it and nothing else stays.
+        """
+        publisher = await self._opened()
+        batch = [message for settlement in settlements for message in settlement.outgoing]
+        try:
+            if batch:
+                await publisher.publish(outgoing(batch))
+        except SendError as error:
+            lost = {*error.refused, *error.unknown}
+            await self._finish([s for s in settlements if not lost.intersection(m.id for m in s.outgoing)])
+            raise
+        await self._finish(settlements)
+
+    # --- how --------------------------------------------------------------------------------------
+
+    async def _opened(self) -> Publisher:
+        if self._publisher is None:
+            # Before anything is sent: what cannot be committed would be sent again each time.
+            if (await self._groups.describe(self._queue)).active:
+                raise busy(self._queue, self._settings)
+            publisher = Publisher(self._settings, self._client_id)
+            await publisher.open()
+            self._publisher = publisher
+        return self._publisher
+
+    async def _unread(self) -> list[TopicPartition]:
+        """Partitions with something before the end that was found at the beginning."""
+        found = []
+        for partition, end in self._ends.items():
+            if await self._consumer.position(partition) < end:
+                found.append(partition)
+            else:
+                self._consumer.pause(partition)
+        return found
+
+    def _take(self, record: Any) -> Delivery | None:
+        partition = TopicPartition(record.topic, record.partition)
+        if record.offset >= self._ends[partition] or not self._offsets[partition].take(record.offset):
+            return None
+        self._records[partition][record.offset] = record
+        return Delivery(decode_record(record), token=record)
+
+    async def _finish(self, settlements: Sequence[Settlement]) -> None:
+        touched = set()
+        for settlement in settlements:
+            record = settlement.delivery.token
+            partition = TopicPartition(record.topic, record.partition)
+            if self._offsets[partition].finish(record.offset):
+                del self._records[partition][record.offset]
+                touched.add(partition)
+        for partition in touched:
+            await self._make_room(partition)
+        try:
+            await self._groups.commit(self._queue, {p: self._offsets[p].commit()[:2] for p in touched})
+        except kafka.UnknownMemberIdError as error:
+            raise busy(self._queue, self._settings) from error
+        except CLIENT_ERRORS as error:
+            raise refusal(error, self._settings) from error
+
+    async def _make_room(self, partition: TopicPartition) -> None:
+        """Put what was left, and is in the way, behind everything else.
+
+        A commit has room for some thousand gaps between finished messages. Beyond, the messages in the gaps are
+        written once more at the end, as they are, and finished where they were.
+        """
+        offsets, left = self._offsets[partition], self._records[partition]
+        if offsets.commit()[2] or self._publisher is None:
+            return
+        await self._publisher.publish([_again(record) for record in left.values()])
+        for offset in list(left):
+            offsets.finish(offset)
+        left.clear()
+
+
+def _again(record: Any) -> Outgoing:
+    origin = [(name, value) for name, value in decode_origin(record).headers if name not in dict(record.headers)]
+    return Outgoing(
+        id=f"{record.topic}-{record.partition}-{record.offset}",
+        topic=record.topic,
+        key=record.key,
+        value=record.value,
+        headers=[*record.headers, *origin],
+        timestamp=record.timestamp,
+        partition=record.partition,
+    )
