@@ -234,7 +234,12 @@ class ConsumerRunner:
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self.serve(signals=False), name="streamtools-runner")
-        await self.ready()
+        try:
+            await self.ready()
+        except BaseException:  # nobody will leave a block that was never entered
+            self._task.cancel()
+            await asyncio.wait({self._task})
+            raise
         return self
 
     async def __aexit__(

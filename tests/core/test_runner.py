@@ -83,6 +83,21 @@ async def test_async_with_is_ready_at_once_and_leaves_the_hosts_signals_alone() 
     assert not runner.health().ready
 
 
+async def test_entering_that_is_cancelled_leaves_nothing_running() -> None:
+    # Given a broker that cannot be reached, so that the runner is never ready
+    consumers = ConsumerFactory(url="amqp://127.0.0.1:1", connect_timeout=60)
+    consumers.route("orders")(send)
+    before = asyncio.all_tasks()
+
+    # When the host has no more patience
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05), ConsumerRunner(consumers):
+            raise AssertionError("it is never ready")
+
+    # Then the runner has ended too
+    assert asyncio.all_tasks() == before
+
+
 async def test_a_runner_runs_again_after_it_ended() -> None:
     consumers, seen = service()
     runner = ConsumerRunner(consumers)
