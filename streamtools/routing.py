@@ -82,6 +82,8 @@ class ConsumerFactory:
         self.queue_type = queue_type
         self.url = url
         self.options: dict[str, Any] = {"port": port, "host": host, **options}
+        if "middleware" in options:
+            self.options["middleware"] = list(options["middleware"])  # for each consumer anew
         #: One for each decorated handler, in the order of decoration.
         self.handlers: list[Route] = []
 
@@ -90,7 +92,8 @@ class ConsumerFactory:
 
         Parameters:
             queue: the queue's name. A queue has one handler (over HTTP: one for each method).
-            options: parameters for this consumer, as for `Consumer`.
+            options: parameters for this consumer, as for `Consumer`; they win over the factory's, and
+                `middleware` goes inside the factory's.
 
         Raises:
             ConfigurationError: the queue has a handler already.
@@ -104,11 +107,18 @@ class ConsumerFactory:
                         f"The queue {queue!r} has the handler {other.name} already, so {name_of(function)} cannot "
                         "have it too; route it from another queue."
                     )
-            handler = Route(self, queue, function, {**self.options, **options})
+            handler = Route(self, queue, function, self._with(options))
             self.handlers.append(handler)
             return handler
 
         return decorate
+
+    def _with(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The factory's options, with those of one route."""
+        if "middleware" not in options:
+            return {**self.options, **options}
+        middleware = [*self.options.get("middleware", ()), *options["middleware"]]
+        return {**self.options, **options, "middleware": middleware}
 
     @property
     def instances(self) -> list[Consumer]:
