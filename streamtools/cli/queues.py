@@ -115,7 +115,10 @@ def delete(name: Name, *, url: Url = None, yes: Yes = False, json: Json = False)
 
 
 def _number(info: QueueInfo) -> str:
-    number = info.ready + (info.delayed or 0)
+    return _messages(info.ready + (info.delayed or 0))
+
+
+def _messages(number: int) -> str:
     return f"{number:,} message{'' if number == 1 else 's'}"
 
 
@@ -123,7 +126,7 @@ def _done(what: str, name: str, number: int | None, *, json: bool) -> None:
     if json:
         output.print_json({what: name} if number is None else {what: name, "messages": number})
     else:
-        print(f"{name}: {what}." if number is None else f"{name}: {number:,} messages {what}.")
+        print(f"{name}: {what}." if number is None else f"{name}: {_messages(number)} {what}.")
 
 
 def _option(text: str) -> tuple[str, Any]:
