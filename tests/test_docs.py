@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
@@ -9,6 +10,7 @@ from urllib.parse import unquote
 import pytest
 
 import streamtools
+from streamtools import Features
 from tests.brokers.address import RabbitMQAddress
 from tests.pages.commands import check_usage, commands
 from tests.pages.markdown import ROOT, Page, pages
@@ -87,3 +89,22 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
         assert value.__doc__
     else:  # a registry, a protocol's name, a type alias: these have no docstrings
         assert any(f"`{name}`" in page.text for page in reference if page.path != "docs/reference/index.md")
+
+
+#: The columns of the table of features.
+COLUMNS = ("rabbitmq", "sqlite", "asyncio", "http")
+
+
+def _features_table() -> dict[str, list[bool]]:
+    page = next(page for page in PAGES if page.path == "docs/how-to/switch-the-protocol.md")
+    rows = [line.strip("| ").split("|") for line in page.text.splitlines() if line.startswith("| `")]
+    return {row[0].split("`")[1]: [cell.strip() == "yes" for cell in row[1:]] for row in rows if len(row) == 5}
+
+
+def test_the_table_of_features_is_what_the_drivers_declare() -> None:
+    table = _features_table()
+
+    assert set(table) == {field.name for field in dataclasses.fields(Features)}
+    for name, cells in table.items():
+        declared = [getattr(streamtools.CONSUMER_LOOPS[protocol].features, name) for protocol in COLUMNS]
+        assert cells == declared, name

@@ -30,7 +30,7 @@ class Reader:
 
     Parameters:
         directory: an empty one.
-        broker: a RabbitMQ; without one the page is left at the first block that needs it.
+        broker: a RabbitMQ; without one the blocks that need it are left out.
     """
 
     def __init__(self, directory: Path, broker: RabbitMQAddress | None = None) -> None:
@@ -39,7 +39,7 @@ class Reader:
         self._page.mkdir()
         self._stand_ins = self._addresses()
         environment = self._environment(shims(directory / "bin"))
-        self._terminal = Terminal(self._page, environment, self._as_written)
+        self._terminal = Terminal(self._page, environment, self._as_run, self._as_written)
         self._notebook = Notebook(self._page, environment)
 
     def read(self, page: Page) -> None:
@@ -48,7 +48,7 @@ class Reader:
         try:
             for position, block in enumerate(blocks):
                 if self._broker is None and needs_rabbitmq(block):
-                    break
+                    continue
                 try:
                     self._do(block, blocks[position + 1 :])
                 except AssertionError as error:
@@ -60,14 +60,13 @@ class Reader:
     def _do(self, block: Block, following: Sequence[Block]) -> None:
         if block.is_quoted:
             return  # it is run by its own test
-        text = self._as_run(block.text)
         if block.title:
-            self._write(block.title, text)
+            self._write(block.title, self._as_run(block.text))
         elif block.language == "python":
             promised = following[0].text if following and following[0].language == "text" else ""
-            check(promised, self._as_written(self._notebook.run(text)))
+            check(promised, self._as_written(self._notebook.run(self._as_run(block.text))))
         elif block.language == "console":
-            self._terminal.run(text)
+            self._terminal.run(block.text)
 
     def _write(self, name: str, text: str) -> None:
         file = self._page / name

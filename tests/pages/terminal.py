@@ -1,7 +1,8 @@
 """Console blocks: each `$ ` line is typed, and the lines below it are what the reader is to see.
 
 `...` stands for anything, alone on a line for any number of lines. `^C` at the beginning of a line is typed
-once all above it has appeared. A command that ends in ` &` goes on beside what follows it. What differs from
+once all above it has appeared. A command that ends in ` &` goes on beside what follows it, until `kill %1` or the
+page's end. What differs from
 run to run (times, ids, durations, versions) is not compared.
 """
 
@@ -62,26 +63,35 @@ class Terminal:
     Parameters:
         directory: where commands run; `export` holds for those that follow.
         environment: theirs.
-        as_written: puts the page's own addresses back into what they print.
+        as_run: puts the addresses of the tests in place of those that the page names.
+        as_written: does the reverse, in what commands print.
     """
 
     def __init__(
-        self, directory: Path, environment: Mapping[str, str], as_written: Callable[[str], str] = str
+        self,
+        directory: Path,
+        environment: Mapping[str, str],
+        as_run: Callable[[str], str],
+        as_written: Callable[[str], str],
     ) -> None:
         self._directory = directory
         self._environment = dict(environment)
+        self._as_run = as_run
         self._as_written = as_written
         self._beside: list[_Command] = []
 
     def run(self, text: str) -> None:
         """Type the commands of a block and look at what they print."""
-        for command, promised in _commands(text):
+        for written, promised in _commands(text):
+            command = self._as_run(written)
             if command.startswith("export "):
                 name, _, value = command.removeprefix("export ").partition("=")
                 self._environment[name] = value.strip("'\"")
             elif command.endswith(" &"):
                 self._beside.append(self._start(command.removesuffix(" &")))
                 self._beside[-1].wait_for(promised)
+            elif command.startswith("kill %"):
+                self._beside[int(command.removeprefix("kill %")) - 1].end()
             else:
                 self._finish(self._start(command), promised)
 
@@ -174,7 +184,7 @@ class _Command:
             raise AssertionError(f"{self.text} does not end:\n{self.output}") from None
 
     def end(self) -> None:
-        """SIGTERM, upon which it is to end with 0."""
+        """SIGTERM, upon which it is to end with 0. Safe to repeat."""
         try:
             if self._process.poll() is None:
                 self._process.terminate()
