@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
 from streamtools.checks import check_count, check_name, check_seconds
 from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import ConfigurationError, FeatureError
+from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
 from streamtools.options import QUEUE_OPTIONS, check_known
 from streamtools.policy import redrive_copy
@@ -298,6 +299,36 @@ class QueueAdmin:
             check_name(group, "group")
         return await self._seek(queue, to, queue if group is None else group, partition)
 
+    async def bind(self, queue: str, topic: str, exchange: Exchange = TOPIC) -> None:
+        """Have a queue receive the messages of a topic; safe to repeat.
+
+        Parameters:
+            topic: a topic, or a pattern of topics on a topic exchange.
+            exchange: made if it is missing.
+
+        Raises:
+            FeatureError: the protocol has no exchanges.
+            QueueError: there is no such queue, or the exchange is of another type.
+        """
+        await self._bind(queue, Binding(topic, exchange))
+
+    async def unbind(self, queue: str, topic: str, exchange: Exchange = TOPIC) -> None:
+        """Take away what `bind` did; safe to repeat. Messages that wait already stay.
+
+        Raises:
+            FeatureError: the protocol has no exchanges.
+        """
+        await self._unbind(queue, Binding(topic, exchange))
+
+    async def cancel(self, queue: str, id: str) -> bool:  # noqa: A002 - the field's name everywhere
+        """Take back a message that is not due yet; False when it is due, delivered or unknown.
+
+        Raises:
+            FeatureError: the protocol does not let a delayed message be taken back.
+            QueueError: there is no such queue.
+        """
+        return await self._cancel(queue, id)
+
     async def peek(self, queue: str, limit: int = 10) -> Sequence[Message]:
         """The first messages that wait, left where they are.
 
@@ -415,6 +446,18 @@ class QueueAdmin:
 
     def _cannot(self, why: str) -> FeatureError:
         return FeatureError(f"{self.protocol} {why}. kafka:// can.")
+
+    async def _bind(self, queue: str, binding: Binding) -> None:
+        """Bind a queue, or raise QueueError."""
+        raise FeatureError(f"{self.protocol!r} has no exchanges: send to each queue by its name.")
+
+    async def _unbind(self, queue: str, binding: Binding) -> None:
+        """Take a binding away."""
+        raise FeatureError(f"{self.protocol!r} has no exchanges.")
+
+    async def _cancel(self, queue: str, id: str) -> bool:  # noqa: A002
+        """Forget a delayed message; whether it was there."""
+        raise FeatureError(f"{self.protocol!r} does not let a delayed message be taken back: have its handler look.")
 
     def _reader(self, queue: str, prefetch: int) -> Reader:
         """A consumer of this queue that declares nothing and can hold `prefetch` deliveries in hand."""

@@ -25,13 +25,14 @@ from streamtools.checks import (
 from streamtools.delivery import Delivery, Settlement
 from streamtools.dispatch import Dispatcher, chain
 from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
+from streamtools.exchange import Binding
 from streamtools.features import Features
-from streamtools.loop import Ack, Loop
+from streamtools.loop import Ack, Dispatch, Loop
 from streamtools.options import QUEUE_OPTIONS, Options, parameters, read_options
 from streamtools.policy import Retry, backoff, backoff_within
 from streamtools.registry import Registry
 from streamtools.threads import Threads
-from streamtools.types import Middleware
+from streamtools.types import ErrorHandler, Handler, Middleware
 from streamtools.verdicts import RELEASE, Verdict
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Consumer:
             those of the same partition, where a protocol has partitions, else it is "queue".
         group: consumers of one group share the queue's messages, and each group has them all.
         offset: where a new group begins: "earliest" or "latest".
+        bindings: topics of exchanges that the queue has the messages of, beside those sent to it.
         declare: make the queue and the error queue if missing (True), never (False), or only check ("passive").
         connect_timeout: seconds for which the first connection is tried.
         middleware: outermost first.
@@ -121,6 +123,7 @@ class Consumer:
         ordered_by: OrderedBy | None = None,
         group: str | None = None,
         offset: Literal["earliest", "latest"] = "earliest",
+        bindings: Iterable[Binding] = (),
         declare: Declare = True,
         connect_timeout: float = 30.0,
         middleware: Iterable[Middleware] = (),
@@ -141,6 +144,7 @@ class Consumer:
         self.ordered_by = ordered_by
         self.group = group
         self.offset = offset
+        self.bindings: list[Binding] = list(bindings)
         self.declare: Declare = declare
         self.connect_timeout = connect_timeout
         self.middleware: list[Middleware] = list(middleware)
@@ -155,7 +159,7 @@ class Consumer:
         #: The decorated handler, once there is one.
         self.handler: BoundHandler | None = None
         self._loop: Loop | None = None
-        self._by_hand = self._dispatcher(_no_handler, "by hand")
+        self._by_hand = self.dispatcher(_no_handler, "by hand")
         self._connected = False
         self._closed = False
         self._opening = asyncio.Lock()
@@ -266,8 +270,7 @@ class Consumer:
         self._closed = False
         threads = Threads(self.concurrency, f"streamtools-{self.queue}")
         try:
-            function = compile_handler(handler.function, threads, self.resolvers)
-            dispatch = self._dispatcher(chain(function, self.middleware), handler.name)
+            dispatch = handler.dispatch(self, threads)
             await self._connect(time.monotonic() + self.connect_timeout)
             if on_started is not None:
                 on_started()
@@ -371,7 +374,7 @@ class Consumer:
 
     # --- the way of a message -------------------------------------------------------------------
 
-    async def _run(self, dispatch: Dispatcher) -> None:
+    async def _run(self, dispatch: Dispatch) -> None:
         finished: dict[tuple[str, int], Settlement] = {}
         attempt = 0
         with suppress(Closed):  # close() was called from elsewhere
@@ -381,7 +384,7 @@ class Consumer:
                 if not self._stopping.is_set():
                     await self._reconnect(attempt)
 
-    async def _run_loop(self, dispatch: Dispatcher, finished: dict[tuple[str, int], Settlement]) -> None:
+    async def _run_loop(self, dispatch: Dispatch, finished: dict[tuple[str, int], Settlement]) -> None:
         """One loop over one connection, until it is told to stop or the connection is lost."""
         self._loop = Loop(
             self, dispatch, concurrency=self.concurrency, prefetch=self.prefetch,
@@ -397,7 +400,7 @@ class Consumer:
         finally:
             watch.cancel()
 
-    async def _watch(self, dispatch: Dispatcher) -> None:
+    async def _watch(self, dispatch: Dispatch) -> None:
         await self._stopping.wait()
         dispatch.stop()
 
@@ -463,15 +466,24 @@ class Consumer:
     def _grace(self) -> float:
         return max(0.0, (self._deadline or time.monotonic()) - time.monotonic())
 
-    def _dispatcher(self, handler: Any, name: str) -> Dispatcher:
+    def dispatcher(
+        self, handler: Handler, name: str, *, retry: Retry | None = None, on_error: ErrorHandler | None = None
+    ) -> Dispatcher:
+        """A compiled handler as a dispatcher, by this consumer's parameters.
+
+        Parameters:
+            retry: replaces the consumer's policy.
+            on_error: decides about failures instead of the policy.
+        """
         return Dispatcher(
             handler,
             name,
-            retry=self.retry,
+            retry=retry or self.retry,
             error_queue=self.error_queue,
             max_deliveries=self.max_deliveries,
             in_place=self.ordered_by is not None,
             features=self.features,
+            on_error=on_error,
         )
 
     def _read_options(self, given: Mapping[str, Any]) -> Options:
@@ -506,6 +518,8 @@ class Consumer:
                 f"{self.protocol!r} has no consumer groups: leave group= away (consumers of one queue share "
                 "its messages), and send to one queue for each group."
             )
+        if self.bindings and not self.features.topics:
+            raise FeatureError(f"{self.protocol!r} has no exchanges: leave bindings= away, and send to the queue.")
 
 
 class BoundHandler:
@@ -534,6 +548,15 @@ class BoundHandler:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs) if args or kwargs else self.consumer.run(self)
+
+    def dispatch(self, consumer: Consumer, threads: Threads) -> Dispatch:
+        """What turns the deliveries of `consumer` into settlements, compiled anew for each run.
+
+        Parameters:
+            threads: where a `def` handler runs.
+        """
+        function = compile_handler(self.function, threads, consumer.resolvers)
+        return consumer.dispatcher(chain(function, consumer.middleware), self.name)
 
     def __repr__(self) -> str:
         return f"<handler {self.name} of {self.consumer!r}>"

@@ -15,11 +15,11 @@ from functools import partial
 
 from streamtools.cancelling import asked_to_stop
 from streamtools.delivery import Delivery, Settlement, current
-from streamtools.errors import Drop, HandlerError, Signal
+from streamtools.errors import Drop, HandlerError, SendError, Signal
 from streamtools.features import Features
 from streamtools.message import Message
 from streamtools.policy import Retry, describe, error_copy, retry_copy
-from streamtools.types import Handler, Middleware
+from streamtools.types import ErrorHandler, Handler, Middleware
 from streamtools.verdicts import ACK, DROP, RELEASE, Kind, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -47,6 +47,7 @@ class Dispatcher:
         max_deliveries: a message delivered this often without a verdict is not run any more.
         in_place: retries wait here, holding their place in the order, instead of as copies.
         features: what the protocol can do.
+        on_error: decides about failures instead of the policy.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Dispatcher:
         max_deliveries: int,
         in_place: bool,
         features: Features,
+        on_error: ErrorHandler | None = None,
     ) -> None:
         self._handler = handler
         self._name = name
@@ -69,6 +71,7 @@ class Dispatcher:
         self._copies = features.error_queue
         self._stopping = False
         self._waits: set[asyncio.Event] = set()
+        self._on_error = on_error
 
     def stop(self) -> None:
         """Let retries that wait in place be given back at once."""
@@ -109,13 +112,31 @@ class Dispatcher:
                 failure = error
             else:
                 return Settlement(delivery, ACK, tuple(delivery.outgoing), result)
-            verdict = self._retry.decide(failure, message.attempt)
+            verdict = await self.decide(message, failure)
             if verdict.kind is not Kind.RETRY or not self._in_place:
                 return self.settlement(delivery, message, verdict, failure)
             self._log(message, failure, verdict)
             if await self._given_back_within(delivery, verdict.delay):
                 return Settlement(delivery, RELEASE)
             message = retry_copy(message, describe(message, failure, self._name), 0)
+
+    async def decide(self, message: Message, failure: BaseException) -> Verdict:
+        """What is to become of a message that failed: by `on_error` where there is one, else by the policy."""
+        if self._on_error is None:
+            return self._retry.decide(failure, message.attempt)
+        try:
+            return await self._on_error(message, failure, message.attempt)
+        except asyncio.CancelledError:
+            if asked_to_stop():
+                raise
+            log.exception("The error handler was cancelled; the retry policy decides.")
+        except BaseException:
+            log.exception("The error handler failed; the retry policy decides.")
+        return self._retry.decide(failure, message.attempt)
+
+    async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
+        """What to do with a settlement whose outgoing messages the broker does not take: insist."""
+        return settlement
 
     def settlement(
         self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None

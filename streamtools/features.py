@@ -27,6 +27,8 @@ class Features:
         admin: the protocol has a QueueAdmin.
         in_hand: the broker tells messages in hand from those that wait; without it both count as `QueueInfo.ready`.
         replay: messages stay when they are done, in partitions, for a time: `QueueAdmin.seek`, `groups`, `alter`.
+        topics: queues can be bound to exchanges by topic (`bindings=`, `Message.exchange`).
+        cancel: a delayed message can be taken back by its id.
         missing_queue: sending to a queue that does not exist, with `declare=False`, raises.
     """
 
@@ -46,4 +48,6 @@ class Features:
     admin: bool = True
     in_hand: bool = True
     replay: bool = False
+    topics: bool = False
+    cancel: bool = False
     missing_queue: bool = True

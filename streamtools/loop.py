@@ -51,10 +51,12 @@ class Source(Protocol):
 class Dispatch(Protocol):
     """What turns a delivery into a settlement: by its handler, or by a verdict given by hand."""
 
+    def stop(self) -> None: ...
     async def __call__(self, delivery: Delivery) -> Settlement: ...
     def settlement(
         self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
     ) -> Settlement: ...
+    async def refused(self, settlement: Settlement, error: SendError) -> Settlement: ...
 
 
 class Lane:
@@ -360,7 +362,7 @@ class Loop:
         except SendError as error:
             log.error("The broker refused what is to be sent before settling: %s", error)  # noqa: TRY400
             for settlement in batch:
-                self._keep(self._insist(settlement))
+                self._keep(self._insist(await self._dispatch.refused(settlement, error)))
         else:
             self._done(len(batch))
 

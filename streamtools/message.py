@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from secrets import token_hex
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from streamtools.exchange import Exchange
 
 #: The header mapping of a message without headers; shared, so that it costs nothing.
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -44,9 +47,13 @@ class Message:
 
     Attributes:
         body: the payload's bytes.
-        queue: where the message goes, or where it was received.
+        queue: where the message goes, or where it was received; a topic, where `exchange` is set.
         id: unique; kept through every retry, delay, error queue and redrive.
+        exchange: where the message goes by its topic, to every queue bound there; None to the queue itself,
+            and on all that was received.
+        mandatory: a message that reaches no queue is an error; otherwise it is forgotten. Not on the wire.
         type: the name of what the payload is, such as `orders.Placed`.
+        version: which version of that type, where there are several.
         source: who sent it (the producer's `client_id`).
         time: when it was sent, in seconds since the epoch.
         content_type: the body's media type; None when the sender did not say.
@@ -55,6 +62,7 @@ class Message:
         causation_id: the id of the message whose handling sent this one.
         reply_to: where a reply is to go.
         intent: `command` or `event`, or None.
+        handler: the one handler that is to run it, where several would; on copies for a retry.
         key: messages of one key stay in order where the consumer asks for it.
         headers: the user's own, `str -> str`, never mixed with ours.
         attempt: which run this is; 1 at first.
@@ -66,7 +74,10 @@ class Message:
     body: bytes
     queue: str
     id: str
+    exchange: Exchange | None = None
+    mandatory: bool = True
     type: str | None = None
+    version: int | None = None
     source: str | None = None
     time: float | None = None
     content_type: str | None = None
@@ -75,6 +86,7 @@ class Message:
     causation_id: str | None = None
     reply_to: str | None = None
     intent: str | None = None
+    handler: str | None = None
     key: str | None = None
     # Not in the repr: a webhook's authorization stands there.
     headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS, repr=False)

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from streamtools.message import Message
+    from streamtools.verdicts import Verdict
 
 #: A compiled handler: takes the message, answers with the reply or the response body (or None).
 Handler = Callable[["Message"], Awaitable[Any]]
+
+#: Decides what is to become of a message that failed: async (message, error, attempt) -> verdict.
+ErrorHandler = Callable[["Message", BaseException, int], Awaitable["Verdict"]]
 
 #: A middleware: as a handler, and it calls `call_next(message)` for what lies further in.
 Middleware = Callable[["Message", Handler], Awaitable[Any]]

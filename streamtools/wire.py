@@ -25,6 +25,7 @@ TEXT: Final = {
     "causation_id": "causationid",
     "reply_to": "replyto",
     "intent": "intent",
+    "handler": "handler",
     "key": "partitionkey",
 }
 #: Fields that are times: seconds since the epoch in a Message, RFC 3339 on the wire.
@@ -39,6 +40,7 @@ ERROR_TEXT: Final = {
 }
 ERROR_TIMES: Final = {"first_failed": "errorfirst", "last_failed": "errorlast"}
 ATTEMPT: Final = "attempt"
+VERSION: Final = "dataversion"
 ERROR_ATTEMPTS: Final = "errorattempts"
 
 
@@ -79,6 +81,8 @@ def encode_meta(message: Message, *, prefix: str = "", skip: frozenset[str] = fr
             meta[prefix + name] = to_rfc3339(seconds)
     if message.attempt != 1:
         meta[prefix + ATTEMPT] = str(message.attempt)
+    if message.version is not None:
+        meta[prefix + VERSION] = str(message.version)
     if message.error is not None:
         meta.update(_encode_error(message.error, prefix))
     return meta
@@ -99,6 +103,8 @@ def decode_meta(meta: Mapping[str, str], *, prefix: str = "") -> dict[str, Any]:
             fields[field] = seconds
     if (attempt := _count(meta.get(prefix + ATTEMPT))) is not None:
         fields["attempt"] = max(1, attempt)
+    if (version := _count(meta.get(prefix + VERSION))) is not None:
+        fields["version"] = version
     if (error := _decode_error(meta, prefix)) is not None:
         fields["error"] = error
     return fields

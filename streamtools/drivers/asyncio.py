@@ -21,6 +21,7 @@ from streamtools.checks import Declare
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import Closed, QueueError, SendError
+from streamtools.exchange import Binding, another_type, no_subscriber
 from streamtools.features import Features
 from streamtools.message import Message
 from streamtools.options import Options
@@ -28,7 +29,7 @@ from streamtools.producer import Producer
 from streamtools.settings import AsyncIOSettings
 from streamtools.verdicts import Kind
 
-FEATURES = Features(groups=True, redelivery=True)
+FEATURES = Features(groups=True, redelivery=True, topics=True, cancel=True)
 
 
 class Queue:
@@ -89,6 +90,14 @@ class Queue:
         for _ in taken:
             _wake(self._putters)
         return taken
+
+    def cancel(self, id: str) -> bool:  # noqa: A002 - the field's name
+        """Forget a message that is not due yet; False when there is none of this id."""
+        kept = [entry for entry in self.later if entry[2].id != id]
+        found = len(kept) < len(self.later)
+        self.later[:] = kept
+        heapq.heapify(self.later)
+        return found
 
     def purge(self) -> int:
         """Forget all messages that wait; the number of them."""
@@ -164,6 +173,8 @@ class Broker:
 
     def __init__(self, maxsize: int) -> None:
         self.topics: dict[str, Topic] = {}
+        #: Exchange name -> its bindings with their queues, in the order made.
+        self.bindings: dict[str, dict[tuple[Binding, str], None]] = {}
         self._maxsize = maxsize
 
     @classmethod
@@ -182,6 +193,58 @@ class Broker:
             self.topics.setdefault(name, Topic(name, self._maxsize))
         elif declare == "passive":
             self.topic(name)
+
+    def delete(self, name: str) -> None:
+        """Forget a topic and its bindings.
+
+        Raises:
+            QueueError: there is none.
+        """
+        self.topic(name)
+        del self.topics[name]
+        for bindings in self.bindings.values():
+            for found in [key for key in bindings if key[1] == name]:
+                del bindings[found]
+
+    def bind(self, queue: str, binding: Binding) -> None:
+        """Give a queue the messages of a topic; safe to repeat.
+
+        Raises:
+            QueueError: the queue is missing, or the exchange is of another type.
+        """
+        self.topic(queue)
+        found = self.bindings.setdefault(binding.exchange.name, {})
+        for other, _ in found:
+            if other.exchange.type != binding.exchange.type:
+                raise another_type(binding.exchange, other.exchange.type)
+        found[binding, queue] = None
+
+    def unbind(self, queue: str, binding: Binding) -> None:
+        """Take it away again; safe to repeat."""
+        self.bindings.get(binding.exchange.name, {}).pop((binding, queue), None)
+
+    def route(self, message: Message) -> list[tuple[Message, Queue]]:
+        """Where a message goes, as each queue is to have it.
+
+        Raises:
+            QueueError: there is no such queue, or none bound to its topic.
+        """
+        if message.exchange is None:
+            if not message.mandatory and message.queue not in self.topics:
+                return []
+            return [(message, queue) for queue in self.topic(message.queue).groups.values()]
+        names = {
+            queue: None
+            for binding, queue in self.bindings.get(message.exchange.name, {})
+            if binding.exchange.matches(binding.topic, message.queue)
+        }
+        if not names and message.mandatory:
+            raise no_subscriber(message.queue, message.exchange)
+        return [
+            (message.replace(queue=name, exchange=None), queue)
+            for name in names
+            for queue in self.topics[name].groups.values()
+        ]
 
     def topic(self, name: str) -> Topic:
         """The topic of this name.
@@ -213,9 +276,8 @@ class AsyncIOProducer(Producer, protocol="asyncio"):
     async def _send(self, batch: Sequence[Message], options: Options) -> None:
         for position, message in enumerate(batch):
             try:
-                topic = self._broker.topic(message.queue)
-                for queue in topic.groups.values():
-                    await queue.put(message)
+                for copy, queue in self._broker.route(message):
+                    await queue.put(copy)
             except QueueError as error:
                 raise SendError(str(error), refused=[m.id for m in batch[position:]]) from error
 
@@ -234,6 +296,8 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
         self._broker = Broker.of(self.settings)
         self._broker.declare(self.queue, self.declare)
         self._broker.declare(self.error_queue.replace("{queue}", self.queue), self.declare)
+        for binding in self.bindings:
+            self._broker.bind(self.queue, binding)
         self._queue = self._join()
         self._numbers = count()
         self._held: dict[int, Message] = {}  # in the order taken
@@ -260,8 +324,10 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
         for settlement in settlements:
             if settlement.delivery.token not in self._held:
                 continue  # settled before
-            for message in settlement.outgoing:
-                self._send_on(message, settlement.verdict.kind)
+            # All of them or none: so look first where they go.
+            routes = [self._route(message, settlement.verdict.kind) for message in settlement.outgoing]
+            for copy, queue in (pair for route in routes for pair in route):
+                queue.put_now(copy)
             taken = self._held.pop(settlement.delivery.token)
             if settlement.verdict.kind is Kind.RELEASE:
                 released.append(taken)
@@ -269,16 +335,13 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
                 self._queue.in_hand -= 1
         self._queue.put_back(released)
 
-    def _send_on(self, message: Message, kind: Kind) -> None:
+    def _route(self, message: Message, kind: Kind) -> list[tuple[Message, Queue]]:
         if kind is Kind.RETRY and message.queue == self.queue and self._queue is not None:
-            self._queue.put_now(message)  # for this group alone: the others have theirs
-            return
+            return [(message, self._queue)]  # for this group alone: the others have theirs
         try:
-            topic = self._broker.topic(message.queue)
+            return self._broker.route(message)
         except QueueError as error:
             raise SendError(str(error), refused=[message.id]) from error
-        for queue in topic.groups.values():
-            queue.put_now(message)
 
     async def _close(self) -> None:
         if self._queue is not None:
@@ -315,8 +378,7 @@ class AsyncIOAdmin(QueueAdmin, protocol="asyncio"):
         self._broker.declare(queue, True)
 
     async def _delete(self, queue: str) -> None:
-        self._broker.topic(queue)
-        del self._broker.topics[queue]
+        self._broker.delete(queue)
 
     async def _purge(self, queue: str) -> int:
         return sum(group.purge() for group in self._broker.topic(queue).groups.values())
@@ -329,6 +391,16 @@ class AsyncIOAdmin(QueueAdmin, protocol="asyncio"):
             delayed=sum(len(group.later) for group in groups),
             in_hand=sum(group.in_hand for group in groups),
         )
+
+    async def _bind(self, queue: str, binding: Binding) -> None:
+        self._broker.bind(queue, binding)
+
+    async def _unbind(self, queue: str, binding: Binding) -> None:
+        self._broker.unbind(queue, binding)
+
+    async def _cancel(self, queue: str, id: str) -> bool:  # noqa: A002
+        found = [group.cancel(id) for group in self._broker.topic(queue).groups.values()]
+        return any(found)
 
     def _reader(self, queue: str, prefetch: int) -> Reader:
         return AsyncIOReader(queue, url=self.settings, prefetch=max(1, prefetch), declare=False)

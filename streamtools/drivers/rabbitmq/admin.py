@@ -17,6 +17,7 @@ from streamtools.drivers.rabbitmq.link import Link, open_link
 from streamtools.drivers.rabbitmq.producer import ERROR_QUEUE
 from streamtools.drivers.rabbitmq.topology import QueueOptions, Topology, error_queue, missing, work_queue
 from streamtools.errors import ConnectError, StreamToolsError
+from streamtools.exchange import Binding
 from streamtools.options import QUEUE_OPTIONS, read_options
 from streamtools.settings import RabbitMQSettings
 
@@ -84,6 +85,12 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
     async def _stats(self, queue: str) -> QueueInfo:
         ready, consumers = await Topology(await self._get_link()).count(queue)
         return QueueInfo(name=queue, ready=ready, consumers=consumers)
+
+    async def _bind(self, queue: str, binding: Binding) -> None:
+        await Topology(await self._get_link()).bind(queue, binding)
+
+    async def _unbind(self, queue: str, binding: Binding) -> None:
+        await Topology(await self._get_link()).unbind(queue, binding)
 
     def _reader(self, queue: str, prefetch: int) -> Reader:
         return RabbitMQReader(

@@ -93,6 +93,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         ordered = self.ordered_by is not None
         wanted = work_queue(self.queue, self.options, name, single_active=ordered)
         queue = await topology.declare(wanted, self.declare)
+        for binding in self.bindings:
+            await topology.bind(self.queue, binding)
         if not ordered:
             return False
         return queue.arguments.get(ACTIVE) is True if is_new else await topology.is_single_active(queue)

@@ -2,4 +2,4 @@
 
 from streamtools.features import Features
 
-FEATURES = Features(durable=True, processes=True, delivery_count=True)
+FEATURES = Features(durable=True, processes=True, delivery_count=True, topics=True)

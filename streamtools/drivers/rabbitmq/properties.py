@@ -160,6 +160,8 @@ def _has_more(message: Message) -> bool:
         message.attempt != 1
         or message.error is not None
         or message.key is not None
+        or message.handler is not None
+        or message.version is not None
         or message.intent is not None
         or message.causation_id is not None
         or message.deliver_at is not None

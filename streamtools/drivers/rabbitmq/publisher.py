@@ -20,7 +20,9 @@ from streamtools.drivers.rabbitmq.delay import DelayChain
 from streamtools.drivers.rabbitmq.errors import lost
 from streamtools.drivers.rabbitmq.frames import Unsendable
 from streamtools.drivers.rabbitmq.link import Link
+from streamtools.drivers.rabbitmq.topology import Topology
 from streamtools.errors import ConfigurationError, ConnectionLost, SendError
+from streamtools.exchange import Exchange, no_subscriber
 from streamtools.message import Message, ids
 
 #: Messages written and not yet confirmed, at most.
@@ -97,7 +99,9 @@ class Publisher(HotChannel):
         self._low = 1
         self._pending: dict[int, Batch] = {}
         self._returned: set[tuple[str, str]] = set()
-        self._routes: dict[str, bytes] = {}
+        self._routes: dict[tuple[str, str], bytes] = {}
+        self._topology = Topology(link)
+        self._exchanges: set[Exchange] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._new_id = ids()
         self._out: list[bytes] = []
@@ -136,6 +140,7 @@ class Publisher(HotChannel):
         for start in range(0, len(messages), CHUNK):
             await self._room()
             chunk = messages[start : start + CHUNK]
+            await self._exchanges_of(chunk, batch)
             routes = await self._delayed_routes(chunk, batch)
             self._write(chunk, routes, batch)
             await self._link.drain()
@@ -162,10 +167,28 @@ class Publisher(HotChannel):
         if self.error is not None:
             raise ConnectionLost(str(self.error))
 
+    async def _exchanges_of(self, chunk: Sequence[Message], batch: Batch) -> None:
+        """Make the exchanges that are not known to be there: a message to one that is missing ends the channel."""
+        for message in chunk:
+            if message.exchange is None or message.exchange in self._exchanges:
+                continue
+            if message.deliver_at is not None and message.deliver_at > time.time():
+                batch.refused[message.id] = (
+                    f"Message {message.id} cannot be sent: a delayed message goes to a queue, not to an exchange. "
+                    "Name the queue, or publish it when its time has come."
+                )
+                continue
+            try:
+                await self._topology.declare_exchange(message.exchange)
+            except ConfigurationError as error:
+                batch.refused[message.id] = str(error)
+            else:
+                self._exchanges.add(message.exchange)
+
     async def _delayed_routes(self, chunk: Sequence[Message], batch: Batch) -> dict[str, str]:
         """Message id -> the last word of its route through the delay chain, for those due later."""
         now = time.time()
-        later = [m for m in chunk if m.deliver_at is not None and m.deliver_at > now]
+        later = [m for m in chunk if m.deliver_at is not None and m.deliver_at > now and m.id not in batch.refused]
         routes: dict[str, str] = {}
         for message in later:
             try:
@@ -211,11 +234,13 @@ class Publisher(HotChannel):
         if routes and (word := routes.get(message.id)) is not None and message.deliver_at is not None:
             exchange, key = self._delay.route(message.deliver_at - time.time(), word)
             return frames.publish_frame(self.number, exchange, key or message.queue)
-        route = self._routes.get(message.queue)
+        exchange = "" if message.exchange is None else message.exchange.name
+        route = self._routes.get((exchange, message.queue))
         if route is None:
             if len(self._routes) >= ROUTES:
                 self._routes.clear()
-            route = self._routes[message.queue] = frames.publish_frame(self.number, "", message.queue)
+            route = frames.publish_frame(self.number, exchange, message.queue)
+            self._routes[exchange, message.queue] = route
         return route
 
     def _send(self, out: list[bytes]) -> None:
@@ -262,15 +287,21 @@ class Publisher(HotChannel):
         message = batch.message(tag)
         if (message.id, message.queue) in self._returned:
             self._returned.discard((message.id, message.queue))
-            batch.refused[message.id] = (
-                f"There is no queue {message.queue!r} at {self._link.where}. Open a consumer of it first, or a "
-                "producer with declare=True."
-            )
+            if message.mandatory:
+                batch.refused[message.id] = self._unrouted(message)
         elif not held:
             batch.nacked[message.id] = (
                 f"The queue {message.queue!r} at {self._link.where} does not take it: it is full (x-max-length "
                 "with x-overflow reject-publish), or its node has failed."
             )
+
+    def _unrouted(self, message: Message) -> str:
+        if message.exchange is not None:
+            return str(no_subscriber(message.queue, message.exchange))
+        return (
+            f"There is no queue {message.queue!r} at {self._link.where}. Open a consumer of it first, or a "
+            "producer with declare=True."
+        )
 
     def returned(self, routing_key: str, properties_: bytes, body: bytes) -> None:
         message, _ = properties.decode(properties_, body, "", self._new_id)

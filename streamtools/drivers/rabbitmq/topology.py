@@ -15,6 +15,7 @@ from streamtools.drivers.rabbitmq.delay import SAFE, UNDELIVERABLE, declare_unde
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.errors import QueueError, StreamToolsError
+from streamtools.exchange import Binding, Exchange
 from streamtools.options import Options
 
 QueueType = Literal["quorum", "classic"]
@@ -180,6 +181,50 @@ class Topology:
             async with self._link.declaring() as channel:
                 await self._mapped(declare_undeliverable(self._link, channel))
         await self.declare(queue, declare)
+
+    async def declare_exchange(self, exchange: Exchange) -> None:
+        """Make a durable exchange if it is missing.
+
+        Raises:
+            QueueError: it is there with another type.
+        """
+        try:
+            async with self._link.declaring() as channel:
+                await self._link.call(
+                    channel.exchange_declare(exchange.name, exchange_type=exchange.type, durable=True)
+                )
+        except ChannelPreconditionFailed as error:
+            raise QueueError(
+                f"RabbitMQ at {self._link.where} does not make the exchange {exchange.name!r} of type "
+                f"{exchange.type!r}: {errors.plain(error)} Use it as it is (Exchange(name, type=...)), or choose "
+                "another name."
+            ) from error
+        except StreamToolsError:
+            raise
+        except errors.CLIENT_ERRORS as error:
+            raise errors.channel_error(error, self._link.where) from error
+
+    async def bind(self, queue: str, binding: Binding) -> None:
+        """Give a queue the messages of a topic; safe to repeat.
+
+        Raises:
+            QueueError: there is no such queue, or the exchange has another type.
+        """
+        await self.declare_exchange(binding.exchange)
+        try:
+            async with self._link.declaring() as channel:
+                await self._link.call(channel.queue_bind(queue, binding.exchange.name, binding.topic))
+        except ChannelNotFoundEntity as error:
+            raise missing(queue, self._link.where) from error
+        except StreamToolsError:
+            raise
+        except errors.CLIENT_ERRORS as error:
+            raise errors.channel_error(error, self._link.where) from error
+
+    async def unbind(self, queue: str, binding: Binding) -> None:
+        """Take a binding away; safe to repeat, and where there is neither queue nor exchange."""
+        async with self._link.declaring() as channel:
+            await self._mapped(self._link.call(channel.queue_unbind(queue, binding.exchange.name, binding.topic)))
 
     async def is_single_active(self, queue: Queue) -> bool:
         """An existing queue hands its messages to one consumer at a time."""

@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Final
 from streamtools.admin import QueueAdmin, QueueInfo, Reader
 from streamtools.drivers.sqlite.consumer import SQLiteReader
 from streamtools.drivers.sqlite.database import Session
-from streamtools.drivers.sqlite.producer import declare
+from streamtools.drivers.sqlite.producer import bind, declare
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConnectError, QueueError
+from streamtools.exchange import Binding
 from streamtools.settings import SQLiteSettings
 
 #: Messages deleted in one transaction, so that others have their turn.
@@ -34,14 +35,14 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
         await self._close()
         self._opened = True
         with suppress(QueueError):  # there is no file: looking makes none
-            await self._connect(make=False)
+            await self._connect("queue")
 
-    async def _connect(self, *, make: bool) -> Session:
+    async def _connect(self, wanted: str | None = None) -> Session:
         if not self._opened:
             raise ConnectError(f"{self!r} is not open: async with ADMINS['sqlite'](url=...) as admin: ...")
         if self._session is None:
             # A thread of its own: counting a million messages must not hold up consumers.
-            self._session = await Session.open(self.settings, use="admin", make=make)
+            self._session = await Session.open(self.settings, use="admin", wanted=wanted)
         return self._session
 
     async def _close(self) -> None:
@@ -58,7 +59,7 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
         return [await self._stats(name) for name in names]
 
     async def _create(self, queue: str, options: dict[str, Any]) -> None:
-        await declare(await self._connect(make=True), [queue], True)
+        await declare(await self._connect(), [queue], True)
 
     async def _delete(self, queue: str) -> None:
         await self._purge(queue)
@@ -76,13 +77,24 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
         age = None if oldest is None else max(0.0, time.time() - oldest)
         return QueueInfo(name=queue, ready=ready, delayed=delayed, in_hand=in_hand, oldest=age)
 
+    async def _bind(self, queue: str, binding: Binding) -> None:
+        await self._call(bind, (queue, binding), full=True)
+
+    async def _unbind(self, queue: str, binding: Binding) -> None:
+        await self._call(unbind, (queue, binding), full=True)
+
+    async def _cancel(self, queue: str, id: str) -> bool:  # noqa: A002
+        return bool(await self._call(cancel, (queue, id), full=True))
+
     def _reader(self, queue: str, prefetch: int) -> Reader:
         return SQLiteReader(queue, url=self.settings, prefetch=max(1, prefetch), declare=False)
 
     async def _call(self, run: Any, argument: Any, *, full: bool = False) -> Any:
-        found = await (await self._connect(make=False)).call(run, argument, full=full)
+        name = argument[0] if isinstance(argument, tuple) else argument
+        wanted = f"queue {name!r}"
+        found = await (await self._connect(wanted)).call(run, argument, full=full)
         if found is None:
-            raise QueueError(f"There is no queue {argument!r} in {self.settings.path}.")
+            raise QueueError(f"There is no {wanted} in {self.settings.path}.")
         return found
 
 
@@ -110,6 +122,18 @@ def drop(tables: Tables, arguments: Sequence[str]) -> list[bool]:
             tables.forget(lane, 1 << 62, None)
         tables.drop_queue(queue)
     return [True for _ in arguments]
+
+
+def unbind(tables: Tables, arguments: Sequence[tuple[str, Binding]]) -> list[bool]:
+    """Take bindings away."""
+    for queue, binding in arguments:
+        tables.unbind(queue, binding)
+    return [True for _ in arguments]
+
+
+def cancel(tables: Tables, arguments: Sequence[tuple[str, str]]) -> list[bool | None]:
+    """Forget delayed messages by id; whether each was there, None where its queue is missing."""
+    return [tables.cancel(queue, id) if tables.has_queue(queue) else None for queue, id in arguments]
 
 
 def numbers(tables: Tables, arguments: Sequence[str]) -> list[tuple[int, int, int, float | None] | None]:

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.sqlite.database import Session
-from streamtools.drivers.sqlite.producer import FEATURES, declare, insert, missing
+from streamtools.drivers.sqlite.producer import FEATURES, bind, declare, insert, missing
 from streamtools.drivers.sqlite.requests import Holder
 from streamtools.drivers.sqlite.rows import Row, encode
 from streamtools.drivers.sqlite.schema import NoRoom
@@ -83,7 +83,7 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
 
     async def _open(self) -> None:
         await self._close()
-        session = await Session.open(self.settings, make=self.declare is True)
+        session = await Session.open(self.settings, wanted=None if self.declare is True else f"queue {self.queue!r}")
         try:
             self._holder = await self._join(session)
         except BaseException:
@@ -94,6 +94,8 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
 
     async def _join(self, session: Session) -> Holder:
         await declare(session, [self.queue, self.error_queue.replace("{queue}", self.queue)], self.declare)
+        for binding in self.bindings:
+            await session.call(bind, (self.queue, binding), full=True)
         lane = await session.call(join, (self.queue, self.group or "", self.offset == "latest"), full=True)
         if lane is None:
             raise QueueError(f"There is no queue {self.queue!r} in {session.path}. Use declare=True to have it made.")
@@ -233,11 +235,11 @@ def _move(tables: Tables, moves: Sequence[tuple[int, int, list[Row]]], acks: dic
         if number in held[claim]:
             held[claim].discard(number)  # a second settlement of the same delivery does nothing
             valid.append((number, claim, rows))
-    absent = tables.absent({row.queue for _, _, rows in valid for row in rows})
+    stranded = tables.stranded(row for _, _, rows in valid for row in rows)
     refused: list[Row] = []
     out: list[Sequence[Row]] = []
     for number, claim, rows in valid:
-        if bad := [row for row in rows if row.queue in absent]:
+        if bad := [row for row in rows if id(row) in stranded]:
             refused.extend(bad)
         else:
             out.append(rows)

@@ -63,12 +63,12 @@ class Database:
     # --- lifetime -------------------------------------------------------------------------------
 
     @classmethod
-    async def attach(cls, settings: SQLiteSettings, *, use: str = "", make: bool = True) -> Database:
+    async def attach(cls, settings: SQLiteSettings, *, use: str = "", wanted: str | None = None) -> Database:
         """The open database of this file in the running loop.
 
         Parameters:
             use: databases for different uses are apart, each with its own thread.
-            make: make the file if it is missing.
+            wanted: what is looked for in a file that must be there; it is made when None.
 
         Raises:
             ConnectError: the file cannot be used; permanent where trying again cannot help.
@@ -76,8 +76,8 @@ class Database:
             QueueError: the file is missing, and is not to be made.
         """
         path = await asyncio.to_thread(absolute, settings.path)
-        if not make:
-            await asyncio.to_thread(check_exists, path)
+        if wanted is not None:
+            await asyncio.to_thread(check_exists, path, wanted)
         databases = cls._all.setdefault(asyncio.get_running_loop(), {})
         key = (path, settings.lease, settings.busy_timeout, use)
         database = databases.get(key)
@@ -195,9 +195,9 @@ class Session:
         self.closed: bool = False
 
     @classmethod
-    async def open(cls, settings: SQLiteSettings, *, use: str = "", make: bool = True) -> Session:
+    async def open(cls, settings: SQLiteSettings, *, use: str = "", wanted: str | None = None) -> Session:
         """A session with the file, which is opened if it is not; parameters and errors as for `Database.attach`."""
-        return cls(await Database.attach(settings, use=use, make=make))
+        return cls(await Database.attach(settings, use=use, wanted=wanted))
 
     async def call(self, run: Run, argument: Any, *, full: bool, patience: float | None = None) -> Any:
         """Have something done in a transaction, together with what else is asked meanwhile.

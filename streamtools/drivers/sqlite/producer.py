@@ -13,6 +13,7 @@ from streamtools.drivers.sqlite.rows import Row, encode
 from streamtools.drivers.sqlite.schema import NoRoom
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConnectionLost, QueueError, SendError
+from streamtools.exchange import Binding, another_type
 from streamtools.features import Features
 from streamtools.message import Message
 from streamtools.options import Options
@@ -20,7 +21,14 @@ from streamtools.producer import Producer
 from streamtools.settings import SQLiteSettings
 
 FEATURES: Final = Features(
-    durable=True, processes=True, groups=True, redelivery=True, delivery_count=True, atomic=True
+    durable=True,
+    processes=True,
+    groups=True,
+    redelivery=True,
+    delivery_count=True,
+    atomic=True,
+    topics=True,
+    cancel=True,
 )
 
 
@@ -38,7 +46,9 @@ class SQLiteProducer(Producer, protocol="sqlite"):
 
     async def _open(self) -> None:
         await self._close()
-        session = await Session.open(self.settings, make=self.declare != "passive")
+        session = await Session.open(
+            self.settings, wanted=f"queue {self.queue!r}" if self.declare == "passive" else None
+        )
         try:
             await declare(session, [self.queue], self.declare)
         except BaseException:
@@ -96,8 +106,28 @@ def insert(tables: Tables, arguments: Sequence[Sequence[Row]]) -> list[list[Row]
     return [[row for row in rows if id(row) in absent] for rows in arguments]
 
 
+def bind(tables: Tables, arguments: Sequence[tuple[str, Binding]]) -> list[bool | QueueError | None]:
+    """Bind each queue; None where it is missing, the error where it cannot be."""
+    return [_bind(tables, queue, binding) if tables.has_queue(queue) else None for queue, binding in arguments]
+
+
+def _bind(tables: Tables, queue: str, binding: Binding) -> bool | QueueError:
+    found = tables.exchange_type(binding.exchange.name)
+    if found not in (None, binding.exchange.type):
+        return another_type(binding.exchange, str(found))
+    tables.bind(queue, binding)
+    return True
+
+
 def missing(rows: Sequence[Row]) -> SendError:
-    """The error for rows whose queue does not exist."""
+    """The error for rows whose queue does not exist, or whose topic no queue is bound to."""
+    row = rows[0]
+    if row.exchange is not None:
+        return SendError(
+            f"No queue is bound to the topic {row.queue!r} on the exchange {row.exchange!r}, so the message would "
+            "reach nobody. Start a subscriber first, or publish with mandatory=False.",
+            refused=[row.id for row in rows],
+        )
     return SendError(
         f"There is no queue {rows[0].queue!r}, so {len(rows)} message{'s' if len(rows) > 1 else ''} to it cannot be "
         "held. Open a consumer of it first, or a producer with declare=True.",

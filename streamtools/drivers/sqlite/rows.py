@@ -14,7 +14,7 @@ from streamtools.message import ErrorDetails, Message
 #: the queue is the lane's.
 FIELDS: Final = (
     "id", "type", "source", "time", "content_type", "content_encoding", "correlation_id", "causation_id",
-    "reply_to", "intent", "key", "deliver_at", "expires_at",
+    "reply_to", "intent", "key", "handler", "version", "deliver_at", "expires_at",
 )  # fmt: skip
 #: In `meta` beside them: the lane that a message in an error queue failed in, for its way back.
 ORIGIN: Final = "origin"
@@ -31,6 +31,8 @@ class Row:
         meta: JSON.
         body: the payload.
         id: the message's id, for errors.
+        exchange: where it goes by its topic, which then is `queue`.
+        mandatory: that it reaches no queue is an error.
         lane: the one lane that it goes to; all lanes of the queue when None.
     """
 
@@ -40,6 +42,8 @@ class Row:
     meta: str
     body: bytes
     id: str
+    exchange: str | None = None
+    mandatory: bool = True
     lane: int | None = None
 
 
@@ -66,7 +70,11 @@ def encode(message: Message, *, lane: int | None = None, origin: int | None = No
     if origin is not None:
         fields[ORIGIN] = origin
     meta = to_json(fields).decode()
-    return Row(message.queue, message.key, message.deliver_at, meta, message.body, message.id, lane)
+    exchange = None if message.exchange is None else message.exchange.name
+    return Row(
+        message.queue, message.key, message.deliver_at, meta, message.body, message.id, exchange,
+        message.mandatory, lane,
+    )  # fmt: skip
 
 
 @dataclass(slots=True)

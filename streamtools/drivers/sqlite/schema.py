@@ -36,6 +36,13 @@ CREATE TABLE lanes (
     joined INTEGER NOT NULL,
     UNIQUE (queue, grp)
 );
+CREATE TABLE bindings (
+    exchange TEXT NOT NULL,
+    type TEXT NOT NULL,
+    topic TEXT NOT NULL,
+    queue INTEGER NOT NULL REFERENCES queues (id),
+    PRIMARY KEY (exchange, topic, queue)
+) WITHOUT ROWID;
 CREATE TABLE messages (
     id INTEGER PRIMARY KEY,
     lane INTEGER NOT NULL,
@@ -104,7 +111,7 @@ def check_path(path: str) -> None:
         )
 
 
-def check_exists(path: str) -> None:
+def check_exists(path: str, wanted: str) -> None:
     """Say that there is no file there, for who only wants to look.
 
     Raises:
@@ -114,8 +121,8 @@ def check_exists(path: str) -> None:
     check_path(path)
     if not os.path.lexists(path):
         raise QueueError(
-            f"There is no file {path}, and so no queue in it. Check the path; the first producer or consumer makes "
-            "it (declare=True)."
+            f"There is no file {path}, and so no {wanted} in it. Check the path; the first producer or "
+            "consumer makes it (declare=True)."
         )
 
 

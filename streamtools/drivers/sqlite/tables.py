@@ -16,6 +16,7 @@ from pydantic_core import from_json, to_json
 
 from streamtools.drivers.sqlite import schema
 from streamtools.drivers.sqlite.rows import Claimed, Row, ids_json
+from streamtools.exchange import Binding, Exchange
 
 #: Rows in one INSERT; each size is one prepared statement, the last one padded.
 CHUNKS: Final = (1, 16, 256)
@@ -76,6 +77,8 @@ class Tables:
         self.run: Callable[..., sqlite3.Cursor] = connection.execute
         self._generation = 0
         self._lanes: dict[str, list[int]] = {}
+        #: Exchange name -> (exchange, pattern of topics, queue) of each binding.
+        self._bindings: dict[str, list[tuple[Exchange, str, str]]] = {}
 
     def value(self, statement: str, parameters: Any = ()) -> Any:
         """The only value of the only row."""
@@ -144,8 +147,44 @@ class Tables:
             self.run("DELETE FROM messages WHERE id IN (SELECT id FROM held WHERE lane = ?)", (lane,))
             self.run("DELETE FROM held WHERE lane = ?", (lane,))
             self.run("DELETE FROM lanes WHERE id = ?", (lane,))
+        self.run("DELETE FROM bindings WHERE queue = (SELECT id FROM queues WHERE name = ?)", (name,))
         self.run("DELETE FROM queues WHERE name = ?", (name,))
         self._changed_lanes()
+
+    def exchange_type(self, name: str) -> str | None:
+        """The type of an exchange that queues are bound to."""
+        found = self.run("SELECT type FROM bindings WHERE exchange = ? LIMIT 1", (name,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def bind(self, queue: str, binding: Binding) -> None:
+        """Give a queue that exists the messages of a topic; safe to repeat."""
+        exchange = binding.exchange
+        made = self.run(
+            "INSERT OR IGNORE INTO bindings SELECT ?, ?, ?, id FROM queues WHERE name = ?",
+            (exchange.name, exchange.type, binding.topic, queue),
+        )
+        if made.rowcount:
+            self._changed_lanes()
+
+    def unbind(self, queue: str, binding: Binding) -> None:
+        """Take a binding away; safe to repeat."""
+        self.run(
+            "DELETE FROM bindings WHERE exchange = ? AND topic = ? "
+            "AND queue = (SELECT id FROM queues WHERE name = ?)",
+            (binding.exchange.name, binding.topic, queue),
+        )
+        self._changed_lanes()
+
+    def cancel(self, queue: str, id: str) -> bool:  # noqa: A002 - the field's name
+        """Forget a message that is not due yet; False when there is none of this id."""
+        given = {"lanes": to_json(self.lanes(queue)).decode(), "id": id}
+        found = self.value(
+            "SELECT json_group_array(m.id) FROM json_each(:lanes) n JOIN later l ON l.lane = n.value "
+            "CROSS JOIN messages m ON m.id = l.id WHERE json_extract(m.meta, '$.id') = :id",
+            given,
+        )
+        self.run(f"DELETE FROM messages WHERE id IN {_IDS}", {"ids": found})
+        return self.run(f"DELETE FROM later WHERE id IN {_IDS}", {"ids": found}).rowcount > 0
 
     def forget_lanes(self) -> None:
         """Read the lanes anew at the next send: what was read may have been rolled back."""
@@ -160,12 +199,16 @@ class Tables:
         found = self.run("SELECT q.name, l.id FROM queues q JOIN lanes l ON l.queue = q.id ORDER BY l.id")
         for name, lane in found.fetchall():
             self._lanes.setdefault(name, []).append(lane)
+        self._bindings = {}
+        found = self.run("SELECT b.exchange, b.type, b.topic, q.name FROM bindings b JOIN queues q ON q.id = b.queue")
+        for name, kind, topic, queue in found.fetchall():
+            self._bindings.setdefault(name, []).append((Exchange(name, kind), topic, queue))
         self._generation = generation
 
     # --- in -------------------------------------------------------------------------------------
 
     def insert(self, rows: Sequence[Row], now: float) -> list[Row]:
-        """Write rows, one copy for each lane of their queue; those whose queue is missing are returned."""
+        """Write rows, one copy for each lane that they go to; returned are those that must and cannot."""
         # The lanes are those of the last time, unless the generation says otherwise.
         last = self._take_ids(len(rows))
         spread = [(row, lane) for row in rows for lane in self._targets(row)]
@@ -176,12 +219,12 @@ class Tables:
         if spread:
             self._enqueue(first, last, now, any(row.due is not None for row in rows))
         known = {id(row) for row, _ in spread}
-        return [row for row in rows if id(row) not in known]
+        return [row for row in rows if id(row) not in known and row.mandatory]
 
-    def absent(self, queues: Iterable[str]) -> set[str]:
-        """Those of `queues` that do not exist."""
+    def stranded(self, rows: Iterable[Row]) -> set[int]:
+        """Those of `rows`, by `id()`, that must go somewhere and cannot."""
         self._take_ids(0)
-        return {queue for queue in queues if queue not in self._lanes}
+        return {id(row) for row in rows if row.mandatory and not self._targets(row)}
 
     def _take_ids(self, number: int) -> int:
         statement = "UPDATE sequence SET last = last + ? RETURNING last, generation"
@@ -190,7 +233,11 @@ class Tables:
             self._read_lanes(generation)
         return int(last)
 
-    def _targets(self, row: Row) -> Iterable[int]:
+    def _targets(self, row: Row) -> Sequence[int]:
+        if row.exchange is not None:
+            bindings = self._bindings.get(row.exchange, ())
+            queues = {queue: None for exchange, topic, queue in bindings if exchange.matches(topic, row.queue)}
+            return [lane for queue in queues for lane in self._lanes.get(queue, ())]
         lanes = self._lanes.get(row.queue, [])
         # A lane that has gone meanwhile: to whoever reads that queue now.
         return [row.lane] if row.lane in lanes else lanes

@@ -15,7 +15,7 @@ The driver's `Features` steer it: a case that means nothing for a protocol is sk
 feature excludes it. Each case has a queue name of its own, so one broker may serve all of them. Where the
 broker's connections can be cut, a fixture `cut` lets the suite do so. Only real brokers prove anything.
 
-    sending.py · receiving.py · handling.py · failing.py · ordering.py · administration.py   the cases
+    sending.py · receiving.py · handling.py · failing.py · ordering.py · administration.py · topics.py   the cases
     stage.py      what a case opens, sends and receives with
     cases.py      fixtures, and what Features exclude
     payloads.py   what is sent
@@ -29,6 +29,7 @@ from streamtools.testing.conformance.handling import HandlingCases
 from streamtools.testing.conformance.ordering import ConnectionCases, GroupCases, OrderingCases
 from streamtools.testing.conformance.receiving import ReceivingCases
 from streamtools.testing.conformance.sending import SendingCases
+from streamtools.testing.conformance.topics import TopicCases
 
 __all__ = ["ConformanceSuite", "ConnectionCases"]
 
@@ -42,5 +43,6 @@ class ConformanceSuite(
     GroupCases,
     ConnectionCases,
     AdministrationCases,
+    TopicCases,
 ):
     """Subclass it, name the `protocol`, and write the fixture `url`."""
