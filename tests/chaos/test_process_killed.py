@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from streamtools import Producer
-from streamtools.admin import QueueAdmin
 from tests.chaos.process import Record, kept_alive, running
+from tests.chaos.sending import dead_lettered, send
 from tests.chaos.service import Job
 from tests.chaos.tally import show
 
 #: Deliveries that a service has in hand at most: the consumer's prefetch.
 IN_HAND = 100
-
-
-async def send(url: str, record: Record, jobs: Iterable[Job], *, batch: int = 500) -> None:
-    """Send jobs; the record knows what was confirmed."""
-    waiting = list(jobs)
-    async with Producer("orders", url=url) as producer:
-        for start in range(0, len(waiting), batch):
-            part = waiting[start : start + batch]
-            await producer.send_many(map(asdict, part))
-            record.confirmed.update(job.n for job in part)
 
 
 @pytest.mark.slow
@@ -95,8 +82,8 @@ async def test_a_message_that_kills_its_process_is_found_out_and_takes_no_innoce
         await send(durable_url, record, [*innocents[:100], Job(100, "die"), *innocents[100:]])
         record.confirmed.discard(100)
         await record.shows(lambda: not record.missing, "all innocents are handled", timeout=90)
-        async with QueueAdmin(url=durable_url) as admin, asyncio.timeout(60):
-            while not (failed := await admin.peek("error", 200)):
+        async with asyncio.timeout(60):
+            while not (failed := await dead_lettered(durable_url)):
                 await asyncio.sleep(0.1)
         deaths = list(lives.codes)
 

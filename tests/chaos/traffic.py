@@ -11,8 +11,6 @@ from tests.chaos.tally import Tally
 
 #: Messages in one confirmed batch.
 BATCH = 50
-#: Seconds for which a new quorum queue may be lost by a kill -9 of RabbitMQ 3.10.
-YOUNG = 1.5
 
 
 class Traffic(Tally):
@@ -22,14 +20,12 @@ class Traffic(Tally):
         url: the broker.
         limit: numbers to send; None for no end.
         pause: seconds between two batches.
-        settled: the queue is to survive a kill -9 of the broker.
     """
 
-    def __init__(self, url: str, *, limit: int | None = None, pause: float = 0.0, settled: bool = False) -> None:
+    def __init__(self, url: str, *, limit: int | None = None, pause: float = 0.0) -> None:
         super().__init__()
         self._limit = limit
         self._pause = pause
-        self._age = YOUNG if settled else 0.0
         self._consumer = Consumer("orders", url=url, concurrency=8, prefetch=200)
         self._producer = Producer("orders", url=url, send_timeout=300)
         self._tasks: list[asyncio.Task[Any]] = []
@@ -41,7 +37,6 @@ class Traffic(Tally):
             self.handled[message] += 1
 
         await self._producer.open()
-        await asyncio.sleep(self._age)
         self._tasks = [asyncio.create_task(handle()), asyncio.create_task(self._send())]
         await self.grows(1)
         return self
