@@ -51,6 +51,7 @@ CONSUMER_LOOPS: Registry[Consumer] = Registry(
         "asyncio": "streamtools.drivers.asyncio:AsyncIOConsumer",
         "sqlite": "streamtools.drivers.sqlite:SQLiteConsumer",
         "rabbitmq": "streamtools.drivers.rabbitmq:RabbitMQConsumer",
+        "kafka": "streamtools.drivers.kafka:KafkaConsumer",
         "http": "streamtools.drivers.http:HTTPConsumer",
     },
 )

@@ -21,7 +21,8 @@ log: logging.Logger = logging.getLogger("streamtools")
 QUEUE_OPTIONS: Final = frozenset(
     {"queue_type", "durable", "exclusive", "auto_delete", "arguments", "error_arguments", "error_declare"}
     | {"method", "max_body"}
-    | {"partitions", "replication", "static_id", "consumer_group", "auto_ack", "exactly_once"}
+    | {"partitions", "replication", "static_id", "consumer_group", "auto_ack", "exactly_once", "topics", "pattern"}
+    | {"start_offset", "start_time", "revoke_timeout"}
 )
 #: Options of the built-in protocols' `send`.
 SEND_OPTIONS: Final = frozenset({"method", "endpoint", "headers_tag", "header_tag", "partition", "timestamp", "wait"})

@@ -40,6 +40,7 @@ PRODUCERS: Registry[Producer] = Registry(
         "asyncio": "streamtools.drivers.asyncio:AsyncIOProducer",
         "sqlite": "streamtools.drivers.sqlite:SQLiteProducer",
         "rabbitmq": "streamtools.drivers.rabbitmq:RabbitMQProducer",
+        "kafka": "streamtools.drivers.kafka:KafkaProducer",
         "http": "streamtools.drivers.http:HTTPProducer",
     },
 )

@@ -39,7 +39,7 @@ ALIASES: Final[Mapping[str, str]] = {
 #: URL schemes that are not themselves protocol names.
 SCHEMES: Final[Mapping[str, str]] = {"amqp": RABBITMQ, "amqps": RABBITMQ, "https": HTTP, "kafkas": KAFKA}
 #: Protocols that are planned: they answer so, instead of as unknown.
-PLANNED: Final = frozenset({KAFKA, "sqs", "redis", "nats"})
+PLANNED: Final = frozenset({"sqs", "redis", "nats"})
 #: The extra that brings a built-in protocol's client library.
 EXTRAS: Final[Mapping[str, str]] = {RABBITMQ: "rabbitmq", KAFKA: "kafka", HTTP: "http"}
 

@@ -13,6 +13,7 @@ from streamtools.settings import RabbitMQSettings
 from streamtools.testing import ConformanceSuite
 from streamtools.testing.conformance import ConnectionCases
 from tests.brokers.address import RabbitMQAddress
+from tests.brokers.kafka.address import KafkaAddress
 from tests.faults.proxy import Proxy
 
 
@@ -66,3 +67,11 @@ class TestRabbitMQCut(ConnectionCases):
     def cut(self, proxy: Proxy, request: pytest.FixtureRequest) -> Callable[[], Awaitable[None]]:
         fault: Callable[[], Awaitable[None]] = getattr(proxy, request.param)
         return fault
+
+
+class TestKafka(ConformanceSuite):
+    protocol = "kafka"
+
+    @pytest.fixture
+    def url(self, kafka: KafkaAddress) -> str:
+        return kafka.url

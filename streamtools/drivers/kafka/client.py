@@ -111,6 +111,25 @@ async def abandoned(producer: Any) -> None:
         await asyncio.wait({sender}, timeout=CLOSE_TIMEOUT)
 
 
+async def dropped(consumer: Any) -> None:
+    """End what is left of a consumer of the library whose `stop()` did not come to its end."""
+    coordinator, fetcher = consumer._coordinator, consumer._fetcher
+    names = ("_coordination_task", "_heartbeat_task", "_commit_refresh_task", "_reset_committed_task")
+    tasks = {getattr(coordinator, name, None) for name in names} | {getattr(fetcher, "_fetch_task", None)}
+    tasks |= getattr(fetcher, "_pending_tasks", set())
+    left = {task for task in tasks if task is not None and not task.done()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=CLOSE_TIMEOUT)
+        with suppress(*CLIENT_ERRORS):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await consumer._client.close()
+    for task in tasks:
+        if task is not None and task.done() and not task.cancelled():
+            task.exception()  # looked at: it is reported where it matters
+
+
 async def diagnose(settings: KafkaSettings, error: BaseException) -> ConnectError:
     """Why no host let us in, found out by a connection of our own to each."""
     arguments = await connection(settings, "streamtools", request_timeout=settings.connect_timeout)

@@ -20,6 +20,8 @@ CLIENT_ERRORS: Final[tuple[type[Exception], ...]] = (
     AssertionError,
     asyncio.InvalidStateError,
 )
+#: Those, and what we have made of them.
+TROUBLE: Final[tuple[type[Exception], ...]] = (*CLIENT_ERRORS, StreamToolsError)
 #: The broker takes no part of such a batch, whoever sends it again.
 REFUSALS: Final[tuple[type[Exception], ...]] = (
     kafka.MessageSizeTooLargeError,

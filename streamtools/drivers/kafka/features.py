@@ -2,4 +2,4 @@
 
 from streamtools.features import Features
 
-FEATURES = Features(durable=True, processes=True, groups=True)
+FEATURES = Features(durable=True, processes=True, groups=True, partitioned=True, admin=False)

@@ -22,6 +22,8 @@ CONTENT_TYPE: Final = "content-type"
 USER: Final = "streamtools-user-"
 #: The topic that a message in a retry topic belongs to.
 QUEUE: Final = "streamtools-queue"
+#: The group whose handler has rejected a message.
+GROUP: Final = "streamtools-group"
 #: Where a failed message was read first.
 ORIGIN: Final = ("streamtools-origin-topic", "streamtools-origin-partition", "streamtools-origin-offset")
 #: Seconds by which a message's time may differ from now and still be the record's own timestamp. A copy of
@@ -38,6 +40,8 @@ _META: Final = frozenset(
 _IGNORED: Final = frozenset({PREFIX + "specversion", PREFIX + TEXT["key"], PREFIX + TEXT["content_type"]})
 _SPECVERSION: Final = (PREFIX + "specversion", b"1.0")
 _ID: Final = PREFIX + TEXT["id"]
+#: The header of a message that waits for its time.
+DELIVERY_TIME: Final = PREFIX + TIMES["deliver_at"]
 
 Header = tuple[str, bytes]
 

@@ -33,7 +33,7 @@ def except_with(name: str, why: str) -> Callable[[Case], Case]:
     """This case means nothing where this Feature is True."""
 
     def mark(case: Case) -> Case:
-        case.excluded = (name, why)  # type: ignore[attr-defined]
+        case.excluded = {**getattr(case, "excluded", {}), name: why}  # type: ignore[attr-defined]
         return case
 
     return mark
@@ -74,6 +74,6 @@ class Cases:
         for name in getattr(request.function, "needs", ()):
             if not getattr(features, name):
                 pytest.skip(f"{self.protocol!r} says {name}=False")
-        name, why = getattr(request.function, "excluded", ("", ""))
-        if name and getattr(features, name):
-            pytest.skip(f"{self.protocol!r} says {name}=True: {why}")
+        for name, why in getattr(request.function, "excluded", {}).items():
+            if getattr(features, name):
+                pytest.skip(f"{self.protocol!r} says {name}=True: {why}")

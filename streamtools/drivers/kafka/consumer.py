@@ -1,0 +1,559 @@
+"""KafkaConsumer: a member of a group, that handles messages of one partition at once and commits what is finished."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Collection, Hashable, Sequence
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Final
+
+from pydantic import Field
+
+from streamtools.checks import check_name
+from streamtools.consumer import Consumer
+from streamtools.delivery import Delivery, Settlement
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
+from streamtools.drivers.kafka.features import FEATURES
+from streamtools.drivers.kafka.membership import ABANDONED, Membership, Terms
+from streamtools.drivers.kafka.names import RETRY, check_kafka_name, retry_topic
+from streamtools.drivers.kafka.publisher import Outgoing, Publisher
+from streamtools.drivers.kafka.records import (
+    DELIVERY_TIME,
+    GROUP,
+    QUEUE,
+    Header,
+    decode_origin,
+    decode_record,
+    encode_headers,
+    encode_key,
+    header_texts,
+    now_ms,
+    timestamp,
+    trouble,
+)
+from streamtools.drivers.kafka.tiers import TIERS, leaves_at, tier_of
+from streamtools.drivers.kafka.topics import Topic, topics_at
+from streamtools.drivers.kafka.track import Token, Track
+from streamtools.errors import Closed, ConfigurationError, SendError, StreamToolsError
+from streamtools.loop import Ack
+from streamtools.message import Message
+from streamtools.options import Options
+from streamtools.settings import KafkaSettings
+from streamtools.verdicts import Kind
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: Milliseconds that the library waits for records before it looks around.
+FETCH_MS: Final = 1000
+#: Messages that are being moved to wait for their time, at most; no more is taken in until some have.
+MOVING: Final = 1000
+#: Seconds before a move that Kafka refused is tried again.
+MOVE_AGAIN: Final = 1.0
+#: Topics of rejected messages keep them until an operator has seen them.
+KEEP: Final = {"retention.ms": "-1"}
+
+
+class ConsumerOptions(Options):
+    """What a consumer of Kafka takes besides.
+
+    Attributes:
+        partitions: of the topic, where it is made; `KAFKA_PARTITIONS`, else the broker's default, when None.
+        replication: copies of each partition, likewise.
+        consumer_group: the same as `group`.
+        auto_ack: True is `ack="on_receive"`.
+        static_id: this consumer's own name in its group: it keeps its partitions over a restart within
+            `KafkaSettings.session_timeout`, without the others noticing.
+        topics: further topics, which the same handler consumes.
+        pattern: a regular expression; topics whose whole name matches are consumed besides.
+        start_offset: a new group begins at this offset of each partition.
+        start_time: a new group begins with what was written then or later, in seconds since the epoch.
+        revoke_timeout: seconds for handlers at work when the group shares its partitions out anew.
+    """
+
+    partitions: Annotated[int | None, Field(ge=1)] = None
+    replication: Annotated[int | None, Field(ge=1)] = None
+    consumer_group: str | None = None
+    auto_ack: bool = False
+    static_id: str | None = None
+    topics: tuple[str, ...] = ()
+    pattern: str | None = None
+    start_offset: Annotated[int | None, Field(ge=0)] = None
+    start_time: float | datetime | None = None
+    revoke_timeout: Annotated[float, Field(ge=0)] = 30.0
+
+
+class KafkaConsumer(Consumer, protocol="kafka"):
+    """Receives from Kafka as a member of a group (named as the queue, unless `group=`). Options: `ConsumerOptions`.
+
+    Messages of one partition are handled at once, up to `concurrency`, in the order that `ordered_by` asks for:
+    "partition", "key", or none. Only the offset before which all is finished is committed, and what is finished
+    behind it travels with the commit, so that a restart repeats only what was not finished.
+
+    A message that waits for its time, or for a retry, waits in the group's own topic `<queue>.retry`.
+    """
+
+    features = FEATURES
+    settings_class: ClassVar[type[KafkaSettings]] = KafkaSettings
+    options_class: ClassVar[type[ConsumerOptions]] = ConsumerOptions
+    settings: KafkaSettings
+    options: ConsumerOptions
+    look: ClassVar[float] = 0.5
+    _membership: Membership | None = None
+    _publisher: Publisher | None = None
+    _fetch: asyncio.Task[Any] | None = None
+    _mover: asyncio.Task[None] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given_group: str | None = self.group
+        self._apply_options()
+        self._wake: asyncio.Future[None] | None = None
+        self._outbox_lock = asyncio.Lock()
+
+    def _apply_options(self) -> None:
+        options = self.options
+        if options.consumer_group is not None:
+            if self._given_group not in (None, options.consumer_group):
+                raise ConfigurationError("group= and consumer_group= are the same; give one of them.")
+            check_name(options.consumer_group, "group")
+            self.group: str | None = options.consumer_group
+        if options.auto_ack:
+            self.ack: Ack = "on_receive"
+        if options.pattern is not None:
+            _check_pattern(options.pattern)
+        for topic in options.topics:
+            self.validate_queue(topic)
+        self.group_id: str = self.group or self.queue
+        self.retry_topic: str = retry_topic(self.queue, self.group_id)
+
+    # --- opening ----------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        await self._close()
+        self._apply_options()  # the decorator may have brought more
+        self._arrived: deque[tuple[Track, Any]] = deque()  # fetched, and not handed over yet
+        self._returned: list[tuple[Token, Delivery]] = []  # given back, to be handed over again
+        self._moves: deque[tuple[Track, Any, Message]] = deque()  # not due: to go to the retry topic
+        self._moving = 0
+        self._move_wake = asyncio.Event()
+        self._settled = asyncio.Event()
+        retries = await self._declare()
+        membership = Membership(
+            self.settings, self._terms(retries), self._name, changed=self._wake_up, drained=self._drained
+        )
+        self._membership = membership
+        try:
+            await membership.join()
+        except BaseException:
+            await self._close()
+            raise
+        self._mover = asyncio.create_task(self._move_routine(), name="streamtools-moves")
+
+    @property
+    def _name(self) -> str:
+        return self.client_id or f"streamtools-{self.queue}"
+
+    async def _declare(self) -> bool:
+        """Declare what is to be; True when there is a topic for retries."""
+        options = self.options
+        queues = [
+            Topic(name=name, partitions=options.partitions, replication=options.replication)
+            for name in dict.fromkeys((self.queue, *options.topics))
+        ]
+        error = Topic(
+            name=self.error_queue.replace("{queue}", self.queue), replication=options.replication, config=KEEP
+        )
+        retry = Topic(name=self.retry_topic, partitions=len(TIERS), replication=options.replication)
+        if error.name not in {topic.name for topic in queues}:
+            queues.append(error)
+        async with topics_at(self.settings, self._name) as topics:
+            if self.declare is True:
+                self._tiers = (await topics.declare([*queues, retry], True))[retry.name]
+                return True
+            # Not ours to make; with a retry topic that is missing, a retry is an error that says so.
+            await topics.declare(queues if self.declare == "passive" else queues[:1], "passive")
+            self._tiers = (await topics.find([retry.name])).get(retry.name, 0)
+            return self._tiers > 0
+
+    def _terms(self, retries: bool) -> Terms:
+        options = self.options
+        topics = dict.fromkeys((self.queue, *options.topics, *([self.retry_topic] if retries else [])))
+        start = options.start_time
+        return Terms(
+            group=self.group_id,
+            topics=tuple(topics),
+            retry_topic=self.retry_topic,
+            pattern=_subscription(options.pattern, tuple(topics)) if options.pattern is not None else None,
+            latest=self.offset == "latest",
+            start_offset=options.start_offset,
+            start_time=start.timestamp() if isinstance(start, datetime) else start,
+            static_id=options.static_id,
+            deadline=options.revoke_timeout,
+        )
+
+    # --- receiving --------------------------------------------------------------------------------
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]:
+        while True:
+            membership = self._membership
+            if membership is None:
+                raise Closed(f"{self!r} was closed while it waited for messages.")
+            if membership.failure is not None:
+                raise membership.failure
+            batch = self._take(membership, limit)
+            if batch:
+                return batch
+            await self._arrival(membership, limit)
+
+    async def _arrival(self, membership: Membership, limit: int) -> None:
+        """Wait until something may have changed. Cancelling it loses nothing: the fetch goes on beside."""
+        if self._fetch is None and len(self._moves) < MOVING and not self._arrived:
+            self._fetch = asyncio.create_task(self._fetched(membership.consumer, limit), name="streamtools-fetch")
+        if self._wake is None or self._wake.done():
+            self._wake = asyncio.get_running_loop().create_future()
+        waits: set[asyncio.Future[Any]] = {self._wake}
+        if self._fetch is not None:
+            waits.add(self._fetch)
+        due = min((track.shelf[0][0] for track in membership.tracks.values() if track.shelf), default=None)
+        timeout = None if due is None else max(0.0, due - time.time())
+        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if self._fetch is not None and self._fetch.done():
+            fetch, self._fetch = self._fetch, None
+            self._sort_in(membership, fetch.result())
+
+    async def _fetched(self, consumer: Any, limit: int) -> Any:
+        try:
+            return await consumer.getmany(timeout_ms=FETCH_MS, max_records=limit)
+        except CLIENT_ERRORS as error:
+            raise client_error(error, self.settings) from error
+
+    def _sort_in(self, membership: Membership, fetched: dict[Any, list[Any]]) -> None:
+        for partition, records in fetched.items():
+            track = membership.tracks.get(partition)
+            if track is None:
+                continue  # taken away meanwhile; whoever has it now reads it
+            self._arrived.extend((track, record) for record in records)
+
+    def _take(self, membership: Membership, limit: int) -> list[Delivery]:
+        batch: list[Delivery] = []
+        now = time.time()
+        if self._returned:
+            self._take_returned(batch, limit)
+        for track in membership.tracks.values():
+            if track.shelf:
+                self._take_due(track, batch, limit, now)
+        while self._arrived and len(batch) < limit:
+            track, record = self._arrived.popleft()
+            if record.offset < track.offsets.next and not track.gone:
+                # The log was cut (an unclean election, a topic made anew): our bookkeeping means other messages.
+                track = self._restart(membership, track, record.offset)
+            if not track.gone and self._is_new(membership, track, record) and self._is_due(track, record, now):
+                batch.append(self._deliver(track, record))
+        self._pause_and_resume(membership)
+        return batch
+
+    def _take_returned(self, batch: list[Delivery], limit: int) -> None:
+        self._returned.sort(key=lambda pair: (pair[0].track.partition, pair[0].offset))
+        while self._returned and len(batch) < limit:
+            token, old = self._returned.pop(0)
+            if not token.track.gone:
+                delivery = Delivery(old.message, token, old.count, old.trouble)
+                token.track.in_hand[token.offset] = delivery
+                batch.append(delivery)
+
+    def _take_due(self, track: Track, batch: list[Delivery], limit: int, now: float) -> None:
+        due = track.due(now, limit - len(batch))
+        batch.extend(self._deliver(track, record) for record in due if self._is_due(track, record, now))
+
+    def _is_new(self, membership: Membership, track: Track, record: Any) -> bool:
+        if track.offsets.take(record.offset):
+            return True
+        membership.finished()  # by whoever had the partition before
+        return False
+
+    def _restart(self, membership: Membership, track: Track, offset: int) -> Track:
+        fresh = membership.restart(track, offset)
+        self._arrived = deque((fresh if t is track else t, record) for t, record in self._arrived)
+        return fresh
+
+    def _is_due(self, track: Track, record: Any, now: float) -> bool:
+        """Whether to deliver it now; else it is put on the shelf, or moved to where it waits."""
+        if not _may_wait(record, self.retry_topic):
+            return True
+        message = decode_record(record)
+        due = message.deliver_at
+        if due is None or due <= now:
+            return True
+        in_tier = record.topic == self.retry_topic
+        leaves = leaves_at(record.partition, record.timestamp / 1000, due) if in_tier else due
+        if (in_tier and leaves > now) or due - now <= TIERS[1]:
+            track.hold(leaves if in_tier else due, record)
+        else:
+            self._moves.append((track, record, message))
+            self._move_wake.set()
+        return False
+
+    def _deliver(self, track: Track, record: Any) -> Delivery:
+        queue = group = None
+        if record.topic == self.retry_topic:
+            queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self.queue)
+        message = decode_record(record, queue)
+        if message.error is not None:
+            group = header_texts(record.headers, (GROUP,)).get(GROUP)
+        token = Token(track, record.offset, record, group)
+        delivery = Delivery(message, token, 0, trouble(record))
+        track.in_hand[record.offset] = delivery
+        return delivery
+
+    def _pause_and_resume(self, membership: Membership) -> None:
+        for track in membership.tracks.values():
+            held_up = track.full or track.shelf_full
+            if held_up != track.paused:
+                track.paused = held_up
+                (membership.consumer.pause if held_up else membership.consumer.resume)(track.partition)
+
+    def _line(self, delivery: Delivery) -> Hashable:
+        if self.ordered_by == "partition":
+            partition: Hashable = delivery.token.track.partition
+            return partition
+        return super()._line(delivery)
+
+    # --- settling ---------------------------------------------------------------------------------
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        mine = [s for s in settlements if s.delivery.token.track.is_mine(s.delivery, s.delivery.token.offset)]
+        for settlement in mine:
+            token: Token = settlement.delivery.token
+            del token.track.in_hand[token.offset]
+            token.track.settling += 1
+        done: list[Settlement] = []
+        try:
+            done = await self._send_outgoing(mine)
+        finally:
+            self._conclude(mine, done)
+        if self.ack == "on_receive" and self._membership is not None:
+            await self._membership.commit()  # before any handler begins
+
+    async def _send_outgoing(self, mine: list[Settlement]) -> list[Settlement]:
+        """Those of which Kafka holds all that was to be sent."""
+        items = [item for s in mine for item in self._outgoing(s)]
+        if not items:
+            return mine
+        try:
+            await (await self._get_publisher()).publish(items)
+        except SendError as error:
+            refused = frozenset(error.refused)
+            held = [s for s in mine if not any(m.id in refused for m in s.outgoing)]
+            self._conclude(mine, held)
+            mine.clear()
+            raise
+        return mine
+
+    def _conclude(self, mine: list[Settlement], done: list[Settlement]) -> None:
+        """What is done is finished; the others are in hand again."""
+        finished = {id(s) for s in done}
+        number = 0
+        for settlement in mine:
+            delivery = settlement.delivery
+            token: Token = delivery.token
+            token.track.settling -= 1
+            if id(settlement) not in finished:
+                token.track.in_hand[token.offset] = delivery
+            elif settlement.verdict.kind is Kind.RELEASE:
+                self._returned.append((token, delivery))
+                self._wake_up()
+            else:
+                token.track.finish(token.offset)
+                number += 1
+        if number and self._membership is not None:
+            self._membership.finished(number)
+        self._settled.set()
+
+    def _outgoing(self, settlement: Settlement) -> list[Outgoing]:
+        return [self._copy(settlement, message) for message in settlement.outgoing]
+
+    def _copy(self, settlement: Settlement, message: Message) -> Outgoing:
+        token: Token = settlement.delivery.token
+        source = settlement.delivery.message.queue
+        if settlement.verdict.kind is Kind.RETRY and message.queue == source:
+            return self._retry(message, decode_origin(token.record).headers)
+        headers: list[Header] = []
+        if settlement.verdict.kind is Kind.REJECT:
+            headers = [*decode_origin(token.record).headers, (GROUP, self.group_id.encode())]
+        return _record(message, headers)
+
+    def _retry(self, message: Message, headers: list[Header]) -> Outgoing:
+        """To this group alone: into the tier for its delay."""
+        delay = 0.0 if message.deliver_at is None else message.deliver_at - time.time()
+        item = _record(message, [*headers, (QUEUE, message.queue.encode())])
+        item.topic, item.partition, item.timestamp = self.retry_topic, tier_of(delay, self._tiers), now_ms()
+        return item
+
+    async def _get_publisher(self) -> Publisher:
+        async with self._outbox_lock:
+            if self._membership is None:
+                raise Closed(f"{self!r} was closed.")
+            if self._publisher is None:
+                publisher = Publisher(self.settings, f"{self._name}-publishing")
+                try:
+                    await publisher.open()
+                except BaseException:
+                    await publisher.close()
+                    raise
+                self._publisher = publisher
+            return self._publisher
+
+    # --- moving what is not due -------------------------------------------------------------------
+
+    async def _move_routine(self) -> None:
+        """Move what is not due to the retry topic, and finish it where it was."""
+        while True:
+            await self._move_wake.wait()
+            self._move_wake.clear()
+            batch = list(self._moves)
+            self._moves.clear()
+            self._moving = len(batch)
+            try:
+                await self._move(batch)
+            except SendError as error:
+                self._keep_unmoved(batch, error)
+            except StreamToolsError as error:
+                if self._membership is not None:
+                    self._membership.failure = self._membership.failure or error
+            self._moving = 0
+            self._settled.set()
+            self._wake_up()
+
+    def _keep_unmoved(self, batch: list[tuple[Track, Any, Message]], error: SendError) -> None:
+        """What Kafka refuses stays where it is, uncommitted, and waits in memory here."""
+        log.error("%r: what waits for its time stays in its topic: %s", self, error)
+        for track, record, message in batch:
+            if message.id in error.refused:
+                track.hold(min(message.deliver_at or 0.0, time.time() + MOVE_AGAIN), record)
+            else:
+                track.finish(record.offset)
+
+    async def _move(self, batch: list[tuple[Track, Any, Message]]) -> None:
+        batch = [(track, record, message) for track, record, message in batch if not track.gone]
+        if not batch:
+            return
+        items = []
+        for _, record, message in batch:
+            if record.topic == self.retry_topic:
+                queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self.queue)
+                message = message.replace(queue=queue)
+            items.append(self._retry(message, decode_origin(record).headers))
+        await (await self._get_publisher()).publish(items)
+        for track, record, _ in batch:
+            track.finish(record.offset)
+        if self._membership is not None:
+            self._membership.finished(len(batch))
+
+    # --- partitions that go -----------------------------------------------------------------------
+
+    async def _drained(self, tracks: Collection[Track]) -> None:
+        """Begin nothing more of these partitions; wait for what is at work, until the deadline."""
+        self._arrived.clear()
+        for track in tracks:
+            track.shelf.clear()
+            for delivery in track.in_hand.values():
+                if delivery.task is None or delivery.wake is not None:
+                    delivery.withdraw()
+        await self._until_idle(tracks, self.options.revoke_timeout)
+        late = [d for track in tracks for d in track.in_hand.values() if d.task is not None]
+        for delivery in late:
+            delivery.abandon()
+        if late:
+            await self._until_idle(tracks, ABANDONED)
+
+    async def _until_idle(self, tracks: Collection[Track], seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                while self._membership is not None and self._at_work(tracks):
+                    self._settled.clear()
+                    await self._settled.wait()
+        except TimeoutError:
+            pass
+
+    def _at_work(self, tracks: Collection[Track]) -> bool:
+        by_hand = self._loop is None or self.ack == "manual"
+        for track in tracks:
+            if track.settling:
+                return True
+            for delivery in track.in_hand.values():
+                if by_hand or delivery.task is not None or delivery.settled:
+                    return True
+        return self._moving > 0 or bool(self._moves)
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    async def _stop(self) -> None:
+        await self._end_fetch()
+
+    async def _end_fetch(self) -> None:
+        fetch, self._fetch = self._fetch, None
+        if fetch is not None:
+            fetch.cancel()
+            await asyncio.wait({fetch})
+            if not fetch.cancelled():
+                fetch.exception()  # looked at: what it brought is not finished, and comes again
+
+    async def _close(self) -> None:
+        membership, self._membership = self._membership, None
+        publisher, self._publisher = self._publisher, None
+        mover, self._mover = self._mover, None
+        self._wake_up()
+        if membership is None:
+            return
+        self._settled.set()
+        if mover is not None:
+            mover.cancel()
+            await asyncio.wait({mover})
+        await self._end_fetch()
+        try:
+            await membership.leave()
+        finally:
+            if publisher is not None:
+                await publisher.close()
+
+    def _wake_up(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    @classmethod
+    def validate_queue(cls, queue: str) -> None:
+        super().validate_queue(queue)
+        check_kafka_name(queue)
+
+
+def _record(message: Message, headers: Sequence[Header]) -> Outgoing:
+    stamp, apart = timestamp(message, time.time())
+    return Outgoing(
+        id=message.id,
+        topic=message.queue,
+        key=encode_key(message),
+        value=message.body,
+        headers=[*encode_headers(message, time_apart=apart), *headers],
+        timestamp=stamp,
+    )
+
+
+def _may_wait(record: Any, retry_topic: str) -> bool:
+    return record.topic == retry_topic or any(name == DELIVERY_TIME for name, _ in record.headers)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigurationError(f"pattern={pattern!r} is no regular expression: {error}.") from error
+
+
+def _subscription(pattern: str, topics: tuple[str, ...]) -> str:
+    """Our topics and those of the pattern, but nobody's retries."""
+    own = "|".join(re.escape(topic) for topic in topics)
+    return rf"(?:{own})$|(?!.*{re.escape(RETRY)}(?:\.|$))(?:{pattern})$"

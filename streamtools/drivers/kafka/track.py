@@ -1,0 +1,86 @@
+"""One partition in our hands, from its assignment until it is taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from aiokafka import TopicPartition
+
+from streamtools.delivery import Delivery
+from streamtools.drivers.kafka.offsets import Offsets
+
+#: Records of one tier that wait in memory for their time, and bytes of them; the rest waits at the broker.
+SHELF: Final = 200
+SHELF_BYTES: Final = 4 * 1024 * 1024
+
+
+class Token(NamedTuple):
+    """What settles a delivery.
+
+    Attributes:
+        record: as it was read.
+        group: the group whose handler failed on it, where it was read from an error queue.
+    """
+
+    track: Track
+    offset: int
+    record: Any
+    group: str | None = None
+
+
+class Track:
+    """What of one partition is with us, and how far it is done.
+
+    Attributes:
+        partition: which one.
+        offsets: the bookkeeping.
+        in_hand: deliveries handed over, by offset; a settlement takes its own out.
+        settling: how many settlements are under way.
+        shelf: records that are not due yet, in the order of the time when each leaves.
+        full: the commit's metadata has no room: no more is taken until the first gap closes.
+        gone: it was taken away; nothing of it is of any use.
+    """
+
+    def __init__(self, partition: TopicPartition, offsets: Offsets) -> None:
+        self.partition: TopicPartition = partition
+        self.offsets: Offsets = offsets
+        self.in_hand: dict[int, Delivery] = {}
+        self.settling: int = 0
+        self.shelf: list[tuple[float, Any]] = []
+        self.shelf_bytes: int = 0
+        self.full: bool = False
+        self.paused: bool = False
+        self.gone: bool = False
+
+    @property
+    def shelf_full(self) -> bool:
+        """What else is not due waits at the broker."""
+        return len(self.shelf) >= SHELF or self.shelf_bytes >= SHELF_BYTES
+
+    def hold(self, until: float, record: Any) -> None:
+        """Keep a record until its time; equal ones stay in their order."""
+        at = len(self.shelf)
+        while at > 0 and self.shelf[at - 1][0] > until:
+            at -= 1
+        self.shelf.insert(at, (until, record))
+        self.shelf_bytes += len(record.value or b"")
+
+    def due(self, now: float, limit: int) -> Iterator[Any]:
+        """Take those whose time has come, so many at most."""
+        while limit > 0 and self.shelf and self.shelf[0][0] <= now:
+            limit -= 1
+            record = self.shelf.pop(0)[1]
+            self.shelf_bytes -= len(record.value or b"")
+            yield record
+
+    def is_mine(self, delivery: Delivery, offset: int) -> bool:
+        """This very delivery is in hand and not being settled."""
+        return not self.gone and self.in_hand.get(offset) is delivery
+
+    def finish(self, offset: int) -> None:
+        """This one is done with."""
+        self.offsets.finish(offset)
+
+    def __repr__(self) -> str:
+        return f"<Track {self.partition.topic}-{self.partition.partition} at {self.offsets.position}>"
