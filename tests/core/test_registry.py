@@ -15,7 +15,7 @@ from streamtools.errors import ConfigurationError, UnknownProtocol
 from streamtools.registry import ALIASES, EXTRAS, Registry
 from streamtools.settings import AsyncIOSettings
 
-BUILTIN = ("asyncio", "http", "rabbitmq", "sqlite")
+BUILTIN = ("asyncio", "http", "kafka", "rabbitmq", "sqlite")
 
 
 @pytest.mark.parametrize("registry", [PRODUCERS, CONSUMER_LOOPS, ADMINS], ids=["producers", "consumers", "admins"])
@@ -63,7 +63,9 @@ def test_http_has_no_queues_to_look_at_and_says_so() -> None:
             look()
 
 
-@pytest.mark.parametrize(("protocol", "package"), [("rabbitmq", "aiormq"), ("http", "aiohttp")])
+@pytest.mark.parametrize(
+    ("protocol", "package"), [("rabbitmq", "aiormq"), ("kafka", "aiokafka"), ("http", "aiohttp")]
+)
 def test_a_missing_extra_answers_with_the_line_to_type(protocol: str, package: str) -> None:
     script = f"""
 import sys

@@ -2,4 +2,4 @@
 
 from streamtools.features import Features
 
-FEATURES = Features(durable=True, processes=True, groups=True, partitioned=True, admin=False)
+FEATURES = Features(durable=True, processes=True, groups=True, partitioned=True, in_hand=False, replay=True)
