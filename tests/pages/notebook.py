@@ -75,7 +75,7 @@ def main() -> None:
     """Run what comes on stdin."""
     # As `python -m asyncio` would have it: a script's own directory is not the page's.
     sys.path[0] = ""
-    names: dict[str, object] = {"__name__": "__page__"}
+    names: dict[str, object] = {"__name__": "__main__"}
     with asyncio.Runner() as runner:
         for line in sys.stdin:
             code = compile(json.loads(line), "<block>", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
