@@ -177,6 +177,14 @@ class RabbitMQNode(Node):
         """Delete a queue under its consumers: the broker cancels them."""
         self.manage("DELETE", f"queues/{quote(self.vhost, safe='')}/{quote(queue, safe='')}")
 
+    def freeze_queue(self, queue: str) -> None:
+        """A quorum queue gives no answer any more, as one without a leader, until `thaw_queue`."""
+        self.ctl("eval", f"sys:suspend('{self.vhost}_{queue}').")
+
+    def thaw_queue(self, queue: str) -> None:
+        """After `freeze_queue`."""
+        self.ctl("eval", f"sys:resume('{self.vhost}_{queue}').")
+
     def wait_saved(self, timeout: float = 30) -> None:
         """Return when all quorum queues of the current virtual host would outlive a kill -9.
 

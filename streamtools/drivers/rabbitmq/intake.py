@@ -69,7 +69,8 @@ class Intake(HotChannel):
             await self.link.call(self._channel.basic_qos(prefetch_count=limit))
             # Named by us, before the answer: the first delivery may be settled before that is seen.
             self._consumer_tag = tag = f"streamtools-{next(self._numbers)}"
-            await self.link.call(self._channel.basic_consume(self.queue, _never, consumer_tag=tag))
+            consume = self._channel.basic_consume(self.queue, _never, consumer_tag=tag)
+            await self.link.call(consume, f"the request to consume {self.queue!r}, which may have no leader,")
         except ChannelNotFoundEntity as error:
             raise missing(self.queue, self.link.where) from error
         except StreamToolsError:

@@ -110,8 +110,11 @@ class Link:
 
     # --- requests -----------------------------------------------------------------------------------
 
-    async def call(self, request: Awaitable[T]) -> T:
+    async def call(self, request: Awaitable[T], what: str = "a request") -> T:
         """Await a request of the client library, but no longer than the connection lives.
+
+        Parameters:
+            what: names it, if it has no answer.
 
         Raises:
             ConnectionLost: the connection has ended.
@@ -125,7 +128,7 @@ class Link:
             while not done:
                 done, _ = await asyncio.wait(ends, timeout=CALL_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
                 if not done and not self.blocked:
-                    self.lose(f"a request had no answer for {CALL_TIMEOUT:g} s")
+                    self.lose(f"{what} had no answer for {CALL_TIMEOUT:g} s")
                     self._transport.abort()
         except BaseException:
             task.cancel()

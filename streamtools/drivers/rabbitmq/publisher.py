@@ -8,6 +8,7 @@ confirm does, and is then refused.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from collections import deque
@@ -25,6 +26,8 @@ from streamtools.errors import ConfigurationError, ConnectionLost, SendError
 from streamtools.exchange import Exchange, no_subscriber
 from streamtools.message import Message, ids
 
+log: logging.Logger = logging.getLogger("streamtools")
+
 #: Messages written and not yet confirmed, at most.
 WINDOW: Final = 2000
 #: Messages written in one piece.
@@ -32,6 +35,8 @@ CHUNK: Final = 100
 #: Seconds between tries of what a queue did not take: a quorum queue that has no leader for a moment (just
 #: declared, or its node gone) says no in the same way as one that is full.
 NACKED_DELAYS: Final = (0.05, 0.15, 0.5, 1.5)
+#: Seconds without a confirmation after which that is said.
+SLOW: Final = 30.0
 #: Routes remembered with their encoded frames.
 ROUTES: Final = 1000
 #: Bytes that RabbitMQ 3.8 to 3.13 takes in one body (max_message_size); 4.0 takes 16 MiB by default.
@@ -106,6 +111,8 @@ class Publisher(HotChannel):
         self._new_id = ids()
         self._out: list[bytes] = []
         self._loop = asyncio.get_running_loop()
+        self._watch: asyncio.TimerHandle | None = None
+        self._watched = 0
 
     @classmethod
     async def open(cls, link: Link, limits: Limits) -> Publisher:
@@ -218,6 +225,8 @@ class Publisher(HotChannel):
         batch.spans.append((first, written))
         batch.left += len(written)
         self._pending.update(dict.fromkeys(range(first, self._next), batch))
+        if self._watch is None:
+            self._watch = self._loop.call_later(SLOW, self._look_for_slow)
         self._send(out)
 
     def _encode(self, message: Message, routes: dict[str, str]) -> bytes:
@@ -253,6 +262,18 @@ class Publisher(HotChannel):
         out, self._out = self._out, []
         if out and self.error is None:
             self._link.write(b"".join(out))
+
+    def _look_for_slow(self) -> None:
+        """Say it when the oldest message has waited for its confirmation since the last look."""
+        oldest = next(iter(self._pending), None)
+        if oldest is not None and oldest <= self._watched and not self._link.blocked:
+            log.warning(
+                "RabbitMQ at %s has not confirmed a message to %r for %g s; that queue, or one of streamtools.delay, "
+                "may have no leader: rabbitmq-queues quorum_status NAME.",
+                self._link.where, self._pending[oldest].message(oldest).queue, SLOW,
+            )  # fmt: skip
+        self._watched = self._next - 1
+        self._watch = self._loop.call_later(SLOW, self._look_for_slow) if self._pending else None
 
     # --- what the broker says -----------------------------------------------------------------------
 
@@ -310,6 +331,8 @@ class Publisher(HotChannel):
     def fail(self, why: str) -> None:
         if self.error is not None:
             return
+        if self._watch is not None:
+            self._watch.cancel()
         self._limits.learn(why)
         self.error: ConnectionLost | None = lost(self._link.where, why)
         for batch in dict.fromkeys(self._pending.values()):

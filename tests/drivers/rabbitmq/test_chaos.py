@@ -9,6 +9,7 @@ import pytest
 
 from streamtools import Consumer, Producer
 from streamtools.admin import QueueAdmin
+from streamtools.drivers.rabbitmq import link, publisher
 from streamtools.errors import StreamToolsError
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.rabbitmq import RabbitMQNode
@@ -60,6 +61,32 @@ async def test_a_queue_deleted_under_its_consumer_is_made_again(rabbitmq_vhost: 
 
         await wait_until(send)
         await wait_until(lambda: b"2" in received)
+    consumer.stop()
+    await running
+
+
+async def test_a_queue_that_gives_no_answer_is_named_again_and_again_and_taken_up_when_it_does(
+    own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(link, "CALL_TIMEOUT", 1.0)
+    monkeypatch.setattr(publisher, "SLOW", 1.0)
+    handled: list[int] = []
+    consumer = Consumer("orders", url=own_rabbitmq.url)
+
+    @consumer()
+    async def handle(message: int) -> None:
+        handled.append(message)
+
+    async with Producer("orders", url=own_rabbitmq.url, send_timeout=60) as producer:
+        await asyncio.to_thread(own_rabbitmq.freeze_queue, "orders")
+        sending, running = asyncio.create_task(producer.send(1)), asyncio.create_task(handle())
+        try:
+            for text in ("has not confirmed a message to 'orders'", "the request to consume 'orders'"):
+                await wait_until(lambda: [text in r.getMessage() for r in caplog.records].count(True) >= 2)  # noqa: B023
+        finally:
+            await asyncio.to_thread(own_rabbitmq.thaw_queue, "orders")
+        await sending
+        await wait_until(lambda: handled == [1])
     consumer.stop()
     await running
 
