@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,8 +75,9 @@ class KafkaReader:
             if rest <= 0:
                 break
             found = await self._consumer.getmany(*unread, timeout_ms=int(1000 * rest), max_records=max_messages)
-            records = [record for records in found.values() for record in records]
-            taken = [self._take(record) for record in sorted(records, key=lambda record: record.timestamp)]
+            # Each partition's records stay in their order, whatever their times.
+            records = heapq.merge(*found.values(), key=lambda record: record.timestamp)
+            taken = [self._take(record) for record in records]
             if deliveries := [delivery for delivery in taken if delivery is not None]:
                 return deliveries
         return []

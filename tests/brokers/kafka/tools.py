@@ -53,3 +53,15 @@ def leaders(bootstrap: str, topic: str) -> dict[int, int]:
     """Partition to the number of the node that leads it."""
     text = kafka_tool(bootstrap, "kafka-topics", "--describe", "--topic", topic)
     return {int(p): int(n) for p, n in re.findall(r"Partition: (\d+)\s+Leader: (\d+)", text)}
+
+
+def group_rows(bootstrap: str, group: str, topic: str) -> dict[int, tuple[int | None, int, int | None]]:
+    """Partition to (committed offset, end of the log, lag) of a group, as kafka-consumer-groups shows them."""
+    text = kafka_tool(bootstrap, "kafka-consumer-groups", "--describe", "--group", group)
+    found: dict[int, tuple[int | None, int, int | None]] = {}
+    for line in text.splitlines():
+        words = line.split()
+        if words[:2] == [group, topic]:
+            committed, end, lag = (None if word == "-" else int(word) for word in words[3:6])
+            found[int(words[2])] = (committed, end or 0, lag)
+    return found
