@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from streamtools.admin import ADMINS, QueueAdmin, QueueInfo
+    from streamtools.admin import ADMINS, GroupInfo, PartitionInfo, QueueAdmin, QueueInfo, QueueSettings
     from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
     from streamtools.delivery import Delivery
     from streamtools.errors import (
@@ -63,6 +63,7 @@ __all__ = [
     "ErrorDetails",
     "FeatureError",
     "Features",
+    "GroupInfo",
     "HTTPSettings",
     "HandleMsgs",
     "Handler",
@@ -71,10 +72,12 @@ __all__ = [
     "KafkaSettings",
     "Message",
     "Middleware",
+    "PartitionInfo",
     "Producer",
     "QueueAdmin",
     "QueueError",
     "QueueInfo",
+    "QueueSettings",
     "RabbitMQSettings",
     "Receipt",
     "Reject",
@@ -93,6 +96,9 @@ _HOMES: Final = {
     "ADMINS": "admin",
     "QueueAdmin": "admin",
     "QueueInfo": "admin",
+    "QueueSettings": "admin",
+    "GroupInfo": "admin",
+    "PartitionInfo": "admin",
     "BoundHandler": "consumer",
     "CONSUMER_LOOPS": "consumer",
     "Consumer": "consumer",

@@ -1,20 +1,23 @@
-"""`streamtools queues`: list, stats, create, purge, delete."""
+"""`streamtools queues`: list, stats, create, alter, seek, purge, delete."""
 
 from __future__ import annotations
 
 import asyncio
 import json as json_module
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
-from streamtools.cli import output
+from streamtools.cli import amounts, output
 from streamtools.cli.session import Json, Url, Yes, address, drive, plain_errors, safe_address
+from streamtools.errors import FeatureError
 
 if TYPE_CHECKING:
-    from streamtools.admin import QueueAdmin, QueueInfo
+    from streamtools.admin import GroupInfo, QueueAdmin, QueueInfo, QueueSettings
 
 T = TypeVar("T")
 queues: typer.Typer = typer.Typer(
@@ -23,6 +26,7 @@ queues: typer.Typer = typer.Typer(
 
 Name = Annotated[str, typer.Argument(metavar="QUEUE", help="The queue's name.")]
 Names = Annotated[list[str], typer.Argument(metavar="QUEUE...", help="Queue names.")]
+GROUP_COLUMNS: Final = ("queue", "group", "partition", "committed", "end", "lag", "consumer")
 NUMBERS: Final = ("ready", "delayed", "in hand", "consumers", "oldest")
 
 
@@ -62,19 +66,23 @@ def stats(
     json: Json = False,
     watch: Annotated[float | None, typer.Option(min=0.1, metavar="SECONDS", help="Repeat until Ctrl-C.")] = None,
 ) -> None:
-    """The numbers of some queues."""
+    """The numbers of some queues, and the lag of each group."""
 
     async def look(admin: QueueAdmin) -> None:
         while True:
             infos = [await admin.stats(name) for name in names]
+            groups = {name: await _groups(admin, name) for name in names}
             if json:
-                output.print_json([asdict(info) for info in infos])
+                output.print_json([_with_groups(asdict(info), groups[info.name]) for info in infos])
             else:
                 _print(infos)
+                _print_groups([group for found in groups.values() for group in found or ()])
             if watch is None:
                 return
             await asyncio.sleep(watch)
 
+    if not json:
+        output.out()  # loads what draws tables, before the loop runs
     at(url, look)
 
 
@@ -83,6 +91,12 @@ def create(
     name: Name,
     *,
     url: Url = None,
+    partitions: Annotated[
+        int | None, typer.Option(min=1, metavar="NUMBER", help="How many partitions (Kafka).")
+    ] = None,
+    replication: Annotated[
+        int | None, typer.Option(min=1, metavar="NUMBER", help="Copies of each partition (Kafka).")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="The protocol's own; repeatable.")
     ] = None,
@@ -90,11 +104,89 @@ def create(
 ) -> None:
     """Make a queue; safe to repeat."""
     options = dict(_option(text) for text in option or [])
+    options |= {n: v for n, v in (("partitions", partitions), ("replication", replication)) if v is not None}
     try:
         at(url, lambda admin: admin.create(name, **options))
     except TypeError as error:  # an option that no protocol knows
         output.fail(str(error), output.USAGE)
     _done("created", name, None, json=json)
+
+
+@queues.command()
+def alter(
+    name: Name,
+    *,
+    url: Url = None,
+    partitions: Annotated[
+        int | None, typer.Option(min=1, metavar="NUMBER", help="How many it has from now on; never fewer.")
+    ] = None,
+    retention: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How long messages are kept: 12h, 7d, forever.")
+    ] = None,
+    retention_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="How much of each partition is kept: 500MB, 2GiB, unlimited.")
+    ] = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Change partitions and retention; all else stays as it is (Kafka)."""
+    with plain_errors():
+        kept = None if retention is None else amounts.seconds(retention)
+        room = None if retention_bytes is None else amounts.size(retention_bytes)
+    now = at(url, lambda admin: admin.describe(name))
+    if partitions is not None and partitions > now.partitions:
+        output.confirm(
+            f"Give {name!r} at {safe_address(url)} {partitions} partitions instead of {now.partitions}? They cannot "
+            "be taken away again, and keys move to other partitions.",
+            yes=yes,
+        )
+    if (kept or math.inf) < now.retention or (room or math.inf) < now.retention_bytes:
+        output.confirm(f"Keep less of {name!r} at {safe_address(url)}? What is over is deleted for ever.", yes=yes)
+
+    async def change(admin: QueueAdmin) -> QueueSettings:
+        await admin.alter(name, partitions=partitions, retention=kept, retention_bytes=room)
+        return await admin.describe(name)
+
+    found = at(url, change)
+    if json:
+        output.print_json({"altered": name, **_finite(asdict(found))})
+        return
+    print(f"{name}: {_described(found)}.")
+
+
+@queues.command()
+def seek(
+    name: Name,
+    *,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="PLACE", help="beginning, end, an offset, a time (2026-01-31T08:00), or how long ago (2h)."
+        ),
+    ],
+    group: Annotated[str | None, typer.Option(help="Which group; the one named as the queue when not given.")] = None,
+    partition: Annotated[int | None, typer.Option(min=0, metavar="NUMBER", help="Only this one.")] = None,
+    url: Url = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Move a group back or ahead in a queue (Kafka). Stop its consumers first."""
+    with plain_errors():
+        where = amounts.place(to)
+    reader = name if group is None else group
+    before = {found.name: found for found in at(url, lambda admin: admin.groups(name))}.get(reader)
+    shown = f"{where:%Y-%m-%d %H:%M:%S %Z}" if isinstance(where, datetime) else to
+    part = "" if partition is None else f" in partition {partition}"
+    output.confirm(
+        f"Move the group {reader!r} at {safe_address(url)} to {shown} of {name!r}{part}? It "
+        + ("has read nothing there yet." if before is None else f"is {before.lag:,} behind now."),
+        yes=yes,
+    )
+    after = at(url, lambda admin: admin.seek(name, where, group=group, partition=partition))
+    if json:
+        output.print_json(asdict(after))
+    else:
+        print(f"{name}: the group {reader!r} is {after.lag:,} behind.")
 
 
 @queues.command()
@@ -137,6 +229,42 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json_module.loads(value)
     except ValueError:
         return name, value  # a plain word
+
+
+async def _groups(admin: QueueAdmin, name: str) -> Sequence[GroupInfo] | None:
+    """The groups of a queue; None where the protocol has nothing of the kind."""
+    try:
+        return await admin.groups(name)
+    except FeatureError:
+        return None
+
+
+def _with_groups(info: dict[str, Any], groups: Sequence[GroupInfo] | None) -> dict[str, Any]:
+    return info if groups is None else {**info, "groups": [asdict(group) for group in groups]}
+
+
+def _described(settings: QueueSettings) -> str:
+    time = amounts.FOREVER if settings.retention == math.inf else f"for {output.age(settings.retention)}"
+    limit = settings.retention_bytes
+    room = "" if limit == math.inf else f", {amounts.show_size(limit)} at most of each"
+    return f"{settings.partitions} partition{'' if settings.partitions == 1 else 's'}, kept {time}{room}"
+
+
+def _finite(settings: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {name: None if value == math.inf else value for name, value in settings.items()}
+
+
+def _print_groups(groups: Sequence[GroupInfo]) -> None:
+    if not groups:
+        return
+    made = output.table("", *GROUP_COLUMNS, right=GROUP_COLUMNS[2:6])
+    rows = [
+        (group.queue, group.name, p.partition, p.committed, p.end, p.lag, p.member)
+        for group in groups
+        for p in group.partitions
+    ]
+    output.print_table(made, rows)
 
 
 def _print(infos: Sequence[QueueInfo]) -> None:

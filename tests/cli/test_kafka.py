@@ -1,0 +1,128 @@
+"""The commands on a real Kafka: partitions, retention, groups and places."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+
+import pytest
+
+from streamtools import Producer
+from streamtools.cli import output
+from tests.brokers.kafka.address import KafkaAddress
+from tests.brokers.kafka.tools import group_rows, kafka_tool
+from tests.cli.conftest import Cli, lines
+
+pytestmark = pytest.mark.real_kafka("admin calls")
+
+
+@pytest.fixture
+def url(kafka: KafkaAddress) -> str:
+    return kafka.url
+
+
+@pytest.fixture
+def queue(cli: Cli, url: str) -> str:
+    """A topic of the test's own, with ten messages in two partitions."""
+    name = f"orders-{secrets.token_hex(4)}"
+    assert cli("queues", "create", name, "--partitions", "2", "--replication", "1").exit_code == 0
+    producer = Producer(name, url=url)
+
+    async def fill() -> None:
+        async with producer:
+            for partition in (0, 1):
+                await producer.send_many(["x"] * 5, partition=partition)
+
+    asyncio.run(fill())
+    return name
+
+
+def test_a_topic_is_made_with_its_partitions(cli: Cli, queue: str, kafka: KafkaAddress) -> None:
+    assert "PartitionCount: 2" in kafka_tool(kafka.bootstrap, "kafka-topics", "--describe", "--topic", queue)
+    again = cli("queues", "create", queue, "--partitions", "3")
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert f"queues alter {queue} --partitions" in again.stderr
+
+
+def test_alter_changes_what_is_given_and_tells_what_holds(cli: Cli, queue: str, kafka: KafkaAddress) -> None:
+    done = cli("queues", "alter", queue, "--partitions", "4", "--retention", "forever", "--yes")
+    assert done.stdout == f"{queue}: 4 partitions, kept forever.\n"
+    [told] = lines(
+        cli("queues", "alter", queue, "--retention", "12h", "--retention-bytes", "64MiB", "--yes", "--json")
+    )
+    assert told == {
+        "altered": queue, "partitions": 4, "replication": 1, "retention": 43200.0, "retention_bytes": 67108864
+    }  # fmt: skip
+    text = kafka_tool(kafka.bootstrap, "kafka-topics", "--describe", "--topic", queue)
+    assert "PartitionCount: 4" in text
+    assert "retention.ms=43200000" in text
+
+
+@pytest.mark.parametrize("change", [["--partitions", "4"], ["--retention", "1h"], ["--retention-bytes", "1MB"]])
+def test_what_cannot_be_undone_is_asked_first(cli: Cli, queue: str, change: list[str]) -> None:
+    refused = cli("queues", "alter", queue, *change)
+    assert refused.exit_code == 2
+    assert "--yes" in refused.stderr
+    assert lines(cli("queues", "alter", queue, "--retention", "forever", "--json"))[0]["partitions"] == 2
+
+
+def test_fewer_partitions_are_refused_and_it_says_so(cli: Cli, queue: str) -> None:
+    refused = cli("queues", "alter", queue, "--partitions", "1", "--yes")
+    assert refused.exit_code == 1
+    assert "2 partitions, and Kafka takes none away" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--retention", "soon"), ("--retention", "5 parsecs"), ("--retention-bytes", "1XB")]
+)
+def test_an_amount_that_cannot_be_read_ends_with_2(cli: Cli, queue: str, option: str, value: str) -> None:
+    refused = cli("queues", "alter", queue, option, value)
+    assert refused.exit_code == 2
+    assert "cannot be read" in refused.stderr
+
+
+def test_altering_nothing_ends_with_2(cli: Cli, queue: str) -> None:
+    assert cli("queues", "alter", queue).exit_code == 2
+
+
+def test_seek_asks_and_moves_the_group(
+    cli: Cli, queue: str, kafka: KafkaAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "at_terminal", lambda: True)
+    refused = cli("queues", "seek", queue, "--to", "end", stdin="n\n")
+    assert refused.exit_code == 1
+    assert "has read nothing there yet" in refused.stderr
+    assert group_rows(kafka.bootstrap, queue, queue) == {}
+    assert cli("queues", "seek", queue, "--to", "end", stdin="y\n").exit_code == 0
+    assert group_rows(kafka.bootstrap, queue, queue) == {0: (5, 5, 0), 1: (5, 5, 0)}
+    again = cli("queues", "seek", queue, "--to", "2", "--partition", "1", stdin="y\n")
+    assert "to 2 of" in again.stderr
+    assert "is 0 behind now" in again.stderr
+    assert again.stdout.endswith(f"{queue}: the group '{queue}' is 3 behind.\n")
+    assert group_rows(kafka.bootstrap, queue, queue) == {0: (5, 5, 0), 1: (2, 5, 3)}
+
+
+@pytest.mark.parametrize(("place", "committed"), [("1h", 0), ("0s", 5), ("2020-01-31T08:00", 0), ("beginning", 0)])
+def test_a_place_may_be_a_time(cli: Cli, queue: str, kafka: KafkaAddress, place: str, committed: int) -> None:
+    [group] = lines(cli("queues", "seek", queue, "--to", place, "--group", f"g-{queue}", "--yes", "--json"))
+    assert [p["committed"] for p in group["partitions"]] == [committed, committed]
+    assert {row[0] for row in group_rows(kafka.bootstrap, f"g-{queue}", queue).values()} == {committed}
+
+
+def test_stats_show_the_lag_of_each_group(cli: Cli, queue: str) -> None:
+    cli("queues", "seek", queue, "--to", "end", "--group", "billing", "--yes")
+    cli("queues", "seek", queue, "--to", "1", "--partition", "0", "--group", "billing", "--yes")
+    [[info]] = lines(cli("queues", "stats", queue, "--json"))
+    assert info["ready"] == 10
+    [group] = info["groups"]
+    assert (group["name"], group["lag"]) == ("billing", 4)
+    table = cli("queues", "stats", queue).stdout
+    assert re.search(rf"{queue} +billing +0 +1 +5 +4 +-", table)
+
+
+def test_a_queue_without_places_says_so(cli: Cli) -> None:
+    for command in (["seek", "orders", "--to", "end", "--yes"], ["alter", "orders", "--partitions", "2"]):
+        refused = cli("queues", *command, "--url", "asyncio://")
+        assert refused.exit_code == 2
+        assert "kafka://" in refused.stderr
