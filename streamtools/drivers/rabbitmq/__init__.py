@@ -3,9 +3,10 @@
 link        one connection: made, watched, given up as a whole
 channel     the hot path: deliveries and confirms taken out of the byte stream, in bulk
 frames      the frames of the hot path             properties  a Message as AMQP properties, and back
-publisher   publishing with confirms               intake      receiving and acknowledging
-topology    declaring and comparing queues         delay       the chain of TTL levels
-lock        one consumer at a time                 errors      the client's errors become ours
+publisher   publishing with confirms, one channel  intake      receiving and acknowledging
+outlet      publishing again on a fresh channel    topology    declaring and comparing queues
+delay       the chain of TTL levels                lock        one consumer at a time
+errors      the client's errors become ours
 """
 
 from streamtools.drivers.rabbitmq.admin import RabbitMQAdmin

@@ -150,6 +150,11 @@ class FrameReader(asyncio.StreamReaderProtocol):
         """Read this channel's frames here."""
         self._channels[channel.number] = channel
 
+    def detach(self, channel: HotChannel) -> None:
+        """Leave its frames to the library again."""
+        if self._channels.get(channel.number) is channel:
+            del self._channels[channel.number]
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport_to_abort = transport
         super().connection_made(transport)

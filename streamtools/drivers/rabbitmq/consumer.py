@@ -15,7 +15,8 @@ from streamtools.drivers.rabbitmq.intake import Intake, Raw
 from streamtools.drivers.rabbitmq.link import CLOSE_TIMEOUT, Link, open_link
 from streamtools.drivers.rabbitmq.lock import OrderLock
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
-from streamtools.drivers.rabbitmq.publisher import Limits, Publisher
+from streamtools.drivers.rabbitmq.outlet import Outlet
+from streamtools.drivers.rabbitmq.publisher import Limits
 from streamtools.drivers.rabbitmq.topology import (
     ACTIVE,
     QueueOptions,
@@ -51,8 +52,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     cautious = True
     _link: Link | None = None
     _intake: Intake | None = None
-    _outbox: Link | None = None
-    _publisher: Publisher | None = None
+    _out_link: Link | None = None
+    _outlet: Outlet | None = None
     _turning: asyncio.Task[None] | None = None
     _widening: asyncio.Task[None] | None = None
 
@@ -60,7 +61,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         super().__init__(*args, **kwargs)
         self._limits = Limits()
         self._new_id = ids()
-        self._outbox_lock = asyncio.Lock()
+        self._outlet_lock = asyncio.Lock()
 
     # --- opening ------------------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         refused: SendError | None = None
         if outgoing := [message for s in mine for message in s.outgoing]:
             try:
-                await (await self._get_publisher()).publish(outgoing)
+                await (await self._get_outlet()).publish(outgoing)
             except SendError as error:
                 refused = error
                 mine = _held(mine, frozenset(error.refused))
@@ -211,17 +212,17 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             intake.settle(acks, releases)
         await intake.link.drain()
 
-    async def _get_publisher(self) -> Publisher:
-        """The publisher on a connection of its own: a broker that blocks publishers still takes acks."""
-        async with self._outbox_lock:
-            if self._publisher is not None and self._publisher.error is None:
-                return self._publisher
-            if self._outbox is not None:
-                await self._outbox.close()
+    async def _get_outlet(self) -> Outlet:
+        """What publishes, on a connection of its own: a broker that blocks publishers still takes acks."""
+        async with self._outlet_lock:
+            if self._outlet is not None and self._outlet.error is None:
+                return self._outlet
+            if self._out_link is not None:
+                await self._out_link.close()
             name = f"{self.client_id or f'streamtools consumer of {self.queue}'} (publishing)"
-            self._outbox = await open_link(self.settings, name)
-            self._publisher = await Publisher.open(self._outbox, self._limits)
-            return self._publisher
+            self._out_link = await open_link(self.settings, name)
+            self._outlet = await Outlet.open(self._out_link, self._limits)
+            return self._outlet
 
     # --- the end ------------------------------------------------------------------------------------
 
@@ -245,15 +246,15 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         beside = [task for task in (self._turning, self._widening) if task is not None]
         self._turning = self._widening = None
         link, self._link = self._link, None
-        outbox, self._outbox = self._outbox, None
+        out_link, self._out_link = self._out_link, None
         intake, self._intake = self._intake, None
-        self._publisher = None
+        self._outlet = None
         if intake is not None:
             await self._last_acknowledgements(intake)
             intake.fail("it was closed by us")
             if self.ordered_by is not None:
                 await intake.close()  # before the lock goes: the next must find what we held
-        await asyncio.gather(*(end.close() for end in (link, outbox) if end is not None))
+        await asyncio.gather(*(end.close() for end in (link, out_link) if end is not None))
         for task in beside:
             await _ended(task, 0)
 

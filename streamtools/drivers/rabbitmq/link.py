@@ -190,6 +190,16 @@ class Link:
         if self.lost is not None:
             channel.fail(str(self.lost))
 
+    def discard(self, channel: HotChannel, library: AbstractChannel) -> None:
+        """Close a channel that nobody uses any more."""
+        self._hot.remove(channel)
+        self._keep(self._discard(channel, library))
+
+    async def _discard(self, channel: HotChannel, library: AbstractChannel) -> None:
+        # Attached until it is closed: a late confirm is no business of the library's.
+        await library.close()
+        self._frames.detach(channel)
+
     def write(self, data: bytes) -> None:
         """Send whole frames."""
         self._transport.write(data)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.link import Link, open_link
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
-from streamtools.drivers.rabbitmq.publisher import Limits, Publisher
+from streamtools.drivers.rabbitmq.outlet import Outlet
+from streamtools.drivers.rabbitmq.publisher import Limits
 from streamtools.drivers.rabbitmq.topology import (
     QueueOptions,
     Topology,
@@ -34,7 +35,7 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
     settings: RabbitMQSettings
     options: QueueOptions
     _link: Link | None = None
-    _publisher: Publisher | None = None
+    _outlet: Outlet | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,7 +47,8 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
         self._link = link
         try:
             await self._declare(Topology(link))
-            self._publisher = await Publisher.open(link, self._limits)
+            # The base gives up after send_timeout without knowing why; so be earlier and say it.
+            self._outlet = await Outlet.open(link, self._limits, patience=self.send_timeout * 0.9)
         except BaseException:
             await self._close()
             raise
@@ -65,15 +67,15 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
         return True if self.options.error_declare is None else self.options.error_declare
 
     async def _send(self, batch: Sequence[Message], options: Options) -> Sequence[Receipt] | None:
-        if self._publisher is None:
+        if self._outlet is None:
             if self._closed:
                 raise Closed(f"{self!r} was closed; call open() to use it again.")
             raise ConnectionLost(f"{self!r} is not connected.")
-        await self._publisher.publish(batch)
+        await self._outlet.publish(batch)
         return None
 
     async def _close(self) -> None:
-        link, self._link, self._publisher = self._link, None, None
+        link, self._link, self._outlet = self._link, None, None
         if link is not None:
             await link.close()
 

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
+from aiormq.abc import AbstractChannel
+
 from streamtools.drivers.rabbitmq import frames, properties
 from streamtools.drivers.rabbitmq.channel import HotChannel
 from streamtools.drivers.rabbitmq.delay import DelayChain
@@ -22,7 +24,7 @@ from streamtools.drivers.rabbitmq.errors import lost
 from streamtools.drivers.rabbitmq.frames import Unsendable
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.topology import Topology
-from streamtools.errors import ConfigurationError, ConnectionLost, SendError
+from streamtools.errors import ConfigurationError, ConnectionLost
 from streamtools.exchange import Exchange, no_subscriber
 from streamtools.message import Message, ids
 
@@ -32,9 +34,6 @@ log: logging.Logger = logging.getLogger("streamtools")
 WINDOW: Final = 2000
 #: Messages written in one piece.
 CHUNK: Final = 100
-#: Seconds between tries of what a queue did not take: a quorum queue that has no leader for a moment (just
-#: declared, or its node gone) says no in the same way as one that is full.
-NACKED_DELAYS: Final = (0.05, 0.15, 0.5, 1.5)
 #: Seconds without a confirmation after which that is said.
 SLOW: Final = 30.0
 #: Routes remembered with their encoded frames.
@@ -91,22 +90,26 @@ class Publisher(HotChannel):
 
     Parameters:
         link: the connection.
-        number: the channel's number there.
+        channel: the library's channel, opened with confirms.
         limits: what the broker is known to take.
+        after: the channel before it on this connection, whose knowledge of what stands it takes over.
     """
 
-    def __init__(self, link: Link, number: int, limits: Limits) -> None:
-        super().__init__(number)
+    def __init__(self, link: Link, channel: AbstractChannel, limits: Limits, after: Publisher | None = None) -> None:
+        super().__init__(channel.number)
         self._link = link
+        self._channel = channel
         self._limits = limits
-        self._delay = DelayChain(link)
+        self._delay: DelayChain = DelayChain(link) if after is None else after._delay
         self._next = 1
         self._low = 1
         self._pending: dict[int, Batch] = {}
         self._returned: set[tuple[str, str]] = set()
         self._routes: dict[tuple[str, str], bytes] = {}
         self._topology = Topology(link)
-        self._exchanges: set[Exchange] = set()
+        self._exchanges: set[Exchange] = set() if after is None else after._exchanges
+        self._users = 0
+        self._retired = False
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._new_id = ids()
         self._out: list[bytes] = []
@@ -115,32 +118,38 @@ class Publisher(HotChannel):
         self._watched = 0
 
     @classmethod
-    async def open(cls, link: Link, limits: Limits) -> Publisher:
+    async def open(cls, link: Link, limits: Limits, *, after: Publisher | None = None) -> Publisher:
         """Open a channel for publishing on this connection."""
-        channel = await link.channel(confirms=True)
-        publisher = cls(link, channel.number, limits)
+        publisher = cls(link, await link.channel(confirms=True), limits, after)
         link.attach(publisher)
         return publisher
 
-    async def publish(self, messages: Sequence[Message]) -> None:
-        """Return when the broker holds all of them, each in the queue that it names.
+    async def publish(self, messages: Sequence[Message]) -> tuple[dict[str, str], dict[str, str]]:
+        """Publish once; ids with reasons of what cannot be sent, and of what the broker did not take just now.
 
         Raises:
-            SendError: naming those it does not take; it holds the others.
             ConnectionLost: the connection ended; nothing is known of what was not confirmed.
         """
-        refused, nacked = await self._publish(messages)
-        for delay in NACKED_DELAYS:
-            if not nacked:
-                break
-            await asyncio.sleep(delay)
-            more, nacked = await self._publish([m for m in messages if m.id in nacked])
-            refused |= more
-        if refused or nacked:
-            raise _refusal(messages, refused | nacked)
+        self._users += 1
+        try:
+            return await self._publish(messages)
+        finally:
+            self._users -= 1
+            self._close_if_done()
+
+    def retire(self) -> None:
+        """Close the channel once nobody publishes on it any more."""
+        self._retired = True
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._retired and self._users == 0 and self.error is None:
+            if self._watch is not None:
+                self._watch.cancel()
+            self.error: ConnectionLost | None = lost(self._link.where, "its channel was replaced")
+            self._link.discard(self, self._channel)
 
     async def _publish(self, messages: Sequence[Message]) -> tuple[dict[str, str], dict[str, str]]:
-        """Publish once; ids with reasons of what cannot be sent, and of what the broker did not take just now."""
         batch = Batch(self._loop.create_future())
         # Held open by one until all is written: confirms may come before the last chunk is.
         batch.left = 1
@@ -334,17 +343,10 @@ class Publisher(HotChannel):
         if self._watch is not None:
             self._watch.cancel()
         self._limits.learn(why)
-        self.error: ConnectionLost | None = lost(self._link.where, why)
+        self.error = lost(self._link.where, why)
         for batch in dict.fromkeys(self._pending.values()):
             if not batch.future.done():
                 batch.future.set_exception(lost(self._link.where, why))
                 batch.future.exception()  # its caller may have been cancelled
         self._pending.clear()
         self._wake(len(self._waiting))
-
-
-def _refusal(messages: Sequence[Message], refused: dict[str, str]) -> SendError:
-    reasons = list(dict.fromkeys(refused.values()))
-    text = " ".join(reasons[:3]) + (f" And {len(reasons) - 3} more." if len(reasons) > 3 else "")
-    count = f"{len(refused)} of {len(messages)} messages: " if len(messages) > 1 else ""
-    return SendError(count + text, refused=[m.id for m in messages if m.id in refused])

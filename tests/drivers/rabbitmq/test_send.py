@@ -13,6 +13,7 @@ from streamtools.drivers.rabbitmq.publisher import WINDOW
 from streamtools.errors import Closed, SendError
 from streamtools.message import Message
 from tests.drivers.rabbitmq.conftest import take
+from tests.faults.waiting import wait_until
 
 
 async def test_what_was_sent_is_received_in_order_with_all_its_metadata(producer: Any, consumer: Any) -> None:
@@ -86,22 +87,24 @@ async def test_a_missing_queue_without_declaring_it_is_refused(producer: Any) ->
 
 async def test_what_a_queue_does_not_take_for_a_moment_is_sent_again(producer: Any, consumer: Any) -> None:
     sender = await producer()
-    confirm, said_no = sender._publisher.confirm, []
+    first_channel, said_no = sender._outlet._publisher, []
+    confirm = first_channel.confirm
 
-    def refuse_once(tag: int, *, multiple: bool, held: bool) -> None:
-        first = not said_no
+    def refuse(tag: int, *, multiple: bool, held: bool) -> None:
         said_no.append(tag)
-        confirm(tag, multiple=multiple, held=held and not first)
+        confirm(tag, multiple=multiple, held=False)
 
-    sender._publisher.confirm = refuse_once
+    first_channel.confirm = refuse
     await sender.send(b"x", id="1")
 
-    assert len(said_no) >= 2
-    assert {d.message.id for d in await take(await consumer(), 2)} == {"1"}
+    assert len(said_no) == 1
+    await wait_until(lambda: first_channel.number not in sender._link._frames._channels)  # it was closed
+    await sender.send(b"x", id="1")
+    assert {d.message.id for d in await take(await consumer(), 3)} == {"1"}
 
 
 async def test_a_full_queue_refuses_and_says_so(producer: Any) -> None:
-    sender = await producer(arguments={"x-max-length": 1})
+    sender = await producer(arguments={"x-max-length": 1}, send_timeout=3)
     with suppress(SendError):
         await sender.send_many([b"x"] * 500)  # the limit is noticed a moment late
     outcomes = await asyncio.gather(*(sender.send(b"x") for _ in range(20)), return_exceptions=True)
