@@ -25,6 +25,10 @@ def check_name(queue: object, what: str = "queue") -> None:
         raise ConfigurationError(f"A {what} needs a name of at least one character, not {queue!r}.")
     if len(queue.encode("utf-8", "replace")) > 255:
         raise ConfigurationError(f"The {what} name {queue[:40]!r}... is over 255 bytes.")
+    if "://" in queue:  # not shown: it may hold a token
+        raise ConfigurationError(
+            f"A {what}'s name cannot be a URL: write the name first, and the address as url=...."
+        )
     if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in queue):
         raise ConfigurationError(f"The {what} name {queue!r} has control characters.")
 

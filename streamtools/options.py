@@ -31,7 +31,9 @@ SEND_OPTIONS: Final = frozenset({"method", "endpoint", "headers_tag", "header_ta
 class Options(BaseModel):
     """The base of a driver's options: frozen, and nothing beyond the declared names."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True
+    )
 
 
 def parameters(function: Callable[..., Any]) -> frozenset[str]:

@@ -75,6 +75,15 @@ async def test_metadata_is_text_on_every_protocol(name: str) -> None:
             await producer.send(1, **{name: "\ud800"})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("protocol", ["asyncio", "sqlite", "rabbitmq"])
+def test_a_url_in_place_of_a_name_is_no_queue(protocol: str) -> None:
+    with pytest.raises(ConfigurationError, match="url=") as caught:
+        Producer(
+            "http://host:9000/orders?token=hunter2", url=f"{protocol}://" if protocol != "rabbitmq" else "amqp://"
+        )
+    assert "hunter2" not in str(caught.value)
+
+
 async def test_a_text_that_is_not_unicode_and_headers_that_are_no_mapping_are_type_errors() -> None:
     async with Producer("orders", url="asyncio://") as producer:
         with pytest.raises(TypeError, match="lone surrogate"):

@@ -211,6 +211,15 @@ async def test_nothing_made_with_a_secret_shows_it(caplog: pytest.LogCaptureFixt
         assert hides(text)
 
 
+async def test_an_error_about_an_option_shows_no_value_not_even_in_its_cause() -> None:
+    async with Producer("orders", url="http://127.0.0.1:9") as producer:
+        with pytest.raises(ConfigurationError, match="no user and password") as caught:
+            await producer.send(1, endpoint="http://user:hunter2@host/")
+    assert hides(
+        "".join(traceback.format_exception(caught.value)).replace('endpoint="http://user:hunter2@host/"', "")
+    )
+
+
 def test_headers_stay_out_of_a_messages_repr() -> None:
     from streamtools import Delivery, Message
 
