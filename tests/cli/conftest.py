@@ -68,14 +68,22 @@ def received(url: str, queue: str) -> list[Message]:
     return asyncio.run(take())
 
 
-def fail_messages(url: str, queue: str, payloads: list[object], error: type[Exception], **fields: Any) -> None:
+def fail_messages(
+    url: str,
+    queue: str,
+    payloads: list[object],
+    error: type[Exception],
+    *,
+    error_queue: str = "error",
+    **fields: Any,
+) -> None:
     """Send messages to a service whose handler raises `error` for each; they end in the error queue."""
     producer = Producer(queue, url=url)  # here, because loading a driver inside the loop would block it
 
     async def fail() -> None:
         seen = 0
         complete = asyncio.Event()
-        consumers = ConsumerFactory(url=url, retry=Retry(retries=0))
+        consumers = ConsumerFactory(url=url, retry=Retry(retries=0), error_queue=error_queue)
 
         @consumers.route(queue)
         async def handle(msg: object) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import signal
+from collections.abc import Callable
 
 import pytest
 
@@ -12,7 +14,7 @@ from streamtools import Producer
 from streamtools.cli import output
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import group_rows, kafka_tool
-from tests.cli.conftest import Cli, lines
+from tests.cli.conftest import Cli, Service, fail_messages, lines, received
 
 pytestmark = pytest.mark.real_kafka("admin calls")
 
@@ -126,3 +128,57 @@ def test_a_queue_without_places_says_so(cli: Cli) -> None:
         refused = cli("queues", *command, "--url", "asyncio://")
         assert refused.exit_code == 2
         assert "kafka://" in refused.stderr
+
+
+# --- failed messages ----------------------------------------------------------------------------
+
+#: Messages that failed, half of them "odd".
+MANY = 400
+
+
+@pytest.fixture
+def failed(url: str) -> str:
+    """A queue whose messages have all failed; its error queue is `<queue>.error`."""
+    name = f"orders-{secrets.token_hex(4)}"
+    payloads: list[object] = ["odd" if number % 2 else "even" for number in range(MANY)]
+    fail_messages(url, name, payloads, ValueError, error_queue=f"{name}.error")
+    return name
+
+
+def waiting(cli: Cli, queue: str) -> int:
+    return int(lines(cli("queues", "stats", queue, "--json"))[0][0]["ready"])
+
+
+def test_failed_messages_are_listed_with_why_and_where_and_stay(cli: Cli, failed: str, kafka: KafkaAddress) -> None:
+    errors = ("--queue", f"{failed}.error", "--json")
+    for _ in range(2):
+        [[group]] = lines(cli("errors", "list", *errors))
+        assert (group["queue"], group["exception"], group["count"]) == (failed, "ValueError", MANY)
+    [shown] = lines(cli("errors", "show", *errors, "--limit", "1"))
+    assert shown["error"]["reason"] == "no luck with even"
+    assert group_rows(kafka.bootstrap, f"{failed}.error", f"{failed}.error") == {}
+
+
+def test_those_chosen_go_back_once_and_the_others_stay(cli: Cli, failed: str, url: str) -> None:
+    errors = ("--queue", f"{failed}.error", "--json")
+    assert lines(cli("errors", "redrive", *errors, "--filter", "reason='with odd'")) == [{"redriven": MANY // 2}]
+    assert waiting(cli, f"{failed}.error") == MANY // 2
+    assert lines(cli("errors", "list", *errors))[0][0]["count"] == MANY // 2
+    back = received(url, failed)
+    assert len({message.id for message in back}) == len(back) == MANY // 2
+    assert {message.body for message in back} == {b"odd"}
+    assert lines(cli("errors", "purge", *errors, "--yes")) == [{"forgotten": MANY // 2}]
+    assert waiting(cli, f"{failed}.error") == 0
+
+
+def test_a_redrive_that_is_killed_loses_nothing(
+    cli: Cli, failed: str, url: str, start: Callable[..., Service]
+) -> None:
+    first = start("errors", "redrive", "--queue", f"{failed}.error")
+    first.wait_until(lambda: waiting(cli, failed) > 0 or first.process.poll() is not None)
+    first.end(signal.SIGKILL)
+    cli("errors", "redrive", "--queue", f"{failed}.error", "--json")
+    assert waiting(cli, f"{failed}.error") == 0
+    back = received(url, failed)
+    assert len({message.id for message in back}) == MANY
+    assert len(back) <= MANY + 100  # what was under way at once
