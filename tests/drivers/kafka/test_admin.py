@@ -10,15 +10,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from streamtools import ConfigurationError, ConnectError, QueueAdmin, QueueError
-from streamtools.drivers.kafka import KafkaAdmin
+from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
 from streamtools.drivers.kafka.reader import KafkaReader
-from tests.brokers.kafka.address import KafkaAddress
-from tests.brokers.kafka.node import KafkaNode
+from tests.brokers.kafka.address import KafkaAddress, hosts
+from tests.brokers.kafka.node import KafkaCluster, KafkaNode
 from tests.brokers.kafka.tools import group_rows, kafka_tool
 from tests.drivers.kafka.conftest import MakeProducer, records
 
@@ -447,3 +448,30 @@ async def test_an_admin_outlives_its_broker(own_kafka: KafkaNode, queue: str) ->
         assert (await admin.stats(queue)).ready == 0
         await admin.alter(queue, partitions=2)
         assert (await admin.seek(queue, "end")).lag == 0
+
+
+@pytest.mark.parametrize("sasl", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+async def test_an_admin_logs_in_over_tls(kafka: KafkaAddress, queue: str, sasl: str) -> None:
+    if kafka.sasl_tls_url is None:
+        pytest.skip("this Kafka has no listener for logins over TLS")
+    user = f"{kafka.username}:{quote(str(kafka.password), safe='')}"
+    url = f"kafkas://{user}@{hosts(kafka.sasl_tls_url)}/?sasl={sasl}&cafile={kafka.ca}"
+    async with KafkaAdmin(url=url) as admin:
+        await admin.create(queue)
+        assert (await admin.stats(queue)).ready == 0
+
+
+@pytest.mark.slow
+async def test_an_admin_goes_on_when_a_partitions_leader_is_killed(kafka_cluster: KafkaCluster, queue: str) -> None:
+    async with KafkaAdmin(url=kafka_cluster.url) as admin, KafkaProducer(queue, url=kafka_cluster.url) as producer:
+        await producer.send_many(["x"] * 10)
+        leader = await asyncio.to_thread(kafka_cluster.leader, queue)
+        await asyncio.to_thread(leader.kill)
+        # The cluster takes some seconds to notice; each request waits for it, as long as its time limit.
+        assert (await admin.seek(queue, 4)).lag == 6
+        assert (await admin.stats(queue)).ready == 6
+        assert [message.body for message in await admin.peek(queue, 1)] == [b"x"]
+        assert await admin.purge(queue) == 6
+        await admin.alter(queue, partitions=2, retention=3600)
+        found = await admin.describe(queue)
+        assert (found.partitions, found.replication, found.retention) == (2, 3, 3600)
