@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from streamtools.admin import ADMINS, GroupInfo, PartitionInfo, QueueAdmin, QueueInfo, QueueSettings
+    from streamtools.bus import Bus, Command, Event, MessageContext
     from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
     from streamtools.delivery import Delivery
     from streamtools.errors import (
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
         HandlerError,
         QueueError,
         Reject,
+        RemoteError,
+        RequestTimeout,
         ResponseError,
         RetryLater,
         SendError,
         StreamToolsError,
         UnknownProtocol,
     )
+    from streamtools.exchange import Binding, Exchange
     from streamtools.features import Features
     from streamtools.handlers import HandleMsgs, HandlerFactory
     from streamtools.message import ErrorDetails, Message
@@ -49,8 +53,11 @@ __all__ = [
     "RABBITMQ",
     "SQLITE",
     "AsyncIOSettings",
+    "Binding",
     "BoundHandler",
+    "Bus",
     "Closed",
+    "Command",
     "ConfigurationError",
     "ConnectError",
     "ConnectionLost",
@@ -61,6 +68,8 @@ __all__ = [
     "Delivery",
     "Drop",
     "ErrorDetails",
+    "Event",
+    "Exchange",
     "FeatureError",
     "Features",
     "GroupInfo",
@@ -71,6 +80,7 @@ __all__ = [
     "HandlerFactory",
     "KafkaSettings",
     "Message",
+    "MessageContext",
     "Middleware",
     "PartitionInfo",
     "Producer",
@@ -81,6 +91,8 @@ __all__ = [
     "RabbitMQSettings",
     "Receipt",
     "Reject",
+    "RemoteError",
+    "RequestTimeout",
     "ResponseError",
     "Retry",
     "RetryLater",
@@ -95,6 +107,10 @@ __all__ = [
 _HOMES: Final = {
     "ADMINS": "admin",
     "QueueAdmin": "admin",
+    "Bus": "bus",
+    "Command": "bus",
+    "Event": "bus",
+    "MessageContext": "bus",
     "QueueInfo": "admin",
     "QueueSettings": "admin",
     "GroupInfo": "admin",
@@ -108,6 +124,8 @@ _HOMES: Final = {
     "ConnectError": "errors",
     "ConnectionLost": "errors",
     "DecodeError": "errors",
+    "RemoteError": "errors",
+    "RequestTimeout": "errors",
     "Drop": "errors",
     "FeatureError": "errors",
     "HandlerError": "errors",
@@ -121,6 +139,8 @@ _HOMES: Final = {
     "Features": "features",
     "HandleMsgs": "handlers",
     "HandlerFactory": "handlers",
+    "Binding": "exchange",
+    "Exchange": "exchange",
     "ErrorDetails": "message",
     "Message": "message",
     "Retry": "policy",

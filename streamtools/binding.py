@@ -34,6 +34,7 @@ def compile_handler(
     function: Callable[..., Any],
     executor: Executor | None = None,
     resolvers: Mapping[type, Resolver] = RESOLVERS,
+    payload: Any = None,
 ) -> Handler:
     """The function as a handler: its plan is made here, once, never per message.
 
@@ -42,11 +43,12 @@ def compile_handler(
             annotation decides what the body is decoded to; the others are filled by type.
         executor: where a `def` runs; the loop's default when None.
         resolvers: type -> where a further parameter of that type comes from.
+        payload: what the body is decoded to, instead of what the first parameter says.
 
     Raises:
         ConfigurationError: the signature cannot be filled.
     """
-    decode, further = _plan(function, resolvers)
+    decode, further = _plan(function, resolvers, payload)
     call = function if _is_async(function) else _in_thread(function, executor)
     if not further:
 
@@ -62,7 +64,7 @@ def compile_handler(
 
 
 def _plan(
-    function: Callable[..., Any], resolvers: Mapping[type, Resolver]
+    function: Callable[..., Any], resolvers: Mapping[type, Resolver], payload: Any
 ) -> tuple[codec.Decoder, list[tuple[str, Resolver]]]:
     name = name_of(function)
     parameters = list(inspect.signature(function).parameters.values())
@@ -75,7 +77,7 @@ def _plan(
         raise ConfigurationError(f"The handler {name} takes no message: write async def {name}(msg): ...")
     first = parameters[0]
     if first.kind is inspect.Parameter.VAR_POSITIONAL:
-        return codec.decode, []
+        return codec.decode if payload is None else _decoder(payload, name), []
     further = []
     for parameter in parameters[1:]:
         resolver = resolvers.get(hints.get(parameter.name, inspect.Parameter.empty))
@@ -90,7 +92,13 @@ def _plan(
                 f"The handler {name} has a parameter {parameter.name!r} that nothing fills: annotate it with "
                 f"one of {known}, or give it a default."
             )
-    return _decoder(hints.get(first.name, Any), name), further
+    return _decoder(hints.get(first.name, Any) if payload is None else payload, name), further
+
+
+def payload_type(function: Callable[..., Any]) -> Any:
+    """The annotation of a handler's first parameter; Any where there is none."""
+    parameters = list(inspect.signature(function).parameters)
+    return _hints(function).get(parameters[0], Any) if parameters else Any
 
 
 def _decoder(annotation: Any, name: str) -> codec.Decoder:

@@ -10,6 +10,8 @@ StreamToolsError
 │   └── ConnectionLost        the connection ended; the base class reconnects
 ├── SendError                 messages that the broker does not hold (.refused, .unknown)
 │   └── ResponseError         an HTTP peer answered 4xx or 5xx (.status, .headers, .body)
+├── RequestTimeout            no reply came in time
+├── RemoteError               the handler of a request failed, on the other side
 ├── DecodeError               a body is not what its content type or the handler's annotation says
 ├── Closed                    used after close()
 ├── HandlerError              a handler or a loop ended in a way that cannot go on
@@ -110,6 +112,24 @@ class ResponseError(SendError):
         self.status = status
         self.headers = headers
         self.body = body
+
+
+class RequestTimeout(StreamToolsError, TimeoutError):
+    """No reply came in time; the request may have been handled all the same."""
+
+
+class RemoteError(StreamToolsError):
+    """The handler of a request failed, on the other side.
+
+    Attributes:
+        exception: the class name of what it raised there.
+        reason: the text of it.
+    """
+
+    def __init__(self, message: str, *, exception: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.exception = exception
+        self.reason = reason
 
 
 class DecodeError(StreamToolsError, ValueError):

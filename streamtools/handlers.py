@@ -126,6 +126,11 @@ class HandlerFactory(Mapping[str, HandleMsgs]):
             await pair.close()
 
     @property
+    def resources(self) -> list[Producer]:
+        """What is to be open before the first message: the producers."""
+        return [pair.producer for pair in self.handlers.values()]
+
+    @property
     def bound(self) -> list[BoundHandler]:
         """The handlers decorated with the pairs' consumers."""
         return [h for pair in self.handlers.values() if (h := pair.consumer.handler) is not None]

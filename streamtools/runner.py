@@ -12,13 +12,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import FrameType, TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self, runtime_checkable
 
 from streamtools.cancelling import guard
 from streamtools.checks import check_count, check_place, check_seconds
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.errors import ConfigurationError, HandlerError
-from streamtools.handlers import HandlerFactory
 from streamtools.observability.health import HealthReport, HealthServer, LoopHealth
 from streamtools.policy import backoff
 from streamtools.producer import Producer
@@ -28,8 +27,27 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: What runs before the first message or after the last one: a function, `async def` or `def`.
 Hook = Callable[[], Awaitable[Any] | Any]
+
+
+class Resource(Protocol):
+    """What is opened before the first message and closed after the last."""
+
+    async def open(self) -> Any: ...
+    async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Service(Protocol):
+    """What brings handlers and their resources: a HandlerFactory, a bus."""
+
+    @property
+    def bound(self) -> Sequence[BoundHandler]: ...
+    @property
+    def resources(self) -> Sequence[Resource]: ...
+
+
 #: What a runner takes.
-Source = ConsumerFactory | HandlerFactory | Consumer | BoundHandler | Producer
+Source = ConsumerFactory | Service | Consumer | BoundHandler | Producer
 #: Seconds that closing connections may take beyond the shutdown deadline.
 CLOSING: Final = 5.0
 #: Seconds within which a repeated signal is the same one.
@@ -119,7 +137,7 @@ class ConsumerRunner:
     `async with runner:` beside a web framework, which keeps its own signal handlers.
 
     Parameters:
-        sources: factories, decorated handlers, and producers (opened first, closed last).
+        sources: factories, buses, decorated handlers, and producers (opened first, closed last).
         consumers: the factory's `instances`; together with `handlers`, the long form of one source.
         handlers: the factory's `handlers`, or a mapping of queue to handler.
         port: where consumers that listen do so, if they do not say themselves.
@@ -151,7 +169,7 @@ class ConsumerRunner:
         health_port: int | None = None,
         health_host: str = "127.0.0.1",
     ) -> None:
-        self._producers: list[Producer] = []
+        self._resources: list[Resource] = []
         self._handlers: list[BoundHandler] = []
         for source in sources:
             self._add(source)
@@ -253,9 +271,9 @@ class ConsumerRunner:
     # --- how it runs ----------------------------------------------------------------------------
 
     async def _enter(self, stack: AsyncExitStack) -> None:
-        for producer in self._producers:
-            stack.push_async_callback(producer.close)
-            await producer.open()
+        for resource in self._resources:
+            stack.push_async_callback(resource.close)
+            await resource.open()
         stack.push_async_callback(_call_all, self.on_shutdown)
         await _call_all(self.on_startup)
         self._supervisors = [
@@ -327,20 +345,20 @@ class ConsumerRunner:
     def _add(self, source: object) -> None:
         match source:
             case Producer():
-                self._producers.append(source)
+                self._resources.append(source)
             case BoundHandler():
                 self._handlers.append(source)
             case ConsumerFactory():
                 self._handlers.extend(source.handlers)
-            case HandlerFactory():
-                self._producers.extend(pair.producer for pair in source.values())
+            case Service():
+                self._resources.extend(source.resources)
                 self._handlers.extend(source.bound)
             case Consumer(handler=BoundHandler() as handler):
                 self._handlers.append(handler)
             case _:
                 raise ConfigurationError(
-                    f"A runner cannot run {source!r}: give it ConsumerFactory, HandlerFactory, a decorated handler, "
-                    "a Consumer with a handler, or a Producer."
+                    f"A runner cannot run {source!r}: give it ConsumerFactory, HandlerFactory, a Bus, a decorated "
+                    "handler, a Consumer with a handler, or a Producer."
                 )
 
     def _add_long_form(

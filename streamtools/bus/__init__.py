@@ -1,0 +1,17 @@
+"""Commands and events: send, publish, defer, reply, request, subscribe, transaction.
+
+contracts.py   what a command or an event is called
+composer.py    what a verb is given, as a message
+outbox.py      what waits for a handler or a transaction to succeed
+bus.py         the verbs
+entries.py     handlers by what they handle
+dispatch.py    one delivery to all handlers of its type
+context.py     what a handler knows and sends
+requests.py    who waits for which reply
+"""
+
+from streamtools.bus.bus import Bus
+from streamtools.bus.context import MessageContext
+from streamtools.bus.contracts import Command, Event
+
+__all__ = ["Bus", "Command", "Event", "MessageContext"]

@@ -1,0 +1,610 @@
+"""Bus: commands to their one owner, events to whoever subscribed, replies to who asked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+
+from streamtools import codec
+from streamtools.admin import ADMINS, QueueAdmin
+from streamtools.binding import RESOLVERS, Resolver
+from streamtools.bus.composer import Composer, seconds_until
+from streamtools.bus.context import MessageContext
+from streamtools.bus.contracts import Command, Contract, Event
+from streamtools.bus.dispatch import BusDispatch, through
+from streamtools.bus.entries import Entries, Entry, of_class
+from streamtools.bus.outbox import Outbox, current_outbox, outbox
+from streamtools.bus.requests import Requests
+from streamtools.consumer import BoundHandler, Consumer
+from streamtools.delivery import Delivery, current
+from streamtools.dispatch import Dispatcher
+from streamtools.errors import ConfigurationError, FeatureError
+from streamtools.exchange import TOPIC, Binding, Exchange
+from streamtools.message import Message
+from streamtools.policy import Retry
+from streamtools.producer import Producer, Receipt
+from streamtools.runner import ConsumerRunner
+from streamtools.threads import Threads
+from streamtools.types import ErrorHandler, Handler, Middleware
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
+
+F = TypeVar("F", bound=Callable[..., Any])
+#: What `subscribe` takes: a topic, or an event whose topic it is.
+Subscription = str | type[Event]
+
+
+class Bus:
+    """Sends and receives commands and events.
+
+    ```python
+    bus = Bus("orders", url="amqp://localhost")
+
+    @bus.handler
+    async def place(command: PlaceOrder, context: MessageContext):
+        await context.publish(OrderPlaced(id=command.id))   # leaves when the handler has succeeded
+
+    ConsumerRunner(bus).run()                                # or: async with bus: ... inside a loop
+    ```
+
+    Safe to use from many tasks of one event loop at once. Within a handler, and within `transaction()`, what
+    is sent gathers and leaves together at the end; elsewhere it leaves at once.
+
+    Parameters:
+        queue: this service's own queue; None for a bus that only sends.
+        url: the address, or a settings object; see `streamtools.settings`.
+        subscriptions: topics, or events, that the queue has beside those that its handlers are for.
+        mandatory: publishing what nobody subscribed to is an error.
+        retry: what is done about a handler that fails.
+        on_error: decides about failures instead: async (message, error, attempt) -> verdict.
+        incoming: middleware around every handler, outermost first.
+        outgoing: middleware for everything that is sent, outermost first.
+        client_id: this service's name, where the broker shows connections, and as the source of messages.
+        send_timeout: seconds for which sending is tried through reconnects.
+        options: further parameters for the queue's consumer, as for `Consumer`.
+
+    Raises:
+        ConfigurationError: a name or an option that cannot work.
+        FeatureError: the protocol cannot do what is asked.
+    """
+
+    def __init__(
+        self,
+        queue: str | None = None,
+        *,
+        url: str | ProtocolSettings | None = None,
+        subscriptions: Iterable[Subscription] = (),
+        mandatory: bool = True,
+        retry: Retry | None = None,
+        on_error: ErrorHandler | None = None,
+        incoming: Iterable[Middleware] = (),
+        outgoing: Iterable[Middleware] = (),
+        client_id: str | None = None,
+        send_timeout: float = 30.0,
+        **options: Any,
+    ) -> None:
+        self.queue = queue
+        self.mandatory = mandatory
+        #: Middleware around every handler, outermost first; add, reorder, replace before it starts.
+        self.incoming: list[Middleware] = list(incoming)
+        #: Middleware for everything that is sent, outermost first; likewise.
+        self.outgoing: list[Middleware] = list(outgoing)
+        self.on_error = on_error
+        self._url = url
+        self._options = {**options, "retry": retry, "client_id": client_id}
+        self._composer = Composer(client_id or queue, queue)
+        self._entries = Entries()
+        self._provided: dict[type, Any] = {}
+        self._subscriptions: dict[Binding, None] = dict.fromkeys(_bindings(subscriptions, None))
+        self._sender = Producer(
+            queue or "streamtools", url=url, declare=False, client_id=client_id, send_timeout=send_timeout
+        )
+        self._requests = Requests(client_id or queue or "streamtools", url)
+        self._admin: QueueAdmin | None = None
+        self._pulling: dict[str, Consumer] = {}
+        self._runner: ConsumerRunner | None = None
+
+    # --- handlers -------------------------------------------------------------------------------
+
+    @overload
+    def handler(self, function: F, /) -> F: ...
+    @overload
+    def handler(
+        self, /, *, type: str | None = None, retry: Retry | None = None, exchange: Exchange | None = None
+    ) -> Callable[[F], F]: ...
+    def handler(
+        self,
+        function: Any = None,
+        /,
+        *,
+        type: str | None = None,  # noqa: A002 - the field's name everywhere
+        retry: Retry | None = None,
+        exchange: Exchange | None = None,
+    ) -> Any:
+        """Register a handler, by what its first parameter is annotated with: `@bus.handler`.
+
+        A Command has one handler; an Event any number, and the queue is subscribed to its topic. `A | B` takes
+        both. `dict`, `bytes`, `Message` or nothing takes whatever has no handler of its own. Further
+        parameters are filled by type: MessageContext, Message, Delivery, Bus, and what `provide` was given.
+
+        Parameters:
+            type: the name on the wire, for messages without a contract.
+            retry: replaces the bus's policy.
+            exchange: where an event is subscribed to.
+
+        Raises:
+            ConfigurationError: it cannot be told what it handles, or a command has a handler already.
+        """
+
+        def decorate(function: Any) -> Any:
+            self._entries.add(function, type=type, retry=retry, exchange=exchange)
+            return function
+
+        return decorate if function is None else decorate(function)
+
+    def register(
+        self,
+        contract: type[Contract],
+        handler: Callable[..., Any] | type,
+        *,
+        retry: Retry | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        """Register a handler for a contract: a function, or a class with `handle(self, command)`.
+
+        Of a class there is a fresh instance for each message; its constructor's arguments come from `provide`.
+
+        Parameters:
+            retry: replaces the bus's policy.
+            exchange: where an event is subscribed to, or where a command can be sent to by the queue's name.
+
+        Raises:
+            ConfigurationError: as for `handler`, or a class without `handle`.
+        """
+        function = of_class(handler, self._provided) if isinstance(handler, type) else handler
+        self._entries.add(function, contract=contract, retry=retry, exchange=exchange)
+        if exchange is not None and issubclass(contract, Command):
+            self._subscriptions[Binding(self._own(), exchange)] = None
+
+    def provide(self, value: Any, type: type | None = None) -> None:  # noqa: A002
+        """Give this value to every handler and constructor that has a parameter of its type.
+
+        Parameters:
+            type: the type that is asked for, where it is another than the value's own.
+        """
+        self._provided[type or value.__class__] = value
+
+    def route(self, command: type[Command], to: str, *, exchange: Exchange | None = None) -> None:
+        """Where commands of this class go, when neither the call nor the class says.
+
+        Parameters:
+            to: a queue; a routing key, with an exchange.
+
+        Raises:
+            ConfigurationError: it is not a command.
+        """
+        if not issubclass(command, Command):
+            raise ConfigurationError(f"route() is for commands; {command!r} is none. An event goes by its topic.")
+        self._entries.know(command)
+        self._composer.route(command, to, exchange)
+
+    # --- verbs ----------------------------------------------------------------------------------
+
+    async def send(
+        self,
+        command: object,
+        to: str | None = None,
+        *,
+        exchange: Exchange | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+        key: str | None = None,
+        ttl: float | None = None,
+        immediately: bool = False,
+    ) -> Receipt:
+        """Send a command to its one owner.
+
+        Parameters:
+            to: the owner's queue (with an exchange: a routing key); by `route` or by the contract when not given.
+            headers: the user's own, `str -> str`.
+            type: the name of what the payload is, for one without a contract.
+            key: messages of one key keep their order for a bus with `ordered_by="key"`.
+            ttl: seconds after which it is no longer to be handled.
+            immediately: leave now, even within a handler or a transaction.
+
+        Raises:
+            SendError: there is no such queue, or it was not confirmed in time.
+            ConfigurationError: it is an event, or it is not known where it goes.
+        """
+        message = self._composer.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl)
+        return await self._let_go(message, immediately=immediately)
+
+    async def publish(
+        self,
+        event: object,
+        topic: str | None = None,
+        *,
+        exchange: Exchange | None = None,
+        mandatory: bool | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+        key: str | None = None,
+        ttl: float | None = None,
+        immediately: bool = False,
+    ) -> Receipt:
+        """Publish an event to every queue that subscribed to its topic; parameters as for `send`, and:
+
+        Parameters:
+            topic: the contract's own when not given.
+            exchange: `streamtools.topic` when not given.
+            mandatory: that nobody subscribed is an error; as the bus says when None.
+
+        Raises:
+            SendError: nobody subscribed, or it was not confirmed in time.
+            ConfigurationError: it is a command, or its topic is not known.
+        """
+        self._need_topics()
+        must = self.mandatory if mandatory is None else mandatory
+        message = self._composer.event(
+            event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl
+        )
+        return await self._let_go(message, immediately=immediately)
+
+    async def defer(
+        self,
+        command: object,
+        *,
+        delay: timedelta | float | None = None,
+        at: datetime | None = None,
+        to: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+        key: str | None = None,
+        immediately: bool = False,
+    ) -> Receipt:
+        """Send a command that is not to be handled before its time; parameters as for `send`, and:
+
+        Parameters:
+            delay: seconds, or a timedelta.
+            at: a datetime with its time zone.
+
+        Raises:
+            FeatureError: the protocol holds no message back.
+            SendError: there is no such queue, or it was not confirmed in time.
+            ConfigurationError: neither or both times are given.
+        """
+        if not self._sender.features.delay:
+            raise FeatureError(f"{self._sender.protocol!r} holds no message back: send it when its time has come.")
+        delay = seconds_until(delay, at)
+        message = self._composer.command(command, to, None, delay=delay, headers=headers, type=type, key=key)
+        return await self._let_go(message, immediately=immediately)
+
+    async def reply(self, payload: object, *, headers: Mapping[str, str] | None = None) -> Receipt:
+        """Answer the message that this handler has in hand.
+
+        Raises:
+            ConfigurationError: outside a handler, or the message does not say where a reply is to go.
+        """
+        delivery = current.get()
+        if delivery is None:
+            raise ConfigurationError("reply() answers the message being handled, and none is: send() instead.")
+        message = self._composer.reply(delivery.message, payload, headers=headers)
+        if (box := current_outbox()) is not None:
+            box.replied = True
+        return await self._let_go(message, immediately=False)
+
+    async def request(
+        self,
+        command: object,
+        to: str | None = None,
+        *,
+        timeout: float = 5.0,  # noqa: ASYNC109
+        returns: Any = None,
+        exchange: Exchange | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+    ) -> Any:
+        """Send a command at once and wait for what its handler replies or returns; parameters as for `send`, and:
+
+        Parameters:
+            timeout: seconds; a request that is not handled by then is dropped.
+            returns: what the reply is validated into; a contract known to this bus, else plain data, when None.
+
+        Raises:
+            RequestTimeout: no reply came in time.
+            RemoteError: the handler failed for good.
+            SendError: there is no such queue.
+        """
+        message = self._composer.command(
+            command, to, exchange, intent="request", headers=headers, type=type, ttl=timeout
+        )
+        reply = await self._requests.ask(message, timeout, self._send_now)
+        if returns is None:
+            returns = self._entries.contract(reply.type) or Any
+        return codec.decoder(returns)(reply)
+
+    async def cancel(self, receipt: Receipt) -> bool:
+        """Take back a deferred message; False when it is due already, or unknown.
+
+        Raises:
+            FeatureError: the protocol does not let it be taken back.
+        """
+        return await (await self._get_admin()).cancel(receipt.queue, receipt.id)
+
+    # --- transactions ---------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Self]:
+        """What is sent in this block leaves at its end, in order, in one confirmed batch; nothing on an error.
+
+        It belongs to the task that opened it. Inside a handler, or another transaction, it leaves with that.
+
+        Raises:
+            SendError: some were not taken; the others are held.
+        """
+        around = current_outbox()
+        box = around.nested() if around is not None else Outbox(self._composer.new_id)
+        token = outbox.set(box)
+        try:
+            yield self
+        finally:
+            box.open = False
+            outbox.reset(token)
+        if around is not None:
+            around.messages += box.messages
+        elif box.messages:
+            await self._sender.send_messages(await through(box.messages, self.outgoing))
+
+    # --- subscriptions --------------------------------------------------------------------------
+
+    async def subscribe(
+        self, *topics: Subscription, queue: str | None = None, exchange: Exchange | None = None
+    ) -> None:
+        """Have a queue receive these topics from now on; safe to repeat.
+
+        Parameters:
+            topics: topics, patterns of them, or events.
+            queue: this bus's own when None.
+
+        Raises:
+            ConfigurationError: a command; this bus has no queue of its own.
+            QueueError: there is no such queue.
+        """
+        self._need_topics()
+        admin = await self._get_admin()
+        for binding in _bindings(topics, exchange):
+            await admin.bind(queue or self._own(), binding.topic, binding.exchange)
+            if queue in (None, self.queue):
+                self._subscriptions[binding] = None
+        self._refresh_bindings()
+
+    async def unsubscribe(
+        self, *topics: Subscription, queue: str | None = None, exchange: Exchange | None = None
+    ) -> None:
+        """Take away what `subscribe` did; safe to repeat. Messages that wait already are handled.
+
+        Raises:
+            ConfigurationError: as for `subscribe`.
+        """
+        self._need_topics()
+        admin = await self._get_admin()
+        for binding in _bindings(topics, exchange):
+            await admin.unbind(queue or self._own(), binding.topic, binding.exchange)
+            if queue in (None, self.queue):
+                self._subscriptions.pop(binding, None)
+                self._entries.bindings.pop(binding, None)
+        self._refresh_bindings()
+
+    async def declare(self) -> None:
+        """Make this bus's queue and its subscriptions, without receiving. Safe to repeat.
+
+        Raises:
+            ConfigurationError: this bus has no queue of its own.
+            QueueError: the queue exists with other arguments.
+        """
+        admin = await self._get_admin()
+        options = {n: v for n, v in self._options.items() if n in self.consumer.options_class.model_fields}
+        await admin.create(self._own(), **options)
+        for binding in self._bindings():
+            await admin.bind(self._own(), binding.topic, binding.exchange)
+
+    # --- receiving by hand ----------------------------------------------------------------------
+
+    async def receive(
+        self,
+        queue: str | None = None,
+        max_messages: int = 1,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> list[Delivery]:
+        """Pull messages by hand, from this bus's own queue or another; as `Consumer.receive`."""
+        name = queue or self._own()
+        if name not in self._pulling:
+            own = name == self.queue
+            self._pulling[name] = self._make_consumer() if own else Consumer(name, url=self._url, declare=False)
+        return await self._pulling[name].receive(max_messages, timeout=timeout)
+
+    # --- lifetime -------------------------------------------------------------------------------
+
+    async def start(self) -> Self:
+        """Connect, and run the handlers if there are any. Safe to repeat; starts again after `stop()`.
+
+        Raises:
+            ConnectError: the broker cannot be reached, or refuses us.
+        """
+        if self._runner is None:
+            if self._entries:
+                self._runner = ConsumerRunner(self)
+                try:
+                    await self._runner.__aenter__()
+                except BaseException:
+                    self._runner = None
+                    raise
+            else:
+                await self.open()
+        return self
+
+    async def stop(self) -> None:
+        """Finish what is in hand and disconnect. Safe to repeat."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.__aexit__(None, None, None)
+        await self.close()
+
+    async def open(self) -> Self:
+        """Connect for sending; handlers are not run. Safe to repeat."""
+        await self._sender.open()
+        return self
+
+    async def close(self) -> None:
+        """Close all connections of this bus. Safe to repeat."""
+        pulling, self._pulling = self._pulling, {}
+        admin, self._admin = self._admin, None
+        await self._requests.close()
+        for consumer in pulling.values():
+            await consumer.close()
+        if admin is not None:
+            await admin.close()
+        await self._sender.close()
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # --- for the runner -------------------------------------------------------------------------
+
+    @property
+    def resources(self) -> list[Bus]:
+        """What is to be open before the first message."""
+        return [self]
+
+    @property
+    def bound(self) -> list[BoundHandler]:
+        """The loop of this bus's queue.
+
+        Raises:
+            ConfigurationError: it has no queue, or no handlers.
+        """
+        if not self._entries:
+            raise ConfigurationError("This bus has no handler to run: decorate one with @bus.handler.")
+        return [BusLoop(self)]
+
+    @cached_property
+    def consumer(self) -> Consumer:
+        """The consumer of this bus's queue."""
+        return self._make_consumer()
+
+    def dispatch(self, consumer: Consumer, threads: Threads) -> BusDispatch:
+        """The handlers, compiled for this consumer."""
+
+        def make(handler: Handler, entry: Entry) -> Dispatcher:
+            return consumer.dispatcher(handler, entry.name, retry=entry.retry, on_error=self.on_error)
+
+        return BusDispatch(
+            self._entries,
+            self._composer,
+            make,
+            incoming=[*self.incoming, *consumer.middleware],
+            outgoing=self.outgoing,
+            resolvers=self._resolvers(),
+            threads=threads,
+        )
+
+    # --- the way of a message -------------------------------------------------------------------
+
+    async def _let_go(self, message: Message, *, immediately: bool) -> Receipt:
+        if not immediately and (box := current_outbox()) is not None:
+            return await box.add(message)
+        await self._send_now(message)
+        return Receipt(message.id, message.queue)
+
+    async def _send_now(self, message: Message) -> None:
+        await self._sender.send_messages(await through([message], self.outgoing))
+
+    def _resolvers(self) -> dict[type, Resolver]:
+        def context(message: Message) -> MessageContext:
+            return MessageContext(message, self._composer, outbox.get(), mandatory=self.mandatory)
+
+        provided = {kind: _constant(value) for kind, value in self._provided.items()}
+        return {**RESOLVERS, **provided, MessageContext: context, Bus: lambda _: self}
+
+    # --- small things ---------------------------------------------------------------------------
+
+    def _make_consumer(self) -> Consumer:
+        return Consumer(self._own(), url=self._url, bindings=self._bindings(), **self._options)
+
+    def _own(self) -> str:
+        if self.queue is None:
+            raise ConfigurationError("This bus has no queue of its own: Bus('name', ...).")
+        return self.queue
+
+    def _bindings(self) -> list[Binding]:
+        return list({**self._entries.bindings, **self._subscriptions})
+
+    def _refresh_bindings(self) -> None:
+        for consumer in (self.__dict__.get("consumer"), self._pulling.get(self.queue or "")):
+            if consumer is not None:
+                consumer.bindings = self._bindings()
+
+    def _need_topics(self) -> None:
+        if not self._sender.features.topics:
+            raise FeatureError(
+                f"{self._sender.protocol!r} has no exchanges, so nothing is published there: send to each queue."
+            )
+
+    async def _get_admin(self) -> QueueAdmin:
+        if self._admin is None:
+            self._admin = await ADMINS[self._sender.protocol](url=self._url).open()
+        return self._admin
+
+    def __repr__(self) -> str:
+        return f"<Bus {self.queue or '(sends only)'} at {self._sender.settings.safe_url}>"
+
+
+class BusLoop(BoundHandler):
+    """The loop of a bus's queue, for a runner."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus: Bus = bus
+        self.name: str = f"bus {bus._own()}"
+
+    @property
+    def consumer(self) -> Consumer:  # type: ignore[override]
+        """The consumer of the bus's queue."""
+        return self.bus.consumer
+
+    def dispatch(self, consumer: Consumer, threads: Threads) -> BusDispatch:
+        """The handlers of the bus, compiled."""
+        return self.bus.dispatch(consumer, threads)
+
+    def __repr__(self) -> str:
+        return f"<loop of {self.bus!r}>"
+
+
+def _bindings(topics: Iterable[Subscription], exchange: Exchange | None) -> list[Binding]:
+    return [Binding(_topic(topic), exchange or TOPIC) for topic in topics]
+
+
+def _constant(value: Any) -> Resolver:
+    return lambda _: value
+
+
+def _topic(topic: object) -> str:
+    if isinstance(topic, str):
+        return topic
+    if isinstance(topic, type) and issubclass(topic, Event):
+        return topic.__terms__.topic
+    if isinstance(topic, type) and issubclass(topic, Command):
+        raise ConfigurationError(
+            f"{topic.__name__} is a command, which is not subscribed to: its owner has it sent to its queue."
+        )
+    raise ConfigurationError(f"{topic!r} is neither a topic nor an Event.")

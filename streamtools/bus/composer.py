@@ -1,0 +1,172 @@
+"""Composer: what a verb is given, as a message; the rules about which verb is for what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal
+
+from streamtools import codec
+from streamtools.bus.contracts import Command, Contract, Event
+from streamtools.bus.outbox import current_outbox
+from streamtools.checks import check_headers, check_name, check_seconds
+from streamtools.delivery import current
+from streamtools.errors import ConfigurationError
+from streamtools.exchange import TOPIC, Exchange
+from streamtools.message import NO_HEADERS, Message, ids
+
+Intent = Literal["command", "event", "request", "reply"]
+#: What a reply that carries a failure is called.
+FAILURE: Final = "streamtools.Failure"
+
+
+class Composer:
+    """Makes messages for one bus.
+
+    Parameters:
+        source: who sends: the bus's client_id or its queue.
+        queue: where replies that no request awaits are to go; None for a bus that only sends.
+    """
+
+    def __init__(self, source: str | None, queue: str | None) -> None:
+        self.source = source
+        self.queue = queue
+        self.new_id: Callable[[], str] = ids()
+        self._routes: dict[type[Command], tuple[str, Exchange | None]] = {}
+
+    def route(self, contract: type[Command], to: str, exchange: Exchange | None) -> None:
+        """Where commands of this class go from now on."""
+        self._routes[contract] = (to, exchange)
+
+    # --- verbs ----------------------------------------------------------------------------------
+
+    def command(
+        self, payload: object, to: str | None, exchange: Exchange | None, *, intent: Intent = "command", **fields: Any
+    ) -> Message:
+        """A message for the one queue that handles it."""
+        if isinstance(payload, Event):
+            raise ConfigurationError(
+                f"{type(payload).__name__} is an event, and an event is not sent: await bus.publish(...) it."
+            )
+        if to is None:
+            to, routed = self._destination(payload)
+            exchange = exchange or routed
+        check_name(to)
+        return self._message(payload, queue=to, exchange=exchange, intent=intent, **fields)
+
+    def event(
+        self, payload: object, topic: str | None, exchange: Exchange | None, *, mandatory: bool, **fields: Any
+    ) -> Message:
+        """A message for whoever subscribed to its topic."""
+        if isinstance(payload, Command):
+            raise ConfigurationError(
+                f"{type(payload).__name__} is a command, and a command is not published: await bus.send(...) it."
+            )
+        topic = topic if topic is not None else self._topic(payload, exchange)
+        exchange = exchange or TOPIC
+        return self._message(payload, queue=topic, exchange=exchange, intent="event", mandatory=mandatory, **fields)
+
+    def reply(self, to: Message, payload: object, **fields: Any) -> Message:
+        """The answer to a message.
+
+        Raises:
+            ConfigurationError: it does not say where a reply is to go.
+        """
+        if to.reply_to is None:
+            raise ConfigurationError(
+                f"Message {to.id} has no reply-to, so it cannot be replied to; send to a queue by name: to=..."
+            )
+        # Nobody may be waiting any more: a reply that reaches no queue is no failure of who replies.
+        answer = self._message(payload, queue=to.reply_to, exchange=None, intent="reply", mandatory=False, **fields)
+        return answer.replace(
+            causation_id=to.id,
+            correlation_id=to.correlation_id or to.id,
+            expires_at=answer.expires_at or to.expires_at,
+        )
+
+    # --- the parts ------------------------------------------------------------------------------
+
+    def _destination(self, payload: object) -> tuple[str, Exchange | None]:
+        kind = type(payload)
+        if kind in self._routes:
+            return self._routes[kind]
+        if isinstance(payload, Command) and payload.__terms__.to is not None:
+            return payload.__terms__.to, None
+        raise ConfigurationError(
+            f"Where is {kind.__name__} to go? Give to='queue', or once bus.route({kind.__name__}, 'queue')"
+            + (f", or class {kind.__name__}(Command, to='queue')." if isinstance(payload, Command) else ".")
+        )
+
+    def _topic(self, payload: object, exchange: Exchange | None) -> str:
+        if isinstance(payload, Event):
+            return payload.__terms__.topic
+        if exchange is not None and exchange.type == "fanout":
+            return ""
+        raise ConfigurationError(
+            f"Under which topic is a {type(payload).__name__} to be published? Give topic='...'."
+        )
+
+    def _message(
+        self,
+        payload: object,
+        *,
+        queue: str,
+        exchange: Exchange | None,
+        intent: Intent,
+        mandatory: bool = True,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002 - the field's name everywhere
+        key: str | None = None,
+        delay: float | None = None,
+        ttl: float | None = None,
+        reply_to: str | None = None,
+    ) -> Message:
+        body, content_type = codec.encode(payload)
+        contract = payload if isinstance(payload, Contract) else None
+        incoming, box = _incoming(), current_outbox()
+        now = time.time()
+        id = box.id() if box is not None else self.new_id()  # noqa: A001
+        return Message(
+            body=body,
+            queue=queue,
+            id=id,
+            exchange=exchange,
+            mandatory=mandatory,
+            type=type or (contract.__terms__.name if contract is not None else None),
+            version=contract.__terms__.version if contract is not None and type is None else None,
+            source=self.source,
+            time=now,
+            content_type=content_type,
+            correlation_id=(incoming.correlation_id or incoming.id) if incoming is not None else id,
+            causation_id=incoming.id if incoming is not None else None,
+            reply_to=reply_to or self.queue,
+            intent=intent,
+            key=key,
+            headers=check_headers(headers) if headers else NO_HEADERS,
+            deliver_at=now + check_seconds("delay", delay) if delay else None,
+            expires_at=None if ttl is None else now + check_seconds("ttl", ttl),
+        )
+
+
+def _incoming() -> Message | None:
+    """The message that this code is handling."""
+    delivery = current.get()
+    return delivery.message if delivery is not None else None
+
+
+def seconds_until(delay: timedelta | float | None, at: datetime | None) -> float:
+    """The delay of a deferred message, from how it was given.
+
+    Raises:
+        ConfigurationError: neither or both are given, or a time without its zone.
+    """
+    if (delay is None) == (at is None):
+        raise ConfigurationError("defer() wants one of delay= (seconds or a timedelta) and at= (a datetime).")
+    if isinstance(delay, timedelta):
+        return max(0.0, delay.total_seconds())
+    if at is None:
+        return check_seconds("delay", delay or 0.0)
+    if at.tzinfo is None:
+        raise ConfigurationError(f"at={at!r} has no time zone: datetime.now(UTC) + timedelta(...).")
+    return max(0.0, (at - datetime.now(UTC)).total_seconds())

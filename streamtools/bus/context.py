@@ -1,0 +1,106 @@
+"""MessageContext: what a handler knows of its message, and what it sends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from streamtools.bus.composer import Composer, seconds_until
+from streamtools.bus.outbox import Outbox, Sent
+from streamtools.errors import HandlerError
+from streamtools.exchange import Exchange
+from streamtools.message import Message
+
+
+class MessageContext:
+    """The message being handled, for a handler that asks for it: `async def place(command, context: MessageContext)`.
+
+    What is sent through it leaves when the handler has succeeded, before its message is acknowledged; an
+    attempt that fails sends nothing. The verbs may be awaited, and need not be: a plain `def` handler
+    calls them as they are.
+
+    Attributes:
+        message: the whole message.
+    """
+
+    __slots__ = ("_composer", "_mandatory", "_outbox", "message")
+
+    def __init__(self, message: Message, composer: Composer, outbox: Outbox | None, *, mandatory: bool) -> None:
+        self.message: Message = message
+        self._composer = composer
+        self._outbox = outbox
+        self._mandatory = mandatory
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The sender's own headers."""
+        return self.message.headers
+
+    @property
+    def correlation_id(self) -> str:
+        """Common to all messages of this conversation."""
+        return self.message.correlation_id or self.message.id
+
+    @property
+    def source(self) -> str | None:
+        """Who sent it."""
+        return self.message.source
+
+    @property
+    def attempt(self) -> int:
+        """Which run this is; 1 at first."""
+        return self.message.attempt
+
+    def send(
+        self, command: object, to: str | None = None, *, exchange: Exchange | None = None, **fields: Any
+    ) -> Sent:
+        """Send a command; parameters as for `Bus.send`."""
+        return self._add(self._composer.command(command, to, exchange, **fields))
+
+    def publish(
+        self,
+        event: object,
+        topic: str | None = None,
+        *,
+        exchange: Exchange | None = None,
+        mandatory: bool | None = None,
+        **fields: Any,
+    ) -> Sent:
+        """Publish an event; parameters as for `Bus.publish`."""
+        must = self._mandatory if mandatory is None else mandatory
+        return self._add(self._composer.event(event, topic, exchange, mandatory=must, **fields))
+
+    def defer(
+        self,
+        command: object,
+        *,
+        delay: timedelta | float | None = None,
+        at: datetime | None = None,
+        to: str | None = None,
+        **fields: Any,
+    ) -> Sent:
+        """Send a command for later; parameters as for `Bus.defer`."""
+        return self._add(self._composer.command(command, to, None, delay=seconds_until(delay, at), **fields))
+
+    def reply(self, payload: object, **fields: Any) -> Sent:
+        """Answer the sender; parameters as for `Bus.reply`.
+
+        Raises:
+            ConfigurationError: the message does not say where a reply is to go.
+        """
+        answer = self._composer.reply(self.message, payload, **fields)
+        sent = self._add(answer)
+        if self._outbox is not None:
+            self._outbox.replied = True
+        return sent
+
+    def _add(self, message: Message) -> Sent:
+        if self._outbox is None or not self._outbox.open:
+            raise HandlerError(
+                "The handler of this context has ended; what is sent after it goes by the bus: await bus.send(...)."
+            )
+        return self._outbox.add(message)
+
+    def __repr__(self) -> str:
+        return f"<MessageContext of {self.message.id}, attempt {self.attempt}>"

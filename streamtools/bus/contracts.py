@@ -1,0 +1,119 @@
+"""Contracts: what a command or an event is called, and where it goes."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any, ClassVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict
+
+from streamtools.checks import check_name
+from streamtools.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a contract says beside its fields.
+
+    Attributes:
+        name: on the wire.
+        version: which version of that name.
+        to: a command's queue, where it has one of its own.
+        topic: what an event is published under.
+    """
+
+    name: str
+    version: int = 1
+    to: str | None = None
+    topic: str = ""
+
+
+class Contract(BaseModel):
+    """The base of commands and events: a pydantic model with a stable name on the wire.
+
+    `class PlaceOrder(Command, name="orders.PlaceOrder", version=2): id: int`. Without `name` it is the
+    class's own name alone, never its module's: one class imported from two packages is one contract. A
+    subclass is a contract of its own.
+    """
+
+    #: Fields that a newer version added are left alone: a consumer of version 1 reads version 2.
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
+
+    # One name, which no field is likely to want.
+    __terms__: ClassVar[Terms] = Terms("")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # pydantic hands these on to __pydantic_init_subclass__ too, where the class is complete.
+        super().__init_subclass__()
+
+    @classmethod
+    def _set(cls, terms: Terms) -> None:
+        cls.__terms__ = terms
+
+
+class Command(Contract):
+    """A request to do something, sent to the one queue whose owner does it.
+
+    Parameters:
+        name: its name on the wire; the class's name when not given.
+        version: which version of that name this is.
+        to: the queue it goes to, when neither the call nor `bus.route` says.
+
+    Raises:
+        ConfigurationError: a name or a version that cannot be.
+    """
+
+    @classmethod
+    def __pydantic_init_subclass__(
+        cls, *, name: str | None = None, version: int = 1, to: str | None = None, **kwargs: Any
+    ) -> None:
+        if "topic" in kwargs:
+            raise ConfigurationError(f"{cls.__name__} is a command: it has no topic=; name its queue with to=.")
+        super().__pydantic_init_subclass__(**kwargs)
+        cls._set(Terms(_name(cls, name), _version(cls, version), to=to))
+
+
+class Event(Contract):
+    """Something that has happened, published to whoever subscribed.
+
+    Parameters:
+        name: its name on the wire; the class's name when not given.
+        version: which version of that name this is.
+        topic: what it is published under; its name when not given.
+
+    Raises:
+        ConfigurationError: a name or a version that cannot be.
+    """
+
+    @classmethod
+    def __pydantic_init_subclass__(
+        cls, *, name: str | None = None, version: int = 1, topic: str | None = None, **kwargs: Any
+    ) -> None:
+        if "to" in kwargs:
+            raise ConfigurationError(f"{cls.__name__} is an event: it has no to=; name its topic with topic=.")
+        super().__pydantic_init_subclass__(**kwargs)
+        name = _name(cls, name)
+        cls._set(Terms(name, _version(cls, version), topic=name if topic is None else topic))
+
+
+def _name(contract: type, name: str | None) -> str:
+    name = contract.__name__ if name is None else name
+    check_name(name, "message type")
+    return name
+
+
+def _version(contract: type, version: int) -> int:
+    if version < 1:
+        raise ConfigurationError(f"{contract.__name__} has version={version}: versions begin with 1.")
+    return version
+
+
+def contracts_in(annotation: Any) -> tuple[type[Contract], ...]:
+    """The contracts that a handler's first parameter names: one, those of a union, or none."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        found = [contracts_in(part) for part in get_args(annotation)]
+        return tuple(contract for part in found for contract in part)
+    if isinstance(annotation, type) and issubclass(annotation, Contract):
+        return (annotation,)
+    return ()

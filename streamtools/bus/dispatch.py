@@ -1,0 +1,208 @@
+"""BusDispatch: one delivery to all handlers of its type, each with its own verdict."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamtools.binding import Resolver, compile_handler
+from streamtools.bus.composer import FAILURE, Composer
+from streamtools.bus.entries import Entries, Entry
+from streamtools.bus.outbox import Outbox, outbox
+from streamtools.delivery import Delivery, Settlement, current
+from streamtools.dispatch import Dispatcher, chain
+from streamtools.errors import Reject, SendError, near
+from streamtools.message import Message
+from streamtools.threads import Threads
+from streamtools.types import Handler, Middleware
+from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: Makes a dispatcher of a compiled handler, for an entry.
+MakeDispatcher = Callable[[Handler, Entry], Dispatcher]
+
+
+@dataclass(slots=True)
+class Shared(Settlement):
+    """What several handlers made of one message.
+
+    Attributes:
+        parts: each handler's name, dispatcher and settlement.
+    """
+
+    parts: list[tuple[str, Dispatcher, Settlement]] = field(default_factory=list)
+
+
+class BusDispatch:
+    """Turns a delivery into a settlement, by the handlers of its type.
+
+    Each handler has its own verdict: a retry is a copy addressed to the handler that failed, so that one
+    that succeeded is not run again because its sibling failed.
+
+    Parameters:
+        entries: the handlers.
+        composer: makes replies.
+        make: compiled handler -> dispatcher.
+        incoming: middleware, outermost first.
+        outgoing: middleware for what handlers send.
+        resolvers: what further parameters may be annotated with.
+        threads: where `def` handlers run.
+    """
+
+    def __init__(
+        self,
+        entries: Entries,
+        composer: Composer,
+        make: MakeDispatcher,
+        *,
+        incoming: Sequence[Middleware],
+        outgoing: Sequence[Middleware],
+        resolvers: Mapping[type, Resolver],
+        threads: Threads,
+    ) -> None:
+        self._entries = entries
+        self._composer = composer
+        self._outgoing = outgoing
+        self._runs: dict[str | None, list[tuple[str, Dispatcher]]] = {}
+        for entry in entries:
+            compiled = compile_handler(entry.function, threads, resolvers, entry.payload)
+            handler = self._collecting(chain(compiled, incoming), entry.name)
+            self._runs.setdefault(entry.type, []).append((entry.name, make(handler, entry)))
+        nobody = Entry("The bus", None, None, self._reject_unknown, None)
+        self._unknown = (nobody.name, make(chain(self._reject_unknown, incoming), nobody))
+
+    def stop(self) -> None:
+        """Let retries that wait in place be given back at once."""
+        for runs in self._runs.values():
+            for _, dispatcher in runs:
+                dispatcher.stop()
+
+    async def __call__(self, delivery: Delivery) -> Settlement:
+        runs = self._find(delivery.message)
+        if len(runs) == 1:
+            settlement = await runs[0][1](delivery)
+            self._answer_failure(settlement)
+            return settlement
+        parts = []
+        for name, dispatcher in runs:
+            part = await dispatcher(delivery)
+            if part.verdict.kind is Kind.RELEASE:
+                part.outgoing = (delivery.message,)
+            parts.append((name, dispatcher, _addressed(part, name)))
+        return _merged(delivery, parts)
+
+    def settlement(
+        self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
+    ) -> Settlement:
+        """The verdict with the copies that it needs."""
+        return self._find(message)[0][1].settlement(delivery, message, verdict, error)
+
+    async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
+        """What a handler sent was refused: as if it had raised that, so its message is retried or rejected."""
+        delivery, refused = settlement.delivery, frozenset(error.refused)
+        if isinstance(settlement, Shared):
+            parts = [
+                (name, dispatcher, _addressed(await self._refused(dispatcher, part, refused, error), name))
+                for name, dispatcher, part in settlement.parts
+            ]
+            return _merged(delivery, parts)
+        dispatcher = self._find(delivery.message)[0][1]
+        return await self._refused(dispatcher, settlement, refused, error)
+
+    async def _refused(
+        self, dispatcher: Dispatcher, part: Settlement, refused: frozenset[str], error: SendError
+    ) -> Settlement:
+        if part.verdict.kind is not Kind.ACK or not any(m.id in refused for m in part.outgoing):
+            return part
+        message = part.delivery.message
+        settlement = dispatcher.settlement(part.delivery, message, await dispatcher.decide(message, error), error)
+        self._answer_failure(settlement)
+        return settlement
+
+    # --- finding --------------------------------------------------------------------------------
+
+    def _find(self, message: Message) -> list[tuple[str, Dispatcher]]:
+        runs = self._runs.get(message.type) or self._runs.get(None)
+        if runs is None:
+            return [self._unknown]
+        if message.handler is not None and len(runs) > 1:
+            # A handler that was renamed since: the message is for all that are there now.
+            return [run for run in runs if run[0] == message.handler] or runs
+        return runs
+
+    async def _reject_unknown(self, message: Message) -> None:
+        raise Reject(
+            f"There is no handler for {'a message without a type' if message.type is None else repr(message.type)} "
+            f"here. {near(message.type or '', self._entries.known())} A handler whose first parameter is dict takes "
+            "what has no other."
+        )
+
+    # --- sending --------------------------------------------------------------------------------
+
+    def _collecting(self, handler: Handler, name: str) -> Handler:
+        """The handler with an outbox around it, whose messages leave with its acknowledgement."""
+        composer = self._composer
+        outgoing = self._outgoing
+
+        async def handle(message: Message) -> Any:
+            box = Outbox(composer.new_id, incoming=message, handler=name)
+            token = outbox.set(box)
+            try:
+                result = await handler(message)
+                if message.intent == "request" and message.reply_to is not None and not box.replied:
+                    box.add(composer.reply(message, result))
+            finally:
+                box.open = False
+                outbox.reset(token)
+            if box.messages:
+                delivery = current.get()
+                assert delivery is not None
+                delivery.outgoing += await through(box.messages, outgoing)
+            return result
+
+        return handle
+
+    def _answer_failure(self, settlement: Settlement) -> None:
+        """A request that failed for good is answered, so that nobody waits for its timeout."""
+        message = settlement.delivery.message
+        if settlement.verdict.kind is not Kind.REJECT or message.intent != "request" or message.reply_to is None:
+            return
+        error = settlement.error
+        failure = {
+            "exception": type(error).__name__ if error is not None else "",
+            "reason": str(error)[:500] if error is not None else settlement.verdict.reason,
+        }
+        settlement.outgoing += (self._composer.reply(message, failure, type=FAILURE),)
+
+
+async def through(messages: Sequence[Message], outgoing: Sequence[Middleware]) -> list[Message]:
+    """Messages as the outgoing middleware lets them go."""
+    if not outgoing:
+        return list(messages)
+    let_go: list[Message] = []
+
+    async def last(message: Message) -> None:
+        let_go.append(message)
+
+    way = chain(last, outgoing)
+    for message in messages:
+        await way(message)
+    return let_go
+
+
+def _addressed(part: Settlement, name: str) -> Settlement:
+    """Copies of the message itself name the handler that they are for; what a handler sent stays as it is."""
+    own = part.delivery.message.id
+    part.outgoing = tuple(m.replace(handler=name) if m.id == own else m for m in part.outgoing)
+    return part
+
+
+def _merged(delivery: Delivery, parts: list[tuple[str, Dispatcher, Settlement]]) -> Settlement:
+    """One settlement for all handlers: what each sends or has copied goes out, then the message is done."""
+    if all(part.verdict.kind is Kind.RELEASE for _, _, part in parts):
+        return Settlement(delivery, RELEASE)
+    outgoing = tuple(m for _, _, part in parts for m in part.outgoing)
+    return Shared(delivery, ACK, outgoing, parts=parts)

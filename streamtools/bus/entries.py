@@ -1,0 +1,187 @@
+"""Entries: the handlers of a bus, by the name of what they handle."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, get_type_hints
+
+from streamtools.binding import name_of, payload_type
+from streamtools.bus.contracts import Command, Contract, Event, contracts_in
+from streamtools.errors import ConfigurationError
+from streamtools.exchange import TOPIC, Binding, Exchange
+from streamtools.message import Message
+from streamtools.policy import Retry
+
+#: Annotations of a first parameter that takes whatever has no typed handler.
+CATCH_ALL: Final = (dict, bytes, Message, Any, object)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One handler of one type.
+
+    Attributes:
+        name: its own, which copies for a retry carry.
+        type: the name on the wire; None for a catch-all.
+        payload: what its body is decoded to; None where the function's annotation says.
+        function: the handler.
+        retry: replaces the bus's policy.
+    """
+
+    name: str
+    type: str | None
+    payload: Any
+    function: Callable[..., Any]
+    retry: Retry | None
+
+
+class Entries:
+    """The handlers of a bus, and the topics that they need."""
+
+    def __init__(self) -> None:
+        self._by_type: dict[str | None, list[Entry]] = {}
+        self._contracts: dict[str, type[Contract]] = {}
+        #: Topics of the events that are handled.
+        self.bindings: dict[Binding, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._by_type)
+
+    def __iter__(self) -> Any:
+        return (entry for entries in self._by_type.values() for entry in entries)
+
+    def find(self, type: str | None) -> list[Entry]:  # noqa: A002 - the field's name everywhere
+        """The handlers for this type; the catch-alls where there are none."""
+        return self._by_type.get(type) or self._by_type.get(None, [])
+
+    def known(self) -> list[str]:
+        """The names that have a handler of their own."""
+        return sorted(name for name in self._by_type if name is not None)
+
+    def contract(self, name: str | None) -> type[Contract] | None:
+        """The contract of this name, where one is known here."""
+        return self._contracts.get(name or "")
+
+    def know(self, contract: type[Contract]) -> None:
+        """Remember a contract by its name.
+
+        Raises:
+            ConfigurationError: another one has it already.
+        """
+        other = self._contracts.setdefault(contract.__terms__.name, contract)
+        if other is not contract:
+            raise ConfigurationError(
+                f"{_where(contract)} and {_where(other)} are both called {contract.__terms__.name!r} on the wire: "
+                f'give one of them another name, class {contract.__name__}(..., name="...").'
+            )
+
+    def add(
+        self,
+        function: Callable[..., Any],
+        *,
+        contract: type[Contract] | None = None,
+        type: str | None = None,  # noqa: A002
+        retry: Retry | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        """Register a handler: by `contract`, by `type`, or by what its first parameter says.
+
+        Raises:
+            ConfigurationError: it says nothing that can be handled, or a command has a handler already.
+        """
+        annotation = payload_type(function)
+        contracts = (contract,) if contract is not None else contracts_in(annotation)
+        name = name_of(function)
+        if type is not None:
+            payload = contract if contract is not None else None
+            return self._add(Entry(name, type, payload, function, retry))
+        if not contracts:
+            if annotation not in CATCH_ALL and getattr(annotation, "__origin__", None) is not dict:
+                raise ConfigurationError(
+                    f"The handler {name} wants {annotation!r}, which is neither a Command nor an Event: annotate its "
+                    "first parameter with one, with dict to take what has no handler, or give type='...'."
+                )
+            return self._add(Entry(name, None, None, function, retry))
+        for each in contracts:
+            self._add_contract(each, Entry(name, each.__terms__.name, each, function, retry), exchange)
+
+    def _add_contract(self, contract: type[Contract], entry: Entry, exchange: Exchange | None) -> None:
+        self.know(contract)
+        if issubclass(contract, Command) and (others := self._by_type.get(contract.__terms__.name)):
+            raise ConfigurationError(
+                f"The command {contract.__terms__.name!r} has the handler {others[0].name} already, and a command "
+                f"has one; {entry.name} cannot have it too."
+            )
+        self._add(entry)
+        if issubclass(contract, Event):
+            self.bindings[Binding(contract.__terms__.topic, exchange or TOPIC)] = None
+
+    def _add(self, entry: Entry) -> None:
+        others = self._by_type.setdefault(entry.type, [])
+        if any(other.name == entry.name for other in others):
+            raise ConfigurationError(
+                f"Two handlers of {entry.type or 'what has no other handler'} are called {entry.name}: a retry is "
+                "addressed by that name, so rename one."
+            )
+        others.append(entry)
+
+
+def of_class(handler: type, provided: Mapping[type, Any]) -> Callable[..., Any]:
+    """A handler function for a class: a fresh instance for each message, its `handle` called.
+
+    Parameters:
+        provided: type -> what a constructor's argument of that type is.
+
+    Raises:
+        ConfigurationError: it has no `handle`, or a constructor parameter that nothing provides.
+    """
+    method = getattr(handler, "handle", None)
+    if not inspect.isfunction(method):
+        raise ConfigurationError(
+            f"{handler.__qualname__} has no method to handle with: def handle(self, command): ..."
+        )
+    make = _maker(handler, provided)
+
+    async def handle(*args: Any, **kwargs: Any) -> Any:
+        return await make().handle(*args, **kwargs)
+
+    def handle_in_thread(*args: Any, **kwargs: Any) -> Any:
+        return make().handle(*args, **kwargs)
+
+    function: Any = handle if inspect.iscoroutinefunction(method) else handle_in_thread
+    signature = inspect.signature(method)
+    function.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
+    function.__annotations__ = get_type_hints(method)
+    function.__qualname__ = handler.__qualname__
+    return function  # type: ignore[no-any-return]
+
+
+def _maker(handler: type, provided: Mapping[type, Any]) -> Callable[[], Any]:
+    if handler.__init__ is object.__init__:  # type: ignore[misc]
+        return handler
+    hints = get_type_hints(handler.__init__)  # type: ignore[misc]
+    parameters = [*inspect.signature(handler).parameters.values()]
+
+    def make() -> Any:
+        arguments = {}
+        for parameter in parameters:
+            kind: Any = hints.get(parameter.name)
+            if kind in provided:
+                arguments[parameter.name] = provided[kind]
+            elif parameter.default is inspect.Parameter.empty and parameter.kind not in _VARIABLE:
+                raise ConfigurationError(
+                    f"{handler.__qualname__} wants {parameter.name}: {kind or 'something'}, which nothing "
+                    "provides: bus.provide(...)."
+                )
+        return handler(**arguments)
+
+    return make
+
+
+_VARIABLE: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _where(contract: type) -> str:
+    return f"{contract.__module__}.{contract.__qualname__}"

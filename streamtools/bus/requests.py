@@ -1,0 +1,137 @@
+"""Requests: one reply queue for a bus, and who waits for which reply."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, Final
+
+from streamtools.admin import ADMINS, QueueAdmin
+from streamtools.bus.composer import FAILURE
+from streamtools.consumer import Consumer
+from streamtools.errors import QueueError, RemoteError, RequestTimeout, StreamToolsError
+from streamtools.message import Message
+from streamtools.policy import Retry
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: Replies taken in at once.
+PREFETCH: Final = 1000
+#: Where the protocol lets a queue belong to a connection, the reply queue does; it need not outlive the bus.
+OPTIONS: Final[dict[str, Any]] = {"queue_type": "classic", "durable": False, "exclusive": True}
+
+
+class Requests:
+    """The reply queue, made with the first request, and the requests that wait.
+
+    Parameters:
+        name: the bus's queue, or its client_id.
+        url: where.
+    """
+
+    def __init__(self, name: str, url: str | ProtocolSettings | None) -> None:
+        self.queue: str = f"{name}.replies.{token_hex(6)}"
+        self._url = url
+        self._waiting: dict[str, asyncio.Future[Message]] = {}
+        self._loop: asyncio.Task[None] | None = None
+        self._consumer: Consumer | None = None
+        self._starting = asyncio.Lock()
+
+    async def ask(self, message: Message, timeout: float, send: Callable[[Message], Awaitable[Any]]) -> Message:  # noqa: ASYNC109
+        """Send a request and wait for its reply.
+
+        Parameters:
+            timeout: seconds.
+
+        Raises:
+            RequestTimeout: none came in time.
+            RemoteError: the handler failed.
+            StreamToolsError: it could not be sent, or replies cannot be received.
+        """
+        await self._listen()
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._waiting[message.id] = future
+        try:
+            async with asyncio.timeout(timeout):
+                await send(message.replace(reply_to=self.queue))
+                reply = await future
+        except TimeoutError:
+            raise RequestTimeout(
+                f"No reply from {message.queue!r} within {timeout:g} s. Is its handler running, and does it reply? "
+                "The request may be handled all the same."
+            ) from None
+        finally:
+            self._waiting.pop(message.id, None)
+        if reply.type == FAILURE:
+            raise _failure(message, reply)
+        return reply
+
+    async def close(self) -> None:
+        """Let go of the reply queue; who still waits is told. Safe to repeat."""
+        consumer, self._consumer = self._consumer, None
+        task, self._loop = self._loop, None
+        if consumer is None or task is None:
+            return
+        consumer.stop(0)
+        with suppress(StreamToolsError):
+            await task
+        if "exclusive" not in consumer.options_class.model_fields and consumer.features.admin:
+            admin: QueueAdmin = ADMINS[consumer.protocol](url=self._url)
+            async with admin:
+                with suppress(QueueError):
+                    await admin.delete(self.queue)
+
+    # --- listening ------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        if self._loop is not None and not self._loop.done():
+            return
+        async with self._starting:
+            if self._loop is None or self._loop.done():
+                await self._start()
+
+    async def _start(self) -> None:
+        consumer = Consumer(
+            self.queue, url=self._url, ack="on_receive", retry=Retry(retries=0), prefetch=PREFETCH, **OPTIONS
+        )
+        handler = consumer()(self._take)
+        started = asyncio.Event()
+        task = asyncio.create_task(consumer.run(handler, on_started=started.set), name="streamtools-replies")
+        task.add_done_callback(lambda _: started.set())
+        await started.wait()
+        if task.done():
+            task.result()
+        self._consumer, self._loop = consumer, task
+        task.add_done_callback(self._ended)
+
+    async def _take(self, reply: Message) -> None:
+        # By the request's id; who cannot say it (another system's reply) says its correlation id, which is the same
+        # where the request began the conversation.
+        future = self._waiting.get(reply.causation_id or "") or self._waiting.get(reply.correlation_id or "")
+        if future is None:
+            log.info("A reply came late and is dropped: %s, to request %s.", reply.id, reply.causation_id)
+        elif not future.done():
+            future.set_result(reply)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(error or RequestTimeout("The bus was closed while the reply was awaited."))
+
+
+def _failure(message: Message, reply: Message) -> RemoteError:
+    from pydantic_core import from_json  # noqa: PLC0415
+
+    found = from_json(reply.body)
+    return RemoteError(
+        f"{message.type or 'The request'} failed at {message.queue!r}: {found['exception']}: {found['reason']}",
+        exception=str(found["exception"]),
+        reason=str(found["reason"]),
+    )
