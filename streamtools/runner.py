@@ -85,8 +85,10 @@ class Supervisor:
         try:
             while not self._stopping:
                 await self._run_once()
-        except BaseException:
+        except BaseException as error:
             self.state = "dead"
+            if isinstance(error, Exception):  # beside a host's own work nobody may await it before the end
+                log.error("The loop of %s cannot go on, and the runner ends: %s", self.handler.name, error)  # noqa: TRY400
             raise
         self.state = "stopped"
 

@@ -258,13 +258,15 @@ async def test_when_the_budget_is_used_up_the_runner_ends_by_that_error() -> Non
     assert runner.health().loops[0].state == "dead" and not runner.health().live
 
 
-async def test_a_consumer_closed_by_someone_else_ends_the_runner_loudly() -> None:
+async def test_a_consumer_closed_by_someone_else_ends_the_runner_loudly(caplog: pytest.LogCaptureFixture) -> None:
     consumers, _ = service()
     runner = ConsumerRunner(consumers)
     with pytest.raises(HandlerError, match="was closed while the runner was running it"):
         async with runner:
             await consumers.instances[0].close()
             await eventually(lambda: runner._task is not None and runner._task.done())
+            # Now, not only when the host leaves the block.
+            assert "cannot go on, and the runner ends" in caplog.text
 
 
 # --- as a process -------------------------------------------------------------------------------
