@@ -517,6 +517,7 @@ class Bus:
             outgoing=self.outgoing,
             resolvers=self._resolvers(),
             threads=threads,
+            send=None if consumer.ack == "after" else self._sender.send_messages,
         )
 
     # --- the way of a message -------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -19,6 +20,19 @@ from streamtools.message import NO_HEADERS, Message, ids
 Intent = Literal["command", "event", "request", "reply"]
 #: What a reply that carries a failure is called.
 FAILURE: Final = "streamtools.Failure"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What is answered to a request whose handler failed.
+
+    Attributes:
+        exception: the class name of what it raised.
+        reason: the text of it.
+    """
+
+    exception: str = ""
+    reason: str = ""
 
 
 class Composer:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from streamtools.binding import Resolver, compile_handler
-from streamtools.bus.composer import FAILURE, Composer
+from streamtools.bus.composer import FAILURE, Composer, Failure
 from streamtools.bus.entries import Entries, Entry
 from streamtools.bus.outbox import Outbox, outbox
 from streamtools.delivery import Delivery, Settlement, current
 from streamtools.dispatch import Dispatcher, chain
 from streamtools.errors import Reject, SendError, near
 from streamtools.message import Message
+from streamtools.policy import describe
 from streamtools.threads import Threads
 from streamtools.types import Handler, Middleware
 from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
@@ -50,6 +51,7 @@ class BusDispatch:
         outgoing: middleware for what handlers send.
         resolvers: what further parameters may be annotated with.
         threads: where `def` handlers run.
+        send: sends at once; given where no acknowledgement follows that messages could leave with.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class BusDispatch:
         outgoing: Sequence[Middleware],
         resolvers: Mapping[type, Resolver],
         threads: Threads,
+        send: Callable[[Sequence[Message]], Awaitable[object]] | None = None,
     ) -> None:
+        self._send = send
         self._entries = entries
         self._composer = composer
         self._outgoing = outgoing
@@ -84,7 +88,7 @@ class BusDispatch:
         runs = self._find(delivery.message)
         if len(runs) == 1:
             settlement = await runs[0][1](delivery)
-            self._answer_failure(settlement)
+            await self._answer_failure(settlement)
             return settlement
         parts = []
         for name, dispatcher in runs:
@@ -119,7 +123,7 @@ class BusDispatch:
             return part
         message = part.delivery.message
         settlement = dispatcher.settlement(part.delivery, message, await dispatcher.decide(message, error), error)
-        self._answer_failure(settlement)
+        await self._answer_failure(settlement)
         return settlement
 
     # --- finding --------------------------------------------------------------------------------
@@ -145,7 +149,6 @@ class BusDispatch:
     def _collecting(self, handler: Handler, name: str) -> Handler:
         """The handler with an outbox around it, whose messages leave with its acknowledgement."""
         composer = self._composer
-        outgoing = self._outgoing
 
         async def handle(message: Message) -> Any:
             box = Outbox(composer.new_id, incoming=message, handler=name)
@@ -158,24 +161,29 @@ class BusDispatch:
                 box.open = False
                 outbox.reset(token)
             if box.messages:
-                delivery = current.get()
-                assert delivery is not None
-                delivery.outgoing += await through(box.messages, outgoing)
+                await self._let_go(await through(box.messages, self._outgoing))
             return result
 
         return handle
 
-    def _answer_failure(self, settlement: Settlement) -> None:
+    async def _let_go(self, messages: list[Message]) -> None:
+        """What a handler sent: with its acknowledgement, where there is one to come."""
+        if self._send is not None:
+            await self._send(messages)
+        elif (delivery := current.get()) is not None:
+            delivery.outgoing += messages
+
+    async def _answer_failure(self, settlement: Settlement) -> None:
         """A request that failed for good is answered, so that nobody waits for its timeout."""
         message = settlement.delivery.message
         if settlement.verdict.kind is not Kind.REJECT or message.intent != "request" or message.reply_to is None:
             return
-        error = settlement.error
-        failure = {
-            "exception": type(error).__name__ if error is not None else "",
-            "reason": str(error)[:500] if error is not None else settlement.verdict.reason,
-        }
-        settlement.outgoing += (self._composer.reply(message, failure, type=FAILURE),)
+        why = describe(message, settlement.error or settlement.verdict.reason)
+        reply = self._composer.reply(message, Failure(why.exception, why.reason), type=FAILURE)
+        if self._send is not None:
+            await self._send([reply])
+        else:
+            settlement.outgoing += (reply,)
 
 
 async def through(messages: Sequence[Message], outgoing: Sequence[Middleware]) -> list[Message]:

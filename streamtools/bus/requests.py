@@ -9,8 +9,9 @@ from contextlib import suppress
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final
 
+from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
-from streamtools.bus.composer import FAILURE
+from streamtools.bus.composer import FAILURE, Failure
 from streamtools.consumer import Consumer
 from streamtools.errors import QueueError, RemoteError, RequestTimeout, StreamToolsError
 from streamtools.message import Message
@@ -25,6 +26,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 PREFETCH: Final = 1000
 #: Where the protocol lets a queue belong to a connection, the reply queue does; it need not outlive the bus.
 OPTIONS: Final[dict[str, Any]] = {"queue_type": "classic", "durable": False, "exclusive": True}
+_FAILURE: Final = codec.decoder(Failure)
 
 
 class Requests:
@@ -127,11 +129,9 @@ class Requests:
 
 
 def _failure(message: Message, reply: Message) -> RemoteError:
-    from pydantic_core import from_json  # noqa: PLC0415
-
-    found = from_json(reply.body)
+    found = _FAILURE(reply)
     return RemoteError(
-        f"{message.type or 'The request'} failed at {message.queue!r}: {found['exception']}: {found['reason']}",
-        exception=str(found["exception"]),
-        reason=str(found["reason"]),
+        f"{message.type or 'The request'} failed at {message.queue!r}: {found.exception}: {found.reason}",
+        exception=found.exception,
+        reason=found.reason,
     )
