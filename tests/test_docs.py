@@ -92,13 +92,17 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
 
 
 #: The columns of the table of features.
-COLUMNS = ("rabbitmq", "sqlite", "asyncio", "http")
+COLUMNS = ("rabbitmq", "kafka", "sqlite", "asyncio", "http")
 
 
 def _features_table() -> dict[str, list[bool]]:
     page = next(page for page in PAGES if page.path == "docs/how-to/switch-the-protocol.md")
     rows = [line.strip("| ").split("|") for line in page.text.splitlines() if line.startswith("| `")]
-    return {row[0].split("`")[1]: [cell.strip() == "yes" for cell in row[1:]] for row in rows if len(row) == 5}
+    return {
+        row[0].split("`")[1]: [cell.strip() == "yes" for cell in row[1:]]
+        for row in rows
+        if len(row) == 1 + len(COLUMNS)
+    }
 
 
 def test_the_table_of_features_is_what_the_drivers_declare() -> None:

@@ -30,7 +30,8 @@ class Reader:
 
     Parameters:
         directory: an empty one.
-        broker: a RabbitMQ; without one the blocks that need it are left out.
+        broker: a RabbitMQ. Without one the blocks that need it are left out; with one they alone are run, on the
+            files that the page writes.
     """
 
     def __init__(self, directory: Path, broker: RabbitMQAddress | None = None) -> None:
@@ -47,7 +48,7 @@ class Reader:
         blocks = page.blocks
         try:
             for position, block in enumerate(blocks):
-                if self._broker is None and needs_rabbitmq(block):
+                if not block.title and needs_rabbitmq(block) != (self._broker is not None):
                     continue
                 try:
                     self._do(block, blocks[position + 1 :])
