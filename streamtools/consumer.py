@@ -33,7 +33,7 @@ from streamtools.policy import Retry, backoff, backoff_within
 from streamtools.registry import Registry
 from streamtools.threads import Threads
 from streamtools.types import ErrorHandler, Handler, Middleware
-from streamtools.verdicts import RELEASE, Verdict
+from streamtools.verdicts import DROP, RELEASE, Verdict
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -98,6 +98,8 @@ class Consumer:
     options_class: ClassVar[type[Options]] = Options
     #: Seconds in which `_receive` has surely found what is there.
     look: ClassVar[float] = 0.25
+    #: Messages that have expired are not handed over; an operator's reader sees them all the same.
+    drops_expired: ClassVar[bool] = True
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -229,7 +231,7 @@ class Consumer:
         return decorate if function is None else decorate(function)
 
     async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]:  # noqa: ASYNC109
-        """Pull up to `max_messages`; each delivery is to be settled by hand.
+        """Pull up to `max_messages`; each delivery is to be settled by hand. What has expired is dropped.
 
         Parameters:
             timeout: seconds to wait for the first one; 0 returns with what is there as soon as the
@@ -245,7 +247,7 @@ class Consumer:
         while True:
             await self._connect(time.monotonic() + self.connect_timeout)
             try:
-                return await self._pull(max_messages, timeout)
+                return await self._pull_fresh(max_messages, timeout)
             except ConnectError as error:
                 if error.permanent:
                     raise
@@ -422,6 +424,22 @@ class Consumer:
                 await self._stopping.wait()
         except TimeoutError:
             pass
+
+    async def _pull_fresh(self, limit: int, deadline: float | None) -> list[Delivery]:
+        """As `_pull`, but what has expired is dropped, as it would be before a handler."""
+        while True:
+            batch = await self._pull(limit, deadline)
+            stale = [delivery for delivery in batch if self.drops_expired and delivery.message.expired]
+            if not stale:
+                return batch
+            fresh = [delivery for delivery in batch if delivery not in stale]
+            try:
+                await guard(self._settle([Settlement(delivery, DROP) for delivery in stale]))
+            except asyncio.CancelledError:
+                await self._settle([Settlement(delivery, RELEASE) for delivery in fresh])
+                raise
+            if fresh:
+                return fresh
 
     async def _pull(self, limit: int, deadline: float | None) -> list[Delivery]:
         try:

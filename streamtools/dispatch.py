@@ -17,7 +17,7 @@ from streamtools.cancelling import asked_to_stop
 from streamtools.delivery import Delivery, Settlement, current
 from streamtools.errors import Drop, HandlerError, SendError, Signal
 from streamtools.features import Features
-from streamtools.message import Message
+from streamtools.message import ErrorDetails, Message
 from streamtools.policy import Retry, describe, error_copy, retry_copy
 from streamtools.types import ErrorHandler, Handler, Middleware
 from streamtools.verdicts import ACK, DROP, RELEASE, Kind, Verdict
@@ -89,7 +89,7 @@ class Dispatcher:
             return Settlement(delivery, RELEASE)
         if delivery.count >= self._max_deliveries:
             return self._poison(delivery)
-        if message.expires_at is not None and message.expires_at <= time.time():
+        if message.expired:
             return Settlement(delivery, DROP)
         token = current.set(delivery)
         try:
@@ -118,7 +118,7 @@ class Dispatcher:
             self._log(message, failure, verdict)
             if await self._given_back_within(delivery, verdict.delay):
                 return Settlement(delivery, RELEASE)
-            message = retry_copy(message, describe(message, failure, self._name), 0)
+            message = retry_copy(message, self._details(message, failure), 0)
 
     async def decide(self, message: Message, failure: BaseException) -> Verdict:
         """What is to become of a message that failed: by `on_error` where there is one, else by the policy."""
@@ -151,13 +151,20 @@ class Dispatcher:
         return Settlement(delivery, verdict, error=error)
 
     def _copy(self, message: Message, verdict: Verdict, error: BaseException | None) -> Message:
-        details = describe(message, error if error is not None else verdict.reason, self._name)
+        details = self._details(message, error if error is not None else verdict.reason)
         if verdict.kind is Kind.RETRY:
             return retry_copy(message, details, verdict.delay)
         copy = error_copy(message, details, self._error_queue)
         if copy.queue == message.queue:  # the error queue's own consumer failed: not again at once
             return copy.replace(deliver_at=time.time() + self._retry.max_delay)
         return copy
+
+    def _details(self, message: Message, error: BaseException | str) -> ErrorDetails:
+        if message.error is not None and self._error_queue.replace("{queue}", message.queue) == message.queue:
+            # The error queue's own consumer failed. What brought the message here, and where a redrive
+            # takes it, stands in its details: they are not to be lost by looking at it.
+            return message.error
+        return describe(message, error, self._name)
 
     def _poison(self, delivery: Delivery) -> Settlement:
         error = HandlerError(

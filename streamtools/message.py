@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -98,6 +99,11 @@ class Message:
     def replace(self, **changes: Any) -> Self:
         """A copy with these fields changed."""
         return replace(self, **changes)
+
+    @property
+    def expired(self) -> bool:
+        """Its `expires_at` has passed."""
+        return self.expires_at is not None and self.expires_at <= time.time()
 
     def __hash__(self) -> int:
         """By id: headers are a mapping, which has no hash."""

@@ -1,8 +1,9 @@
 """`asyncio://`: queues within this process. The first file for a driver author to read.
 
 A message sent is appended to its queue's `ready`, or to the heap of `later` until it is due; a
-consumer takes it from there, holds it until it is settled, and puts it back if it is released. That
-is all a protocol needs to do: retries, the error queue and the worker pool stand above it.
+consumer takes it from there, holds it until it is settled, and puts it back in its place if it is
+released. That is all a protocol needs to do: retries, the error queue and the worker pool stand
+above it.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import asyncio
 import heapq
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 from streamtools.admin import QueueAdmin, QueueInfo, Reader
 from streamtools.checks import Declare
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
-from streamtools.errors import Closed, QueueError, SendError
+from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
 from streamtools.exchange import Binding, another_type, no_subscriber
 from streamtools.features import Features
 from streamtools.message import Message
@@ -32,16 +33,30 @@ from streamtools.verdicts import Kind
 FEATURES = Features(groups=True, redelivery=True, topics=True, cancel=True)
 
 
+class Item(NamedTuple):
+    """A message in a queue.
+
+    Attributes:
+        place: where it stands among the others; kept while it is in hand.
+        origin: the queue that it failed in, for its way back from an error queue.
+    """
+
+    place: int
+    message: Message
+    origin: Queue | None
+
+
 class Queue:
-    """One queue: messages that are ready, messages that are due later, and those in hand."""
+    """One group's queue: messages that are ready, messages that are due later, and those in hand."""
 
     def __init__(self, name: str, maxsize: int) -> None:
         self.name = name
         self.maxsize = maxsize
-        self.ready: deque[Message] = deque()
-        self.later: list[tuple[float, int, Message]] = []
+        self.ready: deque[Item] = deque()
+        self.later: list[tuple[float, Item]] = []
         self.in_hand: int = 0
-        self._order = count()
+        self.deleted: bool = False
+        self._places = count()
         self._timer: asyncio.TimerHandle | None = None
         self._getters: deque[asyncio.Future[None]] = deque()
         self._putters: deque[asyncio.Future[None]] = deque()
@@ -51,37 +66,45 @@ class Queue:
         """Messages that wait, due or not."""
         return len(self.ready) + len(self.later)
 
-    async def put(self, message: Message) -> None:
-        """Add a message; waits while the queue is full."""
-        while self.size >= self.maxsize:
-            await self._wait(self._putters)
-        self.put_now(message)
+    async def room(self) -> None:
+        """Wait until there may be room."""
+        await _wait(self._putters)
 
-    def put_now(self, message: Message) -> None:
-        """Add a message, full or not: for copies, which must not wait for the consumer that makes them."""
+    def pass_on(self) -> None:
+        """Room that someone has waited for and does not need is another's."""
+        if self.size < self.maxsize:
+            _wake(self._putters)
+
+    def put(self, message: Message, origin: Queue | None = None) -> None:
+        """Add a message, full or not: copies must not wait for the consumer that makes them."""
+        item = Item(next(self._places), message, origin)
         if message.deliver_at is not None and message.deliver_at > time.time():
-            heapq.heappush(self.later, (message.deliver_at, next(self._order), message))
+            heapq.heappush(self.later, (message.deliver_at, item))
             self._schedule()
         else:
-            self.ready.append(message)
+            self.ready.append(item)
             _wake(self._getters)
 
-    def put_back(self, messages: Sequence[Message]) -> None:
-        """Return messages that were taken, to the front, in their order."""
-        self.in_hand -= len(messages)
-        self.ready.extendleft(reversed(messages))
-        _wake(self._getters)
+    def put_back(self, items: Iterable[Item]) -> None:
+        """Return items that were taken to their places."""
+        items = sorted(items)
+        self.in_hand -= len(items)
+        if items and self.ready and self.ready[0] < items[-1]:
+            self.ready = deque(sorted([*items, *self.ready]))
+        else:
+            self.ready.extendleft(reversed(items))
+        if self.ready:
+            _wake(self._getters)
 
     async def arrival(self) -> None:
         """Wait until a message may be ready, or until `interrupt()`."""
-        await self._wait(self._getters)
+        await _wait(self._getters)
 
     def interrupt(self) -> None:
         """Wake everyone who waits for an arrival."""
-        for _ in range(len(self._getters)):
-            _wake(self._getters)
+        _wake_all(self._getters)
 
-    def take(self, limit: int) -> list[Message]:
+    def take(self, limit: int) -> list[Item]:
         """Take up to `limit` messages that are ready."""
         taken = [self.ready.popleft() for _ in range(min(limit, len(self.ready)))]
         self.in_hand += len(taken)
@@ -93,7 +116,7 @@ class Queue:
 
     def cancel(self, id: str) -> bool:  # noqa: A002 - the field's name
         """Forget a message that is not due yet; False when there is none of this id."""
-        kept = [entry for entry in self.later if entry[2].id != id]
+        kept = [entry for entry in self.later if entry[1].message.id != id]
         found = len(kept) < len(self.later)
         self.later[:] = kept
         heapq.heapify(self.later)
@@ -104,19 +127,8 @@ class Queue:
         number = self.size
         self.ready.clear()
         self.later.clear()
-        while self._putters:
-            _wake(self._putters)
+        _wake_all(self._putters)
         return number
-
-    async def _wait(self, line: deque[asyncio.Future[None]]) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        line.append(waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                _wake(line)  # it was meant for us; pass it on
-            raise
 
     def _schedule(self) -> None:
         if self._timer is not None:
@@ -128,10 +140,22 @@ class Queue:
         self._timer = None
         now = time.time()
         while self.later and self.later[0][0] <= now:
-            self.ready.append(heapq.heappop(self.later)[2])
+            _, item = heapq.heappop(self.later)
+            self.ready.append(item._replace(place=next(self._places)))
             _wake(self._getters)
         if self.later:
             self._schedule()
+
+
+async def _wait(line: deque[asyncio.Future[None]]) -> None:
+    waiter = asyncio.get_running_loop().create_future()
+    line.append(waiter)
+    try:
+        await waiter
+    except asyncio.CancelledError:
+        if waiter.done() and not waiter.cancelled():
+            _wake(line)  # it was meant for us; pass it on
+        raise
 
 
 def _wake(line: deque[asyncio.Future[None]]) -> None:
@@ -140,6 +164,11 @@ def _wake(line: deque[asyncio.Future[None]]) -> None:
         if not waiter.done():
             waiter.set_result(None)
             return
+
+
+def _wake_all(line: deque[asyncio.Future[None]]) -> None:
+    for _ in range(len(line)):
+        _wake(line)
 
 
 class Topic:
@@ -163,6 +192,13 @@ class Topic:
             if latest and group is not None:
                 self.groups[group].purge()
         return self.groups.setdefault(group, Queue(self.name, self.maxsize))
+
+    def delete(self) -> None:
+        """Forget everything; whoever waits finds out."""
+        for queue in self.groups.values():
+            queue.deleted = True
+            queue.purge()
+            queue.interrupt()
 
 
 class Broker:
@@ -200,7 +236,7 @@ class Broker:
         Raises:
             QueueError: there is none.
         """
-        self.topic(name)
+        self.topic(name).delete()
         del self.topics[name]
         for bindings in self.bindings.values():
             for found in [key for key in bindings if key[1] == name]:
@@ -222,6 +258,24 @@ class Broker:
     def unbind(self, queue: str, binding: Binding) -> None:
         """Take it away again; safe to repeat."""
         self.bindings.get(binding.exchange.name, {}).pop((binding, queue), None)
+
+    async def put(self, message: Message) -> None:
+        """Give a message to all queues that it goes to at once; waits while one of them is full.
+
+        Raises:
+            QueueError: as for `route`.
+        """
+        full: Queue | None = None
+        while True:
+            routes = self.route(message)
+            waited, full = full, next((queue for _, queue in routes if queue.size >= queue.maxsize), None)
+            if full is None:
+                break
+            if waited is not None and waited is not full:
+                waited.pass_on()
+            await full.room()
+        for copy, queue in routes:
+            queue.put(copy)
 
     def route(self, message: Message) -> list[tuple[Message, Queue]]:
         """Where a message goes, as each queue is to have it.
@@ -276,90 +330,116 @@ class AsyncIOProducer(Producer, protocol="asyncio"):
     async def _send(self, batch: Sequence[Message], options: Options) -> None:
         for position, message in enumerate(batch):
             try:
-                for copy, queue in self._broker.route(message):
-                    await queue.put(copy)
+                await self._broker.put(message)
             except QueueError as error:
                 raise SendError(str(error), refused=[m.id for m in batch[position:]]) from error
 
 
+class Hold:
+    """A message in someone's hand. A new one each time: a verdict of before means nothing to it."""
+
+    __slots__ = ("item", "queue")
+
+    def __init__(self, queue: Queue, item: Item) -> None:
+        self.queue: Queue = queue
+        self.item: Item = item
+
+
 class AsyncIOConsumer(Consumer, protocol="asyncio"):
-    """Receives within this process; what it holds unsettled when it closes goes back to the front."""
+    """Receives within this process; what it holds unsettled when it closes goes back to its place."""
 
     features = FEATURES
     settings_class: ClassVar[type[AsyncIOSettings]] = AsyncIOSettings
     settings: AsyncIOSettings
     look: ClassVar[float] = 0.0
     _broker: Broker
-    _queue: Queue | None = None
+    #: What it reads: its group's queue; none when it is closed.
+    _queues: Sequence[Queue] = ()
 
     async def _open(self) -> None:
+        await self._close()
         self._broker = Broker.of(self.settings)
         self._broker.declare(self.queue, self.declare)
         self._broker.declare(self.error_queue.replace("{queue}", self.queue), self.declare)
         for binding in self.bindings:
             self._broker.bind(self.queue, binding)
-        self._queue = self._join()
-        self._numbers = count()
-        self._held: dict[int, Message] = {}  # in the order taken
+        self._held: set[Hold] = set()
+        self._queues = self._join(self._broker.topic(self.queue))
 
-    def _join(self) -> Queue | None:
-        return self._broker.topic(self.queue).join(self.group, latest=self.offset == "latest")
+    def _join(self, topic: Topic) -> Sequence[Queue]:
+        return [topic.join(self.group, latest=self.offset == "latest")]
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
-        while (queue := self._queue) is not None:
-            if queue.ready:
-                return [self._hold(message) for message in queue.take(limit)]
-            await queue.arrival()
+        while self._queues:
+            for queue in self._queues:
+                if queue.deleted:
+                    raise ConnectionLost(f"The queue {queue.name!r} was deleted.")
+                if queue.ready:
+                    return [self._hold(queue, item) for item in queue.take(limit)]
+            await self._queues[0].arrival()
         raise Closed(f"{self!r} was closed while it waited for messages.")
 
-    def _hold(self, message: Message) -> Delivery:
-        number = next(self._numbers)
-        self._held[number] = message
-        return Delivery(message, number)
+    def _hold(self, queue: Queue, item: Item) -> Delivery:
+        hold = Hold(queue, item)
+        self._held.add(hold)
+        return Delivery(item.message, hold)
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
-        if self._queue is None:
-            return  # closed: all that was in hand has gone back
-        released = []
+        released: dict[Queue, list[Item]] = {}
         for settlement in settlements:
-            if settlement.delivery.token not in self._held:
-                continue  # settled before
+            hold: Hold = settlement.delivery.token
+            if hold not in self._held:
+                continue  # settled before, or gone back when we closed
             # All of them or none: so look first where they go.
-            routes = [self._route(message, settlement.verdict.kind) for message in settlement.outgoing]
-            for copy, queue in (pair for route in routes for pair in route):
-                queue.put_now(copy)
-            taken = self._held.pop(settlement.delivery.token)
+            routes = [self._route(message, settlement.verdict.kind, hold) for message in settlement.outgoing]
+            for copy, queue, origin in (place for route in routes for place in route):
+                queue.put(copy, origin)
+            self._held.discard(hold)
             if settlement.verdict.kind is Kind.RELEASE:
-                released.append(taken)
+                released.setdefault(hold.queue, []).append(hold.item)
             else:
-                self._queue.in_hand -= 1
-        self._queue.put_back(released)
+                hold.queue.in_hand -= 1
+        for queue, items in released.items():
+            queue.put_back(items)
 
-    def _route(self, message: Message, kind: Kind) -> list[tuple[Message, Queue]]:
-        if kind is Kind.RETRY and message.queue == self.queue and self._queue is not None:
-            return [(message, self._queue)]  # for this group alone: the others have theirs
+    def _route(self, message: Message, kind: Kind, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
+        """Where an outgoing message goes, and the queue that it failed in, if it did."""
+        stays, origin = message.queue == self.queue, hold.item.origin
+        if kind is Kind.RETRY and stays:
+            return [(message, hold.queue, origin)]  # for this group alone: the others have theirs
+        if kind is not Kind.REJECT:
+            origin = None  # the handler's own
+        elif not stays:
+            origin = hold.queue
+        return [(copy, queue, origin) for copy, queue in self._find(message)]
+
+    def _find(self, message: Message) -> list[tuple[Message, Queue]]:
         try:
             return self._broker.route(message)
         except QueueError as error:
             raise SendError(str(error), refused=[message.id]) from error
 
     async def _close(self) -> None:
-        if self._queue is not None:
-            queue, self._queue = self._queue, None
-            queue.put_back([*self._held.values()])
+        queues, self._queues = self._queues, ()
+        for queue in queues:
+            queue.put_back(hold.item for hold in self._held if hold.queue is queue)
             queue.interrupt()
+        self._held = set()
 
 
 class AsyncIOReader(AsyncIOConsumer):
-    """Reads a queue for an admin, without becoming a group of its own."""
+    """Reads what waits for all groups of a queue, for an admin, without becoming a group of its own."""
 
-    async def _open(self) -> None:
-        await super()._open()
-        groups = self._broker.topic(self.queue).groups.values()
-        self._queue = max(groups, key=lambda group: len(group.ready))
+    drops_expired: ClassVar[bool] = False
 
-    def _join(self) -> Queue | None:
-        return None
+    def _join(self, topic: Topic) -> Sequence[Queue]:
+        return [*topic.groups.values()]
+
+    def _route(self, message: Message, kind: Kind, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
+        # Back to the group that it failed in; the others had it.
+        found = self._find(message)
+        own = hold.queue if message.queue == self.queue else hold.item.origin
+        return [(copy, queue, None) for copy, queue in found if queue is own] or [(*place, None) for place in found]
 
 
 class AsyncIOAdmin(QueueAdmin, protocol="asyncio"):

@@ -30,6 +30,7 @@ class RabbitMQReader(RabbitMQConsumer):
     """Holds many messages in hand at once, unsettled; begins with all it may hold."""
 
     cautious = False
+    drops_expired: ClassVar[bool] = False
 
 
 class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):

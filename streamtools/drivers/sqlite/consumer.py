@@ -163,10 +163,12 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         kind = settlement.verdict.kind
         rows = []
         for message in settlement.outgoing:
+            stays = message.queue == self.queue
             # A retry is for this group alone: the others have theirs.
-            own = kind is Kind.RETRY and message.queue == self.queue
-            failed = kind is Kind.REJECT and message.error is not None
-            rows.append(encode(message, lane=token.lane if own else None, origin=token.lane if failed else None))
+            lane = token.lane if kind is Kind.RETRY and stays else None
+            # What the error queue's own consumer does not settle for good still comes from where it failed first.
+            origin = None if kind not in (Kind.RETRY, Kind.REJECT) else token.origin if stays else token.lane
+            rows.append(encode(message, lane=lane, origin=origin))
         return rows
 
     async def _close(self) -> None:
@@ -187,6 +189,8 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
 class SQLiteReader(SQLiteConsumer):
     """Reads what waits in all lanes of a queue, for `peek` and `move`; joins no group and makes nothing."""
 
+    drops_expired: ClassVar[bool] = False
+
     async def _join(self, session: Session) -> Holder:
         lanes = await session.call(lanes_of, self.queue, full=False)
         if not lanes:
@@ -195,7 +199,10 @@ class SQLiteReader(SQLiteConsumer):
 
     def _rows(self, settlement: Settlement, token: Token) -> list[Row]:
         # Back to the group that it failed in; the others had it.
-        return [encode(message, lane=token.origin) for message in settlement.outgoing]
+        return [
+            encode(message, lane=token.lane if message.queue == self.queue else token.origin)
+            for message in settlement.outgoing
+        ]
 
 
 def join(tables: Tables, arguments: Sequence[tuple[str, str, bool]]) -> list[int | None]:

@@ -14,7 +14,7 @@ from streamtools.policy import Retry
 from streamtools.testing.conformance.cases import Cases, needs
 from streamtools.testing.conformance.payloads import BODIES, HEADERS, Order
 from streamtools.testing.conformance.sending import TICK
-from streamtools.testing.conformance.stage import ALWAYS, NEVER, QUICK, Inbox, Stage
+from streamtools.testing.conformance.stage import ALWAYS, NEVER, QUICK, Envelopes, Inbox, Stage
 from streamtools.testing.waiting import eventually, reaches
 
 TRACEBACK_LIMIT = 8 * 1024
@@ -274,6 +274,19 @@ class FailingCases(Cases):
             async with stage.running(inbox, errors, error_queue=errors, retry=Retry(retries=0, max_delay=0.2)):
                 # It comes back to the error queue, after a while and not at once.
                 await inbox.holds(2)
+
+    @needs("error_queue")
+    async def test_the_error_queues_own_handler_does_not_hide_what_failed_first(self, stage: Stage) -> None:
+        errors = f"{stage.queue}.error"
+        async with stage.running(Inbox(_raise(Reject("no card")))):
+            await stage.send("x")
+            inbox = Envelopes(_raise(ValueError("no mail server")))
+            policy = Retry(retries=2, delay=0, jitter=0, max_delay=0.2)
+            async with stage.running(inbox, errors, error_queue=errors, retry=policy):
+                runs = await inbox.holds(4)
+        for message in runs:  # retried, rejected and come back, it still says where it is to be put back
+            assert message.error is not None
+            assert (message.error.queue, message.error.reason) == (stage.queue, "no card")
 
 
 def _raise(error: BaseException) -> Any:

@@ -8,10 +8,11 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from streamtools.admin import QueueAdmin
 from streamtools.errors import FeatureError, Reject
 from streamtools.message import Message
 from streamtools.policy import Retry
-from streamtools.testing.conformance.cases import Cases, needs
+from streamtools.testing.conformance.cases import Cases, except_with, needs
 from streamtools.testing.conformance.stage import QUICK, Gate, Inbox, Stage, gather
 from streamtools.testing.waiting import eventually, reaches
 
@@ -186,6 +187,31 @@ class GroupCases(Cases):
             [message] = await stage.errors(1)
         assert message.body == b"x"
         await stage.nothing_waits(f"{stage.queue}.error")
+
+    @needs("groups", "error_queue", "admin")
+    @except_with("replay", "all groups read the one topic that a redriven message goes to")
+    async def test_a_redrive_is_for_the_group_whose_handler_failed(self, stage: Stage) -> None:
+        errors = f"{stage.queue}.error"
+        billing, shipping = await stage.consumer(group="billing"), await stage.consumer(group="shipping")
+        await stage.send("x")
+        await (await stage.take(billing, 1))[0].ack()
+        await (await stage.take(shipping, 1))[0].reject("no stock")
+        # Someone looks at it, cannot mend it yet, and puts it back in both ways.
+        curious = await stage.consumer(errors, error_queue=errors, retry=Retry(max_delay=0))
+        await (await stage.take(curious, 1))[0].retry()
+        await (await stage.take(curious, 1))[0].reject("not by me")
+        await curious.close()
+        admin = await stage.admin()
+        await eventually(lambda: _ready(admin, errors, 1))
+        assert await admin.move(errors) == 1
+        [again] = await stage.take(shipping, 1)
+        assert (again.message.body, again.message.attempt) == (b"x", 1)
+        await again.ack()
+        assert await billing.receive(timeout=0) == []
+
+
+async def _ready(admin: QueueAdmin, queue: str, number: int) -> bool:
+    return (await admin.stats(queue)).ready == number
 
 
 class ConnectionCases(Cases):

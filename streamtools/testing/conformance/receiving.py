@@ -223,6 +223,21 @@ class ReceivingCases(Cases):
         assert again.message.id == delivery.message.id
         await again.ack()
 
+    async def test_a_verdict_of_before_a_reopen_settles_nothing_else(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        await stage.send("kept")
+        [before] = await stage.take(consumer, 1)
+        await consumer.close()
+        await consumer.open()
+        [again] = await stage.take(consumer, 1)
+        with suppress(StreamToolsError):  # it may say so, or say nothing
+            await before.ack()
+        await consumer.close()
+        second = await stage.consumer()
+        [kept] = await stage.take(second, 1)
+        assert kept.message.id == again.message.id == before.message.id
+        await kept.ack()
+
     # --- closing --------------------------------------------------------------------------------
 
     async def test_close_wakes_who_waits_and_may_be_repeated(self, stage: Stage) -> None:

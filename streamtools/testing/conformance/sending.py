@@ -275,6 +275,21 @@ class SendingCases(Cases):
             await eventually(lambda: "fresh" in gate.left)
         assert gate.left == ["first", "fresh"]
 
+    @needs("expiry")
+    @except_with("reply", "its sender waits for the answer")
+    async def test_an_expired_message_is_not_handed_over_by_hand_either(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        await stage.send("stale", ttl=0.05)
+        await stage.send("fresh", ttl=60)
+        expired = time.time() + 0.1
+        await eventually(lambda: time.time() > expired)
+        [delivery] = await stage.take(consumer, 1)
+        assert delivery.message.body == b"fresh"
+        await delivery.ack()
+        assert await consumer.receive(timeout=0) == []
+        await consumer.close()
+        await stage.nothing_waits()
+
     # --- replies --------------------------------------------------------------------------------
 
     @needs("reply")

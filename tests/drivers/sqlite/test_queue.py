@@ -225,7 +225,7 @@ async def test_text_that_has_no_utf8_form_is_refused_and_others_of_its_transacti
     async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
         results = await asyncio.gather(
             producer.send("good", id="1"),
-            producer.send("bad", key="\ud800", id="2"),
+            producer.send_messages([Message(body=b"bad", queue="orders", key="\ud800", id="2")]),
             producer.send("good", id="3"),
             return_exceptions=True,
         )
