@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,32 @@ from tests.brokers.processes import POLL, BrokerError, end, spawn
 START_TIMEOUT = 120.0
 
 
-class Node:
+class Runs:
+    """Something that runs within a `with` block."""
+
+    def start(self) -> None:
+        """Start what does not run; returns when it serves."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Kill it and remove what is its own; safe to repeat."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Node(Runs):
     """One broker process; a subclass says which by the hooks at the end.
 
     Parameters:
@@ -98,19 +124,6 @@ class Node:
         if self._owns_home:
             self.home.close()
 
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
-
     # --- for subclasses ---------------------------------------------------------------------------
 
     def _prepare(self) -> None:
@@ -156,3 +169,34 @@ class Node:
     def _last_words(self) -> str:
         logs = [self._file("out"), *self._logs()]
         return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-2000:]}" for log in logs if log.exists())
+
+
+class Cluster(Runs):
+    """Several nodes that know each other; `nodes` one by one. A subclass makes them."""
+
+    home: Home
+    nodes: Sequence[Node]
+
+    def start(self) -> None:
+        """Start what does not run; returns when all nodes serve and see each other."""
+        with ThreadPoolExecutor(len(self.nodes)) as pool:
+            list(pool.map(lambda node: node.start(), self.nodes))
+        self.wait_joined()
+
+    def wait_joined(self, timeout: float = START_TIMEOUT) -> None:
+        """Return when every node sees all of them."""
+        deadline = time.monotonic() + timeout
+        while (seen := self._seen()) < len(self.nodes):
+            if time.monotonic() > deadline:
+                raise BrokerError(f"{seen} of {len(self.nodes)} nodes joined in {timeout:g} s")
+            time.sleep(POLL)
+
+    def close(self) -> None:
+        """Kill all and remove everything; safe to repeat."""
+        for node in self.nodes:
+            node.close()
+        self.home.close()
+
+    def _seen(self) -> int:
+        """How many nodes every node sees."""
+        raise NotImplementedError

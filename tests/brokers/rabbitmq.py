@@ -12,18 +12,16 @@ import json
 import secrets
 import subprocess
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import quote
 
 from tests.brokers import packages
 from tests.brokers.address import RabbitMQAddress, with_vhost
 from tests.brokers.handshake import shake_hands
 from tests.brokers.home import ErlangHome
-from tests.brokers.node import START_TIMEOUT, Node
+from tests.brokers.node import Cluster, Node
 from tests.brokers.processes import POLL, BrokerError, free_ports
 
 #: Seconds that rabbitmqctl may take; 2 on a quiet machine.
@@ -287,13 +285,13 @@ class RabbitMQNode(Node):
         return sorted((self.home.directory / self.name / "log").glob("*.log"))
 
 
-class RabbitMQCluster:
+class RabbitMQCluster(Cluster):
     """Several nodes that know each other; `nodes` one by one, `urls` for a client."""
 
     def __init__(self, size: int = 3, *, guarded: bool = True) -> None:
-        self.home = ErlangHome(guarded=guarded)
+        self.home: ErlangHome = ErlangHome(guarded=guarded)
         names = tuple(f"n{i}" for i in range(1, size + 1))
-        self.nodes = [RabbitMQNode(self.home, name=name, peers=names) for name in names]
+        self.nodes: Sequence[RabbitMQNode] = [RabbitMQNode(self.home, name=name, peers=names) for name in names]
 
     @property
     def urls(self) -> list[str]:
@@ -309,39 +307,10 @@ class RabbitMQCluster:
     def start(self) -> None:
         """Start what does not run; returns when all nodes serve and see each other."""
         self.home.start_epmd()
-        with ThreadPoolExecutor(len(self.nodes)) as pool:
-            list(pool.map(RabbitMQNode.start, self.nodes))
-        self.wait_joined()
+        super().start()
 
-    def wait_joined(self, timeout: float = START_TIMEOUT) -> None:
-        """Return when every node runs in one cluster."""
-        deadline = time.monotonic() + timeout
-        while (running := self._running()) < len(self.nodes):
-            if time.monotonic() > deadline:
-                raise BrokerError(f"{running} of {len(self.nodes)} nodes joined in {timeout:g} s")
-            time.sleep(POLL)
-
-    def _running(self) -> int:
+    def _seen(self) -> int:
         return min(sum(bool(n.get("running")) for n in node.manage("GET", "nodes")) for node in self.nodes)
-
-    def close(self) -> None:
-        """Kill all and remove everything; safe to repeat."""
-        for node in self.nodes:
-            node.close()
-        self.home.close()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def add_vhost(address: RabbitMQAddress, vhost: str) -> None:

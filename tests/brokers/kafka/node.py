@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Self
+from collections.abc import Mapping, Sequence
 
 from tests.brokers.home import Home
 from tests.brokers.kafka import jars
@@ -29,8 +26,8 @@ from tests.brokers.kafka.configuration import (
 )
 from tests.brokers.kafka.handshake import live_brokers
 from tests.brokers.kafka.tools import TOOL_JAVA, kafka_tool, leaders
-from tests.brokers.node import START_TIMEOUT, Node
-from tests.brokers.processes import POLL, BrokerError
+from tests.brokers.node import START_TIMEOUT, Cluster, Node
+from tests.brokers.processes import BrokerError
 
 SERVER_JAVA = ("java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError", "-Djava.awt.headless=true")
 LOG = ("-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLogger.showDateTime=true")
@@ -152,13 +149,15 @@ class KafkaNode(Node):
         return BrokerError(f"it sees the brokers {seen} and not itself")
 
 
-class KafkaCluster:
+class KafkaCluster(Cluster):
     """Several nodes; `nodes` one by one, `url` with all of them. Topics have a copy on each node."""
 
     def __init__(self, size: int = 3, *, config: Mapping[str, str] | None = None, guarded: bool = True) -> None:
-        self.home = KafkaHome(guarded=guarded)
+        self.home: KafkaHome = KafkaHome(guarded=guarded)
         members = tuple(new_member(number) for number in range(1, size + 1))
-        self.nodes = [KafkaNode(self.home, member=m, members=members, config=config) for m in members]
+        self.nodes: Sequence[KafkaNode] = [
+            KafkaNode(self.home, member=m, members=members, config=config) for m in members
+        ]
 
     @property
     def address(self) -> KafkaAddress:
@@ -193,35 +192,5 @@ class KafkaCluster:
         """Run one of Kafka's own command-line tools against the cluster; see `kafka_tool`."""
         return kafka_tool(self.address.bootstrap, name, *arguments)
 
-    def start(self) -> None:
-        """Start what does not run; returns when all nodes serve and see each other."""
-        with ThreadPoolExecutor(len(self.nodes)) as pool:
-            list(pool.map(KafkaNode.start, self.nodes))
-        self.wait_joined()
-
-    def wait_joined(self, timeout: float = START_TIMEOUT) -> None:
-        """Return when every node sees all of them."""
-        deadline = time.monotonic() + timeout
-        while (seen := min(len(node.serves()) for node in self.nodes)) < len(self.nodes):
-            if time.monotonic() > deadline:
-                raise BrokerError(f"{seen} of {len(self.nodes)} nodes joined in {timeout:g} s")
-            time.sleep(POLL)
-
-    def close(self) -> None:
-        """Kill all and remove everything; safe to repeat."""
-        for node in self.nodes:
-            node.close()
-        self.home.close()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
+    def _seen(self) -> int:
+        return min(len(node.serves()) for node in self.nodes)
