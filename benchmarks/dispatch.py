@@ -44,7 +44,7 @@ async def _framework(concurrency: int) -> tuple[int, float, float]:
     await consumer.open()
     messages = _messages()
     for message in messages:
-        consumer._queue.put_now(message)  # the send side is not what is measured
+        consumer._queues[0].put(message)  # the send side is not what is measured
     handler = consumer()(counter.handle)
     with Stopwatch() as watch:
         loop = asyncio.create_task(handler())
