@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from streamtools.admin import ADMINS, GroupInfo, PartitionInfo, QueueAdmin, QueueInfo, QueueSettings
+    from streamtools.admin import ADMINS, QueueAdmin
     from streamtools.bus import Bus, Command, Event, MessageContext
     from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
     from streamtools.delivery import Delivery
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from streamtools.message import ErrorDetails, Message
     from streamtools.policy import Retry
     from streamtools.producer import PRODUCERS, Producer, Receipt
+    from streamtools.queues import GroupInfo, PartitionInfo, QueueInfo, QueueSettings
     from streamtools.registry import ASYNCIO, HTTP, KAFKA, RABBITMQ, SQLITE
     from streamtools.routing import ConsumerFactory
     from streamtools.runner import ConsumerRunner
@@ -111,10 +112,10 @@ _HOMES: Final = {
     "Command": "bus",
     "Event": "bus",
     "MessageContext": "bus",
-    "QueueInfo": "admin",
-    "QueueSettings": "admin",
-    "GroupInfo": "admin",
-    "PartitionInfo": "admin",
+    "QueueInfo": "queues",
+    "QueueSettings": "queues",
+    "GroupInfo": "queues",
+    "PartitionInfo": "queues",
     "BoundHandler": "consumer",
     "CONSUMER_LOOPS": "consumer",
     "Consumer": "consumer",

@@ -6,10 +6,9 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
 
 from streamtools.checks import check_count, check_name, check_seconds
 from streamtools.delivery import Delivery, Settlement
@@ -18,6 +17,7 @@ from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
 from streamtools.options import QUEUE_OPTIONS, check_known
 from streamtools.policy import redrive_copy
+from streamtools.queues import GroupInfo, Place, QueueInfo, QueueSettings
 from streamtools.registry import Registry
 from streamtools.verdicts import ACK
 
@@ -30,9 +30,6 @@ BATCH: Final = 100
 SILENCE: Final = 1.0
 #: Seconds between two looks at whether deliveries have gone back.
 RETURN_LOOK: Final = 0.02
-
-#: Where to move a group: an offset, or the first message at or after a time.
-Place = Literal["beginning", "end"] | int | datetime
 
 #: Protocol name to admin class.
 ADMINS: Registry[QueueAdmin] = Registry(
@@ -48,88 +45,6 @@ ADMINS: Registry[QueueAdmin] = Registry(
         "queue choose sqlite://, asyncio:// or amqp://."
     },
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueInfo:
-    """One queue's numbers; None where the protocol does not know.
-
-    Attributes:
-        name: the queue.
-        ready: messages that wait and are due.
-        delayed: messages that wait for their time.
-        in_hand: messages delivered and not settled.
-        consumers: consumers connected.
-        oldest: the age of the oldest waiting message, in seconds.
-    """
-
-    name: str
-    ready: int
-    delayed: int | None = None
-    in_hand: int | None = None
-    consumers: int | None = None
-    oldest: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueSettings:
-    """How a queue is kept, where messages stay after they were read (`Features.replay`).
-
-    Attributes:
-        partitions: into how many parts it is divided; each has one consumer of a group at a time.
-        replication: copies of each partition.
-        retention: how long a message is kept, in seconds; `math.inf` for ever.
-        retention_bytes: how much of each partition is kept; `math.inf` without a limit.
-    """
-
-    partitions: int
-    replication: int
-    retention: float
-    retention_bytes: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartitionInfo:
-    """How far a group has come in one partition.
-
-    Attributes:
-        partition: its number.
-        begin: the first offset that is kept.
-        end: the offset after the last message.
-        committed: where the group goes on reading; None when it has never committed.
-        lag: how far it is behind, in offsets.
-        ahead: how many of these are done already, behind one that is not.
-        member: the client id of the consumer that reads it; None when there is none.
-    """
-
-    partition: int
-    begin: int
-    end: int
-    committed: int | None
-    lag: int
-    ahead: int = 0
-    member: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupInfo:
-    """How far a group has come in a queue.
-
-    Attributes:
-        name: the group.
-        queue: what it reads.
-        state: as the broker names it.
-        members: consumers in it.
-        lag: how far it is behind in all partitions, in offsets.
-        partitions: each partition.
-    """
-
-    name: str
-    queue: str
-    state: str
-    members: int
-    lag: int
-    partitions: tuple[PartitionInfo, ...]
 
 
 class Reader(Protocol):

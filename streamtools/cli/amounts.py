@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from streamtools.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from streamtools.admin import Place
+    from streamtools.queues import Place
 
 SECONDS: Final = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 BYTES: Final = {

@@ -17,7 +17,8 @@ from streamtools.cli.session import Json, Url, Yes, address, drive, plain_errors
 from streamtools.errors import FeatureError
 
 if TYPE_CHECKING:
-    from streamtools.admin import GroupInfo, QueueAdmin, QueueInfo, QueueSettings
+    from streamtools.admin import QueueAdmin
+    from streamtools.queues import GroupInfo, QueueInfo, QueueSettings
 
 T = TypeVar("T")
 queues: typer.Typer = typer.Typer(

@@ -17,7 +17,7 @@ from itertools import count
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
-from streamtools.admin import QueueAdmin, QueueInfo, Reader
+from streamtools.admin import QueueAdmin, Reader
 from streamtools.checks import Declare
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
@@ -27,6 +27,7 @@ from streamtools.features import Features
 from streamtools.message import Message
 from streamtools.options import Options
 from streamtools.producer import Producer
+from streamtools.queues import QueueInfo
 from streamtools.settings import AsyncIOSettings
 from streamtools.verdicts import Kind
 

@@ -12,15 +12,16 @@ from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 from pydantic import Field
 
-from streamtools.admin import GroupInfo, PartitionInfo, Place, QueueAdmin, QueueInfo, QueueSettings, Reader
+from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster, TopicState
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
-from streamtools.drivers.kafka.groups import Groups, Membership, Progress, busy
+from streamtools.drivers.kafka.groups import Commit, Groups, Membership, Progress, busy
 from streamtools.drivers.kafka.names import RETRY, check_kafka_name
 from streamtools.drivers.kafka.reader import KafkaReader
 from streamtools.drivers.kafka.topics import Topic, Topics
 from streamtools.errors import ConfigurationError, ConnectError, QueueError
 from streamtools.options import QUEUE_OPTIONS, Options, read_options
+from streamtools.queues import GroupInfo, PartitionInfo, Place, QueueInfo, QueueSettings
 from streamtools.settings import KafkaSettings
 
 #: Kafka's names of a topic's settings (kafka.apache.org, "Topic configs"), and their word for "no limit".
@@ -215,22 +216,32 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         groups = Groups(self._connected())
         known = await groups.names()
         retries = {name + RETRY: name for name in topics if name + RETRY in topics}
-        waiting, members = {}, {}
-        for name, topic in topics.items():
-            group = retries.get(name, name)
-            progress = await self._progress(group, topic.partitions)
-            waiting[name] = sum(one.waiting for one in progress.values())
-            members[name] = len((await groups.describe(group)).members) if group in known else 0
+        readers = {name: retries.get(name, name) for name in topics}
+        commits: dict[TopicPartition, Commit] = {}
+        members = {}
+        for name, group in readers.items():
+            if group in known:
+                commits |= await groups.committed(group, topics[name].partitions)
+                members[name] = len((await groups.describe(group)).members) if name == group else 0
+        waiting = dict.fromkeys(topics, 0)
+        for partition, one in (await self._measured(commits, *(t.partitions for t in topics.values()))).items():
+            waiting[partition.topic] += one.waiting
         return [
-            QueueInfo(name=n, ready=waiting[n], delayed=waiting.get(n + RETRY, 0), consumers=members[n])
+            QueueInfo(name=n, ready=waiting[n], delayed=waiting.get(n + RETRY, 0), consumers=members.get(n, 0))
             for n in topics
             if n not in retries
         ]
 
     async def _progress(self, group: str, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Progress]:
+        # The commits first: a message that is done meanwhile counts as waiting, never the other way round.
+        return await self._measured(await Groups(self._connected()).committed(group, partitions), partitions)
+
+    async def _measured(
+        self, commits: Mapping[TopicPartition, Commit], *parts: Sequence[TopicPartition]
+    ) -> dict[TopicPartition, Progress]:
+        """These commits against what the partitions hold."""
         cluster = self._connected()
-        # In this order: a message that is done meanwhile counts as waiting, never the other way round.
-        commits = await Groups(cluster).committed(group, partitions)
+        partitions = [partition for part in parts for partition in part]
         begins = await cluster.offsets(partitions, EARLIEST)
         ends = await cluster.offsets(partitions, LATEST)
         return {p: Progress(begins[p], ends[p], commits.get(p)) for p in partitions}

@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote, urlsplit
 import aiohttp
 from aiormq.exceptions import ChannelNotFoundEntity
 
-from streamtools.admin import QueueAdmin, QueueInfo, Reader
+from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.rabbitmq import errors
 from streamtools.drivers.rabbitmq.consumer import RabbitMQConsumer
 from streamtools.drivers.rabbitmq.link import Link, open_link
@@ -19,6 +19,7 @@ from streamtools.drivers.rabbitmq.topology import QueueOptions, Topology, error_
 from streamtools.errors import ConnectError, StreamToolsError
 from streamtools.exchange import Binding
 from streamtools.options import QUEUE_OPTIONS, read_options
+from streamtools.queues import QueueInfo
 from streamtools.settings import RabbitMQSettings
 
 #: Seconds for one answer of the management API.

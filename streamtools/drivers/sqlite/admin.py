@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
-from streamtools.admin import QueueAdmin, QueueInfo, Reader
+from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.sqlite.consumer import SQLiteReader
 from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.producer import bind, declare
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConnectError, QueueError
 from streamtools.exchange import Binding
+from streamtools.queues import QueueInfo
 from streamtools.settings import SQLiteSettings
 
 #: Messages deleted in one transaction, so that others have their turn.
