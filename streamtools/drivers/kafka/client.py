@@ -7,6 +7,7 @@ import ssl
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
+from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.conn import create_conn
 
@@ -109,6 +110,19 @@ async def abandoned(producer: Any) -> None:
     producer._closed = True
     if sender is not None:
         await asyncio.wait({sender}, timeout=CLOSE_TIMEOUT)
+
+
+def next_number(producer: Any, topic: str, partition: int) -> int:
+    """The number of the next message of a partition, by which Kafka knows one that comes twice."""
+    return int(producer._txn_manager.sequence_number(TopicPartition(topic, partition)))
+
+
+def rewind(producer: Any, topic: str, partition: int, number: int) -> None:
+    """Go back to this number: what was sent since was refused, and Kafka still waits for it.
+
+    The library counts on (seen in 0.14), and Kafka would take nothing more of this producer (aiokafka #1017).
+    """
+    producer._txn_manager._sequence_numbers[TopicPartition(topic, partition)] = number
 
 
 async def dropped(consumer: Any) -> None:

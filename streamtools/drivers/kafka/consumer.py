@@ -20,7 +20,8 @@ from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.membership import ABANDONED, Membership, Terms
 from streamtools.drivers.kafka.names import RETRY, check_kafka_name, retry_topic
-from streamtools.drivers.kafka.publisher import Outgoing, Publisher
+from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
+from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import (
     DELIVERY_TIME,
     GROUP,
@@ -28,11 +29,8 @@ from streamtools.drivers.kafka.records import (
     Header,
     decode_origin,
     decode_record,
-    encode_headers,
-    encode_key,
     header_texts,
     now_ms,
-    timestamp,
     trouble,
 )
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at, tier_of
@@ -384,12 +382,12 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         headers: list[Header] = []
         if settlement.verdict.kind is Kind.REJECT:
             headers = [*decode_origin(token.record).headers, (GROUP, self.group_id.encode())]
-        return _record(message, headers)
+        return outgoing([message], headers=headers)[0]
 
     def _retry(self, message: Message, headers: list[Header]) -> Outgoing:
         """To this group alone: into the tier for its delay."""
         delay = 0.0 if message.deliver_at is None else message.deliver_at - time.time()
-        item = _record(message, [*headers, (QUEUE, message.queue.encode())])
+        [item] = outgoing([message], headers=[*headers, (QUEUE, message.queue.encode())])
         item.topic, item.partition, item.timestamp = self.retry_topic, tier_of(delay, self._tiers), now_ms()
         return item
 
@@ -528,18 +526,6 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def validate_queue(cls, queue: str) -> None:
         super().validate_queue(queue)
         check_kafka_name(queue)
-
-
-def _record(message: Message, headers: Sequence[Header]) -> Outgoing:
-    stamp, apart = timestamp(message, time.time())
-    return Outgoing(
-        id=message.id,
-        topic=message.queue,
-        key=encode_key(message),
-        value=message.body,
-        headers=[*encode_headers(message, time_apart=apart), *headers],
-        timestamp=stamp,
-    )
 
 
 def _may_wait(record: Any, retry_topic: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Final
@@ -13,8 +12,9 @@ from pydantic import Field, field_validator
 
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name
-from streamtools.drivers.kafka.publisher import Outgoing, Publisher
-from streamtools.drivers.kafka.records import Header, encode_headers, encode_key, timestamp
+from streamtools.drivers.kafka.outgoing import outgoing
+from streamtools.drivers.kafka.publisher import Publisher
+from streamtools.drivers.kafka.records import Placed
 from streamtools.drivers.kafka.topics import Topic
 from streamtools.errors import Closed, ConnectionLost, SendError, StreamToolsError
 from streamtools.message import Message
@@ -157,7 +157,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             if self._closed:
                 raise Closed(f"{self!r} was closed; call open() to use it again.")
             raise ConnectionLost(f"{self!r} is not connected.")
-        items = outgoing(batch, options)
+        items = outgoing(_placed(batch, options))
         await self._publisher.publish(items)
         return [KafkaReceipt(i.id, i.topic, i.partition, i.offset) for i in items]
 
@@ -198,30 +198,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             self._failed.append(SendError(str(error)))
 
 
-def outgoing(
-    batch: Sequence[Message], options: SendOptions | None = None, *, headers: Sequence[Header] = ()
-) -> list[Outgoing]:
-    """Messages as records on their way, each to the topic that is its queue.
-
-    Parameters:
-        headers: further ones, on each.
-    """
-    now = time.time()
-    items = []
-    for message in batch:
-        if options is not None and options.timestamp is not None:
-            stamp, apart = int(options.timestamp * 1000), False
-        else:
-            stamp, apart = timestamp(message, now)
-        items.append(
-            Outgoing(
-                id=message.id,
-                topic=message.queue,
-                key=encode_key(message),
-                value=message.body,
-                headers=[*encode_headers(message, time_apart=apart), *headers],
-                timestamp=stamp,
-                partition=options.partition if options is not None else None,
-            )
-        )
-    return items
+def _placed(batch: Sequence[Message], options: SendOptions) -> Sequence[Message]:
+    if options.partition is None and options.timestamp is None:
+        return batch
+    return [Placed.of(message, options.partition, options.timestamp) for message in batch]

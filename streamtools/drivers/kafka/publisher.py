@@ -1,9 +1,9 @@
 """Publishing: many senders, one lane for each partition, whole batches, each message's own outcome.
 
 A lane hands Kafka one batch at a time and gathers the next meanwhile. Messages are idempotent: the
-library numbers the batches of a partition, so that one which it repeats is written once. A batch that is
-refused leaves a hole in these numbers, and Kafka then takes no other from the same producer; so after
-any failure the lanes go on with a new one.
+library numbers the messages of a partition, so that a batch which it repeats is written once. A batch that
+failed leaves a hole in these numbers, and Kafka then takes no other from the same producer. After a plain
+refusal the numbers are taken back; after any other failure the lanes go on with a new producer.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
 from aiokafka import errors as kafka
-from aiokafka.partitioner import murmur2
 
 from streamtools.cancelling import asked_to_stop
-from streamtools.drivers.kafka.client import abandoned, connection, started, stopped
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, REFUSALS, client_error, is_too_large, plain
-from streamtools.drivers.kafka.records import Header
+from streamtools.drivers.kafka.client import abandoned, connection, next_number, rewind, started, stopped
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, REFUSALS, is_too_large, plain
+from streamtools.drivers.kafka.outgoing import Outgoing, refused
+from streamtools.drivers.kafka.partitions import Partitions
 from streamtools.drivers.kafka.topics import Topics
-from streamtools.errors import Closed, SendError, StreamToolsError
+from streamtools.errors import Closed, StreamToolsError
 from streamtools.settings import KafkaSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -33,8 +32,6 @@ log: logging.Logger = logging.getLogger("streamtools")
 BATCH: Final = 512 * 1024
 #: Bytes that wait unconfirmed at most; senders wait for room beyond.
 UNCONFIRMED: Final = 64 * 1024 * 1024
-#: Bytes that a record takes beside key, value and headers, at most (KIP-98, message format).
-OVERHEAD: Final = 96
 #: Seconds before a batch is tried again with a new producer.
 PAUSE: Final = 0.05
 
@@ -68,35 +65,6 @@ class Pending:
             self.future.exception()  # looked at: whoever waits gets it all the same
 
 
-@dataclass(slots=True)
-class Outgoing:
-    """One record on its way.
-
-    Attributes:
-        id: the message's.
-        partition: where it must go; by its key, or anywhere, when None.
-        offset: where it stands once it is confirmed.
-        size: bytes of the record, about.
-    """
-
-    id: str
-    topic: str
-    key: bytes | None
-    value: bytes
-    headers: list[Header]
-    timestamp: int
-    partition: int | None = None
-    offset: int | None = None
-    pending: Pending | None = None
-    size: int = 0
-
-    def __post_init__(self) -> None:
-        size = OVERHEAD + len(self.value) + (len(self.key) if self.key is not None else 0)
-        for name, value in self.headers:
-            size += len(name) + len(value) + 10
-        self.size = size
-
-
 class Lane:
     """One partition's messages, in order, one batch at a time."""
 
@@ -121,6 +89,7 @@ class Lane:
             batch, builder = self._build(producer)
             if not batch:
                 continue
+            number = next_number(producer, self._topic, self._partition)
             try:
                 future = await producer.send_batch(builder, self._topic, partition=self._partition)
                 offset = (await future).offset
@@ -130,7 +99,7 @@ class Lane:
                     raise
                 await self._again(batch, producer, kafka.KafkaConnectionError("the client library gave it up"))
             except CLIENT_ERRORS as error:
-                await self._failed(batch, producer, error)
+                await self._failed(batch, producer, number, error)
             else:
                 self._confirm(batch, offset)
 
@@ -159,14 +128,15 @@ class Lane:
             if item.pending is not None:
                 item.pending.done()
 
-    async def _failed(self, batch: list[Outgoing], producer: Any, error: BaseException) -> None:
+    async def _failed(self, batch: list[Outgoing], producer: Any, number: int, error: BaseException) -> None:
+        if isinstance(error, REFUSALS):
+            rewind(producer, self._topic, self._partition, number)
         if is_too_large(error) and len(batch) > 1:
             # The limit is on the batch: each of them may fit by itself.
             self._alone = len(batch)
-            await self._again(batch, producer, error)
+            self.waiting.extendleft(reversed(batch))
         elif isinstance(error, REFUSALS):
             self._refuse(batch, error)
-            await self._publisher.renew(producer)
         elif isinstance(error, kafka.UnknownTopicOrPartitionError):
             self._publisher.forget(self._topic)
             self._refuse(batch, error)
@@ -209,23 +179,14 @@ class Publisher:
     Parameters:
         settings: where.
         client_id: as the broker shows it.
-        ensure: called with a topic that is not known yet; returns when it exists.
     """
 
-    def __init__(
-        self,
-        settings: KafkaSettings,
-        client_id: str,
-        *,
-        ensure: Callable[[str, Topics], Awaitable[None]] | None = None,
-    ) -> None:
+    def __init__(self, settings: KafkaSettings, client_id: str) -> None:
         self._settings = settings
         self._client_id = client_id
-        self._ensure = ensure
         self._producer: Any = None
         self._lanes: dict[tuple[str, int], Lane] = {}
-        self._partitions: dict[str, int] = {}
-        self._turn: dict[str, int] = {}
+        self._partitions = Partitions(settings)
         self._unconfirmed = 0
         self._room: deque[asyncio.Future[None]] = deque()
         self._renewing = asyncio.Lock()
@@ -259,13 +220,24 @@ class Publisher:
     async def submit(self, batch: Sequence[Outgoing]) -> Pending:
         """Hand them over in order, once there is room; returns before they are confirmed."""
         pending = Pending(len(batch))
-        await self._know({item.topic for item in batch}, batch, pending)
+        producer = await self.producer()
+        if producer is None:
+            raise Closed("The producer was closed; call open() to use it again.")
+        missing = await self._partitions.know(batch, producer)
         size = sum(item.size for item in batch)
         while self._unconfirmed > 0 and self._unconfirmed + size > UNCONFIRMED:
             await self._wait_for_room()
         if self._closed:
             raise Closed("The producer was closed; call open() to use it again.")
-        lanes = {self._lane(item) for item in batch if self._fits(item, pending)}
+        lanes = set()
+        for item in batch:
+            item.pending = pending
+            trouble = missing.get(item.topic) or self._partitions.trouble(item)
+            if trouble is None:
+                lanes.add(self._lane(item))
+            else:
+                pending.failed[item.id] = trouble
+                pending.done()
         for lane in lanes:
             lane.wake()
         return pending
@@ -295,73 +267,20 @@ class Publisher:
         if producer is not None:
             await abandoned(producer)
 
-    # --- topics and partitions --------------------------------------------------------------------
-
-    async def _know(self, topics: set[str], batch: Sequence[Outgoing], pending: Pending) -> None:
-        for topic in topics:
-            if topic in self._partitions:
-                continue
-            producer = await self.producer()
-            if producer is None:
-                raise Closed("The producer was closed; call open() to use it again.")
-            looks = Topics(producer.client, self._settings)
-            found = await looks.find([topic])
-            if topic not in found and self._ensure is not None:
-                await self._ensure(topic, looks)
-                found = await looks.find([topic])
-            if topic not in found:
-                error = looks.missing(topic)
-                pending.failed.update((item.id, error) for item in batch if item.topic == topic)
-                continue
-            try:
-                self._partitions[topic] = len(await producer.partitions_for(topic))
-            except CLIENT_ERRORS as error:
-                raise client_error(error, self._settings) from error
+    # --- lanes --------------------------------------------------------------------------------------
 
     def forget(self, topic: str) -> None:
         """Look for it again before the next message goes there."""
-        self._partitions.pop(topic, None)
-
-    def _fits(self, item: Outgoing, pending: Pending) -> bool:
-        item.pending = pending
-        if item.id in pending.failed:
-            pending.done()
-            return False
-        if item.size > self._settings.max_message:
-            pending.failed[item.id] = SendError(
-                f"it has {item.size} bytes, over max_message={self._settings.max_message}; put less into it, or "
-                "raise KAFKA_MAX_MESSAGE and the topic's max.message.bytes"
-            )
-        elif item.partition is not None and not 0 <= item.partition < self._partitions[item.topic]:
-            pending.failed[item.id] = SendError(
-                f"the topic {item.topic!r} has partitions 0 to {self._partitions[item.topic] - 1} and no "
-                f"{item.partition}"
-            )
-        else:
-            self._unconfirmed += item.size
-            return True
-        pending.done()
-        return False
+        self._partitions.forget(topic)
 
     def _lane(self, item: Outgoing) -> Lane:
-        partitions = self._partitions[item.topic]
-        if item.partition is not None:
-            number = item.partition
-        elif item.key is not None:  # as Kafka's own client does, so that a key has one partition whoever sends
-            number = (murmur2(item.key) & 0x7FFFFFFF) % partitions
-        else:
-            number = self._sticky(item, partitions)
+        number = self._partitions.choose(item)
         lane = self._lanes.get((item.topic, number))
         if lane is None:
             lane = self._lanes[item.topic, number] = Lane(self, item.topic, number)
         lane.waiting.append(item)
+        self._unconfirmed += item.size
         return lane
-
-    def _sticky(self, item: Outgoing, partitions: int) -> int:
-        """Messages without a key stay together for a while, so that batches fill (KIP-480)."""
-        bytes_so_far = self._turn.get(item.topic, 0) + item.size
-        self._turn[item.topic] = bytes_so_far
-        return bytes_so_far // STICKY % partitions
 
     # --- producers --------------------------------------------------------------------------------
 
@@ -408,29 +327,6 @@ class Publisher:
         self._unconfirmed -= item.size
         while self._room and self._unconfirmed < UNCONFIRMED // 2:
             _wake(self._room.popleft())
-
-
-#: Bytes of messages without a key that go to one partition before the next has its turn.
-STICKY: Final = 64 * 1024
-
-
-def refused(failed: dict[str, BaseException], settings: KafkaSettings) -> SendError:
-    """The error for messages that Kafka does not take."""
-    first = next(iter(failed.values()))
-    why = str(first) if isinstance(first, StreamToolsError) else _why(first)
-    count = f"{len(failed)} message{'s' if len(failed) > 1 else ''}"
-    error = SendError(f"{count} refused by {settings.safe_url}: {why.rstrip('.')}.", refused=list(failed))
-    error.__cause__ = first
-    return error
-
-
-def _why(error: BaseException) -> str:
-    if is_too_large(error):
-        return (
-            "too large for the topic (MESSAGE_TOO_LARGE); put less into a message, or raise the topic's "
-            "max.message.bytes"
-        )
-    return plain(error)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

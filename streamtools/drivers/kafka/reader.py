@@ -16,8 +16,8 @@ from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Groups, Progress, busy
 from streamtools.drivers.kafka.offsets import Offsets
-from streamtools.drivers.kafka.producer import outgoing
-from streamtools.drivers.kafka.publisher import Outgoing, Publisher
+from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
+from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import decode_origin, decode_record
 from streamtools.errors import SendError
 from streamtools.settings import KafkaSettings

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Final, NamedTuple
 
 from streamtools.errors import DecodeError
@@ -44,6 +45,25 @@ _ID: Final = PREFIX + TEXT["id"]
 DELIVERY_TIME: Final = PREFIX + TIMES["deliver_at"]
 
 Header = tuple[str, bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed(Message):
+    """A message that is to go to one partition, or to have another timestamp.
+
+    Attributes:
+        partition: of its topic.
+        timestamp: the record's, in seconds since the epoch.
+    """
+
+    partition: int | None = None
+    timestamp: float | None = None
+
+    @classmethod
+    def of(cls, message: Message, partition: int | None, timestamp: float | None) -> Placed:
+        """The message, placed."""
+        values = {f.name: getattr(message, f.name) for f in fields(Message)}
+        return cls(**values, partition=partition, timestamp=timestamp)
 
 
 class Origin(NamedTuple):
@@ -99,29 +119,29 @@ def decode_record(record: Any, queue: str | None = None) -> Message:
     Parameters:
         queue: the message's queue; the record's topic when None.
     """
-    fields: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     meta: dict[str, str] = {}
     user: dict[str, str] = {}
     for name, raw in record.headers:
         field = _TEXT.get(name)
         if field is not None:
-            fields[field] = raw.decode("utf-8", "backslashreplace") if raw is not None else ""
+            found[field] = raw.decode("utf-8", "backslashreplace") if raw is not None else ""
         elif name in _META:
             meta[name] = raw.decode("utf-8", "backslashreplace") if raw is not None else ""
         elif name not in _IGNORED:
             _keep(user, name, raw)
     if meta:
-        fields |= decode_meta(meta, prefix=PREFIX)
-    fields.setdefault("id", f"{record.topic}-{record.partition}-{record.offset}")
+        found |= decode_meta(meta, prefix=PREFIX)
+    found.setdefault("id", f"{record.topic}-{record.partition}-{record.offset}")
     if record.timestamp >= 0:
-        fields.setdefault("time", record.timestamp / 1000)
+        found.setdefault("time", record.timestamp / 1000)
     key = record.key
     return Message(
         body=record.value or b"",
         queue=record.topic if queue is None else queue,
         key=None if key is None else key.decode("utf-8", "surrogateescape"),
         headers=user or NO_HEADERS,
-        **fields,
+        **found,
     )
 
 

@@ -1,0 +1,94 @@
+"""One record on its way, and why Kafka may not take it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from streamtools.drivers.kafka.errors import is_too_large, plain
+from streamtools.drivers.kafka.records import Header, Placed, encode_headers, encode_key, timestamp
+from streamtools.errors import SendError, StreamToolsError
+from streamtools.message import Message
+from streamtools.settings import KafkaSettings
+
+#: Bytes that a record takes beside key, value and headers, at most (KIP-98, message format).
+OVERHEAD: Final = 96
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One record on its way.
+
+    Attributes:
+        id: the message's.
+        partition: where it must go; by its key, or anywhere, when None.
+        offset: where it stands once it is confirmed.
+        pending: who waits for it.
+        size: bytes of the record, about.
+    """
+
+    id: str
+    topic: str
+    key: bytes | None
+    value: bytes
+    headers: list[Header]
+    timestamp: int
+    partition: int | None = None
+    offset: int | None = None
+    pending: Any = None
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        size = OVERHEAD + len(self.value) + (len(self.key) if self.key is not None else 0)
+        for name, value in self.headers:
+            size += len(name) + len(value) + 10
+        self.size = size
+
+
+def outgoing(batch: Sequence[Message], *, headers: Sequence[Header] = ()) -> list[Outgoing]:
+    """Messages as records on their way, each to the topic that is its queue.
+
+    Parameters:
+        headers: further ones, on each.
+    """
+    now = time.time()
+    return [_outgoing(message, headers, now) for message in batch]
+
+
+def _outgoing(message: Message, headers: Sequence[Header], now: float) -> Outgoing:
+    partition = None
+    stamp, apart = timestamp(message, now)
+    if isinstance(message, Placed):
+        partition = message.partition
+        if message.timestamp is not None:
+            stamp, apart = int(message.timestamp * 1000), False
+    return Outgoing(
+        id=message.id,
+        topic=message.queue,
+        key=encode_key(message),
+        value=message.body,
+        headers=[*encode_headers(message, time_apart=apart), *headers],
+        timestamp=stamp,
+        partition=partition,
+    )
+
+
+def refused(failed: Mapping[str, BaseException], settings: KafkaSettings) -> SendError:
+    """The error for messages that Kafka does not take."""
+    first = next(iter(failed.values()))
+    why = str(first) if isinstance(first, StreamToolsError) else _why(first)
+    count = f"{len(failed)} message{'s' if len(failed) > 1 else ''}"
+    error = SendError(f"{count} refused by {settings.safe_url}: {why.rstrip('.')}.", refused=list(failed))
+    error.__cause__ = first
+    return error
+
+
+def _why(error: BaseException) -> str:
+    if is_too_large(error):
+        return (
+            "too large for the topic (MESSAGE_TOO_LARGE); put less into a message, or raise the topic's "
+            "max.message.bytes"
+        )
+    return plain(error)

@@ -1,0 +1,67 @@
+"""Which partition a message goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from aiokafka.partitioner import murmur2
+
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
+from streamtools.drivers.kafka.outgoing import Outgoing
+from streamtools.drivers.kafka.topics import Topics
+from streamtools.errors import SendError, StreamToolsError
+from streamtools.settings import KafkaSettings
+
+#: Bytes of messages without a key that go to one partition before the next has its turn.
+STICKY: Final = 64 * 1024
+
+
+class Partitions:
+    """The topics that are known to exist, and where in them a message belongs."""
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        self._settings = settings
+        self._counts: dict[str, int] = {}
+        self._turn: dict[str, int] = {}
+
+    async def know(self, batch: Sequence[Outgoing], producer: Any) -> dict[str, StreamToolsError]:
+        """Find the topics of a batch; an error for each that does not exist."""
+        missing: dict[str, StreamToolsError] = {}
+        for topic in {item.topic for item in batch}.difference(self._counts):
+            looks = Topics(producer.client, self._settings)
+            if topic not in await looks.find([topic]):
+                missing[topic] = looks.missing(topic)
+                continue
+            try:
+                self._counts[topic] = len(await producer.partitions_for(topic))
+            except CLIENT_ERRORS as error:
+                raise client_error(error, self._settings) from error
+        return missing
+
+    def forget(self, topic: str) -> None:
+        """Look for it again before the next message goes there."""
+        self._counts.pop(topic, None)
+
+    def trouble(self, item: Outgoing) -> SendError | None:
+        """Why this one cannot go to its topic."""
+        count = self._counts[item.topic]
+        if item.size > self._settings.max_message:
+            return SendError(
+                f"it has {item.size} bytes, over max_message={self._settings.max_message}; put less into it, or "
+                "raise KAFKA_MAX_MESSAGE and the topic's max.message.bytes"
+            )
+        if item.partition is not None and not 0 <= item.partition < count:
+            return SendError(f"the topic {item.topic!r} has partitions 0 to {count - 1} and no {item.partition}")
+        return None
+
+    def choose(self, item: Outgoing) -> int:
+        """Its own partition, or that of its key, or any."""
+        if item.partition is not None:
+            return item.partition
+        count = self._counts[item.topic]
+        if item.key is not None:  # as Kafka's own client does, so that a key has one partition whoever sends
+            return int(murmur2(item.key) & 0x7FFFFFFF) % count
+        # Messages without a key stay together for a while, so that batches fill (KIP-480).
+        so_far = self._turn[item.topic] = self._turn.get(item.topic, 0) + item.size
+        return so_far // STICKY % count
