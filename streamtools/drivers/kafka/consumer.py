@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections import deque
 from collections.abc import Collection, Hashable, Sequence
-from datetime import datetime
-from typing import Annotated, Any, ClassVar, Final
-
-from pydantic import Field
+from typing import Any, ClassVar, Final
 
 from streamtools.checks import check_name
 from streamtools.consumer import Consumer
@@ -19,29 +15,18 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.membership import ABANDONED, Membership, Terms
-from streamtools.drivers.kafka.names import RETRY, check_kafka_name, retry_topic
-from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
-from streamtools.drivers.kafka.publisher import Publisher
-from streamtools.drivers.kafka.records import (
-    DELIVERY_TIME,
-    GROUP,
-    QUEUE,
-    Header,
-    decode_origin,
-    decode_record,
-    header_texts,
-    now_ms,
-    trouble,
-)
-from streamtools.drivers.kafka.tiers import TIERS, leaves_at, tier_of
+from streamtools.drivers.kafka.names import check_kafka_name, retry_topic
+from streamtools.drivers.kafka.options import ConsumerOptions, subscription
+from streamtools.drivers.kafka.outbox import Outbox
+from streamtools.drivers.kafka.records import DELIVERY_TIME, GROUP, QUEUE, decode_record, header_texts, trouble
+from streamtools.drivers.kafka.tiers import TIERS, leaves_at
 from streamtools.drivers.kafka.topics import Topic, topics_at
 from streamtools.drivers.kafka.track import Token, Track
 from streamtools.errors import Closed, ConfigurationError, SendError, StreamToolsError
 from streamtools.loop import Ack
 from streamtools.message import Message
-from streamtools.options import Options
 from streamtools.settings import KafkaSettings
-from streamtools.verdicts import Kind
+from streamtools.verdicts import Kind, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -53,35 +38,6 @@ MOVING: Final = 1000
 MOVE_AGAIN: Final = 1.0
 #: Topics of rejected messages keep them until an operator has seen them.
 KEEP: Final = {"retention.ms": "-1"}
-
-
-class ConsumerOptions(Options):
-    """What a consumer of Kafka takes besides.
-
-    Attributes:
-        partitions: of the topic, where it is made; `KAFKA_PARTITIONS`, else the broker's default, when None.
-        replication: copies of each partition, likewise.
-        consumer_group: the same as `group`.
-        auto_ack: True is `ack="on_receive"`.
-        static_id: this consumer's own name in its group: it keeps its partitions over a restart within
-            `KafkaSettings.session_timeout`, without the others noticing.
-        topics: further topics, which the same handler consumes.
-        pattern: a regular expression; topics whose whole name matches are consumed besides.
-        start_offset: a new group begins at this offset of each partition.
-        start_time: a new group begins with what was written then or later, in seconds since the epoch.
-        revoke_timeout: seconds for handlers at work when the group shares its partitions out anew.
-    """
-
-    partitions: Annotated[int | None, Field(ge=1)] = None
-    replication: Annotated[int | None, Field(ge=1)] = None
-    consumer_group: str | None = None
-    auto_ack: bool = False
-    static_id: str | None = None
-    topics: tuple[str, ...] = ()
-    pattern: str | None = None
-    start_offset: Annotated[int | None, Field(ge=0)] = None
-    start_time: float | datetime | None = None
-    revoke_timeout: Annotated[float, Field(ge=0)] = 30.0
 
 
 class KafkaConsumer(Consumer, protocol="kafka"):
@@ -101,7 +57,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     options: ConsumerOptions
     look: ClassVar[float] = 0.5
     _membership: Membership | None = None
-    _publisher: Publisher | None = None
+    _outbox: Outbox | None = None
     _fetch: asyncio.Task[Any] | None = None
     _mover: asyncio.Task[None] | None = None
 
@@ -110,7 +66,6 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         self._given_group: str | None = self.group
         self._apply_options()
         self._wake: asyncio.Future[None] | None = None
-        self._outbox_lock = asyncio.Lock()
 
     def _apply_options(self) -> None:
         options = self.options
@@ -121,10 +76,10 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             self.group: str | None = options.consumer_group
         if options.auto_ack:
             self.ack: Ack = "on_receive"
-        if options.pattern is not None:
-            _check_pattern(options.pattern)
-        for topic in options.topics:
-            self.validate_queue(topic)
+        if options.exactly_once and self.ack == "on_receive":
+            raise ConfigurationError(
+                "exactly_once=True acknowledges after the handler: leave ack= and auto_ack= away."
+            )
         self.group_id: str = self.group or self.queue
         self.retry_topic: str = retry_topic(self.queue, self.group_id)
 
@@ -144,6 +99,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             self.settings, self._terms(retries), self._name, changed=self._wake_up, drained=self._drained
         )
         self._membership = membership
+        self._outbox = Outbox(
+            self.settings, self._name, membership, queue=self.queue, retry_topic=self.retry_topic, tiers=self._tiers
+        )
         try:
             await membership.join()
         except BaseException:
@@ -180,17 +138,17 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _terms(self, retries: bool) -> Terms:
         options = self.options
         topics = dict.fromkeys((self.queue, *options.topics, *([self.retry_topic] if retries else [])))
-        start = options.start_time
         return Terms(
             group=self.group_id,
             topics=tuple(topics),
             retry_topic=self.retry_topic,
-            pattern=_subscription(options.pattern, tuple(topics)) if options.pattern is not None else None,
+            pattern=subscription(options.pattern, tuple(topics)) if options.pattern is not None else None,
             latest=self.offset == "latest",
             start_offset=options.start_offset,
-            start_time=start.timestamp() if isinstance(start, datetime) else start,
+            start_time=options.start,
             static_id=options.static_id,
             deadline=options.revoke_timeout,
+            exactly_once=options.exactly_once,
         )
 
     # --- receiving --------------------------------------------------------------------------------
@@ -330,26 +288,27 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             token.track.settling += 1
         done: list[Settlement] = []
         try:
-            done = await self._send_outgoing(mine)
+            if mine:
+                await self._perform(mine, done)
         finally:
             self._conclude(mine, done)
         if self.ack == "on_receive" and self._membership is not None:
             await self._membership.commit()  # before any handler begins
 
-    async def _send_outgoing(self, mine: list[Settlement]) -> list[Settlement]:
-        """Those of which Kafka holds all that was to be sent."""
-        items = [item for s in mine for item in self._outgoing(s)]
-        if not items:
-            return mine
-        try:
-            await (await self._get_publisher()).publish(items)
-        except SendError as error:
-            refused = frozenset(error.refused)
-            held = [s for s in mine if not any(m.id in refused for m in s.outgoing)]
-            self._conclude(mine, held)
-            mine.clear()
-            raise
-        return mine
+    async def _perform(self, mine: list[Settlement], done: list[Settlement]) -> None:
+        """Send what is to be sent; `done` has those of which Kafka then holds all."""
+        outbox = self._outbox
+        if outbox is None:
+            raise Closed(f"{self!r} was closed.")
+        if self.options.exactly_once:
+            await outbox.settle_exactly(mine, done, self._reject)
+        else:
+            await outbox.settle(mine, done)
+
+    def _reject(self, settlement: Settlement, error: SendError) -> Settlement:
+        """What its handler has sent is refused: that is the handler's failure, and no retry helps."""
+        delivery = settlement.delivery
+        return self._by_hand.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
 
     def _conclude(self, mine: list[Settlement], done: list[Settlement]) -> None:
         """What is done is finished; the others are in hand again."""
@@ -370,40 +329,6 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         if number and self._membership is not None:
             self._membership.finished(number)
         self._settled.set()
-
-    def _outgoing(self, settlement: Settlement) -> list[Outgoing]:
-        return [self._copy(settlement, message) for message in settlement.outgoing]
-
-    def _copy(self, settlement: Settlement, message: Message) -> Outgoing:
-        token: Token = settlement.delivery.token
-        source = settlement.delivery.message.queue
-        if settlement.verdict.kind is Kind.RETRY and message.queue == source:
-            return self._retry(message, decode_origin(token.record).headers)
-        headers: list[Header] = []
-        if settlement.verdict.kind is Kind.REJECT:
-            headers = [*decode_origin(token.record).headers, (GROUP, self.group_id.encode())]
-        return outgoing([message], headers=headers)[0]
-
-    def _retry(self, message: Message, headers: list[Header]) -> Outgoing:
-        """To this group alone: into the tier for its delay."""
-        delay = 0.0 if message.deliver_at is None else message.deliver_at - time.time()
-        [item] = outgoing([message], headers=[*headers, (QUEUE, message.queue.encode())])
-        item.topic, item.partition, item.timestamp = self.retry_topic, tier_of(delay, self._tiers), now_ms()
-        return item
-
-    async def _get_publisher(self) -> Publisher:
-        async with self._outbox_lock:
-            if self._membership is None:
-                raise Closed(f"{self!r} was closed.")
-            if self._publisher is None:
-                publisher = Publisher(self.settings, f"{self._name}-publishing")
-                try:
-                    await publisher.open()
-                except BaseException:
-                    await publisher.close()
-                    raise
-                self._publisher = publisher
-            return self._publisher
 
     # --- moving what is not due -------------------------------------------------------------------
 
@@ -432,24 +357,15 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         for track, record, message in batch:
             if message.id in error.refused:
                 track.hold(min(message.deliver_at or 0.0, time.time() + MOVE_AGAIN), record)
-            else:
+            elif not self.options.exactly_once:
                 track.finish(record.offset)
 
     async def _move(self, batch: list[tuple[Track, Any, Message]]) -> None:
         batch = [(track, record, message) for track, record, message in batch if not track.gone]
-        if not batch:
-            return
-        items = []
-        for _, record, message in batch:
-            if record.topic == self.retry_topic:
-                queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self.queue)
-                message = message.replace(queue=queue)
-            items.append(self._retry(message, decode_origin(record).headers))
-        await (await self._get_publisher()).publish(items)
-        for track, record, _ in batch:
-            track.finish(record.offset)
-        if self._membership is not None:
-            self._membership.finished(len(batch))
+        if batch and self._outbox is not None:
+            await self._outbox.move(batch)
+            if self._membership is not None:
+                self._membership.finished(len(batch))
 
     # --- partitions that go -----------------------------------------------------------------------
 
@@ -467,6 +383,8 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             delivery.abandon()
         if late:
             await self._until_idle(tracks, ABANDONED)
+        if self._outbox is not None:
+            await self._outbox.release(tracks)
 
     async def _until_idle(self, tracks: Collection[Track], seconds: float) -> None:
         try:
@@ -502,7 +420,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
     async def _close(self) -> None:
         membership, self._membership = self._membership, None
-        publisher, self._publisher = self._publisher, None
+        outbox, self._outbox = self._outbox, None
         mover, self._mover = self._mover, None
         self._wake_up()
         if membership is None:
@@ -515,8 +433,8 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         try:
             await membership.leave()
         finally:
-            if publisher is not None:
-                await publisher.close()
+            if outbox is not None:
+                await outbox.close()
 
     def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.done():
@@ -530,16 +448,3 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
 def _may_wait(record: Any, retry_topic: str) -> bool:
     return record.topic == retry_topic or any(name == DELIVERY_TIME for name, _ in record.headers)
-
-
-def _check_pattern(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigurationError(f"pattern={pattern!r} is no regular expression: {error}.") from error
-
-
-def _subscription(pattern: str, topics: tuple[str, ...]) -> str:
-    """Our topics and those of the pattern, but nobody's retries."""
-    own = "|".join(re.escape(topic) for topic in topics)
-    return rf"(?:{own})$|(?!.*{re.escape(RETRY)}(?:\.|$))(?:{pattern})$"

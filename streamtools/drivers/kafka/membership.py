@@ -21,7 +21,8 @@ from streamtools.drivers.kafka.client import CLOSE_TIMEOUT, connection, dropped,
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, TROUBLE, client_error, plain
 from streamtools.drivers.kafka.offsets import METADATA_LIMIT, Offsets
 from streamtools.drivers.kafka.track import Track
-from streamtools.errors import ConnectError, StreamToolsError
+from streamtools.drivers.kafka.transactions import Identity, fence
+from streamtools.errors import ConnectError, ConnectionLost, StreamToolsError
 from streamtools.settings import KafkaSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -53,6 +54,7 @@ class Terms:
         static_id: this member's name, by which it keeps its partitions over a restart.
         deadline: seconds for handlers at work when a partition is taken away.
         retry_topic: of which a new group has everything.
+        exactly_once: offsets are committed by transactions, and by nothing else.
     """
 
     group: str
@@ -64,6 +66,7 @@ class Terms:
     start_time: float | None = None
     static_id: str | None = None
     deadline: float = 30.0
+    exactly_once: bool = False
 
 
 class Membership:
@@ -88,7 +91,6 @@ class Membership:
         self._client_id = client_id
         self._changed = changed
         self._drained = drained
-        self._limit = METADATA_LIMIT
         self._committing = asyncio.Lock()
         self._commit_now = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -100,6 +102,10 @@ class Membership:
         self.consumer: Any = None
         #: The partitions that are ours.
         self.tracks: dict[TopicPartition, Track] = {}
+        #: The group's name.
+        self.group: str = terms.group
+        #: Characters of a commit's metadata at most.
+        self.limit: int = METADATA_LIMIT
         #: Why the membership is of no use any more.
         self.failure: StreamToolsError | None = None
 
@@ -159,13 +165,18 @@ class Membership:
 
     async def _begin(self, assigned: list[TopicPartition]) -> None:
         self.consumer.pause(*assigned)  # nothing is read before we know where
+        # What others have begun is ended first: else it could still change what is committed.
+        identities = await self._fenced(assigned) if self._terms.exactly_once else {}
         committed = await self._read_committed(assigned)
         starts = await self._starts([p for p in assigned if p not in committed])
         tracks = {}
+        exactly = self._settings if self._terms.exactly_once else None
         for partition in assigned:
             known = committed.get(partition)
             offset, metadata = (known.offset, known.metadata) if known else (starts[partition], "")
-            tracks[partition] = Track(partition, Offsets(offset, metadata or ""))
+            tracks[partition] = Track(
+                partition, Offsets(offset, metadata or ""), exactly=exactly, identity=identities.get(partition)
+            )
             self.consumer.seek(partition, offset)
         if starts and self._chooses_start:
             # So that a member that dies before its first commit does not begin anew, and later.
@@ -179,6 +190,15 @@ class Membership:
             partitions
         )
         return found
+
+    async def _fenced(self, partitions: list[TopicPartition]) -> dict[TopicPartition, Identity]:
+        client, limit = self.consumer._client, self._settings.session_timeout
+        found = await asyncio.gather(*(fence(client, self.transactional_id(p), timeout=limit) for p in partitions))
+        return dict(zip(partitions, found, strict=True))
+
+    def transactional_id(self, partition: TopicPartition) -> str:
+        """Of whoever has this partition for the group: one id for each, whoever it is."""
+        return f"streamtools-{self._terms.group}-{partition.topic}-{partition.partition}"
 
     @property
     def _chooses_start(self) -> bool:
@@ -249,6 +269,9 @@ class Membership:
         """Begin this partition anew at `offset`: what its log held there before is no more."""
         log.warning("%r: the log begins anew at offset %d.", track, offset)
         track.gone = True
+        if self._terms.exactly_once:
+            self._fail(ConnectionLost(f"The log of {track!r} begins anew; so do we."))
+            return track
         fresh = self.tracks[track.partition] = Track(track.partition, Offsets(offset))
         return fresh
 
@@ -260,6 +283,8 @@ class Membership:
 
     def finished(self, number: int = 1) -> None:
         """So many messages more are finished: commit them soon."""
+        if self._terms.exactly_once:
+            return
         self._uncommitted += number
         if self._uncommitted >= COMMIT_COUNT:
             self._commit_now.set()
@@ -285,6 +310,8 @@ class Membership:
         Raises:
             ConnectionLost: it failed, and not because the partition is someone else's by now.
         """
+        if self._terms.exactly_once:
+            return
         async with self._committing:
             self._uncommitted = 0
             tracks = [t for t in self.tracks.values() if t.offsets.uncommitted]
@@ -293,15 +320,15 @@ class Membership:
 
     async def _commit(self, tracks: Iterable[Track]) -> None:
         while True:
-            taken = [(track, track.offsets.changes, *track.offsets.commit(self._limit)) for track in tracks]
+            taken = [(track, track.offsets.changes, *track.offsets.commit(self.limit)) for track in tracks]
             try:
                 await self.consumer.commit({t.partition: OffsetAndMetadata(at, text) for t, _, at, text, _ in taken})
             except kafka.OffsetMetadataTooLargeError:
-                self._limit //= 2
+                self.limit //= 2
                 log.warning(
                     "%s takes less metadata with a commit (offset.metadata.max.bytes) than usual; going on with %d.",
                     self._settings.safe_url,
-                    self._limit,
+                    self.limit,
                 )
             except (kafka.CommitFailedError, kafka.IllegalStateError) as error:
                 # Someone else has the partitions by now, and repeats what was not committed.

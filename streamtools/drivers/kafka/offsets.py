@@ -14,7 +14,7 @@ from __future__ import annotations
 import binascii
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 #: The first characters of our metadata; what another program has committed is not ours to read.
@@ -89,13 +89,16 @@ class Offsets:
         """It was taken and is not finished."""
         return offset in self._pending
 
-    def commit(self, limit: int = METADATA_LIMIT) -> tuple[int, str, bool]:
+    def commit(self, limit: int = METADATA_LIMIT, *, also: Collection[int] = ()) -> tuple[int, str, bool]:
         """What to commit: the offset, the metadata, and whether that holds all that is finished.
 
-        Call `committed()` with the same once it is.
+        Parameters:
+            limit: characters of metadata at most.
+            also: pending ones that count as finished if this very commit succeeds.
         """
-        start = self.position
-        text, whole = encode(start, self._finished(start), limit)
+        pending = [offset for offset in self._pending if offset not in also] if also else self._pending
+        start = next(iter(pending), self.next)
+        text, whole = encode(start, self._finished(start, pending), limit)
         return start, text, whole
 
     @property
@@ -107,12 +110,12 @@ class Offsets:
         """What was finished when `changes` was so high is committed."""
         self._committed = max(self._committed, changes)
 
-    def _finished(self, start: int) -> Iterator[Run]:
+    def _finished(self, start: int, pending: Iterable[int]) -> Iterator[Run]:
         at = start
-        for pending in self._pending:
-            if at < pending:
-                yield at, pending
-            at = pending + 1
+        for offset in pending:
+            if at < offset:
+                yield at, offset
+            at = offset + 1
         if at < self.next:
             yield at, self.next
         for first, end in self._ahead:

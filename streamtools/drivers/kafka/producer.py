@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Final
+from secrets import token_hex
+from typing import Any, ClassVar, Final
 
-from pydantic import Field, field_validator
-
+from streamtools.delivery import Delivery, current
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name
+from streamtools.drivers.kafka.options import ProducerOptions, SendOptions, is_async
 from streamtools.drivers.kafka.outgoing import outgoing
 from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import Placed
 from streamtools.drivers.kafka.topics import Topic
-from streamtools.errors import Closed, ConnectionLost, SendError, StreamToolsError
+from streamtools.drivers.kafka.track import Token
+from streamtools.drivers.kafka.transactions import Transactional, opened, same_kafka
+from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError, StreamToolsError
 from streamtools.message import Message
-from streamtools.options import Options
 from streamtools.producer import Producer, Receipt
 from streamtools.settings import KafkaSettings
 
@@ -26,48 +30,6 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: Sends with wait=False under way at most; the next one waits.
 UNDER_WAY: Final = 10_000
-
-
-def is_async(method: str | None) -> bool | None:
-    """Whether `method` says not to wait; None for what is another protocol's (`method="POST"`)."""
-    return {"sync": False, "async": True}.get(method or "")
-
-
-class ProducerOptions(Options):
-    """What a producer of Kafka takes besides.
-
-    Attributes:
-        partitions: of the topic, where it is made; `KAFKA_PARTITIONS`, else the broker's default, when None.
-        replication: copies of each partition, likewise.
-        method: "sync" confirms each send; "async" is `wait=False` on every send.
-    """
-
-    partitions: Annotated[int | None, Field(ge=1)] = None
-    replication: Annotated[int | None, Field(ge=1)] = None
-    method: str = "sync"
-
-
-class SendOptions(Options):
-    """What one send to Kafka takes besides.
-
-    Attributes:
-        partition: where it goes; by its key, or anywhere, when None.
-        timestamp: the record's own, in seconds since the epoch; now when None.
-        wait: False returns at once with a receipt that can be awaited.
-        method: "sync" is `wait=True`, "async" is `wait=False`.
-    """
-
-    partition: Annotated[int | None, Field(ge=0)] = None
-    timestamp: Annotated[float | None, Field(ge=0)] = None
-    wait: bool | None = None
-    method: str | None = None
-
-    @field_validator("timestamp")
-    @classmethod
-    def _is_seconds(cls, value: float | None) -> float | None:
-        if value is not None and value > 1e11:
-            raise ValueError("in seconds since the epoch, not in milliseconds")
-        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +72,7 @@ class KafkaProducer(Producer, protocol="kafka"):
         super().__init__(*args, **kwargs)
         self._under_way: set[asyncio.Task[list[Receipt]]] = set()
         self._failed: list[SendError] = []
+        self._idle: list[Transactional] = []
 
     async def flush(self) -> None:
         """Return when all that was sent with `wait=False` is confirmed.
@@ -151,25 +114,93 @@ class KafkaProducer(Producer, protocol="kafka"):
         self._publisher = publisher
 
     async def _send(self, batch: Sequence[Message], options: SendOptions) -> Sequence[Receipt] | None:
+        batch = _placed(batch, options)
+        if (delivery := self._collecting()) is not None:
+            delivery.outgoing += batch  # they leave with the acknowledgement, or not at all
+            return None
+        if (transaction := self._transaction()) is not None:
+            return await transaction.send(batch)
         if not self._waits(options):
             return await self._send_later(batch, options)
         if self._publisher is None:
             if self._closed:
                 raise Closed(f"{self!r} was closed; call open() to use it again.")
             raise ConnectionLost(f"{self!r} is not connected.")
-        items = outgoing(_placed(batch, options))
+        items = outgoing(batch)
         await self._publisher.publish(items)
         return [KafkaReceipt(i.id, i.topic, i.partition, i.offset) for i in items]
 
     async def _close(self) -> None:
         publisher, self._publisher = self._publisher, None
+        idle, self._idle = self._idle, []
+        ends = [one.close() for one in idle]
         if publisher is not None:
-            await publisher.close()
+            ends.append(publisher.close())
+        await asyncio.gather(*ends)
 
     @classmethod
     def validate_queue(cls, queue: str) -> None:
         super().validate_queue(queue)
         check_kafka_name(queue)
+
+    # --- transactions -----------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        """What is sent inside, by any producer of this Kafka, becomes visible together, or not at all.
+
+        Consumers of ours, and all that read committed messages only, see it after the end; an exception inside
+        forgets it. In a handler of a consumer with `exactly_once=True` it adds nothing: all that the handler sends
+        belongs to the transaction of its message.
+
+        Raises:
+            SendError: a message is refused, and nothing was sent; or, with `.unknown`, it is not known
+                whether all of it was sent.
+            ConnectError: the broker cannot be reached.
+        """
+        if self._collecting() is not None:
+            yield
+            return
+        transaction = Transaction(await self._get_transactional(), self.settings)
+        await transaction.begin()
+        token = _current.set(transaction)
+        try:
+            yield
+            await transaction.commit()
+        except BaseException:
+            await transaction.abort()
+            raise
+        finally:
+            _current.reset(token)
+            await self._put_back(transaction.transactional)
+
+    async def _get_transactional(self) -> Transactional:
+        if not self._connected:
+            await self.open()
+        if self._idle:
+            return self._idle.pop()
+        # A new id each: there is nobody whose transactions it should go on with.
+        name = f"streamtools-{self.client_id or self.queue}-{token_hex(8)}"
+        made = Transactional(self.settings, name, self.client_id or f"streamtools-{self.queue}")
+        return await opened(made, self.settings)
+
+    async def _put_back(self, transactional: Transactional) -> None:
+        if transactional.broken or self._closed:
+            await transactional.close()
+        else:
+            self._idle.append(transactional)
+
+    def _transaction(self) -> Transaction | None:
+        transaction = _current.get()
+        return transaction if transaction is not None and same_kafka(transaction.settings, self.settings) else None
+
+    def _collecting(self) -> Delivery | None:
+        """The message being handled, if what is sent now is to leave with its acknowledgement."""
+        delivery = current.get()
+        if delivery is None or not isinstance(delivery.token, Token):
+            return None
+        exactly = delivery.token.track.exactly
+        return delivery if exactly is not None and same_kafka(exactly, self.settings) else None
 
     # --- without waiting --------------------------------------------------------------------------
 
@@ -196,6 +227,62 @@ class KafkaProducer(Producer, protocol="kafka"):
             self._failed.append(error)
         elif isinstance(error, StreamToolsError):
             self._failed.append(SendError(str(error)))
+
+
+class Transaction:
+    """One transaction under way.
+
+    Attributes:
+        transactional: what makes it.
+        settings: where.
+    """
+
+    def __init__(self, transactional: Transactional, settings: KafkaSettings) -> None:
+        self.transactional: Transactional = transactional
+        self.settings: KafkaSettings = settings
+        self._lock = asyncio.Lock()  # many tasks may send in it
+        self._sent: list[str] = []
+        self._failure: SendError | None = None
+
+    async def begin(self) -> None:
+        """Begin."""
+        await self.transactional.begin()
+
+    async def send(self, batch: Sequence[Message]) -> list[Receipt]:
+        """Send as part of it; a failure makes the whole fail, whether who sends goes on or not."""
+        items = outgoing(batch)
+        async with self._lock:
+            try:
+                await self.transactional.send(items)
+            except SendError as error:
+                self._failure = self._failure or error
+                raise
+            except ConnectError as error:
+                self._failure = SendError(f"The transaction is off: {error}", refused=[m.id for m in batch])
+                raise self._failure from error
+        self._sent += [m.id for m in batch]
+        return [KafkaReceipt(i.id, i.topic, i.partition, i.offset) for i in items]
+
+    async def commit(self) -> None:
+        """Make it visible."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            await self.transactional.commit()
+        except ConnectError as error:
+            raise SendError(
+                f"It is not known whether a transaction of {len(self._sent)} messages took place: {error}",
+                unknown=self._sent,
+            ) from error
+
+    async def abort(self) -> None:
+        """Forget it."""
+        if not self.transactional.broken:
+            await self.transactional.abort()
+
+
+#: The transaction that this task is in.
+_current: ContextVar[Transaction | None] = ContextVar("streamtools_kafka_transaction", default=None)
 
 
 def _placed(batch: Sequence[Message], options: SendOptions) -> Sequence[Message]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -9,6 +10,8 @@ from aiokafka import TopicPartition
 
 from streamtools.delivery import Delivery
 from streamtools.drivers.kafka.offsets import Offsets
+from streamtools.drivers.kafka.transactions import Identity, Transactional
+from streamtools.settings import KafkaSettings
 
 #: Records of one tier that wait in memory for their time, and bytes of them; the rest waits at the broker.
 SHELF: Final = 200
@@ -39,10 +42,22 @@ class Track:
         settling: how many settlements are under way.
         shelf: records that are not due yet, in the order of the time when each leaves.
         full: the commit's metadata has no room: no more is taken until the first gap closes.
+        paused: it is not read for now.
         gone: it was taken away; nothing of it is of any use.
+        exactly: it is committed by transactions alone, at this address; None where it is not.
+        identity: ours as the one who may; it serves once.
+        lock: one transaction after the other.
+        transactional: what makes them, once there was one.
     """
 
-    def __init__(self, partition: TopicPartition, offsets: Offsets) -> None:
+    def __init__(
+        self,
+        partition: TopicPartition,
+        offsets: Offsets,
+        *,
+        exactly: KafkaSettings | None = None,
+        identity: Identity | None = None,
+    ) -> None:
         self.partition: TopicPartition = partition
         self.offsets: Offsets = offsets
         self.in_hand: dict[int, Delivery] = {}
@@ -52,6 +67,10 @@ class Track:
         self.full: bool = False
         self.paused: bool = False
         self.gone: bool = False
+        self.exactly: KafkaSettings | None = exactly
+        self.identity: Identity | None = identity
+        self.lock: asyncio.Lock = asyncio.Lock()
+        self.transactional: Transactional | None = None
 
     @property
     def shelf_full(self) -> bool:

@@ -154,6 +154,18 @@ class OnePartition(RuleBasedStateMachine):
         self.finished.add(n)
         self.told.add(n)
 
+    @rule(data=st.data())
+    def look_ahead(self, data: st.DataObject) -> None:
+        """What a commit would say that finishes some more is what it says once they are finished."""
+        pending = [n for n in self.log if self.offsets.is_pending(n)]
+        some = data.draw(st.sets(st.sampled_from(pending))) if pending else set()
+        ahead = self.offsets.commit(also=some)
+        for n in some:
+            self.offsets.finish(n)
+            self.finished.add(n)
+            self.told.add(n)
+        assert self.offsets.commit() == ahead
+
     @rule(limit=st.sampled_from([8, 20, METADATA_LIMIT]))
     def commit(self, limit: int) -> None:
         position, metadata, whole = self.offsets.commit(limit)

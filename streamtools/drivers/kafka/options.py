@@ -1,0 +1,113 @@
+"""What producers and consumers of Kafka take besides what all take."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from streamtools.drivers.kafka.names import RETRY, check_kafka_name
+from streamtools.options import Options
+
+
+def is_async(method: str | None) -> bool | None:
+    """Whether `method` says not to wait; None for what is another protocol's (`method="POST"`)."""
+    return {"sync": False, "async": True}.get(method or "")
+
+
+class ProducerOptions(Options):
+    """What a producer of Kafka takes besides.
+
+    Attributes:
+        partitions: of the topic, where it is made; `KAFKA_PARTITIONS`, else the broker's default, when None.
+        replication: copies of each partition, likewise.
+        method: "sync" confirms each send; "async" is `wait=False` on every send.
+    """
+
+    partitions: Annotated[int | None, Field(ge=1)] = None
+    replication: Annotated[int | None, Field(ge=1)] = None
+    method: str = "sync"
+
+
+class SendOptions(Options):
+    """What one send to Kafka takes besides.
+
+    Attributes:
+        partition: where it goes; by its key, or anywhere, when None.
+        timestamp: the record's own, in seconds since the epoch; now when None.
+        wait: False returns at once with a receipt that can be awaited.
+        method: "sync" is `wait=True`, "async" is `wait=False`.
+    """
+
+    partition: Annotated[int | None, Field(ge=0)] = None
+    timestamp: Annotated[float | None, Field(ge=0)] = None
+    wait: bool | None = None
+    method: str | None = None
+
+    @field_validator("timestamp")
+    @classmethod
+    def _is_seconds(cls, value: float | None) -> float | None:
+        if value is not None and value > 1e11:
+            raise ValueError("in seconds since the epoch, not in milliseconds")
+        return value
+
+
+class ConsumerOptions(Options):
+    """What a consumer of Kafka takes besides.
+
+    Attributes:
+        partitions: of the topic, where it is made; `KAFKA_PARTITIONS`, else the broker's default, when None.
+        replication: copies of each partition, likewise.
+        consumer_group: the same as `group`.
+        auto_ack: True is `ack="on_receive"`.
+        static_id: this consumer's own name in its group: it keeps its partitions over a restart within
+            `KafkaSettings.session_timeout`, without the others noticing.
+        topics: further topics, which the same handler consumes.
+        pattern: a regular expression; topics whose whole name matches are consumed besides.
+        start_offset: a new group begins at this offset of each partition.
+        start_time: a new group begins with what was written then or later, in seconds since the epoch.
+        revoke_timeout: seconds for handlers at work when the group shares its partitions out anew.
+        exactly_once: what a handler sends with a KafkaProducer leaves together with the acknowledgement, in one
+            transaction; a message has its effects on Kafka once, whatever dies.
+    """
+
+    partitions: Annotated[int | None, Field(ge=1)] = None
+    replication: Annotated[int | None, Field(ge=1)] = None
+    consumer_group: str | None = None
+    auto_ack: bool = False
+    static_id: str | None = None
+    topics: tuple[str, ...] = ()
+    pattern: str | None = None
+    start_offset: Annotated[int | None, Field(ge=0)] = None
+    start_time: float | datetime | None = None
+    revoke_timeout: Annotated[float, Field(ge=0)] = 30.0
+    exactly_once: bool = False
+
+    @field_validator("topics")
+    @classmethod
+    def _are_topics(cls, topics: tuple[str, ...]) -> tuple[str, ...]:
+        for topic in topics:
+            check_kafka_name(topic)
+        return topics
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_expression(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from error
+        return pattern
+
+    @property
+    def start(self) -> float | None:
+        """`start_time` in seconds since the epoch."""
+        return self.start_time.timestamp() if isinstance(self.start_time, datetime) else self.start_time
+
+
+def subscription(pattern: str, topics: tuple[str, ...]) -> str:
+    """An expression for these topics and those of the pattern, but nobody's retries."""
+    own = "|".join(re.escape(topic) for topic in topics)
+    return rf"(?:{own})$|(?!.*{re.escape(RETRY)}(?:\.|$))(?:{pattern})$"

@@ -1,0 +1,252 @@
+"""What a consumer sends: retries, rejected messages, what its handlers send; plainly, or in transactions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from aiokafka import errors as kafka
+
+from streamtools.delivery import Settlement
+from streamtools.drivers.kafka.membership import Membership
+from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
+from streamtools.drivers.kafka.publisher import Publisher
+from streamtools.drivers.kafka.records import GROUP, QUEUE, Header, decode_origin, header_texts, now_ms
+from streamtools.drivers.kafka.tiers import tier_of
+from streamtools.drivers.kafka.track import Token, Track
+from streamtools.drivers.kafka.transactions import Transactional, opened
+from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError
+from streamtools.message import Message
+from streamtools.settings import KafkaSettings
+from streamtools.verdicts import ACK, Kind
+
+#: A record that is not due, with its partition and its message.
+Waiting = tuple[Track, Any, Message]
+
+
+class Outbox:
+    """Sends for one membership.
+
+    Parameters:
+        queue: the consumer's own.
+        retry_topic: where retries of the group wait.
+        tiers: the partitions of that topic; 0 where it does not exist.
+    """
+
+    def __init__(
+        self,
+        settings: KafkaSettings,
+        client_id: str,
+        membership: Membership,
+        *,
+        queue: str,
+        retry_topic: str,
+        tiers: int,
+    ) -> None:
+        self._settings = settings
+        self._client_id = f"{client_id}-publishing"
+        self._membership = membership
+        self._queue = queue
+        self._retry_topic = retry_topic
+        self._tiers = tiers
+        self._publisher: Publisher | None = None
+        self._opening = asyncio.Lock()
+        self._transactionals: set[Transactional] = set()
+        self._closed = False
+
+    # --- plainly ----------------------------------------------------------------------------------
+
+    async def settle(self, mine: Sequence[Settlement], done: list[Settlement]) -> None:
+        """Send what these send; `done` gets those of which Kafka holds all.
+
+        Raises:
+            SendError: some were refused.
+            ConnectError: the connection ended; nothing is known.
+        """
+        items = [item for s in mine for item in self._copies(s)]
+        if not items:
+            done += mine
+            return
+        try:
+            await (await self._get_publisher()).publish(items)
+        except SendError as error:
+            refused = frozenset(error.refused)
+            done += [s for s in mine if not any(m.id in refused for m in s.outgoing)]
+            raise
+        done += mine
+
+    async def move(self, batch: Sequence[Waiting]) -> None:
+        """Move what is not due to where it waits, and finish it where it was.
+
+        Raises:
+            SendError: some were refused.
+            ConnectError: the connection ended; nothing is known.
+        """
+        if batch[0][0].exactly is not None:
+            for track in {track for track, _, _ in batch}:
+                own = [(record, message) for t, record, message in batch if t is track]
+                copies = [self._waiting(record, message) for record, message in own]
+                await self._transact(track, {record.offset for record, _ in own}, copies)
+            return
+        await (await self._get_publisher()).publish([self._waiting(r, m) for _, r, m in batch])
+        for track, record, _ in batch:
+            track.finish(record.offset)
+
+    async def _get_publisher(self) -> Publisher:
+        async with self._opening:
+            if self._closed:
+                raise Closed("The consumer was closed.")
+            if self._publisher is None:
+                publisher = Publisher(self._settings, self._client_id)
+                try:
+                    await publisher.open()
+                except BaseException:
+                    await publisher.close()
+                    raise
+                self._publisher = publisher
+            return self._publisher
+
+    # --- in transactions --------------------------------------------------------------------------
+
+    async def settle_exactly(
+        self,
+        mine: Sequence[Settlement],
+        done: list[Settlement],
+        reject: Callable[[Settlement, SendError], Settlement],
+    ) -> None:
+        """Send what these send, and commit them, in one transaction for each partition.
+
+        Parameters:
+            reject: makes the settlement of one whose handler has sent what Kafka refuses.
+        """
+        done += [s for s in mine if s.verdict.kind is Kind.RELEASE]
+        tracks: dict[Track, list[Settlement]] = {}
+        for settlement in mine:
+            if settlement.verdict.kind is not Kind.RELEASE:
+                tracks.setdefault(settlement.delivery.token.track, []).append(settlement)
+        for track, batch in tracks.items():
+            await self._settle_track(track, batch, done, reject)
+
+    async def _settle_track(
+        self,
+        track: Track,
+        batch: list[Settlement],
+        done: list[Settlement],
+        reject: Callable[[Settlement, SendError], Settlement],
+    ) -> None:
+        try:
+            await self._transact(track, {s.delivery.token.offset for s in batch}, self._all_copies(batch))
+        except SendError as error:
+            bad = [s for s in batch if any(m.id in error.refused for m in s.outgoing)]
+            good = [s for s in batch if s not in bad]
+            if good:
+                await self._settle_track(track, good, done, reject)
+            for settlement in bad:
+                if settlement.verdict is not ACK:
+                    raise
+                instead = reject(settlement, error)
+                await self._transact(track, {settlement.delivery.token.offset}, self._copies(instead))
+                done.append(settlement)
+        else:
+            done += batch
+
+    async def _transact(self, track: Track, offsets: Collection[int], items: Sequence[Outgoing]) -> None:
+        """Send `items`, and commit that `offsets` are finished, as one."""
+        async with track.lock:
+            try:
+                transactional = await self._get_transactional(track)
+                await transactional.begin()
+                whole = await self._one(track, transactional, offsets, items)
+            except SendError:
+                raise
+            except BaseException as error:
+                await self.release([track])
+                if track.gone and isinstance(error, ConnectError):
+                    return  # someone else has the partition, and repeats what was not committed
+                if isinstance(error.__cause__, kafka.OffsetMetadataTooLargeError):
+                    self._membership.limit //= 2
+                raise
+            for offset in offsets:
+                track.finish(offset)
+            track.full = not whole
+
+    async def _one(
+        self, track: Track, transactional: Transactional, offsets: Collection[int], items: Sequence[Outgoing]
+    ) -> bool:
+        try:
+            if items:
+                await transactional.send(items)
+        except SendError:
+            await transactional.abort()
+            if transactional.broken:
+                await self.release([track])
+            raise
+        at, metadata, whole = track.offsets.commit(self._membership.limit, also=offsets)
+        await transactional.add_offsets({track.partition: (at, metadata)}, self._membership.group)
+        await transactional.commit()
+        return whole
+
+    async def _get_transactional(self, track: Track) -> Transactional:
+        if self._closed or track.gone:
+            raise ConnectionLost("The partition is no longer ours.")
+        if track.transactional is None:
+            if track.identity is None:
+                raise ConnectionLost(f"A transaction of {track!r} failed: it is read anew.")
+            name = self._membership.transactional_id(track.partition)
+            # Our identity serves once: after a failure the partition is read anew, from what is committed then.
+            identity, track.identity = track.identity, None
+            made = Transactional(self._settings, name, self._client_id, identity=identity)
+            self._transactionals.add(made)
+            track.transactional = await opened(made, self._settings)
+        return track.transactional
+
+    async def release(self, tracks: Collection[Track]) -> None:
+        """Let go of what makes their transactions."""
+        for track in tracks:
+            transactional, track.transactional = track.transactional, None
+            if transactional is not None:
+                self._transactionals.discard(transactional)
+                await transactional.close()
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        self._closed = True
+        publisher, self._publisher = self._publisher, None
+        ends = [one.close() for one in self._transactionals]
+        self._transactionals.clear()
+        if publisher is not None:
+            ends.append(publisher.close())
+        await asyncio.gather(*ends)
+
+    # --- copies -----------------------------------------------------------------------------------
+
+    def _all_copies(self, batch: Sequence[Settlement]) -> list[Outgoing]:
+        return [item for settlement in batch for item in self._copies(settlement)]
+
+    def _copies(self, settlement: Settlement) -> list[Outgoing]:
+        return [self._copy(settlement, message) for message in settlement.outgoing]
+
+    def _copy(self, settlement: Settlement, message: Message) -> Outgoing:
+        token: Token = settlement.delivery.token
+        kind = settlement.verdict.kind
+        if kind is Kind.RETRY and message.queue == settlement.delivery.message.queue:
+            return self._retry(message, decode_origin(token.record).headers)
+        headers: list[Header] = []
+        if kind is Kind.REJECT:
+            headers = [*decode_origin(token.record).headers, (GROUP, self._membership.group.encode())]
+        return outgoing([message], headers=headers)[0]
+
+    def _waiting(self, record: Any, message: Message) -> Outgoing:
+        if record.topic == self._retry_topic:
+            queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self._queue)
+            message = message.replace(queue=queue)
+        return self._retry(message, decode_origin(record).headers)
+
+    def _retry(self, message: Message, headers: list[Header]) -> Outgoing:
+        """To this group alone: into the tier for its delay."""
+        delay = 0.0 if message.deliver_at is None else message.deliver_at - time.time()
+        [item] = outgoing([message], headers=[*headers, (QUEUE, message.queue.encode())])
+        item.topic, item.partition, item.timestamp = self._retry_topic, tier_of(delay, self._tiers), now_ms()
+        return item
