@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Cli, lines
+from tests.cli.conftest import ROOT, Cli, lines
 
 #: 3,000 events, of which 49 are malformed and 112 go to a closed warehouse. One payment in ten is
 #: tried twice, one in a hundred three times.
@@ -52,6 +53,15 @@ def test_it_tells_people_what_happens(cli: Cli) -> None:
     assert "together    8,902     8,853       325             161        112" in result.stdout
     assert "The numbers add up" in result.stdout
     assert "STREAMTOOLS_URL=amqp://" in result.stdout
+
+
+def test_its_last_line_can_be_typed_by_whoever_reads_it(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli("demo", "--url", "asyncio://").stdout.rstrip().endswith(" make demo")
+    monkeypatch.chdir(tmp_path)
+    assert " make demo" not in cli("demo", "--url", "asyncio://").stdout
 
 
 def test_a_protocol_without_an_error_queue_is_refused(cli: Cli) -> None:
