@@ -11,9 +11,9 @@ BIN := $(VENV)/bin
 export VENV
 
 #: The demo needs the client library of the broker it is pointed at, and no other.
-DEMO_EXTRAS = cli$(if $(findstring amqp,$(STREAMTOOLS_URL)),$(comma)rabbitmq)
-comma := ,
-DEMO := $(VENV)/.installed-$(if $(findstring amqp,$(STREAMTOOLS_URL)),demo-rabbitmq,demo)
+DEMO_BROKER := $(if $(findstring amqp,$(STREAMTOOLS_URL)),rabbitmq,$(if $(findstring kafka,$(STREAMTOOLS_URL)),kafka))
+DEMO_EXTRAS := cli$(DEMO_BROKER:%=,%)
+DEMO := $(VENV)/.installed-demo$(DEMO_BROKER:%=-%)
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
 
