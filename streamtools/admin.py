@@ -117,7 +117,7 @@ class QueueAdmin:
         await self._create(queue, options)
 
     async def delete(self, queue: str) -> None:
-        """Delete a queue with all that is in it; safe to repeat.
+        """Delete a queue with all that is in it.
 
         Raises:
             QueueError: there is no such queue.
@@ -247,7 +247,7 @@ class QueueAdmin:
     async def peek(self, queue: str, limit: int = 10) -> Sequence[Message]:
         """The first messages that wait, left where they are.
 
-        Where the broker counts deliveries, looking counts as one.
+        Where the broker counts what goes back to it, as RabbitMQ does, looking counts as a delivery.
 
         Raises:
             QueueError: there is no such queue.

@@ -187,8 +187,9 @@ class Producer:
             options: the protocol's own.
 
         Raises:
-            SendError: the broker refused it, or did not confirm it within `send_timeout`.
-            ConnectError: the broker cannot be reached.
+            SendError: the broker refused it, or did not confirm it within `send_timeout`; also when it could not be
+                reached for so long.
+            ConnectError: the broker does not let us in, for good (a wrong password, a missing virtual host).
             TypeError: the payload, a header or an option is not of a usable type.
         """
         message = self._encode(

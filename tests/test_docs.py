@@ -12,13 +12,13 @@ import pytest
 import streamtools
 from streamtools import Features
 from tests.brokers.address import RabbitMQAddress
-from tests.pages.commands import check_usage, commands
+from tests.pages.commands import REFERENCE, check_usage, commands, reference
 from tests.pages.markdown import ROOT, Page, pages
 from tests.pages.reader import Reader, needs_rabbitmq
 
 PAGES = list(pages())
-#: For contributors: what it shows is pytest's own to run.
-SHOWN_ONLY = ("CONTRIBUTING.md",)
+#: For contributors: what it shows is pytest's own to run. The page of commands has a test of its own.
+SHOWN_ONLY = ("CONTRIBUTING.md", "docs/reference/cli.md")
 RUN = [page for page in PAGES if page.path not in SHOWN_ONLY and page.blocks]
 OFFERED = [(page.path, command) for page in PAGES for command in commands(page)]
 #: Before the name of what a page of the reference shows the docstrings of.
@@ -42,6 +42,10 @@ def test_a_page_does_what_it_says_on_rabbitmq(page: Page, tmp_path: Path, rabbit
 @pytest.mark.parametrize(("path", "command"), OFFERED, ids=[f"{path}: {command}" for path, command in OFFERED])
 def test_a_command_that_is_only_shown_exists(path: str, command: str) -> None:
     check_usage(command)
+
+
+def test_the_page_of_commands_says_what_their_help_says() -> None:
+    assert REFERENCE.read_text("utf-8") == reference(), "write it anew: python -m tests.pages.commands"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_id)

@@ -249,8 +249,8 @@ def receive(
     """Show messages. They stay in the queue, unless --ack.
 
     Without --ack the messages are only looked at: they go back when the command ends, in their order, and
-    until then no consumer has them. Where the broker counts deliveries, looking counts as one. With --ack
-    each is acknowledged once it has been printed, and is then gone.
+    until then no consumer has them. On RabbitMQ looking counts as a delivery. With --ack each is acknowledged
+    once it has been printed, and is then gone.
     """
     limit = maximum if maximum is not None or follow else SHOWN
     show = _show_json if json else _show

@@ -1,4 +1,7 @@
-"""Commands as pages write them, read by the real command line without being run."""
+"""Commands as pages write them, read by the real command line without being run; and the page that shows them all.
+
+python -m tests.pages.commands          writes docs/reference/cli.md anew
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,22 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import typer
+from typer.testing import CliRunner
 
 from streamtools.cli.app import app
-from tests.pages.markdown import Page
+from tests.pages.markdown import ROOT, Page
 
 NAME = "streamtools "
+REFERENCE = ROOT / "docs" / "reference" / "cli.md"
+INTRODUCTION = """\
+# Command line
+
+`pip install "streamtools[cli]"` brings the command `streamtools`; `python -m streamtools` is the same. What follows
+is what `--help` says. [Operate](../how-to/operate.md) shows the commands at work.
+
+Exit codes: 0 it is done, 1 it failed, 2 it was asked for wrongly; 130 and 143 when Ctrl-C or SIGTERM ended a command
+that only looks. `--json` leaves nothing but JSON on stdout. Commands that destroy ask first, unless `--yes`.
+"""
 
 
 def commands(page: Page) -> Iterator[str]:
@@ -46,3 +60,21 @@ def _take_deeds(command: Any) -> None:
         for inner in command.commands.values():
             _take_deeds(inner)
     command.callback = lambda **arguments: None
+
+
+def reference() -> str:
+    """The page of all commands: what each one's `--help` says."""
+    return INTRODUCTION + "".join(_help(typer.main.get_command(app), []))
+
+
+def _help(command: Any, path: list[str]) -> Iterator[str]:
+    line = " ".join(["streamtools", *path, "--help"])
+    said = CliRunner().invoke(app, [*path, "--help"], prog_name="streamtools", env={"COLUMNS": "100"}).stdout
+    heading = f"\n{'#' * (len(path) + 1)} {' '.join(path)}\n" if path else ""
+    yield f"{heading}\n```console\n$ {line}\n{said.rstrip()}\n```\n"
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _help(inner, [*path, name])
+
+
+if __name__ == "__main__":
+    REFERENCE.write_text(reference(), "utf-8")
