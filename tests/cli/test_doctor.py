@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -63,6 +65,20 @@ def test_all_is_well_on_rabbitmq(cli: Cli, rabbitmq_vhost: Any) -> None:
 
     assert {check["state"] for check in json.loads(result.stdout)} == {"ok"}, result.stdout
     assert "aio-pika" in result.stdout
+
+
+def test_of_a_damaged_file_nothing_is_said_to_work(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.db"
+    for _ in range(3):
+        cli("send", "orders", "x" * 30_000, "--url", f"sqlite:///{path}")
+    data = bytearray(path.read_bytes())
+    data[4096:20_000] = os.urandom(20_000 - 4096)
+    path.write_bytes(bytes(data))
+
+    result = cli("doctor", "--url", f"sqlite:///{path}", "--json")
+
+    assert result.exit_code == 1
+    assert "damaged" in result.stdout and "works without" not in result.stdout
 
 
 @pytest.mark.rabbitmq
