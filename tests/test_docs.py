@@ -55,6 +55,14 @@ def test_every_link_leads_somewhere(page: Page) -> None:
             assert _leads(page, unquote(link)), f"{page.path} links to {link}, which is not there"
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+
+    for page in PAGES:
+        if page.path.startswith("docs/"):
+            assert f"- {page.path.removeprefix('docs/')}\n" in navigation, f"mkdocs.yml: nav lacks {page.path}"
+
+
 def _leads(page: Page, link: str) -> bool:
     name, _, anchor = link.partition("#")
     file = (ROOT / page.path).parent / name if name else ROOT / page.path
