@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from streamtools.drivers.kafka import KafkaProducer
+from streamtools.consumer import BoundHandler
+from streamtools.drivers.kafka import KafkaConsumer, KafkaProducer
 from tests.brokers.kafka.address import KafkaAddress
 
 #: Makes an open producer, closed at the end of the test.
@@ -57,3 +59,29 @@ async def records(address: KafkaAddress, topic: str, *, committed: bool = False)
         return found
     finally:
         await reader.stop()
+
+
+#: Runs a handler on a consumer of the test's queue while its block lasts.
+Running = Callable[..., AbstractAsyncContextManager[Any]]
+
+
+@pytest.fixture
+def running(kafka: KafkaAddress, queue: str) -> Running:
+    @asynccontextmanager
+    async def run(handler: Any, name: str = queue, *, grace: float = 20, **options: Any) -> AsyncIterator[Any]:
+        consumer = KafkaConsumer(name, **{"url": kafka.url, "error_queue": "{queue}.error", **options})
+        started = asyncio.Event()
+        task = asyncio.create_task(consumer.run(BoundHandler(consumer, handler), on_started=started.set))
+        waiting = asyncio.create_task(started.wait())
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED, timeout=60)
+        waiting.cancel()
+        if task.done():
+            task.result()
+        try:
+            yield consumer
+        finally:
+            consumer.stop(grace)
+            async with asyncio.timeout(60):
+                await task
+
+    return run

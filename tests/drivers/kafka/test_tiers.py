@@ -1,0 +1,50 @@
+"""Which tier a delay goes to, and when it goes on."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamtools.drivers.kafka.tiers import TIERS, leaves_at, tier_of
+
+
+def test_each_delay_has_the_longest_tier_that_does_not_exceed_it() -> None:
+    assert [tier_of(s) for s in (-1, 0, 0.01, 0.25, 0.9, 1, 4.9, 5, 30, 86400 * 365)] == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        2,
+        2,
+        3,
+        4,
+        8,
+    ]
+    assert tier_of(3600, partitions=3) == 2  # a topic that somebody made with fewer
+
+
+@given(st.floats(0, 10 * 366 * 86400))
+def test_from_tier_to_tier_a_message_is_delivered_when_it_is_due_and_never_before(delay: float) -> None:
+    start = now = 1_000_000.0
+    due = start + delay
+    hops = 0
+    while now < due:
+        partition = tier_of(due - now)
+        leaves = leaves_at(partition, now, due)
+        assert leaves <= due and leaves > now
+        now = leaves
+        hops += 1
+    assert now == due or hops == 0
+    assert hops <= 40 + delay / TIERS[-1]
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 100)), min_size=2))
+def test_in_one_tier_the_first_to_come_is_the_first_to_go(pairs: list[tuple[float, float]]) -> None:
+    """Of those that are due later than the tier is long, which is why they are in it."""
+    partition = 3
+    entered = sorted(at for at, _ in pairs)
+    leaves = [
+        leaves_at(partition, at, at + TIERS[partition] + more) for at, (_, more) in zip(entered, pairs, strict=True)
+    ]
+    assert leaves == sorted(leaves)
