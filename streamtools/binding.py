@@ -78,6 +78,12 @@ def _plan(
     first = parameters[0]
     if first.kind is inspect.Parameter.VAR_POSITIONAL:
         return codec.decode if payload is None else _decoder(payload, name), []
+    if first.name == "self" and inspect.isfunction(function):
+        method = name.rpartition(".")[2]
+        raise ConfigurationError(
+            f"The handler {name} is a method without its object: run the bound one, as in "
+            f"ConsumerRunner(service.{method}) or await service.{method}()."
+        )
     further = []
     for parameter in parameters[1:]:
         resolver = resolvers.get(hints.get(parameter.name, inspect.Parameter.empty))

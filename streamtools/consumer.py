@@ -162,6 +162,7 @@ class Consumer:
         #: The decorated handler, once there is one.
         self.handler: BoundHandler | None = None
         self._loop: Loop | None = None
+        self._running = False
         self._by_hand = self.dispatcher(_no_handler, "by hand")
         self._connected = False
         self._closed = False
@@ -269,7 +270,11 @@ class Consumer:
         Raises:
             ConnectError: the first connection cannot be made, or a later one is refused for good.
             QueueError: about the queue.
+            ConfigurationError: it runs a loop already.
         """
+        if self._running:
+            raise ConfigurationError(f"{self!r} runs a loop already; make another consumer for a second one.")
+        self._running = True
         self._closed = False
         threads = Threads(self.concurrency, f"streamtools-{self.queue}")
         try:
@@ -283,8 +288,11 @@ class Consumer:
                 raise
         finally:
             threads.shutdown()
-            await self.close()
-            self._stopping.clear()
+            try:
+                await self.close()
+            finally:
+                self._stopping.clear()
+                self._running = False
 
     def stop(self, grace: float = 30.0) -> None:
         """Take no more messages; handlers at work have `grace` seconds, the rest goes back. Safe to repeat."""

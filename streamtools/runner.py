@@ -72,9 +72,9 @@ class Supervisor:
     def stop(self, grace: float) -> None:
         """Take no more messages in; handlers at work have `grace` seconds."""
         self._stopping = True
-        if self.state != "dead":
+        if self.state != "dead":  # what has ended is not to be told: it would end at once when it is run again
             self.state = "draining"
-        self.consumer.stop(grace)
+            self.consumer.stop(grace)
 
     async def run(self) -> None:
         """Until stopped.

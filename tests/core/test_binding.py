@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import BaseModel
 
-from streamtools import Consumer, ConsumerFactory, Delivery, Message, Producer
+from streamtools import Consumer, ConsumerFactory, ConsumerRunner, Delivery, Message, Producer
 from streamtools.binding import compile_handler, name_of
 from streamtools.delivery import current
 from streamtools.errors import ConfigurationError, DecodeError
@@ -267,6 +267,37 @@ async def test_a_decorated_method_runs_the_loop_of_its_object(made_by: str) -> N
     await eventually(lambda: service.seen == [5, 6])
     loop.cancel()
     await asyncio.wait({loop})
+
+
+async def test_a_method_without_its_object_is_told_how_to_be_run() -> None:
+    factory = ConsumerFactory(url="asyncio://")
+
+    class Service:
+        @factory.route("orders")
+        async def handle(self, msg: int) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"Service.handle is a method .*ConsumerRunner\(service.handle\)"):
+        async with ConsumerRunner(factory):
+            raise AssertionError("it must not come this far")
+
+
+async def test_a_consumer_runs_one_loop_at_a_time() -> None:
+    consumer = Consumer("orders", url="asyncio://")
+
+    @consumer()
+    async def handle(msg: int) -> None: ...
+
+    loop = asyncio.create_task(handle())
+    await eventually(lambda: consumer.connected)
+    with pytest.raises(ConfigurationError, match="runs a loop already"):
+        await handle()
+    assert not loop.done()
+    loop.cancel()
+    await asyncio.wait({loop})
+    again = asyncio.create_task(handle())
+    await eventually(lambda: consumer.connected)
+    again.cancel()
+    await asyncio.wait({again})
 
 
 def test_a_consumer_has_one_handler_and_a_queue_one_route() -> None:

@@ -24,6 +24,7 @@ from streamtools import (
     HandlerError,
     HandlerFactory,
     Producer,
+    QueueError,
 )
 from streamtools.delivery import Delivery
 from streamtools.drivers.asyncio import AsyncIOConsumer
@@ -214,6 +215,24 @@ async def test_a_broker_that_never_answers_ends_the_runner_by_its_error() -> Non
         async with ConsumerRunner(fine, consumers):
             raise AssertionError("it must not come this far")
     assert "hunter2" not in str(caught.value)
+
+
+async def test_a_runner_that_failed_can_be_run_again(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/orders.db"
+    consumers = ConsumerFactory(url=url, declare="passive")
+    seen: list[Any] = []
+
+    @consumers.route("orders")
+    async def handle(msg: Any) -> None:
+        seen.append(msg)
+
+    runner = ConsumerRunner(consumers)
+    with pytest.raises(QueueError):
+        await runner.serve(signals=False)
+    async with Producer("orders", url=url) as producer, Producer("error", url=url):
+        await producer.send(1)
+        async with runner:
+            await eventually(lambda: seen == [1])
 
 
 class Breaking(AsyncIOConsumer):
