@@ -123,6 +123,10 @@ class Loop:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._changed = asyncio.Event()
         self._lost: ConnectError | None = None
+        #: Taking in waits until there is room for half a prefetch.
+        self._pausing = False
+        #: Settlements that the broker refuses, and the tasks that try them again.
+        self._held = 0
         self._held_back: set[asyncio.Task[None]] = set()
         self._plain = Lane(self._settle_all)
         self._moves = Lane(self._settle_moves)
@@ -176,7 +180,9 @@ class Loop:
         try:
             while not stopping.is_set() and self._lost is None:
                 if not self._has_room():
+                    self._pausing = True
                     await self._change()
+                    self._pausing = False
                     continue
                 receive = asyncio.create_task(self._receive(self._prefetch - self.in_hand))
                 receive.add_done_callback(lambda _: self._changed.set())
@@ -235,8 +241,8 @@ class Loop:
                 return
 
     async def _idle(self, held: int, stopping: asyncio.Event) -> bool:
-        """Wait until nothing but `held` deliveries is in hand; False when that is not to be."""
-        while self.in_hand > held:
+        """Wait until `held` deliveries are in hand, beside what the broker refuses; False if it cannot be."""
+        while self.in_hand - self._held > held:
             if stopping.is_set() or self._lost is not None:
                 return False
             await self._change()
@@ -280,6 +286,8 @@ class Loop:
                 await self._wait()
                 turn = clock()
             delivery = self._ready.popleft()
+            if self._pausing and not self._ready:
+                self._changed.set()  # a worker may be idle
             self.running += 1
             try:
                 settlement = await self._handle(delivery)
@@ -373,6 +381,7 @@ class Loop:
             try:
                 await guard(self._source._settle([settlement]))
             except ConnectError as error:
+                self._held -= 1
                 return self._fail(error, [settlement])
             except SendError as error:
                 message = settlement.delivery.message
@@ -380,9 +389,12 @@ class Loop:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, REFUSED_MAX_DELAY)
             else:
+                self._held -= 1
                 return self._done(1)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        self._held += 1
+        self._changed.set()
         task = asyncio.create_task(work)
         self._held_back.add(task)
         task.add_done_callback(self._held_back.discard)

@@ -134,6 +134,15 @@ async def test_it_never_has_more_in_hand_than_the_prefetch() -> None:
     assert (loop.in_hand, loop.settled) == (0, 30)
 
 
+async def test_an_idle_worker_is_given_what_comes_while_others_take_their_time() -> None:
+    source, gate = Script(*map(delivery, range(3))), Gate()
+    async with running(make(source, gate, concurrency=4, prefetch=4)):
+        await eventually(lambda: len(gate.entered) == 3)
+        source.send(delivery(3))
+        await eventually(lambda: len(gate.entered) == 4)
+        gate.opened.set()
+
+
 async def test_a_suspect_runs_alone() -> None:
     at_work: list[tuple[int, int]] = []
     suspects = (2, 3)
@@ -226,6 +235,31 @@ async def test_a_refused_copy_is_tried_again_and_holds_up_nobody(monkeypatch: py
     async with running(loop):
         await eventually(lambda: len(source.settled()) == 5)
     assert (source.settled(Kind.RETRY), loop.in_hand, source.refusals) == ([0], 0, 0)
+
+
+async def test_a_suspect_does_not_wait_for_what_the_broker_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = asyncio.Event()
+
+    class Refusing(Script):
+        async def _settle(self, settlements: Sequence[Settlement]) -> None:
+            if any(s.outgoing for s in settlements) and not self.released.is_set():
+                refused.set()
+                raise SendError("the error queue is full", refused=["0"])
+            await super()._settle(settlements)
+
+    async def handle(message: Message) -> Any:
+        if message.id == "0":
+            raise ValueError("retry me")
+
+    monkeypatch.setattr(loop_module, "REFUSED_DELAY", 0.01)
+    source = Refusing(delivery(0))
+    loop = make(source, handle)
+    async with running(loop):
+        await refused.wait()
+        source.send(delivery(1, count=2), delivery(2))
+        await eventually(lambda: sorted(source.settled(Kind.ACK)) == [1, 2])
+        source.released.set()
+        await eventually(lambda: loop.in_hand == 0)
 
 
 async def test_on_receive_they_are_acknowledged_before_they_are_handled() -> None:
