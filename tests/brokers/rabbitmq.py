@@ -177,11 +177,11 @@ class RabbitMQNode(Node):
 
     def freeze_queue(self, queue: str) -> None:
         """A quorum queue gives no answer any more, as one without a leader, until `thaw_queue`."""
-        self.ctl("eval", f"sys:suspend('{self.vhost}_{queue}').")
+        self.ctl("eval", f"sys:suspend('{self._ra_name(queue)}').")
 
     def thaw_queue(self, queue: str) -> None:
         """After `freeze_queue`."""
-        self.ctl("eval", f"sys:resume('{self.vhost}_{queue}').")
+        self.ctl("eval", f"sys:resume('{self._ra_name(queue)}').")
 
     def wait_saved(self, timeout: float = 30) -> None:
         """Return when all quorum queues of the current virtual host would outlive a kill -9.
@@ -193,11 +193,14 @@ class RabbitMQNode(Node):
         """
         deadline = time.monotonic() + timeout
         rows = self.manage("GET", f"queues/{quote(self.vhost, safe='')}?columns=name,type")
-        names = {f"{self.vhost}_{row['name']}".encode() for row in rows if row["type"] == "quorum"}
+        names = {self._ra_name(row["name"]).encode() for row in rows if row["type"] == "quorum"}
         while missing := {name for name in names if not any(name in data for data in self._directories())}:
             if time.monotonic() > deadline:
                 raise BrokerError(f"RabbitMQ {self.name} has not saved {missing} after {timeout:g} s")
             time.sleep(POLL)
+
+    def _ra_name(self, queue: str) -> str:
+        return f"{'%2F' if self.vhost == '/' else self.vhost}_{queue}"
 
     def _directories(self) -> list[bytes]:
         home = self.home.directory / self.name / "data"
@@ -308,6 +311,11 @@ class RabbitMQCluster(Cluster):
         """Start what does not run; returns when all nodes serve and see each other."""
         self.home.start_epmd()
         super().start()
+
+    def wait_saved(self) -> None:
+        """Return when all quorum queues of `/` would outlive a kill -9 of any node; see `RabbitMQNode.wait_saved`."""
+        for node in self.nodes:
+            node.wait_saved()
 
     def _seen(self) -> int:
         return min(sum(bool(n.get("running")) for n in node.manage("GET", "nodes")) for node in self.nodes)
