@@ -223,8 +223,9 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
             if group in known:
                 commits |= await groups.committed(group, topics[name].partitions)
                 members[name] = len((await groups.describe(group)).members) if name == group else 0
+        partitions = [partition for topic in topics.values() for partition in topic.partitions]
         waiting = dict.fromkeys(topics, 0)
-        for partition, one in (await self._measured(commits, *(t.partitions for t in topics.values()))).items():
+        for partition, one in (await self._measured(commits, partitions, all_of_them=False)).items():
             waiting[partition.topic] += one.waiting
         return [
             QueueInfo(name=n, ready=waiting[n], delayed=waiting.get(n + RETRY, 0), consumers=members.get(n, 0))
@@ -237,14 +238,17 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         return await self._measured(await Groups(self._connected()).committed(group, partitions), partitions)
 
     async def _measured(
-        self, commits: Mapping[TopicPartition, Commit], *parts: Sequence[TopicPartition]
+        self,
+        commits: Mapping[TopicPartition, Commit],
+        partitions: Sequence[TopicPartition],
+        *,
+        all_of_them: bool = True,
     ) -> dict[TopicPartition, Progress]:
         """These commits against what the partitions hold."""
         cluster = self._connected()
-        partitions = [partition for part in parts for partition in part]
-        begins = await cluster.offsets(partitions, EARLIEST)
-        ends = await cluster.offsets(partitions, LATEST)
-        return {p: Progress(begins[p], ends[p], commits.get(p)) for p in partitions}
+        begins = await cluster.offsets(partitions, EARLIEST, all_of_them=all_of_them)
+        ends = await cluster.offsets(partitions, LATEST, all_of_them=all_of_them)
+        return {p: Progress(begins[p], end, commits.get(p)) for p, end in ends.items() if p in begins}
 
     def _other(self, queue: str, name: str, there: int, wanted: int | None) -> QueueError:
         return QueueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -98,8 +99,22 @@ class Cluster:
 
     async def topics(self, names: Iterable[str] | None = None) -> dict[str, TopicState]:
         """Those of these topics that exist; all of them when None. Looking makes none."""
-        request = MetadataRequest(None if names is None else list(names), allow_auto_topic_creation=False)
-        response = await self.persist(lambda: self.ask(request, self.any))
+        if names is None:
+            return await self._topics(None, self.any)
+        wanted = list(names)
+        found = await self._topics(wanted, self.any)
+        for broker in self._client.cluster.brokers():
+            # What was just made is known to one broker a moment before it is to the next.
+            if missing := [name for name in wanted if name not in found]:
+                with suppress(kafka.KafkaConnectionError, kafka.NodeNotReadyError, kafka.RequestTimedOutError):
+                    found |= await self._ask_topics(missing, broker.nodeId)
+        return found
+
+    async def _topics(self, names: list[str] | None, node: int | Find) -> dict[str, TopicState]:
+        return await self.persist(lambda: self._ask_topics(names, node))
+
+    async def _ask_topics(self, names: list[str] | None, node: int | Find) -> dict[str, TopicState]:
+        response = await self.ask(MetadataRequest(names, allow_auto_topic_creation=False), node)
         found = {}
         for code, name, internal, partitions in response.topics:
             error = kafka.for_code(code)
@@ -157,17 +172,20 @@ class Cluster:
 
     # --- offsets ----------------------------------------------------------------------------------
 
-    async def offsets(self, partitions: Iterable[TopicPartition], time: int) -> dict[TopicPartition, int]:
+    async def offsets(
+        self, partitions: Iterable[TopicPartition], time: int, *, all_of_them: bool = True
+    ) -> dict[TopicPartition, int]:
         """The first offset of each partition at or after a time; -1 where there is none.
 
         Parameters:
             time: in milliseconds, or EARLIEST, or LATEST.
+            all_of_them: False leaves out those that are gone meanwhile, or have no leader.
         """
         wanted = list(partitions)
 
         async def attempt() -> dict[TopicPartition, int]:
             found: dict[TopicPartition, int] = {}
-            for node, rows in (await self._by_leader(dict.fromkeys(wanted, time))).items():
+            for node, rows in (await self._by_leader(dict.fromkeys(wanted, time), all_of_them=all_of_them)).items():
                 response = await self.ask(OffsetRequest(-1, 0, rows), node)
                 for topic, answers in response.topics:
                     check(answer[1] for answer in answers)
@@ -188,7 +206,7 @@ class Cluster:
         await self.persist(attempt)
 
     async def _by_leader(
-        self, values: Mapping[TopicPartition, int]
+        self, values: Mapping[TopicPartition, int], *, all_of_them: bool = True
     ) -> dict[int, list[tuple[str, list[tuple[int, int]]]]]:
         """Node to its topics, each with (partition, value)."""
         topics = await self.topics({partition.topic for partition in values})
@@ -196,6 +214,8 @@ class Cluster:
         for partition, value in values.items():
             topic = topics.get(partition.topic)
             leader = topic.leaders.get(partition.partition, -1) if topic is not None else -1
+            if leader < 0 and not all_of_them:
+                continue
             if leader < 0:
                 raise kafka.LeaderNotAvailableError(f"{partition.topic}-{partition.partition}")
             found.setdefault(leader, {}).setdefault(partition.topic, []).append((partition.partition, value))

@@ -146,6 +146,23 @@ async def test_what_waits_for_its_retry_is_shown_with_its_queue(
     assert [info.name for info in await admin.list() if info.name.startswith(queue)] == [queue]
 
 
+async def test_topics_that_come_and_go_do_not_disturb_a_list(
+    admin: QueueAdmin, kafka: KafkaAddress, queue: str
+) -> None:
+    await admin.create(queue)
+
+    async def come_and_go(number: int) -> None:
+        async with KafkaAdmin(url=kafka.url) as other:
+            for _ in range(10):
+                await other.create(f"{queue}-{number}", partitions=3)
+                await other.delete(f"{queue}-{number}")
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        work = [group.create_task(come_and_go(number)) for number in range(3)]
+        while not all(task.done() for task in work):
+            assert queue in [info.name for info in await admin.list()]
+
+
 # --- partitions and retention -------------------------------------------------------------------
 
 
@@ -459,6 +476,21 @@ async def test_an_admin_logs_in_over_tls(kafka: KafkaAddress, queue: str, sasl: 
     async with KafkaAdmin(url=url) as admin:
         await admin.create(queue)
         assert (await admin.stats(queue)).ready == 0
+
+
+@pytest.mark.slow
+async def test_what_one_broker_has_made_the_others_know(kafka_cluster: KafkaCluster, queue: str) -> None:
+    async with AsyncExitStack() as stack:
+        admins = [await stack.enter_async_context(KafkaAdmin(url=node.url)) for node in kafka_cluster.nodes]
+        for number in range(20):
+            name = f"{queue}-{number}"
+            maker, *others = admins[number % 3 :] + admins[: number % 3]
+            await maker.create(name, partitions=2, replication=3)
+            for other in others:
+                assert (await other.stats(name)).ready == 0
+            await maker.delete(name)
+            for other in others:
+                assert name not in [info.name for info in await other.list()]
 
 
 @pytest.mark.slow
