@@ -49,7 +49,7 @@ def compile_handler(
         ConfigurationError: the signature cannot be filled.
     """
     decode, further = _plan(function, resolvers, payload)
-    call = function if _is_async(function) else _in_thread(function, executor)
+    call = function if is_async(function) else _in_thread(function, executor)
     if not further:
 
         async def handle(message: Message) -> Any:
@@ -136,7 +136,7 @@ def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
+def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 

@@ -113,6 +113,25 @@ def test_the_same_two_programs_run_on_rabbitmq(
         wait_for(log, PAID)
 
 
+JOBS = """\
+bioconnect-data-package: Package a sample 111111
+bioconnect-id-service: Register a package 111111.zip, asked for by l7
+No more messages.
+"""
+
+
+@pytest.mark.parametrize("protocol", ["sqlite", "asyncio", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+def test_job_messages_go_from_application_to_application(
+    environment: dict[str, str], protocol: str, request: pytest.FixtureRequest
+) -> None:
+    url = {"sqlite": environment["STREAMTOOLS_URL"], "asyncio": "asyncio://"}.get(protocol)
+    there = {**environment, "STREAMTOOLS_URL": url or request.getfixturevalue("rabbitmq_vhost").url}
+
+    command = [sys.executable, "examples/jobs.py"]
+    ran = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, JOBS), ran.stderr
+
+
 def test_two_services_meet_in_their_contract_alone(run: Run, environment: dict[str, str], tmp_path: Path) -> None:
     here = EXAMPLES / "two_services"
 
