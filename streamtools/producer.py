@@ -273,6 +273,10 @@ class Producer:
         """
         raise TypeError(f"{type(self).__name__} does not say how to send: write its _send().")
 
+    def _why_unconfirmed(self) -> str:
+        """A sentence on why `_send` has not returned in time, as far as is known."""
+        return "no confirmation came."
+
     async def _close(self) -> None:
         """Let go of everything; idempotent, and works while `_send` is blocked."""
 
@@ -332,7 +336,7 @@ class Producer:
                     receipts = await guard(self._send(batch, options))
                 return list(receipts) if receipts is not None else [Receipt(m.id, m.queue) for m in batch]
             except TimeoutError as error:
-                raise self._unconfirmed(batch, "no confirmation came.", doubt=True) from error
+                raise self._unconfirmed(batch, self._why_unconfirmed(), doubt=True) from error
             except ConnectError as error:
                 attempt += 1
                 if connected and opened == self._opened:  # else another send has connected anew meanwhile

@@ -143,8 +143,8 @@ class FrameReader(asyncio.StreamReaderProtocol):
         self._shown = self.heard
         #: What the broker said when it closed the connection.
         self.said: str = ""
-        #: The broker does not take messages now (a memory or disk alarm).
-        self.blocked: bool = False
+        #: Why the broker does not take messages now ("low on memory"); empty while it does.
+        self.blocked: str = ""
 
     def attach(self, channel: HotChannel) -> None:
         """Read this channel's frames here."""
@@ -213,9 +213,9 @@ class FrameReader(asyncio.StreamReaderProtocol):
             self.said = f"{code} {text}"
             self._on_lost(f"the broker closed it: {self.said}")
         elif method == frames.CONNECTION_BLOCKED:
-            self.blocked = True
+            self.blocked = frames.text_at(data, start + 4) or "an alarm"
         elif method == frames.CONNECTION_UNBLOCKED:
-            self.blocked = False
+            self.blocked = ""
 
     def _broken(self, error: Exception) -> None:
         self._on_lost(f"what arrived is not AMQP: {error}")

@@ -125,5 +125,9 @@ def close_reason(data: bytes, start: int) -> tuple[int, str]:
         start: where the method's arguments begin.
     """
     (code,) = SHORT.unpack_from(data, start)
-    length = data[start + 2]
-    return code, data[start + 3 : start + 3 + length].decode("utf-8", "replace")
+    return code, text_at(data, start + 2)
+
+
+def text_at(data: bytes, start: int) -> str:
+    """The short string that stands there."""
+    return data[start + 1 : start + 1 + data[start]].decode("utf-8", "replace")

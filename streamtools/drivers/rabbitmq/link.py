@@ -99,8 +99,8 @@ class Link:
             self._watch = self._loop.call_later(self._heartbeat / 2, self._check_life)
 
     @property
-    def blocked(self) -> bool:
-        """The broker takes no messages over this connection now."""
+    def blocked(self) -> str:
+        """Why the broker takes no messages over this connection now; empty while it does."""
         return self._frames.blocked
 
     @property

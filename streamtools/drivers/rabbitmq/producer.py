@@ -74,6 +74,11 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
         await self._outlet.publish(batch)
         return None
 
+    def _why_unconfirmed(self) -> str:
+        if self._link is not None and self._link.blocked:
+            return f"the broker takes no messages now ({self._link.blocked}): rabbitmq-diagnostics alarms."
+        return super()._why_unconfirmed()
+
     async def _close(self) -> None:
         link, self._link, self._outlet = self._link, None, None
         if link is not None:

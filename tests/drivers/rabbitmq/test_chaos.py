@@ -10,7 +10,7 @@ import pytest
 from streamtools import Consumer, Producer
 from streamtools.admin import QueueAdmin
 from streamtools.drivers.rabbitmq import link, publisher
-from streamtools.errors import StreamToolsError
+from streamtools.errors import SendError, StreamToolsError
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.rabbitmq import RabbitMQNode
 from tests.chaos.traffic import Traffic
@@ -111,6 +111,9 @@ async def test_an_alarm_holds_senders_back_and_lets_acknowledgements_through(own
                 await asyncio.sleep(0.5)
                 assert not sending.done()
                 assert not retrying.done()
+                async with Producer("others", url=url, send_timeout=1) as hasty:
+                    with pytest.raises(SendError, match=r"low on memory.*alarms"):
+                        await hasty.send(b"too soon")
             finally:
                 await asyncio.to_thread(own_rabbitmq.clear_alarm)
             async with asyncio.timeout(30):
