@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from streamtools.admin import ADMINS, QueueAdmin
     from streamtools.bus import Bus, Command, Event, MessageContext
+    from streamtools.codec import register_codec
     from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
     from streamtools.delivery import Delivery
     from streamtools.errors import (
@@ -102,6 +103,7 @@ __all__ = [
     "StreamToolsError",
     "UnknownProtocol",
     "Verdict",
+    "register_codec",
 ]
 
 #: The module of each public name.
@@ -118,6 +120,7 @@ _HOMES: Final = {
     "PartitionInfo": "queues",
     "BoundHandler": "consumer",
     "CONSUMER_LOOPS": "consumer",
+    "register_codec": "codec",
     "Consumer": "consumer",
     "Delivery": "delivery",
     "Closed": "errors",

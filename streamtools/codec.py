@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import PydanticSerializationError, from_json, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
 
-from streamtools.errors import DecodeError
+from streamtools.errors import ConfigurationError, DecodeError, near
 from streamtools.message import Message
 
 JSON: Final = "application/json"
@@ -22,17 +23,85 @@ PERHAPS_JSON: Final = frozenset({"application/ssi-agent-wire", "application/x-ww
 Decoder = Callable[[Message], Any]
 
 
-def encode(payload: object) -> tuple[bytes, str]:
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How the bodies of one content type are read and written.
+
+    Attributes:
+        decode: body -> plain data; any exception of it means that the body is not of this type.
+        encode: plain data, as JSON knows it -> body; None where bodies are only read.
+    """
+
+    decode: Callable[[bytes], Any]
+    encode: Callable[[Any], bytes] | None = None
+
+
+#: Media type -> codec, beside JSON, text and bytes.
+_CODECS: Final[dict[str, Codec]] = {}
+
+
+def register_codec(
+    content_type: str, decode: Callable[[bytes], Any], encode: Callable[[Any], bytes] | None = None
+) -> None:
+    """Read bodies of this content type from now on, for every handler in this process; replaces an earlier one.
+
+    ```python
+    register_codec("application/yaml", yaml.safe_load, lambda data: yaml.safe_dump(data).encode())
+    ```
+
+    Handlers have their models from such bodies as they have them from JSON.
+
+    Parameters:
+        content_type: a media type, without parameters.
+        decode: body -> plain data.
+        encode: plain data -> body, for `Bus(content_type=...)`.
+
+    Raises:
+        ConfigurationError: it is no media type, or JSON, which is read straight into a handler's model.
+    """
+    media = _media_type(content_type)
+    if "/" not in media or ";" in content_type or media == JSON:
+        raise ConfigurationError(f"{content_type!r} is no media type of yours: write one as in 'application/yaml'.")
+    _CODECS[media] = Codec(decode, encode)
+
+
+def check_content_type(content_type: str | None) -> None:
+    """What a bus is to send: None, or a content type that has an encoder.
+
+    Raises:
+        ConfigurationError: it has none.
+    """
+    if content_type is not None and content_type != JSON:
+        _encoder(content_type)
+
+
+def _encoder(content_type: str) -> Callable[[Any], bytes]:
+    found = _CODECS.get(_media_type(content_type))
+    if found is None or found.encode is None:
+        raise ConfigurationError(
+            f"Nothing encodes {content_type!r}: register_codec({content_type!r}, decode, encode) first. "
+            + near(content_type, [JSON, *(media for media, codec in _CODECS.items() if codec.encode)])
+        )
+    return found.encode
+
+
+def encode(payload: object, content_type: str | None = None) -> tuple[bytes, str]:
     """The body and its content type: `str` as UTF-8 text, `bytes` untouched, all else as JSON.
+
+    Parameters:
+        content_type: what all else is encoded as instead, by its registered codec.
 
     Raises:
         TypeError: the payload has no JSON form.
+        ConfigurationError: nothing encodes that content type.
     """
     if isinstance(payload, str):
         return _utf8(payload), TEXT
     if isinstance(payload, bytes | bytearray | memoryview):
         return bytes(payload), BINARY
     try:
+        if content_type is not None and content_type != JSON:
+            return _encoder(content_type)(to_jsonable_python(payload)), content_type
         # Infinity and NaN have no JSON form: as strings they come back as the same float, where
         # the default (null) would lose them.
         return to_json(payload, inf_nan_mode="strings"), JSON
@@ -60,6 +129,8 @@ def decode(message: Message) -> Any:
         DecodeError: the body is not what its content type says.
     """
     media = _media_type(message.content_type)
+    if media in _CODECS:
+        return _decode_by(_CODECS[media], message)
     if media == JSON or media.endswith("+json"):
         return _decode_json(message)
     if media.startswith("text/"):
@@ -95,11 +166,16 @@ def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
 
     def validate(message: Message) -> Any:
         try:
-            if message.content_type is not None and message.content_type.startswith("text/"):
-                return _validate_text(adapter, message)
+            if (content_type := message.content_type) is not None and content_type != JSON:
+                if _CODECS and (found := _CODECS.get(_media_type(content_type))) is not None:
+                    return adapter.validate_python(_decode_by(found, message))
+                if content_type.startswith("text/"):
+                    return _validate_text(adapter, message)
             return validate_json(message.body)
         except ValidationError as error:
             raise _invalid(error, annotation) from error
+        except DecodeError:
+            raise
         except ValueError as error:
             raise DecodeError(f"The body cannot be decoded: {error}") from error
 
@@ -119,6 +195,13 @@ def _invalid(error: ValidationError, annotation: Any) -> DecodeError:
     name = getattr(annotation, "__name__", str(annotation))
     first = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in problems[:5])
     return DecodeError(f"The body is not a valid {name}: {first}", errors=[dict(p) for p in problems])
+
+
+def _decode_by(codec: Codec, message: Message) -> Any:
+    try:
+        return codec.decode(message.body)
+    except Exception as error:  # each library has errors of its own
+        raise DecodeError(f"The body says {message.content_type} but does not decode: {error}") from error
 
 
 def _decode_json(message: Message) -> Any:

@@ -27,7 +27,7 @@ from streamtools.dispatch import Dispatcher, chain
 from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
 from streamtools.exchange import Binding
 from streamtools.features import Features
-from streamtools.loop import Ack, Dispatch, Loop
+from streamtools.loop import Ack, Dispatch, Finished, Loop
 from streamtools.options import QUEUE_OPTIONS, Options, parameters, read_options
 from streamtools.policy import Retry, backoff, backoff_within
 from streamtools.registry import Registry
@@ -386,7 +386,7 @@ class Consumer:
     # --- the way of a message -------------------------------------------------------------------
 
     async def _run(self, dispatch: Dispatch) -> None:
-        finished: dict[tuple[str, int], Settlement] = {}
+        finished: Finished = {}
         attempt = 0
         with suppress(Closed):  # close() was called from elsewhere
             while not self._stopping.is_set():
@@ -395,7 +395,7 @@ class Consumer:
                 if not self._stopping.is_set():
                     await self._reconnect(attempt)
 
-    async def _run_loop(self, dispatch: Dispatch, finished: dict[tuple[str, int], Settlement]) -> None:
+    async def _run_loop(self, dispatch: Dispatch, finished: Finished) -> None:
         """One loop over one connection, until it is told to stop or the connection is lost."""
         self._loop = Loop(
             self, dispatch, concurrency=self.concurrency, prefetch=self.prefetch,

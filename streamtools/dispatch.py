@@ -121,11 +121,15 @@ class Dispatcher:
             message = retry_copy(message, self._details(message, failure), 0)
 
     async def decide(self, message: Message, failure: BaseException) -> Verdict:
-        """What is to become of a message that failed: by `on_error` where there is one, else by the policy."""
+        """What is to become of a message that failed: as `on_error` says, else by the policy."""
         if self._on_error is None:
             return self._retry.decide(failure, message.attempt)
         try:
-            return await self._on_error(message, failure, message.attempt)
+            verdict = await self._on_error(message, failure, message.attempt)
+            if isinstance(verdict, Verdict):
+                return verdict
+            if verdict is not None:
+                log.error("The error handler gave %r, which is no Verdict; the retry policy decides.", verdict)
         except asyncio.CancelledError:
             if asked_to_stop():
                 raise

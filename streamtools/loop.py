@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final, Literal, Protocol
 
 from streamtools.cancelling import guard
@@ -38,6 +39,10 @@ FLUSH: Final = 5.0
 FINISHED_LIMIT: Final = 10_000
 
 Ack = Literal["after", "on_receive", "manual"]
+
+
+#: Settlements by message id, attempt and handler.
+Finished = dict[tuple[str, int, str | None], Settlement]
 
 
 class Source(Protocol):
@@ -97,7 +102,7 @@ class Loop:
         prefetch: deliveries in hand at most.
         line: deliveries of which it says the same are handled one after the other; None, or saying None, lets go.
         ack: "after" the handler, "on_receive", or "manual".
-        finished: settlements that an earlier connection took with it, by message id and attempt.
+        finished: settlements that an earlier connection took with it, by message id, attempt and handler.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class Loop:
         prefetch: int,
         line: Callable[[Delivery], Hashable] | None,
         ack: Ack,
-        finished: dict[tuple[str, int], Settlement],
+        finished: Finished,
     ) -> None:
         self._source = source
         self._dispatch = dispatch
@@ -269,11 +274,11 @@ class Loop:
 
     def _settle_again(self, delivery: Delivery) -> bool:
         """Settle what had been handled when the last connection went, without handling it again."""
-        done = self._finished.pop((delivery.message.id, delivery.message.attempt), None)
+        done = self._finished.pop(_name(delivery.message), None)
         # The same id is not enough: a foreign sender may repeat ids. Same body, and delivered before.
         if done is None or delivery.count < 1 or done.delivery.message.body != delivery.message.body:
             return False
-        self._to_lane(Settlement(delivery, done.verdict, done.outgoing, done.result, done.error))
+        self._to_lane(replace(done, delivery=delivery))
         return True
 
     # --- handling -------------------------------------------------------------------------------
@@ -384,6 +389,10 @@ class Loop:
                 self._held -= 1
                 return self._fail(error, [settlement])
             except SendError as error:
+                instead = await self._dispatch.refused(settlement, error)
+                if instead is not settlement:  # of several in a batch the broker may have named the first alone
+                    settlement = instead
+                    continue
                 message = settlement.delivery.message
                 log.error("Message %s of %r is held back: %s", message.id, message.queue, error)  # noqa: TRY400
                 await asyncio.sleep(delay)
@@ -414,8 +423,7 @@ class Loop:
     def _remember(self, batch: Sequence[Settlement]) -> None:
         for settlement in batch:
             if settlement.verdict.kind is not Kind.RELEASE:
-                message = settlement.delivery.message
-                self._finished[message.id, message.attempt] = settlement
+                self._finished[_name(settlement.delivery.message)] = settlement
         while len(self._finished) > FINISHED_LIMIT:  # the oldest went to another consumer
             del self._finished[next(iter(self._finished))]
         self.in_hand -= len(batch)
@@ -469,6 +477,11 @@ class Loop:
             error if isinstance(error, ConnectError) else ConnectionLost(f"the loop ended by {error!r}")
         )
         self._changed.set()
+
+
+def _name(message: Message) -> tuple[str, int, str | None]:
+    # With the handler: copies for a retry by several handlers of one message differ in nothing else.
+    return message.id, message.attempt, message.handler
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from streamtools.checks import is_number, is_whole
@@ -36,6 +37,8 @@ class Retry:
         backoff: each further delay is this many times the one before.
         max_delay: no delay is longer, in seconds.
         jitter: each delay varies by up to this part of itself, so that retries spread out.
+        errors: other policies for some errors, by their class: `{TimeoutError: Retry(retries=None, delay=5)}`. The
+            nearest class of an error's own line of bases wins.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -46,6 +49,7 @@ class Retry:
     backoff: float = 2.0
     max_delay: float = 300.0
     jitter: float = 0.1
+    errors: Mapping[type[BaseException], Retry] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         checks = {
@@ -60,6 +64,19 @@ class Retry:
                 f"Retry({', '.join(f'{n}={getattr(self, n)!r}' for n in wrong)}) is out of range: retries a whole "
                 "number >= 0 or None, delay >= 0, backoff >= 1, max_delay from 0 to ten years, jitter from 0 to 1."
             )
+        for kind, policy in self.errors.items():
+            if not _is_policy(kind, policy):
+                raise ConfigurationError(
+                    f"Retry(errors=...) has {kind!r}: {policy!r}; write {{TimeoutError: Retry(retries=...)}}."
+                )
+
+    def of(self, error: BaseException) -> Retry:
+        """The policy for this error: the one for the nearest of its classes, else this one itself."""
+        if self.errors:
+            for kind in type(error).__mro__:
+                if (found := self.errors.get(kind)) is not None:
+                    return found
+        return self
 
     def after(self, attempt: int) -> float:
         """The seconds to wait after the failed run number `attempt` (1 is the first)."""
@@ -75,11 +92,17 @@ class Retry:
             return DROP
         if isinstance(error, Reject | DecodeError):
             return Verdict.reject(str(error))
+        if (policy := self.of(error)) is not self:
+            return policy.decide(error, attempt)
         if self.retries is not None and attempt > self.retries:
             return Verdict.reject(f"failed {attempt} time{'s' if attempt > 1 else ''}")
         if isinstance(error, RetryLater) and error.delay is not None:
             return Verdict.retry(error.delay)
         return Verdict.retry(self.after(attempt))
+
+
+def _is_policy(kind: object, policy: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseException) and isinstance(policy, Retry)
 
 
 def backoff(attempt: int) -> float:

@@ -215,7 +215,9 @@ class ConsumerRunner:
             Exception: what ended the runner, when it was not stopped.
         """
         if not self._handlers:
-            raise ConfigurationError("There is no handler to run: decorate one with @consumers.route('queue').")
+            raise ConfigurationError(
+                "There is no handler to run: decorate one with @consumers.route('queue') or @bus.handler."
+            )
         self._stop.clear()
         self._signalled = None
         async with AsyncExitStack() as stack:

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 #: A compiled handler: takes the message, answers with the reply or the response body (or None).
 Handler = Callable[["Message"], Awaitable[Any]]
 
-#: Decides what is to become of a message that failed: async (message, error, attempt) -> verdict.
-ErrorHandler = Callable[["Message", BaseException, int], Awaitable["Verdict"]]
+#: Decides what is to become of a message that failed: async (message, error, attempt) -> verdict, or None, which
+#: leaves it to the retry policy.
+ErrorHandler = Callable[["Message", BaseException, int], Awaitable["Verdict | None"]]
 
 #: A middleware: as a handler, and it calls `call_next(message)` for what lies further in.
 Middleware = Callable[["Message", Handler], Awaitable[Any]]

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
 from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.binding import RESOLVERS, Resolver
-from streamtools.bus.composer import Composer, seconds_until
+from streamtools.bus.composer import Composer, check_topic, seconds_until
 from streamtools.bus.context import MessageContext
 from streamtools.bus.contracts import Command, Contract, Event
 from streamtools.bus.dispatch import BusDispatch, through
-from streamtools.bus.entries import Entries, Entry, of_class
+from streamtools.bus.entries import Entries, Entry
 from streamtools.bus.outbox import Outbox, current_outbox, outbox
 from streamtools.bus.requests import Requests
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery, current
 from streamtools.dispatch import Dispatcher
-from streamtools.errors import ConfigurationError, FeatureError
+from streamtools.errors import ConfigurationError
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
+from streamtools.options import QUEUE_OPTIONS
 from streamtools.policy import Retry
 from streamtools.producer import Producer, Receipt
 from streamtools.runner import ConsumerRunner
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: Options of the bus that its reply queue has too.
+SHARED: Final = ("client_id", "connect_timeout", "error_queue", "error_declare", "error_arguments")
 #: What `subscribe` takes: a topic, or an event whose topic it is.
 Subscription = str | type[Event]
 
@@ -61,11 +65,12 @@ class Bus:
         subscriptions: topics, or events, that the queue has beside those that its handlers are for.
         mandatory: publishing what nobody subscribed to is an error.
         retry: what is done about a handler that fails.
-        on_error: decides about failures instead: async (message, error, attempt) -> verdict.
+        on_error: decides about failures: async (message, error, attempt) -> verdict; None leaves it to `retry`.
         incoming: middleware around every handler, outermost first.
         outgoing: middleware for everything that is sent, outermost first.
         client_id: this service's name, where the broker shows connections, and as the source of messages.
         send_timeout: seconds for which sending is tried through reconnects.
+        content_type: what payloads are encoded as, by a codec of `register_codec`; JSON when None.
         options: further parameters for the queue's consumer, as for `Consumer`.
 
     Raises:
@@ -86,6 +91,7 @@ class Bus:
         outgoing: Iterable[Middleware] = (),
         client_id: str | None = None,
         send_timeout: float = 30.0,
+        content_type: str | None = None,
         **options: Any,
     ) -> None:
         self.queue = queue
@@ -97,15 +103,29 @@ class Bus:
         self.on_error = on_error
         self._url = url
         self._options = {**options, "retry": retry, "client_id": client_id}
-        self._composer = Composer(client_id or queue, queue)
         self._entries = Entries()
         self._provided: dict[type, Any] = {}
-        self._subscriptions: dict[Binding, None] = dict.fromkeys(_bindings(subscriptions, None))
         self._sender = Producer(
             queue or "streamtools", url=url, declare=False, client_id=client_id, send_timeout=send_timeout
         )
-        self._requests = Requests(client_id or queue or "streamtools", url)
+        codec.check_content_type(content_type)
+        self._composer = Composer(
+            client_id or queue,
+            queue,
+            protocol=self._sender.protocol,
+            features=self._sender.features,
+            content_type=content_type,
+        )
+        self._subscriptions: dict[Binding, None] = dict.fromkeys(_bindings(subscriptions, None))
+        if self._subscriptions:
+            self._composer.need_topics()
+            self._own()
+        if queue is not None:
+            _ = self.consumer  # so that an option that cannot work is an error here
+        shared = {name: self._options[name] for name in SHARED if name in self._options}
+        self._requests = Requests(client_id or queue or "streamtools", url, **shared)
         self._admin: QueueAdmin | None = None
+        self._opening_admin = asyncio.Lock()
         self._pulling: dict[str, Consumer] = {}
         self._runner: ConsumerRunner | None = None
 
@@ -142,7 +162,7 @@ class Bus:
         """
 
         def decorate(function: Any) -> Any:
-            self._entries.add(function, type=type, retry=retry, exchange=exchange)
+            self._add_handler(function, type=type, retry=retry, exchange=exchange)
             return function
 
         return decorate if function is None else decorate(function)
@@ -166,10 +186,16 @@ class Bus:
         Raises:
             ConfigurationError: as for `handler`, or a class without `handle`.
         """
-        function = of_class(handler, self._provided) if isinstance(handler, type) else handler
-        self._entries.add(function, contract=contract, retry=retry, exchange=exchange)
+        self._add_handler(handler, contract=contract, retry=retry, exchange=exchange)
         if exchange is not None and issubclass(contract, Command):
             self._subscriptions[Binding(self._own(), exchange)] = None
+
+    def _add_handler(self, function: Callable[..., Any], **terms: Any) -> None:
+        known = len(self._entries.bindings)
+        self._own()
+        self._entries.add(function, **terms)
+        if len(self._entries.bindings) > known:
+            self._composer.need_topics()
 
     def provide(self, value: Any, type: type | None = None) -> None:  # noqa: A002
         """Give this value to every handler and constructor that has a parameter of its type.
@@ -248,7 +274,6 @@ class Bus:
             SendError: nobody subscribed, or it was not confirmed in time.
             ConfigurationError: it is a command, or its topic is not known.
         """
-        self._need_topics()
         must = self.mandatory if mandatory is None else mandatory
         message = self._composer.event(
             event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl
@@ -265,6 +290,7 @@ class Bus:
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
         key: str | None = None,
+        ttl: float | None = None,
         immediately: bool = False,
     ) -> Receipt:
         """Send a command that is not to be handled before its time; parameters as for `send`, and:
@@ -278,14 +304,19 @@ class Bus:
             SendError: there is no such queue, or it was not confirmed in time.
             ConfigurationError: neither or both times are given.
         """
-        if not self._sender.features.delay:
-            raise FeatureError(f"{self._sender.protocol!r} holds no message back: send it when its time has come.")
         delay = seconds_until(delay, at)
-        message = self._composer.command(command, to, None, delay=delay, headers=headers, type=type, key=key)
+        message = self._composer.command(command, to, None, delay=delay, headers=headers, type=type, key=key, ttl=ttl)
         return await self._let_go(message, immediately=immediately)
 
-    async def reply(self, payload: object, *, headers: Mapping[str, str] | None = None) -> Receipt:
-        """Answer the message that this handler has in hand.
+    async def reply(
+        self,
+        payload: object,
+        *,
+        exchange: Exchange | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+    ) -> Receipt:
+        """Answer the message that this handler has in hand; parameters as for `send`.
 
         Raises:
             ConfigurationError: outside a handler, or the message does not say where a reply is to go.
@@ -293,7 +324,7 @@ class Bus:
         delivery = current.get()
         if delivery is None:
             raise ConfigurationError("reply() answers the message being handled, and none is: send() instead.")
-        message = self._composer.reply(delivery.message, payload, headers=headers)
+        message = self._composer.reply(delivery.message, payload, exchange=exchange, headers=headers, type=type)
         if (box := current_outbox()) is not None:
             box.replied = True
         return await self._let_go(message, immediately=False)
@@ -348,7 +379,7 @@ class Bus:
             SendError: some were not taken; the others are held.
         """
         around = current_outbox()
-        box = around.nested() if around is not None else Outbox(self._composer.new_id)
+        box = around.nested() if around is not None else Outbox(self._send_all, self._composer.new_id)
         token = outbox.set(box)
         try:
             yield self
@@ -356,9 +387,11 @@ class Bus:
             box.open = False
             outbox.reset(token)
         if around is not None:
-            around.messages += box.messages
-        elif box.messages:
-            await self._sender.send_messages(await through(box.messages, self.outgoing))
+            around.take(box)
+        else:
+            if box.messages:
+                await self._send_all(box.messages)
+            await box.send_others()
 
     # --- subscriptions --------------------------------------------------------------------------
 
@@ -368,20 +401,22 @@ class Bus:
         """Have a queue receive these topics from now on; safe to repeat.
 
         Parameters:
-            topics: topics, patterns of them, or events.
-            queue: this bus's own when None.
+            topics: topics, patterns of them, or events; none for a fanout exchange.
+            queue: this bus's own when None, which is made if it is missing.
 
         Raises:
             ConfigurationError: a command; this bus has no queue of its own.
             QueueError: there is no such queue.
         """
-        self._need_topics()
+        self._composer.need_topics()
+        bindings = _bindings(topics, exchange)
+        if queue in (None, self.queue) and self._runner is None:
+            await self.declare()
         admin = await self._get_admin()
-        for binding in _bindings(topics, exchange):
+        for binding in bindings:
             await admin.bind(queue or self._own(), binding.topic, binding.exchange)
             if queue in (None, self.queue):
                 self._subscriptions[binding] = None
-        self._refresh_bindings()
 
     async def unsubscribe(
         self, *topics: Subscription, queue: str | None = None, exchange: Exchange | None = None
@@ -391,25 +426,28 @@ class Bus:
         Raises:
             ConfigurationError: as for `subscribe`.
         """
-        self._need_topics()
+        self._composer.need_topics()
+        bindings = _bindings(topics, exchange)
         admin = await self._get_admin()
-        for binding in _bindings(topics, exchange):
+        for binding in bindings:
             await admin.unbind(queue or self._own(), binding.topic, binding.exchange)
             if queue in (None, self.queue):
                 self._subscriptions.pop(binding, None)
                 self._entries.bindings.pop(binding, None)
-        self._refresh_bindings()
 
     async def declare(self) -> None:
         """Make this bus's queue and its subscriptions, without receiving. Safe to repeat.
+
+        With `declare=False` among the bus's options the queue is left to others.
 
         Raises:
             ConfigurationError: this bus has no queue of its own.
             QueueError: the queue exists with other arguments.
         """
+        self._own()
         admin = await self._get_admin()
-        options = {n: v for n, v in self._options.items() if n in self.consumer.options_class.model_fields}
-        await admin.create(self._own(), **options)
+        if self.consumer.declare is True:
+            await admin.create(self._own(), **{n: v for n, v in self._options.items() if n in QUEUE_OPTIONS})
         for binding in self._bindings():
             await admin.bind(self._own(), binding.topic, binding.exchange)
 
@@ -427,12 +465,14 @@ class Bus:
         if name not in self._pulling:
             own = name == self.queue
             self._pulling[name] = self._make_consumer() if own else Consumer(name, url=self._url, declare=False)
+            if own:
+                self._pulling[name].bindings = self._bindings()
         return await self._pulling[name].receive(max_messages, timeout=timeout)
 
     # --- lifetime -------------------------------------------------------------------------------
 
     async def start(self) -> Self:
-        """Connect, and run the handlers if there are any. Safe to repeat; starts again after `stop()`.
+        """Connect, make the queue, and run the handlers if there are any. Safe to repeat, and after `stop()`.
 
         Raises:
             ConnectError: the broker cannot be reached, or refuses us.
@@ -447,6 +487,8 @@ class Bus:
                     raise
             else:
                 await self.open()
+                if self.queue is not None and self.consumer.features.admin:
+                    await self.declare()
         return self
 
     async def stop(self) -> None:
@@ -489,14 +531,8 @@ class Bus:
 
     @property
     def bound(self) -> list[BoundHandler]:
-        """The loop of this bus's queue.
-
-        Raises:
-            ConfigurationError: it has no queue, or no handlers.
-        """
-        if not self._entries:
-            raise ConfigurationError("This bus has no handler to run: decorate one with @bus.handler.")
-        return [BusLoop(self)]
+        """The loop of this bus's queue; none of one that only sends."""
+        return [BusLoop(self)] if self._entries else []
 
     @cached_property
     def consumer(self) -> Consumer:
@@ -509,6 +545,7 @@ class Bus:
         def make(handler: Handler, entry: Entry) -> Dispatcher:
             return consumer.dispatcher(handler, entry.name, retry=entry.retry, on_error=self.on_error)
 
+        consumer.bindings = self._bindings()
         return BusDispatch(
             self._entries,
             self._composer,
@@ -516,20 +553,25 @@ class Bus:
             incoming=[*self.incoming, *consumer.middleware],
             outgoing=self.outgoing,
             resolvers=self._resolvers(),
+            provided=self._provided,
             threads=threads,
-            send=None if consumer.ack == "after" else self._sender.send_messages,
+            send=self._send_all,
+            together=consumer.ack == "after",
         )
 
     # --- the way of a message -------------------------------------------------------------------
 
     async def _let_go(self, message: Message, *, immediately: bool) -> Receipt:
         if not immediately and (box := current_outbox()) is not None:
-            return await box.add(message)
+            return await box.add(message, self._send_all)
         await self._send_now(message)
         return Receipt(message.id, message.queue)
 
     async def _send_now(self, message: Message) -> None:
-        await self._sender.send_messages(await through([message], self.outgoing))
+        await self._send_all([message])
+
+    async def _send_all(self, messages: Sequence[Message]) -> None:
+        await self._sender.send_messages(await through(messages, self.outgoing))
 
     def _resolvers(self) -> dict[type, Resolver]:
         def context(message: Message) -> MessageContext:
@@ -541,7 +583,7 @@ class Bus:
     # --- small things ---------------------------------------------------------------------------
 
     def _make_consumer(self) -> Consumer:
-        return Consumer(self._own(), url=self._url, bindings=self._bindings(), **self._options)
+        return Consumer(self._own(), url=self._url, **self._options)
 
     def _own(self) -> str:
         if self.queue is None:
@@ -551,21 +593,11 @@ class Bus:
     def _bindings(self) -> list[Binding]:
         return list({**self._entries.bindings, **self._subscriptions})
 
-    def _refresh_bindings(self) -> None:
-        for consumer in (self.__dict__.get("consumer"), self._pulling.get(self.queue or "")):
-            if consumer is not None:
-                consumer.bindings = self._bindings()
-
-    def _need_topics(self) -> None:
-        if not self._sender.features.topics:
-            raise FeatureError(
-                f"{self._sender.protocol!r} has no exchanges, so nothing is published there: send to each queue."
-            )
-
     async def _get_admin(self) -> QueueAdmin:
-        if self._admin is None:
-            self._admin = await ADMINS[self._sender.protocol](url=self._url).open()
-        return self._admin
+        async with self._opening_admin:
+            if self._admin is None:
+                self._admin = await ADMINS[self._sender.protocol](url=self._url).open()
+            return self._admin
 
     def __repr__(self) -> str:
         return f"<Bus {self.queue or '(sends only)'} at {self._sender.settings.safe_url}>"
@@ -592,6 +624,9 @@ class BusLoop(BoundHandler):
 
 
 def _bindings(topics: Iterable[Subscription], exchange: Exchange | None) -> list[Binding]:
+    topics = list(topics)
+    if not topics and exchange is not None and exchange.type == "fanout":
+        return [Binding("", exchange)]
     return [Binding(_topic(topic), exchange or TOPIC) for topic in topics]
 
 
@@ -601,11 +636,11 @@ def _constant(value: Any) -> Resolver:
 
 def _topic(topic: object) -> str:
     if isinstance(topic, str):
-        return topic
+        return check_topic(topic)
     if isinstance(topic, type) and issubclass(topic, Event):
         return topic.__terms__.topic
     if isinstance(topic, type) and issubclass(topic, Command):
         raise ConfigurationError(
-            f"{topic.__name__} is a command, which is not subscribed to: its owner has it sent to its queue."
+            f"{topic.__name__} is a command, which is not subscribed to: send() brings it to its owner's queue."
         )
     raise ConfigurationError(f"{topic!r} is neither a topic nor an Event.")

@@ -11,10 +11,11 @@ from typing import Any, Final, Literal
 from streamtools import codec
 from streamtools.bus.contracts import Command, Contract, Event
 from streamtools.bus.outbox import current_outbox
-from streamtools.checks import check_headers, check_name, check_seconds
+from streamtools.checks import check_headers, check_name, check_seconds, check_texts
 from streamtools.delivery import current
-from streamtools.errors import ConfigurationError
+from streamtools.errors import ConfigurationError, FeatureError
 from streamtools.exchange import TOPIC, Exchange
+from streamtools.features import Features
 from streamtools.message import NO_HEADERS, Message, ids
 
 Intent = Literal["command", "event", "request", "reply"]
@@ -41,11 +42,25 @@ class Composer:
     Parameters:
         source: who sends: the bus's client_id or its queue.
         queue: where replies that no request awaits are to go; None for a bus that only sends.
+        protocol: what carries them, for errors.
+        features: what that can do.
+        content_type: what payloads are encoded as; None for JSON, text and bytes by what they are.
     """
 
-    def __init__(self, source: str | None, queue: str | None) -> None:
+    def __init__(
+        self,
+        source: str | None,
+        queue: str | None,
+        *,
+        protocol: str,
+        features: Features,
+        content_type: str | None = None,
+    ) -> None:
         self.source = source
         self.queue = queue
+        self._protocol = protocol
+        self._features = features
+        self._content_type = content_type
         self.new_id: Callable[[], str] = ids()
         self._routes: dict[type[Command], tuple[str, Exchange | None]] = {}
 
@@ -64,9 +79,15 @@ class Composer:
                 f"{type(payload).__name__} is an event, and an event is not sent: await bus.publish(...) it."
             )
         if to is None:
-            to, routed = self._destination(payload)
+            to, routed = self._destination(payload, exchange)
             exchange = exchange or routed
-        check_name(to)
+        if exchange is None:
+            check_name(to)
+        else:
+            self.need_topics()
+            check_topic(to)
+        if fields.get("delay") is not None and not self._features.delay:
+            raise FeatureError(f"{self._protocol!r} holds no message back: send it when its time has come.")
         return self._message(payload, queue=to, exchange=exchange, intent=intent, **fields)
 
     def event(
@@ -77,11 +98,12 @@ class Composer:
             raise ConfigurationError(
                 f"{type(payload).__name__} is a command, and a command is not published: await bus.send(...) it."
             )
-        topic = topic if topic is not None else self._topic(payload, exchange)
+        self.need_topics()
+        topic = check_topic(topic if topic is not None else self._topic(payload, exchange))
         exchange = exchange or TOPIC
         return self._message(payload, queue=topic, exchange=exchange, intent="event", mandatory=mandatory, **fields)
 
-    def reply(self, to: Message, payload: object, **fields: Any) -> Message:
+    def reply(self, to: Message, payload: object, *, exchange: Exchange | None = None, **fields: Any) -> Message:
         """The answer to a message.
 
         Raises:
@@ -92,7 +114,9 @@ class Composer:
                 f"Message {to.id} has no reply-to, so it cannot be replied to; send to a queue by name: to=..."
             )
         # Nobody may be waiting any more: a reply that reaches no queue is no failure of who replies.
-        answer = self._message(payload, queue=to.reply_to, exchange=None, intent="reply", mandatory=False, **fields)
+        answer = self._message(
+            payload, queue=to.reply_to, exchange=exchange, intent="reply", mandatory=False, **fields
+        )
         return answer.replace(
             causation_id=to.id,
             correlation_id=to.correlation_id or to.id,
@@ -101,7 +125,20 @@ class Composer:
 
     # --- the parts ------------------------------------------------------------------------------
 
-    def _destination(self, payload: object) -> tuple[str, Exchange | None]:
+    def need_topics(self) -> None:
+        """Say so where the protocol has no exchanges.
+
+        Raises:
+            FeatureError: it has none.
+        """
+        if not self._features.topics:
+            raise FeatureError(
+                f"{self._protocol!r} has no exchanges, so nothing is published there: send to each queue."
+            )
+
+    def _destination(self, payload: object, exchange: Exchange | None) -> tuple[str, Exchange | None]:
+        if exchange is not None and exchange.type == "fanout":
+            return "", exchange
         kind = type(payload)
         if kind in self._routes:
             return self._routes[kind]
@@ -136,7 +173,8 @@ class Composer:
         ttl: float | None = None,
         reply_to: str | None = None,
     ) -> Message:
-        body, content_type = codec.encode(payload)
+        body, content_type = codec.encode(payload, self._content_type)
+        check_texts({"type": type, "key": key})
         contract = payload if isinstance(payload, Contract) else None
         incoming, box = _incoming(), current_outbox()
         now = time.time()
@@ -161,6 +199,18 @@ class Composer:
             deliver_at=now + check_seconds("delay", delay) if delay else None,
             expires_at=None if ttl is None else now + check_seconds("ttl", ttl),
         )
+
+
+def check_topic(topic: object) -> str:
+    """A topic: dotted words, 255 bytes at most, as AMQP 0-9-1 has it (section 4.2.5.3, short strings).
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    check_texts({"topic": topic})
+    if not isinstance(topic, str) or len(topic.encode()) > 255:
+        raise ConfigurationError(f"The topic {str(topic)[:40]!r}... is not a text of at most 255 bytes.")
+    return topic
 
 
 def _incoming() -> Message | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from streamtools.binding import Resolver, compile_handler
 from streamtools.bus.composer import FAILURE, Composer, Failure
-from streamtools.bus.entries import Entries, Entry
-from streamtools.bus.outbox import Outbox, outbox
+from streamtools.bus.entries import Entries, Entry, of_class
+from streamtools.bus.outbox import Outbox, Send, outbox
 from streamtools.delivery import Delivery, Settlement, current
 from streamtools.dispatch import Dispatcher, chain
 from streamtools.errors import Reject, SendError, near
@@ -50,8 +50,10 @@ class BusDispatch:
         incoming: middleware, outermost first.
         outgoing: middleware for what handlers send.
         resolvers: what further parameters may be annotated with.
+        provided: what constructors of handler classes are given.
         threads: where `def` handlers run.
-        send: sends at once; given where no acknowledgement follows that messages could leave with.
+        send: sends at once, outgoing middleware included.
+        together: what a handler sends leaves with its acknowledgement; otherwise none follows.
     """
 
     def __init__(
@@ -63,16 +65,22 @@ class BusDispatch:
         incoming: Sequence[Middleware],
         outgoing: Sequence[Middleware],
         resolvers: Mapping[type, Resolver],
+        provided: Mapping[type, Any],
         threads: Threads,
-        send: Callable[[Sequence[Message]], Awaitable[object]] | None = None,
+        send: Send,
+        together: bool,
     ) -> None:
         self._send = send
+        self._together = together
         self._entries = entries
         self._composer = composer
         self._outgoing = outgoing
         self._runs: dict[str | None, list[tuple[str, Dispatcher]]] = {}
         for entry in entries:
-            compiled = compile_handler(entry.function, threads, resolvers, entry.payload)
+            function = entry.function
+            if isinstance(function, type):
+                function = of_class(function, provided)
+            compiled = compile_handler(function, threads, resolvers, entry.payload)
             handler = self._collecting(chain(compiled, incoming), entry.name)
             self._runs.setdefault(entry.type, []).append((entry.name, make(handler, entry)))
         nobody = Entry("The bus", None, None, self._reject_unknown, None)
@@ -80,7 +88,7 @@ class BusDispatch:
 
     def stop(self) -> None:
         """Let retries that wait in place be given back at once."""
-        for runs in self._runs.values():
+        for runs in (*self._runs.values(), [self._unknown]):
             for _, dispatcher in runs:
                 dispatcher.stop()
 
@@ -112,7 +120,8 @@ class BusDispatch:
                 (name, dispatcher, _addressed(await self._refused(dispatcher, part, refused, error), name))
                 for name, dispatcher, part in settlement.parts
             ]
-            return _merged(delivery, parts)
+            same = all(new[2] is old[2] for new, old in zip(parts, settlement.parts, strict=True))
+            return settlement if same else _merged(delivery, parts)
         dispatcher = self._find(delivery.message)[0][1]
         return await self._refused(dispatcher, settlement, refused, error)
 
@@ -151,7 +160,7 @@ class BusDispatch:
         composer = self._composer
 
         async def handle(message: Message) -> Any:
-            box = Outbox(composer.new_id, incoming=message, handler=name)
+            box = Outbox(self._send, composer.new_id, incoming=message, handler=name)
             token = outbox.set(box)
             try:
                 result = await handler(message)
@@ -160,18 +169,20 @@ class BusDispatch:
             finally:
                 box.open = False
                 outbox.reset(token)
+            await box.send_others()
             if box.messages:
-                await self._let_go(await through(box.messages, self._outgoing))
+                await self._let_go(box.messages)
             return result
 
         return handle
 
     async def _let_go(self, messages: list[Message]) -> None:
-        """What a handler sent: with its acknowledgement, where there is one to come."""
-        if self._send is not None:
+        """What a handler sent: with its acknowledgement, unless that has been given already."""
+        delivery = current.get()
+        if delivery is None or delivery.settled or not self._together:
             await self._send(messages)
-        elif (delivery := current.get()) is not None:
-            delivery.outgoing += messages
+        else:
+            delivery.outgoing += await through(messages, self._outgoing)
 
     async def _answer_failure(self, settlement: Settlement) -> None:
         """A request that failed for good is answered, so that nobody waits for its timeout."""
@@ -180,10 +191,13 @@ class BusDispatch:
             return
         why = describe(message, settlement.error or settlement.verdict.reason)
         reply = self._composer.reply(message, Failure(why.exception, why.reason), type=FAILURE)
-        if self._send is not None:
-            await self._send([reply])
-        else:
-            settlement.outgoing += (reply,)
+        try:
+            if self._together:
+                settlement.outgoing += tuple(await through([reply], self._outgoing))
+            else:
+                await self._send([reply])
+        except Exception:  # a middleware's, or the broker's: the message has its verdict all the same
+            log.exception("The failure of request %s is not answered.", message.id)
 
 
 async def through(messages: Sequence[Message], outgoing: Sequence[Middleware]) -> list[Message]:

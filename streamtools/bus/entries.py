@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, cast, get_type_hints
 
 from streamtools.binding import name_of, payload_type
 from streamtools.bus.contracts import Command, Contract, Event, contracts_in
@@ -26,7 +26,7 @@ class Entry:
         name: its own, which copies for a retry carry.
         type: the name on the wire; None for a catch-all.
         payload: what its body is decoded to; None where the function's annotation says.
-        function: the handler.
+        function: the handler; a class with `handle`, of which there is a fresh instance for each message.
         retry: replaces the bus's policy.
     """
 
@@ -71,7 +71,7 @@ class Entries:
             ConfigurationError: another one has it already.
         """
         other = self._contracts.setdefault(contract.__terms__.name, contract)
-        if other is not contract:
+        if not _same(contract, other):
             raise ConfigurationError(
                 f"{_where(contract)} and {_where(other)} are both called {contract.__terms__.name!r} on the wire: "
                 f'give one of them another name, class {contract.__name__}(..., name="...").'
@@ -91,12 +91,15 @@ class Entries:
         Raises:
             ConfigurationError: it says nothing that can be handled, or a command has a handler already.
         """
-        annotation = payload_type(function)
+        annotation = payload_type(_as_function(function))
         contracts = (contract,) if contract is not None else contracts_in(annotation)
         name = name_of(function)
         if type is not None:
-            payload = contract if contract is not None else None
-            return self._add(Entry(name, type, payload, function, retry))
+            if exchange is not None:
+                raise ConfigurationError(
+                    f"The handler {name} has a type= and an exchange=: bus.subscribe() to its topic."
+                )
+            return self._add(Entry(name, type, contract, function, retry))
         if not contracts:
             if annotation not in CATCH_ALL and getattr(annotation, "__origin__", None) is not dict:
                 raise ConfigurationError(
@@ -137,50 +140,68 @@ def of_class(handler: type, provided: Mapping[type, Any]) -> Callable[..., Any]:
     Raises:
         ConfigurationError: it has no `handle`, or a constructor parameter that nothing provides.
     """
+    method = _handle_of(handler)
+    arguments = _arguments(handler, provided)
+
+    async def handle(*args: Any, **kwargs: Any) -> Any:
+        return await handler(**arguments).handle(*args, **kwargs)
+
+    def handle_in_thread(*args: Any, **kwargs: Any) -> Any:
+        return handler(**arguments).handle(*args, **kwargs)
+
+    return _as_method(handler, handle if inspect.iscoroutinefunction(method) else handle_in_thread)
+
+
+def _as_function(handler: Callable[..., Any]) -> Callable[..., Any]:
+    return _as_method(handler, lambda: None) if isinstance(handler, type) else handler
+
+
+def _handle_of(handler: type) -> Callable[..., Any]:
     method = getattr(handler, "handle", None)
     if not inspect.isfunction(method):
         raise ConfigurationError(
             f"{handler.__qualname__} has no method to handle with: def handle(self, command): ..."
         )
-    make = _maker(handler, provided)
+    return method
 
-    async def handle(*args: Any, **kwargs: Any) -> Any:
-        return await make().handle(*args, **kwargs)
 
-    def handle_in_thread(*args: Any, **kwargs: Any) -> Any:
-        return make().handle(*args, **kwargs)
-
-    function: Any = handle if inspect.iscoroutinefunction(method) else handle_in_thread
+def _as_method(handler: type, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, looking like the class's `handle` once it is bound."""
+    method, looking = _handle_of(handler), cast("Any", function)
     signature = inspect.signature(method)
-    function.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
-    function.__annotations__ = get_type_hints(method)
-    function.__qualname__ = handler.__qualname__
-    return function  # type: ignore[no-any-return]
+    looking.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
+    looking.__annotations__ = get_type_hints(method)
+    looking.__qualname__ = handler.__qualname__
+    return function
 
 
-def _maker(handler: type, provided: Mapping[type, Any]) -> Callable[[], Any]:
+def _arguments(handler: type, provided: Mapping[type, Any]) -> dict[str, Any]:
     if handler.__init__ is object.__init__:  # type: ignore[misc]
-        return handler
+        return {}
     hints = get_type_hints(handler.__init__)  # type: ignore[misc]
-    parameters = [*inspect.signature(handler).parameters.values()]
-
-    def make() -> Any:
-        arguments = {}
-        for parameter in parameters:
-            kind: Any = hints.get(parameter.name)
-            if kind in provided:
-                arguments[parameter.name] = provided[kind]
-            elif parameter.default is inspect.Parameter.empty and parameter.kind not in _VARIABLE:
-                raise ConfigurationError(
-                    f"{handler.__qualname__} wants {parameter.name}: {kind or 'something'}, which nothing "
-                    "provides: bus.provide(...)."
-                )
-        return handler(**arguments)
-
-    return make
+    arguments = {}
+    for parameter in inspect.signature(handler).parameters.values():
+        kind: Any = hints.get(parameter.name)
+        if kind in provided:
+            arguments[parameter.name] = provided[kind]
+        elif parameter.default is inspect.Parameter.empty and parameter.kind not in _VARIABLE:
+            raise ConfigurationError(
+                f"{handler.__qualname__} wants {parameter.name}: {getattr(kind, '__name__', kind) or 'something'}, "
+                "which nothing provides: bus.provide(...)."
+            )
+    return arguments
 
 
 _VARIABLE: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _same(one: type[Contract], other: type[Contract]) -> bool:
+    """One contract, or one that is imported from two packages."""
+    if one is other:
+        return True
+    if (one.__qualname__, one.__terms__) != (other.__qualname__, other.__terms__):
+        return False
+    return one.model_json_schema() == other.model_json_schema()
 
 
 def _where(contract: type) -> str:

@@ -13,7 +13,7 @@ from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.bus.composer import FAILURE, Failure
 from streamtools.consumer import Consumer
-from streamtools.errors import QueueError, RemoteError, RequestTimeout, StreamToolsError
+from streamtools.errors import Closed, QueueError, RemoteError, RequestTimeout, StreamToolsError
 from streamtools.message import Message
 from streamtools.policy import Retry
 
@@ -35,15 +35,17 @@ class Requests:
     Parameters:
         name: the bus's queue, or its client_id.
         url: where.
+        options: of the bus's consumer, those that are for the reply queue's too.
     """
 
-    def __init__(self, name: str, url: str | ProtocolSettings | None) -> None:
+    def __init__(self, name: str, url: str | ProtocolSettings | None, **options: Any) -> None:
         self.queue: str = f"{name}.replies.{token_hex(6)}"
         self._url = url
+        self._options = options
         self._waiting: dict[str, asyncio.Future[Message]] = {}
         self._loop: asyncio.Task[None] | None = None
+        self._started = asyncio.Event()
         self._consumer: Consumer | None = None
-        self._starting = asyncio.Lock()
 
     async def ask(self, message: Message, timeout: float, send: Callable[[Message], Awaitable[Any]]) -> Message:  # noqa: ASYNC109
         """Send a request and wait for its reply.
@@ -56,11 +58,11 @@ class Requests:
             RemoteError: the handler failed.
             StreamToolsError: it could not be sent, or replies cannot be received.
         """
-        await self._listen()
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._waiting[message.id] = future
         try:
             async with asyncio.timeout(timeout):
+                await self._listen()
                 await send(message.replace(reply_to=self.queue))
                 reply = await future
         except TimeoutError:
@@ -70,6 +72,8 @@ class Requests:
             ) from None
         finally:
             self._waiting.pop(message.id, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # looked at, so that asyncio does not complain of it
         if reply.type == FAILURE:
             raise _failure(message, reply)
         return reply
@@ -92,25 +96,35 @@ class Requests:
     # --- listening ------------------------------------------------------------------------------
 
     async def _listen(self) -> None:
-        if self._loop is not None and not self._loop.done():
-            return
-        async with self._starting:
-            if self._loop is None or self._loop.done():
-                await self._start()
+        """Return when replies can come.
 
-    async def _start(self) -> None:
-        consumer = Consumer(
-            self.queue, url=self._url, ack="on_receive", retry=Retry(retries=0), prefetch=PREFETCH, **OPTIONS
+        Raises:
+            StreamToolsError: why they cannot.
+        """
+        if self._loop is None or self._loop.done():
+            self._loop = self._start()
+        loop = self._loop
+        await self._started.wait()
+        if loop.done():
+            loop.result()
+
+    def _start(self) -> asyncio.Task[None]:
+        # Nothing waits here: a request that is given up meanwhile leaves the others theirs.
+        consumer = self._consumer = Consumer(
+            self.queue,
+            url=self._url,
+            ack="on_receive",
+            retry=Retry(retries=0),
+            prefetch=PREFETCH,
+            **{**self._options, **OPTIONS},
         )
-        handler = consumer()(self._take)
-        started = asyncio.Event()
-        task = asyncio.create_task(consumer.run(handler, on_started=started.set), name="streamtools-replies")
-        task.add_done_callback(lambda _: started.set())
-        await started.wait()
-        if task.done():
-            task.result()
-        self._consumer, self._loop = consumer, task
+        started = self._started = asyncio.Event()
+        task = asyncio.create_task(
+            consumer.run(consumer()(self._take), on_started=started.set), name="streamtools-replies"
+        )
         task.add_done_callback(self._ended)
+        task.add_done_callback(lambda _: started.set())
+        return task
 
     async def _take(self, reply: Message) -> None:
         # By the request's id; who cannot say it (another system's reply) says its correlation id, which is the same
@@ -125,7 +139,7 @@ class Requests:
         error = None if task.cancelled() else task.exception()
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(error or RequestTimeout("The bus was closed while the reply was awaited."))
+                future.set_exception(error or Closed("The bus was stopped while this reply was awaited."))
 
 
 def _failure(message: Message, reply: Message) -> RemoteError:

@@ -12,6 +12,7 @@ from streamtools.cli.errors import errors
 from streamtools.cli.messages import receive, send
 from streamtools.cli.queues import queues
 from streamtools.cli.run import run
+from streamtools.cli.schema import schema
 
 app: typer.Typer = typer.Typer(
     no_args_is_help=True,
@@ -44,5 +45,6 @@ app.command()(send)
 app.command()(receive)
 app.add_typer(queues, name="queues")
 app.add_typer(errors, name="errors")
+app.command()(schema)
 app.command()(demo)
 app.command()(doctor)

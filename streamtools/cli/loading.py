@@ -1,4 +1,4 @@
-"""Finding what `streamtools run module:app` names."""
+"""Finding what `module:name` names, for `streamtools run` and `streamtools schema`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from streamtools.bus import Bus, Command, Event
+from streamtools.bus.contracts import Contract
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.errors import ConfigurationError, FeatureError, near
 from streamtools.handlers import HandlerFactory
@@ -16,16 +18,41 @@ from streamtools.routing import ConsumerFactory
 from streamtools.runner import ConsumerRunner
 
 #: What can be run, as a runner or inside one.
-RUNNABLE: Final = (ConsumerRunner, ConsumerFactory, HandlerFactory, Consumer, BoundHandler)
+RUNNABLE: Final = (ConsumerRunner, ConsumerFactory, HandlerFactory, Bus, Consumer, BoundHandler)
 
 
 def load(target: str) -> ConsumerRunner:
     """The runner that `module:name` names; anything else that can run is put into one.
 
-    The working directory is searched first, as `python -m` does.
-
     Raises:
         ConfigurationError: there is no such module or name in it, or it is nothing that can run.
+        Exception: what the module raises when it is imported.
+    """
+    return _runner(find(target, "run", RUNNABLE), target)
+
+
+def load_contract(target: str) -> type[Contract]:
+    """The command or event that `module:Name` names.
+
+    Raises:
+        ConfigurationError: there is no such module or name in it, or it is neither.
+        Exception: what the module raises when it is imported.
+    """
+    found = find(target, "describe", (Contract,))
+    if isinstance(found, type) and issubclass(found, Contract):
+        return found
+    raise ConfigurationError(f"{target!r} is neither a Command nor an Event, and only these have a schema.")
+
+
+def find(target: str, do: str, kinds: tuple[type, ...]) -> Any:
+    """What `module:name` names. The working directory is searched first, as `python -m` does.
+
+    Parameters:
+        do: what is to be done with it, for errors.
+        kinds: of what it is to be an instance or a subclass, for errors.
+
+    Raises:
+        ConfigurationError: there is no such module or name in it.
         Exception: what the module raises when it is imported.
     """
     name, _, path = target.partition(":")
@@ -35,8 +62,10 @@ def load(target: str) -> ConsumerRunner:
         sys.path.insert(0, str(Path.cwd()))
     module = _import(name)
     if not path:
-        raise ConfigurationError(f"{target!r} does not say what to run: write {name}:app. {_candidates(module)}")
-    return _runner(_attribute(module, path), target)
+        raise ConfigurationError(
+            f"{target!r} does not say what to {do}: write {name}:NAME. {_candidates(module, do, kinds)}"
+        )
+    return _attribute(module, path, _candidates(module, do, kinds))
 
 
 def check_shared(runner: ConsumerRunner) -> None:
@@ -77,7 +106,7 @@ def _modules() -> list[str]:
     return sorted(names)[:200]
 
 
-def _attribute(module: ModuleType, path: str) -> Any:
+def _attribute(module: ModuleType, path: str, candidates: str) -> Any:
     found: Any = module
     for part in path.split("."):
         try:
@@ -85,24 +114,30 @@ def _attribute(module: ModuleType, path: str) -> Any:
         except AttributeError:
             known = [name for name in vars(module) if not name.startswith("_")]
             raise ConfigurationError(
-                f"{module.__name__!r} has no {path!r}. {_candidates(module) or near(path, known)}"
+                f"{module.__name__!r} has no {path!r}. {candidates or near(path, known)}"
             ) from None
     return found
 
 
-def _candidates(module: ModuleType) -> str:
-    names = [name for name, value in vars(module).items() if isinstance(value, RUNNABLE)]
-    return f"It can run: {', '.join(f'{module.__name__}:{name}' for name in names)}." if names else ""
+def _candidates(module: ModuleType, do: str, kinds: tuple[type, ...]) -> str:
+    names = [name for name, value in vars(module).items() if _is_one(value, kinds)]
+    return f"It can {do}: {', '.join(f'{module.__name__}:{name}' for name in names)}." if names else ""
+
+
+def _is_one(value: object, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, type):
+        return issubclass(value, kinds) and value not in (*kinds, Command, Event)
+    return isinstance(value, kinds)
 
 
 def _runner(found: Any, target: str) -> ConsumerRunner:
     if isinstance(found, ConsumerRunner):
         return found
-    if isinstance(found, ConsumerFactory | HandlerFactory | Consumer | BoundHandler):
+    if isinstance(found, ConsumerFactory | HandlerFactory | Bus | Consumer | BoundHandler):
         return ConsumerRunner(found)
     if isinstance(found, Iterable) and not isinstance(found, str | bytes) and (parts := list(found)):
         return ConsumerRunner(*parts)
     raise ConfigurationError(
         f"{target!r} is {type(found).__name__}, which cannot run: name a ConsumerRunner, ConsumerFactory, "
-        "HandlerFactory, Consumer or decorated handler."
+        "HandlerFactory, Bus, Consumer or decorated handler."
     )

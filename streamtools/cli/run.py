@@ -27,7 +27,7 @@ def run(
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     shared: Annotated[bool, typer.Option("--shared", hidden=True)] = False,
 ) -> None:
-    """Run a ConsumerRunner, ConsumerFactory, HandlerFactory, Consumer or decorated handler until SIGTERM or Ctrl-C.
+    """Run a ConsumerRunner, ConsumerFactory, HandlerFactory, Bus, Consumer or handler until SIGTERM or Ctrl-C.
 
     The working directory is on the import path. With --workers or --reload the service runs in processes
     that are watched: one that dies is started again, a few times, and after that the whole command ends

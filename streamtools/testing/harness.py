@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import fields
 from itertools import count
 from types import TracebackType
 from typing import Any, Final, Self
@@ -199,7 +199,7 @@ class _Watched:
         self._settle = self.consumer._settle
         self.consumer.middleware.insert(0, self._see)
         if not harness._delays:
-            self.consumer.retry = _AtOnce(**asdict(self.consumer.retry))
+            self.consumer.retry = _AtOnce(**{f.name: getattr(self.consumer.retry, f.name) for f in fields(Retry)})
 
     @property
     def busy(self) -> bool:

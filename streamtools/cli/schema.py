@@ -1,0 +1,43 @@
+"""`streamtools schema`: what a command or an event looks like, for those who write it in another language."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import typer
+
+from streamtools.bus.contracts import Command, Contract
+from streamtools.cli import output
+from streamtools.cli.session import plain_errors
+
+#: https://json-schema.org/draft/2020-12: what pydantic writes.
+DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
+
+
+def schema(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="MODULE:CONTRACT...", help="Such as shop.contracts:PlaceOrder.")
+    ],
+) -> None:
+    """Print the JSON Schema of commands and events, one after the other.
+
+    The working directory is on the import path. Beside the fields each schema says what the contract is called on
+    the wire, its version, and its queue or topic.
+    """
+    from streamtools.cli.loading import load_contract
+
+    with plain_errors():
+        for target in targets:
+            output.print_json(describe(load_contract(target)))
+
+
+def describe(contract: type[Contract]) -> dict[str, Any]:
+    """A contract's JSON Schema, with its terms."""
+    terms = contract.__terms__
+    where = {"to": terms.to} if issubclass(contract, Command) else {"topic": terms.topic}
+    kind = "command" if issubclass(contract, Command) else "event"
+    return {
+        "$schema": DIALECT,
+        **contract.model_json_schema(),
+        "x-streamtools": {"kind": kind, "name": terms.name, "version": terms.version, **where},
+    }
