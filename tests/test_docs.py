@@ -16,6 +16,9 @@ from tests.pages.commands import REFERENCE, check_usage, commands, reference
 from tests.pages.markdown import ROOT, Page, pages
 from tests.pages.reader import Reader, needs_rabbitmq
 
+#: A page has up to twenty commands, each a process; on a busy machine they take their time.
+pytestmark = pytest.mark.timeout(300)
+
 PAGES = list(pages())
 #: For contributors: what it shows is pytest's own to run. The page of commands has a test of its own.
 SHOWN_ONLY = ("CONTRIBUTING.md", "docs/reference/cli.md")

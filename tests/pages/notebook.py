@@ -53,18 +53,19 @@ class Notebook:
         raise AssertionError(f"it printed {''.join(printed)!r} and ended:\n{self._stderr()}")
 
     def close(self) -> None:
-        """End the process; safe to repeat.
+        """Let the process end.
 
         Raises:
             AssertionError: it did not end well.
         """
-        try:
-            self._process.communicate(timeout=30)
-            assert self._process.returncode == 0, self._stderr()
-        finally:
-            self._process.kill()
-            self._process.wait()
-            self._errors.close()
+        self._process.communicate(timeout=30)
+        assert self._process.returncode == 0, self._stderr()
+
+    def kill(self) -> None:
+        """What is left of it; safe to repeat."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
 
     def _stderr(self) -> str:
         self._errors.seek(0)

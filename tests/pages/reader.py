@@ -54,9 +54,11 @@ class Reader:
                     self._do(block, blocks[position + 1 :])
                 except AssertionError as error:
                     raise AssertionError(f"{page.path}, line {block.line}: {self._as_written(str(error))}") from None
-        finally:
             self._terminal.close()
             self._notebook.close()
+        finally:
+            self._terminal.kill()
+            self._notebook.kill()
 
     def _do(self, block: Block, following: Sequence[Block]) -> None:
         if block.is_quoted:

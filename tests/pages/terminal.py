@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 #: Seconds for one command.
-DEADLINE = 60.0
+DEADLINE = 100.0
 #: Seconds between two looks at a command's output.
 LOOK = 0.02
 INTERRUPT = "^C"
@@ -123,6 +123,11 @@ class Terminal:
         for command in self._beside:
             command.end()
 
+    def kill(self) -> None:
+        """What still runs; safe to repeat."""
+        for command in self._beside:
+            command.kill()
+
 
 def _commands(text: str) -> list[tuple[str, str]]:
     """(command, what it is to print) in order."""
@@ -185,12 +190,9 @@ class _Command:
 
     def end(self) -> None:
         """SIGTERM, upon which it is to end with 0. Safe to repeat."""
-        try:
-            if self._process.poll() is None:
-                self._process.terminate()
-            assert self.wait() == 0, self.output
-        finally:
-            self.kill()
+        if self._process.poll() is None:
+            self._process.terminate()
+        assert self.wait() == 0, self.output
 
     def kill(self) -> None:
         """What is left of it."""
