@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 from urllib.parse import unquote
 
 import pytest
@@ -98,7 +99,7 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
     value = getattr(streamtools, name)
     reference = [page for page in PAGES if page.path.startswith("docs/reference/")]
 
-    if isinstance(value, type):
+    if isinstance(value, type | FunctionType):
         homes = {f"streamtools.{name}", value.__module__}
         assert any(homes & set(_shown(page)) for page in reference), f"no page has {DOCSTRING}streamtools.{name}"
         assert value.__doc__
