@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 from streamtools.binding import RESOLVERS, Resolver, compile_handler, name_of
@@ -16,20 +15,17 @@ from streamtools.checks import (
     Declare,
     check_choice,
     check_count,
-    check_declare,
     check_name,
-    check_place,
     check_seconds,
-    check_texts,
 )
 from streamtools.delivery import Delivery, Settlement
 from streamtools.dispatch import Dispatcher, chain
+from streamtools.endpoint import Endpoint
 from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
 from streamtools.exchange import Binding
-from streamtools.features import Features
 from streamtools.loop import Ack, Dispatch, Finished, Loop
-from streamtools.options import QUEUE_OPTIONS, Options, parameters, read_options
-from streamtools.policy import Retry, backoff, backoff_within
+from streamtools.options import Options
+from streamtools.policy import Retry, backoff
 from streamtools.registry import Registry
 from streamtools.threads import Threads
 from streamtools.types import ErrorHandler, Handler, Middleware
@@ -57,7 +53,7 @@ CONSUMER_LOOPS: Registry[Consumer] = Registry(
 )
 
 
-class Consumer:
+class Consumer(Endpoint):
     """Receives the messages of one queue.
 
     `Consumer("orders", url="amqp://...")` picks the protocol by the URL; `CONSUMER_LOOPS["rabbitmq"]("orders")`
@@ -92,10 +88,6 @@ class Consumer:
         TypeError: an option that no protocol knows.
     """
 
-    protocol: ClassVar[str] = ""
-    features: ClassVar[Features] = Features()
-    settings_class: ClassVar[type[ProtocolSettings]]
-    options_class: ClassVar[type[Options]] = Options
     #: Seconds in which `_receive` has surely found what is there.
     look: ClassVar[float] = 0.25
     #: Messages that have expired are not handed over; an operator's reader sees them all the same.
@@ -135,7 +127,7 @@ class Consumer:
         port: int | None = None,
         **options: Any,
     ) -> None:
-        self.queue = queue
+        self._set_up(queue, url, declare, client_id, host, port)
         if ordered_by == "partition" and not self.features.partitioned:
             ordered_by = "queue"
         self.concurrency: int = 1 if ordered_by == "queue" else check_count("concurrency", concurrency)
@@ -148,25 +140,16 @@ class Consumer:
         self.group = group
         self.offset = offset
         self.bindings: list[Binding] = list(bindings)
-        self.declare: Declare = declare
         self.connect_timeout = connect_timeout
         self.middleware: list[Middleware] = list(middleware)
-        self.client_id = client_id
-        self.host = host
-        self.port = port
         self._check()
-        self.settings: ProtocolSettings = self.settings_class.resolve(url)
-        self._ignored: set[str] = set()
-        self.options: Options = self._read_options(options)
+        self.options: Options = self._read_options(options, Consumer.__init__)
         self.resolvers: Mapping[type, Resolver] = RESOLVERS
         #: The decorated handler, once there is one.
         self.handler: BoundHandler | None = None
         self._loop: Loop | None = None
         self._running = False
         self._by_hand = self.dispatcher(_no_handler, "by hand")
-        self._connected = False
-        self._closed = False
-        self._opening = asyncio.Lock()
         self._pulling = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._deadline: float | None = None
@@ -184,10 +167,6 @@ class Consumer:
         self._stopping.clear()
         await self._connect(time.monotonic() + self.connect_timeout)
         return self
-
-    async def a_init(self) -> Self:
-        """The same as `open()`."""
-        return await self.open()
 
     def __call__(
         self,
@@ -213,7 +192,7 @@ class Consumer:
         """
         if options:
             given = {n: getattr(self.options, n) for n in self.options.model_fields_set}
-            self.options = self._read_options({**given, **options})
+            self.options = self._read_options({**given, **options}, Consumer.__init__)
         if retry is not None:
             _check_retry(retry)
             self.retry = retry
@@ -299,20 +278,6 @@ class Consumer:
         self._deadline = time.monotonic() + grace
         self._stopping.set()
 
-    async def close(self) -> None:
-        """Close the connection; what is not settled goes back to the broker. Safe to repeat."""
-        self._closed = True
-        self._connected = False
-        await self._close()
-
-    async def __aenter__(self) -> Self:
-        return await self.open()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     @property
     def in_flight(self) -> int:
         """Handlers at work."""
@@ -328,18 +293,7 @@ class Consumer:
         """When a delivery was last settled, on the monotonic clock; None before the loop began."""
         return self._loop.progress if self._loop is not None else None
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.queue!r} at {self.settings.safe_url}>"
-
     # --- for drivers ----------------------------------------------------------------------------
-
-    async def _open(self) -> None:
-        """Connect and declare. Called again after ConnectionLost; must first discard what is left of before.
-
-        Raises:
-            ConnectError: with permanent=True when trying again cannot help.
-            QueueError: about the queue.
-        """
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
         """Wait for at least one message and return at most `limit`.
@@ -367,21 +321,9 @@ class Consumer:
     async def _stop(self) -> None:
         """Take in no more; called once before the last settlements. Deliveries in hand stay so."""
 
-    async def _close(self) -> None:
-        """Let go of everything, what is not settled goes back; idempotent, and works while `_receive` waits."""
-
     def _line(self, delivery: Delivery) -> Hashable:
         """Deliveries of which this is the same are handled one after the other; None: of no matter."""
         return delivery.message.key
-
-    @classmethod
-    def validate_queue(cls, queue: str) -> None:
-        """Check a queue's name; never rewrite it.
-
-        Raises:
-            ConfigurationError: the name cannot be used.
-        """
-        check_name(queue)
 
     # --- the way of a message -------------------------------------------------------------------
 
@@ -464,23 +406,11 @@ class Consumer:
 
     async def _connect(self, deadline: float) -> None:
         async with self._opening:
-            attempt = 0
-            while not self._connected:
-                if self._closed:
-                    raise Closed(f"{self!r} was closed; call open() to use it again.")
-                try:
-                    await guard(self._open())
-                except ConnectError as error:
-                    attempt += 1
-                    delay = backoff_within(attempt, deadline - time.monotonic())
-                    log.warning("%r: %s", self, error)
-                    if error.permanent or delay is None:
-                        raise
-                    await self._pause(delay)
-                    if self._stopping.is_set():
-                        raise
-                else:
-                    self._connected = True
+            await self._keep_connecting(deadline, [])
+
+    async def _goes_on_after(self, delay: float) -> bool:
+        await self._pause(delay)
+        return not self._stopping.is_set()
 
     async def _disconnect(self, error: ConnectError) -> None:
         log.warning("%r: %s Reconnecting.", self, error)
@@ -513,27 +443,13 @@ class Consumer:
             on_error=on_error,
         )
 
-    def _read_options(self, given: Mapping[str, Any]) -> Options:
-        own = parameters(Consumer.__init__)
-        options, foreign = read_options(
-            self.options_class, given, known=QUEUE_OPTIONS, own=own, owner=type(self).__name__
-        )
-        if new := [name for name in foreign if name not in self._ignored]:
-            self._ignored.update(new)
-            log.info("%s ignores %s: options of another protocol.", type(self).__name__, ", ".join(new))
-        return options
-
     def _check(self) -> None:
-        self.validate_queue(self.queue)
         check_count("prefetch", self.prefetch)
         check_count("max_deliveries", self.max_deliveries)
         check_choice("ack", self.ack, ("after", "on_receive", "manual"))
         check_choice("ordered_by", self.ordered_by, (None, "queue", "partition", "key"))
         check_choice("offset", self.offset, ("earliest", "latest"))
-        check_declare(self.declare)
         check_seconds("connect_timeout", self.connect_timeout)
-        check_texts({"client_id": self.client_id})
-        check_place(self.host, self.port)
         _check_retry(self.retry)
         _check_middleware(self.middleware)
         if self.features.error_queue:

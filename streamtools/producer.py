@@ -7,24 +7,20 @@ import logging
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from streamtools import codec
 from streamtools.cancelling import guard
 from streamtools.checks import (
     Declare,
-    check_declare,
     check_headers,
-    check_name,
-    check_place,
     check_seconds,
     check_texts,
 )
-from streamtools.errors import Closed, ConfigurationError, ConnectError, ConnectionLost, FeatureError, SendError
-from streamtools.features import Features
+from streamtools.endpoint import Endpoint
+from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, FeatureError, SendError
 from streamtools.message import NO_HEADERS, Message, ids
-from streamtools.options import QUEUE_OPTIONS, SEND_OPTIONS, Options, parameters, read_options
+from streamtools.options import SEND_OPTIONS, Options, parameters, read_options
 from streamtools.policy import backoff_within
 from streamtools.registry import Registry
 
@@ -67,7 +63,7 @@ class Receipt:
         return self
 
 
-class Producer:
+class Producer(Endpoint):
     """Sends messages to one queue.
 
     `Producer("orders", url="amqp://...")` picks the protocol by the URL; `PRODUCERS["rabbitmq"]("orders")`
@@ -89,10 +85,6 @@ class Producer:
         TypeError: an option that no protocol knows.
     """
 
-    protocol: ClassVar[str] = ""
-    features: ClassVar[Features] = Features()
-    settings_class: ClassVar[type[ProtocolSettings]]
-    options_class: ClassVar[type[Options]] = Options
     send_options_class: ClassVar[type[Options]] = Options
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
@@ -118,28 +110,13 @@ class Producer:
         port: int | None = None,
         **options: Any,
     ) -> None:
-        self.queue = queue
-        self.declare: Declare = declare
+        self._set_up(queue, url, declare, client_id, host, port)
         self.send_timeout = send_timeout
-        self.client_id = client_id
-        self.host = host
-        self.port = port
-        self._check()
-        self.settings: ProtocolSettings = self.settings_class.resolve(url)
-        own = parameters(Producer.__init__)
-        found, foreign = read_options(
-            self.options_class, options, known=QUEUE_OPTIONS, own=own, owner=type(self).__name__
-        )
-        self.options: Options = found
-        self._ignored: set[str] = set()
-        self._note_ignored(foreign)
+        if not check_seconds("send_timeout", send_timeout):
+            raise ConfigurationError("send_timeout=0 leaves no time to send anything.")
+        self.options: Options = self._read_options(options, Producer.__init__)
         self._no_options = self.send_options_class()
         self._new_id = ids()
-        self._connected = False
-        #: Connections made so far.
-        self._opened = 0
-        self._closed = False
-        self._opening = asyncio.Lock()
 
     # --- for users ------------------------------------------------------------------------------
 
@@ -153,10 +130,6 @@ class Producer:
         self._closed = False
         await self._connect(time.monotonic() + self.send_timeout)
         return self
-
-    async def a_init(self) -> Self:
-        """The same as `open()`."""
-        return await self.open()
 
     async def send(
         self,
@@ -233,32 +206,7 @@ class Producer:
             SendError: naming those that failed since the last `flush()`.
         """
 
-    async def close(self) -> None:
-        """Close the connection. Safe to repeat, and while a `send` is under way (which then raises)."""
-        self._closed = True
-        self._connected = False
-        await self._close()
-
-    async def __aenter__(self) -> Self:
-        return await self.open()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.queue!r} at {self.settings.safe_url}>"
-
     # --- for drivers ----------------------------------------------------------------------------
-
-    async def _open(self) -> None:
-        """Connect and declare. Called again after ConnectionLost; must first discard what is left of before.
-
-        Raises:
-            ConnectError: with permanent=True when trying again cannot help.
-            QueueError: about the queue.
-        """
 
     async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None:
         """Return when the broker holds every message of `batch`, each in the queue that it names.
@@ -276,18 +224,6 @@ class Producer:
     def _why_unconfirmed(self) -> str:
         """A sentence on why `_send` has not returned in time, as far as is known."""
         return "no confirmation came."
-
-    async def _close(self) -> None:
-        """Let go of everything; idempotent, and works while `_send` is blocked."""
-
-    @classmethod
-    def validate_queue(cls, queue: str) -> None:
-        """Check a queue's name; never rewrite it.
-
-        Raises:
-            ConfigurationError: the name cannot be used.
-        """
-        check_name(queue)
 
     # --- the way of a message -------------------------------------------------------------------
 
@@ -361,23 +297,6 @@ class Producer:
                 f"{self!r} was not connected within {self.send_timeout:g} s; does anything answer there?"
             ) from error
 
-    async def _keep_connecting(self, deadline: float, failures: list[ConnectError]) -> None:
-        while not self._connected:
-            if self._closed:
-                raise Closed(f"{self!r} was closed; call open() to use it again.")
-            try:
-                await guard(self._open())
-            except ConnectError as error:
-                failures.append(error)
-                delay = backoff_within(len(failures), deadline - time.monotonic())
-                if error.permanent or delay is None:
-                    raise
-                log.warning("%r: %s Trying again in %.1f s.", self, error, delay)
-                await asyncio.sleep(delay)
-            else:
-                self._connected = True
-                self._opened += 1
-
     def _unconfirmed(self, batch: Sequence[Message], why: str, *, doubt: bool) -> SendError:
         several = len(batch) > 1
         end = f"The broker may hold {'them' if several else 'it'}; send again with the same id to be sure."
@@ -396,19 +315,6 @@ class Producer:
         )
         self._note_ignored(foreign)
         return options
-
-    def _check(self) -> None:
-        self.validate_queue(self.queue)
-        check_declare(self.declare)
-        if not check_seconds("send_timeout", self.send_timeout):
-            raise ConfigurationError("send_timeout=0 leaves no time to send anything.")
-        check_texts({"client_id": self.client_id})
-        check_place(self.host, self.port)
-
-    def _note_ignored(self, names: Iterable[str]) -> None:
-        if new := [name for name in names if name not in self._ignored]:
-            self._ignored.update(new)
-            log.info("%s ignores %s: options of another protocol.", type(self).__name__, ", ".join(new))
 
 
 def _loop_time(deadline: float) -> float:

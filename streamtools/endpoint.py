@@ -1,0 +1,151 @@
+"""Endpoint: what producers and consumers share, a queue at an address and the connection to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from streamtools.cancelling import guard
+from streamtools.checks import Declare, check_declare, check_name, check_place, check_texts
+from streamtools.errors import Closed, ConnectError
+from streamtools.features import Features
+from streamtools.options import QUEUE_OPTIONS, Options, parameters, read_options
+from streamtools.policy import backoff_within
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+
+class Endpoint:
+    """The base of Producer and Consumer."""
+
+    protocol: ClassVar[str] = ""
+    features: ClassVar[Features] = Features()
+    settings_class: ClassVar[type[ProtocolSettings]]
+    options_class: ClassVar[type[Options]] = Options
+
+    def _set_up(
+        self,
+        queue: str,
+        url: str | ProtocolSettings | None,
+        declare: Declare,
+        client_id: str | None,
+        host: str | None,
+        port: int | None,
+    ) -> None:
+        self.queue: str = queue
+        self.declare: Declare = declare
+        self.client_id: str | None = client_id
+        self.host: str | None = host
+        self.port: int | None = port
+        self.validate_queue(queue)
+        check_declare(declare)
+        check_texts({"client_id": client_id})
+        check_place(host, port)
+        self.settings: ProtocolSettings = self.settings_class.resolve(url)
+        self._ignored: set[str] = set()
+        self._connected = False
+        self._closed = False
+        #: Connections made so far.
+        self._opened = 0
+        self._opening = asyncio.Lock()
+
+    # --- for users ------------------------------------------------------------------------------
+
+    async def open(self) -> Self:
+        """Connect and declare the queue. Safe to repeat; opens again after `close()`."""
+        raise TypeError(f"{type(self).__name__} does not say how to open.")
+
+    async def a_init(self) -> Self:
+        """The same as `open()`."""
+        return await self.open()
+
+    async def close(self) -> None:
+        """Close the connection. Safe to repeat, and while something is under way (which then raises)."""
+        self._closed = True
+        self._connected = False
+        await self._close()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.queue!r} at {self.settings.safe_url}>"
+
+    # --- for drivers ----------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        """Connect and declare. Called again after ConnectionLost; must first discard what is left of before.
+
+        Raises:
+            ConnectError: with permanent=True when trying again cannot help.
+            QueueError: about the queue.
+        """
+
+    async def _close(self) -> None:
+        """Let go of everything; idempotent, and works while another hook is blocked."""
+
+    @classmethod
+    def validate_queue(cls, queue: str) -> None:
+        """Check a queue's name; never rewrite it.
+
+        Raises:
+            ConfigurationError: the name cannot be used.
+        """
+        check_name(queue)
+
+    # --- connecting -----------------------------------------------------------------------------
+
+    async def _keep_connecting(self, deadline: float, failures: list[ConnectError]) -> None:
+        """Try until connected, until it is refused for good, or until the deadline (on the monotonic clock).
+
+        Parameters:
+            failures: where each is kept.
+        """
+        while not self._connected:
+            if self._closed:
+                raise Closed(f"{self!r} was closed; call open() to use it again.")
+            try:
+                await guard(self._open())
+            except ConnectError as error:
+                failures.append(error)
+                delay = backoff_within(len(failures), deadline - time.monotonic())
+                if error.permanent or delay is None:
+                    raise
+                log.warning("%r: %s Trying again in %.1f s.", self, error, delay)
+                if not await self._goes_on_after(delay):
+                    raise
+            else:
+                self._connected = True
+                self._opened += 1
+
+    async def _goes_on_after(self, delay: float) -> bool:
+        """Wait before the next try; False when there is to be none."""
+        await asyncio.sleep(delay)
+        return True
+
+    # --- options --------------------------------------------------------------------------------
+
+    def _read_options(self, given: Mapping[str, Any], constructor: Callable[..., Any]) -> Options:
+        own = parameters(constructor)
+        options, foreign = read_options(
+            self.options_class, given, known=QUEUE_OPTIONS, own=own, owner=type(self).__name__
+        )
+        self._note_ignored(foreign)
+        return options
+
+    def _note_ignored(self, names: Iterable[str]) -> None:
+        if new := [name for name in names if name not in self._ignored]:
+            self._ignored.update(new)
+            log.info("%s ignores %s: options of another protocol.", type(self).__name__, ", ".join(new))
