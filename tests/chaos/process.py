@@ -58,7 +58,10 @@ class Record(Tally):
         """Wait until the record, read anew each time, is so."""
         try:
             async with asyncio.timeout(timeout):
-                while not (self.read() and condition()):
+                while True:
+                    self.read()
+                    if condition():
+                        return
                     await asyncio.sleep(LOOK)
         except TimeoutError:
             log = self.log.read_text()[-2000:] if self.log.exists() else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class Tally:
@@ -33,9 +33,9 @@ class Tally:
         }
 
 
-def show(title: str, *tallies: dict[str, int], **more: object) -> None:
+def show(title: str, tally: Mapping[str, object] | None = None, **more: object) -> None:
     """Print counts for the reader of the test's output."""
-    counts = {name: value for tally in (*tallies, more) for name, value in tally.items()}
+    counts = {**(tally or {}), **more}
     print(
         f"\n{title}: " + ", ".join(f"{name.replace('_', ' ')} {_readable(value)}" for name, value in counts.items())
     )
