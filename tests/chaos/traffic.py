@@ -18,16 +18,17 @@ class Traffic(Tally):
 
     Parameters:
         url: the broker.
+        queue: its name.
         limit: numbers to send; None for no end.
         pause: seconds between two batches.
     """
 
-    def __init__(self, url: str, *, limit: int | None = None, pause: float = 0.0) -> None:
+    def __init__(self, url: str, *, queue: str = "orders", limit: int | None = None, pause: float = 0.0) -> None:
         super().__init__()
         self._limit = limit
         self._pause = pause
-        self._consumer = Consumer("orders", url=url, concurrency=8, prefetch=200)
-        self._producer = Producer("orders", url=url, send_timeout=300)
+        self._consumer = Consumer(queue, url=url, concurrency=8, prefetch=200)
+        self._producer = Producer(queue, url=url, send_timeout=300)
         self._tasks: list[asyncio.Task[Any]] = []
         self._stopped = asyncio.Event()
 
@@ -56,7 +57,7 @@ class Traffic(Tally):
         await eventually(
             lambda: len(self.confirmed) >= sent and len(self.handled) >= done,
             f"{number} more confirmed and handled, {self.counts()}",
-            timeout=60,
+            timeout=120,
         )
 
     async def finish(self) -> None:

@@ -190,8 +190,8 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _sort_in(self, membership: Membership, fetched: dict[Any, list[Any]]) -> None:
         for partition, records in fetched.items():
             track = membership.tracks.get(partition)
-            if track is None:
-                continue  # taken away meanwhile; whoever has it now reads it
+            if track is None or track.going:
+                continue  # whoever has it next reads it
             self._arrived.extend((track, record) for record in records)
 
     def _take(self, membership: Membership, limit: int) -> list[Delivery]:
@@ -216,7 +216,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         self._returned.sort(key=lambda pair: (pair[0].track.partition, pair[0].offset))
         while self._returned and len(batch) < limit:
             token, old = self._returned.pop(0)
-            if not token.track.gone:
+            if not (token.track.gone or token.track.going):
                 delivery = Delivery(old.message, token, old.count, old.trouble)
                 token.track.in_hand[token.offset] = delivery
                 batch.append(delivery)
@@ -373,6 +373,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         """Begin nothing more of these partitions; wait for what is at work, until the deadline."""
         self._arrived.clear()
         for track in tracks:
+            track.going = True
             track.shelf.clear()
             for delivery in track.in_hand.values():
                 if delivery.task is None or delivery.wake is not None:

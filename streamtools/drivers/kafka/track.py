@@ -43,6 +43,7 @@ class Track:
         shelf: records that are not due yet, in the order of the time when each leaves.
         full: the commit's metadata has no room: no more is taken until the first gap closes.
         paused: it is not read for now.
+        going: it is about to be taken away: nothing more of it is begun.
         gone: it was taken away; nothing of it is of any use.
         exactly: it is committed by transactions alone, at this address; None where it is not.
         identity: ours as the one who may; it serves once.
@@ -66,6 +67,7 @@ class Track:
         self.shelf_bytes: int = 0
         self.full: bool = False
         self.paused: bool = False
+        self.going: bool = False
         self.gone: bool = False
         self.exactly: KafkaSettings | None = exactly
         self.identity: Identity | None = identity

@@ -180,6 +180,28 @@ async def test_handlers_at_work_finish_and_are_committed_before_a_partition_goes
     assert set(runs.values()) == {1}
 
 
+async def test_what_was_not_begun_when_a_partition_goes_is_left_to_its_next_owner(
+    producer: MakeProducer, running: Running, queue: str
+) -> None:
+    history: list[int] = []
+    gate = asyncio.Event()
+
+    async def handle(msg: int) -> None:
+        history.append(msg)
+        if msg == 0:
+            await gate.wait()
+
+    await (await producer()).send_many(range(400), key="one")
+    async with running(handle, concurrency=4, prefetch=20, ordered_by="key") as first:
+        await eventually(lambda: history == [0])
+        opening = asyncio.create_task(_opened(running, handle))
+        await eventually(lambda: first._membership.consumer._subscription.reassignment_in_progress)
+        gate.set()
+        async with await opening:
+            await eventually(lambda: len(history) >= 400)
+    assert history == list(range(400)), "in order, and none of them twice"
+
+
 async def test_a_handler_that_is_late_is_cancelled_and_its_message_comes_again(
     producer: MakeProducer, running: Running, queue: str
 ) -> None:
