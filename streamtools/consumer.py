@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 log: logging.Logger = logging.getLogger("streamtools")
 
 OrderedBy = Literal["queue", "partition", "key"]
+#: Seconds for the answer to what is there now.
+ASKING: Final = 5.0
 #: Deliveries in hand at most, when the consumer does not say.
 PREFETCH: Final = 100
 
@@ -222,12 +224,13 @@ class Consumer(Endpoint):
         """
         if max_messages < 1:
             raise ValueError(f"max_messages={max_messages} is out of range: at least 1.")
+        at_once = timeout == 0
         if timeout is not None:
-            timeout = asyncio.get_running_loop().time() + max(timeout, self.look)
+            timeout = asyncio.get_running_loop().time() + (ASKING if at_once else max(timeout, self.look))
         while True:
             await self._connect(time.monotonic() + self.connect_timeout)
             try:
-                return await self._pull_fresh(max_messages, timeout)
+                return await self._pull_fresh(max_messages, timeout, at_once)
             except ConnectError as error:
                 if error.permanent:
                     raise
@@ -306,6 +309,17 @@ class Consumer(Endpoint):
         """
         raise TypeError(f"{type(self).__name__} does not say how to receive: write its _receive().")
 
+    async def _poll(self, limit: int) -> Sequence[Delivery]:
+        """What is there now, at most `limit`; as it stands, what `_receive` finds within `look` seconds.
+
+        Written anew by drivers that can ask and be told that there is nothing.
+
+        Raises:
+            TimeoutError: there is nothing.
+        """
+        async with asyncio.timeout(self.look):
+            return await self._receive(limit)
+
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         """Send each one's `outgoing` and have it confirmed, then acknowledge (or give back) the delivery.
 
@@ -375,10 +389,10 @@ class Consumer(Endpoint):
         except TimeoutError:
             pass
 
-    async def _pull_fresh(self, limit: int, deadline: float | None) -> list[Delivery]:
+    async def _pull_fresh(self, limit: int, deadline: float | None, at_once: bool) -> list[Delivery]:
         """As `_pull`, but what has expired is dropped, as it would be before a handler."""
         while True:
-            batch = await self._pull(limit, deadline)
+            batch = await self._pull(limit, deadline, at_once)
             stale = [delivery for delivery in batch if self.drops_expired and delivery.message.expired]
             if not stale:
                 return batch
@@ -391,10 +405,13 @@ class Consumer(Endpoint):
             if fresh:
                 return fresh
 
-    async def _pull(self, limit: int, deadline: float | None) -> list[Delivery]:
+    async def _pull(self, limit: int, deadline: float | None, at_once: bool) -> list[Delivery]:
+        if at_once and self._pulling.locked():
+            return []  # another waits, so there is nothing
+        receive = self._poll if at_once else self._receive
         try:
             async with asyncio.timeout_at(deadline), self._pulling:
-                batch = await guard(self._receive(limit))
+                batch = await guard(receive(limit))
         except TimeoutError:
             return []
         for delivery in batch:

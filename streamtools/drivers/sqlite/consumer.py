@@ -13,7 +13,7 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.producer import FEATURES, bind, declare, insert, missing
 from streamtools.drivers.sqlite.requests import Holder
-from streamtools.drivers.sqlite.rows import Row, encode
+from streamtools.drivers.sqlite.rows import Claimed, Row, encode
 from streamtools.drivers.sqlite.schema import NoRoom
 from streamtools.drivers.sqlite.tables import SUSPECT, Tables
 from streamtools.errors import Closed, ConnectError, QueueError, SendError
@@ -107,6 +107,19 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         if self._session is None:
             raise Closed(f"{self!r} is not open.")
         taken = await self._session.claim(self._holder, limit)
+        return self._deliveries(taken) if taken is not None else []
+
+    async def _poll(self, limit: int) -> Sequence[Delivery]:
+        if self._suspect is not None:
+            if not self._suspect.is_set() and asyncio.get_running_loop().time() < self._suspect_until:
+                return []  # nothing else is handed over while it is out
+            self._suspect = None
+        if self._session is None:
+            raise Closed(f"{self!r} is not open.")
+        taken = await self._session.claim(self._holder, limit, once=True)
+        return self._deliveries(taken) if taken is not None else []
+
+    def _deliveries(self, taken: Claimed) -> list[Delivery]:
         if self._holder.alone and taken.counts[0] >= SUSPECT:
             self._isolate(taken.ids[0])
         return [

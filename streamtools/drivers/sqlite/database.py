@@ -213,14 +213,18 @@ class Session:
         patience = self._database.settings.busy_timeout if patience is None else patience
         return await self._ask(Job(run, argument, full, patience))
 
-    async def claim(self, holder: Holder, limit: int) -> Claimed:
+    async def claim(self, holder: Holder, limit: int, *, once: bool = False) -> Claimed | None:
         """Wait for messages and take them into hand. When cancelled, nothing stays in hand.
+
+        Parameters:
+            once: do not wait; None when there is nothing.
 
         Raises:
             ConnectionLost: the file cannot be used any more, or is locked for too long.
             Closed: the session was closed.
         """
-        return await self._ask(Waiter(holder, limit, self._database.settings.busy_timeout))  # type: ignore[no-any-return]
+        waiter = Waiter(holder, limit, self._database.settings.busy_timeout, once=once)
+        return await self._ask(waiter)  # type: ignore[no-any-return]
 
     async def let_go(self, holder: Holder, failed: Sequence[tuple[int, int]]) -> None:
         """Have what a holder has in hand made ready for others, and whoever waits with it raise Closed.

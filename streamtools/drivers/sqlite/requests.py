@@ -66,6 +66,7 @@ class Waiter:
     Attributes:
         due: when the next delayed message is ready, in seconds since the epoch.
         fresh: nothing was looked up for it yet.
+        once: it only asks, and is told when there is nothing.
     """
 
     holder: Holder
@@ -75,3 +76,4 @@ class Waiter:
     cancelled: bool = False
     due: float | None = None
     fresh: bool = True
+    once: bool = False

@@ -165,9 +165,9 @@ class Worker:
 
     def _turn(self) -> None:
         jobs = self._jobs = self._gather()
+        care = self._care()  # before those who only ask are answered, and wait no more
         ready = self._look_around()
         plain = [job for job in jobs if not job.full]
-        care = self._care()
         if plain or ready or care:
             self._transaction([*care, *plain], ready, full=False)
         full = [job for job in jobs if job.full]
@@ -223,7 +223,9 @@ class Worker:
             stirred = self._has_changed() or self._stirred
             self._stirred = False
             now = time.time()
-            return [waiter for waiter in self._waiters if self._has_something(waiter, stirred, now)]
+            ready = [waiter for waiter in self._waiters if self._has_something(waiter, stirred, now)]
+            self._answer_once([waiter for waiter in self._waiters if waiter.once and waiter not in ready])
+            return ready
         except sqlite3.Error as error:
             if schema.is_busy(error):
                 self._stirred = True
@@ -231,6 +233,12 @@ class Worker:
             else:
                 self._fail(error, [], [*self._waiters])
             return []
+
+    def _answer_once(self, waiters: list[Waiter]) -> None:
+        """Tell those who only asked that there is nothing."""
+        if waiters:
+            self._waiters = [waiter for waiter in self._waiters if waiter not in waiters]
+            self._post([(waiter, None, None) for waiter in waiters])
 
     def _has_changed(self) -> bool:
         if not self._may_have_changed():

@@ -77,6 +77,21 @@ async def test_bodies_that_are_too_large_together_are_claimed_in_parts(url: str)
         assert await take(first + second) + await drain(consumer) == bodies
 
 
+async def test_timeout_0_asks_and_is_told_so_that_no_load_hides_a_message(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SQLiteConsumer, "look", 0.0)  # the time of a machine that is busy otherwise
+    async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
+        assert await consumer.receive(timeout=0) == []
+        for number in range(20):
+            await producer.send(number)
+            assert await take(await consumer.receive(timeout=0)) == [str(number).encode()]
+        assert await consumer.receive(timeout=0) == []
+        await producer.send("later", delay=0.1)
+        assert await consumer.receive(timeout=0) == []
+        assert await take(await consumer.receive(timeout=10)) == [b"later"]
+
+
 async def test_messages_outlive_everyone(url: str) -> None:
     async with SQLiteProducer("orders", url=url) as producer:
         await producer.send("kept")
