@@ -117,11 +117,7 @@ class Composer:
         answer = self._message(
             payload, queue=to.reply_to, exchange=exchange, intent="reply", mandatory=False, **fields
         )
-        return answer.replace(
-            causation_id=to.id,
-            correlation_id=to.correlation_id or to.id,
-            expires_at=answer.expires_at or to.expires_at,
-        )
+        return answer.replace(causation_id=to.id, correlation_id=to.correlation_id or to.id)
 
     # --- the parts ------------------------------------------------------------------------------
 

@@ -1,0 +1,570 @@
+"""The verbs: which is for what, where they send, and what they say when it cannot be."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from streamtools import (
+    Bus,
+    Closed,
+    Command,
+    ConfigurationError,
+    Exchange,
+    FeatureError,
+    Message,
+    MessageContext,
+    Producer,
+    QueueError,
+    RemoteError,
+    RequestTimeout,
+    SendError,
+)
+from streamtools.testing.waiting import eventually, reaches
+from tests.bus.conftest import MakeBus
+from tests.bus.contracts import Bill, OrderPlaced, OrderShipped, PlaceOrder, Price, Quote
+
+Verb = Callable[[Bus], Any]
+
+
+class Uncertain(Command):
+    """Goes nowhere by itself."""
+
+
+class TestTheRightVerb:
+    """A command is sent, an event is published; the error names the verb to use."""
+
+    @pytest.mark.parametrize(
+        ("verb", "text"),
+        [
+            (lambda bus: bus.publish(PlaceOrder(id=1)), r"PlaceOrder is a command.*await bus\.send"),
+            (lambda bus: bus.subscribe(PlaceOrder), r"PlaceOrder is a command.*send\(\)"),
+            (lambda bus: bus.unsubscribe(PlaceOrder), r"PlaceOrder is a command.*send\(\)"),
+            (lambda bus: bus.send(OrderPlaced(id=1), "orders"), r"OrderPlaced is an event.*await bus\.publish"),
+            (lambda bus: bus.request(OrderPlaced(id=1), "orders"), r"OrderPlaced is an event.*await bus\.publish"),
+            (
+                lambda bus: bus.defer(OrderPlaced(id=1), delay=1, to="orders"),
+                r"OrderPlaced is an event.*await bus\.publish",
+            ),
+            (lambda bus: bus.reply("x"), r"reply\(\) answers the message being handled, and none is"),
+            (lambda bus: bus.send({"id": 1}), r"Where is dict to go\? Give to='queue'"),
+            (lambda bus: bus.send(Uncertain()), r"or class Uncertain\(Command, to='queue'\)"),
+            (lambda bus: bus.publish({"id": 1}), r"Under which topic is a dict to be published\?"),
+            (lambda bus: bus.defer(PlaceOrder(id=1)), r"one of delay= .* and at="),
+            (lambda bus: bus.defer(PlaceOrder(id=1), delay=1, at=datetime.now(UTC)), r"one of delay= .* and at="),
+            (lambda bus: bus.defer(PlaceOrder(id=1), at=datetime(2030, 1, 1)), "has no time zone"),  # noqa: DTZ001
+            (lambda bus: bus.defer(PlaceOrder(id=1), delay=-1), "out of range"),
+            (lambda bus: bus.send(PlaceOrder(id=1), "o" * 256), "over 255 bytes"),
+            (lambda bus: bus.publish({}, "o" * 256), "at most 255 bytes"),
+            (lambda bus: bus.subscribe("o" * 256), "at most 255 bytes"),
+            (lambda bus: bus.subscribe(dict), "neither a topic nor an Event"),
+            (lambda bus: bus.send(PlaceOrder(id=1), headers={"streamtools-id": "1"}), "is reserved"),
+        ],
+    )
+    async def test_what_cannot_be_is_an_error_that_teaches(self, verb: Verb, text: str) -> None:
+        async with Bus("orders", url="asyncio://") as bus:
+            with pytest.raises(ConfigurationError, match=text):
+                await verb(bus)
+
+    @pytest.mark.parametrize("fields", [{"type": 5}, {"key": 5}, {"headers": {"a": 1}}])
+    async def test_metadata_is_text(self, fields: dict[str, Any]) -> None:
+        async with Bus("orders", url="asyncio://") as bus:
+            with pytest.raises(TypeError, match="is not a str|is 1"):
+                await bus.send(PlaceOrder(id=1), **fields)
+
+    async def test_route_is_for_commands(self) -> None:
+        with pytest.raises(ConfigurationError, match="route\\(\\) is for commands"):
+            Bus("orders", url="asyncio://").route(OrderPlaced, "orders")  # type: ignore[arg-type]
+
+    async def test_where_there_are_no_exchanges_that_is_said(self) -> None:
+        bus = Bus("orders", url="http://127.0.0.1:1")
+        for verb in (
+            lambda: bus.publish({}, "a"),
+            lambda: bus.subscribe("a"),
+            lambda: bus.send({}, "a", exchange=Exchange()),
+        ):
+            with pytest.raises(FeatureError, match="'http' has no exchanges"):
+                await verb()
+        with pytest.raises(FeatureError, match="'http' has no exchanges"):
+            bus.register(OrderPlaced, lambda event: None)
+        with pytest.raises(FeatureError, match="'http' has no exchanges"):
+            Bus("orders", url="http://127.0.0.1:1", subscriptions=["a"])
+        with pytest.raises(FeatureError, match="'http' holds no message back"):
+            await bus.defer({}, delay=1, to="a")
+
+
+class TestSend:
+    async def test_where_a_command_goes(self, make: MakeBus, waiting: Any) -> None:
+        sender = make(None)
+        for queue in ("orders", "routed", "called"):
+            await make(queue).start()
+        await sender.send(PlaceOrder(id=1))
+        sender.route(PlaceOrder, "routed")
+        await sender.send(PlaceOrder(id=2))
+        receipt = await sender.send(PlaceOrder(id=3), "called")
+        assert receipt.queue == "called"
+        for queue, id_ in (("orders", 1), ("routed", 2), ("called", 3)):
+            [message] = await waiting(queue, 1)
+            assert message.body == b'{"id":%d}' % id_
+            assert (message.type, message.version, message.intent) == ("orders.PlaceOrder", 1, "command")
+        assert message.id == receipt.id
+
+    async def test_to_a_queue_that_is_missing_is_an_error(self, make: MakeBus) -> None:
+        with pytest.raises(SendError, match="no queue 'nowhere'"):
+            await make().send(PlaceOrder(id=1), "nowhere")
+
+    async def test_headers_type_key_and_expiry_travel(self, make: MakeBus, waiting: Any) -> None:
+        bus = make(client_id="shop-1")
+        await bus.start()
+        await bus.send({"id": 1}, "orders", headers={"tenant": "ä"}, type="x.Y", key="k", ttl=60)
+        [message] = await waiting("orders", 1)
+        assert dict(message.headers) == {"tenant": "ä"}
+        assert (message.type, message.key, message.source, message.reply_to) == ("x.Y", "k", "shop-1", "orders")
+        assert message.expires_at is not None and message.time is not None
+        assert 59 < message.expires_at - message.time < 61
+
+    async def test_by_a_direct_exchange_that_the_handler_is_registered_on(self, make: MakeBus) -> None:
+        exchange, seen = Exchange("shop", type="direct"), []
+        bus, sender = make(), make(None)
+        bus.register(PlaceOrder, seen.append, exchange=exchange)
+        await bus.start()
+        await sender.send(PlaceOrder(id=1), "orders", exchange=exchange)
+        sender.route(PlaceOrder, "orders", exchange=exchange)
+        await sender.send(PlaceOrder(id=2))
+        await reaches(seen, 2)
+        with pytest.raises(SendError, match="No queue is bound"):
+            await sender.send(PlaceOrder(id=1), "others", exchange=exchange)
+
+    async def test_by_a_fanout_exchange_without_naming_a_queue(self, make: MakeBus, waiting: Any) -> None:
+        exchange = Exchange("all", type="fanout")
+        for queue in ("one", "two"):
+            await make(queue).subscribe(exchange=exchange)
+        await make(None).send(PlaceOrder(id=1), exchange=exchange)
+        for queue in ("one", "two"):
+            [message] = await waiting(queue, 1)
+            assert message.type == "orders.PlaceOrder"
+
+
+class TestPublish:
+    async def test_reaches_each_subscriber_once(self, make: MakeBus) -> None:
+        seen: list[str] = []
+        for queue in ("billing", "shipping"):
+            bus = make(queue)
+
+            @bus.handler
+            async def note(event: OrderPlaced, context: MessageContext) -> None:
+                seen.append(context.message.queue)
+
+            await bus.start()
+        receipt = await make(None).publish(OrderPlaced(id=1))
+        assert receipt.queue == "orders.OrderPlaced"
+        await eventually(lambda: sorted(seen) == ["billing", "shipping"])
+
+    async def test_the_topic_is_the_call_s_the_class_s_or_the_name(self, make: MakeBus, waiting: Any) -> None:
+        bus = make("all", subscriptions=["#"])
+        await bus.start()
+        assert (await bus.publish(OrderPlaced(id=1))).queue == "orders.OrderPlaced"
+        assert (await bus.publish(OrderShipped(id=1))).queue == "shipping.eu.shipped"
+        assert (await bus.publish(OrderShipped(id=1), "elsewhere")).queue == "elsewhere"
+        assert {m.intent for m in await waiting("all", 3)} == {"event"}
+
+    async def test_without_a_subscriber_it_is_an_error_unless_it_may_be(self, make: MakeBus) -> None:
+        bus, careless = make(None), make(None, mandatory=False)
+        with pytest.raises(SendError, match=r"No queue is bound.*mandatory=False"):
+            await bus.publish(OrderPlaced(id=1))
+        await bus.publish(OrderPlaced(id=1), mandatory=False)
+        await careless.publish(OrderPlaced(id=1))
+        with pytest.raises(SendError, match="No queue is bound"):
+            await careless.publish(OrderPlaced(id=1), mandatory=True)
+
+    @pytest.mark.parametrize(
+        ("exchange", "bound", "topic", "other"),
+        [
+            (Exchange("d", type="direct"), "orders.placed", "orders.placed", "orders.*"),
+            (Exchange("t", type="topic"), "orders.*.placed", "orders.eu.placed", "orders.placed"),
+            (Exchange("t2", type="topic"), "orders.#", "orders", "order"),
+            (Exchange("f", type="fanout"), "", "whatever", None),
+        ],
+    )
+    async def test_by_each_type_of_exchange(
+        self, make: MakeBus, waiting: Any, exchange: Exchange, bound: str, topic: str, other: str | None
+    ) -> None:
+        bus = make()
+        await bus.subscribe(bound, exchange=exchange)
+        await bus.publish({"id": 1}, topic, exchange=exchange)
+        if other is not None:
+            with pytest.raises(SendError, match="No queue is bound"):
+                await bus.publish({"id": 1}, other, exchange=exchange)
+        [message] = await waiting("orders", 1)
+        assert message.intent == "event"
+
+    async def test_handlers_have_the_events_of_the_exchange_that_they_name(self, make: MakeBus) -> None:
+        exchange, seen = Exchange("shop-events", type="fanout"), []
+        bus = make()
+        bus.register(OrderPlaced, seen.append, exchange=exchange)
+        await bus.start()
+        await bus.publish(OrderPlaced(id=1), exchange=exchange)
+        with pytest.raises(SendError, match="No queue is bound"):
+            await bus.publish(OrderPlaced(id=2))
+        await reaches(seen, 1)
+
+
+class TestSubscribe:
+    async def test_comes_and_goes_at_run_time(self, make: MakeBus) -> None:
+        seen: list[Any] = []
+        bus = make()
+
+        @bus.handler
+        async def rest(data: dict[str, int]) -> None:
+            seen.append(data)
+
+        await bus.start()
+        for _ in range(2):
+            await bus.subscribe("a.*", OrderShipped)
+        await bus.publish({"n": 1}, "a.b")
+        await bus.publish(OrderShipped(id=2))
+        await reaches(seen, 2)
+        for _ in range(2):
+            await bus.unsubscribe("a.*", OrderShipped)
+        for topic in ("a.b", "shipping.eu.shipped"):
+            with pytest.raises(SendError, match="No queue is bound"):
+                await bus.publish({"n": 3}, topic)
+        assert len(seen) == 2
+
+    async def test_another_queue_is_subscribed_by_name(self, make: MakeBus, waiting: Any) -> None:
+        bus = make()
+        await make("audit").declare()
+        await bus.subscribe("a", queue="audit")
+        await bus.publish({"n": 1}, "a")
+        assert len(await waiting("audit", 1)) == 1
+        with pytest.raises(QueueError, match="nowhere"):
+            await bus.subscribe("a", queue="nowhere")
+
+    async def test_it_lasts_over_a_restart_and_what_was_given_up_does_not_come_back(self, make: MakeBus) -> None:
+        seen: list[Any] = []
+        bus = make()
+        bus.register(OrderPlaced, seen.append)
+        await bus.start()
+        await bus.unsubscribe(OrderPlaced)
+        await bus.stop()
+        await bus.start()
+        with pytest.raises(SendError, match="No queue is bound"):
+            await bus.publish(OrderPlaced(id=1))
+        await bus.subscribe(OrderPlaced)
+        await bus.publish(OrderPlaced(id=2))
+        await reaches(seen, 1)
+
+    async def test_without_a_queue_there_is_nothing_to_subscribe(self, make: MakeBus) -> None:
+        with pytest.raises(ConfigurationError, match="no queue of its own"):
+            await make(None).subscribe("a")
+
+    async def test_declare_makes_the_queue_and_its_subscriptions_without_receiving(
+        self, make: MakeBus, depth: Any
+    ) -> None:
+        bus = make(subscriptions=["a.#"])
+        bus.register(OrderPlaced, lambda event: None)
+        for _ in range(2):
+            await bus.declare()
+        sender = make(None)
+        await sender.publish(OrderPlaced(id=1))
+        await sender.publish({}, "a.b")
+        await sender.send(PlaceOrder(id=1))
+
+        async def three_wait() -> bool:
+            return await depth("orders") == 3
+
+        await eventually(three_wait)
+
+
+class TestReply:
+    async def test_what_is_sent_names_the_bus_s_queue_and_the_reply_comes_there(self, make: MakeBus) -> None:
+        answers: list[Any] = []
+        orders, prices = make("orders"), make("prices")
+
+        @prices.handler
+        async def quote(command: Quote, context: MessageContext) -> None:
+            await context.reply({"price": command.id}, headers={"by": "prices"}, type="prices.Answer")
+
+        @orders.handler(type="prices.Answer")
+        async def answered(data: dict[str, int], context: MessageContext) -> None:
+            answers.append((data, dict(context.headers), context.message))
+
+        await prices.start()
+        await orders.start()
+        sent = await orders.send(Quote(id=5))
+        await reaches(answers, 1)
+        data, headers, message = answers[0]
+        assert (data, headers) == ({"price": 5}, {"by": "prices"})
+        assert (message.causation_id, message.correlation_id, message.intent) == (sent.id, sent.id, "reply")
+
+    async def test_publish_and_defer_name_it_too(self, make: MakeBus, waiting: Any) -> None:
+        bus = make("orders", subscriptions=["#"])
+        await bus.start()
+        await bus.publish({}, "a")
+        await bus.defer(PlaceOrder(id=1), delay=0.01)
+        assert [m.reply_to for m in await waiting("orders", 2)] == ["orders", "orders"]
+
+    async def test_a_bus_that_only_sends_names_none_so_a_reply_is_an_error(self, make: MakeBus, failed: Any) -> None:
+        bus = make("orders")
+
+        @bus.handler
+        async def place(command: PlaceOrder) -> None:
+            await bus.reply("done")
+
+        await bus.start()
+        await make(None).send(PlaceOrder(id=1))
+        [message] = await failed(1)
+        assert "has no reply-to" in message.error.reason
+
+    async def test_to_a_queue_that_has_gone_never_fails_the_handler(
+        self, make: MakeBus, url: str, nothing_waits: Any
+    ) -> None:
+        seen: list[Any] = []
+        bus = make("orders")
+
+        @bus.handler
+        async def place(command: PlaceOrder, context: MessageContext) -> None:
+            context.reply("done")
+            seen.append(context.attempt)
+
+        await bus.start()
+        async with Producer("orders", url=url) as producer:
+            await producer.send(PlaceOrder(id=1), type="orders.PlaceOrder", reply_to="gone")
+        await reaches(seen, 1)
+        await nothing_waits("orders")
+        assert seen == [1]
+
+
+class Answer(BaseModel):
+    price: float
+
+
+class TestRequest:
+    async def test_what_the_handler_returns_or_replies_is_the_answer(self, make: MakeBus) -> None:
+        prices = make("prices")
+
+        @prices.handler
+        async def quote(command: Quote, context: MessageContext) -> Any:
+            if command.id == 1:
+                return Price(amount=1.5)
+            if command.id == 2:
+                await context.reply({"price": 2.5})
+            return None
+
+        await prices.start()
+        asker = make(None)
+        assert await asker.request(Quote(id=1)) == {"amount": 1.5}
+        asker.route(Quote, "prices")
+        assert await asker.request(Quote(id=2), returns=Answer) == Answer(price=2.5)
+        assert await asker.request(Quote(id=3)) is None
+
+    async def test_a_contract_that_the_asker_knows_is_the_type_of_the_answer(self, make: MakeBus) -> None:
+        prices, orders = make("prices"), make("orders")
+        prices.register(Quote, lambda command: Price(amount=command.id))
+        orders.register(Price, lambda event: None)
+        await prices.start()
+        await orders.start()
+        assert await orders.request(Quote(id=4)) == Price(amount=4)
+
+    async def test_many_at_once_each_have_their_own_answer(self, make: MakeBus) -> None:
+        prices = make("prices", concurrency=10)
+        prices.register(Quote, lambda command: command.id * 2)
+        await prices.start()
+        asker = make(None)
+        answers = await asyncio.gather(*(asker.request(Quote(id=n), timeout=60) for n in range(1000)))
+        assert answers == [n * 2 for n in range(1000)]
+
+    async def test_a_handler_that_failed_for_good_is_told(self, make: MakeBus) -> None:
+        runs: list[int] = []
+        prices = make("prices")
+
+        @prices.handler
+        async def quote(command: Quote) -> None:
+            runs.append(command.id)
+            raise ValueError("unlucky")
+
+        await prices.start()
+        asker = make(None)
+        with pytest.raises(RemoteError, match="failed at 'prices': ValueError: unlucky") as caught:
+            await asker.request(Quote(id=13))
+        assert (caught.value.exception, caught.value.reason) == ("ValueError", "unlucky")
+        with pytest.raises(RemoteError, match="There is no handler for 'nonsense'"):
+            await asker.request({"id": 1}, "prices", type="nonsense")
+        assert runs == [13]
+
+    async def test_where_nobody_answers_it_times_out(self, make: MakeBus) -> None:
+        await make("prices").declare()
+        with pytest.raises(RequestTimeout, match=r"No reply from 'prices' within 0\.2 s"):
+            await make(None).request(Quote(id=1), timeout=0.2)
+        with pytest.raises(SendError, match="no queue 'nowhere'"):
+            await make(None).request(Quote(id=1), "nowhere", timeout=20)
+
+    async def test_a_late_reply_is_dropped_with_a_log_line(
+        self, make: MakeBus, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        go = asyncio.Event()
+        prices = make("prices", concurrency=2)
+
+        @prices.handler
+        async def quote(command: Quote) -> int:
+            if command.id == 1:
+                await go.wait()
+            return command.id
+
+        await prices.start()
+        asker = make("asker")
+        with caplog.at_level(logging.INFO, "streamtools"):
+            with pytest.raises(RequestTimeout):
+                await asker.request(Quote(id=1), timeout=0.3)
+            go.set()
+            await eventually(lambda: "A reply came late and is dropped" in caplog.text)
+        assert await asker.request(Quote(id=2), timeout=20) == 2
+
+    async def test_one_that_is_given_up_takes_nothing_from_the_others(self, make: MakeBus) -> None:
+        prices = make("prices")
+        prices.register(Quote, lambda command: command.id)
+        await prices.start()
+        asker = make(None)
+        first = asyncio.create_task(asker.request(Quote(id=1)))
+        second = asyncio.create_task(asker.request(Quote(id=2), timeout=20))
+        await asyncio.sleep(0)
+        first.cancel()  # while the reply queue is being made
+        assert await second == 2
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+    async def test_who_waits_when_the_bus_is_stopped_is_told(self, make: MakeBus) -> None:
+        await make("prices").declare()
+        asker = make("asker")
+        waiting = asyncio.create_task(asker.request(Quote(id=1), timeout=60))
+        await eventually(lambda: asker._requests._consumer is not None and asker._requests._consumer.connected)
+        await asker.stop()
+        with pytest.raises(Closed):
+            await waiting
+        await asker.start()
+
+    async def test_inside_a_handler_it_leaves_at_once(self, make: MakeBus) -> None:
+        prices, orders, seen = make("prices"), make("orders"), []
+        prices.register(Quote, lambda command: command.id * 2)
+
+        @orders.handler
+        async def place(command: PlaceOrder, bus: Bus) -> None:
+            seen.append(await bus.request(Quote(id=command.id)))
+
+        await prices.start()
+        await orders.start()
+        await orders.send(PlaceOrder(id=21))
+        await reaches(seen, 1)
+        assert seen == [42]
+
+
+class TestDefer:
+    @pytest.mark.parametrize("when", ["seconds", "timedelta", "datetime"])
+    async def test_is_not_handled_before_its_time(self, make: MakeBus, when: str) -> None:
+        seen: list[tuple[int, datetime]] = []
+        bus = make()
+
+        @bus.handler
+        async def place(command: PlaceOrder) -> None:
+            seen.append((command.id, datetime.now(UTC)))
+
+        await bus.start()
+        due = datetime.now(UTC) + timedelta(seconds=0.4)
+        times: dict[str, Any] = {
+            "seconds": {"delay": 0.4}, "timedelta": {"delay": timedelta(seconds=0.4)}, "datetime": {"at": due},
+        }  # fmt: skip
+        await bus.defer(PlaceOrder(id=2), **times[when])
+        await bus.send(PlaceOrder(id=1))
+        await reaches(seen, 2)
+        assert [id_ for id_, _ in seen] == [1, 2]
+        assert seen[1][1] >= due - timedelta(milliseconds=1)
+
+    async def test_what_is_due_already_is_handled_at_once(self, make: MakeBus) -> None:
+        seen: list[Any] = []
+        bus = make()
+        bus.register(PlaceOrder, seen.append)
+        await bus.start()
+        await bus.defer(PlaceOrder(id=1), delay=0)
+        await bus.defer(PlaceOrder(id=2), at=datetime.now(UTC) - timedelta(days=1))
+        await reaches(seen, 2)
+
+    async def test_can_be_taken_back_where_the_protocol_can(self, make: MakeBus, waiting: Any) -> None:
+        bus = make()
+        await bus.declare()
+        receipts = [await bus.defer(PlaceOrder(id=n), delay=0.5) for n in range(2)]
+        if not bus.consumer.features.cancel:
+            with pytest.raises(FeatureError, match="taken back"):
+                await bus.cancel(receipts[0])
+            return
+        assert await bus.cancel(receipts[0])
+        assert not await bus.cancel(receipts[0])
+        [message] = await waiting("orders", 1)
+        assert message.id == receipts[1].id
+        assert not await bus.cancel(receipts[1])
+
+    async def test_none_of_a_thousand_comes_early(self, make: MakeBus) -> None:
+        late: list[float] = []
+        bus = make(concurrency=50)
+
+        @bus.handler(type="due")
+        async def measure(data: float) -> None:
+            late.append(datetime.now(UTC).timestamp() - data)
+
+        await bus.declare()
+        async with bus.transaction():
+            for n in range(1000):
+                at = datetime.now(UTC) + timedelta(milliseconds=500 + n)
+                await bus.defer(at.timestamp(), at=at, to="orders", type="due")
+        await bus.start()
+        await reaches(late, 1000)
+        assert min(late) > -0.001
+
+
+class TestReceive:
+    async def test_pulls_from_its_own_queue_and_from_another(self, make: MakeBus) -> None:
+        bus = make()
+        await bus.start()
+        await make("other").declare()
+        await bus.send(PlaceOrder(id=1))
+        await bus.send(PlaceOrder(id=2), "other")
+        [own] = await bus.receive(timeout=20)
+        [other] = await bus.receive("other", 10, timeout=20)
+        assert (own.message.body, other.message.body) == (b'{"id":1}', b'{"id":2}')
+        await own.ack()
+        await other.ack()
+        assert await bus.receive(timeout=0.05) == []
+
+    async def test_subscribes_the_queue_and_needs_one(self, make: MakeBus) -> None:
+        bus = make("mine", subscriptions=["a"])
+        assert await bus.receive(timeout=0.05) == []
+        await bus.publish({}, "a")
+        [delivery] = await bus.receive(timeout=20)
+        await delivery.ack()
+        with pytest.raises(ConfigurationError, match="no queue of its own"):
+            await make(None).receive()
+        with pytest.raises(QueueError, match="nowhere"):
+            await make(None).receive("nowhere", timeout=5)
+
+
+async def test_a_sender_needs_no_start(make: MakeBus, waiting: Any) -> None:
+    await make("orders").declare()
+    await make(None).send(PlaceOrder(id=1))
+    assert len(await waiting("orders", 1)) == 1
+
+
+async def test_many_tasks_send_at_once(make: MakeBus) -> None:
+    seen: list[Message] = []
+    bus = make("billing", concurrency=5)
+
+    @bus.handler
+    async def bill(command: Bill, message: Message) -> None:
+        seen.append(message)
+
+    await bus.start()
+    await asyncio.gather(*(bus.send(Bill(id=n)) for n in range(300)))
+    await reaches(seen, 300)
+    assert len({message.id for message in seen}) == 300
