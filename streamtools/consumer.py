@@ -328,7 +328,8 @@ class Consumer(Endpoint):
         Raises:
             ConnectionLost: the connection ended; what was not settled is delivered again.
             SendError: the broker refused something outgoing; the deliveries concerned are still in
-                hand, and those whose outgoing messages it took are settled.
+                hand, and those whose outgoing messages it took are settled. It names every message
+                that the broker does not hold, unless `Features.atomic`: then none of a delivery has left.
         """
         raise TypeError(f"{type(self).__name__} does not say how to settle: write its _settle().")
 

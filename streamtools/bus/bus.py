@@ -557,6 +557,8 @@ class Bus:
             threads=threads,
             send=self._send_all,
             together=consumer.ack == "after",
+            # In a transaction of Kafka nothing has left either.
+            atomic=consumer.features.atomic or getattr(consumer.options, "exactly_once", False),
         )
 
     # --- the way of a message -------------------------------------------------------------------

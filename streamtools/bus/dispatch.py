@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamtools.binding import Resolver, compile_handler
@@ -54,6 +54,7 @@ class BusDispatch:
         threads: where `def` handlers run.
         send: sends at once, outgoing middleware included.
         together: what a handler sends leaves with its acknowledgement; otherwise none follows.
+        atomic: of a settlement that is refused nothing has left; otherwise all that the refusal does not name.
     """
 
     def __init__(
@@ -69,9 +70,11 @@ class BusDispatch:
         threads: Threads,
         send: Send,
         together: bool,
+        atomic: bool,
     ) -> None:
         self._send = send
         self._together = together
+        self._atomic = atomic
         self._entries = entries
         self._composer = composer
         self._outgoing = outgoing
@@ -116,10 +119,12 @@ class BusDispatch:
         """What a handler sent was refused: as if it had raised that, so its message is retried or rejected."""
         delivery, refused = settlement.delivery, frozenset(error.refused)
         if isinstance(settlement, Shared):
-            parts = [
-                (name, dispatcher, _addressed(await self._refused(dispatcher, part, refused, error), name))
-                for name, dispatcher, part in settlement.parts
-            ]
+            parts = []
+            for name, dispatcher, part in settlement.parts:
+                now = await self._refused(dispatcher, part, refused, error)
+                parts.append(
+                    (name, dispatcher, _addressed(now, name) if now is not part else self._left(part, error))
+                )
             same = all(new[2] is old[2] for new, old in zip(parts, settlement.parts, strict=True))
             return settlement if same else _merged(delivery, parts)
         dispatcher = self._find(delivery.message)[0][1]
@@ -134,6 +139,14 @@ class BusDispatch:
         settlement = dispatcher.settlement(part.delivery, message, await dispatcher.decide(message, error), error)
         await self._answer_failure(settlement)
         return settlement
+
+    def _left(self, part: Settlement, error: SendError) -> Settlement:
+        """A handler's part without what the broker holds already, where another's was refused."""
+        if self._atomic or not part.outgoing:
+            return part
+        named = {*error.refused, *error.unknown}
+        outgoing = tuple(m for m in part.outgoing if m.id in named)
+        return part if len(outgoing) == len(part.outgoing) else replace(part, outgoing=outgoing)
 
     # --- finding --------------------------------------------------------------------------------
 

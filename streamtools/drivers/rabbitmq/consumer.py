@@ -27,7 +27,7 @@ from streamtools.drivers.rabbitmq.topology import (
 )
 from streamtools.errors import Closed, ConnectionLost, SendError, StreamToolsError
 from streamtools.loop import SUSPECT
-from streamtools.message import ids
+from streamtools.message import Message, ids
 from streamtools.settings import RabbitMQSettings
 from streamtools.verdicts import Kind
 
@@ -164,12 +164,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         mine, stale = self._sort(settlements)
         refused: SendError | None = None
-        if outgoing := [message for s in mine for message in s.outgoing]:
-            try:
-                await (await self._get_outlet()).publish(outgoing)
-            except SendError as error:
-                refused = error
-                mine = _held(mine, frozenset(error.refused))
+        if any(s.outgoing for s in mine):
+            mine, refused = await self._publish(mine)
         if mine:
             await self._acknowledge(mine)
         if stale:
@@ -179,6 +175,21 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             )
         if refused is not None:
             raise refused
+
+    async def _publish(self, settlements: Sequence[Settlement]) -> tuple[list[Settlement], SendError | None]:
+        """Those of which the broker holds all that was to be sent, and what it says of the others."""
+        outlet = await self._get_outlet()
+        # A reply goes last: it must not be out already when something else of its handler is refused.
+        first = [m for s in settlements for m in s.outgoing if not _waits(m, s)]
+        held, refused = await _publish(outlet, first, settlements)
+        if last := [m for s in held for m in s.outgoing if _waits(m, s)]:
+            held, more = await _publish(outlet, last, held)
+            refused = refused or more  # the others are tried again, and then say so themselves
+        if refused is not None:
+            kept = {id(s) for s in held}
+            unsent = [m.id for s in settlements if id(s) not in kept for m in s.outgoing if _waits(m, s)]
+            refused.unknown = (*refused.unknown, *unsent)
+        return held, refused
 
     def _sort(self, settlements: Sequence[Settlement]) -> tuple[list[Settlement], int]:
         """Those that are to be settled here and now, and how many of another connection are left."""
@@ -282,6 +293,22 @@ async def _ended(task: asyncio.Task[None], timeout: float) -> None:
         await asyncio.wait({task}, timeout=timeout)
     task.cancel()
     await asyncio.wait({task})
+
+
+async def _publish(
+    outlet: Outlet, messages: Sequence[Message], settlements: Sequence[Settlement]
+) -> tuple[list[Settlement], SendError | None]:
+    """Those of which none was refused, and the refusal."""
+    try:
+        if messages:
+            await outlet.publish(messages)
+    except SendError as error:
+        return _held(settlements, frozenset(error.refused)), error
+    return list(settlements), None
+
+
+def _waits(message: Message, settlement: Settlement) -> bool:
+    return message.intent == "reply" and len(settlement.outgoing) > 1
 
 
 def _held(settlements: Sequence[Settlement], refused: frozenset[str]) -> list[Settlement]:
