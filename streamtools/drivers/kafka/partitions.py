@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from aiokafka.partitioner import murmur2
@@ -24,11 +25,19 @@ class Partitions:
         self._settings = settings
         self._counts: dict[str, int] = {}
         self._turn: dict[str, int] = {}
+        self._looking = asyncio.Lock()
 
     async def know(self, batch: Sequence[Outgoing], producer: Any) -> dict[str, StreamToolsError]:
         """Find the topics of a batch; an error for each that does not exist."""
+        unknown = {item.topic for item in batch}.difference(self._counts)
+        if not unknown:
+            return {}
+        async with self._looking:  # thousands may send at once before the first of them knows the topic
+            return await self._look(unknown.difference(self._counts), producer)
+
+    async def _look(self, topics: Iterable[str], producer: Any) -> dict[str, StreamToolsError]:
         missing: dict[str, StreamToolsError] = {}
-        for topic in {item.topic for item in batch}.difference(self._counts):
+        for topic in topics:
             looks = Topics(producer.client, self._settings)
             if topic not in await looks.find([topic]):
                 missing[topic] = looks.missing(topic)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 
 import pytest
 
 from streamtools import ConfigurationError, ConnectError, KafkaSettings, Message, QueueError, SendError
 from streamtools.drivers.kafka import KafkaProducer
 from streamtools.drivers.kafka.producer import KafkaReceipt
+from streamtools.drivers.kafka.topics import Topics
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import kafka_tool
 from tests.drivers.kafka.conftest import MakeProducer, records
@@ -107,6 +109,22 @@ async def test_what_the_broker_refuses_disturbs_no_other_send(
     assert [n for n, end in enumerate(ends) if isinstance(end, SendError)] == list(range(0, 100, 10))
     assert {r.value for r in await records(kafka, queue)} == {b"%d" % n for n in range(100) if n % 10}
     assert (await sender.send("after")).offset == 90
+
+
+async def test_thousands_of_first_sends_at_once_ask_for_the_topic_once(
+    producer: MakeProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    find = Topics.find
+
+    async def counted(topics: Topics, names: Iterable[str]) -> dict[str, int]:
+        asked.extend(names)
+        return await find(topics, names)
+
+    sender = await producer()
+    monkeypatch.setattr(Topics, "find", counted)
+    receipts = await asyncio.gather(*(sender.send(n) for n in range(5000)))
+    assert len(receipts) == 5000 and asked == [sender.queue]
 
 
 async def test_a_message_over_the_clients_own_limit_never_leaves(producer: MakeProducer) -> None:
