@@ -1,5 +1,7 @@
 """What every test shares: a clean environment, a watch on the event loop, and real brokers.
 
+The suite runs in several processes (`-n`), which share the brokers of `scripts/brokers`.
+
 `rabbitmq`          the shared broker, an address: never kill or reconfigure it
 `rabbitmq_vhost`    the shared broker, in an empty virtual host of the test's own
 `own_rabbitmq`      a node that the test may kill -9, freeze and restart
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NoReturn, Protocol, TypeVar
 
 import pytest
@@ -55,6 +57,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.kafka)
         if names & {"own_rabbitmq", "rabbitmq_cluster", "own_kafka", "kafka_cluster"}:
             item.add_marker(pytest.mark.chaos)
+        item.add_marker(pytest.mark.xdist_group(_together(item, names)))
+
+
+def _together(item: pytest.Item, fixtures: set[str]) -> str:
+    """The name of those that one process runs one after the other: a class, a file, or all that share a node."""
+    for node in ("own_rabbitmq", "own_kafka"):
+        if node in fixtures:
+            return node
+    return item.nodeid.rpartition("::")[0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What was logged must be able to travel between processes; a lone surrogate cannot."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    return report
 
 
 @pytest.fixture(autouse=True)
