@@ -12,8 +12,6 @@ from streamtools.testing import eventually
 from tests.brokers.rabbitmq import RabbitMQNode
 
 NUMBER = 2000
-#: Seconds for which a new quorum queue may be lost by a kill -9 of RabbitMQ 3.10.
-YOUNG = 1.5
 
 
 @pytest.mark.slow
@@ -40,10 +38,10 @@ async def test_retries_and_rejections_survive_a_kill_9_of_the_broker(own_rabbitm
         rejected[number] = message.error.attempts
 
     async with ConsumerRunner(consumers), Producer("orders", url=url, send_timeout=120) as producer:
-        await asyncio.sleep(YOUNG)
         await producer.send_many(range(NUMBER))
         for enough in (lambda: len(begun) > NUMBER // 2, lambda: len(handled) + len(rejected) > NUMBER // 2):
             await eventually(enough, timeout=60)
+            await asyncio.to_thread(own_rabbitmq.wait_saved)  # the queues of the delay too
             await asyncio.to_thread(own_rabbitmq.restart, force=True)
         await eventually(
             lambda: len(handled) + len(rejected) == NUMBER, f"all end: {len(handled)} + {len(rejected)}", timeout=120
