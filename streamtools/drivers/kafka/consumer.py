@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Final
 from streamtools.checks import check_name
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
 from streamtools.drivers.kafka.features import FEATURES
+from streamtools.drivers.kafka.intake import Intake
 from streamtools.drivers.kafka.membership import ABANDONED, Membership, Terms
 from streamtools.drivers.kafka.names import check_kafka_name, retry_topic
 from streamtools.drivers.kafka.options import ConsumerOptions, subscription
 from streamtools.drivers.kafka.outbox import Outbox
-from streamtools.drivers.kafka.records import DELIVERY_TIME, GROUP, QUEUE, decode_record, header_texts, trouble
+from streamtools.drivers.kafka.records import GROUP, QUEUE, decode_record, header_texts, trouble
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at
 from streamtools.drivers.kafka.topics import Topic, topics_at
 from streamtools.drivers.kafka.track import Token, Track
@@ -26,12 +26,10 @@ from streamtools.errors import Closed, ConfigurationError, SendError, StreamTool
 from streamtools.loop import Ack
 from streamtools.message import Message
 from streamtools.settings import KafkaSettings
-from streamtools.verdicts import Kind, Verdict
+from streamtools.verdicts import RELEASE, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Milliseconds that the library waits for records before it looks around.
-FETCH_MS: Final = 1000
 #: Messages that are being moved to wait for their time, at most; no more is taken in until some have.
 MOVING: Final = 1000
 #: Seconds before a move that Kafka refused is tried again.
@@ -58,7 +56,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     look: ClassVar[float] = 0.5
     _membership: Membership | None = None
     _outbox: Outbox | None = None
-    _fetch: asyncio.Task[Any] | None = None
+    _intake: Intake | None = None
     _mover: asyncio.Task[None] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +86,6 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     async def _open(self) -> None:
         await self._close()
         self._apply_options()  # the decorator may have brought more
-        self._arrived: deque[tuple[Track, Any]] = deque()  # fetched, and not handed over yet
         self._returned: list[tuple[Token, Delivery]] = []  # given back, to be handed over again
         self._moves: deque[tuple[Track, Any, Message]] = deque()  # not due: to go to the retry topic
         self._moving = 0
@@ -107,6 +104,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         except BaseException:
             await self._close()
             raise
+        self._intake = Intake(membership, self.settings, changed=self._wake_up, failed=self._fail)
         self._mover = asyncio.create_task(self._move_routine(), name="streamtools-moves")
 
     @property
@@ -163,36 +161,15 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             batch = self._take(membership, limit)
             if batch:
                 return batch
-            await self._arrival(membership, limit)
+            await self._arrival(membership)
 
-    async def _arrival(self, membership: Membership, limit: int) -> None:
-        """Wait until something may have changed. Cancelling it loses nothing: the fetch goes on beside."""
-        if self._fetch is None and len(self._moves) < MOVING and not self._arrived:
-            self._fetch = asyncio.create_task(self._fetched(membership.consumer, limit), name="streamtools-fetch")
+    async def _arrival(self, membership: Membership) -> None:
+        """Wait until something may have changed."""
         if self._wake is None or self._wake.done():
             self._wake = asyncio.get_running_loop().create_future()
-        waits: set[asyncio.Future[Any]] = {self._wake}
-        if self._fetch is not None:
-            waits.add(self._fetch)
         due = min((track.shelf[0][0] for track in membership.tracks.values() if track.shelf), default=None)
         timeout = None if due is None else max(0.0, due - time.time())
-        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if self._fetch is not None and self._fetch.done():
-            fetch, self._fetch = self._fetch, None
-            self._sort_in(membership, fetch.result())
-
-    async def _fetched(self, consumer: Any, limit: int) -> Any:
-        try:
-            return await consumer.getmany(timeout_ms=FETCH_MS, max_records=limit)
-        except CLIENT_ERRORS as error:
-            raise client_error(error, self.settings) from error
-
-    def _sort_in(self, membership: Membership, fetched: dict[Any, list[Any]]) -> None:
-        for partition, records in fetched.items():
-            track = membership.tracks.get(partition)
-            if track is None or track.going:
-                continue  # whoever has it next reads it
-            self._arrived.extend((track, record) for record in records)
+        await asyncio.wait({self._wake}, timeout=timeout)
 
     def _take(self, membership: Membership, limit: int) -> list[Delivery]:
         batch: list[Delivery] = []
@@ -202,15 +179,28 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         for track in membership.tracks.values():
             if track.shelf:
                 self._take_due(track, batch, limit, now)
-        while self._arrived and len(batch) < limit:
-            track, record = self._arrived.popleft()
-            if record.offset < track.offsets.next and not track.gone:
-                # The log was cut (an unclean election, a topic made anew): our bookkeeping means other messages.
-                track = self._restart(membership, track, record.offset)
-            if not track.gone and self._is_new(membership, track, record) and self._is_due(track, record, now):
-                batch.append(self._deliver(track, record))
-        self._pause_and_resume(membership)
+        if self._intake is not None and len(self._moves) < MOVING:
+            tracks = self._intake.tracks()
+            share = -(-limit // max(1, len(tracks)))
+            for track in tracks:
+                self._take_arrived(membership, track, batch, min(limit, len(batch) + share), now)
+            self._intake.taken()
         return batch
+
+    def _take_arrived(
+        self, membership: Membership, track: Track, batch: list[Delivery], limit: int, now: float
+    ) -> None:
+        while track.arrived and len(batch) < limit:
+            record = track.next()
+            if record.offset < track.offsets.next:
+                # The log was cut (an unclean election, a topic made anew): our bookkeeping means other messages.
+                fresh = membership.restart(track, record.offset)
+                fresh.arrive([record, *track.arrived])
+                return
+            if track.offsets.take(record.offset):
+                self._deliver(track, record, batch, now)
+            else:
+                membership.finished()  # by whoever had the partition before
 
     def _take_returned(self, batch: list[Delivery], limit: int) -> None:
         self._returned.sort(key=lambda pair: (pair[0].track.partition, pair[0].offset))
@@ -222,55 +212,34 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 batch.append(delivery)
 
     def _take_due(self, track: Track, batch: list[Delivery], limit: int, now: float) -> None:
-        due = track.due(now, limit - len(batch))
-        batch.extend(self._deliver(track, record) for record in due if self._is_due(track, record, now))
+        for record in track.due(now, limit - len(batch)):
+            self._deliver(track, record, batch, now)
 
-    def _is_new(self, membership: Membership, track: Track, record: Any) -> bool:
-        if track.offsets.take(record.offset):
-            return True
-        membership.finished()  # by whoever had the partition before
-        return False
-
-    def _restart(self, membership: Membership, track: Track, offset: int) -> Track:
-        fresh = membership.restart(track, offset)
-        self._arrived = deque((fresh if t is track else t, record) for t, record in self._arrived)
-        return fresh
-
-    def _is_due(self, track: Track, record: Any, now: float) -> bool:
-        """Whether to deliver it now; else it is put on the shelf, or moved to where it waits."""
-        if not _may_wait(record, self.retry_topic):
-            return True
-        message = decode_record(record)
-        due = message.deliver_at
-        if due is None or due <= now:
-            return True
-        in_tier = record.topic == self.retry_topic
-        leaves = leaves_at(record.partition, record.timestamp / 1000, due) if in_tier else due
-        if (in_tier and leaves > now) or due - now <= TIERS[1]:
-            track.hold(leaves if in_tier else due, record)
-        else:
-            self._moves.append((track, record, message))
-            self._move_wake.set()
-        return False
-
-    def _deliver(self, track: Track, record: Any) -> Delivery:
-        queue = group = None
+    def _deliver(self, track: Track, record: Any, batch: list[Delivery], now: float) -> None:
+        """Hand it over; what is not due goes on the shelf, or is moved to where it waits."""
+        queue = None
         if record.topic == self.retry_topic:
             queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self.queue)
         message = decode_record(record, queue)
+        if message.deliver_at is not None and message.deliver_at > now:
+            self._hold_back(track, record, message, now)
+            return
+        group = None
         if message.error is not None:
             group = header_texts(record.headers, (GROUP,)).get(GROUP)
-        token = Token(track, record.offset, record, group)
-        delivery = Delivery(message, token, 0, trouble(record))
+        delivery = Delivery(message, Token(track, record.offset, record, group), 0, trouble(record))
         track.in_hand[record.offset] = delivery
-        return delivery
+        batch.append(delivery)
 
-    def _pause_and_resume(self, membership: Membership) -> None:
-        for track in membership.tracks.values():
-            held_up = track.full or track.shelf_full
-            if held_up != track.paused:
-                track.paused = held_up
-                (membership.consumer.pause if held_up else membership.consumer.resume)(track.partition)
+    def _hold_back(self, track: Track, record: Any, message: Message, now: float) -> None:
+        due = message.deliver_at or now
+        in_tier = record.topic == self.retry_topic
+        leaves = leaves_at(record.partition, record.timestamp / 1000, due) if in_tier else due
+        if (in_tier and leaves > now) or due - now <= TIERS[1]:
+            track.hold(leaves, record)
+        else:
+            self._moves.append((track, record, message))
+            self._move_wake.set()
 
     def _line(self, delivery: Delivery) -> Hashable:
         if self.ordered_by == "partition":
@@ -281,6 +250,37 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     # --- settling ---------------------------------------------------------------------------------
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        if self.options.exactly_once or any(s.outgoing for s in settlements):
+            await self._settle_and_send(settlements)
+        else:
+            self._finish(settlements)
+        if self.ack == "on_receive" and self._membership is not None:
+            await self._membership.commit()  # before any handler begins
+
+    def _finish(self, settlements: Sequence[Settlement]) -> None:
+        """Those that send nothing need no one's answer."""
+        number = 0
+        for settlement in settlements:
+            delivery = settlement.delivery
+            token: Token = delivery.token
+            track, offset = token.track, token.offset
+            if track.gone or track.in_hand.get(offset) is not delivery:
+                continue
+            del track.in_hand[offset]
+            if settlement.verdict is RELEASE:
+                self._give_back(token, delivery)
+            else:
+                track.offsets.finish(offset)
+                number += 1
+        if number and self._membership is not None:
+            self._membership.finished(number)
+        self._settled.set()
+
+    def _give_back(self, token: Token, delivery: Delivery) -> None:
+        self._returned.append((token, delivery))
+        self._wake_up()
+
+    async def _settle_and_send(self, settlements: Sequence[Settlement]) -> None:
         mine = [s for s in settlements if s.delivery.token.track.is_mine(s.delivery, s.delivery.token.offset)]
         for settlement in mine:
             token: Token = settlement.delivery.token
@@ -292,8 +292,6 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 await self._perform(mine, done)
         finally:
             self._conclude(mine, done)
-        if self.ack == "on_receive" and self._membership is not None:
-            await self._membership.commit()  # before any handler begins
 
     async def _perform(self, mine: list[Settlement], done: list[Settlement]) -> None:
         """Send what is to be sent; `done` has those of which Kafka then holds all."""
@@ -320,9 +318,8 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             token.track.settling -= 1
             if id(settlement) not in finished:
                 token.track.in_hand[token.offset] = delivery
-            elif settlement.verdict.kind is Kind.RELEASE:
-                self._returned.append((token, delivery))
-                self._wake_up()
+            elif settlement.verdict is RELEASE:
+                self._give_back(token, delivery)
             else:
                 token.track.finish(token.offset)
                 number += 1
@@ -345,8 +342,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             except SendError as error:
                 self._keep_unmoved(batch, error)
             except StreamToolsError as error:
-                if self._membership is not None:
-                    self._membership.failure = self._membership.failure or error
+                self._fail(error)
             self._moving = 0
             self._settled.set()
             self._wake_up()
@@ -371,9 +367,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
     async def _drained(self, tracks: Collection[Track]) -> None:
         """Begin nothing more of these partitions; wait for what is at work, until the deadline."""
-        self._arrived.clear()
         for track in tracks:
             track.going = True
+            track.arrived.clear()
             track.shelf.clear()
             for delivery in track.in_hand.values():
                 if delivery.task is None or delivery.wake is not None:
@@ -409,15 +405,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     # --- the end ----------------------------------------------------------------------------------
 
     async def _stop(self) -> None:
-        await self._end_fetch()
-
-    async def _end_fetch(self) -> None:
-        fetch, self._fetch = self._fetch, None
-        if fetch is not None:
-            fetch.cancel()
-            await asyncio.wait({fetch})
-            if not fetch.cancelled():
-                fetch.exception()  # looked at: what it brought is not finished, and comes again
+        intake, self._intake = self._intake, None
+        if intake is not None:
+            await intake.stop()
 
     async def _close(self) -> None:
         membership, self._membership = self._membership, None
@@ -430,12 +420,17 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         if mover is not None:
             mover.cancel()
             await asyncio.wait({mover})
-        await self._end_fetch()
+        await self._stop()
         try:
             await membership.leave()
         finally:
             if outbox is not None:
                 await outbox.close()
+
+    def _fail(self, error: StreamToolsError) -> None:
+        if self._membership is not None:
+            self._membership.failure = self._membership.failure or error
+        self._wake_up()
 
     def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.done():
@@ -445,7 +440,3 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def validate_queue(cls, queue: str) -> None:
         super().validate_queue(queue)
         check_kafka_name(queue)
-
-
-def _may_wait(record: Any, retry_topic: str) -> bool:
-    return record.topic == retry_topic or any(name == DELIVERY_TIME for name, _ in record.headers)

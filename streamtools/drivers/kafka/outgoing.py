@@ -41,10 +41,10 @@ class Outgoing:
     size: int = 0
 
     def __post_init__(self) -> None:
-        size = OVERHEAD + len(self.value) + (len(self.key) if self.key is not None else 0)
+        size = OVERHEAD + len(self.value) + 10 * len(self.headers)
         for name, value in self.headers:
-            size += len(name) + len(value) + 10
-        self.size = size
+            size += len(name) + len(value)
+        self.size = size if self.key is None else size + len(self.key)
 
 
 def outgoing(batch: Sequence[Message], *, headers: Sequence[Header] = ()) -> list[Outgoing]:

@@ -77,9 +77,8 @@ class Lane:
         self._alone = 0  # so many of those that wait are sent one by one
 
     def wake(self) -> None:
-        """Send what waits."""
-        if self.task is None or self.task.done():
-            self.task = asyncio.create_task(self._run(), name=f"streamtools-lane-{self._topic}-{self._partition}")
+        """Send what waits, until nothing does."""
+        self.task = asyncio.create_task(self._run(), name=f"streamtools-lane-{self._topic}-{self._partition}")
 
     async def _run(self) -> None:
         while self.waiting:
@@ -229,17 +228,14 @@ class Publisher:
             await self._wait_for_room()
         if self._closed:
             raise Closed("The producer was closed; call open() to use it again.")
-        lanes = set()
         for item in batch:
             item.pending = pending
             trouble = missing.get(item.topic) or self._partitions.trouble(item)
             if trouble is None:
-                lanes.add(self._lane(item))
+                self._hand_over(item)
             else:
                 pending.failed[item.id] = trouble
                 pending.done()
-        for lane in lanes:
-            lane.wake()
         return pending
 
     async def flush(self) -> None:
@@ -273,14 +269,15 @@ class Publisher:
         """Look for it again before the next message goes there."""
         self._partitions.forget(topic)
 
-    def _lane(self, item: Outgoing) -> Lane:
-        number = self._partitions.choose(item)
-        lane = self._lanes.get((item.topic, number))
+    def _hand_over(self, item: Outgoing) -> None:
+        place = item.topic, self._partitions.choose(item)
+        lane = self._lanes.get(place)
         if lane is None:
-            lane = self._lanes[item.topic, number] = Lane(self, item.topic, number)
+            lane = self._lanes[place] = Lane(self, *place)
         lane.waiting.append(item)
         self._unconfirmed += item.size
-        return lane
+        if lane.task is None or lane.task.done():
+            lane.wake()  # it begins once all of this batch is there
 
     # --- producers --------------------------------------------------------------------------------
 

@@ -41,8 +41,6 @@ _META: Final = frozenset(
 _IGNORED: Final = frozenset({PREFIX + "specversion", PREFIX + TEXT["key"], PREFIX + TEXT["content_type"]})
 _SPECVERSION: Final = (PREFIX + "specversion", b"1.0")
 _ID: Final = PREFIX + TEXT["id"]
-#: The header of a message that waits for its time.
-DELIVERY_TIME: Final = PREFIX + TIMES["deliver_at"]
 
 Header = tuple[str, bytes]
 

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from typing import Final
 
 #: Seconds that each partition holds a message back; the first one holds nothing back.
-TIERS: Final = (0.0, 0.25, 1.0, 5.0, 30.0, 120.0, 600.0, 3600.0, 21600.0)
+TIERS: Final = (0.0, 0.25, 2.0, 15.0, 120.0, 1800.0)
 
 
 def tier_of(seconds: float, partitions: int = len(TIERS)) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -40,6 +41,7 @@ class Track:
         offsets: the bookkeeping.
         in_hand: deliveries handed over, by offset; a settlement takes its own out.
         settling: how many settlements are under way.
+        arrived: records that are read, and not taken yet.
         shelf: records that are not due yet, in the order of the time when each leaves.
         full: the commit's metadata has no room: no more is taken until the first gap closes.
         paused: it is not read for now.
@@ -63,6 +65,8 @@ class Track:
         self.offsets: Offsets = offsets
         self.in_hand: dict[int, Delivery] = {}
         self.settling: int = 0
+        self.arrived: deque[Any] = deque()
+        self.arrived_bytes: int = 0
         self.shelf: list[tuple[float, Any]] = []
         self.shelf_bytes: int = 0
         self.full: bool = False
@@ -78,6 +82,17 @@ class Track:
     def shelf_full(self) -> bool:
         """What else is not due waits at the broker."""
         return len(self.shelf) >= SHELF or self.shelf_bytes >= SHELF_BYTES
+
+    def arrive(self, records: list[Any]) -> None:
+        """Keep what was read."""
+        self.arrived.extend(records)
+        self.arrived_bytes += sum(len(record.value or b"") for record in records)
+
+    def next(self) -> Any:
+        """The next record; there must be one."""
+        record = self.arrived.popleft()
+        self.arrived_bytes -= len(record.value or b"")
+        return record
 
     def hold(self, until: float, record: Any) -> None:
         """Keep a record until its time; equal ones stay in their order."""

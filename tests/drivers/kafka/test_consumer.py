@@ -14,6 +14,7 @@ from aiokafka import AIOKafkaProducer
 from streamtools import ConfigurationError, Message, QueueError, Retry
 from streamtools.drivers.kafka import KafkaConsumer
 from streamtools.drivers.kafka.offsets import decode
+from streamtools.drivers.kafka.tiers import TIERS
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.drivers.kafka.conftest import MakeProducer, Running, records
@@ -236,7 +237,7 @@ async def test_a_static_member_comes_back_without_the_others_noticing(
     sender = await producer(partitions=2)
     async with running(handle) as other:
         async with running(handle, static_id="one"):
-            await eventually(lambda: len(other._membership.tracks) < 11)
+            await eventually(lambda: len(other._membership.tracks) < 2 + len(TIERS))
         generation = other._membership.consumer._coordinator.generation
         await sender.send(0, partition=0)
         await sender.send(1, partition=1)
@@ -258,15 +259,15 @@ async def test_a_retry_waits_in_its_tier_through_a_restart_and_is_never_early(
         if msg.attempt == 1:
             raise ValueError("not yet")
 
-    policy = Retry(delay=1.4, jitter=0)
+    policy = Retry(delay=2.2, jitter=0)
     async with running(handle, retry=policy):
         await (await producer()).send("x", key="k")
         await eventually(lambda: _has(kafka, f"{queue}.retry", 1))
     [record] = await records(kafka, f"{queue}.retry")
-    assert (record.partition, record.key) == (2, b"k")  # the tier of one second
+    assert (record.partition, record.key) == (2, b"k")  # the tier of two seconds
     async with running(handle, retry=policy):
         await eventually(lambda: len(times) == 2)
-    assert [attempt for _, attempt in times] == [1, 2] and times[1][0] - times[0][0] >= 1.4
+    assert [attempt for _, attempt in times] == [1, 2] and times[1][0] - times[0][0] >= 2.2
 
 
 async def test_a_delayed_message_is_for_every_group_and_for_one_that_comes_later(

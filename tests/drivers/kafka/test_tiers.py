@@ -9,18 +9,8 @@ from streamtools.drivers.kafka.tiers import TIERS, leaves_at, tier_of
 
 
 def test_each_delay_has_the_longest_tier_that_does_not_exceed_it() -> None:
-    assert [tier_of(s) for s in (-1, 0, 0.01, 0.25, 0.9, 1, 4.9, 5, 30, 86400 * 365)] == [
-        0,
-        0,
-        1,
-        1,
-        1,
-        2,
-        2,
-        3,
-        4,
-        8,
-    ]
+    delays = (-1, 0, 0.01, 0.25, 1.9, 2, 14.9, 15, 120, 86400 * 365)
+    assert [tier_of(s) for s in delays] == [0, 0, 1, 1, 1, 2, 2, 3, 4, 5]
     assert tier_of(3600, partitions=3) == 2  # a topic that somebody made with fewer
 
 
