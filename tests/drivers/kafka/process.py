@@ -1,0 +1,78 @@
+"""What another process does: `python -m tests.drivers.kafka.process keys URL ...`.
+
+Several may write one history: each line is appended whole, so the file's order is the order of events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+from collections.abc import Callable
+
+from streamtools.drivers.kafka import KafkaConsumer, KafkaProducer
+from streamtools.settings import KafkaSettings
+
+#: Seconds after which the group counts a killed member as dead.
+SESSION = 3.0
+
+
+def settings(bootstrap: str) -> KafkaSettings:
+    return KafkaSettings(host=bootstrap, session_timeout=SESSION)
+
+
+def writer(path: str) -> Callable[[str], None]:
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def write(line: str) -> None:
+        os.write(file, f"{line}\n".encode())
+
+    return write
+
+
+async def keys(bootstrap: str, queue: str, history: str) -> None:
+    """Handle messages `key number` in the order of their keys; the history has when each began and ended."""
+    write, name = writer(history), os.getpid()
+    consumer = KafkaConsumer(queue, url=settings(bootstrap), concurrency=16, ordered_by="key", revoke_timeout=10)
+
+    @consumer()
+    async def handle(msg: str) -> None:
+        write(f"begin {name} {msg}")
+        await asyncio.sleep(random.uniform(0, 0.005))
+        write(f"end {name} {msg}")
+
+    await consumer.run(handle, on_started=lambda: write(f"up {name} - 0"))
+
+
+async def exactly(bootstrap: str, queue: str, out: str, history: str) -> None:
+    """Send each number on, in the transaction of its message."""
+    write, name = writer(history), os.getpid()
+    consumer = KafkaConsumer(
+        queue, url=settings(bootstrap), concurrency=8, exactly_once=True, revoke_timeout=5, prefetch=50
+    )
+    async with KafkaProducer(out, url=settings(bootstrap)) as producer:
+
+        @consumer()
+        async def handle(msg: int) -> None:
+            await asyncio.sleep(random.uniform(0, 0.01))
+            await producer.send(msg)
+            write(f"handled {name} - {msg}")
+
+        await consumer.run(handle, on_started=lambda: write(f"up {name} - 0"))
+
+
+async def all_of(bootstrap: str, queue: str, history: str) -> None:
+    """Handle numbers; the history has each."""
+    write, name = writer(history), os.getpid()
+    consumer = KafkaConsumer(queue, url=settings(bootstrap), concurrency=32, prefetch=500)
+
+    @consumer()
+    async def handle(msg: int) -> None:
+        write(f"handled {name} - {msg}")
+
+    await consumer.run(handle, on_started=lambda: write(f"up {name} - 0"))
+
+
+if __name__ == "__main__":
+    asyncio.run({"keys": keys, "exactly": exactly, "all": all_of}[sys.argv[1]](*sys.argv[2:]))
