@@ -1,4 +1,4 @@
-"""What another process does: `python -m tests.drivers.kafka.process keys URL ...`.
+"""What another process does: `python -m tests.drivers.kafka.process exactly HOST ...`.
 
 Several may write one history: each line is appended whole, so the file's order is the order of events.
 """
@@ -31,20 +31,6 @@ def writer(path: str) -> Callable[[str], None]:
     return write
 
 
-async def keys(bootstrap: str, queue: str, history: str) -> None:
-    """Handle messages `key number` in the order of their keys; the history has when each began and ended."""
-    write, name = writer(history), os.getpid()
-    consumer = KafkaConsumer(queue, url=settings(bootstrap), concurrency=16, ordered_by="key", revoke_timeout=10)
-
-    @consumer()
-    async def handle(msg: str) -> None:
-        write(f"begin {name} {msg}")
-        await asyncio.sleep(random.uniform(0, 0.005))
-        write(f"end {name} {msg}")
-
-    await consumer.run(handle, on_started=lambda: write(f"up {name} - 0"))
-
-
 async def exactly(bootstrap: str, queue: str, out: str, history: str) -> None:
     """Send each number on, in the transaction of its message."""
     write, name = writer(history), os.getpid()
@@ -62,17 +48,5 @@ async def exactly(bootstrap: str, queue: str, out: str, history: str) -> None:
         await consumer.run(handle, on_started=lambda: write(f"up {name} - 0"))
 
 
-async def all_of(bootstrap: str, queue: str, history: str) -> None:
-    """Handle numbers; the history has each."""
-    write, name = writer(history), os.getpid()
-    consumer = KafkaConsumer(queue, url=settings(bootstrap), concurrency=32, prefetch=500)
-
-    @consumer()
-    async def handle(msg: int) -> None:
-        write(f"handled {name} - {msg}")
-
-    await consumer.run(handle, on_started=lambda: write(f"up {name} - 0"))
-
-
 if __name__ == "__main__":
-    asyncio.run({"keys": keys, "exactly": exactly, "all": all_of}[sys.argv[1]](*sys.argv[2:]))
+    asyncio.run({"exactly": exactly}[sys.argv[1]](*sys.argv[2:]))
