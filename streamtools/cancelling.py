@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import TypeVar
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 from streamtools.errors import ConnectionLost
 
@@ -15,6 +17,45 @@ def asked_to_stop() -> bool:
     """Someone cancelled the running task; else a CancelledError in it is not meant for it."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+class Home:
+    """Whom the tasks that run handlers belong to: its end alone is theirs.
+
+    A handler can cancel the task that runs it, by mistake or by a library that does not put back what it
+    did; that is its failure, and must neither end the task nor reach the next message.
+    """
+
+    def __init__(self, task: asyncio.Task[Any] | None) -> None:
+        self._task = task
+        #: The tasks are to end.
+        self.ending: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """The tasks are to end, or the one that started them was cancelled."""
+        return self.ending or (self._task is not None and self._task.cancelling() > 0)
+
+
+#: In tasks that run handlers.
+home: ContextVar[Home | None] = ContextVar("streamtools_home", default=None)
+
+
+def is_over() -> bool:
+    """The running task is to end; in one that runs handlers, whatever they have done to it."""
+    owner = home.get()
+    return asked_to_stop() if owner is None else owner.is_over
+
+
+async def come_round() -> None:
+    """Forget that a handler cancelled the running task."""
+    task = asyncio.current_task()
+    if task is None or not task.cancelling():
+        return
+    while task.uncancel():
+        pass
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)  # before Python 3.13 it would still come
 
 
 async def guard(work: Awaitable[T]) -> T:

@@ -214,7 +214,7 @@ def _decode_json(message: Message) -> Any:
 def _decode_text(message: Message) -> str:
     try:
         return message.body.decode(_charset(message.content_type))
-    except (UnicodeDecodeError, LookupError) as error:
+    except (ValueError, LookupError) as error:  # "undefined" and "\0" are charsets that raise neither of the usual
         raise DecodeError(f"The body says {message.content_type} but does not decode: {error}") from error
 
 

@@ -26,6 +26,7 @@ class Delivery:
         count: how often the broker delivered it before without a verdict; 0 at first, and where unknown.
         settled: a verdict was given.
         trouble: what the driver found wrong with it: it is rejected unread; None for nothing.
+        abandoned: its handler was cancelled because the broker does so.
         withdrawn: the broker gives it to another consumer: it is not run any more, and its verdict does nothing.
         outgoing: what its handler sends, to leave with its acknowledgement (`Features.atomic`).
         task: what runs its handler.
@@ -33,8 +34,8 @@ class Delivery:
     """
 
     __slots__ = (
-        "__weakref__", "count", "hand", "message", "outgoing", "settled", "task", "token", "trouble", "wake",
-        "withdrawn",
+        "__weakref__", "abandoned", "count", "hand", "message", "outgoing", "settled", "task", "token", "trouble",
+        "wake", "withdrawn",
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +47,7 @@ class Delivery:
         self.trouble: DecodeError | None = trouble
         self.settled: bool = False
         self.withdrawn: bool = False
+        self.abandoned: bool = False
         self.outgoing: list[Message] = []
         self.hand: SettleByHand | None = None
         self.task: asyncio.Task[Any] | None = None
@@ -88,6 +90,7 @@ class Delivery:
         self.withdraw()
         task, self.task = self.task, None
         if task is not None:
+            self.abandoned = True
             task.cancel()
 
     async def _settle(self, verdict: Verdict) -> None:

@@ -12,17 +12,21 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
-from streamtools.cancelling import asked_to_stop
+from streamtools.cancelling import come_round, is_over
 from streamtools.delivery import Delivery, Settlement, current
 from streamtools.errors import Drop, HandlerError, SendError, Signal
 from streamtools.features import Features
 from streamtools.message import ErrorDetails, Message
-from streamtools.policy import Retry, describe, error_copy, retry_copy
+from streamtools.policy import Retry, checked, describe, error_copy, retry_copy, text_of
 from streamtools.types import ErrorHandler, Handler, Middleware
 from streamtools.verdicts import ACK, DROP, RELEASE, Kind, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")
+
+#: Characters of an error's text in the log.
+SHOWN: Final = 500
 
 
 def chain(handler: Handler, middleware: Sequence[Middleware]) -> Handler:
@@ -37,7 +41,7 @@ async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -
 
 
 class Dispatcher:
-    """Turns a delivery into a settlement; raises nothing but our own cancellation.
+    """Turns a delivery into a settlement, whatever happens; what was cancelled by us is given back.
 
     Parameters:
         handler: the compiled handler within its middleware.
@@ -104,14 +108,14 @@ class Dispatcher:
                 if delivery.trouble is not None:
                     raise delivery.trouble
                 result = await self._handler(message)
-            except asyncio.CancelledError as error:
-                if asked_to_stop():
-                    raise
-                failure: BaseException = error
             except BaseException as error:  # SystemExit too: a message must not end the process
                 failure = error
             else:
                 return Settlement(delivery, ACK, tuple(delivery.outgoing), result)
+            ours = delivery.abandoned or is_over()
+            await come_round()
+            if ours:  # then whatever it raised is our doing
+                return Settlement(delivery, RELEASE)
             verdict = await self.decide(message, failure)
             if verdict.kind is not Kind.RETRY or not self._in_place:
                 return self.settlement(delivery, message, verdict, failure)
@@ -126,12 +130,10 @@ class Dispatcher:
             return self._retry.decide(failure, message.attempt)
         try:
             verdict = await self._on_error(message, failure, message.attempt)
-            if isinstance(verdict, Verdict):
-                return verdict
             if verdict is not None:
-                log.error("The error handler gave %r, which is no Verdict; the retry policy decides.", verdict)
+                return checked(verdict)
         except asyncio.CancelledError:
-            if asked_to_stop():
+            if is_over():
                 raise
             log.exception("The error handler was cancelled; the retry policy decides.")
         except BaseException:
@@ -199,18 +201,11 @@ class Dispatcher:
             log.warning(
                 "%s failed on message %s of %r, attempt %d: %s: %s; again in %.3g s.",
                 self._name, message.id, message.queue, message.attempt,
-                type(error).__name__, _short(error), verdict.delay,
+                type(error).__name__, text_of(error)[:SHOWN], verdict.delay,
             )  # fmt: skip
         else:
             log.error(
                 "%s rejected message %s of %r after attempt %d: %s: %s",
                 self._name, message.id, message.queue, message.attempt,
-                type(error).__name__, _short(error), exc_info=trace,
+                type(error).__name__, text_of(error)[:SHOWN], exc_info=trace,
             )  # fmt: skip
-
-
-def _short(error: BaseException) -> str:
-    try:
-        return str(error)[:500]
-    except Exception:
-        return "(unreadable)"

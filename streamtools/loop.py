@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, Literal, Protocol
 
-from streamtools.cancelling import guard
+from streamtools.cancelling import Home, come_round, guard, home
 from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
@@ -35,6 +35,8 @@ REFUSED_MAX_DELAY: Final = 30.0
 
 #: Seconds for the last settlements when the loop ends.
 FLUSH: Final = 5.0
+#: Times that a handler which ignores its cancellation is cancelled, within FLUSH.
+INSIST: Final = 10
 #: Verdicts kept over a reconnect, at most.
 FINISHED_LIMIT: Final = 10_000
 
@@ -128,6 +130,7 @@ class Loop:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._changed = asyncio.Event()
         self._lost: ConnectError | None = None
+        self._home = Home(None)
         #: Taking in waits until there is room for half a prefetch.
         self._pausing = False
         #: Settlements that the broker refuses, and the tasks that try them again.
@@ -154,8 +157,11 @@ class Loop:
         Raises:
             ConnectionLost: once the handlers at work have ended; what was not settled comes back.
         """
+        self._home = Home(asyncio.current_task())
+        token = home.set(self._home)
         workers = [self._start(self._work(), "worker") for _ in range(self._concurrency)]
         lanes = [self._start(lane.run(), "settle") for lane in (self._plain, self._moves)]
+        home.reset(token)
         stop = asyncio.create_task(stopping.wait())
         stop.add_done_callback(lambda _: self._changed.set())
         try:
@@ -164,11 +170,12 @@ class Loop:
             await self._drain(stopping, grace)
         finally:
             stop.cancel()
+            self._home.ending = True
             await _end(workers)
             await self._flush()
             await _end([*lanes, *self._held_back])
         for task in (*workers, *lanes):
-            if not task.cancelled() and (error := task.exception()) is not None:
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
                 raise error
         if self._lost is not None:
             raise self._lost
@@ -189,10 +196,14 @@ class Loop:
                     await self._change()
                     self._pausing = False
                     continue
-                receive = asyncio.create_task(self._receive(self._prefetch - self.in_hand))
+                receive = asyncio.create_task(
+                    self._receive(self._prefetch - self.in_hand), name="streamtools-receive"
+                )
                 receive.add_done_callback(lambda _: self._changed.set())
                 while not receive.done() and not stopping.is_set() and self._lost is None:
                     await self._change()
+                if receive.cancelled():
+                    raise _stray()
                 if receive.done():
                     await self._accept_all(receive.result(), stopping)
         except ConnectError as error:
@@ -233,6 +244,8 @@ class Loop:
         self.in_hand += len(batch)
         if self._ack == "on_receive":
             await guard(self._source._settle([Settlement(d, ACK) for d in batch]))
+            for delivery in batch:
+                delivery.settled = True  # a verdict by hand is the second
         for position, delivery in enumerate(batch):
             # By hand a handler may hold deliveries for as long as it likes: waiting for them could last for ever.
             # On receive they are acknowledged already, so that none comes again.
@@ -286,7 +299,7 @@ class Loop:
     async def _work(self) -> None:
         clock = time.monotonic
         turn = clock()
-        while True:
+        while not self._home.ending:
             while not self._ready:
                 await self._wait()
                 turn = clock()
@@ -306,18 +319,14 @@ class Loop:
                 turn = clock()
 
     async def _handle(self, delivery: Delivery) -> Settlement:
-        task = delivery.task = asyncio.current_task()
+        delivery.task = asyncio.current_task()
         try:
-            settlement = await self._dispatch(delivery)
-        except asyncio.CancelledError:
-            # Cancelled by `abandon()` alone, which takes the task out, or is the worker itself to end?
-            if delivery.task is not None or task is None or task.uncancel() > 0:
-                raise
+            return await self._dispatch(delivery)
+        except asyncio.CancelledError:  # by `abandon()`, or by our end
             return Settlement(delivery, RELEASE)
-        if delivery.task is None and task is not None:
-            task.uncancel()  # the handler has swallowed it
-        delivery.task = None
-        return settlement
+        finally:
+            await come_round()
+            delivery.task = None
 
     async def _wait(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
@@ -470,7 +479,10 @@ class Loop:
                     await self._change()
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled() or (error := task.exception()) is None:
+        if task.cancelled() and self._home.ending:
+            return
+        error = _stray() if task.cancelled() else task.exception()
+        if error is None:
             return
         # A worker or a lane that ended by itself is our own fault: end the loop, loudly.
         self._lost = self._lost or (
@@ -485,7 +497,17 @@ def _name(message: Message) -> tuple[str, int, str | None]:
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    tasks = list(tasks)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    """Cancel them, and those that go on all the same again and again, but not for ever."""
+    pending = {task for task in tasks if not task.done()}
+    tries = 0
+    while pending and tries < INSIST:
+        tries += 1
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=FLUSH / INSIST)
+    if pending:
+        log.error("%d handlers ignore that they are cancelled; they are left behind.", len(pending))
+
+
+def _stray() -> ConnectionLost:
+    return ConnectionLost("Someone has cancelled a task of the consumer's loop, which is not theirs.")

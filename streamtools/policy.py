@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from streamtools.checks import is_number, is_whole
+from streamtools.checks import check_seconds, is_number, is_whole
 from streamtools.errors import LONGEST, ConfigurationError, DecodeError, Drop, Reject, RetryLater
 from streamtools.message import ErrorDetails, Message
 from streamtools.verdicts import DROP, Verdict
@@ -91,14 +91,29 @@ class Retry:
         if isinstance(error, Drop):
             return DROP
         if isinstance(error, Reject | DecodeError):
-            return Verdict.reject(str(error))
+            return Verdict.reject(text_of(error))
         if (policy := self.of(error)) is not self:
             return policy.decide(error, attempt)
         if self.retries is not None and attempt > self.retries:
             return Verdict.reject(f"failed {attempt} time{'s' if attempt > 1 else ''}")
-        if isinstance(error, RetryLater) and error.delay is not None:
-            return Verdict.retry(error.delay)
-        return Verdict.retry(self.after(attempt))
+        # A subclass may have forgotten to call its base.
+        chosen = getattr(error, "delay", None) if isinstance(error, RetryLater) else None
+        return Verdict.retry(self.after(attempt) if chosen is None else chosen)
+
+
+def checked(verdict: object) -> Verdict:
+    """What an error handler has returned.
+
+    Raises:
+        TypeError: it is no verdict.
+        ConfigurationError: its delay is out of range.
+    """
+    if not isinstance(verdict, Verdict):
+        raise TypeError(
+            f"An error handler returns a Verdict, such as Verdict.retry(5), not {type(verdict).__name__}."
+        )
+    check_seconds("delay", verdict.delay)
+    return verdict
 
 
 def _is_policy(kind: object, policy: object) -> bool:
@@ -132,7 +147,7 @@ def describe(message: Message, error: BaseException | str, handler: str = "") ->
         queue=_head(message.queue, NAME_LIMIT),
         handler=_head(handler, NAME_LIMIT),
         exception=_head(_class_name(error), NAME_LIMIT) if raised else "",
-        reason=_head(_text(error), REASON_LIMIT),
+        reason=_head(text_of(error), REASON_LIMIT),
         traceback=_tail(_format(error), TRACEBACK_LIMIT) if raised else "",
         attempts=message.attempt,
         first_failed=first,
@@ -170,10 +185,11 @@ def _class_name(error: object) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _text(error: object) -> str:
+def text_of(error: object) -> str:
+    """What it says; an exception whose own text raises, whatever it raises, must not stop its report."""
     try:
         return str(error)
-    except Exception as broken:  # an exception whose __str__ raises must not stop its own report
+    except BaseException as broken:
         return f"(its text could not be read: {type(broken).__name__})"
 
 
@@ -182,7 +198,7 @@ def _format(error: object) -> str:
         return ""
     try:
         return "".join(traceback.format_exception(error))
-    except Exception as broken:
+    except BaseException as broken:
         return f"(its traceback could not be read: {type(broken).__name__})"
 
 

@@ -41,6 +41,23 @@ class Fickle(AsyncIOConsumer):
         self._stray("close")
 
 
+async def test_a_handler_that_cancels_every_task_of_its_consumer_ends_nothing() -> None:
+    consumer = CONSUMER_LOOPS["asyncio"]("orders", url="asyncio://fickle")
+    handled: list[int] = []
+
+    @consumer()
+    async def handle(number: int) -> None:
+        handled.append(number)
+        if len(handled) == 1:
+            for task in asyncio.all_tasks():
+                if task.get_name() in ("streamtools-worker", "streamtools-settle", "streamtools-receive"):
+                    task.cancel()
+
+    async with AsyncIOProducer("orders", url="asyncio://fickle") as producer, ConsumerRunner(consumer):
+        await producer.send_many(range(100))
+        await wait_until(lambda: set(handled) == set(range(100)))
+
+
 async def test_a_consumer_whose_library_cancels_it_goes_on() -> None:
     assert "asyncio" in CONSUMER_LOOPS
     consumer = Fickle("orders", url="asyncio://fickle")

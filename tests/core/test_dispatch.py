@@ -18,7 +18,7 @@ from streamtools.features import Features
 from streamtools.message import Message
 from streamtools.policy import Retry
 from streamtools.types import Handler
-from streamtools.verdicts import Kind
+from streamtools.verdicts import Kind, Verdict
 
 QUICK = Retry(retries=2, delay=0, jitter=0)
 
@@ -119,8 +119,57 @@ async def test_our_own_cancellation_is_none_of_the_handlers() -> None:
     task = asyncio.create_task(dispatcher(handle)(delivery()))  # type: ignore[arg-type]
     await entered.wait()
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    assert (await task).verdict.kind is Kind.RELEASE
+
+
+class Silent(Reject):
+    """Its text cannot be had."""
+
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
+class Forgetful(RetryLater):
+    """It does not call its base."""
+
+    def __init__(self) -> None:
+        pass
+
+
+async def test_an_error_whose_text_cannot_be_had_is_rejected_like_any_other() -> None:
+    settlement = await dispatcher(raising(Silent()))(delivery())
+    assert settlement.verdict.kind is Kind.REJECT
+    [copy] = settlement.outgoing
+    assert copy.error is not None and "KeyboardInterrupt" in copy.error.reason
+
+
+async def test_a_retry_without_a_delay_of_its_own_has_the_policys() -> None:
+    assert (await dispatcher(raising(Forgetful()))(delivery())).verdict.kind is Kind.RETRY
+
+
+@pytest.mark.parametrize("answer", [None, "retry", Verdict(Kind.RETRY, delay=float("inf"))])
+async def test_where_an_error_handler_returns_no_verdict_the_policy_decides(answer: Any) -> None:
+    async def decide(message: Message, error: BaseException, attempt: int) -> Any:
+        return answer
+
+    settlement = await dispatcher(raising(ValueError()), on_error=decide, retry=Retry(retries=0))(delivery())
+    assert settlement.verdict.kind is Kind.REJECT
+
+
+async def test_what_a_handler_makes_of_our_cancellation_is_no_failure_of_its_message() -> None:
+    entered = asyncio.Event()
+
+    async def handle(message: Message) -> Any:
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ValueError("interrupted") from None
+
+    task = asyncio.create_task(dispatcher(handle, retry=Retry(retries=0))(delivery()))  # type: ignore[arg-type]
+    await entered.wait()
+    task.cancel()
+    assert (await task).verdict.kind is Kind.RELEASE
 
 
 async def test_an_expired_message_is_dropped_and_a_poisonous_one_rejected_without_a_run() -> None:

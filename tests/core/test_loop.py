@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -316,12 +316,76 @@ async def test_stopping_finishes_what_is_at_work_and_releases_the_rest_in_order(
     assert source.settled(Kind.RELEASE) == [2, 3, 4, 5]
 
 
-async def test_what_is_not_finished_in_time_is_left_to_the_broker() -> None:
+async def test_what_is_not_finished_in_time_goes_back_to_the_broker() -> None:
     source, gate = Script(*map(delivery, range(2))), Gate()
     loop = make(source, gate)
     async with running(loop, grace=0.01):
         await eventually(lambda: gate.entered == ["0"] and loop.in_hand == 2)
-    assert source.settled(Kind.ACK) == [] and source.settled(Kind.RELEASE) == [1]
+    assert source.settled(Kind.ACK) == [] and sorted(source.settled(Kind.RELEASE)) == [0, 1]
+
+
+@pytest.mark.parametrize("awaits", [False, True])
+async def test_a_handler_that_cancels_its_own_task_fails_alone(awaits: bool) -> None:
+    source, handled = Script(*map(delivery, range(3))), list[str]()
+
+    async def handle(message: Message) -> Any:
+        handled.append(message.id)
+        if message.id == "0":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        if awaits or message.id != "0":
+            await asyncio.sleep(0)
+
+    loop = make(source, handle)
+    async with running(loop):
+        await eventually(lambda: loop.settled == 3)
+    assert handled == ["0", "1", "2"]
+    assert sorted(source.settled(Kind.ACK)) == ([1, 2] if awaits else [0, 1, 2])
+    assert source.settled(Kind.RETRY) == ([0] if awaits else [])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_handler_that_ignores_its_cancellation_does_not_keep_the_loop(times: int) -> None:
+    source, entered = Script(delivery(0)), asyncio.Event()
+
+    async def handle(message: Message) -> Any:
+        entered.set()
+        for _ in range(times):
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+    async with running(make(source, handle), grace=0):
+        await entered.wait()
+    assert source.settled(Kind.ACK) == [0]
+
+
+async def test_a_handler_that_nothing_ends_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loop_module, "FLUSH", 0.05)
+    source, entered, over = Script(delivery(0)), asyncio.Event(), asyncio.Event()
+
+    async def handle(message: Message) -> Any:
+        entered.set()
+        while not over.is_set():
+            with suppress(asyncio.CancelledError):
+                await over.wait()
+
+    async with running(make(source, handle), grace=0):
+        await entered.wait()
+    assert "left behind" in caplog.text
+    over.set()
+
+
+async def test_acknowledged_on_receive_a_verdict_by_hand_is_the_second() -> None:
+    source = Script(delivery(0))
+    loop = make(source, at_once, ack="on_receive")
+    one = source.waiting[0]
+    async with running(loop):
+        await eventually(lambda: loop.settled == 1)
+        await one.reject("too late")
+    assert source.settled() == [0]
 
 
 async def test_cancelled_it_still_settles_what_is_finished() -> None:
