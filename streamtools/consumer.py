@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
 
 from streamtools.binding import RESOLVERS, Resolver, compile_handler, name_of
 from streamtools.cancelling import guard
@@ -23,7 +23,7 @@ from streamtools.dispatch import Dispatcher, chain
 from streamtools.endpoint import Endpoint
 from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
 from streamtools.exchange import Binding
-from streamtools.loop import Ack, Dispatch, Finished, Loop
+from streamtools.loop import Ack, Dispatch, Finished, Loop, Source
 from streamtools.options import Options
 from streamtools.policy import Retry, backoff
 from streamtools.registry import Registry
@@ -53,6 +53,12 @@ CONSUMER_LOOPS: Registry[Consumer] = Registry(
         "http": "streamtools.drivers.http:HTTPConsumer",
     },
 )
+
+
+class Translator(Source, Protocol):
+    """What a driver gives and takes, or what stands before it."""
+
+    async def _poll(self, limit: int) -> Sequence[Delivery]: ...
 
 
 class Consumer(Endpoint):
@@ -92,6 +98,8 @@ class Consumer(Endpoint):
 
     #: Seconds in which `_receive` has surely found what is there.
     look: ClassVar[float] = 0.25
+    #: Stands before the driver where messages come and go with another system's headers.
+    translator: Translator | None = None
     #: Messages that have expired are not handed over; an operator's reader sees them all the same.
     drops_expired: ClassVar[bool] = True
 
@@ -355,7 +363,7 @@ class Consumer(Endpoint):
     async def _run_loop(self, dispatch: Dispatch, finished: Finished) -> None:
         """One loop over one connection, until it is told to stop or the connection is lost."""
         self._loop = Loop(
-            self, dispatch, concurrency=self.concurrency, prefetch=self.prefetch,
+            self.translator or self, dispatch, concurrency=self.concurrency, prefetch=self.prefetch,
             line=self._line if self.ordered_by in ("partition", "key") else None, ack=self.ack, finished=finished,
         )  # fmt: skip
         watch = asyncio.create_task(self._watch(dispatch))
@@ -409,7 +417,8 @@ class Consumer(Endpoint):
     async def _pull(self, limit: int, deadline: float | None, at_once: bool) -> list[Delivery]:
         if at_once and self._pulling.locked():
             return []  # another waits, so there is nothing
-        receive = self._poll if at_once else self._receive
+        end = self.translator or self
+        receive = end._poll if at_once else end._receive
         try:
             async with asyncio.timeout_at(deadline), self._pulling:
                 batch = await guard(receive(limit))
@@ -420,7 +429,8 @@ class Consumer(Endpoint):
         return list(batch)
 
     async def _settle_by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
-        await guard(self._settle([self._by_hand.settlement(delivery, delivery.message, verdict, None)]))
+        settlement = self._by_hand.settlement(delivery, delivery.message, verdict, None)
+        await guard((self.translator or self)._settle([settlement]))
 
     async def _connect(self, deadline: float) -> None:
         async with self._opening:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from streamtools import codec
 from streamtools.cancelling import guard
@@ -63,6 +63,12 @@ class Receipt:
         return self
 
 
+class Sink(Protocol):
+    """What takes a batch: a driver, or what stands before it."""
+
+    async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None: ...
+
+
 class Producer(Endpoint):
     """Sends messages to one queue.
 
@@ -86,6 +92,8 @@ class Producer(Endpoint):
     """
 
     send_options_class: ClassVar[type[Options]] = Options
+    #: Stands before the driver where messages leave with another system's headers.
+    translator: Sink | None = None
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -269,7 +277,7 @@ class Producer(Endpoint):
                     await self._connect(deadline)
                 connected, opened = True, self._opened
                 async with asyncio.timeout_at(_loop_time(deadline)):
-                    receipts = await guard(self._send(batch, options))
+                    receipts = await guard((self.translator or self)._send(batch, options))
                 return list(receipts) if receipts is not None else [Receipt(m.id, m.queue) for m in batch]
             except TimeoutError as error:
                 raise self._unconfirmed(batch, self._why_unconfirmed(), doubt=True) from error

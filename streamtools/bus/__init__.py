@@ -8,6 +8,7 @@ entries.py     handlers by what they handle
 dispatch.py    one delivery to all handlers of its type
 context.py     what a handler knows and sends
 requests.py    who waits for which reply
+pikabus.py     messages as PikaBus services write and read them
 """
 
 from streamtools.bus.bus import Bus

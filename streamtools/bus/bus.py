@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.binding import RESOLVERS, Resolver
+from streamtools.bus import pikabus
 from streamtools.bus.composer import Composer, check_topic, seconds_until
 from streamtools.bus.context import MessageContext
 from streamtools.bus.contracts import Command, Contract, Event
 from streamtools.bus.dispatch import BusDispatch, through
 from streamtools.bus.entries import Entries, Entry
 from streamtools.bus.outbox import Outbox, current_outbox, outbox
+from streamtools.bus.pikabus import PikaBus
 from streamtools.bus.requests import Requests
+from streamtools.checks import check_choice
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery, current
 from streamtools.dispatch import Dispatcher
@@ -68,6 +71,9 @@ class Bus:
         on_error: decides about failures: async (message, error, attempt) -> verdict; None leaves it to `retry`.
         incoming: middleware around every handler, outermost first.
         outgoing: middleware for everything that is sent, outermost first.
+        header_style: "pikabus" shares a broker with services of PikaBus: its headers are written and read, and its
+            exchanges are used where none is given.
+        header_prefix: the first word of those headers.
         client_id: this service's name, where the broker shows connections, and as the source of messages.
         send_timeout: seconds for which sending is tried through reconnects.
         content_type: what payloads are encoded as, by a codec of `register_codec`; JSON when None.
@@ -89,6 +95,8 @@ class Bus:
         on_error: ErrorHandler | None = None,
         incoming: Iterable[Middleware] = (),
         outgoing: Iterable[Middleware] = (),
+        header_style: pikabus.HeaderStyle | None = None,
+        header_prefix: str = "PikaBus",
         client_id: str | None = None,
         send_timeout: float = 30.0,
         content_type: str | None = None,
@@ -103,7 +111,10 @@ class Bus:
         self.on_error = on_error
         self._url = url
         self._options = {**options, "retry": retry, "client_id": client_id}
-        self._entries = Entries()
+        check_choice("header_style", header_style, (None, "pikabus"))
+        self._style = PikaBus(header_prefix, self._bind_direct) if header_style is not None else None
+        self._topic: Exchange = TOPIC if self._style is None else pikabus.TOPIC
+        self._entries = Entries(self._topic)
         self._provided: dict[type, Any] = {}
         self._sender = Producer(
             queue or "streamtools", url=url, declare=False, client_id=client_id, send_timeout=send_timeout
@@ -116,14 +127,16 @@ class Bus:
             features=self._sender.features,
             content_type=content_type,
         )
-        self._subscriptions: dict[Binding, None] = dict.fromkeys(_bindings(subscriptions, None))
+        self._subscriptions: dict[Binding, None] = dict.fromkeys(_bindings(subscriptions, self._topic))
         if self._subscriptions:
             self._composer.need_topics()
             self._own()
+        if self._style is not None:
+            self._share_with_pikabus(self._style)
         if queue is not None:
             _ = self.consumer  # so that an option that cannot work is an error here
         shared = {name: self._options[name] for name in SHARED if name in self._options}
-        self._requests = Requests(client_id or queue or "streamtools", url, **shared)
+        self._requests = Requests(client_id or queue or "streamtools", url, self._style, **shared)
         self._admin: QueueAdmin | None = None
         self._opening_admin = asyncio.Lock()
         self._pulling: dict[str, Consumer] = {}
@@ -409,7 +422,7 @@ class Bus:
             QueueError: there is no such queue.
         """
         self._composer.need_topics()
-        bindings = _bindings(topics, exchange)
+        bindings = _bindings(topics, exchange or self._topic)
         if queue in (None, self.queue) and self._runner is None:
             await self.declare()
         admin = await self._get_admin()
@@ -427,7 +440,7 @@ class Bus:
             ConfigurationError: as for `subscribe`.
         """
         self._composer.need_topics()
-        bindings = _bindings(topics, exchange)
+        bindings = _bindings(topics, exchange or self._topic)
         admin = await self._get_admin()
         for binding in bindings:
             await admin.unbind(queue or self._own(), binding.topic, binding.exchange)
@@ -464,7 +477,9 @@ class Bus:
         name = queue or self._own()
         if name not in self._pulling:
             own = name == self.queue
-            self._pulling[name] = self._make_consumer() if own else Consumer(name, url=self._url, declare=False)
+            self._pulling[name] = (
+                self._make_consumer() if own else self._attended(Consumer(name, url=self._url, declare=False))
+            )
             if own:
                 self._pulling[name].bindings = self._bindings()
         return await self._pulling[name].receive(max_messages, timeout=timeout)
@@ -559,6 +574,7 @@ class Bus:
             together=consumer.ack == "after",
             # In a transaction of Kafka nothing has left either.
             atomic=consumer.features.atomic or getattr(consumer.options, "exactly_once", False),
+            holds=self._style is not None and consumer.features.delay,
         )
 
     # --- the way of a message -------------------------------------------------------------------
@@ -585,7 +601,24 @@ class Bus:
     # --- small things ---------------------------------------------------------------------------
 
     def _make_consumer(self) -> Consumer:
-        return Consumer(self._own(), url=self._url, **self._options)
+        return self._attended(Consumer(self._own(), url=self._url, **self._options))
+
+    def _attended(self, consumer: Consumer) -> Consumer:
+        if self._style is not None:
+            self._style.attend(consumer)
+        return consumer
+
+    def _share_with_pikabus(self, style: PikaBus) -> None:
+        style.attend(self._sender)
+        self._composer.direct, self._composer.topic = pikabus.DIRECT, pikabus.TOPIC
+        self._composer.source = self.queue or self._composer.source  # an address, as PikaBus has it
+        if self._sender.protocol == "rabbitmq":
+            self._options.setdefault("error_arguments", pikabus.NO_ARGUMENTS)
+        if self.queue is not None and self._sender.features.topics:
+            self._subscriptions[Binding(self.queue, pikabus.DIRECT)] = None
+
+    async def _bind_direct(self, queue: str) -> None:
+        await (await self._get_admin()).bind(queue, queue, pikabus.DIRECT)
 
     def _own(self) -> str:
         if self.queue is None:
@@ -625,11 +658,11 @@ class BusLoop(BoundHandler):
         return f"<loop of {self.bus!r}>"
 
 
-def _bindings(topics: Iterable[Subscription], exchange: Exchange | None) -> list[Binding]:
+def _bindings(topics: Iterable[Subscription], exchange: Exchange) -> list[Binding]:
     topics = list(topics)
-    if not topics and exchange is not None and exchange.type == "fanout":
+    if not topics and exchange.type == "fanout":
         return [Binding("", exchange)]
-    return [Binding(_topic(topic), exchange or TOPIC) for topic in topics]
+    return [Binding(_topic(topic), exchange) for topic in topics]
 
 
 def _constant(value: Any) -> Resolver:

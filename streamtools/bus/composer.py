@@ -62,6 +62,10 @@ class Composer:
         self._features = features
         self._content_type = content_type
         self.new_id: Callable[[], str] = ids()
+        #: Where commands and replies go by their queue's name; None to the queue itself.
+        self.direct: Exchange | None = None
+        #: Where events go by their topic.
+        self.topic: Exchange = TOPIC
         self._routes: dict[type[Command], tuple[str, Exchange | None]] = {}
 
     def route(self, contract: type[Command], to: str, exchange: Exchange | None) -> None:
@@ -88,6 +92,8 @@ class Composer:
             check_topic(to)
         if fields.get("delay") is not None and not self._features.delay:
             raise FeatureError(f"{self._protocol!r} holds no message back: send it when its time has come.")
+        if exchange is None and not fields.get("delay"):  # which an exchange cannot have
+            exchange = self.direct
         return self._message(payload, queue=to, exchange=exchange, intent=intent, **fields)
 
     def event(
@@ -100,7 +106,7 @@ class Composer:
             )
         self.need_topics()
         topic = check_topic(topic if topic is not None else self._topic(payload, exchange))
-        exchange = exchange or TOPIC
+        exchange = exchange or self.topic
         return self._message(payload, queue=topic, exchange=exchange, intent="event", mandatory=mandatory, **fields)
 
     def reply(self, to: Message, payload: object, *, exchange: Exchange | None = None, **fields: Any) -> Message:
@@ -115,7 +121,7 @@ class Composer:
             )
         # Nobody may be waiting any more: a reply that reaches no queue is no failure of who replies.
         answer = self._message(
-            payload, queue=to.reply_to, exchange=exchange, intent="reply", mandatory=False, **fields
+            payload, queue=to.reply_to, exchange=exchange or self.direct, intent="reply", mandatory=False, **fields
         )
         return answer.replace(causation_id=to.id, correlation_id=to.correlation_id or to.id)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -55,6 +56,7 @@ class BusDispatch:
         send: sends at once, outgoing middleware included.
         together: what a handler sends leaves with its acknowledgement; otherwise none follows.
         atomic: of a settlement that is refused nothing has left; otherwise all that the refusal does not name.
+        holds: a message that came before its time waits for it: other systems leave that to who receives.
     """
 
     def __init__(
@@ -71,10 +73,12 @@ class BusDispatch:
         send: Send,
         together: bool,
         atomic: bool,
+        holds: bool = False,
     ) -> None:
         self._send = send
         self._together = together
         self._atomic = atomic
+        self._holds = holds and together
         self._entries = entries
         self._composer = composer
         self._outgoing = outgoing
@@ -96,6 +100,9 @@ class BusDispatch:
                 dispatcher.stop()
 
     async def __call__(self, delivery: Delivery) -> Settlement:
+        due = delivery.message.deliver_at
+        if self._holds and due is not None and due > time.time():
+            return Settlement(delivery, ACK, (delivery.message,))  # sent anew, so that the broker holds it
         runs = self._find(delivery.message)
         if len(runs) == 1:
             settlement = await runs[0][1](delivery)

@@ -38,9 +38,14 @@ class Entry:
 
 
 class Entries:
-    """The handlers of a bus, and the topics that they need."""
+    """The handlers of a bus, and the topics that they need.
 
-    def __init__(self) -> None:
+    Parameters:
+        topic: the exchange of those.
+    """
+
+    def __init__(self, topic: Exchange = TOPIC) -> None:
+        self._topic = topic
         self._by_type: dict[str | None, list[Entry]] = {}
         self._contracts: dict[str, type[Contract]] = {}
         #: Topics of the events that are handled.
@@ -119,7 +124,7 @@ class Entries:
             )
         self._add(entry)
         if issubclass(contract, Event):
-            self.bindings[Binding(contract.__terms__.topic, exchange or TOPIC)] = None
+            self.bindings[Binding(contract.__terms__.topic, exchange or self._topic)] = None
 
     def _add(self, entry: Entry) -> None:
         others = self._by_type.setdefault(entry.type, [])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.bus.composer import FAILURE, Failure
+from streamtools.bus.pikabus import REPLY_QUEUE, PikaBus
 from streamtools.consumer import Consumer
 from streamtools.errors import Closed, QueueError, RemoteError, RequestTimeout, StreamToolsError
 from streamtools.message import Message
@@ -35,13 +36,17 @@ class Requests:
     Parameters:
         name: the bus's queue, or its client_id.
         url: where.
+        style: writes and reads another system's headers.
         options: of the bus's consumer, those that are for the reply queue's too.
     """
 
-    def __init__(self, name: str, url: str | ProtocolSettings | None, **options: Any) -> None:
+    def __init__(
+        self, name: str, url: str | ProtocolSettings | None, style: PikaBus | None = None, **options: Any
+    ) -> None:
         self.queue: str = f"{name}.replies.{token_hex(6)}"
         self._url = url
-        self._options = options
+        self._style = style
+        self._options = {**options, **(OPTIONS if style is None else REPLY_QUEUE)}
         self._waiting: dict[str, asyncio.Future[Message]] = {}
         self._loop: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
@@ -87,7 +92,7 @@ class Requests:
         consumer.stop(0)
         with suppress(StreamToolsError):
             await task
-        if "exclusive" not in consumer.options_class.model_fields and consumer.features.admin:
+        if not getattr(consumer.options, "exclusive", False) and consumer.features.admin:
             admin: QueueAdmin = ADMINS[consumer.protocol](url=self._url)
             async with admin:
                 with suppress(QueueError):
@@ -116,8 +121,10 @@ class Requests:
             ack="on_receive",
             retry=Retry(retries=0),
             prefetch=PREFETCH,
-            **{**self._options, **OPTIONS},
+            **self._options,
         )
+        if self._style is not None:
+            self._style.attend(consumer)
         started = self._started = asyncio.Event()
         task = asyncio.create_task(
             consumer.run(consumer()(self._take), on_started=started.set), name="streamtools-replies"
