@@ -1,0 +1,30 @@
+"""A service of its own process: `python -m tests.bus.service URL QUEUE`; says `ready`, then each thing it handles."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from streamtools import Bus, ConsumerRunner, MessageContext, Retry
+from tests.bus.contracts import PlaceOrder, Quote
+
+bus = Bus(sys.argv[2], url=sys.argv[1], concurrency=20, retry=Retry(retries=3, delay=0.05))
+
+
+@bus.handler
+async def quote(command: Quote) -> int:
+    await asyncio.sleep(0.001)
+    return command.id * 2
+
+
+@bus.handler
+async def place(command: PlaceOrder, context: MessageContext) -> None:
+    print(f"placed {command.id} {context.message.deliver_at}", flush=True)
+
+
+def ready() -> None:
+    print("ready", flush=True)
+
+
+if __name__ == "__main__":
+    ConsumerRunner(bus, on_startup=[ready]).run()
