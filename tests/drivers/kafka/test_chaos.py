@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -112,6 +114,32 @@ async def test_through_20_kills_each_input_has_its_output_exactly_once(
     print(f"\n{number} inputs, 20 kills: {sum(runs.values()) - len(runs)} handled again, {aborted} outputs aborted")
     assert set(found) == set(range(number))
     assert set(found.values()) == {1}
+
+
+async def test_a_member_that_was_frozen_and_wakes_up_late_changes_nothing(
+    own_kafka: KafkaNode, tmp_path: Path, queue: str
+) -> None:
+    number, out, history = 3000, f"{queue}-out", tmp_path / "history"
+    where = KafkaSettings(host=own_kafka.address.bootstrap)
+
+    async def outputs() -> Counter[int]:
+        return Counter(int(r.value) for r in await records(own_kafka.address, out, committed=True))
+
+    async def complete() -> bool:
+        return len(await outputs()) == number
+
+    async with workers() as start, KafkaProducer(queue, url=where) as producer:
+        await producer.send_many(range(number))
+        sleeper = await start("exactly", where.host, queue, out, str(history))
+        await eventually(lambda: len(handled(history)) > 50, timeout=LONG)
+        os.kill(sleeper.pid, signal.SIGSTOP)
+        await start("exactly", where.host, queue, out, str(history))
+        await eventually(lambda: up(history) == 2, timeout=LONG)
+        before = len(handled(history))
+        await eventually(lambda: len(handled(history)) > before + 200, timeout=LONG)
+        os.kill(sleeper.pid, signal.SIGCONT)
+        await eventually(complete, timeout=LONG)
+    assert await outputs() == Counter(range(number))
 
 
 async def test_a_frozen_broker_delays_and_loses_nothing(own_kafka: KafkaNode, queue: str) -> None:

@@ -1,0 +1,172 @@
+"""Transactions: all of it or nothing, whoever dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from streamtools import Reject, Retry, SendError
+from streamtools.message import Message
+from streamtools.testing import eventually
+from tests.brokers.kafka.address import KafkaAddress
+from tests.drivers.kafka.conftest import MakeProducer, Running, records
+from tests.drivers.kafka.test_producer import limited
+
+
+async def visible(address: KafkaAddress, topic: str) -> list[bytes]:
+    return [r.value for r in await records(address, topic, committed=True)]
+
+
+# --- of a producer ----------------------------------------------------------------------------------
+
+
+async def test_what_is_sent_in_a_transaction_is_visible_together_or_not_at_all(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str
+) -> None:
+    orders, stock = await producer(), await producer(f"{queue}-stock")
+    async with orders.transaction():
+        receipt = await orders.send("o1")
+        await stock.send_many(["s1", "s2"])
+        assert await visible(kafka, queue) == []
+    assert (receipt.partition, receipt.offset) == (0, 0)
+    with pytest.raises(ZeroDivisionError):
+        async with orders.transaction():
+            await orders.send("o2")
+            await stock.send("s3")
+            raise ZeroDivisionError
+    await orders.send("o3")
+    async with stock.transaction():
+        await stock.send("s4")
+    assert await visible(kafka, queue) == [b"o1", b"o3"]
+    assert await visible(kafka, stock.queue) == [b"s1", b"s2", b"s4"]
+
+
+async def test_transactions_at_once_do_not_mix(kafka: KafkaAddress, producer: MakeProducer, queue: str) -> None:
+    sender = await producer()
+
+    async def one(n: int) -> None:
+        async with sender.transaction():
+            await sender.send(f"{n}a")
+            await asyncio.sleep(0.01)
+            await sender.send(f"{n}b")
+            if n % 2:
+                raise ValueError
+
+    await asyncio.gather(*(one(n) for n in range(6)), return_exceptions=True)
+    assert sorted(await visible(kafka, queue)) == sorted(f"{n}{c}".encode() for n in (0, 2, 4) for c in "ab")
+
+
+async def test_one_refused_message_undoes_the_whole_though_nobody_looks(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str
+) -> None:
+    small = f"{queue}-small"
+    await limited(kafka, small)
+    orders, tight = await producer(), await producer(small)
+    with pytest.raises(SendError, match="too large") as caught:
+        async with orders.transaction():
+            await orders.send("o1")
+            with pytest.raises(SendError):
+                await tight.send(b"x" * 4000, id="big")
+    assert caught.value.refused == ("big",)
+    async with orders.transaction():  # the same transactional id goes on
+        await orders.send("o2")
+        await tight.send_many([b"x" * 500] * 20)  # too large as one batch, and not one by one
+    assert await visible(kafka, queue) == [b"o2"]
+    assert len(await visible(kafka, small)) == 20
+
+
+# --- of a consumer ----------------------------------------------------------------------------------
+
+
+async def test_what_a_handler_sends_leaves_with_its_acknowledgement(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    runs: Counter[int] = Counter()
+    out = await producer(f"{queue}-out")
+
+    async def handle(msg: int, message: Message) -> None:
+        runs[msg] += 1
+        await out.send(msg, key="k", headers={"attempt": str(message.attempt)})
+        assert not [r for r in (await out.send_many([-msg])) if hasattr(r, "offset")], "collected, not sent"
+        if msg == 3 and message.attempt < 3:
+            raise ValueError("not yet")
+        if msg == 5:
+            raise Reject("never")
+
+    await (await producer()).send_many(range(1, 11))
+    async with running(handle, exactly_once=True, concurrency=4, retry=Retry(delay=0.05)):
+        await eventually(lambda: _numbers(kafka, out.queue, 18))
+    expected = [n for n in range(1, 11) if n != 5]
+    assert sorted(int(v) for v in await visible(kafka, out.queue)) == sorted([*expected, *(-n for n in expected)])
+    assert runs[3] == 3 and runs[5] == 1
+    assert [r.value for r in await records(kafka, f"{queue}.error", committed=True)] == [b"5"]
+    assert {dict(r.headers)["attempt"] for r in await records(kafka, out.queue) if r.value == b"3"} == {b"3"}
+
+
+async def test_a_handler_whose_message_is_refused_has_failed_and_the_others_go_on(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    small = f"{queue}-small"
+    await limited(kafka, small)
+    out = await producer(small)
+
+    async def handle(msg: int) -> None:
+        await out.send(b"x" * 4000 if msg == 4 else b"%d" % msg)
+
+    await (await producer()).send_many(range(10))
+    async with running(handle, exactly_once=True, concurrency=8):
+        await eventually(lambda: _numbers(kafka, small, 9))
+        await eventually(lambda: _numbers(kafka, f"{queue}.error", 1))
+    assert sorted(await visible(kafka, small)) == [b"%d" % n for n in range(10) if n != 4]
+    [error] = await records(kafka, f"{queue}.error", committed=True)
+    assert error.value == b"4" and b"too large" in dict(error.headers)["ce_errormessage"]
+
+
+async def test_delays_and_a_new_member_change_nothing_about_once(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    out = await producer(f"{queue}-out")
+
+    async def handle(msg: int) -> None:
+        await asyncio.sleep(0.002)
+        await out.send(msg)
+
+    sender = await producer(partitions=3)
+    for n in range(300):
+        await sender.send(n, partition=n % 3, wait=False, **({"delay": 0.5} if n % 10 == 0 else {}))
+    await sender.flush()
+    options: dict[str, Any] = {"exactly_once": True, "concurrency": 4, "prefetch": 20}
+    async with running(handle, **options):
+        await eventually(lambda: _numbers(kafka, out.queue, 20))
+        async with running(handle, **options):
+            await eventually(lambda: _numbers(kafka, out.queue, 150))
+        await eventually(lambda: _numbers(kafka, out.queue, 300))
+    assert Counter(int(v) for v in await visible(kafka, out.queue)) == Counter(range(300))
+
+
+async def test_what_aborted_transactions_have_written_is_not_handled(
+    producer: MakeProducer, running: Running
+) -> None:
+    seen: list[str] = []
+
+    async def handle(msg: str) -> None:
+        seen.append(msg)
+
+    sender = await producer()
+    with pytest.raises(ValueError):
+        async with sender.transaction():
+            await sender.send("aborted")
+            raise ValueError
+    await sender.send("plain")
+    async with sender.transaction():
+        await sender.send("committed")
+    async with running(handle):
+        await eventually(lambda: len(seen) == 2)
+    assert seen == ["plain", "committed"]
+
+
+async def _numbers(address: KafkaAddress, topic: str, number: int) -> bool:
+    return len(await visible(address, topic)) >= number
