@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
@@ -13,6 +14,8 @@ from streamtools.errors import ConfigurationError, UnknownProtocol, near
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
+
+log: logging.Logger = logging.getLogger("streamtools")
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -62,12 +65,17 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
         self._lacking = lacking
         self._entries: dict[str, type[T] | str] = dict(builtin)
         self._announced = False
+        #: Names that several packages announce -> what to say about it.
+        self._clashes: dict[str, str] = {}
+        self._loading: str | None = None
 
     def __getitem__(self, name: str) -> type[T]:
         key = self._key(name)
         entry = self._entries.get(key)
         if entry is None:
             raise self._unknown(name, key)
+        if key in self._clashes:
+            raise ConfigurationError(self._clashes[key])
         return self._load(key, entry) if isinstance(entry, str) else entry
 
     @overload
@@ -86,7 +94,7 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
         if name in ALIASES:
             raise ConfigurationError(f"{name!r} is an alias of {ALIASES[name]!r}; register under another name.")
         taken = self._entries.get(name)
-        if taken is not None and not _same(taken, value):
+        if taken is not None and name != self._loading and not _same(taken, value):
             raise ConfigurationError(
                 f"{self._kind} {name!r} is taken by {taken!r}, so {value!r} cannot register under it. "
                 f"Choose another protocol name, or `del` the entry first."
@@ -154,20 +162,33 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
         from importlib.metadata import entry_points  # noqa: PLC0415 - a fifth of the import time, often not needed
 
         for point in entry_points(group=ENTRY_POINTS):
-            self._entries.setdefault(point.name, point.value)
+            taken = self._entries.setdefault(point.name, point.value)
+            if taken == point.value:
+                continue
+            if isinstance(taken, str) and ":" not in taken:
+                self._clashes[point.name] = (
+                    f"Two packages announce the protocol {point.name!r}: {taken} and {point.value}. Uninstall one."
+                )
+            else:  # a built-in one, or a class that the program has registered itself
+                log.warning("%s announces %r, which is taken by %r and stays so.", point.value, point.name, taken)
 
     def _load(self, key: str, target: str) -> type[T]:
-        module = target.partition(":")[0]
+        module, built_in, _ = target.partition(":")
+        # Where an announced module has its classes from is its own affair.
+        self._loading = None if built_in else key
         try:
             import_module(module)
         except ModuleNotFoundError as error:
             extra = EXTRAS.get(key)
             if extra is None or (error.name or "").startswith("streamtools"):
+                error.add_note(f"It was imported for the protocol {key!r}: {target}.")
                 raise
             raise UnknownProtocol(
                 f"{key!r} needs the package {error.name!r}, which is not installed. "
                 f'Install it: pip install "streamtools[{extra}]"'
             ) from error
+        finally:
+            self._loading = None
         loaded = self._entries[key]
         if isinstance(loaded, str):
             raise ConfigurationError(
@@ -187,12 +208,11 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
 
 def _same(taken: type | str, value: type) -> bool:
     if isinstance(taken, str):
-        module, _, name = taken.partition(":")
-        # An entry point names the module alone; a built-in names its class too.
-        return (
-            value.__module__ == module
-            and name in ("", value.__qualname__)
-            or value.__module__.startswith(module + ".")
+        module, built_in, name = taken.partition(":")
+        if not built_in:  # an entry point names a module alone; its class may stand elsewhere in the package
+            return value.__module__.partition(".")[0] == module.partition(".")[0]
+        return (value.__module__ == module and value.__qualname__ == name) or value.__module__.startswith(
+            module + "."
         )
     # A reloaded module defines its class anew under the same name: that is the same class.
     return (taken.__module__, taken.__qualname__) == (value.__module__, value.__qualname__)
