@@ -53,8 +53,10 @@ async def test_sigterm_under_load_exits_with_0_and_loses_and_repeats_nothing(
     durable_url: str, record: Record
 ) -> None:
     async with running(durable_url, record) as first:
-        sending = asyncio.create_task(send(durable_url, record, map(Job, range(5000)), batch=20))
-        await record.shows(lambda: len(record.handled) > 500, "the service is at work")
+        await send(durable_url, record, map(Job, range(500)))
+        await record.shows(lambda: len(record.handled) > 100, "the service is at work")
+        sending = asyncio.create_task(send(durable_url, record, map(Job, range(500, 5000)), batch=5))
+        await record.shows(lambda: len(record.handled) > 700, "it handles while more is sent")
         begun = len(record.confirmed)
         code = await first.terminate()
     by_first = len(record.read().handled)
