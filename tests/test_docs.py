@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType
@@ -11,11 +13,13 @@ from urllib.parse import unquote
 import pytest
 
 import streamtools
-from streamtools import Features
+from streamtools import Features, QueueError
+from streamtools.admin import QueueAdmin
 from tests.brokers.address import RabbitMQAddress
+from tests.brokers.kafka.address import KafkaAddress
 from tests.pages.commands import REFERENCE, check_usage, commands, reference
 from tests.pages.markdown import ROOT, Page, pages
-from tests.pages.reader import Reader, needs_rabbitmq
+from tests.pages.reader import Reader, broker_of
 
 #: A page has up to twenty commands, each a process; on a busy machine they take their time.
 pytestmark = pytest.mark.timeout(300)
@@ -38,9 +42,29 @@ def test_a_page_does_what_it_says(page: Page, tmp_path: Path) -> None:
     Reader(tmp_path).read(page)
 
 
-@pytest.mark.parametrize("page", [p for p in RUN if any(map(needs_rabbitmq, p.blocks))], ids=_id)
+def _on(broker: str) -> list[Page]:
+    return [page for page in RUN if broker in map(broker_of, page.blocks)]
+
+
+@pytest.mark.parametrize("page", _on("rabbitmq"), ids=_id)
 def test_a_page_does_what_it_says_on_rabbitmq(page: Page, tmp_path: Path, rabbitmq_vhost: RabbitMQAddress) -> None:
     Reader(tmp_path, rabbitmq_vhost).read(page)
+
+
+@pytest.mark.real_kafka("groups that are shared out, topics that are deleted")
+@pytest.mark.parametrize("page", _on("kafka"), ids=_id)
+def test_a_page_does_what_it_says_on_kafka(page: Page, tmp_path: Path, kafka: KafkaAddress) -> None:
+    asyncio.run(_forget(kafka, page))
+    Reader(tmp_path, kafka).read(page)
+
+
+async def _forget(kafka: KafkaAddress, page: Page) -> None:
+    """Delete what an earlier run of the page, or another page, has left."""
+    async with QueueAdmin(url=kafka.url) as admin:
+        for queue in await admin.list():
+            if f'"{queue.name.partition(".")[0]}"' in page.text:
+                with suppress(QueueError):  # it went with another one
+                    await admin.delete(queue.name)
 
 
 @pytest.mark.parametrize(("path", "command"), OFFERED, ids=[f"{path}: {command}" for path, command in OFFERED])

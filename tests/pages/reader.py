@@ -10,19 +10,25 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tests.brokers.address import RabbitMQAddress
+from tests.brokers.kafka.address import KafkaAddress
 from tests.pages.markdown import ROOT, Block, Page
 from tests.pages.notebook import Notebook
 from tests.pages.terminal import Terminal, check, shims
 
-#: How pages write the address of a RabbitMQ; the tests' own stands in for it.
+#: How pages write the address of a RabbitMQ and of a Kafka; the tests' own stand in for them.
 RABBITMQ = "amqp://guest:guest@localhost/"
+KAFKA = "kafka://localhost:9092"
 #: Ports that pages name; free ones stand in for them.
 PORTS = ("9000", "8080")
 
 
-def needs_rabbitmq(block: Block) -> bool:
-    """It runs on a RabbitMQ."""
-    return block.language in ("python", "console") and RABBITMQ in block.text
+def broker_of(block: Block) -> str | None:
+    """Which broker it runs on; None for none."""
+    if block.language in ("python", "console"):
+        for name, address in (("rabbitmq", RABBITMQ), ("kafka", KAFKA)):
+            if address in block.text:
+                return name
+    return None
 
 
 class Reader:
@@ -30,11 +36,11 @@ class Reader:
 
     Parameters:
         directory: an empty one.
-        broker: a RabbitMQ. Without one the blocks that need it are left out; with one they alone are run, on the
-            files that the page writes.
+        broker: a RabbitMQ or a Kafka. Without one the blocks that need it are left out; with one they alone are
+            run, on the files that the page writes.
     """
 
-    def __init__(self, directory: Path, broker: RabbitMQAddress | None = None) -> None:
+    def __init__(self, directory: Path, broker: RabbitMQAddress | KafkaAddress | None = None) -> None:
         self._broker = broker
         self._page = directory / "page"
         self._page.mkdir()
@@ -48,7 +54,7 @@ class Reader:
         blocks = page.blocks
         try:
             for position, block in enumerate(blocks):
-                if not block.title and needs_rabbitmq(block) != (self._broker is not None):
+                if not block.title and broker_of(block) != (self._broker and self._broker.broker):
                     continue
                 try:
                     self._do(block, blocks[position + 1 :])
@@ -84,8 +90,10 @@ class Reader:
 
     def _addresses(self) -> dict[str, str]:
         found = {port: _free_port() for port in PORTS}
-        if self._broker is not None:
+        if isinstance(self._broker, RabbitMQAddress):
             found[RABBITMQ] = self._broker.url
+        elif self._broker is not None:
+            found[KAFKA] = self._broker.url.rstrip("/")
         return found
 
     def _environment(self, programs: Path) -> Mapping[str, str]:
@@ -97,7 +105,7 @@ class Reader:
             "COLUMNS": "120",
             "HTTP_PORT": self._stand_ins["9000"],
         }
-        if self._broker is not None and self._broker.management_url is not None:
+        if isinstance(self._broker, RabbitMQAddress) and self._broker.management_url is not None:
             environment["RMQ_MANAGEMENT_URL"] = self._broker.management_url
         return environment
 
@@ -112,6 +120,8 @@ class Reader:
                 address = urlsplit(used)
                 text = text.replace(f"{address.netloc.rpartition('@')[2]}{address.path}", "localhost:5672/%2F")
                 text = text.replace(address.netloc.rpartition("@")[2], "localhost:5672")
+            elif written == KAFKA:
+                text = text.replace(urlsplit(used).netloc, urlsplit(written).netloc)
             else:
                 text = text.replace(used, written)
         return text
