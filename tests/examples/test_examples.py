@@ -45,8 +45,14 @@ def run(environment: dict[str, str]) -> Run:
 
 
 @contextmanager
-def running(log: Path, environment: dict[str, str], *arguments: str, cwd: Path = ROOT) -> Iterator[Path]:
-    """An example that runs until SIGTERM, upon which it must end with 0; gives the file with its output."""
+def running(
+    log: Path, environment: dict[str, str], *arguments: str, cwd: Path = ROOT, ends: bool = False
+) -> Iterator[Path]:
+    """An example beside the test; gives the file with its output. It must end with 0.
+
+    Parameters:
+        ends: it comes to its end by itself; otherwise it runs until SIGTERM.
+    """
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -58,8 +64,9 @@ def running(log: Path, environment: dict[str, str], *arguments: str, cwd: Path =
         )
     try:
         yield log
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0, log.read_text()
+        if not ends:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(120 if ends else 30) == 0, log.read_text()
     finally:
         process.kill()
         process.wait()

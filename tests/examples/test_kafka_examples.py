@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +15,11 @@ from urllib.request import ProxyHandler, Request, build_opener
 import pytest
 
 from streamtools.drivers.kafka.admin import KafkaAdmin
+from tests.brokers.kafka import jars
 from tests.brokers.kafka.address import KafkaAddress
+from tests.conftest import IN_CI
 from tests.drivers.kafka.conftest import records
-from tests.examples.test_examples import EXAMPLES, ROOT, running
+from tests.examples.test_examples import EXAMPLES, ROOT, running, wait_for
 
 
 @pytest.fixture
@@ -56,3 +60,22 @@ def post(port: str) -> int:
     )
     with build_opener(ProxyHandler({})).open(request, timeout=30) as answer:
         return int(answer.status)
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.kafka
+@pytest.mark.timeout(400)
+def test_a_cluster_of_three_loses_a_broker_and_no_transfer_is_lost(tmp_path: Path) -> None:
+    if not (jars.is_installed() or IN_CI):
+        pytest.skip("Kafka is not installed. Type: scripts/brokers up kafka")
+    here = EXAMPLES / "kafka_cluster"
+    with running(tmp_path / "brokers", {**os.environ}, "brokers.py", cwd=here) as brokers:
+        wait_for(brokers, {"# broker 3"}, seconds=200)
+        [host] = re.findall(r"export KAFKA_HOST=(\S+)", brokers.read_text())
+        victim = int(re.findall(r"kill -9 (\d+)", brokers.read_text())[0])
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "KAFKA_HOST": host}
+        with running(tmp_path / "transfers", environment, "transfers.py", cwd=here, ends=True) as transfers:
+            wait_for(transfers, {"1,200 confirmed"}, seconds=120)
+            os.kill(victim, signal.SIGKILL)
+    assert "6,000 confirmed, none lost, each account in order: True\n" in transfers.read_text()
