@@ -341,6 +341,14 @@ class Consumer(Endpoint):
         """
         raise TypeError(f"{type(self).__name__} does not say how to settle: write its _settle().")
 
+    async def _redeclare(self) -> None:
+        """Make again what `_open` declares, where it is missing; asked for when an outgoing message was refused.
+
+        Raises:
+            ConnectionLost: the connection ended.
+            QueueError: about a queue.
+        """
+
     async def _stop(self) -> None:
         """Take in no more; called once before the last settlements. Deliveries in hand stay so."""
 

@@ -12,14 +12,15 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, Literal, Protocol
 
 from streamtools.cancelling import Home, come_round, guard, home
 from streamtools.delivery import Delivery, Settlement
-from streamtools.errors import ConnectError, ConnectionLost, SendError
+from streamtools.errors import ConnectError, ConnectionLost, QueueError, SendError
+from streamtools.lane import Lane
 from streamtools.message import Message
 from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
 
@@ -52,6 +53,7 @@ class Source(Protocol):
 
     async def _receive(self, limit: int) -> Sequence[Delivery]: ...
     async def _settle(self, settlements: Sequence[Settlement]) -> None: ...
+    async def _redeclare(self) -> None: ...
     async def _stop(self) -> None: ...
 
 
@@ -64,34 +66,6 @@ class Dispatch(Protocol):
         self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
     ) -> Settlement: ...
     async def refused(self, settlement: Settlement, error: SendError) -> Settlement: ...
-
-
-class Lane:
-    """Settles what is added, in batches: all that gathered while the last batch was under way."""
-
-    def __init__(self, settle: Callable[[list[Settlement]], Awaitable[None]]) -> None:
-        self._settle = settle
-        self._pending: list[Settlement] = []
-        self._settling = False
-        self._wake = asyncio.Event()
-
-    @property
-    def busy(self) -> bool:
-        """Something added is not settled yet."""
-        return self._settling or bool(self._pending)
-
-    def add(self, settlement: Settlement) -> None:
-        self._pending.append(settlement)
-        self._wake.set()
-
-    async def run(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            batch, self._pending = self._pending, []
-            self._settling = True
-            await self._settle(batch)
-            self._settling = False
 
 
 class Loop:
@@ -162,6 +136,7 @@ class Loop:
         workers = [self._start(self._work(), "worker") for _ in range(self._concurrency)]
         lanes = [self._start(lane.run(), "settle") for lane in (self._plain, self._moves)]
         home.reset(token)
+        self._stopping = stopping
         stop = asyncio.create_task(stopping.wait())
         stop.add_done_callback(lambda _: self._changed.set())
         try:
@@ -389,26 +364,38 @@ class Loop:
             self._done(len(batch))
 
     async def _insist(self, settlement: Settlement) -> None:
-        """Try again until the broker takes it: a message is never let go, and none waits behind it."""
+        """Try again until the broker takes it, or we stop: a message is never let go, and none waits behind it."""
         delay = REFUSED_DELAY
         while True:
             try:
+                await guard(self._source._redeclare())  # the error queue may have been deleted
                 await guard(self._source._settle([settlement]))
             except ConnectError as error:
                 self._held -= 1
                 return self._fail(error, [settlement])
-            except SendError as error:
-                instead = await self._dispatch.refused(settlement, error)
+            except (SendError, QueueError) as error:
+                instead = settlement
+                if isinstance(error, SendError):
+                    instead = await self._dispatch.refused(settlement, error)
                 if instead is not settlement:  # of several in a batch the broker may have named the first alone
                     settlement = instead
                     continue
                 message = settlement.delivery.message
                 log.error("Message %s of %r is held back: %s", message.id, message.queue, error)  # noqa: TRY400
-                await asyncio.sleep(delay)
+                if await self._stops_within(delay):
+                    self._held -= 1
+                    return self._give_back([settlement.delivery])
                 delay = min(delay * 2, REFUSED_MAX_DELAY)
             else:
                 self._held -= 1
                 return self._done(1)
+
+    async def _stops_within(self, delay: float) -> bool:
+        try:
+            async with asyncio.timeout(delay):
+                return await self._stopping.wait()
+        except TimeoutError:
+            return False
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         self._held += 1

@@ -360,12 +360,15 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
     async def _open(self) -> None:
         await self._close()
         self._broker = Broker.of(self.settings)
-        self._broker.declare(self.queue, self.declare)
-        self._broker.declare(self.error_queue.replace("{queue}", self.queue), self.declare)
+        await self._redeclare()
         for binding in self.bindings:
             self._broker.bind(self.queue, binding)
         self._held: set[Hold] = set()
         self._queues = self._join(self._broker.topic(self.queue))
+
+    async def _redeclare(self) -> None:
+        self._broker.declare(self.queue, self.declare)
+        self._broker.declare(self.error_queue.replace("{queue}", self.queue), self.declare)
 
     def _join(self, topic: Topic) -> Sequence[Queue]:
         return [topic.join(self.group, latest=self.offset == "latest")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -65,6 +66,8 @@ class Script:
         if "settle" in self.trouble:
             raise self.trouble["settle"]
         self.batches.append(list(settlements))
+
+    async def _redeclare(self) -> None: ...
 
     async def _stop(self) -> None:
         self.stopped = True
@@ -235,6 +238,28 @@ async def test_a_refused_copy_is_tried_again_and_holds_up_nobody(monkeypatch: py
     async with running(loop):
         await eventually(lambda: len(source.settled()) == 5)
     assert (source.settled(Kind.RETRY), loop.in_hand, source.refusals) == ([0], 0, 0)
+
+
+async def test_what_is_refused_goes_back_at_once_when_we_stop() -> None:
+    refused = asyncio.Event()
+
+    class Refusing(Script):
+        async def _settle(self, settlements: Sequence[Settlement]) -> None:
+            if any(s.outgoing for s in settlements):
+                refused.set()
+                raise SendError("no such queue", refused=["0"])
+            await super()._settle(settlements)
+
+    async def handle(message: Message) -> Any:
+        raise ValueError("retry me")
+
+    source = Refusing(delivery(0))
+    loop = make(source, handle)
+    begin = time.monotonic()
+    async with running(loop):
+        await refused.wait()
+    assert (source.settled(Kind.RELEASE), loop.in_hand) == ([0], 0)
+    assert time.monotonic() - begin < 10
 
 
 async def test_a_suspect_does_not_wait_for_what_the_broker_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

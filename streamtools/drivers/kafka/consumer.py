@@ -111,6 +111,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _name(self) -> str:
         return self.client_id or f"streamtools-{self.queue}"
 
+    async def _redeclare(self) -> None:
+        await self._declare()
+
     async def _declare(self) -> bool:
         """Declare what is to be; True when there is a topic for retries."""
         options = self.options

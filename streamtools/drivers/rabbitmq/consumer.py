@@ -100,6 +100,10 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             return False
         return queue.arguments.get(ACTIVE) is True if is_new else await topology.is_single_active(queue)
 
+    async def _redeclare(self) -> None:
+        if self._link is not None:
+            await self._declare(Topology(self._link))
+
     # --- receiving ----------------------------------------------------------------------------------
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:

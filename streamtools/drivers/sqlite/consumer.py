@@ -92,8 +92,15 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         self._failed: set[tuple[int, int]] = set()
         self._session = session
 
-    async def _join(self, session: Session) -> Holder:
+    async def _declare(self, session: Session) -> None:
         await declare(session, [self.queue, self.error_queue.replace("{queue}", self.queue)], self.declare)
+
+    async def _redeclare(self) -> None:
+        if self._session is not None:
+            await self._declare(self._session)
+
+    async def _join(self, session: Session) -> Holder:
+        await self._declare(session)
         for binding in self.bindings:
             await session.call(bind, (self.queue, binding), full=True)
         lane = await session.call(join, (self.queue, self.group or "", self.offset == "latest"), full=True)

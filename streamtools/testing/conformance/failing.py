@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from streamtools.errors import Drop, Reject, RetryLater
+from streamtools.errors import Drop, QueueError, Reject, RetryLater
 from streamtools.message import Message
 from streamtools.policy import Retry
-from streamtools.testing.conformance.cases import Cases, needs
+from streamtools.testing.conformance.cases import Cases, except_with, needs
 from streamtools.testing.conformance.payloads import BODIES, HEADERS, Order
 from streamtools.testing.conformance.sending import TICK
 from streamtools.testing.conformance.stage import ALWAYS, NEVER, QUICK, Envelopes, Inbox, Stage
@@ -263,6 +264,24 @@ class FailingCases(Cases):
             found: list[str] = []
             while f"in {stage.queue}" not in found:
                 found += [message.id for message in await stage.errors(1, "error")]
+
+    @needs("error_queue", "admin", "missing_queue")
+    @except_with("partitioned", "that a topic has gone is known only after half a minute")
+    async def test_an_error_queue_that_is_deleted_under_its_consumer_is_made_again(self, stage: Stage) -> None:
+        admin, errors = await stage.admin(), f"{stage.queue}.error"
+
+        async def holds_one() -> bool:
+            with suppress(QueueError):
+                return (await admin.stats(errors)).ready == 1
+            return False
+
+        async with stage.running(Inbox(_raise(Reject("x")))):
+            await stage.send("first")
+            await eventually(holds_one)
+            await admin.delete(errors)
+            await stage.send("second")
+            await eventually(holds_one)
+        assert [message.body for message in await stage.errors(1)] == [b"second"]
 
     @needs("error_queue")
     async def test_a_handler_of_the_error_queue_may_fail_too(self, stage: Stage) -> None:

@@ -1,0 +1,36 @@
+"""A lane of the consumer loop: settlements gather while the last batch is under way, without any timer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from streamtools.delivery import Settlement
+
+
+class Lane:
+    """Settles what is added, in batches: all that gathered while the last batch was under way."""
+
+    def __init__(self, settle: Callable[[list[Settlement]], Awaitable[None]]) -> None:
+        self._settle = settle
+        self._pending: list[Settlement] = []
+        self._settling = False
+        self._wake = asyncio.Event()
+
+    @property
+    def busy(self) -> bool:
+        """Something added is not settled yet."""
+        return self._settling or bool(self._pending)
+
+    def add(self, settlement: Settlement) -> None:
+        self._pending.append(settlement)
+        self._wake.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch, self._pending = self._pending, []
+            self._settling = True
+            await self._settle(batch)
+            self._settling = False
