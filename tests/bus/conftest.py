@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -14,6 +18,7 @@ from streamtools.producer import PRODUCERS
 from streamtools.testing.waiting import eventually
 from tests.brokers.address import RabbitMQAddress
 
+ROOT = Path(__file__).parents[2]
 #: A policy that is soon done: two retries.
 SOON = Retry(retries=2, delay=0.01, backoff=1, jitter=0)
 #: None.
@@ -97,3 +102,25 @@ def nothing_waits(depth: Callable[[str], Awaitable[int]]) -> Callable[[str], Awa
         await eventually(is_empty, f"{queue!r} is empty")
 
     return empty
+
+
+@pytest.fixture
+async def process(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+    """Starts processes that serve a queue, on the test's address or another; returns once they do."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    async def start(url: str | None = None) -> subprocess.Popen[bytes]:
+        line = ["-m", "tests.bus.service", url or request.getfixturevalue("url"), "orders"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        child = subprocess.Popen([sys.executable, *line], stdout=subprocess.PIPE, cwd=ROOT, env=environment)
+        started.append(child)
+        assert child.stdout is not None
+        assert await asyncio.to_thread(child.stdout.readline) == b"ready\n"
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -114,28 +113,6 @@ class TestRunner:
     async def test_a_runner_of_a_bus_without_handlers_says_what_to_write(self) -> None:
         with pytest.raises(ConfigurationError, match=r"no handler to run.*@bus\.handler"):
             await ConsumerRunner(Bus(None, url="asyncio://")).serve()
-
-
-@pytest.fixture
-async def process(url: str) -> AsyncIterator[Any]:
-    """Starts processes that serve a queue on this address; returns once they do."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    async def start(*command: str) -> subprocess.Popen[bytes]:
-        line = command or ("-m", "tests.bus.service", url, "orders")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "STREAMTOOLS_URL": url}
-        child = subprocess.Popen([sys.executable, *line], stdout=subprocess.PIPE, cwd=ROOT, env=environment)
-        started.append(child)
-        assert child.stdout is not None
-        assert await asyncio.to_thread(child.stdout.readline) == b"ready\n"
-        return child
-
-    yield start
-    for child in started:
-        child.kill()
-        child.wait()
-        if child.stdout is not None:
-            child.stdout.close()
 
 
 def only_between_processes(url: str) -> None:
