@@ -610,12 +610,14 @@ class Bus:
 
     def _share_with_pikabus(self, style: PikaBus) -> None:
         style.attend(self._sender)
-        self._composer.direct, self._composer.topic = pikabus.DIRECT, pikabus.TOPIC
+        self._composer.topic = pikabus.TOPIC
         self._composer.source = self.queue or self._composer.source  # an address, as PikaBus has it
         if self._sender.protocol == "rabbitmq":
             self._options.setdefault("error_arguments", pikabus.NO_ARGUMENTS)
-        if self.queue is not None and self._sender.features.topics:
-            self._subscriptions[Binding(self.queue, pikabus.DIRECT)] = None
+        if self._sender.features.topics:
+            self._composer.direct = pikabus.DIRECT
+            if self.queue is not None:
+                self._subscriptions[Binding(self.queue, pikabus.DIRECT)] = None
 
     async def _bind_direct(self, queue: str) -> None:
         await (await self._get_admin()).bind(queue, queue, pikabus.DIRECT)

@@ -93,20 +93,28 @@ class PikaBus:
     # --- writing --------------------------------------------------------------------------------
 
     async def write_all(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages with these headers; the queues of those on the direct exchange are bound to it."""
-        for message in messages:
-            if message.exchange == DIRECT and message.queue not in self._bound:
-                await self._know(message.queue)
-        return [self.write(message) for message in messages]
+        """Messages with these headers; the queues of those on the direct exchange are bound to it first.
 
-    async def _know(self, queue: str) -> None:
+        What cannot be bound (it is missing, or exclusive to another connection) is sent to as itself.
+        """
+        written = []
+        for message in messages:
+            if message.exchange == DIRECT and not await self._is_bound(message.queue):
+                message = message.replace(exchange=None)  # noqa: PLW2901
+            written.append(self.write(message))
+        return written
+
+    async def _is_bound(self, queue: str) -> bool:
+        if queue in self._bound:
+            return True
         try:
             await self._bind(queue)
         except QueueError:
-            return  # no such queue: the broker refuses the message, unless something else is bound by that name
+            return False
         if len(self._bound) >= KNOWN:
             self._bound.clear()
         self._bound.add(queue)
+        return True
 
     def write(self, message: Message) -> Message:
         """The message with these headers; writing twice changes nothing. What the user gave by name stays."""

@@ -192,5 +192,7 @@ async def test_a_destination_is_bound_once_and_one_that_is_missing_again_and_aga
     style = PikaBus("PikaBus", bind)
     there, missing = FULL.replace(exchange=DIRECT), FULL.replace(exchange=DIRECT, queue="missing")
     for _ in range(2):
-        await style.write_all([there, missing, FULL])
+        written = await style.write_all([there, missing, FULL])
+        # What cannot be bound is sent to as itself.
+        assert [message.exchange for message in written] == [DIRECT, None, None]
     assert asked == ["orders", "missing", "missing"]
