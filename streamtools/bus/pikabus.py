@@ -192,6 +192,9 @@ class Incoming:
         ]
         await self._consumer._settle(written)
 
+    async def _redeclare(self) -> None:
+        await self._consumer._redeclare()
+
     async def _stop(self) -> None:
         await self._consumer._stop()
 
