@@ -204,10 +204,10 @@ class Consumer(Endpoint):
             given = {n: getattr(self.options, n) for n in self.options.model_fields_set}
             self.options = self._read_options({**given, **options}, Consumer.__init__)
         if retry is not None:
-            _check_retry(retry)
+            check_retry(retry)
             self.retry = retry
         self.middleware = [*self.middleware, *middleware]
-        _check_middleware(self.middleware)
+        check_middleware(self.middleware)
 
         def decorate(function: Callable[..., Any]) -> BoundHandler:
             if self.handler is not None:
@@ -486,8 +486,8 @@ class Consumer(Endpoint):
         check_choice("ordered_by", self.ordered_by, (None, "queue", "partition", "key"))
         check_choice("offset", self.offset, ("earliest", "latest"))
         check_seconds("connect_timeout", self.connect_timeout)
-        _check_retry(self.retry)
-        _check_middleware(self.middleware)
+        check_retry(self.retry)
+        check_middleware(self.middleware)
         if self.features.error_queue:
             self.validate_queue(_error_queue(self.error_queue, self.queue))
         if self.group is not None:
@@ -547,12 +547,22 @@ def _error_queue(template: object, queue: str) -> str:
     return template.replace("{queue}", queue)
 
 
-def _check_retry(retry: object) -> None:
+def check_retry(retry: object) -> None:
+    """A retry policy.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
     if not isinstance(retry, Retry):
         raise ConfigurationError(f"retry={retry!r} is not a policy: write retry=Retry(retries=...).")
 
 
-def _check_middleware(middleware: Iterable[object]) -> None:
+def check_middleware(middleware: Iterable[object]) -> None:
+    """Middleware that can be called.
+
+    Raises:
+        ConfigurationError: one cannot.
+    """
     for layer in middleware:
         if not callable(layer):
             raise ConfigurationError(f"middleware={layer!r} cannot be called: write async def (message, call_next).")

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
@@ -21,9 +21,9 @@ from streamtools.bus.dispatch import BusDispatch, through
 from streamtools.bus.entries import Entries, Entry
 from streamtools.bus.outbox import Outbox, current_outbox, outbox
 from streamtools.bus.pikabus import PikaBus
-from streamtools.bus.requests import Requests
+from streamtools.bus.requests import Requests, call
 from streamtools.checks import check_choice
-from streamtools.consumer import BoundHandler, Consumer
+from streamtools.consumer import BoundHandler, Consumer, check_middleware, check_retry
 from streamtools.delivery import Delivery, current
 from streamtools.dispatch import Dispatcher
 from streamtools.errors import ConfigurationError
@@ -89,7 +89,7 @@ class Bus:
         queue: str | None = None,
         *,
         url: str | ProtocolSettings | None = None,
-        subscriptions: Iterable[Subscription] = (),
+        subscriptions: Iterable[Subscription] | Subscription = (),
         mandatory: bool = True,
         retry: Retry | None = None,
         on_error: ErrorHandler | None = None,
@@ -206,6 +206,8 @@ class Bus:
     def _add_handler(self, function: Callable[..., Any], **terms: Any) -> None:
         known = len(self._entries.bindings)
         self._own()
+        if terms["retry"] is not None:
+            check_retry(terms["retry"])
         self._entries.add(function, **terms)
         if len(self._entries.bindings) > known:
             self._composer.need_topics()
@@ -367,10 +369,13 @@ class Bus:
         message = self._composer.command(
             command, to, exchange, intent="request", headers=headers, type=type, ttl=timeout
         )
-        reply = await self._requests.ask(message, timeout, self._send_now)
+        if self._sender.features.reply:
+            reply = await call(message, timeout, self._send_all)
+        else:
+            reply = await self._requests.ask(message, timeout, self._send_now)
         if returns is None:
             returns = self._entries.contract(reply.type) or Any
-        return codec.decoder(returns)(reply)
+        return _decoder(returns)(reply)
 
     async def cancel(self, receipt: Receipt) -> bool:
         """Take back a deferred message; False when it is due already, or unknown.
@@ -560,6 +565,7 @@ class Bus:
         def make(handler: Handler, entry: Entry) -> Dispatcher:
             return consumer.dispatcher(handler, entry.name, retry=entry.retry, on_error=self.on_error)
 
+        check_middleware([*self.incoming, *self.outgoing])
         consumer.bindings = self._bindings()
         return BusDispatch(
             self._entries,
@@ -588,8 +594,8 @@ class Bus:
     async def _send_now(self, message: Message) -> None:
         await self._send_all([message])
 
-    async def _send_all(self, messages: Sequence[Message]) -> None:
-        await self._sender.send_messages(await through(messages, self.outgoing))
+    async def _send_all(self, messages: Sequence[Message]) -> list[Receipt]:
+        return await self._sender.send_messages(await through(messages, self.outgoing))
 
     def _resolvers(self) -> dict[type, Resolver]:
         def context(message: Message) -> MessageContext:
@@ -660,11 +666,16 @@ class BusLoop(BoundHandler):
         return f"<loop of {self.bus!r}>"
 
 
-def _bindings(topics: Iterable[Subscription], exchange: Exchange) -> list[Binding]:
-    topics = list(topics)
+def _bindings(topics: Iterable[Subscription] | Subscription, exchange: Exchange) -> list[Binding]:
+    topics = [topics] if isinstance(topics, str | type) else list(topics)  # one alone is easily written
     if not topics and exchange.type == "fanout":
         return [Binding("", exchange)]
     return [Binding(_topic(topic), exchange) for topic in topics]
+
+
+@lru_cache(maxsize=256)
+def _decoder(returns: Any) -> codec.Decoder:
+    return codec.decoder(returns)
 
 
 def _constant(value: Any) -> Resolver:

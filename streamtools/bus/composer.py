@@ -117,7 +117,8 @@ class Composer:
         """
         if to.reply_to is None:
             raise ConfigurationError(
-                f"Message {to.id} has no reply-to, so it cannot be replied to; send to a queue by name: to=..."
+                f"Message {to.id} has no reply-to, so it cannot be replied to; send to a queue by name: to=... "
+                "Where the sender waits on the line, as over HTTP, return the answer."
             )
         # Nobody may be waiting any more: a reply that reaches no queue is no failure of who replies.
         answer = self._message(

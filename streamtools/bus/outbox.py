@@ -12,7 +12,7 @@ from streamtools.message import Message
 from streamtools.producer import Receipt
 
 #: How a bus sends messages at once.
-Send = Callable[[Sequence[Message]], Awaitable[None]]
+Send = Callable[[Sequence[Message]], Awaitable[list[Receipt]]]
 
 
 class Outbox:

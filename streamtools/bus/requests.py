@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.bus.composer import FAILURE, Failure
+from streamtools.bus.outbox import Send
 from streamtools.bus.pikabus import REPLY_QUEUE, PikaBus
 from streamtools.consumer import Consumer
-from streamtools.errors import Closed, QueueError, RemoteError, RequestTimeout, StreamToolsError
+from streamtools.errors import Closed, QueueError, RemoteError, RequestTimeout, ResponseError, StreamToolsError
 from streamtools.message import Message
 from streamtools.policy import Retry
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger("streamtools")
 
+#: Statuses of a call that its handler was run for.
+ANSWERED: Final = (400, 422, 500)
 #: Replies taken in at once.
 PREFETCH: Final = 1000
 #: Where the protocol lets a queue belong to a connection, the reply queue does; it need not outlive the bus.
@@ -71,10 +74,7 @@ class Requests:
                 await send(message.replace(reply_to=self.queue))
                 reply = await future
         except TimeoutError:
-            raise RequestTimeout(
-                f"No reply from {message.queue!r} within {timeout:g} s. Is its handler running, and does it reply? "
-                "The request may be handled all the same."
-            ) from None
+            raise _no_reply(message, timeout) from None
         finally:
             self._waiting.pop(message.id, None)
             if future.done() and not future.cancelled():
@@ -147,6 +147,39 @@ class Requests:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(error or Closed("The bus was stopped while this reply was awaited."))
+
+
+async def call(message: Message, timeout: float, send: Send) -> Message:  # noqa: ASYNC109
+    """Ask where the answer comes back on the same call (`Features.reply`): no queue is needed.
+
+    Raises:
+        RequestTimeout: none came in time.
+        RemoteError: the handler failed, or would not have it.
+        SendError: it did not get as far as a handler.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            found: Any = (await send([message.replace(reply_to=None)]))[0]
+    except TimeoutError:
+        raise _no_reply(message, timeout) from None
+    except ResponseError as error:
+        if error.status not in ANSWERED:
+            raise
+        reason = error.body[:2048].decode(errors="replace")
+        raise RemoteError(
+            f"{message.type or 'The request'} failed at {message.queue!r}: {reason}", reason=reason
+        ) from None
+    # 202 has no body: the handler returned nothing.
+    return Message(
+        body=found.body or b"null", queue=message.queue, id=found.id, content_type=found.headers.get("Content-Type")
+    )
+
+
+def _no_reply(message: Message, timeout: float) -> RequestTimeout:
+    return RequestTimeout(
+        f"No reply from {message.queue!r} within {timeout:g} s. Is its handler running, and does it reply? "
+        "The request may be handled all the same."
+    )
 
 
 def _failure(message: Message, reply: Message) -> RemoteError:

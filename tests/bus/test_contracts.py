@@ -139,6 +139,21 @@ def test_what_cannot_work_is_an_error_when_the_bus_is_made() -> None:
         Bus("orders", url="asyncio://", concurrency=0)
     with pytest.raises(ConfigurationError):
         Bus("", url="asyncio://")
+    with pytest.raises(ConfigurationError, match="retry=5 is not a policy"):
+        Bus("orders", url="asyncio://").handler(retry=5)(lambda message: None)  # type: ignore[arg-type]
+
+
+async def test_middleware_that_cannot_be_called_is_an_error_at_start_up(make: MakeBus) -> None:
+    bus = make(incoming=["log"])
+    bus.register(PlaceOrder, lambda command: None)
+    with pytest.raises(ConfigurationError, match="cannot be called"):
+        await bus.start()
+
+
+def test_one_subscription_may_stand_alone() -> None:
+    for subscriptions in ("orders.#", OrderPlaced, ["orders.#"]):
+        bus = Bus("orders", url="asyncio://", subscriptions=subscriptions)
+        assert len(bus._bindings()) == 1
 
 
 async def test_a_consumer_of_version_1_receives_version_2_while_it_validates(make: MakeBus, failed: Any) -> None:
