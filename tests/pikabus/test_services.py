@@ -231,12 +231,14 @@ async def test_a_queue_that_does_not_exist_is_an_error_until_it_does(rabbitmq_vh
         await holds_one("late", rabbitmq_vhost.url)
 
 
-async def test_a_quorum_error_queue_which_pikabus_could_not_use_is_refused(rabbitmq_vhost: RabbitMQAddress) -> None:
-    async with Producer("other", url=rabbitmq_vhost.url):
-        pass  # which makes the usual error queue
-    bus, _ = make_bus(rabbitmq_vhost.url)
-    with pytest.raises(QueueError, match="error"):
-        await bus.start()
+async def test_the_usual_error_queue_is_used_where_there_is_one(rabbitmq_vhost: RabbitMQAddress) -> None:
+    bus, kept = make_bus(rabbitmq_vhost.url, retry=Retry(retries=0))
+    async with Producer("other", url=rabbitmq_vhost.url), bus:  # the producer makes it, with its arguments
+        await bus.send({"fail": "no"}, to="ours")
+        [failed] = await bus.receive("error", timeout=PATIENCE)
+        assert failed.message.body == b'{"fail":"no"}'
+        await failed.ack()
+    assert len(kept.messages) == 1
 
 
 async def test_a_request_of_a_bus_without_this_style_is_answered(rabbitmq_vhost: RabbitMQAddress) -> None:

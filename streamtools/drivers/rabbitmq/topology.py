@@ -40,7 +40,8 @@ class QueueOptions(Options):
         durable: the queue outlives a restart of the broker.
         exclusive: the queue belongs to this connection and ends with it.
         auto_delete: the queue ends with its last consumer.
-        arguments: further arguments for the broker; they win over ours, and None takes one of ours away.
+        arguments: further arguments for the broker; they win over ours, and None takes one of ours away where the
+            queue is made.
         error_arguments: the same for the error queue.
         error_declare: as `declare`, for the error queue; the same as `declare` when None.
     """
@@ -107,7 +108,7 @@ def work_queue(name: str, options: QueueOptions, error_queue: str, *, single_act
 def error_queue(name: str, options: QueueOptions) -> Queue:
     """The queue of rejected messages; one that is looked at too often ends in `streamtools.undeliverable`."""
     arguments = {"x-queue-type": "quorum", **_target("quorum", UNDELIVERABLE)}
-    explicit = frozenset(options.error_arguments or ())
+    explicit = frozenset(_wanted(options.error_arguments))
     return Queue(name=name, arguments=_merged(arguments, options.error_arguments), explicit=explicit)
 
 
@@ -130,7 +131,12 @@ def _explicit(options: QueueOptions) -> frozenset[str]:
     names: set[str] = {name for name in _ATTRIBUTES if name in options.model_fields_set}
     if options.queue_type is not None:
         names.add("x-queue-type")
-    return frozenset(names | set(options.arguments or ()))
+    return frozenset(names | _wanted(options.arguments))
+
+
+def _wanted(arguments: Mapping[str, Any] | None) -> set[str]:
+    """Those that a queue must have; one of ours that is taken away, an existing queue may have all the same."""
+    return {name for name, value in (arguments or {}).items() if value is not None}
 
 
 class Topology:
