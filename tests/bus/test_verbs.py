@@ -407,20 +407,22 @@ class TestRequest:
     async def test_a_late_reply_is_dropped_with_a_log_line(
         self, make: MakeBus, caplog: pytest.LogCaptureFixture
     ) -> None:
-        go = asyncio.Event()
+        begun, go = asyncio.Event(), asyncio.Event()
         prices = make("prices", concurrency=2)
 
         @prices.handler
         async def quote(command: Quote) -> int:
             if command.id == 1:
+                begun.set()
                 await go.wait()
             return command.id
 
         await prices.start()
         asker = make("asker")
         with caplog.at_level(logging.INFO, "streamtools"):
-            with pytest.raises(RequestTimeout):
-                await asker.request(Quote(id=1), timeout=0.3)
+            asking = asyncio.create_task(asker.request(Quote(id=1), timeout=60))
+            await begun.wait()
+            asking.cancel()  # as a timeout does, at a time of our choice
             go.set()
             await eventually(lambda: "A reply came late and is dropped" in caplog.text)
         assert await asker.request(Quote(id=2), timeout=20) == 2
