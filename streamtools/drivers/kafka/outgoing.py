@@ -60,19 +60,15 @@ def outgoing(batch: Sequence[Message], *, headers: Sequence[Header] = ()) -> lis
 def _outgoing(message: Message, headers: Sequence[Header], now: float) -> Outgoing:
     partition = None
     stamp, apart = timestamp(message, now)
-    if isinstance(message, Placed):
+    if type(message) is Placed:
         partition = message.partition
         if message.timestamp is not None:
             stamp, apart = int(message.timestamp * 1000), False
-    return Outgoing(
-        id=message.id,
-        topic=message.queue,
-        key=encode_key(message),
-        value=message.body,
-        headers=[*encode_headers(message, time_apart=apart), *headers],
-        timestamp=stamp,
-        partition=partition,
-    )
+    found = encode_headers(message, time_apart=apart)
+    if headers:
+        found += headers
+    key = encode_key(message)
+    return Outgoing(message.id, message.queue, key, message.body, found, stamp, partition)
 
 
 def refused(failed: Mapping[str, BaseException], settings: KafkaSettings) -> SendError:

@@ -23,6 +23,7 @@ class Partitions:
 
     def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
+        self._limit = settings.max_message
         self._counts: dict[str, int] = {}
         self._turn: dict[str, int] = {}
         self._looking = asyncio.Lock()
@@ -54,13 +55,12 @@ class Partitions:
 
     def trouble(self, item: Outgoing) -> SendError | None:
         """Why this one cannot go to its topic."""
-        count = self._counts[item.topic]
-        if item.size > self._settings.max_message:
+        if item.size > self._limit:
             return SendError(
                 f"it has {item.size} bytes, over max_message={self._settings.max_message}; put less into it, or "
                 "raise KAFKA_MAX_MESSAGE and the topic's max.message.bytes"
             )
-        if item.partition is not None and not 0 <= item.partition < count:
+        if item.partition is not None and not 0 <= item.partition < (count := self._counts.get(item.topic, 1)):
             return SendError(f"the topic {item.topic!r} has partitions 0 to {count - 1} and no {item.partition}")
         return None
 
@@ -68,7 +68,9 @@ class Partitions:
         """Its own partition, or that of its key, or any."""
         if item.partition is not None:
             return item.partition
-        count = self._counts[item.topic]
+        count = self._counts.get(item.topic, 1)
+        if count == 1:
+            return 0
         if item.key is not None:  # as Kafka's own client does, so that a key has one partition whoever sends
             return int(murmur2(item.key) & 0x7FFFFFFF) % count
         # Messages without a key stay together for a while, so that batches fill (KIP-480).

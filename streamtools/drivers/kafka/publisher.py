@@ -109,8 +109,8 @@ class Lane:
         most = 1 if self._alone else len(waiting)
         while waiting and len(batch) < most:
             item = waiting[0]
-            if item.pending is not None and item.pending.given_up:
-                self._publisher.freed(waiting.popleft())
+            if item.pending.given_up:
+                self._publisher.freed(waiting.popleft().size)
                 continue
             if append(timestamp=item.timestamp, key=item.key, value=item.value, headers=item.headers) is None:
                 break
@@ -120,12 +120,19 @@ class Lane:
         return batch, builder
 
     def _confirm(self, batch: list[Outgoing], offset: int) -> None:
-        for number, item in enumerate(batch):
-            item.partition = self._partition
-            item.offset = offset + number if offset >= 0 else None
-            self._publisher.freed(item)
-            if item.pending is not None:
-                item.pending.done()
+        partition, size = self._partition, 0
+        pending, number = batch[0].pending, 0
+        for item in batch:
+            item.partition = partition
+            item.offset = offset if offset >= 0 else None
+            offset += 1
+            size += item.size
+            if item.pending is not pending:  # they come in runs
+                pending.done(number)
+                pending, number = item.pending, 0
+            number += 1
+        pending.done(number)
+        self._publisher.freed(size)
 
     async def _failed(self, batch: list[Outgoing], producer: Any, number: int, error: BaseException) -> None:
         if isinstance(error, REFUSALS):
@@ -160,16 +167,14 @@ class Lane:
 
     def _refuse(self, batch: list[Outgoing], error: BaseException) -> None:
         for item in batch:
-            self._publisher.freed(item)
-            if item.pending is not None:
-                item.pending.failed[item.id] = error
-                item.pending.done()
+            self._publisher.freed(item.size)
+            item.pending.failed[item.id] = error
+            item.pending.done()
 
     def _fail(self, batch: Sequence[Outgoing], error: BaseException) -> None:
         for item in batch:
-            self._publisher.freed(item)
-            if item.pending is not None:
-                item.pending.fail(error)
+            self._publisher.freed(item.size)
+            item.pending.fail(error)
 
 
 class Publisher:
@@ -228,11 +233,14 @@ class Publisher:
             await self._wait_for_room()
         if self._closed:
             raise Closed("The producer was closed; call open() to use it again.")
+        trouble_of, hand_over = self._partitions.trouble, self._hand_over
         for item in batch:
             item.pending = pending
-            trouble = missing.get(item.topic) or self._partitions.trouble(item)
+            trouble = missing.get(item.topic) if missing else None
             if trouble is None:
-                self._hand_over(item)
+                trouble = trouble_of(item)
+            if trouble is None:
+                hand_over(item)
             else:
                 pending.failed[item.id] = trouble
                 pending.done()
@@ -319,9 +327,9 @@ class Publisher:
         self._room.append(waiter)
         await waiter
 
-    def freed(self, item: Outgoing) -> None:
-        """This one waits no more."""
-        self._unconfirmed -= item.size
+    def freed(self, size: int) -> None:
+        """So many bytes wait no more."""
+        self._unconfirmed -= size
         while self._room and self._unconfirmed < UNCONFIRMED // 2:
             _wake(self._room.popleft())
 
