@@ -21,6 +21,7 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import ConfigurationError, QueueError
 from streamtools.exchange import Exchange
 from streamtools.message import ErrorDetails, Message
+from streamtools.policy import NAME_LIMIT, REASON_LIMIT, TRACEBACK_LIMIT
 from streamtools.producer import Producer, Receipt
 from streamtools.wire import from_rfc3339
 
@@ -237,11 +238,11 @@ def _error(found: Mapping[str, str], sent: float) -> ErrorDetails | None:
     """Why a PikaBus service failed on it; when, it does not say."""
     if not (queue := found.get("SourceQueue")):
         return None
-    details = found.get("ErrorDetails", "").strip()
-    last = details.rpartition("\n")[2]
+    details = found.get("ErrorDetails", "").strip()[-TRACEBACK_LIMIT:]
+    last = details.rpartition("\n")[2][:REASON_LIMIT]
     return ErrorDetails(
         queue=queue,
-        exception=last.partition(":")[0],
+        exception=last.partition(":")[0][:NAME_LIMIT],
         reason=last.partition(": ")[2] or last,
         traceback=details,
         attempts=_count(found.get("ErrorRetries")),

@@ -112,5 +112,6 @@ def old_pikabus() -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as work:  # a cut-off download is no cache
             subprocess.run([*pip, "-q", "--target", f"{work}/new", *OLD], check=True, timeout=300)
-            os.rename(f"{work}/new", place)
+            if not place.exists():  # two may do it at once
+                os.rename(f"{work}/new", place)
     return place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import pytest
@@ -178,6 +179,31 @@ async def test_what_fails_at_pikabus_goes_into_the_error_queue_that_we_made(
             )
             assert error.attempts == 2
             await failed.ack()
+
+
+async def test_old_and_new_processes_share_one_queue_and_count_failures_together(
+    start_peer: StartPeer, rabbitmq_vhost: RabbitMQAddress
+) -> None:
+    # PikaBus gives up after 2 runs, the bus after 4.
+    bus, kept = make_bus(rabbitmq_vhost.url, retry=Retry(retries=3, delay=0.1))
+    async with start_peer(rabbitmq_vhost.url, "ours", "orders.*") as peer, bus:
+        for number in range(20):
+            await bus.send({"id": number}, to="ours")
+        for number in range(4):
+            await bus.send({"fail": str(number)}, to="ours")
+        failed = []
+        while len(failed) < 4:
+            failed += await bus.receive("error", 4, timeout=PATIENCE)
+        for delivery in failed:
+            await delivery.ack()
+
+        both = [each["received"] for each in peer.received] + [json.loads(message.body) for message in kept.messages]
+        assert sorted(payload["id"] for payload in both if "id" in payload) == list(range(20))
+        for delivery in failed:
+            error = delivery.message.error
+            runs = both.count(json.loads(delivery.message.body))
+            assert error is not None and (error.queue, error.attempts) == ("ours", runs)
+            assert 2 <= runs <= 4
 
 
 async def test_an_error_queue_that_pikabus_made_is_used_as_it_is(
