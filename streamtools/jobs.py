@@ -217,8 +217,8 @@ async def receive_message(
     """Receive the messages of one queue, which is made if it is missing.
 
     Without a callback: wait for the first message, and return it with all that is there, 1,000 at most. They are
-    acknowledged as the list is returned: what happens to them then is the caller's. A callback loses
-    nothing: each message is acknowledged when it has returned; one that raises has the message run again, five
+    acknowledged as the list is returned: what becomes of them then is the caller's, who must not cancel the call
+    at that moment. A callback loses nothing: each message is acknowledged when it has returned; one that raises has the message run again, five
     times with growing delays, and then moved to the error queue, as is a body that is no JobMessage.
 
     Parameters:

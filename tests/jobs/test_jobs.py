@@ -110,6 +110,16 @@ async def test_what_was_sent_is_received_in_order_once(url: str) -> None:
     assert await receive_message(queue_name=HERE, max_wait_time=0.1, url=url) == []
 
 
+async def test_one_call_returns_a_thousand_at_most(durable_url: str) -> None:
+    async with Producer(HERE, url=durable_url) as producer:
+        await producer.send_many([JobMessage(**FIELDS, data={"n": n}) for n in range(1100)])
+
+    async with connect(durable_url) as q:
+        lists = [await q.receive_message(HERE, 30), await q.receive_message(HERE, 30)]
+    assert [len(each) for each in lists] == [1000, 100]
+    assert [message.data["n"] for each in lists for message in each] == list(range(1100))
+
+
 async def test_zero_waits_for_the_first_message(url: str) -> None:
     waiting = asyncio.create_task(receive_message(HERE, 0, url=url))
     done, _ = await asyncio.wait({waiting}, timeout=0.5)
