@@ -243,14 +243,17 @@ class Producer(Endpoint):
         *,
         delay: float | None,
         ttl: float | None,
-        **fields: str | None,
+        type: str | None = None,  # noqa: A002
+        key: str | None = None,
+        correlation_id: str | None = None,
+        reply_to: str | None = None,
     ) -> Message:
         if delay and not self.features.delay:
             raise FeatureError(
                 f"{self.protocol!r} holds no message back: leave delay= away, or send it later yourself."
             )
         body, content_type = codec.encode(payload)
-        check_texts({"id": id, **fields})
+        check_texts({"id": id, "type": type, "key": key, "correlation_id": correlation_id, "reply_to": reply_to})
         now = time.time()
         return Message(
             body=body,
@@ -262,7 +265,10 @@ class Producer(Endpoint):
             headers=check_headers(headers) if headers else NO_HEADERS,
             deliver_at=None if not delay else now + check_seconds("delay", delay),
             expires_at=None if ttl is None else now + check_seconds("ttl", ttl),
-            **fields,  # type: ignore[arg-type]
+            type=type,
+            key=key,
+            correlation_id=correlation_id,
+            reply_to=reply_to,
         )
 
     async def _deliver(self, batch: Sequence[Message], options: Any) -> list[Receipt]:

@@ -1,0 +1,44 @@
+"""A message is a frozen dataclass, made by an `__init__` of its own."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
+
+import pytest
+
+from streamtools import Message
+from streamtools.message import NO_HEADERS
+
+
+def test_every_field_is_what_was_given_or_its_default() -> None:
+    given = {field.name: object() for field in fields(Message)}
+    made = Message(**given)
+    assert {name: getattr(made, name) for name in given} == given
+    plain = Message(body=b"", queue="orders", id="1")
+    for field in fields(Message):
+        if field.name == "headers":
+            assert plain.headers is NO_HEADERS
+        elif field.name not in ("body", "queue", "id"):
+            assert getattr(plain, field.name) == field.default
+
+
+@pytest.mark.parametrize("wrong", [{"body": b"", "queue": "orders"}, {"body": b"", "queue": "o", "id": "1", "x": 1}])
+def test_a_field_too_few_or_too_many_is_an_error_that_names_it(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"Message\.__init__\(\).*'(id|x)'"):
+        Message(**wrong)
+
+
+def test_it_is_frozen_compared_by_value_and_copied_whole() -> None:
+    message = Message(body=b"1", queue="orders", id="1", headers={"a": "b"}, attempt=2)
+    with pytest.raises(FrozenInstanceError):
+        message.attempt = 3  # type: ignore[misc]
+    assert copy.copy(message) == message == replace(message) == pickle.loads(pickle.dumps(message))  # noqa: S301
+    assert replace(message, key="k").key == "k" and replace(message, key="k").headers == {"a": "b"}
+
+
+def test_its_signature_names_every_field() -> None:
+    assert list(inspect.signature(Message).parameters) == [field.name for field in fields(Message)]
