@@ -218,8 +218,10 @@ async def receive_message(
 
     Without a callback: wait for the first message, and return it with all that is there, 1,000 at most. They are
     acknowledged as the list is returned: what becomes of them then is the caller's, who must not cancel the call
-    at that moment. A callback loses nothing: each message is acknowledged when it has returned; one that raises has the message run again, five
-    times with growing delays, and then moved to the error queue, as is a body that is no JobMessage.
+    at that moment.
+
+    A callback loses nothing: each message is acknowledged when it has returned. One that raises has its message run
+    again, five times with growing delays, and then moved to the error queue, as is a body that is no JobMessage.
 
     Parameters:
         queue_name: the queue, a str or a member of a `QueueName`.
