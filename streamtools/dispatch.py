@@ -157,7 +157,7 @@ class Dispatcher:
         return Settlement(delivery, verdict, error=error)
 
     def _copy(self, message: Message, verdict: Verdict, error: BaseException | None) -> Message:
-        details = self._details(message, error if error is not None else verdict.reason)
+        details = self._details(message, error, verdict.reason)
         if verdict.kind is Kind.RETRY:
             return retry_copy(message, details, verdict.delay)
         copy = error_copy(message, details, self._error_queue)
@@ -165,12 +165,12 @@ class Dispatcher:
             return copy.replace(deliver_at=time.time() + self._retry.max_delay)
         return copy
 
-    def _details(self, message: Message, error: BaseException | str) -> ErrorDetails:
+    def _details(self, message: Message, error: BaseException | None, reason: str = "") -> ErrorDetails:
         if message.error is not None and self._error_queue.replace("{queue}", message.queue) == message.queue:
             # The error queue's own consumer failed. What brought the message here, and where a redrive
             # takes it, stands in its details: they are not to be lost by looking at it.
             return message.error
-        return describe(message, error, self._name)
+        return describe(message, error, self._name, reason=reason)
 
     def _poison(self, delivery: Delivery) -> Settlement:
         error = HandlerError(

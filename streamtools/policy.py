@@ -95,7 +95,7 @@ class Retry:
         if (policy := self.of(error)) is not self:
             return policy.decide(error, attempt)
         if self.retries is not None and attempt > self.retries:
-            return Verdict.reject(f"failed {attempt} time{'s' if attempt > 1 else ''}")
+            return Verdict.reject()
         # A subclass may have forgotten to call its base.
         chosen = getattr(error, "delay", None) if isinstance(error, RetryLater) else None
         return Verdict.retry(self.after(attempt) if chosen is None else chosen)
@@ -133,21 +133,22 @@ def backoff_within(attempt: int, left: float) -> float | None:
     return left / 2 if left > LAST else None
 
 
-def describe(message: Message, error: BaseException | str, handler: str = "") -> ErrorDetails:
+def describe(message: Message, error: BaseException | None, handler: str = "", *, reason: str = "") -> ErrorDetails:
     """Why `message` failed, shortened to what travels everywhere.
 
     Parameters:
-        error: the exception, or the reason alone where there was none.
+        error: the exception, where there was one.
+        reason: what the verdict says; the exception's own text when empty.
     """
     now = time.time()
     before = message.error
     first = before.first_failed if before is not None and before.queue == message.queue else now
-    raised = isinstance(error, BaseException)
+    raised = error is not None
     return ErrorDetails(
         queue=_head(message.queue, NAME_LIMIT),
         handler=_head(handler, NAME_LIMIT),
         exception=_head(_class_name(error), NAME_LIMIT) if raised else "",
-        reason=_head(text_of(error), REASON_LIMIT),
+        reason=_head(reason or (text_of(error) if raised else ""), REASON_LIMIT),
         traceback=_tail(_format(error), TRACEBACK_LIMIT) if raised else "",
         attempts=message.attempt,
         first_failed=first,

@@ -209,7 +209,7 @@ class BusDispatch:
         message = settlement.delivery.message
         if settlement.verdict.kind is not Kind.REJECT or message.intent != "request" or message.reply_to is None:
             return
-        why = describe(message, settlement.error or settlement.verdict.reason)
+        why = describe(message, settlement.error, reason=settlement.verdict.reason)
         reply = self._composer.reply(message, Failure(why.exception, why.reason), type=FAILURE)
         try:
             if self._together:

@@ -156,6 +156,16 @@ async def test_where_an_error_handler_returns_no_verdict_the_policy_decides(answ
     assert settlement.verdict.kind is Kind.REJECT
 
 
+async def test_the_reason_that_an_error_handler_gives_is_kept_beside_the_error() -> None:
+    async def decide(message: Message, error: BaseException, attempt: int) -> Any:
+        return Verdict.reject("the card is refused")
+
+    [copy] = (await dispatcher(raising(ValueError("402")), on_error=decide)(delivery())).outgoing
+    assert copy.error is not None
+    assert (copy.error.reason, copy.error.exception) == ("the card is refused", "ValueError")
+    assert "ValueError: 402" in copy.error.traceback
+
+
 async def test_what_a_handler_makes_of_our_cancellation_is_no_failure_of_its_message() -> None:
     entered = asyncio.Event()
 
