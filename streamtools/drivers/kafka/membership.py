@@ -36,6 +36,8 @@ REJOIN: Final = 10.0
 ABANDONED: Final = 1.0
 #: Seconds between two looks for new topics and partitions.
 METADATA_AGE: Final = 30.0
+#: The metadata of the commit with which a member begins that was told where: others may be beginning, too.
+BEGUN: Final = "begun"
 #: The library would leave the group when nobody asks it for records for so long; handlers may take longer.
 FOREVER_MS: Final = 2**31 - 1
 
@@ -180,7 +182,7 @@ class Membership:
             self.consumer.seek(partition, offset)
         if starts and self._chooses_start:
             # So that a member that dies before its first commit does not begin anew, and later.
-            await self.consumer.commit({p: OffsetAndMetadata(offset, "") for p, offset in starts.items()})
+            await self.consumer.commit({p: OffsetAndMetadata(offset, BEGUN) for p, offset in starts.items()})
         self.tracks = tracks
         self.consumer.resume(*assigned)
 
@@ -221,7 +223,20 @@ class Membership:
             return starts | {p: found[p].offset if found[p] is not None else ends[p] for p in chosen}
         if terms.start_offset is not None:
             return starts | {p: min(max(terms.start_offset, starts[p]), ends[p]) for p in chosen}
-        return starts | ends
+        old = await self._begun_before(chosen)
+        return starts | {p: offset for p, offset in ends.items() if p.topic not in old}
+
+    async def _begun_before(self, partitions: list[TopicPartition]) -> set[str]:
+        """Topics of which the group has others already: a partition without a commit was added since.
+
+        What it holds was sent to the group while nobody had noticed, and must not be passed over.
+        """
+        siblings = [
+            TopicPartition(topic, number)
+            for topic in {p.topic for p in partitions}
+            for number in self.consumer.partitions_for_topic(topic) or ()
+        ]
+        return {p.topic for p, at in (await self._read_committed(siblings)).items() if at.metadata != BEGUN}
 
     # --- going ------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from streamtools import ConfigurationError, Message, QueueError, Retry
-from streamtools.drivers.kafka import KafkaConsumer
+from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer
 from streamtools.drivers.kafka.offsets import decode
 from streamtools.drivers.kafka.tiers import TIERS
 from streamtools.testing import eventually
@@ -370,6 +370,27 @@ async def test_a_new_group_begins_where_it_is_told(producer: MakeProducer, runni
     again = await KafkaConsumer(queue, url=sender.settings, group="a", start_offset=0).open()
     assert await again.receive(timeout=0.5) == [], "only a new group is told where to begin"
     await again.close()
+
+
+async def test_a_partition_that_is_added_is_read_from_its_beginning_though_the_group_began_with_the_latest(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamtools.drivers.kafka.membership.METADATA_AGE", 0.5)
+    seen: list[str] = []
+
+    async def handle(msg: str) -> None:
+        seen.append(msg)
+
+    sender = await producer()
+    await sender.send("old")
+    async with running(handle, offset="latest"):
+        await sender.send("new")
+        await eventually(lambda: _committed(kafka, queue, 2, []))
+        async with KafkaAdmin(url=kafka.url) as admin:
+            await admin.alter(queue, partitions=2)
+        await (await producer()).send("added", partition=1)
+        await eventually(lambda: "added" in seen)
+    assert seen == ["new", "added"]
 
 
 # --- looking ----------------------------------------------------------------------------------------
