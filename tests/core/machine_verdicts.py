@@ -174,6 +174,28 @@ class Machine(Queues):
         """What waits is gone; what is in hand stays there."""
         assert self.run(self.admin.purge(queue)) == self.model.purge(queue)
 
+    @rule(data=st.data(), queue=st.sampled_from(QUEUES))
+    def take_back(self, data: st.DataObject, queue: str) -> None:
+        """A message that is not due yet is gone for every group; any other stays."""
+        waiting = [entry for lane in self.model.topics[queue] for entry in lane.entries]
+        if waiting:
+            id = waiting[data.draw(st.integers(0, len(waiting) - 1))].id
+            assert self.run(self.admin.cancel(queue, id)) == self.model.take_back(queue, id)
+
+    @rule(queue=st.sampled_from(QUEUES))
+    def delete(self, queue: str) -> None:
+        """Everything in it is gone, in hand or not; and it can be made anew."""
+        self.run(self.admin.delete(queue))
+        self.run(self.admin.create(queue))
+        self.model.delete(queue)
+        for reader in self.readers:
+            if reader.lane.queue == queue:
+                self.stale += reader.holds
+                reader.holds, reader.suspect = [], None
+                self.run(reader.consumer.close())
+                self.run(reader.consumer.open())
+                reader.lane = self.model.join(queue, reader.consumer.group, latest=reader.consumer.offset == "latest")
+
     @rule(queue=st.sampled_from(QUEUES), limit=st.integers(1, 20))
     def peek(self, queue: str, limit: int) -> None:
         """The first that wait, whole, left where they are."""

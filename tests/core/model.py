@@ -155,7 +155,7 @@ class Model:
             self.take(lane, [entry])
             goal = target or (entry.error or ("", "", 0))[0]
             back = lane if goal == queue else entry.origin
-            back = back if back is not None and back.queue == goal else None
+            back = back if back in self.topics[goal] else None
             fresh = replace(entry, attempt=1, due=0, expires=None, error=None, count=0, origin=None)
             self.publish(goal, fresh, back)
         return len(moved)
@@ -166,6 +166,22 @@ class Model:
         for lane in self.topics[queue]:
             lane.entries.clear()
         return number
+
+    def take_back(self, queue: str, id: str) -> bool:
+        """Forget a delayed message; False when it is due, or not there."""
+        found = [
+            (lane, entry)
+            for lane in self.topics[queue]
+            for entry in lane.entries
+            if entry.id == id and entry.due > self.now
+        ]
+        for lane, entry in found:
+            self.take(lane, [entry])
+        return bool(found)
+
+    def delete(self, queue: str) -> None:
+        """Forget a queue, all that is in it, and who read it."""
+        self.topics[queue] = Topic({None: Lane(queue)})
 
     def advance(self, seconds: int) -> None:
         """Time passes, and delayed messages become due."""

@@ -134,7 +134,8 @@ def unbind(tables: Tables, arguments: Sequence[tuple[str, Binding]]) -> list[boo
 
 def cancel(tables: Tables, arguments: Sequence[tuple[str, str]]) -> list[bool | None]:
     """Forget delayed messages by id; whether each was there, None where its queue is missing."""
-    return [tables.cancel(queue, id) if tables.has_queue(queue) else None for queue, id in arguments]
+    now = time.time()
+    return [tables.cancel(queue, id, now) if tables.has_queue(queue) else None for queue, id in arguments]
 
 
 def numbers(tables: Tables, arguments: Sequence[str]) -> list[tuple[int, int, int, float | None] | None]:

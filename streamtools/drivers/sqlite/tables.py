@@ -175,12 +175,12 @@ class Tables:
         )
         self._changed_lanes()
 
-    def cancel(self, queue: str, id: str) -> bool:  # noqa: A002 - the field's name
+    def cancel(self, queue: str, id: str, now: float) -> bool:  # noqa: A002 - the field's name
         """Forget a message that is not due yet; False when there is none of this id."""
-        given = {"lanes": to_json(self.lanes(queue)).decode(), "id": id}
+        given = {"lanes": to_json(self.lanes(queue)).decode(), "id": id, "now": now}
         found = self.value(
             "SELECT json_group_array(m.id) FROM json_each(:lanes) n JOIN later l ON l.lane = n.value "
-            "CROSS JOIN messages m ON m.id = l.id WHERE json_extract(m.meta, '$.id') = :id",
+            "CROSS JOIN messages m ON m.id = l.id WHERE l.due > :now AND json_extract(m.meta, '$.id') = :id",
             given,
         )
         self.run(f"DELETE FROM messages WHERE id IN {_IDS}", {"ids": found})

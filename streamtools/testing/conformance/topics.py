@@ -154,7 +154,7 @@ class TopicCases(Cases):
     @needs("cancel", "admin", "delay")
     async def test_a_delayed_message_can_be_taken_back(self, stage: Stage) -> None:
         producer, admin = await stage.producer(), await stage.admin()
-        receipts = [await producer.send(n, delay=0.3) for n in range(3)]
+        receipts = [await producer.send(n, delay=delay) for n, delay in enumerate((0.1, 3600, 0.1))]
         assert await admin.cancel(stage.queue, receipts[1].id)
         assert not await admin.cancel(stage.queue, receipts[1].id)
         got = await stage.take(await stage.consumer(), 2)
@@ -164,6 +164,19 @@ class TopicCases(Cases):
             await delivery.ack()
         with pytest.raises(QueueError):
             await admin.cancel(f"{stage.queue}-missing", "1")
+
+    @needs("cancel", "admin", "delay")
+    async def test_a_message_that_is_due_is_not_taken_back_though_nobody_has_it_yet(self, stage: Stage) -> None:
+        producer, admin = await stage.producer(), await stage.admin()
+        receipt = await producer.send("due", delay=0.05)
+
+        async def due() -> bool:
+            return (await admin.stats(stage.queue)).ready == 1
+
+        await eventually(due)
+        assert not await admin.cancel(stage.queue, receipt.id)
+        [delivery] = await stage.take(await stage.consumer(), 1)
+        await delivery.ack()
 
     @needs("admin")
     async def test_taking_back_where_it_cannot_be_is_refused(self, stage: Stage) -> None:
