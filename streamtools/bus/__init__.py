@@ -3,7 +3,8 @@
 contracts.py   what a command or an event is called
 composer.py    what a verb is given, as a message
 outbox.py      what waits for a handler or a transaction to succeed
-bus.py         the verbs
+verbs.py       what is sent, and when it leaves
+bus.py         handlers, subscriptions, receiving, start and stop
 entries.py     handlers by what they handle
 dispatch.py    one delivery to all handlers of its type
 context.py     what a handler knows and sends

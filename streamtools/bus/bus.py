@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
@@ -14,17 +12,18 @@ from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.binding import RESOLVERS, Resolver
 from streamtools.bus import pikabus
-from streamtools.bus.composer import Composer, check_topic, seconds_until
+from streamtools.bus.composer import Composer
 from streamtools.bus.context import MessageContext
-from streamtools.bus.contracts import Command, Contract, Event
-from streamtools.bus.dispatch import BusDispatch, through
-from streamtools.bus.entries import Entries, Entry
-from streamtools.bus.outbox import Outbox, current_outbox, outbox
+from streamtools.bus.contracts import Command, Contract
+from streamtools.bus.dispatch import BusDispatch
+from streamtools.bus.entries import Entries, Entry, Subscription, bindings_of
+from streamtools.bus.outbox import outbox
 from streamtools.bus.pikabus import PikaBus
-from streamtools.bus.requests import Requests, call
+from streamtools.bus.requests import Requests
+from streamtools.bus.verbs import Verbs
 from streamtools.checks import check_choice
 from streamtools.consumer import BoundHandler, Consumer, check_middleware, check_retry
-from streamtools.delivery import Delivery, current
+from streamtools.delivery import Delivery
 from streamtools.dispatch import Dispatcher
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import TOPIC, Binding, Exchange
@@ -42,11 +41,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 #: Options of the bus that its reply queue has too.
 SHARED: Final = ("client_id", "connect_timeout", "error_queue", "error_declare", "error_arguments")
-#: What `subscribe` takes: a topic, or an event whose topic it is.
-Subscription = str | type[Event]
 
 
-class Bus:
+class Bus(Verbs):
     """Sends and receives commands and events.
 
     ```python
@@ -127,7 +124,7 @@ class Bus:
             features=self._sender.features,
             content_type=content_type,
         )
-        self._subscriptions: dict[Binding, None] = dict.fromkeys(_bindings(subscriptions, self._topic))
+        self._subscriptions: dict[Binding, None] = dict.fromkeys(bindings_of(subscriptions, self._topic))
         if self._subscriptions:
             self._composer.need_topics()
             self._own()
@@ -234,183 +231,6 @@ class Bus:
         self._entries.know(command)
         self._composer.route(command, to, exchange)
 
-    # --- verbs ----------------------------------------------------------------------------------
-
-    async def send(
-        self,
-        command: object,
-        to: str | None = None,
-        *,
-        exchange: Exchange | None = None,
-        headers: Mapping[str, str] | None = None,
-        type: str | None = None,  # noqa: A002
-        key: str | None = None,
-        ttl: float | None = None,
-        immediately: bool = False,
-    ) -> Receipt:
-        """Send a command to its one owner.
-
-        Parameters:
-            to: the owner's queue (with an exchange: a routing key); by `route` or by the contract when not given.
-            headers: the user's own, `str -> str`.
-            type: the name of what the payload is, for one without a contract.
-            key: messages of one key keep their order for a bus with `ordered_by="key"`.
-            ttl: seconds after which it is no longer to be handled.
-            immediately: leave now, even within a handler or a transaction.
-
-        Raises:
-            SendError: there is no such queue, or it was not confirmed in time.
-            ConfigurationError: it is an event, or it is not known where it goes.
-        """
-        message = self._composer.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl)
-        return await self._let_go(message, immediately=immediately)
-
-    async def publish(
-        self,
-        event: object,
-        topic: str | None = None,
-        *,
-        exchange: Exchange | None = None,
-        mandatory: bool | None = None,
-        headers: Mapping[str, str] | None = None,
-        type: str | None = None,  # noqa: A002
-        key: str | None = None,
-        ttl: float | None = None,
-        immediately: bool = False,
-    ) -> Receipt:
-        """Publish an event to every queue that subscribed to its topic; parameters as for `send`, and:
-
-        Parameters:
-            topic: the contract's own when not given.
-            exchange: `streamtools.topic` when not given.
-            mandatory: that nobody subscribed is an error; as the bus says when None.
-
-        Raises:
-            SendError: nobody subscribed, or it was not confirmed in time.
-            ConfigurationError: it is a command, or its topic is not known.
-        """
-        must = self.mandatory if mandatory is None else mandatory
-        message = self._composer.event(
-            event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl
-        )
-        return await self._let_go(message, immediately=immediately)
-
-    async def defer(
-        self,
-        command: object,
-        *,
-        delay: timedelta | float | None = None,
-        at: datetime | None = None,
-        to: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        type: str | None = None,  # noqa: A002
-        key: str | None = None,
-        ttl: float | None = None,
-        immediately: bool = False,
-    ) -> Receipt:
-        """Send a command that is not to be handled before its time; parameters as for `send`, and:
-
-        Parameters:
-            delay: seconds, or a timedelta.
-            at: a datetime with its time zone.
-
-        Raises:
-            FeatureError: the protocol holds no message back.
-            SendError: there is no such queue, or it was not confirmed in time.
-            ConfigurationError: neither or both times are given.
-        """
-        delay = seconds_until(delay, at)
-        message = self._composer.command(command, to, None, delay=delay, headers=headers, type=type, key=key, ttl=ttl)
-        return await self._let_go(message, immediately=immediately)
-
-    async def reply(
-        self,
-        payload: object,
-        *,
-        exchange: Exchange | None = None,
-        headers: Mapping[str, str] | None = None,
-        type: str | None = None,  # noqa: A002
-    ) -> Receipt:
-        """Answer the message that this handler has in hand; parameters as for `send`.
-
-        Raises:
-            ConfigurationError: outside a handler, or the message does not say where a reply is to go.
-        """
-        delivery = current.get()
-        if delivery is None:
-            raise ConfigurationError("reply() answers the message being handled, and none is: send() instead.")
-        message = self._composer.reply(delivery.message, payload, exchange=exchange, headers=headers, type=type)
-        if (box := current_outbox()) is not None:
-            box.replied = True
-        return await self._let_go(message, immediately=False)
-
-    async def request(
-        self,
-        command: object,
-        to: str | None = None,
-        *,
-        timeout: float = 5.0,  # noqa: ASYNC109
-        returns: Any = None,
-        exchange: Exchange | None = None,
-        headers: Mapping[str, str] | None = None,
-        type: str | None = None,  # noqa: A002
-    ) -> Any:
-        """Send a command at once and wait for what its handler replies or returns; parameters as for `send`, and:
-
-        Parameters:
-            timeout: seconds; a request that is not handled by then is dropped.
-            returns: what the reply is validated into; a contract known to this bus, else plain data, when None.
-
-        Raises:
-            RequestTimeout: no reply came in time.
-            RemoteError: the handler failed for good.
-            SendError: there is no such queue.
-        """
-        message = self._composer.command(
-            command, to, exchange, intent="request", headers=headers, type=type, ttl=timeout
-        )
-        if self._sender.features.reply:
-            reply = await call(message, timeout, self._send_all)
-        else:
-            reply = await self._requests.ask(message, timeout, self._send_now)
-        if returns is None:
-            returns = self._entries.contract(reply.type) or Any
-        return _decoder(returns)(reply)
-
-    async def cancel(self, receipt: Receipt) -> bool:
-        """Take back a deferred message; False when it is due already, or unknown.
-
-        Raises:
-            FeatureError: the protocol does not let it be taken back.
-        """
-        return await (await self._get_admin()).cancel(receipt.queue, receipt.id)
-
-    # --- transactions ---------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Self]:
-        """What is sent in this block leaves at its end, in order, in one confirmed batch; nothing on an error.
-
-        It belongs to the task that opened it. Inside a handler, or another transaction, it leaves with that.
-
-        Raises:
-            SendError: some were not taken; the others are held.
-        """
-        around = current_outbox()
-        box = around.nested() if around is not None else Outbox(self._send_all, self._composer.new_id)
-        token = outbox.set(box)
-        try:
-            yield self
-        finally:
-            box.open = False
-            outbox.reset(token)
-        if around is not None:
-            around.take(box)
-        else:
-            if box.messages:
-                await self._send_all(box.messages)
-            await box.send_others()
-
     # --- subscriptions --------------------------------------------------------------------------
 
     async def subscribe(
@@ -427,7 +247,7 @@ class Bus:
             QueueError: there is no such queue.
         """
         self._composer.need_topics()
-        bindings = _bindings(topics, exchange or self._topic)
+        bindings = bindings_of(topics, exchange or self._topic)
         if queue in (None, self.queue) and self._runner is None:
             await self.declare()
         admin = await self._get_admin()
@@ -445,7 +265,7 @@ class Bus:
             ConfigurationError: as for `subscribe`.
         """
         self._composer.need_topics()
-        bindings = _bindings(topics, exchange or self._topic)
+        bindings = bindings_of(topics, exchange or self._topic)
         admin = await self._get_admin()
         for binding in bindings:
             await admin.unbind(queue or self._own(), binding.topic, binding.exchange)
@@ -468,6 +288,14 @@ class Bus:
             await admin.create(self._own(), **{n: v for n, v in self._options.items() if n in QUEUE_OPTIONS})
         for binding in self._bindings():
             await admin.bind(self._own(), binding.topic, binding.exchange)
+
+    async def cancel(self, receipt: Receipt) -> bool:
+        """Take back a deferred message; False when it is due already, or unknown.
+
+        Raises:
+            FeatureError: the protocol does not let it be taken back.
+        """
+        return await (await self._get_admin()).cancel(receipt.queue, receipt.id)
 
     # --- receiving by hand ----------------------------------------------------------------------
 
@@ -583,20 +411,6 @@ class Bus:
             holds=self._style is not None and consumer.features.delay,
         )
 
-    # --- the way of a message -------------------------------------------------------------------
-
-    async def _let_go(self, message: Message, *, immediately: bool) -> Receipt:
-        if not immediately and (box := current_outbox()) is not None:
-            return await box.add(message, self._send_all)
-        await self._send_now(message)
-        return Receipt(message.id, message.queue)
-
-    async def _send_now(self, message: Message) -> None:
-        await self._send_all([message])
-
-    async def _send_all(self, messages: Sequence[Message]) -> list[Receipt]:
-        return await self._sender.send_messages(await through(messages, self.outgoing))
-
     def _resolvers(self) -> dict[type, Resolver]:
         def context(message: Message) -> MessageContext:
             return MessageContext(message, self._composer, outbox.get(), mandatory=self.mandatory)
@@ -666,29 +480,5 @@ class BusLoop(BoundHandler):
         return f"<loop of {self.bus!r}>"
 
 
-def _bindings(topics: Iterable[Subscription] | Subscription, exchange: Exchange) -> list[Binding]:
-    topics = [topics] if isinstance(topics, str | type) else list(topics)  # one alone is easily written
-    if not topics and exchange.type == "fanout":
-        return [Binding("", exchange)]
-    return [Binding(_topic(topic), exchange) for topic in topics]
-
-
-@lru_cache(maxsize=256)
-def _decoder(returns: Any) -> codec.Decoder:
-    return codec.decoder(returns)
-
-
 def _constant(value: Any) -> Resolver:
     return lambda _: value
-
-
-def _topic(topic: object) -> str:
-    if isinstance(topic, str):
-        return check_topic(topic)
-    if isinstance(topic, type) and issubclass(topic, Event):
-        return topic.__terms__.topic
-    if isinstance(topic, type) and issubclass(topic, Command):
-        raise ConfigurationError(
-            f"{topic.__name__} is a command, which is not subscribed to: send() brings it to its owner's queue."
-        )
-    raise ConfigurationError(f"{topic!r} is neither a topic nor an Event.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast, get_type_hints
 
 from streamtools.binding import name_of, payload_type
+from streamtools.bus.composer import check_topic
 from streamtools.bus.contracts import Command, Contract, Event, contracts_in
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import TOPIC, Binding, Exchange
@@ -16,6 +17,10 @@ from streamtools.policy import Retry
 
 #: Annotations of a first parameter that takes whatever has no typed handler.
 CATCH_ALL: Final = (dict, bytes, Message, Any, object)
+
+
+#: What `subscribe` takes: a topic, or an event whose topic it is.
+Subscription = str | type[Event]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,3 +216,27 @@ def _same(one: type[Contract], other: type[Contract]) -> bool:
 
 def _where(contract: type) -> str:
     return f"{contract.__module__}.{contract.__qualname__}"
+
+
+def bindings_of(topics: Iterable[Subscription] | Subscription, exchange: Exchange) -> list[Binding]:
+    """The bindings of what `subscribe` was given.
+
+    Raises:
+        ConfigurationError: neither a topic nor an event.
+    """
+    topics = [topics] if isinstance(topics, str | type) else list(topics)  # one alone is easily written
+    if not topics and exchange.type == "fanout":
+        return [Binding("", exchange)]
+    return [Binding(_topic(topic), exchange) for topic in topics]
+
+
+def _topic(topic: object) -> str:
+    if isinstance(topic, str):
+        return check_topic(topic)
+    if isinstance(topic, type) and issubclass(topic, Event):
+        return topic.__terms__.topic
+    if isinstance(topic, type) and issubclass(topic, Command):
+        raise ConfigurationError(
+            f"{topic.__name__} is a command, which is not subscribed to: send() brings it to its owner's queue."
+        )
+    raise ConfigurationError(f"{topic!r} is neither a topic nor an Event.")

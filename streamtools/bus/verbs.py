@@ -1,0 +1,224 @@
+"""Verbs: what a bus sends, and when it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Any, Self
+
+from streamtools import codec
+from streamtools.bus.composer import Composer, seconds_until
+from streamtools.bus.dispatch import through
+from streamtools.bus.entries import Entries
+from streamtools.bus.outbox import Outbox, current_outbox, outbox
+from streamtools.bus.requests import Requests, call
+from streamtools.delivery import current
+from streamtools.errors import ConfigurationError
+from streamtools.exchange import Exchange
+from streamtools.message import Message
+from streamtools.producer import Producer, Receipt
+from streamtools.types import Middleware
+
+
+class Verbs:
+    """Sends, publishes, defers, replies and requests: within a handler or a transaction when that has succeeded.
+
+    Attributes:
+        mandatory: publishing what nobody subscribed to is an error.
+        outgoing: middleware for everything that is sent, outermost first; add, reorder, replace.
+    """
+
+    mandatory: bool
+    outgoing: list[Middleware]
+    _composer: Composer
+    _entries: Entries
+    _requests: Requests
+    _sender: Producer
+
+    async def send(
+        self,
+        command: object,
+        to: str | None = None,
+        *,
+        exchange: Exchange | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+        key: str | None = None,
+        ttl: float | None = None,
+        immediately: bool = False,
+    ) -> Receipt:
+        """Send a command to its one owner.
+
+        Parameters:
+            to: the owner's queue (with an exchange: a routing key); by `route` or by the contract when not given.
+            headers: the user's own, `str -> str`.
+            type: the name of what the payload is, for one without a contract.
+            key: messages of one key keep their order for a bus with `ordered_by="key"`.
+            ttl: seconds after which it is no longer to be handled.
+            immediately: leave now, even within a handler or a transaction.
+
+        Raises:
+            SendError: there is no such queue, or it was not confirmed in time.
+            ConfigurationError: it is an event, or it is not known where it goes.
+        """
+        message = self._composer.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl)
+        return await self._let_go(message, immediately=immediately)
+
+    async def publish(
+        self,
+        event: object,
+        topic: str | None = None,
+        *,
+        exchange: Exchange | None = None,
+        mandatory: bool | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+        key: str | None = None,
+        ttl: float | None = None,
+        immediately: bool = False,
+    ) -> Receipt:
+        """Publish an event to every queue that subscribed to its topic; parameters as for `send`, and:
+
+        Parameters:
+            topic: the contract's own when not given.
+            exchange: `streamtools.topic` when not given.
+            mandatory: that nobody subscribed is an error; as the bus says when None.
+
+        Raises:
+            SendError: nobody subscribed, or it was not confirmed in time.
+            ConfigurationError: it is a command, or its topic is not known.
+        """
+        must = self.mandatory if mandatory is None else mandatory
+        message = self._composer.event(
+            event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl
+        )
+        return await self._let_go(message, immediately=immediately)
+
+    async def defer(
+        self,
+        command: object,
+        *,
+        delay: timedelta | float | None = None,
+        at: datetime | None = None,
+        to: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+        key: str | None = None,
+        ttl: float | None = None,
+        immediately: bool = False,
+    ) -> Receipt:
+        """Send a command that is not to be handled before its time; parameters as for `send`, and:
+
+        Parameters:
+            delay: seconds, or a timedelta.
+            at: a datetime with its time zone.
+
+        Raises:
+            FeatureError: the protocol holds no message back.
+            SendError: there is no such queue, or it was not confirmed in time.
+            ConfigurationError: neither or both times are given.
+        """
+        delay = seconds_until(delay, at)
+        message = self._composer.command(command, to, None, delay=delay, headers=headers, type=type, key=key, ttl=ttl)
+        return await self._let_go(message, immediately=immediately)
+
+    async def reply(
+        self,
+        payload: object,
+        *,
+        exchange: Exchange | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+    ) -> Receipt:
+        """Answer the message that this handler has in hand; parameters as for `send`.
+
+        Raises:
+            ConfigurationError: outside a handler, or the message does not say where a reply is to go.
+        """
+        delivery = current.get()
+        if delivery is None:
+            raise ConfigurationError("reply() answers the message being handled, and none is: send() instead.")
+        message = self._composer.reply(delivery.message, payload, exchange=exchange, headers=headers, type=type)
+        if (box := current_outbox()) is not None:
+            box.replied = True
+        return await self._let_go(message, immediately=False)
+
+    async def request(
+        self,
+        command: object,
+        to: str | None = None,
+        *,
+        timeout: float = 5.0,  # noqa: ASYNC109
+        returns: Any = None,
+        exchange: Exchange | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+    ) -> Any:
+        """Send a command at once and wait for what its handler replies or returns; parameters as for `send`, and:
+
+        Parameters:
+            timeout: seconds; a request that is not handled by then is dropped.
+            returns: what the reply is validated into; a contract known to this bus, else plain data, when None.
+
+        Raises:
+            RequestTimeout: no reply came in time.
+            RemoteError: the handler failed for good.
+            SendError: there is no such queue.
+        """
+        message = self._composer.command(
+            command, to, exchange, intent="request", headers=headers, type=type, ttl=timeout
+        )
+        if self._sender.features.reply:
+            reply = await call(message, timeout, self._send_all)
+        else:
+            reply = await self._requests.ask(message, timeout, self._send_now)
+        if returns is None:
+            returns = self._entries.contract(reply.type) or Any
+        return _decoder(returns)(reply)
+
+    # --- transactions ---------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Self]:
+        """What is sent in this block leaves at its end, in order, in one confirmed batch; nothing on an error.
+
+        It belongs to the task that opened it. Inside a handler, or another transaction, it leaves with that.
+
+        Raises:
+            SendError: some were not taken; the others are held.
+        """
+        around = current_outbox()
+        box = around.nested() if around is not None else Outbox(self._send_all, self._composer.new_id)
+        token = outbox.set(box)
+        try:
+            yield self
+        finally:
+            box.open = False
+            outbox.reset(token)
+        if around is not None:
+            around.take(box)
+        else:
+            if box.messages:
+                await self._send_all(box.messages)
+            await box.send_others()
+
+    # --- the way of a message -------------------------------------------------------------------
+
+    async def _let_go(self, message: Message, *, immediately: bool) -> Receipt:
+        if not immediately and (box := current_outbox()) is not None:
+            return await box.add(message, self._send_all)
+        await self._send_now(message)
+        return Receipt(message.id, message.queue)
+
+    async def _send_now(self, message: Message) -> None:
+        await self._send_all([message])
+
+    async def _send_all(self, messages: Sequence[Message]) -> list[Receipt]:
+        return await self._sender.send_messages(await through(messages, self.outgoing))
+
+
+@lru_cache(maxsize=256)
+def _decoder(returns: Any) -> codec.Decoder:
+    return codec.decoder(returns)
