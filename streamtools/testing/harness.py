@@ -55,7 +55,7 @@ class Harness:
     """
 
     def __init__(self, *sources: ConsumerFactory | Route, delays: bool = False, timeout: float = TIMEOUT) -> None:
-        routes = [route for s in sources for route in (s.handlers if isinstance(s, ConsumerFactory) else [s])]
+        routes = [route for source in sources for route in _routes(source)]
         self._url = f"asyncio://harness-{next(_names)}"
         self._delays = delays
         self._timeout = timeout
@@ -263,6 +263,17 @@ class _AtOnce(Retry):
     def decide(self, error: BaseException, attempt: int) -> Verdict:
         verdict = super().decide(error, attempt)
         return Verdict.retry(0) if verdict.kind is Kind.RETRY else verdict
+
+
+def _routes(source: object) -> Sequence[Route]:
+    if isinstance(source, ConsumerFactory):
+        return source.handlers
+    if isinstance(source, Route):
+        return [source]
+    raise ConfigurationError(
+        f"A harness runs factories and routed handlers, and {source!r} is neither. A bus runs in a test without one: "
+        "Bus(..., url='asyncio://')."
+    )
 
 
 def _distinct(routes: Iterable[Route]) -> list[Route]:

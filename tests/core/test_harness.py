@@ -13,6 +13,7 @@ from streamtools import (
     HTTP,
     PRODUCERS,
     RABBITMQ,
+    Bus,
     ConfigurationError,
     ConsumerFactory,
     Delivery,
@@ -237,3 +238,8 @@ async def test_a_routed_method_runs_with_its_object() -> None:
         await running.send("orders", 5)
         await running.settled()
     assert service.seen == [5]
+
+
+def test_what_is_no_handler_is_refused_with_what_to_do_instead() -> None:
+    with pytest.raises(ConfigurationError, match=r"A bus runs in a test without one: Bus\(\.\.\., url='asyncio://'"):
+        Harness(Bus("orders", url="asyncio://"))  # type: ignore[arg-type]
