@@ -19,7 +19,8 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: Options of the built-in protocols' producers and consumers (constructor and decorator).
 QUEUE_OPTIONS: Final = frozenset(
-    {"queue_type", "durable", "exclusive", "auto_delete", "arguments", "error_arguments", "error_declare"}
+    {"queue_type", "durable", "exclusive", "auto_delete", "arguments", "error_queue", "error_arguments"}
+    | {"error_declare"}
     | {"method", "max_body"}
     | {"partitions", "replication", "static_id", "consumer_group", "auto_ack", "exactly_once", "topics", "pattern"}
     | {"start_offset", "start_time", "revoke_timeout"}

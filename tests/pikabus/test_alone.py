@@ -93,11 +93,11 @@ async def test_retries_and_deferred_commands_keep_what_they_are(url: str) -> Non
 
 async def test_what_is_rejected_by_hand_has_the_headers_too(url: str) -> None:
     bus = Bus("orders", url=url, header_style="pikabus")
-    async with bus:
+    async with bus, Bus(url=url) as plain:  # without the style: as it is on the wire
         await bus.send(Place(id=1), to="orders")
         [delivery] = await bus.receive(timeout=PATIENCE)
         await delivery.reject("not today")
-        [failed] = await Bus(url=url).receive("error", timeout=PATIENCE)  # without the style: as it is on the wire
+        [failed] = await plain.receive("error", timeout=PATIENCE)
         await failed.ack()
 
     assert failed.message.headers["PikaBus.SourceQueue"] == "orders"

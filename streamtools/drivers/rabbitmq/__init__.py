@@ -12,6 +12,6 @@ errors      the client's errors become ours
 from streamtools.drivers.rabbitmq.admin import RabbitMQAdmin
 from streamtools.drivers.rabbitmq.consumer import RabbitMQConsumer
 from streamtools.drivers.rabbitmq.producer import RabbitMQProducer
-from streamtools.drivers.rabbitmq.topology import QueueOptions
+from streamtools.drivers.rabbitmq.topology import MakingOptions, QueueOptions
 
-__all__ = ["QueueOptions", "RabbitMQAdmin", "RabbitMQConsumer", "RabbitMQProducer"]
+__all__ = ["MakingOptions", "QueueOptions", "RabbitMQAdmin", "RabbitMQConsumer", "RabbitMQProducer"]

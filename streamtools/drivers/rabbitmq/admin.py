@@ -14,8 +14,7 @@ from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.rabbitmq import errors
 from streamtools.drivers.rabbitmq.consumer import RabbitMQConsumer
 from streamtools.drivers.rabbitmq.link import Link, open_link
-from streamtools.drivers.rabbitmq.producer import ERROR_QUEUE
-from streamtools.drivers.rabbitmq.topology import QueueOptions, Topology, error_queue, missing, work_queue
+from streamtools.drivers.rabbitmq.topology import MakingOptions, Topology, error_queue, missing, work_queue
 from streamtools.errors import ConnectError, StreamToolsError
 from streamtools.exchange import Binding
 from streamtools.options import QUEUE_OPTIONS, read_options
@@ -64,7 +63,7 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
 
     async def _create(self, queue: str, options: dict[str, Any]) -> None:
         declare_options, _ = read_options(
-            QueueOptions,
+            MakingOptions,
             options,
             known=QUEUE_OPTIONS,
             own=frozenset(),
@@ -72,8 +71,9 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
         )
         topology = Topology(await self._get_link())
         declare = True if declare_options.error_declare is None else declare_options.error_declare
-        await topology.declare_error_queue(error_queue(ERROR_QUEUE, declare_options), declare)
-        await topology.declare(work_queue(queue, declare_options, ERROR_QUEUE), True)
+        name = declare_options.error_queue_of(queue)
+        await topology.declare_error_queue(error_queue(name, declare_options), declare)
+        await topology.declare(work_queue(queue, declare_options, name), True)
 
     async def _delete(self, queue: str) -> None:
         await self._stats(queue)

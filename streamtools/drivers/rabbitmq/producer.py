@@ -11,7 +11,7 @@ from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.drivers.rabbitmq.outlet import Outlet
 from streamtools.drivers.rabbitmq.publisher import Limits
 from streamtools.drivers.rabbitmq.topology import (
-    QueueOptions,
+    MakingOptions,
     Topology,
     error_queue,
     work_queue,
@@ -22,18 +22,15 @@ from streamtools.options import Options
 from streamtools.producer import Producer, Receipt
 from streamtools.settings import RabbitMQSettings
 
-#: Where rejected messages go unless a consumer says otherwise; a queue declared by a producer dead-letters to it.
-ERROR_QUEUE = "error"
-
 
 class RabbitMQProducer(Producer, protocol="rabbitmq"):
-    """Sends to RabbitMQ: persistent, mandatory, confirmed. Options: `QueueOptions`."""
+    """Sends to RabbitMQ: persistent, mandatory, confirmed. Options: `MakingOptions`."""
 
     features = FEATURES
     settings_class: ClassVar[type[RabbitMQSettings]] = RabbitMQSettings
-    options_class: ClassVar[type[QueueOptions]] = QueueOptions
+    options_class: ClassVar[type[MakingOptions]] = MakingOptions
     settings: RabbitMQSettings
-    options: QueueOptions
+    options: MakingOptions
     _link: Link | None = None
     _outlet: Outlet | None = None
 
@@ -56,10 +53,11 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
     async def _declare(self, topology: Topology) -> None:
         if self.declare is False:
             return
-        queue = work_queue(self.queue, self.options, ERROR_QUEUE)
+        name = self.options.error_queue_of(self.queue)
+        queue = work_queue(self.queue, self.options, name)
         # What stands is taken as it is, but for what was asked for by name: its consumers say what it should be.
         if self.declare is True and not await topology.exists(self.queue):
-            await topology.declare_error_queue(error_queue(ERROR_QUEUE, self.options), self._error_declare)
+            await topology.declare_error_queue(error_queue(name, self.options), self._error_declare)
         await topology.declare(queue, self.declare)
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal
 
 from aiormq.exceptions import ChannelLockedResource, ChannelNotFoundEntity, ChannelPreconditionFailed
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
 from streamtools.checks import Declare, check_declare
 from streamtools.drivers.rabbitmq import errors
@@ -67,6 +67,28 @@ class QueueOptions(Options):
                     "(-1 drops all on 3.10); write max_deliveries=... on the consumer"
                 )
         return self
+
+
+class MakingOptions(QueueOptions):
+    """Options for making a queue without consuming it.
+
+    Parameters:
+        error_queue: where the broker itself moves what it gives up on: what the queue's consumers have as theirs, a
+            name in which `{queue}` stands for the queue's.
+    """
+
+    error_queue: str = "error"
+
+    @field_validator("error_queue")
+    @classmethod
+    def _is_template(cls, value: str) -> str:
+        if not value or "{" in value.replace("{queue}", ""):
+            raise ValueError("a name, in which only {queue} is replaced")
+        return value
+
+    def error_queue_of(self, queue: str) -> str:
+        """The name of this queue's error queue."""
+        return self.error_queue.replace("{queue}", queue)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,8 @@ import pytest
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelNotFoundEntity
 
-from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
+from streamtools import Bus
+from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
 from streamtools.errors import ConfigurationError, QueueError
 from tests.brokers.address import RabbitMQAddress
 from tests.drivers.rabbitmq.conftest import take
@@ -106,6 +107,29 @@ async def test_the_error_queue_has_options_of_its_own(consumer: Any, rabbitmq_vh
     queues = _queues(rabbitmq_vhost)
     assert queues["orders.error"]["arguments"]["x-max-length"] == 100
     assert queues["orders"]["arguments"]["x-dead-letter-routing-key"] == "orders.error"
+
+
+async def test_a_queue_is_made_with_the_error_queue_of_its_consumers_to_be(
+    url: str, rabbitmq_vhost: RabbitMQAddress
+) -> None:
+    async with RabbitMQProducer("orders", url=url, error_queue="{queue}.error"):
+        pass
+    async with RabbitMQAdmin(url=url) as admin:
+        await admin.create("invoices", error_queue="invoices.error")
+    bus = Bus("payments", url=url, error_queue="payments.error")
+    await bus.declare()
+    await bus.close()
+
+    queues = _queues(rabbitmq_vhost)
+    for name in ("orders", "invoices", "payments"):
+        assert queues[name]["arguments"]["x-dead-letter-routing-key"] == f"{name}.error"
+        assert f"{name}.error" in queues
+    assert "error" not in queues
+
+
+def test_a_template_of_an_error_queue_knows_the_queue_alone(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="only {queue} is replaced"):
+        RabbitMQProducer("orders", url=url, error_queue="{name}.error")
 
 
 async def test_the_error_queue_can_be_left_undeclared(consumer: Any, foreign: AbstractChannel) -> None:
