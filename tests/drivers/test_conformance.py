@@ -69,6 +69,7 @@ class TestRabbitMQCut(ConnectionCases):
         return fault
 
 
+@pytest.mark.real_kafka("making topics, groups that are shared out")
 class TestKafka(ConformanceSuite):
     protocol = "kafka"
 

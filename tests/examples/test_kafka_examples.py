@@ -30,6 +30,7 @@ def environment(kafka: KafkaAddress) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "KAFKA_HOST": kafka.bootstrap, "HTTP_PORT": port}
 
 
+@pytest.mark.real_kafka("making topics")
 async def test_a_pair_sends_by_http_and_consumes_from_kafka_through_the_bridge(
     environment: dict[str, str], kafka: KafkaAddress, tmp_path: Path
 ) -> None:

@@ -19,6 +19,8 @@ from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.drivers.kafka.conftest import MakeProducer, Running, records
 
+pytestmark = pytest.mark.real_kafka("making topics")
+
 NEVER = Retry(retries=0)
 
 

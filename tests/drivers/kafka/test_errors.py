@@ -13,6 +13,8 @@ from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import group_rows, kafka_tool
 from tests.drivers.kafka.conftest import MakeProducer, Running, records
 
+pytestmark = pytest.mark.real_kafka("making topics")
+
 
 async def make(address: KafkaAddress, topic: str, *, largest: int) -> None:
     """A topic that takes no larger batch than this."""

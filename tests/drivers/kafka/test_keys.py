@@ -6,9 +6,13 @@ import asyncio
 import random
 from collections import defaultdict
 
+import pytest
+
 from streamtools import Message, Retry
 from streamtools.testing import eventually
 from tests.drivers.kafka.conftest import MakeProducer, Running
+
+pytestmark = pytest.mark.real_kafka("making topics")
 
 KEYS = 20
 NUMBER = 2000

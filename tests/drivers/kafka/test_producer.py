@@ -16,6 +16,8 @@ from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import kafka_tool
 from tests.drivers.kafka.conftest import MakeProducer, records
 
+pytestmark = pytest.mark.real_kafka("making topics")
+
 LIMIT = {"max.message.bytes": "3000"}
 
 

@@ -14,6 +14,8 @@ from streamtools import Message
 from streamtools.testing import eventually
 from tests.drivers.kafka.conftest import MakeProducer, Running
 
+pytestmark = pytest.mark.real_kafka("making topics")
+
 NUMBER, KEYS = 10_000, 20
 
 

@@ -15,6 +15,8 @@ from tests.brokers.kafka.address import KafkaAddress
 from tests.drivers.kafka.conftest import MakeProducer, Running, records
 from tests.drivers.kafka.test_producer import limited
 
+pytestmark = pytest.mark.real_kafka("transactions")
+
 
 async def visible(address: KafkaAddress, topic: str) -> list[bytes]:
     return [r.value for r in await records(address, topic, committed=True)]
