@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from streamtools.settings import RabbitMQSettings
+from streamtools.settings import KafkaSettings, RabbitMQSettings
 from streamtools.testing import ConformanceSuite
 from streamtools.testing.conformance import ConnectionCases
 from tests.brokers.address import RabbitMQAddress
+from tests.brokers.kafka import jars
 from tests.brokers.kafka.address import KafkaAddress
+from tests.brokers.kafka.configuration import PROTOCOLS, new_member
+from tests.brokers.kafka.node import KafkaNode
+from tests.brokers.processes import free_ports
+from tests.conftest import IN_CI
 from tests.faults.proxy import Proxy
 
 
@@ -76,3 +81,47 @@ class TestKafka(ConformanceSuite):
     @pytest.fixture
     def url(self, kafka: KafkaAddress) -> str:
         return kafka.url
+
+
+class ProxiedKafka(KafkaNode):
+    """A node that tells its clients to come through a proxy."""
+
+    def __init__(self) -> None:
+        member = new_member(1)
+        #: Where the proxy is to listen.
+        self.proxy_port = free_ports(1)[0]
+        places = {name: member.at(name) for name in PROTOCOLS if name != "CONTROLLER"}
+        places["PLAINTEXT"] = f"127.0.0.1:{self.proxy_port}"
+        told = ",".join(f"{name}://{place}" for name, place in places.items())
+        super().__init__(member=member, config={"advertised.listeners": told})
+
+    def serves(self) -> list[int]:
+        return [self.port if port == self.proxy_port else port for port in super().serves()]
+
+
+@pytest.fixture(scope="module")
+def proxied_kafka() -> Iterator[ProxiedKafka]:
+    if not (IN_CI or jars.is_installed()):
+        pytest.skip("what Kafka needs is not installed. Type: scripts/brokers up")
+    with ProxiedKafka() as node:
+        yield node
+
+
+class TestKafkaCut(ConnectionCases):
+    protocol = "kafka"
+
+    @pytest.fixture
+    async def proxy(self, proxied_kafka: ProxiedKafka) -> AsyncIterator[Proxy]:
+        proxy = Proxy("127.0.0.1", proxied_kafka.port)
+        proxy.port = proxied_kafka.proxy_port
+        async with proxy:
+            yield proxy
+
+    @pytest.fixture
+    def url(self, proxy: Proxy) -> KafkaSettings:
+        return KafkaSettings(host="127.0.0.1", port=proxy.port, session_timeout=3)
+
+    @pytest.fixture(params=["cut", "reset"])
+    def cut(self, proxy: Proxy, request: pytest.FixtureRequest) -> Callable[[], Awaitable[None]]:
+        fault: Callable[[], Awaitable[None]] = getattr(proxy, request.param)
+        return fault

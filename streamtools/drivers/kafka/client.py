@@ -11,6 +11,7 @@ from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.conn import create_conn
 
+from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error, connect_error
 from streamtools.errors import ConfigurationError, ConnectError
 from streamtools.settings import KafkaSettings
@@ -92,9 +93,15 @@ async def started(client: Client, settings: KafkaSettings, *, timeout: float | N
 
 async def stopped(client: Client, *, timeout: float = CLOSE_TIMEOUT) -> None:
     """Stop a client of the library, whatever state it is in, within `timeout` seconds."""
-    with suppress(*CLIENT_ERRORS):  # a TimeoutError is an OSError
+    try:
         async with asyncio.timeout(timeout):
             await client.stop()
+    except CLIENT_ERRORS:  # a TimeoutError is an OSError
+        pass
+    except asyncio.CancelledError:
+        # The library cancels a fetch that waits after an error, and lets that through (seen in 0.14).
+        if asked_to_stop():
+            raise
 
 
 async def abandoned(producer: Any) -> None:
@@ -136,9 +143,9 @@ async def dropped(consumer: Any) -> None:
         task.cancel()
     if left:
         await asyncio.wait(left, timeout=CLOSE_TIMEOUT)
-        with suppress(*CLIENT_ERRORS):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await consumer._client.close()
+    with suppress(*CLIENT_ERRORS):
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await consumer._client.close()
     for task in tasks:
         if task is not None and task.done() and not task.cancelled():
             task.exception()  # looked at: it is reported where it matters

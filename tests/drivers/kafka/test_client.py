@@ -1,0 +1,38 @@
+"""Ending the client library's objects, whatever they do."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from streamtools.drivers.kafka.client import stopped
+
+
+class Stubborn:
+    """Ends by cancelling its caller, as the library does when it is closed in the middle of an error."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None:
+        task = asyncio.create_task(asyncio.sleep(3600))
+        task.cancel()
+        await task
+
+
+class Silent(Stubborn):
+    async def stop(self) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_a_stray_cancellation_in_a_librarys_stop_is_none_of_ours() -> None:
+    await stopped(Stubborn())
+
+
+async def test_a_stop_that_never_ends_is_given_up_and_our_own_cancellation_goes_through() -> None:
+    await stopped(Silent(), timeout=0.01)
+    task = asyncio.create_task(stopped(Silent()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
