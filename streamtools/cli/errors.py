@@ -112,7 +112,9 @@ def redrive(
     def work(admin: QueueAdmin, looked: Progress) -> Awaitable[int]:
         return redrive(admin, queue, where=chosen, target=to, limit=limit, progress=looked)
 
-    _print_done("redriven", queue, _with_bar(url, queue, work), json=json)
+    number = _with_bar(url, queue, work)
+    _print_done("redriven", queue, number, json=json)
+    _say_what_is_missing(ids, queue, number, limit)
 
 
 @errors.command()
@@ -133,6 +135,7 @@ def purge(
     number = _counted(sum(chosen(message) for message in seen), limit)
     if dry_run or not number:
         _print_dry_run("forgotten", seen, chosen, limit, json=json)
+        _say_what_is_missing(ids, queue, number, limit)
         return
     more = " or more" if len(seen) == LOOK else ""
     output.confirm(f"Forget {number:,}{more} failed messages in {queue!r} at {safe_address(url)} for ever?", yes=yes)
@@ -144,7 +147,15 @@ def purge(
             return admin.purge(queue)
         return discard(admin, queue, where=chosen, limit=limit, progress=looked)
 
-    _print_done("forgotten", queue, _with_bar(url, queue, work), json=json)
+    number = _with_bar(url, queue, work)
+    _print_done("forgotten", queue, number, json=json)
+    _say_what_is_missing(ids, queue, number, limit)
+
+
+def _say_what_is_missing(ids: Sequence[str] | None, queue: str, number: int, limit: int | None) -> None:
+    """End with 1 when ids were named that are not there: a script must not take it for done."""
+    if (missing := len(set(ids or ())) - number) > 0 and limit is None:
+        output.fail(f"{queue!r} holds no message that is meant by {missing} of the ids.")
 
 
 def _with_bar(url: str | None, queue: str, work: Callable[[QueueAdmin, Progress], Awaitable[int]]) -> int:

@@ -73,6 +73,13 @@ class TestShow:
         assert "header shop" in result.stdout
         assert "ValueError" in result.stdout
 
+    @pytest.mark.parametrize("command", [("redrive",), ("purge", "--yes"), ("purge", "--dry-run")], ids=" ".join)
+    def test_an_unknown_id_is_nothing_done(self, cli: Cli, command: tuple[str, ...]) -> None:
+        result = cli("errors", command[0], "nobody", *command[1:])
+
+        assert result.exit_code == 1
+        assert "holds no message that is meant by 1 of the ids" in result.stderr
+
     def test_of_an_unknown_id_ends_with_1(self, cli: Cli) -> None:
         result = cli("errors", "show", "nobody")
 
