@@ -22,7 +22,7 @@ from streamtools.policy import (
     redrive_copy,
     retry_copy,
 )
-from streamtools.verdicts import DROP, Kind
+from streamtools.verdicts import DROP, Kind, Verdict
 from tests.core import strategies
 
 policies = st.builds(
@@ -171,3 +171,38 @@ def test_a_message_that_does_not_say_where_it_failed_needs_a_target() -> None:
 def test_a_handler_that_asks_for_an_impossible_delay_is_told_so_there(delay: float) -> None:
     with pytest.raises(ConfigurationError, match="ten years"):
         RetryLater(delay)
+
+
+class TestPoliciesByError:
+    """`Retry(errors=...)`: another policy for some errors."""
+
+    policy = Retry(
+        retries=1, jitter=0, errors={LookupError: Retry(retries=0), OSError: Retry(retries=9, delay=7, jitter=0)}
+    )
+
+    @pytest.mark.parametrize(
+        ("error", "attempt", "verdict"),
+        [
+            (KeyError("k"), 1, Verdict.reject()),
+            (TimeoutError(), 3, Verdict.retry(28)),
+            (ValueError(), 1, Verdict.retry(1)),
+            (ValueError(), 2, Verdict.reject()),
+            (Reject("no"), 1, Verdict.reject("no")),
+        ],
+    )
+    def test_the_nearest_class_decides(self, error: BaseException, attempt: int, verdict: Verdict) -> None:
+        assert self.policy.decide(error, attempt) == verdict
+
+    def test_a_nearer_class_wins(self) -> None:
+        policy = Retry(errors={OSError: Retry(retries=0), TimeoutError: Retry(retries=3)})
+        assert policy.of(TimeoutError()).retries == 3
+        assert policy.of(FileNotFoundError()).retries == 0
+        assert policy.of(ValueError()) is policy
+
+    @pytest.mark.parametrize("errors", [{"ValueError": Retry()}, {ValueError: 3}, {int: Retry()}])
+    def test_what_is_no_policy_is_an_error_at_once(self, errors: dict[type[BaseException], Retry]) -> None:
+        with pytest.raises(ConfigurationError, match=r"Retry\(errors=\.\.\.\) has"):
+            Retry(errors=errors)
+
+    def test_a_policy_has_a_hash(self) -> None:
+        assert len({self.policy, self.policy}) == 1
