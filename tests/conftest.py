@@ -36,6 +36,9 @@ from tests.brokers.kafka.node import KafkaCluster, KafkaNode
 from tests.brokers.processes import BrokerError
 from tests.brokers.rabbitmq import RabbitMQCluster, RabbitMQNode, add_vhost
 
+# Cases are imported one by one too, by other ways than `ConformanceSuite`.
+pytest.register_assert_rewrite("streamtools.testing.conformance")
+
 Broker = TypeVar("Broker", bound=RabbitMQNode | RabbitMQCluster | KafkaNode | KafkaMock | KafkaCluster)
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 #: Variables that would lead a test to somebody's real broker.
@@ -65,6 +68,8 @@ def _together(item: pytest.Item, fixtures: set[str]) -> str:
     for node in ("own_rabbitmq", "own_kafka"):
         if node in fixtures:
             return node
+    if "tests/test_docs.py" in item.nodeid:
+        return item.nodeid  # each page by itself
     return item.nodeid.rpartition("::")[0]
 
 

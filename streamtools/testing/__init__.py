@@ -3,7 +3,8 @@
 `Harness` needs nothing but streamtools; `ConformanceSuite` needs the extra `testing`.
 """
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, Final
 
 from streamtools.testing.harness import Harness
 from streamtools.testing.waiting import eventually
@@ -13,12 +14,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ConformanceSuite", "Harness", "eventually"]
 
+_SUITE: Final = "streamtools.testing.conformance"
+
 
 def __getattr__(name: str) -> Any:
     if name == "ConformanceSuite":  # loaded when first asked for: it needs pytest
         import pytest  # noqa: PLC0415
 
-        pytest.register_assert_rewrite("streamtools.testing.conformance")
+        if _SUITE not in sys.modules:
+            pytest.register_assert_rewrite(_SUITE)
         from streamtools.testing.conformance import ConformanceSuite  # noqa: PLC0415
 
         return ConformanceSuite

@@ -22,9 +22,16 @@ async def place(command: PlaceOrder, context: MessageContext) -> None:
     print(f"placed {command.id} {context.message.deliver_at}", flush=True)
 
 
-def ready() -> None:
-    print("ready", flush=True)
+async def main() -> None:
+    """Serve, and say so once the queue is there and consumed."""
+    runner = ConsumerRunner(bus)
+    serving, ready = asyncio.create_task(runner.serve()), asyncio.create_task(runner.ready())
+    await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
+    if ready.done():
+        print("ready", flush=True)
+    ready.cancel()
+    await serving
 
 
 if __name__ == "__main__":
-    ConsumerRunner(bus, on_startup=[ready]).run()
+    asyncio.run(main())
