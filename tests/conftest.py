@@ -4,6 +4,7 @@ The suite runs in several processes (`-n`), which share the brokers of `scripts/
 
 `rabbitmq`          the shared broker, an address: never kill or reconfigure it
 `rabbitmq_vhost`    the shared broker, in an empty virtual host of the test's own
+`strict_rabbitmq`   a node that wants a client certificate
 `own_rabbitmq`      a node that the test may kill -9, freeze and restart
 `rabbitmq_cluster`  three nodes, likewise
 `kafka`             the shared broker, an address; a test names its topics and groups uniquely
@@ -54,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark by fixture, so that `-m "not rabbitmq"` needs no second list."""
     for item in items:
         names = set(getattr(item, "fixturenames", ()))
-        if names & {"rabbitmq", "own_rabbitmq", "rabbitmq_cluster"}:
+        if names & {"rabbitmq", "own_rabbitmq", "strict_rabbitmq", "rabbitmq_cluster"}:
             item.add_marker(pytest.mark.rabbitmq)
         if names & {"kafka", "own_kafka", "kafka_cluster"}:
             item.add_marker(pytest.mark.kafka)
@@ -117,6 +118,18 @@ def rabbitmq_vhost(rabbitmq: RabbitMQAddress) -> Iterator[RabbitMQAddress]:
     add_vhost(rabbitmq, vhost)
     yield rabbitmq.in_vhost(vhost)
     rabbitmq.manage("DELETE", f"vhosts/{vhost}")
+
+
+@pytest.fixture
+def strict_rabbitmq() -> Iterator[RabbitMQAddress]:
+    """A node whose TLS listener refuses clients without a certificate."""
+
+    def strict_node() -> RabbitMQNode:
+        return RabbitMQNode(require_client_cert=True)
+
+    node = _started(strict_node, packages)
+    yield node.address
+    node.close()
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,18 @@ async def test_a_certificate_that_cannot_be_verified_is_refused_for_good(rabbitm
     assert "cafile" in str(error)
 
 
+async def test_a_broker_that_wants_a_client_certificate_gets_it_or_says_so(strict_rabbitmq: RabbitMQAddress) -> None:
+    address = strict_rabbitmq
+    error = await _fails(f"{address.tls_url}?cafile={address.ca}")
+    async with RabbitMQProducer(
+        "orders", url=f"{address.tls_url}?cafile={address.ca}&certfile={address.cert}&keyfile={address.key}"
+    ) as producer:
+        await producer.send(b"x")
+
+    assert error.permanent
+    assert "certfile= and keyfile=" in str(error)
+
+
 async def test_tls_to_a_plain_port_says_so(rabbitmq_vhost: RabbitMQAddress) -> None:
     error = await _fails(rabbitmq_vhost.url.replace("amqp://", "amqps://"))
 
