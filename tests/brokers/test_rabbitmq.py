@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,9 @@ def test_tls_takes_our_authority_and_no_other(own_rabbitmq: RabbitMQNode) -> Non
 
 
 def test_a_killed_node_comes_back_on_its_port_with_its_queues(own_rabbitmq: RabbitMQNode) -> None:
-    own_rabbitmq.manage("PUT", f"queues/{own_rabbitmq.vhost}/orders", {"durable": True})
+    quorum = {"durable": True, "arguments": {"x-queue-type": "quorum"}}
+    own_rabbitmq.manage("PUT", f"queues/{own_rabbitmq.vhost}/orders", quorum)
+    own_rabbitmq.wait_saved()
     before, url = own_rabbitmq.pid, own_rabbitmq.url
     own_rabbitmq.kill()
     assert own_rabbitmq.pid is None
@@ -47,7 +50,10 @@ def test_a_killed_node_comes_back_on_its_port_with_its_queues(own_rabbitmq: Rabb
     own_rabbitmq.start()
     assert own_rabbitmq.pid != before
     assert own_rabbitmq.url == url
-    assert [queue["name"] for queue in own_rabbitmq.list_queues("name")] == ["orders"]
+    deadline = time.monotonic() + 30
+    while not (queues := own_rabbitmq.list_queues("name")) and time.monotonic() < deadline:
+        pass  # each look takes seconds
+    assert [queue["name"] for queue in queues] == ["orders"]
 
 
 def test_a_frozen_node_answers_nothing_until_thawed(own_rabbitmq: RabbitMQNode) -> None:
