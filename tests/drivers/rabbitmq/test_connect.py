@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from pathlib import Path
 
@@ -109,18 +110,19 @@ async def test_odd_virtual_hosts_and_passwords_work(rabbitmq: RabbitMQAddress, v
 
     add_vhost(rabbitmq, vhost)
     password = "p@ss/w:%#?ü"
-    rabbitmq.manage("PUT", "users/odd", {"password": password, "tags": ""})
+    user = f"odd-{secrets.token_hex(4)}"
+    rabbitmq.manage("PUT", f"users/{user}", {"password": password, "tags": ""})
     from urllib.parse import quote  # noqa: PLC0415
 
     name = quote(vhost, safe="")
-    rabbitmq.manage("PUT", f"permissions/{name}/odd", {"configure": ".*", "write": ".*", "read": ".*"})
-    settings = RabbitMQSettings(host=_parts(rabbitmq).host, username="odd", password=password, vhost=vhost)
+    rabbitmq.manage("PUT", f"permissions/{name}/{user}", {"configure": ".*", "write": ".*", "read": ".*"})
+    settings = RabbitMQSettings(host=_parts(rabbitmq).host, username=user, password=password, vhost=vhost)
     try:
         async with RabbitMQProducer("orders", url=settings) as producer:
             await producer.send(b"x")
     finally:
         rabbitmq.manage("DELETE", f"vhosts/{name}")
-        rabbitmq.manage("DELETE", "users/odd")
+        rabbitmq.manage("DELETE", f"users/{user}")
 
 
 async def test_hosts_are_tried_in_turn(rabbitmq_vhost: RabbitMQAddress) -> None:
