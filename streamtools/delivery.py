@@ -28,7 +28,7 @@ class Delivery:
         trouble: what the driver found wrong with it: it is rejected unread; None for nothing.
         abandoned: its handler was cancelled because the broker does so.
         withdrawn: the broker gives it to another consumer: it is not run any more, and its verdict does nothing.
-        outgoing: what its handler sends, to leave with its acknowledgement (`Features.atomic`).
+        outgoing: what its handler sends, to leave before its acknowledgement.
         task: what runs its handler.
         wake: ends its wait for a retry in place.
     """
@@ -48,7 +48,7 @@ class Delivery:
         self.settled: bool = False
         self.withdrawn: bool = False
         self.abandoned: bool = False
-        self.outgoing: list[Message] = []
+        self.outgoing: tuple[Message, ...] = ()
         self.hand: SettleByHand | None = None
         self.task: asyncio.Task[Any] | None = None
         self.wake: asyncio.Event | None = None

@@ -103,7 +103,7 @@ class Dispatcher:
 
     async def _run(self, delivery: Delivery, message: Message) -> Settlement:
         while True:
-            delivery.outgoing.clear()  # an attempt that failed has sent nothing
+            delivery.outgoing = ()  # an attempt that failed has sent nothing
             try:
                 if delivery.trouble is not None:
                     raise delivery.trouble
@@ -111,7 +111,7 @@ class Dispatcher:
             except BaseException as error:  # SystemExit too: a message must not end the process
                 failure = error
             else:
-                return Settlement(delivery, ACK, tuple(delivery.outgoing), result)
+                return Settlement(delivery, ACK, delivery.outgoing, result)
             ours = delivery.abandoned or is_over()
             await come_round()
             if ours:  # then whatever it raised is our doing

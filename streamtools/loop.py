@@ -294,13 +294,14 @@ class Loop:
                 turn = clock()
 
     async def _handle(self, delivery: Delivery) -> Settlement:
-        delivery.task = asyncio.current_task()
+        task = delivery.task = asyncio.current_task()
         try:
             return await self._dispatch(delivery)
         except asyncio.CancelledError:  # by `abandon()`, or by our end
             return Settlement(delivery, RELEASE)
         finally:
-            await come_round()
+            if task is not None and task.cancelling():
+                await come_round()
             delivery.task = None
 
     async def _wait(self) -> None:

@@ -202,7 +202,7 @@ class BusDispatch:
         if delivery is None or delivery.settled or not self._together:
             await self._send(messages)
         else:
-            delivery.outgoing += await through(messages, self._outgoing)
+            delivery.outgoing += tuple(await through(messages, self._outgoing))
 
     async def _answer_failure(self, settlement: Settlement) -> None:
         """A request that failed for good is answered, so that nobody waits for its timeout."""

@@ -159,11 +159,6 @@ def decode(start: int, metadata: str) -> list[Run]:
     return runs
 
 
-def finished_ahead(start: int, metadata: str) -> int:
-    """How many offsets behind the committed one are finished already, as its metadata tells."""
-    return sum(end - first for first, end in decode(start, metadata))
-
-
 def _joined(runs: Iterable[Run]) -> Iterator[Run]:
     current: Run | None = None
     for first, end in runs:

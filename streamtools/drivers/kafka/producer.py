@@ -116,7 +116,7 @@ class KafkaProducer(Producer, protocol="kafka"):
     async def _send(self, batch: Sequence[Message], options: SendOptions) -> Sequence[Receipt] | None:
         batch = _placed(batch, options)
         if (delivery := self._collecting()) is not None:
-            delivery.outgoing += batch  # they leave with the acknowledgement, or not at all
+            delivery.outgoing += tuple(batch)  # they leave with the acknowledgement, or not at all
             return None
         if (transaction := self._transaction()) is not None:
             return await transaction.send(batch)
