@@ -33,6 +33,21 @@ def check_name(queue: object, what: str = "queue") -> None:
         raise ConfigurationError(f"The {what} name {queue!r} has control characters.")
 
 
+def check_topic(topic: object) -> str:
+    """A topic: dotted words, 255 bytes at most, as AMQP 0-9-1 has it (section 4.2.5.3, short strings).
+
+    Raises:
+        ConfigurationError: it is none.
+        TypeError: it holds a lone surrogate.
+    """
+    if not isinstance(topic, str):
+        raise ConfigurationError(f"A topic is a text, such as 'orders.placed', not {topic!r}.")
+    check_texts({"topic": topic})
+    if len(topic.encode()) > 255:
+        raise ConfigurationError(f"The topic {topic[:40]!r}... is over 255 bytes.")
+    return topic
+
+
 def check_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
     """A copy of the user's headers.
 

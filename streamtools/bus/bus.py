@@ -224,9 +224,10 @@ class Bus(Verbs):
             to: a queue; a routing key, with an exchange.
 
         Raises:
-            ConfigurationError: it is not a command.
+            ConfigurationError: it is not a command, or its destination cannot be.
         """
-        if not issubclass(command, Command):
+        given: Any = command
+        if not isinstance(given, type) or not issubclass(given, Command):
             raise ConfigurationError(f"route() is for commands; {command!r} is none. An event goes by its topic.")
         self._entries.know(command)
         self._composer.route(command, to, exchange)

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from streamtools import codec
 from streamtools.bus.contracts import Command, Contract, Event
 from streamtools.bus.outbox import current_outbox
-from streamtools.checks import check_headers, check_name, check_seconds, check_texts
+from streamtools.checks import check_headers, check_name, check_seconds, check_texts, check_topic
 from streamtools.delivery import current
 from streamtools.errors import ConfigurationError, FeatureError
 from streamtools.exchange import TOPIC, Exchange
@@ -66,11 +66,18 @@ class Composer:
         self.direct: Exchange | None = None
         #: Where events go by their topic.
         self.topic: Exchange = TOPIC
-        self._routes: dict[type[Command], tuple[str, Exchange | None]] = {}
+        #: By the contract's name: a class that is imported from two packages is one contract.
+        self._routes: dict[str, tuple[str, Exchange | None]] = {}
 
     def route(self, contract: type[Command], to: str, exchange: Exchange | None) -> None:
-        """Where commands of this class go from now on."""
-        self._routes[contract] = (to, exchange)
+        """Where commands of this contract go from now on.
+
+        Raises:
+            ConfigurationError: that is no name of a queue, or no routing key.
+            FeatureError: an exchange, where there are none.
+        """
+        self._check_destination(to, exchange)
+        self._routes[contract.__terms__.name] = (to, exchange)
 
     # --- verbs ----------------------------------------------------------------------------------
 
@@ -85,11 +92,7 @@ class Composer:
         if to is None:
             to, routed = self._destination(payload, exchange)
             exchange = exchange or routed
-        if exchange is None:
-            check_name(to)
-        else:
-            self.need_topics()
-            check_topic(to)
+        self._check_destination(to, exchange)
         if fields.get("delay") is not None and not self._features.delay:
             raise FeatureError(f"{self._protocol!r} holds no message back: send it when its time has come.")
         if exchange is None and not fields.get("delay"):  # which an exchange cannot have
@@ -139,14 +142,23 @@ class Composer:
                 f"{self._protocol!r} has no exchanges, so nothing is published there: send to each queue."
             )
 
+    def _check_destination(self, to: str, exchange: Exchange | None) -> None:
+        if exchange is None:
+            check_name(to)
+        else:
+            self.need_topics()
+            check_topic(to)
+
     def _destination(self, payload: object, exchange: Exchange | None) -> tuple[str, Exchange | None]:
         if exchange is not None and exchange.type == "fanout":
             return "", exchange
         kind = type(payload)
-        if kind in self._routes:
-            return self._routes[kind]
-        if isinstance(payload, Command) and payload.__terms__.to is not None:
-            return payload.__terms__.to, None
+        if isinstance(payload, Command):
+            terms = payload.__terms__
+            if terms.name in self._routes:
+                return self._routes[terms.name]
+            if terms.to is not None:
+                return terms.to, None
         raise ConfigurationError(
             f"Where is {kind.__name__} to go? Give to='queue', or once bus.route({kind.__name__}, 'queue')"
             + (f", or class {kind.__name__}(Command, to='queue')." if isinstance(payload, Command) else ".")
@@ -202,18 +214,6 @@ class Composer:
             deliver_at=now + check_seconds("delay", delay) if delay else None,
             expires_at=None if ttl is None else now + check_seconds("ttl", ttl),
         )
-
-
-def check_topic(topic: object) -> str:
-    """A topic: dotted words, 255 bytes at most, as AMQP 0-9-1 has it (section 4.2.5.3, short strings).
-
-    Raises:
-        ConfigurationError: it is none.
-    """
-    check_texts({"topic": topic})
-    if not isinstance(topic, str) or len(topic.encode()) > 255:
-        raise ConfigurationError(f"The topic {str(topic)[:40]!r}... is not a text of at most 255 bytes.")
-    return topic
 
 
 def _incoming() -> Message | None:

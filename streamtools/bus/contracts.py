@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
-from typing import Any, ClassVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Final, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
-from streamtools.checks import check_name
-from streamtools.errors import ConfigurationError
+from streamtools.checks import check_name, check_topic
+from streamtools.errors import ConfigurationError, near
+
+#: What is given on the class, beside pydantic's own configuration.
+TERMS: Final = ("name", "version", "to", "topic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,12 @@ class Contract(BaseModel):
         super().__init_subclass__()
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        # pydantic would read over what nobody knows, a misspelt version= among it.
+        for word in kwargs:
+            raise TypeError(f"class {cls.__name__}({word}=...) is nothing that a contract has. {near(word, TERMS)}")
+
+    @classmethod
     def _set(cls, terms: Terms) -> None:
         cls.__terms__ = terms
 
@@ -61,7 +70,7 @@ class Command(Contract):
         to: the queue it goes to, when neither the call nor `bus.route` says.
 
     Raises:
-        ConfigurationError: a name or a version that cannot be.
+        ConfigurationError: a name, a version or a queue that cannot be.
     """
 
     @classmethod
@@ -71,6 +80,8 @@ class Command(Contract):
         if "topic" in kwargs:
             raise ConfigurationError(f"{cls.__name__} is a command: it has no topic=; name its queue with to=.")
         super().__pydantic_init_subclass__(**kwargs)
+        if to is not None:
+            check_name(to)
         cls._set(Terms(_name(cls, name), _version(cls, version), to=to))
 
 
@@ -83,7 +94,7 @@ class Event(Contract):
         topic: what it is published under; its name when not given.
 
     Raises:
-        ConfigurationError: a name or a version that cannot be.
+        ConfigurationError: a name, a version or a topic that cannot be.
     """
 
     @classmethod
@@ -94,7 +105,8 @@ class Event(Contract):
             raise ConfigurationError(f"{cls.__name__} is an event: it has no to=; name its topic with topic=.")
         super().__pydantic_init_subclass__(**kwargs)
         name = _name(cls, name)
-        cls._set(Terms(name, _version(cls, version), topic=name if topic is None else topic))
+        topic = name if topic is None else check_topic(topic)
+        cls._set(Terms(name, _version(cls, version), topic=topic))
 
 
 def _name(contract: type, name: str | None) -> str:
@@ -104,8 +116,8 @@ def _name(contract: type, name: str | None) -> str:
 
 
 def _version(contract: type, version: int) -> int:
-    if version < 1:
-        raise ConfigurationError(f"{contract.__name__} has version={version}: versions begin with 1.")
+    if type(version) is not int or version < 1:
+        raise ConfigurationError(f"{contract.__name__} has version={version!r}: versions are 1, 2, 3 ...")
     return version
 
 

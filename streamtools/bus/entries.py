@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final, cast, get_type_hints
 
 from streamtools.binding import name_of, payload_type
-from streamtools.bus.composer import check_topic
 from streamtools.bus.contracts import Command, Contract, Event, contracts_in
+from streamtools.checks import check_topic
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
@@ -122,17 +122,17 @@ class Entries:
 
     def _add_contract(self, contract: type[Contract], entry: Entry, exchange: Exchange | None) -> None:
         self.know(contract)
-        if issubclass(contract, Command) and (others := self._by_type.get(contract.__terms__.name)):
-            raise ConfigurationError(
-                f"The command {contract.__terms__.name!r} has the handler {others[0].name} already, and a command "
-                f"has one; {entry.name} cannot have it too."
-            )
         self._add(entry)
         if issubclass(contract, Event):
             self.bindings[Binding(contract.__terms__.topic, exchange or self._topic)] = None
 
     def _add(self, entry: Entry) -> None:
         others = self._by_type.setdefault(entry.type, [])
+        if others and issubclass(self.contract(entry.type) or Event, Command):
+            raise ConfigurationError(
+                f"The command {entry.type!r} has the handler {others[0].name} already, and a command has one; "
+                f"{entry.name} cannot have it too."
+            )
         if any(other.name == entry.name for other in others):
             raise ConfigurationError(
                 f"Two handlers of {entry.type or 'what has no other handler'} are called {entry.name}: a retry is "

@@ -44,13 +44,25 @@ def test_a_subclass_is_a_contract_of_its_own() -> None:
     [
         (Command, {"topic": "x"}, "it has no topic="),
         (Event, {"to": "x"}, "it has no to="),
-        (Command, {"version": 0}, "versions begin with 1"),
+        (Command, {"version": 0}, "versions are 1, 2, 3"),
+        (Event, {"version": "2"}, "has version='2'"),
         (Event, {"name": ""}, "at least one character"),
+        (Command, {"to": ""}, "at least one character"),
+        (Command, {"to": "o" * 256}, "over 255 bytes"),
+        (Event, {"topic": "o" * 256}, "over 255 bytes"),
+        (Event, {"topic": 5}, "A topic is a text"),
     ],
 )
 def test_terms_that_cannot_be_are_refused_with_the_class(base: type, terms: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         type("Wrong", (base,), {}, **terms)
+
+
+@pytest.mark.parametrize("base", [Command, Event])
+def test_a_misspelt_term_is_refused_with_the_class(base: type) -> None:
+    with pytest.raises(TypeError, match=r"class Wrong\(verison=\.\.\.\) is nothing .* Did you mean 'version'"):
+        type("Wrong", (base,), {}, verison=2)
+    assert type("Right", (base,), {}, extra="forbid").model_config["extra"] == "forbid"  # type: ignore[attr-defined]
 
 
 def test_two_contracts_of_one_name_are_refused_at_once() -> None:
@@ -93,6 +105,19 @@ def test_one_class_that_is_imported_from_two_packages_is_one_contract() -> None:
         """The same contract by another import."""
 
 
+async def test_a_route_holds_for_the_class_by_whichever_package(make: MakeBus) -> None:
+    def load() -> type[Command]:
+        class Ship(Command, name="shop.Ship"):
+            id: int
+
+        return Ship
+
+    bus = make()
+    bus.route(load(), "orders")
+    await bus.start()
+    assert (await bus.send(load()(id=1))).queue == "orders"
+
+
 def test_a_command_has_one_handler() -> None:
     bus = Bus("orders", url="asyncio://")
 
@@ -103,6 +128,11 @@ def test_a_command_has_one_handler() -> None:
 
         @bus.handler
         async def place_again(command: PlaceOrder) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="a command has one"):
+
+        @bus.handler(type="orders.PlaceOrder")
+        async def place_too(data: dict[str, int]) -> None: ...
 
 
 def test_two_handlers_of_an_event_have_two_names() -> None:

@@ -60,8 +60,8 @@ class TestTheRightVerb:
             (lambda bus: bus.defer(PlaceOrder(id=1), at=datetime(2030, 1, 1)), "has no time zone"),  # noqa: DTZ001
             (lambda bus: bus.defer(PlaceOrder(id=1), delay=-1), "out of range"),
             (lambda bus: bus.send(PlaceOrder(id=1), "o" * 256), "over 255 bytes"),
-            (lambda bus: bus.publish({}, "o" * 256), "at most 255 bytes"),
-            (lambda bus: bus.subscribe("o" * 256), "at most 255 bytes"),
+            (lambda bus: bus.publish({}, "o" * 256), "over 255 bytes"),
+            (lambda bus: bus.subscribe("o" * 256), "over 255 bytes"),
             (lambda bus: bus.subscribe(dict), "neither a topic nor an Event"),
             (lambda bus: bus.send(PlaceOrder(id=1), headers={"streamtools-id": "1"}), "is reserved"),
         ],
@@ -77,9 +77,15 @@ class TestTheRightVerb:
             with pytest.raises(TypeError, match="is not a str|is 1"):
                 await bus.send(PlaceOrder(id=1), **fields)
 
-    async def test_route_is_for_commands(self) -> None:
+    @pytest.mark.parametrize("what", [OrderPlaced, dict, "orders.PlaceOrder"])
+    async def test_route_is_for_commands(self, what: Any) -> None:
         with pytest.raises(ConfigurationError, match="route\\(\\) is for commands"):
-            Bus("orders", url="asyncio://").route(OrderPlaced, "orders")  # type: ignore[arg-type]
+            Bus("orders", url="asyncio://").route(what, "orders")
+
+    @pytest.mark.parametrize(("to", "text"), [("", "at least one character"), ("o" * 256, "over 255 bytes")])
+    async def test_a_route_leads_to_a_name(self, to: str, text: str) -> None:
+        with pytest.raises(ConfigurationError, match=text):
+            Bus("orders", url="asyncio://").route(PlaceOrder, to)
 
     async def test_where_there_are_no_exchanges_that_is_said(self) -> None:
         bus = Bus("orders", url="http://127.0.0.1:1")
