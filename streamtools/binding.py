@@ -107,6 +107,11 @@ def payload_type(function: Callable[..., Any]) -> Any:
     return _hints(function).get(parameters[0], Any) if parameters else Any
 
 
+def asks_for(function: Callable[..., Any], kind: type) -> bool:
+    """Whether a parameter of the handler is annotated so."""
+    return kind in _hints(function).values()
+
+
 def _decoder(annotation: Any, name: str) -> codec.Decoder:
     try:
         return codec.decoder(annotation)

@@ -395,6 +395,7 @@ class Bus(Verbs):
             return consumer.dispatcher(handler, entry.name, retry=entry.retry, on_error=self.on_error)
 
         check_middleware([*self.incoming, *self.outgoing])
+        self._entries.check_shared(copies=consumer.features.error_queue, by_hand=consumer.ack == "manual")
         consumer.bindings = self._bindings()
         return BusDispatch(
             self._entries,

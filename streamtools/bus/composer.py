@@ -193,7 +193,8 @@ class Composer:
         contract = payload if isinstance(payload, Contract) else None
         incoming, box = _incoming(), current_outbox()
         now = time.time()
-        id = box.id() if box is not None else self.new_id()  # noqa: A001
+        question = f"{queue}\n{type}\n".encode() + body if intent == "request" else b""
+        id = box.id(question) if box is not None else self.new_id()  # noqa: A001
         return Message(
             body=body,
             queue=queue,

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast, get_type_hints
 
-from streamtools.binding import name_of, payload_type
+from streamtools.binding import asks_for, name_of, payload_type
 from streamtools.bus.contracts import Command, Contract, Event, contracts_in
 from streamtools.checks import check_topic
-from streamtools.errors import ConfigurationError
+from streamtools.delivery import Delivery
+from streamtools.errors import ConfigurationError, FeatureError
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
 from streamtools.policy import Retry
@@ -86,6 +87,32 @@ class Entries:
                 f"{_where(contract)} and {_where(other)} are both called {contract.__terms__.name!r} on the wire: "
                 f'give one of them another name, class {contract.__name__}(..., name="...").'
             )
+
+    def check_shared(self, *, copies: bool, by_hand: bool) -> None:
+        """Several handlers of one message have a verdict each; their retries are copies that name them.
+
+        Parameters:
+            copies: a failed message can be copied; otherwise it stays with its sender, as a whole.
+            by_hand: handlers acknowledge, which is the whole message too.
+
+        Raises:
+            ConfigurationError: that cannot be.
+        """
+        for type_, entries in self._by_type.items():
+            if len(entries) < 2:
+                continue
+            names = " and ".join(entry.name for entry in entries)
+            what = "what has no other handler" if type_ is None else repr(type_)
+            if not copies:
+                raise FeatureError(
+                    f"{names} both handle {what}, and here a message that failed stays with its sender, so "
+                    "that neither can be retried without the other: have one handler, which calls both."
+                )
+            if by_hand or any(asks_for(_as_function(entry.function), Delivery) for entry in entries):
+                raise ConfigurationError(
+                    f"{names} both handle {what}, so none of them settles it by hand: take Message instead of "
+                    "Delivery, leave ack='manual' away, and raise Reject, RetryLater or Drop."
+                )
 
     def add(
         self,

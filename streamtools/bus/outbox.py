@@ -54,16 +54,20 @@ class Outbox:
         for send, messages in inner.others.items():
             self.others.setdefault(send, []).extend(messages)
 
-    def id(self) -> str:
+    def id(self, question: bytes = b"") -> str:
         """The id for the next message.
 
         Inside a handler it derives from the incoming message's, so that what a handler sends has the same
         ids when the handler is run again: whoever receives it twice can tell.
+
+        Parameters:
+            question: what a request asks: a late reply to it is not for another question, which the next run
+                may ask in its place.
         """
         if self.incoming is None:
             return self._new_id()
-        seed = f"{self.incoming.id}\n{self._handler}\n{next(self._numbers)}"
-        return blake2b(seed.encode(), digest_size=16).hexdigest()
+        seed = f"{self.incoming.id}\n{self._handler}\n{next(self._numbers)}\n"
+        return blake2b(seed.encode() + question, digest_size=16).hexdigest()
 
     def add(self, message: Message, send: Send | None = None) -> Sent:
         """Keep a message until the block succeeds.

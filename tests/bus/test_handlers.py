@@ -1,6 +1,7 @@
 """Handlers: several for an event, classes, what they are given, and what becomes of their failures."""
 
 import asyncio
+import socket
 import threading
 from typing import Any
 
@@ -12,6 +13,7 @@ from streamtools import (
     ConfigurationError,
     Delivery,
     Drop,
+    FeatureError,
     HandlerError,
     Message,
     MessageContext,
@@ -151,6 +153,33 @@ class TestSeveral:
                 [Message(body=b'{"id":1}', queue="orders", id="1", type="orders.OrderPlaced", handler="gone")]
             )
         await eventually(lambda: sorted(seen) == ["one", "two"])
+
+    @pytest.mark.parametrize("how", ["a Delivery", "manual"])
+    async def test_none_of_them_settles_the_message_of_all_by_hand(self, make: MakeBus, how: str) -> None:
+        bus = make(**({"ack": "manual"} if how == "manual" else {}))
+
+        async def one(event: OrderPlaced, delivery: Delivery) -> None: ...
+        async def two(event: OrderPlaced) -> None: ...
+
+        class Three:
+            async def handle(self, event: OrderPlaced) -> None: ...
+
+        for handler in (two, Three, *([one] if how == "a Delivery" else [])):
+            bus.register(OrderPlaced, handler)
+        with pytest.raises(ConfigurationError, match="settles it by hand: take Message instead of Delivery"):
+            await bus.start()
+
+    async def test_where_a_failed_message_stays_with_its_sender_there_is_one(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            bus = Bus("orders", url=f"http://127.0.0.1:{free.getsockname()[1]}")
+
+        @bus.handler
+        async def one(data: dict[str, int]) -> None: ...
+        @bus.handler
+        async def two(data: dict[str, int]) -> None: ...
+
+        with pytest.raises(FeatureError, match="one and .*two both handle what has no other handler"):
+            await bus.start()
 
     async def test_copies_for_several_handlers_are_each_run_over_a_lost_connection(self) -> None:
         """Their ids and attempts are the same: what one made of its copy is not taken for the other's."""

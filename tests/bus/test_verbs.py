@@ -23,6 +23,7 @@ from streamtools import (
     QueueError,
     RemoteError,
     RequestTimeout,
+    Retry,
     SendError,
 )
 from streamtools.testing.waiting import eventually, reaches
@@ -455,6 +456,40 @@ class TestRequest:
         with pytest.raises(Closed):
             await waiting
         await asker.start()
+
+    async def test_a_late_reply_is_not_for_another_question_of_the_next_attempt(
+        self, make: MakeBus, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        prices, orders = make("prices", concurrency=2), make("orders", retry=Retry(retries=1, delay=0, jitter=0))
+        answers: list[Any] = []
+        begun, asked_again, dropped = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        @prices.handler
+        async def quote(command: Quote) -> int:
+            if command.id == 1:
+                begun.set()
+                await asked_again.wait()
+            else:
+                asked_again.set()
+                await dropped.wait()
+            return command.id
+
+        @orders.handler
+        async def place(command: PlaceOrder, context: MessageContext) -> None:
+            asking = asyncio.create_task(orders.request(Quote(id=context.attempt), timeout=60))
+            if context.attempt == 1:
+                await begun.wait()
+                asking.cancel()  # as a timeout does, at a time of our choice
+            answers.append(await asking)
+
+        await prices.start()
+        await orders.start()
+        with caplog.at_level(logging.INFO, "streamtools"):
+            await orders.send(PlaceOrder(id=1))
+            await eventually(lambda: answers or "A reply came late and is dropped" in caplog.text)
+        dropped.set()
+        await reaches(answers, 1)
+        assert answers == [2]
 
     async def test_inside_a_handler_it_leaves_at_once(self, make: MakeBus) -> None:
         prices, orders, seen = make("prices"), make("orders"), []
