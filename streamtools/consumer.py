@@ -19,13 +19,13 @@ from streamtools.checks import (
     check_seconds,
 )
 from streamtools.delivery import Delivery, Settlement
-from streamtools.dispatch import Dispatcher, chain
+from streamtools.dispatch import Dispatcher, chain, check_middleware
 from streamtools.endpoint import Endpoint
 from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
 from streamtools.exchange import Binding
 from streamtools.loop import Ack, Dispatch, Finished, Loop, Source
 from streamtools.options import Options
-from streamtools.policy import Retry, backoff
+from streamtools.policy import Retry, backoff, check_retry, error_queue_of
 from streamtools.registry import Registry
 from streamtools.threads import Threads
 from streamtools.types import ErrorHandler, Handler, Middleware
@@ -472,7 +472,7 @@ class Consumer(Endpoint):
             handler,
             name,
             retry=retry or self.retry,
-            error_queue=self.error_queue,
+            error_queue=error_queue_of(self.error_queue, self.queue),
             max_deliveries=self.max_deliveries,
             in_place=self.ordered_by is not None,
             features=self.features,
@@ -489,7 +489,7 @@ class Consumer(Endpoint):
         check_retry(self.retry)
         check_middleware(self.middleware)
         if self.features.error_queue:
-            self.validate_queue(_error_queue(self.error_queue, self.queue))
+            self.validate_queue(error_queue_of(self.error_queue, self.queue))
         if self.group is not None:
             check_name(self.group, "group")
         if self.group is not None and not self.features.groups:
@@ -539,33 +539,6 @@ class BoundHandler:
 
     def __repr__(self) -> str:
         return f"<handler {self.name} of {self.consumer!r}>"
-
-
-def _error_queue(template: object, queue: str) -> str:
-    if not isinstance(template, str) or "{" in template.replace("{queue}", ""):
-        raise ConfigurationError(f"error_queue={template!r} is not a name, in which only {{queue}} is replaced.")
-    return template.replace("{queue}", queue)
-
-
-def check_retry(retry: object) -> None:
-    """A retry policy.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
-    if not isinstance(retry, Retry):
-        raise ConfigurationError(f"retry={retry!r} is not a policy: write retry=Retry(retries=...).")
-
-
-def check_middleware(middleware: Iterable[object]) -> None:
-    """Middleware that can be called.
-
-    Raises:
-        ConfigurationError: one cannot.
-    """
-    for layer in middleware:
-        if not callable(layer):
-            raise ConfigurationError(f"middleware={layer!r} cannot be called: write async def (message, call_next).")
 
 
 async def _no_handler(message: object) -> None:

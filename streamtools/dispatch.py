@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Final
 
 from streamtools.cancelling import come_round, is_over
 from streamtools.delivery import Delivery, Settlement, current
-from streamtools.errors import Drop, HandlerError, SendError, Signal
+from streamtools.errors import ConfigurationError, Drop, HandlerError, SendError, Signal
 from streamtools.features import Features
 from streamtools.message import ErrorDetails, Message
 from streamtools.policy import Retry, checked, describe, error_copy, retry_copy, text_of
@@ -34,6 +34,17 @@ def chain(handler: Handler, middleware: Sequence[Middleware]) -> Handler:
     for layer in reversed(middleware):
         handler = partial(_call_layer, layer, handler)
     return handler
+
+
+def check_middleware(middleware: Iterable[object]) -> None:
+    """Middleware that can be called.
+
+    Raises:
+        ConfigurationError: one cannot.
+    """
+    for layer in middleware:
+        if not callable(layer):
+            raise ConfigurationError(f"middleware={layer!r} cannot be called: write async def (message, call_next).")
 
 
 async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -> object:

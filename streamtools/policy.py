@@ -169,6 +169,27 @@ def error_copy(message: Message, details: ErrorDetails, error_queue: str) -> Mes
     return message.replace(queue=target, deliver_at=None, expires_at=None, error=details)
 
 
+def error_queue_of(template: object, queue: str) -> str:
+    """The error queue of a consumer of `queue`, whatever further queues it reads.
+
+    Raises:
+        ConfigurationError: the template is none.
+    """
+    if not isinstance(template, str) or "{" in template.replace("{queue}", ""):
+        raise ConfigurationError(f"error_queue={template!r} is not a name, in which only {{queue}} is replaced.")
+    return template.replace("{queue}", queue)
+
+
+def check_retry(retry: object) -> None:
+    """A retry policy.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if not isinstance(retry, Retry):
+        raise ConfigurationError(f"retry={retry!r} is not a policy: write retry=Retry(retries=...).")
+
+
 def redrive_copy(message: Message, queue: str | None = None) -> Message:
     """The copy that goes back to work: to `queue`, or to the queue it failed in, as attempt 1.
 

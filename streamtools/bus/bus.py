@@ -22,14 +22,14 @@ from streamtools.bus.pikabus import PikaBus
 from streamtools.bus.requests import Requests
 from streamtools.bus.verbs import Verbs
 from streamtools.checks import check_choice
-from streamtools.consumer import BoundHandler, Consumer, check_middleware, check_retry
+from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery
-from streamtools.dispatch import Dispatcher
+from streamtools.dispatch import Dispatcher, check_middleware
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
 from streamtools.options import QUEUE_OPTIONS
-from streamtools.policy import Retry
+from streamtools.policy import Retry, check_retry
 from streamtools.producer import Producer, Receipt
 from streamtools.runner import ConsumerRunner
 from streamtools.threads import Threads

@@ -18,6 +18,8 @@ from streamtools.settings import KafkaSettings
 
 #: Milliseconds between two attempts of the library at one request.
 BACKOFF: Final = 100
+#: Seconds between two looks for new topics, partitions and brokers.
+METADATA_AGE: Final = 30.0
 #: Seconds for a goodbye to the brokers.
 CLOSE_TIMEOUT: Final = 5.0
 
@@ -47,6 +49,7 @@ async def connection(
         "client_id": client_id,
         "request_timeout_ms": int(1000 * seconds),
         "retry_backoff_ms": BACKOFF,
+        "metadata_max_age_ms": int(1000 * METADATA_AGE),
     }
     return arguments | await security(settings)
 
@@ -154,7 +157,7 @@ async def dropped(consumer: Any) -> None:
 async def diagnose(settings: KafkaSettings, error: BaseException) -> ConnectError:
     """Why no host let us in, found out by a connection of our own to each."""
     arguments = await connection(settings, "streamtools", request_timeout=settings.connect_timeout)
-    del arguments["bootstrap_servers"], arguments["retry_backoff_ms"]
+    del arguments["bootstrap_servers"], arguments["retry_backoff_ms"], arguments["metadata_max_age_ms"]
     found = await asyncio.gather(*(_try(settings, host, port, arguments) for host, port in settings.addresses))
     reasons = [reason for reason in found if reason is not None]
     if not reasons:

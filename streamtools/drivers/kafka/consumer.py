@@ -25,6 +25,7 @@ from streamtools.drivers.kafka.track import Token, Track
 from streamtools.errors import Closed, ConfigurationError, SendError, StreamToolsError
 from streamtools.loop import Ack
 from streamtools.message import Message
+from streamtools.policy import error_queue_of
 from streamtools.settings import KafkaSettings
 from streamtools.verdicts import RELEASE, Verdict
 
@@ -111,6 +112,10 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _name(self) -> str:
         return self.client_id or f"streamtools-{self.queue}"
 
+    @property
+    def _error_topic(self) -> str:
+        return error_queue_of(self.error_queue, self.queue)
+
     async def _redeclare(self) -> None:
         await self._declare()
 
@@ -121,9 +126,8 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             Topic(name=name, partitions=options.partitions, replication=options.replication)
             for name in dict.fromkeys((self.queue, *options.topics))
         ]
-        error = Topic(
-            name=self.error_queue.replace("{queue}", self.queue), replication=options.replication, config=KEEP
-        )
+        named = len(queues)
+        error = Topic(name=self._error_topic, replication=options.replication, config=KEEP)
         retry = Topic(name=self.retry_topic, partitions=len(TIERS), replication=options.replication)
         if error.name not in {topic.name for topic in queues}:
             queues.append(error)
@@ -132,7 +136,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 self._tiers = (await topics.declare([*queues, retry], True))[retry.name]
                 return True
             # Not ours to make; with a retry topic that is missing, a retry is an error that says so.
-            await topics.declare(queues if self.declare == "passive" else queues[:1], "passive")
+            await topics.declare(queues if self.declare == "passive" else queues[:named], "passive")
             self._tiers = (await topics.find([retry.name])).get(retry.name, 0)
             return self._tiers > 0
 
@@ -143,7 +147,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             group=self.group_id,
             topics=tuple(topics),
             retry_topic=self.retry_topic,
-            pattern=subscription(options.pattern, tuple(topics)) if options.pattern is not None else None,
+            pattern=None
+            if options.pattern is None
+            else subscription(options.pattern, tuple(topics), self._error_topic),
             latest=self.offset == "latest",
             start_offset=options.start_offset,
             start_time=options.start,

@@ -34,8 +34,6 @@ COMMIT_AGE: Final = 0.2
 REJOIN: Final = 10.0
 #: Seconds for handlers that were cancelled to end.
 ABANDONED: Final = 1.0
-#: Seconds between two looks for new topics and partitions.
-METADATA_AGE: Final = 30.0
 #: The metadata of the commit with which a member begins that was told where: others may be beginning, too.
 BEGUN: Final = "begun"
 #: The library would leave the group when nobody asks it for records for so long; handlers may take longer.
@@ -100,6 +98,7 @@ class Membership:
         self._uncommitted = 0
         self._closing = False
         self._assigned = asyncio.Event()
+        self._there: frozenset[TopicPartition] = frozenset()  # what there was when we first began
         #: The library's consumer.
         self.consumer: Any = None
         #: The partitions that are ours.
@@ -133,7 +132,6 @@ class Membership:
             heartbeat_interval_ms=int(1000 * min(3.0, self._settings.session_timeout / 4)),
             rebalance_timeout_ms=int(1000 * rebalance),
             max_poll_interval_ms=FOREVER_MS,
-            metadata_max_age_ms=int(1000 * METADATA_AGE),
         )
         if self._terms.pattern is None:
             self.consumer.subscribe(list(self._terms.topics), listener=_Listener(self))
@@ -167,6 +165,7 @@ class Membership:
 
     async def _begin(self, assigned: list[TopicPartition]) -> None:
         self.consumer.pause(*assigned)  # nothing is read before we know where
+        self._there = self._there or self._all_partitions()
         # What others have begun is ended first: else it could still change what is committed.
         identities = await self._fenced(assigned) if self._terms.exactly_once else {}
         committed = await self._read_committed(assigned)
@@ -213,7 +212,7 @@ class Membership:
             return {}
         terms = self._terms
         starts: dict[TopicPartition, int] = await self.consumer.beginning_offsets(partitions)
-        chosen = [p for p in partitions if p.topic != terms.retry_topic] if self._chooses_start else []
+        chosen = await self._chosen(partitions) if self._chooses_start else []
         if not chosen:
             return starts
         ends: dict[TopicPartition, int] = await self.consumer.end_offsets(chosen)
@@ -223,8 +222,18 @@ class Membership:
             return starts | {p: found[p].offset if found[p] is not None else ends[p] for p in chosen}
         if terms.start_offset is not None:
             return starts | {p: min(max(terms.start_offset, starts[p]), ends[p]) for p in chosen}
-        old = await self._begun_before(chosen)
-        return starts | {p: offset for p, offset in ends.items() if p.topic not in old}
+        return starts | ends
+
+    async def _chosen(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """Those in which the group begins where it was told; one that came later is read from its beginning."""
+        there = [p for p in partitions if p.topic != self._terms.retry_topic and p in self._there]
+        old = await self._begun_before(there)
+        return [p for p in there if p.topic not in old]
+
+    def _all_partitions(self) -> frozenset[TopicPartition]:
+        """Those of our topics, whoever has them."""
+        known = ((topic, self.consumer.partitions_for_topic(topic)) for topic in self.consumer.subscription())
+        return frozenset(TopicPartition(topic, number) for topic, numbers in known for number in numbers or ())
 
     async def _begun_before(self, partitions: list[TopicPartition]) -> set[str]:
         """Topics of which the group has others already: a partition without a commit was added since.

@@ -65,7 +65,8 @@ class ConsumerOptions(Options):
         static_id: this consumer's own name in its group: it keeps its partitions over a restart within
             `KafkaSettings.session_timeout`, without the others noticing.
         topics: further topics, which the same handler consumes.
-        pattern: a regular expression; topics whose whole name matches are consumed besides.
+        pattern: a regular expression; topics whose whole name matches are consumed besides, those that are made
+            later within half a minute. Retries and the error queue are left out.
         start_offset: a new group begins at this offset of each partition.
         start_time: a new group begins with what was written then or later, in seconds since the epoch.
         revoke_timeout: seconds for handlers at work when the group shares its partitions out anew.
@@ -107,7 +108,8 @@ class ConsumerOptions(Options):
         return self.start_time.timestamp() if isinstance(self.start_time, datetime) else self.start_time
 
 
-def subscription(pattern: str, topics: tuple[str, ...]) -> str:
-    """An expression for these topics and those of the pattern, but nobody's retries."""
+def subscription(pattern: str, topics: tuple[str, ...], error_topic: str) -> str:
+    """An expression for these topics and those of the pattern; without retries and what is rejected here."""
     own = "|".join(re.escape(topic) for topic in topics)
-    return rf"(?:{own})$|(?!.*{re.escape(RETRY)}(?:\.|$))(?:{pattern})$"
+    others = rf"(?!{re.escape(error_topic)}$)(?!.*{re.escape(RETRY)}(?:\.|$))"
+    return rf"(?:{own})$|{others}(?:{pattern})$"

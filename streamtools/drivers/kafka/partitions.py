@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -16,6 +17,8 @@ from streamtools.settings import KafkaSettings
 
 #: Bytes of messages without a key that go to one partition before the next has its turn.
 STICKY: Final = 64 * 1024
+#: Seconds between two looks at what the library has learned of the topics meanwhile.
+LOOK_AGAIN: Final = 1.0
 
 
 class Partitions:
@@ -25,11 +28,14 @@ class Partitions:
         self._settings = settings
         self._limit = settings.max_message
         self._counts: dict[str, int] = {}
+        self._looked = 0.0
         self._turn: dict[str, int] = {}
         self._looking = asyncio.Lock()
 
     async def know(self, batch: Sequence[Outgoing], producer: Any) -> dict[str, StreamToolsError]:
         """Find the topics of a batch; an error for each that does not exist."""
+        if time.monotonic() - self._looked > LOOK_AGAIN:
+            self._look_again(producer.client.cluster)
         unknown = {item.topic for item in batch}.difference(self._counts)
         if not unknown:
             return {}
@@ -48,6 +54,13 @@ class Partitions:
             except CLIENT_ERRORS as error:
                 raise client_error(error, self._settings) from error
         return missing
+
+    def _look_again(self, cluster: Any) -> None:
+        """Partitions may be added at any time, and all who send have to agree on where a key belongs."""
+        self._looked = time.monotonic()
+        for topic in self._counts:
+            if partitions := cluster.partitions_for_topic(topic):
+                self._counts[topic] = len(partitions)
 
     def forget(self, topic: str) -> None:
         """Look for it again before the next message goes there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,9 +52,18 @@ class Topics:
         self._settings = settings
 
     async def find(self, names: Iterable[str]) -> dict[str, int]:
-        """Those that exist, with their number of partitions."""
-        request = MetadataRequest(list(names), allow_auto_topic_creation=False)
-        response = await self._ask(request)
+        """Those that exist, with their number of partitions; 0 as long as one has no leader."""
+        wanted = list(names)
+        found = self._read(await self._ask(_question(wanted)))
+        for broker in self._client.cluster.brokers():
+            # What was just made is known to one broker a moment before it is to the next.
+            if missing := [name for name in wanted if name not in found]:
+                with suppress(*CLIENT_ERRORS):  # a TimeoutError is an OSError
+                    async with asyncio.timeout(self._settings.connect_timeout):
+                        found |= self._read(await self._client.send(broker.nodeId, _question(missing)))
+        return found
+
+    def _read(self, response: Any) -> dict[str, int]:
         found = {}
         for error_code, name, _internal, partitions in response.topics:
             error = kafka.for_code(error_code)
@@ -132,6 +141,10 @@ class Topics:
                     raise client_error(error, self._settings) from error
                 await self._client.force_metadata_update()
         raise AssertionError("not reached")
+
+
+def _question(names: list[str]) -> MetadataRequest:
+    return MetadataRequest(names, allow_auto_topic_creation=False)
 
 
 @asynccontextmanager

@@ -82,10 +82,34 @@ async def test_a_key_that_is_no_text_is_rejected_whole_and_the_consumer_lives(
     assert b"no UTF-8" in headers["ce_errormessage"] and seen == ["good"]
 
 
-async def test_a_missing_topic_is_a_clear_error(kafka: KafkaAddress, queue: str) -> None:
+async def test_what_is_rejected_of_further_topics_goes_to_the_consumers_own_error_topic(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    seen: list[str] = []
+
+    async def fails(msg: str, message: Message) -> None:
+        seen.append(message.queue)
+        raise ValueError("never")
+
+    names = [f"{queue}.b", f"{queue}.c"]
+    senders = [await producer(name) for name in names]
+    async with running(fails, topics=[names[0]], pattern=rf"{queue}\..*", retry=NEVER):
+        for sender in senders:
+            await sender.send("x")
+        await eventually(lambda: _has(kafka, f"{queue}.error", 2))
+    async with KafkaAdmin(url=kafka.url) as admin:
+        failed = [message.error.queue for message in await admin.peek(f"{queue}.error") if message.error]
+    assert sorted(seen) == sorted(failed) == names, "and it is not read from there again"
+
+
+async def test_a_missing_topic_is_a_clear_error(kafka: KafkaAddress, producer: MakeProducer, queue: str) -> None:
     for declare in (False, "passive"):
         with pytest.raises(QueueError, match=f"no topic '{queue}'"):
             await KafkaConsumer(queue, url=kafka.url, declare=declare).open()
+    await producer()
+    for declare in (False, "passive"):
+        with pytest.raises(QueueError, match=f"no topic '{queue}-2'"):
+            await KafkaConsumer(queue, url=kafka.url, declare=declare, topics=[f"{queue}-2"]).open()
 
 
 def test_options_that_cannot_work_are_refused_at_once() -> None:
@@ -374,10 +398,16 @@ async def test_a_new_group_begins_where_it_is_told(producer: MakeProducer, runni
     await again.close()
 
 
-async def test_a_partition_that_is_added_is_read_from_its_beginning_though_the_group_began_with_the_latest(
-    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("begin", [{"offset": "latest"}, {"start_offset": 1000}])
+async def test_a_partition_that_is_added_is_read_from_its_beginning_though_the_group_began_elsewhere(
+    kafka: KafkaAddress,
+    producer: MakeProducer,
+    running: Running,
+    queue: str,
+    begin: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("streamtools.drivers.kafka.membership.METADATA_AGE", 0.5)
+    monkeypatch.setattr("streamtools.drivers.kafka.client.METADATA_AGE", 0.5)
     seen: list[str] = []
 
     async def handle(msg: str) -> None:
@@ -385,7 +415,7 @@ async def test_a_partition_that_is_added_is_read_from_its_beginning_though_the_g
 
     sender = await producer()
     await sender.send("old")
-    async with running(handle, offset="latest"):
+    async with running(handle, **begin):
         await sender.send("new")
         await eventually(lambda: _committed(kafka, queue, 2, []))
         async with KafkaAdmin(url=kafka.url) as admin:
@@ -393,6 +423,23 @@ async def test_a_partition_that_is_added_is_read_from_its_beginning_though_the_g
         await (await producer()).send("added", partition=1)
         await eventually(lambda: "added" in seen)
     assert seen == ["new", "added"]
+
+
+async def test_a_topic_that_is_made_later_is_read_by_its_pattern_from_its_first_message(
+    producer: MakeProducer, running: Running, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamtools.drivers.kafka.client.METADATA_AGE", 0.5)
+    seen: list[str] = []
+
+    async def handle(msg: str) -> None:
+        seen.append(msg)
+
+    await (await producer(f"{queue}-there")).send("old")
+    async with running(handle, pattern=rf"{queue}-.*", offset="latest") as consumer:
+        await (await producer(f"{queue}-later")).send_many(["first", "second"])
+        await eventually(lambda: len(seen) == 2)
+        assert f"{queue}-later" in {partition.topic for partition in consumer._membership.tracks}
+    assert seen == ["first", "second"]
 
 
 # --- looking ----------------------------------------------------------------------------------------

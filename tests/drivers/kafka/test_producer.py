@@ -9,9 +9,10 @@ from collections.abc import Iterable
 import pytest
 
 from streamtools import ConfigurationError, ConnectError, KafkaSettings, Message, QueueError, SendError
-from streamtools.drivers.kafka import KafkaProducer
+from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
 from streamtools.drivers.kafka.producer import KafkaReceipt
 from streamtools.drivers.kafka.topics import Topics
+from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import kafka_tool
 from tests.drivers.kafka.conftest import MakeProducer, records
@@ -83,6 +84,26 @@ async def test_a_missing_topic_is_never_made_when_creation_is_off(
     with pytest.raises(QueueError, match="declare=True"):
         await producer(declare="passive")
     assert queue not in await asyncio.to_thread(kafka_tool, kafka.bootstrap, "kafka-topics", "--list")
+
+
+async def test_a_producer_at_work_uses_partitions_that_are_added(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamtools.drivers.kafka.client.METADATA_AGE", 0.3)
+    monkeypatch.setattr("streamtools.drivers.kafka.partitions.LOOK_AGAIN", 0.0)
+    sender = await producer(partitions=1)
+    await sender.send("x", key="k")
+    async with KafkaAdmin(url=kafka.url) as admin:
+        await admin.alter(queue, partitions=6)
+
+    async def where(sender: KafkaProducer) -> list[int | None]:
+        return [(await sender.send("x", key=f"k-{n}")).partition for n in range(12)]
+
+    async def agree() -> bool:
+        return await where(sender) == await where(await producer())
+
+    await eventually(agree)
+    assert len(set(await where(sender))) > 1
 
 
 async def test_send_many_keeps_the_order_and_names_what_was_refused(

@@ -86,10 +86,12 @@ def test_each_group_has_a_retry_topic_of_its_own() -> None:
         ("shop.retry.billing", False),
         ("shop.retryable", True),
         ("my.shop.a", False),
+        ("shop.error", False),
+        ("shop.errors", True),
     ],
 )
-def test_a_pattern_never_matches_retries(topic: str, matches: bool) -> None:
+def test_a_pattern_never_matches_retries_or_what_was_rejected(topic: str, matches: bool) -> None:
     import re
 
-    expression = subscription(r"shop\..*", ("orders", "orders.retry"))
+    expression = subscription(r"shop\..*", ("orders", "orders.retry"), "shop.error")
     assert bool(re.compile(expression).match(topic)) is matches
