@@ -8,7 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 
@@ -86,7 +87,8 @@ def _plan(
         )
     further = []
     for parameter in parameters[1:]:
-        resolver = resolvers.get(hints.get(parameter.name, inspect.Parameter.empty))
+        kinds = parts_of(hints.get(parameter.name, inspect.Parameter.empty))
+        resolver = next((resolvers[kind] for kind in kinds if kind in resolvers), None)
         if resolver is not None and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
             further.append((parameter.name, resolver))
         elif parameter.default is inspect.Parameter.empty and parameter.kind not in (
@@ -107,9 +109,14 @@ def payload_type(function: Callable[..., Any]) -> Any:
     return _hints(function).get(parameters[0], Any) if parameters else Any
 
 
+def parts_of(annotation: Any) -> tuple[Any, ...]:
+    """The parts of a union, such as `Stock | None`; else the annotation itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
 def asks_for(function: Callable[..., Any], kind: type) -> bool:
     """Whether a parameter of the handler is annotated so."""
-    return kind in _hints(function).values()
+    return any(kind in parts_of(hint) for hint in _hints(function).values())
 
 
 def _decoder(annotation: Any, name: str) -> codec.Decoder:

@@ -16,7 +16,7 @@ from streamtools.bus.composer import Composer
 from streamtools.bus.context import MessageContext
 from streamtools.bus.contracts import Command, Contract
 from streamtools.bus.dispatch import BusDispatch
-from streamtools.bus.entries import Entries, Entry, Subscription, bindings_of
+from streamtools.bus.entries import Entries, Entry, Subscription, bindings_given, bindings_of
 from streamtools.bus.outbox import outbox
 from streamtools.bus.pikabus import PikaBus
 from streamtools.bus.requests import Requests
@@ -138,6 +138,7 @@ class Bus(Verbs):
         self._opening_admin = asyncio.Lock()
         self._pulling: dict[str, Consumer] = {}
         self._runner: ConsumerRunner | None = None
+        self._turning = asyncio.Lock()
 
     # --- handlers -------------------------------------------------------------------------------
 
@@ -168,7 +169,7 @@ class Bus(Verbs):
             exchange: where an event is subscribed to.
 
         Raises:
-            ConfigurationError: it cannot be told what it handles, or a command has a handler already.
+            ConfigurationError: it cannot be told what it handles, a command has a handler already, or the bus runs.
         """
 
         def decorate(function: Any) -> Any:
@@ -203,6 +204,10 @@ class Bus(Verbs):
     def _add_handler(self, function: Callable[..., Any], **terms: Any) -> None:
         known = len(self._entries.bindings)
         self._own()
+        if self.consumer.connected:
+            raise ConfigurationError(
+                f"{self!r} runs already, with the handlers that it had: register before it starts."
+            )
         if terms["retry"] is not None:
             check_retry(terms["retry"])
         self._entries.add(function, **terms)
@@ -235,12 +240,15 @@ class Bus(Verbs):
     # --- subscriptions --------------------------------------------------------------------------
 
     async def subscribe(
-        self, *topics: Subscription, queue: str | None = None, exchange: Exchange | None = None
+        self,
+        *topics: Subscription | Iterable[Subscription],
+        queue: str | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         """Have a queue receive these topics from now on; safe to repeat.
 
         Parameters:
-            topics: topics, patterns of them, or events; none for a fanout exchange.
+            topics: topics, patterns of them, or events, also in lists; none for a fanout exchange.
             queue: this bus's own when None, which is made if it is missing.
 
         Raises:
@@ -248,7 +256,7 @@ class Bus(Verbs):
             QueueError: there is no such queue.
         """
         self._composer.need_topics()
-        bindings = bindings_of(topics, exchange or self._topic)
+        bindings = bindings_given(topics, exchange or self._topic)
         if queue in (None, self.queue) and self._runner is None:
             await self.declare()
         admin = await self._get_admin()
@@ -258,7 +266,10 @@ class Bus(Verbs):
                 self._subscriptions[binding] = None
 
     async def unsubscribe(
-        self, *topics: Subscription, queue: str | None = None, exchange: Exchange | None = None
+        self,
+        *topics: Subscription | Iterable[Subscription],
+        queue: str | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         """Take away what `subscribe` did; safe to repeat. Messages that wait already are handled.
 
@@ -266,7 +277,7 @@ class Bus(Verbs):
             ConfigurationError: as for `subscribe`.
         """
         self._composer.need_topics()
-        bindings = bindings_of(topics, exchange or self._topic)
+        bindings = bindings_given(topics, exchange or self._topic)
         admin = await self._get_admin()
         for binding in bindings:
             await admin.unbind(queue or self._own(), binding.topic, binding.exchange)
@@ -326,26 +337,30 @@ class Bus(Verbs):
         Raises:
             ConnectError: the broker cannot be reached, or refuses us.
         """
-        if self._runner is None:
-            if self._entries:
-                self._runner = ConsumerRunner(self)
-                try:
-                    await self._runner.__aenter__()
-                except BaseException:
-                    self._runner = None
-                    raise
-            else:
-                await self.open()
-                if self.queue is not None and self.consumer.features.admin:
-                    await self.declare()
+        async with self._turning:
+            if self._runner is None:
+                await self._start()
         return self
+
+    async def _start(self) -> None:
+        if not self._entries:
+            await self.open()
+            if self.queue is not None and self.consumer.features.admin:
+                await self.declare()
+            return
+        runner = ConsumerRunner(self)
+        await runner.__aenter__()
+        self._runner = runner
 
     async def stop(self) -> None:
         """Finish what is in hand and disconnect. Safe to repeat."""
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            await runner.__aexit__(None, None, None)
-        await self.close()
+        async with self._turning:
+            runner, self._runner = self._runner, None
+            try:
+                if runner is not None:
+                    await runner.__aexit__(None, None, None)
+            finally:
+                await self.close()
 
     async def open(self) -> Self:
         """Connect for sending; handlers are not run. Safe to repeat."""

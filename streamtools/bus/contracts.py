@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import types
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Union, get_args, get_origin
+from typing import Any, ClassVar, Final
 
 from pydantic import BaseModel, ConfigDict
 
+from streamtools.binding import parts_of
 from streamtools.checks import check_name, check_topic
 from streamtools.errors import ConfigurationError, near
 
@@ -123,9 +123,4 @@ def _version(contract: type, version: int) -> int:
 
 def contracts_in(annotation: Any) -> tuple[type[Contract], ...]:
     """The contracts that a handler's first parameter names: one, those of a union, or none."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        found = [contracts_in(part) for part in get_args(annotation)]
-        return tuple(contract for part in found for contract in part)
-    if isinstance(annotation, type) and issubclass(annotation, Contract):
-        return (annotation,)
-    return ()
+    return tuple(part for part in parts_of(annotation) if isinstance(part, type) and issubclass(part, Contract))

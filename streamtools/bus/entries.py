@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast, get_type_hints
 
-from streamtools.binding import asks_for, name_of, payload_type
+from streamtools.binding import asks_for, name_of, parts_of, payload_type
 from streamtools.bus.contracts import Command, Contract, Event, contracts_in
 from streamtools.checks import check_topic
 from streamtools.delivery import Delivery
@@ -22,6 +22,8 @@ CATCH_ALL: Final = (dict, bytes, Message, Any, object)
 
 #: What `subscribe` takes: a topic, or an event whose topic it is.
 Subscription = str | type[Event]
+#: One, or several.
+Subscriptions = Subscription | Iterable[Subscription] | Iterable[Subscription | Iterable[Subscription]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +221,9 @@ def _arguments(handler: type, provided: Mapping[type, Any]) -> dict[str, Any]:
     arguments = {}
     for parameter in inspect.signature(handler).parameters.values():
         kind: Any = hints.get(parameter.name)
-        if kind in provided:
-            arguments[parameter.name] = provided[kind]
+        given = [provided[part] for part in parts_of(kind) if part in provided]
+        if given:
+            arguments[parameter.name] = given[0]
         elif parameter.default is inspect.Parameter.empty and parameter.kind not in _VARIABLE:
             raise ConfigurationError(
                 f"{handler.__qualname__} wants {parameter.name}: {getattr(kind, '__name__', kind) or 'something'}, "
@@ -245,16 +248,30 @@ def _where(contract: type) -> str:
     return f"{contract.__module__}.{contract.__qualname__}"
 
 
-def bindings_of(topics: Iterable[Subscription] | Subscription, exchange: Exchange) -> list[Binding]:
-    """The bindings of what `subscribe` was given.
+def bindings_of(topics: Subscriptions, exchange: Exchange) -> list[Binding]:
+    """The bindings of these topics.
 
     Raises:
         ConfigurationError: neither a topic nor an event.
     """
-    topics = [topics] if isinstance(topics, str | type) else list(topics)  # one alone is easily written
-    if not topics and exchange.type == "fanout":
+    if isinstance(topics, Iterable) and not isinstance(topics, str | type):
+        return [binding for topic in topics for binding in bindings_of(topic, exchange)]
+    return [Binding(_topic(topics), exchange)]
+
+
+def bindings_given(topics: Subscriptions, exchange: Exchange) -> list[Binding]:
+    """As `bindings_of`; a fanout exchange needs no topic.
+
+    Raises:
+        ConfigurationError: no topic, or something that is none.
+    """
+    if found := bindings_of(topics, exchange):
+        return found
+    if exchange.type == "fanout":
         return [Binding("", exchange)]
-    return [Binding(_topic(topic), exchange) for topic in topics]
+    raise ConfigurationError(
+        "No topic is given: bus.subscribe('orders.#'), or an event; only a fanout exchange needs none."
+    )
 
 
 def _topic(topic: object) -> str:

@@ -14,6 +14,7 @@ from streamtools.bus.dispatch import through
 from streamtools.bus.entries import Entries
 from streamtools.bus.outbox import Outbox, current_outbox, outbox
 from streamtools.bus.requests import Requests, call
+from streamtools.checks import check_seconds
 from streamtools.delivery import current
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import Exchange
@@ -168,7 +169,7 @@ class Verbs:
             SendError: there is no such queue.
         """
         message = self._composer.command(
-            command, to, exchange, intent="request", headers=headers, type=type, ttl=timeout
+            command, to, exchange, intent="request", headers=headers, type=type, ttl=check_seconds("timeout", timeout)
         )
         if self._sender.features.reply:
             reply = await call(message, timeout, self._send_all)

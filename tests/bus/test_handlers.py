@@ -231,6 +231,24 @@ class TestClasses:
         assert all((row[3] == "MainThread") is (kind == "async") for row in book.rows)
         assert instances[0] is not instances[1]
 
+    async def test_what_may_be_missing_is_given_where_it_is_provided(self, make: MakeBus) -> None:
+        seen: list[Any] = []
+
+        class Place:
+            def __init__(self, book: Book | None = None, limit: int | None = None) -> None:
+                self.book, self.limit = book, limit
+
+            async def handle(self, command: PlaceOrder, context: MessageContext | None = None) -> None:
+                seen.append((self.book, self.limit, context and context.attempt))
+
+        bus, book = make(), Book()
+        bus.provide(book)
+        bus.register(PlaceOrder, Place)
+        await bus.start()
+        await bus.send(PlaceOrder(id=1))
+        await reaches(seen, 1)
+        assert seen == [(book, None, 1)]
+
     async def test_what_nothing_provides_is_said_at_start_up(self, make: MakeBus) -> None:
         class Place:
             def __init__(self, book: Book) -> None: ...

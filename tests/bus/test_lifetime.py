@@ -31,6 +31,29 @@ class TestStartAndStop:
             await bus.stop()
             await bus.stop()
 
+    async def test_who_starts_it_too_returns_when_it_has_started(self, make: MakeBus) -> None:
+        seen: list[Any] = []
+        bus = make()
+        bus.register(OrderPlaced, seen.append)
+
+        async def start_and_publish(n: int) -> None:
+            await bus.start()
+            await bus.publish(OrderPlaced(id=n))
+
+        await asyncio.gather(*map(start_and_publish, range(3)))
+        await reaches(seen, 3)
+        await asyncio.gather(bus.stop(), bus.stop())
+        await start_and_publish(3)
+        await reaches(seen, 4)
+
+    @pytest.mark.parametrize("how", ["started", "by a runner"])
+    async def test_a_handler_that_comes_too_late_is_refused(self, make: MakeBus, how: str) -> None:
+        bus = make()
+        bus.register(PlaceOrder, lambda command: None)
+        async with bus if how == "started" else ConsumerRunner(bus):
+            with pytest.raises(ConfigurationError, match="runs already.*register before it starts"):
+                bus.register(OrderPlaced, lambda event: None)
+
     async def test_a_handler_added_in_between_has_its_events(self, make: MakeBus) -> None:
         seen: list[Any] = []
         bus = make()

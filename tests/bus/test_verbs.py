@@ -64,6 +64,10 @@ class TestTheRightVerb:
             (lambda bus: bus.publish({}, "o" * 256), "over 255 bytes"),
             (lambda bus: bus.subscribe("o" * 256), "over 255 bytes"),
             (lambda bus: bus.subscribe(dict), "neither a topic nor an Event"),
+            (lambda bus: bus.subscribe(["a", PlaceOrder]), r"PlaceOrder is a command.*send\(\)"),
+            (lambda bus: bus.subscribe(), "No topic is given"),
+            (lambda bus: bus.unsubscribe([], exchange=Exchange(type="direct")), "No topic is given"),
+            (lambda bus: bus.request(PlaceOrder(id=1), timeout=-1), "timeout=-1 is out of range"),
             (lambda bus: bus.send(PlaceOrder(id=1), headers={"streamtools-id": "1"}), "is reserved"),
         ],
     )
@@ -232,7 +236,8 @@ class TestSubscribe:
 
         await bus.start()
         for _ in range(2):
-            await bus.subscribe("a.*", OrderShipped)
+            await bus.subscribe("a.*", [OrderShipped, "b"])
+        await bus.unsubscribe(["b"])
         await bus.publish({"n": 1}, "a.b")
         await bus.publish(OrderShipped(id=2))
         await reaches(seen, 2)
