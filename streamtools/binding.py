@@ -68,7 +68,7 @@ def _plan(
     function: Callable[..., Any], resolvers: Mapping[type, Resolver], payload: Any
 ) -> tuple[codec.Decoder, list[tuple[str, Resolver]]]:
     name = name_of(function)
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = _parameters(function)
     hints = _hints(function)
     if not parameters or parameters[0].kind not in (
         inspect.Parameter.POSITIONAL_ONLY,
@@ -105,8 +105,15 @@ def _plan(
 
 def payload_type(function: Callable[..., Any]) -> Any:
     """The annotation of a handler's first parameter; Any where there is none."""
-    parameters = list(inspect.signature(function).parameters)
-    return _hints(function).get(parameters[0], Any) if parameters else Any
+    parameters = _parameters(function)
+    return _hints(function).get(parameters[0].name, Any) if parameters else Any
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:  # a builtin that does not tell, such as deque().append: it is given the message
+        return [inspect.Parameter("message", inspect.Parameter.POSITIONAL_ONLY)]
 
 
 def parts_of(annotation: Any) -> tuple[Any, ...]:

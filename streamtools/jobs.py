@@ -12,10 +12,11 @@ Scripts without an event loop call `send_message_sync` and `receive_message_sync
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from queue import SimpleQueue
 from types import TracebackType
@@ -24,16 +25,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from streamtools import background, codec
-from streamtools.binding import compile_handler, is_async
-from streamtools.checks import check_seconds
+from streamtools.binding import compile_handler, is_async, name_of
+from streamtools.cancelling import guard
+from streamtools.checks import check_seconds, check_texts
 from streamtools.consumer import BoundHandler, Consumer
-from streamtools.delivery import Delivery
+from streamtools.delivery import Delivery, Settlement
 from streamtools.dispatch import Dispatcher, chain
-from streamtools.errors import ConnectError, DecodeError
-from streamtools.message import Message
+from streamtools.errors import ConfigurationError, ConnectError, DecodeError, SendError
+from streamtools.message import Message, ids
 from streamtools.producer import Producer
 from streamtools.threads import Threads
 from streamtools.types import Handler
+from streamtools.verdicts import ACK
 from streamtools.wire import from_rfc3339
 
 if TYPE_CHECKING:
@@ -43,6 +46,8 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: Messages that one call without a callback returns at most.
 LIMIT: Final = 1000
+#: Seconds after the first message in which such a call takes further ones, which may never cease to come.
+GATHERING: Final = 2.0
 
 #: What is called with each message: `def`, in a thread, or `async def`.
 Callback = Callable[["JobMessage"], Any]
@@ -97,11 +102,14 @@ class JobMessage(BaseModel):
 
 
 class JobConnection:
-    """Sends job messages over connections that it keeps, one for each queue sent to; see `connect`."""
+    """Sends job messages over one connection that it keeps; see `connect`."""
 
     def __init__(self, url: str | ProtocolSettings | None = None) -> None:
         self._url = url
-        self._producers: dict[str, Producer] = {}
+        self._new_id = ids()
+        self._producer: Producer | None = None
+        #: Queues that are there.
+        self._made: set[str] = set()
 
     async def send_message(
         self,
@@ -115,7 +123,7 @@ class JobConnection:
         data: dict[str, Any] | None = None,
         original_message: str | JobMessage = "None",
     ) -> JobMessage:
-        """As `streamtools.jobs.send_message`, over a kept connection."""
+        """As `streamtools.jobs.send_message`, over the kept connection; safe from many tasks at once."""
         message = JobMessage(
             title=title,
             message_type=message_type,
@@ -126,11 +134,36 @@ class JobConnection:
             data=data or {},
             original_message=str(original_message),
         )
-        queue = message.send_to
-        if queue not in self._producers:
-            self._producers[queue] = Producer(queue, url=self._url)
-        await self._producers[queue].send(message, type=message.message_type)
+        await self._send(message)
         return message
+
+    async def _send(self, message: JobMessage) -> None:
+        queue = message.send_to
+        body, content_type = codec.encode(message)
+        check_texts({"message_type": message.message_type})
+        envelope = Message(
+            body=body,
+            queue=queue,
+            id=self._new_id(),
+            type=message.message_type,
+            time=message.create_time,
+            content_type=content_type,
+        )
+        try:
+            await (await self._producer_for(queue)).send_messages([envelope])
+        except SendError:
+            self._made.discard(queue)  # it may have been deleted; the next message makes it again
+            raise
+
+    async def _producer_for(self, queue: str) -> Producer:
+        """The one that sends everything; a queue that it did not make itself is made by another, for that alone."""
+        if self._producer is None:
+            self._producer = Producer(queue, url=self._url)
+        elif queue not in self._made:
+            async with Producer(queue, url=self._url):
+                pass
+        self._made.add(queue)
+        return self._producer
 
     async def receive_message(
         self, queue_name: str, max_wait_time: float = 0, call_back_function: Callback | None = None
@@ -142,16 +175,17 @@ class JobConnection:
         """
         wait = check_seconds("max_wait_time", max_wait_time) or None
         if call_back_function is not None:
+            _check(call_back_function)
             await _call_for_each(Consumer(queue_name, url=self._url), wait, call_back_function)
             return []
-        return await _receive_list(Consumer(queue_name, url=self._url, prefetch=LIMIT), wait)
+        return await _receive_list(Consumer(queue_name, url=self._url, prefetch=LIMIT - 1), wait)
 
     async def close(self) -> None:
-        """Close the kept connections. Safe to repeat; they are opened again when needed."""
-        producers, self._producers = self._producers, {}
-        async with AsyncExitStack() as stack:  # each is closed, whatever becomes of the others
-            for producer in producers.values():
-                stack.push_async_callback(producer.close)
+        """Close the connection. Safe to repeat; it is opened again when needed."""
+        producer, self._producer = self._producer, None
+        self._made.clear()
+        if producer is not None:
+            await producer.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -163,7 +197,7 @@ class JobConnection:
 
 
 def connect(url: str | ProtocolSettings | None = None) -> JobConnection:
-    """`async with connect(url) as q:` keeps the connections for `q.send_message(...)`; nothing connects yet.
+    """`async with connect(url) as q:` keeps the connection for `q.send_message(...)`; nothing connects yet.
 
     Parameters:
         url: the address; see `streamtools.settings`.
@@ -216,12 +250,13 @@ async def receive_message(
 ) -> list[JobMessage]:
     """Receive the messages of one queue, which is made if it is missing.
 
-    Without a callback: wait for the first message, and return it with all that is there, 1,000 at most. They are
-    acknowledged as the list is returned: what becomes of them then is the caller's, who must not cancel the call
-    at that moment.
+    Without a callback: wait for the first message, and return it with all that is there, 1,000 at most, and what
+    comes within two seconds. They are acknowledged as the list is returned: what becomes of them then is the
+    caller's, who must not cancel the call at that moment.
 
     A callback loses nothing: each message is acknowledged when it has returned. One that raises has its message run
-    again, five times with growing delays, and then moved to the error queue, as is a body that is no JobMessage.
+    again, five times with growing delays, and then moved to the error queue, as is a body that is no JobMessage. The
+    call does not wait for a message that is to be run again later than `max_wait_time`: the next call has it.
 
     Parameters:
         queue_name: the queue, a str or a member of a `QueueName`.
@@ -234,7 +269,7 @@ async def receive_message(
         The messages in order, none when the time is over; with a callback always an empty list.
 
     Raises:
-        ConfigurationError: a name or a time that cannot be.
+        ConfigurationError: a name or a time that cannot be, or a callback that does not take one message.
         ConnectError: the broker cannot be reached within 30 seconds, or refuses us.
     """
     return await connect(url).receive_message(queue_name, max_wait_time, call_back_function)
@@ -245,28 +280,45 @@ async def receive_message(
 
 async def _receive_list(consumer: Consumer, wait: float | None) -> list[JobMessage]:
     async with consumer:
-        deliveries = await consumer.receive(LIMIT, timeout=wait)
-        while deliveries and len(deliveries) < LIMIT:
-            more = await consumer.receive(LIMIT - len(deliveries), timeout=0)
-            if not more:
-                break
-            deliveries += more
-        return [message for message in await asyncio.gather(*map(_taken, deliveries)) if message is not None]
+        deliveries = await _all_there(consumer, wait)
+        with suppress(ConnectError):  # which the acknowledgement meets as well
+            # Else the broker delivers the next ones when these are acknowledged, only to have them back, and
+            # RabbitMQ puts those that are under way at the queue's end.
+            await guard(consumer._stop())
+        read = [(delivery, await _read(delivery)) for delivery in deliveries]
+        await _acknowledge(consumer, [delivery for delivery, message in read if message is not None])
+        return [message for _, message in read if message is not None]
 
 
-async def _taken(delivery: Delivery) -> JobMessage | None:
-    """The delivery's message, acknowledged; None for a body that is none, which goes to the error queue."""
+async def _all_there(consumer: Consumer, wait: float | None) -> list[Delivery]:
+    deliveries = await consumer.receive(LIMIT, timeout=wait)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + GATHERING
+    while deliveries and len(deliveries) < LIMIT and loop.time() < end:
+        more = await consumer.receive(LIMIT - len(deliveries), timeout=0)
+        if not more:
+            break
+        deliveries += more
+    return deliveries
+
+
+async def _read(delivery: Delivery) -> JobMessage | None:
+    """The delivery's message; None for a body that is none, which goes to the error queue."""
     try:
         message: JobMessage = _decode(delivery.message)
     except DecodeError as error:
         log.error("Message %s of %r is no job message: %s", delivery.message.id, delivery.message.queue, error)  # noqa: TRY400
         await delivery.reject(str(error))
         return None
-    try:
-        await delivery.ack()
-    except ConnectError as error:  # the others may be acknowledged, so they are to be returned
-        log.warning("Message %s will be delivered again: %s", delivery.message.id, error)
     return message
+
+
+async def _acknowledge(consumer: Consumer, deliveries: Sequence[Delivery]) -> None:
+    # All at once: of many single ones RabbitMQ forgets those that it has not come to when the channel is closed.
+    try:
+        await guard(consumer._settle([Settlement(delivery, ACK) for delivery in deliveries]))
+    except ConnectError as error:  # some may be acknowledged, so all are to be returned
+        log.warning("Messages of %r may be delivered again: %s", consumer.queue, error)
 
 
 _decode: Final = codec.decoder(JobMessage)
@@ -279,6 +331,21 @@ async def _call_for_each(consumer: Consumer, wait: float | None, callback: Callb
         await consumer.run(JobHandler(consumer, callback), on_started=idle.begin)
     finally:
         idle.end()
+
+
+def _check(callback: object) -> None:
+    if not callable(callback):
+        raise ConfigurationError(
+            f"call_back_function={callback!r} cannot be called: write def on_message(message): ..."
+        )
+    try:
+        inspect.signature(callback).bind(None)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{name_of(callback)} is to be called with one message: write def on_message(message): ..."
+        ) from error
+    except ValueError:  # a builtin that does not tell what it takes
+        pass
 
 
 class JobHandler(BoundHandler):
@@ -300,7 +367,8 @@ class Idle:
 
     def __init__(self, consumer: Consumer, wait: float | None) -> None:
         self._consumer = consumer
-        self._wait = wait
+        #: Not less than it takes to see what is there.
+        self._wait = None if wait is None else max(wait, consumer.look)
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
@@ -372,6 +440,7 @@ def receive_message_sync(
     """
     if call_back_function is None or is_async(call_back_function):
         return background.run(receive_message(queue_name, max_wait_time, call_back_function, url=url))
+    _check(call_back_function)
     calls: SimpleQueue[Call | None] = SimpleQueue()
 
     async def hand_over(message: JobMessage) -> Any:
@@ -379,6 +448,7 @@ def receive_message_sync(
         calls.put(call)
         return await call.done
 
+    hand_over.__qualname__ = name_of(call_back_function)  # as which it stands in the log and the error queue
     work = background.start(receive_message(queue_name, max_wait_time, hand_over, url=url))
     work.add_done_callback(lambda _: calls.put(None))
     try:

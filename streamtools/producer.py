@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
 
 from streamtools import codec
 from streamtools.cancelling import guard
@@ -61,6 +61,10 @@ class Receipt:
 
     async def _confirmed(self) -> Receipt:
         return self
+
+
+#: Queues that an error names at most.
+PLACES: Final = 3
 
 
 class Sink(Protocol):
@@ -315,7 +319,7 @@ class Producer(Endpoint):
         several = len(batch) > 1
         end = f"The broker may hold {'them' if several else 'it'}; send again with the same id to be sure."
         return SendError(
-            f"{len(batch)} message{'s' if several else ''} to {self.queue!r} not confirmed within "
+            f"{len(batch)} message{'s' if several else ''} to {_places(batch)} not confirmed within "
             f"{self.send_timeout:g} s: {why} {end if doubt else 'Nothing of it has reached the broker.'}",
             unknown=[m.id for m in batch],
         )
@@ -329,6 +333,12 @@ class Producer(Endpoint):
         )
         self._note_ignored(foreign)
         return options
+
+
+def _places(batch: Sequence[Message]) -> str:
+    """Where these go: a bus sends to many queues over one producer."""
+    places = [repr(name) for name in dict.fromkeys(message.queue for message in batch)]
+    return ", ".join(places) if len(places) <= PLACES else f"{places[0]} and {len(places) - 1} other queues"
 
 
 def _loop_time(deadline: float) -> float:

@@ -605,6 +605,18 @@ async def test_a_sender_needs_no_start(make: MakeBus, waiting: Any) -> None:
     assert len(await waiting("orders", 1)) == 1
 
 
+async def test_what_does_not_arrive_is_named_by_where_it_was_to_go() -> None:
+    nobody = "amqp://guest:guest@127.0.0.1:1/"
+    bus = Bus("webshop", url=nobody, send_timeout=0.2)
+
+    with pytest.raises(SendError, match="1 message to 'orders' not confirmed"):
+        await bus.send(PlaceOrder(id=1))
+    with pytest.raises(SendError, match="3 messages to 'orders', 'billing' not confirmed"):
+        async with bus.transaction():
+            for command in (PlaceOrder(id=1), Bill(id=1), PlaceOrder(id=2)):
+                await bus.send(command)
+
+
 async def test_many_tasks_send_at_once(make: MakeBus) -> None:
     seen: list[Message] = []
     bus = make("billing", concurrency=5)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -120,6 +121,37 @@ async def test_one_call_returns_a_thousand_at_most(durable_url: str) -> None:
     assert [message.data["n"] for each in lists for message in each] == list(range(1100))
 
 
+async def test_calls_one_after_the_other_keep_the_order(durable_url: str) -> None:
+    total = 5100
+    async with Producer(HERE, url=durable_url) as producer:
+        for start in range(0, total, 500):
+            numbers = range(start, min(start + 500, total))
+            await producer.send_many([JobMessage(**FIELDS, data={"n": n}) for n in numbers])
+
+    received: list[int] = []
+    while len(received) < total:
+        found = await receive_message(HERE, 30, url=durable_url)
+        assert found, received
+        received += [message.data["n"] for message in found]
+    assert received == list(range(total))
+
+
+async def test_a_list_is_returned_although_messages_never_cease(durable_url: str) -> None:
+    async def send_for_ever() -> None:
+        async with connect(durable_url) as q:
+            while True:
+                await q.send_message(**FIELDS)
+                await asyncio.sleep(0.02)
+
+    sending = asyncio.create_task(send_for_ever())
+    try:
+        found = await asyncio.wait_for(receive_message(HERE, 30, url=durable_url), 15)
+        assert 0 < len(found) < 1000
+    finally:
+        sending.cancel()
+        await asyncio.wait({sending})
+
+
 async def test_zero_waits_for_the_first_message(url: str) -> None:
     waiting = asyncio.create_task(receive_message(HERE, 0, url=url))
     done, _ = await asyncio.wait({waiting}, timeout=0.5)
@@ -194,6 +226,37 @@ async def test_a_body_that_is_no_job_message_goes_to_the_error_queue(
         assert failed.message.error is not None and "message_type" in failed.message.error.reason
 
 
+@pytest.mark.parametrize(
+    ("callback", "why"),
+    [
+        ("print", "'print' cannot be called"),
+        (lambda: None, "is to be called with one message"),
+        (lambda message, further: None, "is to be called with one message"),
+    ],
+    ids=["a text", "nothing", "two"],
+)
+async def test_a_callback_that_cannot_work_is_refused_before_a_message_comes(
+    callback: Callable[..., object], why: str, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path}/jobs.db"
+    sent = await send_message(**FIELDS, url=url)
+
+    with pytest.raises(ConfigurationError, match=why):
+        await receive_message(HERE, 0, callback, url=url)
+    with pytest.raises(ConfigurationError, match=why):
+        await asyncio.to_thread(receive_message_sync, HERE, 0, callback, url=url)
+    assert await receive_message(HERE, 30, url=url) == [sent]
+
+
+async def test_a_callback_may_be_a_builtin_that_does_not_tell_what_it_takes(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/jobs.db"
+    seen: deque[JobMessage] = deque()
+    sent = [await send_message(**FIELDS, url=url) for _ in range(2)]
+
+    await receive_message(HERE, 0.3, seen.append, url=url)
+    assert list(seen) == sent
+
+
 async def test_a_cancelled_receiver_leaves_its_messages(durable_url: str) -> None:
     sent = await send_message(**FIELDS, url=durable_url)
     begun = asyncio.Event()
@@ -241,6 +304,17 @@ def test_a_callback_is_called_in_the_calling_thread(url: str) -> None:
 
     assert receive_message_sync(HERE, 3, callback, url=url) == []
     assert seen == [threading.current_thread(), sent]
+
+
+def test_a_callback_stands_in_the_log_under_its_own_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"sqlite:///{tmp_path}/jobs.db"
+    send_message_sync(**FIELDS, url=url)
+
+    def register(message: JobMessage) -> None:
+        raise ValueError("busy")
+
+    receive_message_sync(HERE, 0.3, register, url=url)
+    assert "register failed on message" in caplog.text and "hand_over" not in caplog.text
 
 
 def test_an_async_callback_is_called_on_the_background_loop(url: str) -> None:
