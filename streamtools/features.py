@@ -21,7 +21,8 @@ class Features:
         error_queue: a rejected message can be moved to an error queue; without it the sender keeps it.
         delivery_count: the broker counts deliveries, so a message that kills its process is found out.
         redelivery: what was delivered and not settled comes back after the consumer has died.
-        atomic: what a handler sends and the settlement of its message are one transaction.
+        atomic: what a handler sends and the settlement of its message are one transaction, always. On Kafka they are
+            with `exactly_once=True`, and this is False.
         reply: the handler's value travels back to the sender on the same call.
         listens: the consumer opens a port itself (`host=`, `port=`).
         admin: the protocol has a QueueAdmin.

@@ -54,6 +54,7 @@ class ErrorDetails:
         attempts: how often the message was run.
         first_failed: when it first failed, in seconds since the epoch.
         last_failed: when it last failed, in seconds since the epoch.
+        place: where in `queue` it was first, in words, where messages have places (Kafka). It does not travel.
     """
 
     queue: str
@@ -64,6 +65,7 @@ class ErrorDetails:
     attempts: int = 0
     first_failed: float = 0.0
     last_failed: float = 0.0
+    place: str = field(default="", compare=False)
 
 
 @sets_slots

@@ -258,7 +258,8 @@ def _print_error(message: Message) -> None:
     facts: dict[str, object] = {"type": message.type, "key": message.key, "sent": output.moment(message.time)}
     if error is not None:
         facts = {
-            "failed in": error.queue, "handler": error.handler, "exception": error.exception, "reason": error.reason,
+            "failed in": error.queue, "place": error.place, "handler": error.handler,
+            "exception": error.exception, "reason": error.reason,
             "attempts": error.attempts, "first": _when(error.first_failed), "last": _when(error.last_failed), **facts,
         }  # fmt: skip
     facts |= {f"header {name}": value for name, value in message.headers.items()}

@@ -120,6 +120,7 @@ def test_stats_show_the_lag_of_each_group(cli: Cli, queue: str) -> None:
     [group] = info["groups"]
     assert (group["name"], group["lag"]) == ("billing", 4)
     table = cli("queues", "stats", queue).stdout
+    assert info["oldest"] > 0
     assert re.search(rf"{queue} +billing +0 +1 +5 +4 +-", table)
 
 
@@ -156,6 +157,8 @@ def test_failed_messages_are_listed_with_why_and_where_and_stay(cli: Cli, failed
         assert (group["queue"], group["exception"], group["count"]) == (failed, "ValueError", MANY)
     [shown] = lines(cli("errors", "show", *errors, "--limit", "1"))
     assert shown["error"]["reason"] == "no luck with even"
+    assert re.fullmatch(r"partition 0, offset \d+", shown["error"]["place"])
+    assert re.search(r"place: +partition 0, offset \d+\n", cli("errors", "show", *errors[:2], "--limit", "1").stdout)
     assert group_rows(kafka.bootstrap, f"{failed}.error", f"{failed}.error") == {}
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Final
 
@@ -13,10 +15,11 @@ from aiokafka import errors as kafka
 from pydantic import Field
 
 from streamtools.admin import QueueAdmin, Reader
+from streamtools.drivers.kafka.ages import next_times
 from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster, TopicState
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Commit, Groups, Membership, Progress, busy
-from streamtools.drivers.kafka.names import RETRY, check_kafka_name
+from streamtools.drivers.kafka.names import RETRY, check_kafka_name, is_retry_topic, reader_of
 from streamtools.drivers.kafka.reader import KafkaReader
 from streamtools.drivers.kafka.topics import Topic, Topics
 from streamtools.errors import ConfigurationError, ConnectError, QueueError
@@ -41,8 +44,10 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
     """Looks at Kafka's topics and groups, and changes them.
 
     A queue's `ready` is what the group that is named as the queue has still to read; messages in hand count, too,
-    for Kafka does not know them. `delayed` is the same of that group's retry topic. `peek` disturbs nobody;
-    `move` and `discard` need that group's consumers to be stopped, and so does `seek`.
+    for Kafka does not know them. `delayed` is what waits for its time in that group's retry topic; the retry topics
+    of other groups are listed. `oldest` is the age of what the group has to do next, and only `stats` looks for it.
+    `peek` disturbs nobody; `move` and `discard` need that group's consumers to be stopped, and so does `seek`.
+    What `move` takes out of an error queue and back goes to the group that had rejected it, and to no other.
     """
 
     settings_class: ClassVar[type[KafkaSettings]] = KafkaSettings
@@ -91,19 +96,20 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
             retries = [name for name in await cluster.topics() if f"{name}.".startswith(f"{queue}{RETRY}.")]
             for name in (queue, *retries):
                 await cluster.delete_topic(name)
-            await cluster.wait(lambda: self._is_gone(queue))
+            await cluster.wait(lambda: self._are_gone([queue, *retries]))
 
     async def _purge(self, queue: str) -> int:
         with self._plain_errors() as cluster:
-            found = await self._progress(queue, (await self._topic(queue)).partitions)
+            found = await self._progress(reader_of(queue), (await self._topic(queue)).partitions)
             await cluster.delete_records({partition: one.end for partition, one in found.items()})
             return sum(one.waiting for one in found.values())
 
     async def _stats(self, queue: str) -> QueueInfo:
         with self._plain_errors() as cluster:
-            await self._topic(queue)
+            topic = await self._topic(queue)
             infos = await self._infos(await cluster.topics([queue, queue + RETRY]))
-            return next(info for info in infos if info.name == queue)
+            found = next(info for info in infos if info.name == queue)
+            return replace(found, oldest=await self._oldest(topic)) if found.ready else found
 
     # --- settings ---------------------------------------------------------------------------------
 
@@ -212,26 +218,35 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         return KafkaReader(queue, self._connected(), self.settings, client_id=self.client_id)
 
     async def _infos(self, topics: Mapping[str, TopicState]) -> list[QueueInfo]:
-        """The numbers of each topic; a retry topic's are those of its queue."""
+        """The numbers of each topic; those of the retry topic of its own group are with it."""
         groups = Groups(self._connected())
         known = await groups.names()
-        retries = {name + RETRY: name for name in topics if name + RETRY in topics}
-        readers = {name: retries.get(name, name) for name in topics}
         commits: dict[TopicPartition, Commit] = {}
         members = {}
-        for name, group in readers.items():
-            if group in known:
+        for name in topics:
+            if (group := reader_of(name)) in known:
                 commits |= await groups.committed(group, topics[name].partitions)
-                members[name] = len((await groups.describe(group)).members) if name == group else 0
+                members[name] = len((await groups.describe(group)).members)
         partitions = [partition for topic in topics.values() for partition in topic.partitions]
-        waiting = dict.fromkeys(topics, 0)
+        due, later = dict.fromkeys(topics, 0), dict.fromkeys(topics, 0)
         for partition, one in (await self._measured(commits, partitions, all_of_them=False)).items():
-            waiting[partition.topic] += one.waiting
+            waits = is_retry_topic(partition.topic) and partition.partition > 0  # the first tier holds nothing back
+            (later if waits else due)[partition.topic] += one.waiting
+        own = {name + RETRY: name for name in topics if name + RETRY in topics}
+        for retry, name in own.items():
+            due[name] += due[retry]
+            later[name] += later[retry]
         return [
-            QueueInfo(name=n, ready=waiting[n], delayed=waiting.get(n + RETRY, 0), consumers=members.get(n, 0))
+            QueueInfo(name=n, ready=due[n], delayed=later[n], consumers=members.get(n, 0))
             for n in topics
-            if n not in retries
+            if n not in own
         ]
+
+    async def _oldest(self, topic: TopicState) -> float | None:
+        """The age of what its group has to do next."""
+        found = await self._progress(reader_of(topic.name), topic.partitions)
+        times = await next_times(self._connected(), {p: one.start for p, one in found.items() if one.waiting})
+        return max(0.0, time.time() - min(times)) if times else None
 
     async def _progress(self, group: str, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Progress]:
         # The commits first: a message that is done meanwhile counts as waiting, never the other way round.
@@ -266,8 +281,8 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         leaders = (await self._topic(queue)).leaders
         return len(leaders) == total and min(leaders.values()) >= 0
 
-    async def _is_gone(self, queue: str) -> bool:
-        return queue not in await self._connected().topics([queue])
+    async def _are_gone(self, queues: Sequence[str]) -> bool:
+        return not await self._connected().topics(queues)
 
     def _connected(self) -> Cluster:
         if self._cluster is None:

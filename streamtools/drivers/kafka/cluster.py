@@ -185,7 +185,7 @@ class Cluster:
 
         async def attempt() -> dict[TopicPartition, int]:
             found: dict[TopicPartition, int] = {}
-            for node, rows in (await self._by_leader(dict.fromkeys(wanted, time), all_of_them=all_of_them)).items():
+            for node, rows in (await self.by_leader(dict.fromkeys(wanted, time), all_of_them=all_of_them)).items():
                 response = await self.ask(OffsetRequest(-1, 0, rows), node)
                 for topic, answers in response.topics:
                     check(answer[1] for answer in answers)
@@ -198,17 +198,17 @@ class Cluster:
         """Delete what stands before these offsets."""
 
         async def attempt() -> None:
-            for node, rows in (await self._by_leader(ends)).items():
+            for node, rows in (await self.by_leader(ends)).items():
                 response = await self.ask(DeleteRecordsRequest(rows, self._milliseconds), node)
                 for _, answers, *_ in response.topics:
                     check(answer[2] for answer in answers)
 
         await self.persist(attempt)
 
-    async def _by_leader(
+    async def by_leader(
         self, values: Mapping[TopicPartition, int], *, all_of_them: bool = True
     ) -> dict[int, list[tuple[str, list[tuple[int, int]]]]]:
-        """Node to its topics, each with (partition, value)."""
+        """Each leader to its topics, each with (partition, value)."""
         topics = await self.topics({partition.topic for partition in values})
         found: dict[int, dict[str, list[tuple[int, int]]]] = {}
         for partition, value in values.items():

@@ -18,7 +18,7 @@ from streamtools.drivers.kafka.membership import ABANDONED, Membership, Terms
 from streamtools.drivers.kafka.names import check_kafka_name, retry_topic
 from streamtools.drivers.kafka.options import ConsumerOptions, subscription
 from streamtools.drivers.kafka.outbox import Outbox
-from streamtools.drivers.kafka.records import GROUP, QUEUE, decode_record, header_texts, trouble
+from streamtools.drivers.kafka.records import QUEUE, decode_record, header_texts, trouble
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at
 from streamtools.drivers.kafka.topics import Topic, topics_at
 from streamtools.drivers.kafka.track import Token, Track
@@ -233,10 +233,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         if message.deliver_at is not None and message.deliver_at > now:
             self._hold_back(track, record, message, now)
             return
-        group = None
-        if message.error is not None:
-            group = header_texts(record.headers, (GROUP,)).get(GROUP)
-        delivery = Delivery(message, Token(track, record.offset, record, group), 0, trouble(record))
+        delivery = Delivery(message, Token(track, record.offset, record), 0, trouble(record))
         track.in_hand[record.offset] = delivery
         batch.append(delivery)
 

@@ -55,3 +55,11 @@ def retry_topic(queue: str, group: str) -> str:
 def is_retry_topic(name: str) -> bool:
     """Retries of some group wait there."""
     return RETRY[1:] in name.split(".")[1:]
+
+
+def reader_of(topic: str) -> str:
+    """The group that a topic is for: the one that is named as it; of a retry topic the one that it names."""
+    queue, _, group = topic.rpartition(f"{RETRY}.")
+    if queue:
+        return group
+    return topic.removesuffix(RETRY) or topic

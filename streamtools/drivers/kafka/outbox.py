@@ -13,7 +13,7 @@ from streamtools.delivery import Settlement
 from streamtools.drivers.kafka.membership import Membership
 from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
 from streamtools.drivers.kafka.publisher import Publisher
-from streamtools.drivers.kafka.records import GROUP, QUEUE, Header, decode_origin, header_texts, now_ms
+from streamtools.drivers.kafka.records import GROUP, QUEUE, RETRIES, Header, decode_origin, header_texts, now_ms
 from streamtools.drivers.kafka.tiers import tier_of
 from streamtools.drivers.kafka.track import Token, Track
 from streamtools.drivers.kafka.transactions import Transactional, opened
@@ -236,6 +236,8 @@ class Outbox:
         headers: list[Header] = []
         if kind is Kind.REJECT:
             headers = [*decode_origin(token.record).headers, (GROUP, self._membership.group.encode())]
+            if self._tiers:  # by which it can come back to this group alone
+                headers.append((RETRIES, self._retry_topic.encode()))
         return outgoing([message], headers=headers)[0]
 
     def _waiting(self, record: Any, message: Message) -> Outgoing:

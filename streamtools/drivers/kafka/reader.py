@@ -15,19 +15,20 @@ from streamtools.drivers.kafka.client import connection, started, stopped
 from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Groups, Progress, busy
+from streamtools.drivers.kafka.names import reader_of
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
 from streamtools.drivers.kafka.publisher import Publisher
-from streamtools.drivers.kafka.records import decode_origin, decode_record
+from streamtools.drivers.kafka.records import QUEUE, RETRIES, decode_origin, decode_record, header_texts, now_ms
 from streamtools.errors import SendError
 from streamtools.settings import KafkaSettings
 
 
 class KafkaReader:
-    """Reads what waited in a topic when it was opened, for the group named as the topic; joins no group.
+    """Reads what waited in a topic when it was opened, for the group that the topic is for; joins no group.
 
     Parameters:
-        queue: the topic, and the group.
+        queue: the topic.
         cluster: connected.
         settings: of the connections that it opens itself.
         client_id: as the broker shows them.
@@ -35,6 +36,7 @@ class KafkaReader:
 
     def __init__(self, queue: str, cluster: Cluster, settings: KafkaSettings, *, client_id: str | None) -> None:
         self._queue = queue
+        self._group = reader_of(queue)
         self._cluster = cluster
         self._groups = Groups(cluster)
         self._settings = settings
@@ -42,13 +44,14 @@ class KafkaReader:
         self._offsets: dict[TopicPartition, Offsets] = {}
         self._ends: dict[TopicPartition, int] = {}
         self._records: dict[TopicPartition, dict[int, Any]] = {}  # taken and not finished
+        self._there: dict[str, bool] = {}  # whether topics for retries exist
         self._consumer: Any = None
         self._publisher: Publisher | None = None
 
     async def open(self) -> None:
         """Find out what waits."""
         topic = (await self._cluster.topics([self._queue]))[self._queue]
-        commits = await self._groups.committed(self._queue, topic.partitions)
+        commits = await self._groups.committed(self._group, topic.partitions)
         begins = await self._cluster.offsets(topic.partitions, EARLIEST)
         self._ends = await self._cluster.offsets(topic.partitions, LATEST)
         consumer = AIOKafkaConsumer(
@@ -104,10 +107,10 @@ class KafkaReader:
             SendError: a message was refused; it and nothing else stays.
         """
         publisher = await self._opened()
-        batch = [message for settlement in settlements for message in settlement.outgoing]
+        batch = [item for settlement in settlements for item in await self._copies(settlement)]
         try:
             if batch:
-                await publisher.publish(outgoing(batch))
+                await publisher.publish(batch)
         except SendError as error:
             lost = {*error.refused, *error.unknown}
             await self._finish([s for s in settlements if not lost.intersection(m.id for m in s.outgoing)])
@@ -116,11 +119,28 @@ class KafkaReader:
 
     # --- how --------------------------------------------------------------------------------------
 
+    async def _copies(self, settlement: Settlement) -> list[Outgoing]:
+        """What goes back where it was rejected goes to the group that did so, and to no other."""
+        message, record = settlement.delivery.message, settlement.delivery.token
+        items = outgoing(settlement.outgoing)
+        back = [item for item in items if message.error is not None and item.topic == message.error.queue]
+        retries = header_texts(record.headers, (RETRIES,)).get(RETRIES)
+        if back and retries is not None and await self._exists(retries):
+            for item in back:
+                item.headers += [*decode_origin(record).headers, (QUEUE, item.topic.encode())]
+                item.topic, item.partition, item.timestamp = retries, 0, now_ms()
+        return items
+
+    async def _exists(self, topic: str) -> bool:
+        if topic not in self._there:
+            self._there[topic] = topic in await self._cluster.topics([topic])
+        return self._there[topic]
+
     async def _opened(self) -> Publisher:
         if self._publisher is None:
             # Before anything is sent: what cannot be committed would be sent again each time.
-            if (await self._groups.describe(self._queue)).active:
-                raise busy(self._queue, self._settings)
+            if (await self._groups.describe(self._group)).active:
+                raise busy(self._group, self._settings)
             publisher = Publisher(self._settings, self._client_id)
             await publisher.open()
             self._publisher = publisher
@@ -154,9 +174,9 @@ class KafkaReader:
         for partition in touched:
             await self._make_room(partition)
         try:
-            await self._groups.commit(self._queue, {p: self._offsets[p].commit()[:2] for p in touched})
+            await self._groups.commit(self._group, {p: self._offsets[p].commit()[:2] for p in touched})
         except kafka.UnknownMemberIdError as error:
-            raise busy(self._queue, self._settings) from error
+            raise busy(self._group, self._settings) from error
         except CLIENT_ERRORS as error:
             raise refusal(error, self._settings) from error
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, NamedTuple
 
 from streamtools.errors import DecodeError
@@ -25,6 +25,8 @@ USER: Final = "streamtools-user-"
 QUEUE: Final = "streamtools-queue"
 #: The group whose handler has rejected a message.
 GROUP: Final = "streamtools-group"
+#: The topic where retries of that group wait.
+RETRIES: Final = "streamtools-retries"
 #: Where a failed message was read first.
 ORIGIN: Final = ("streamtools-origin-topic", "streamtools-origin-partition", "streamtools-origin-offset")
 #: Seconds by which a message's time may differ from now and still be the record's own timestamp. A copy of
@@ -130,6 +132,8 @@ def decode_record(record: Any, queue: str | None = None) -> Message:
             _keep(user, name, raw)
     if meta:
         found |= decode_meta(meta, prefix=PREFIX)
+        if "error" in found:
+            found["error"] = replace(found["error"], place=_place(record))
     found.setdefault("id", f"{record.topic}-{record.partition}-{record.offset}")
     if record.timestamp >= 0:
         found.setdefault("time", record.timestamp / 1000)
@@ -157,11 +161,20 @@ def trouble(record: Any) -> DecodeError | None:
 
 def decode_origin(record: Any) -> Origin:
     """Where the message of this record was read first."""
+    return _told_origin(record) or Origin(record.topic, record.partition, record.offset)
+
+
+def _told_origin(record: Any) -> Origin | None:
     found = header_texts(record.headers, ORIGIN)
     topic, partition, offset = (found.get(name, "") for name in ORIGIN)
     if topic and partition.isdecimal() and offset.isdecimal():
         return Origin(topic, int(partition), int(offset))
-    return Origin(record.topic, record.partition, record.offset)
+    return None
+
+
+def _place(record: Any) -> str:
+    origin = _told_origin(record)
+    return "" if origin is None else f"partition {origin.partition}, offset {origin.offset}"
 
 
 def header_texts(headers: Iterable[tuple[str, bytes | None]], names: Sequence[str]) -> dict[str, str]:

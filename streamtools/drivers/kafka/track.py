@@ -24,13 +24,11 @@ class Token(NamedTuple):
 
     Attributes:
         record: as it was read.
-        group: the group whose handler failed on it, where it was read from an error queue.
     """
 
     track: Track
     offset: int
     record: Any
-    group: str | None = None
 
 
 class Track:

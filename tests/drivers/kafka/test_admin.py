@@ -15,13 +15,14 @@ from urllib.parse import quote
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
-from streamtools import ConfigurationError, ConnectError, QueueAdmin, QueueError
+from streamtools import ConfigurationError, ConnectError, Message, QueueAdmin, QueueError, Retry
 from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
 from streamtools.drivers.kafka.reader import KafkaReader
+from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress, hosts
 from tests.brokers.kafka.node import KafkaCluster, KafkaNode
 from tests.brokers.kafka.tools import group_rows, kafka_tool
-from tests.drivers.kafka.conftest import MakeProducer, records
+from tests.drivers.kafka.conftest import MakeProducer, Running, records
 
 pytestmark = pytest.mark.real_kafka("what its admin and its own tools say")
 
@@ -140,10 +141,46 @@ async def test_what_waits_for_its_retry_is_shown_with_its_queue(
     admin: QueueAdmin, producer: MakeProducer, queue: str
 ) -> None:
     await (await producer()).send("now")
-    await (await producer(f"{queue}.retry")).send_many(["later", "later"])
+    for group in ("", ".billing"):
+        retries = await producer(f"{queue}.retry{group}", partitions=3)
+        await retries.send("at once", partition=0)
+        await retries.send_many(["later", "later"], partition=2)
     info = await admin.stats(queue)
-    assert (info.ready, info.delayed) == (1, 2)
-    assert [info.name for info in await admin.list() if info.name.startswith(queue)] == [queue]
+    assert (info.ready, info.delayed) == (2, 2)
+    shown = {info.name: (info.ready, info.delayed) for info in await admin.list() if info.name.startswith(queue)}
+    assert shown == {queue: (2, 2), f"{queue}.retry.billing": (1, 2)}
+
+
+async def test_the_retries_of_another_group_are_those_that_it_has_not_read(
+    admin: QueueAdmin, producer: MakeProducer, queue: str
+) -> None:
+    retries, group = f"{queue}.retry.g-{queue}", f"g-{queue}"
+    await (await producer(retries, partitions=1)).send_many(["done", "waits", "waits"])
+    await admin.seek(retries, 1, group=group)
+    assert (await admin.stats(retries)).ready == 2
+    assert [message.body for message in await admin.peek(retries)] == [b"waits", b"waits"]
+
+
+async def test_the_age_of_the_oldest_is_that_of_what_the_group_does_next(
+    admin: QueueAdmin, producer: MakeProducer, queue: str
+) -> None:
+    sender, now = await producer(partitions=2), time.time()
+    assert (await admin.stats(queue)).oldest is None
+    for partition, age in ((0, 900), (0, 100), (1, 500)):
+        await sender.send("x", partition=partition, timestamp=now - age)
+
+    async def age() -> int:
+        return round((await admin.stats(queue)).oldest or 0, -2)
+
+    assert await age() == 900
+    await admin.seek(queue, 1, partition=0)
+    assert await age() == 500
+    async with sender.transaction():
+        await sender.send("y", partition=1, timestamp=now - 300)
+    await admin.seek(queue, 1, partition=1)
+    assert await age() == 300, "markers of transactions have no age"
+    await admin.seek(queue, "end")
+    assert (await admin.stats(queue)).oldest is None
 
 
 async def test_topics_that_come_and_go_do_not_disturb_a_list(
@@ -385,6 +422,56 @@ async def test_moved_messages_are_done_and_the_others_wait_in_their_places(
     assert (group.lag, sum(p.ahead for p in group.partitions)) == (9, 4)
     assert await admin.discard(queue) == 5
     assert await shown(kafka, queue, queue) == {0: (10, 10, 0)}
+
+
+async def test_a_redrive_is_for_the_group_that_had_rejected_it_and_for_no_other(
+    admin: QueueAdmin, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    seen: list[tuple[str, str, int]] = []
+    broken = True
+
+    async def billing(msg: str, message: Message) -> None:
+        seen.append(("billing", msg, message.attempt))
+        if broken:
+            raise ValueError("never")
+
+    async def shipping(msg: str, message: Message) -> None:
+        seen.append(("shipping", msg, message.attempt))
+
+    retry = Retry(retries=0)
+    async with (
+        running(billing, group="billing", retry=retry, topics=[f"{queue}-2"]),
+        running(shipping, group="shipping", topics=[f"{queue}-2"]),
+    ):
+        receipt = await (await producer(f"{queue}-2")).send("x")
+        await eventually(lambda: _waits(admin, f"{queue}.error", 1))
+        [message] = await admin.peek(f"{queue}.error")
+        assert message.error is not None
+        assert (message.error.queue, message.error.place) == (f"{queue}-2", f"partition 0, offset {receipt.offset}")
+        broken = False
+        assert await admin.move(f"{queue}.error") == 1
+        await eventually(lambda: seen.count(("billing", "x", 1)) == 2)
+        await (await producer()).send("last")
+        await eventually(lambda: {("billing", "last", 1), ("shipping", "last", 1)} <= set(seen))
+    assert seen.count(("shipping", "x", 1)) == 1
+
+
+async def test_without_its_groups_retry_topic_a_redrive_goes_to_the_queue(
+    admin: QueueAdmin, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    async def fails(msg: str) -> None:
+        raise ValueError("never")
+
+    async with running(fails, retry=Retry(retries=0)):
+        await (await producer()).send("x")
+        await eventually(lambda: _waits(admin, f"{queue}.error", 1))
+    await admin.delete(f"{queue}.retry")
+    assert await admin.move(f"{queue}.error") == 1
+    assert [message.body for message in await admin.peek(queue)] == [b"x"]
+
+
+async def _waits(admin: QueueAdmin, queue: str, number: int) -> bool:
+    return (await admin.stats(queue)).ready == number
 
 
 async def test_a_group_at_work_keeps_its_messages_and_none_is_sent(

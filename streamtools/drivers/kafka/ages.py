@@ -1,0 +1,54 @@
+"""How old what waits is: the time of the next record of a group, without reading the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Final
+
+from aiokafka import TopicPartition
+from aiokafka import errors as kafka
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.record.memory_records import MemoryRecords
+
+from streamtools.drivers.kafka.cluster import Cluster, check
+
+#: Bytes of a partition that are looked at; a batch that is larger comes as a whole (KIP-74).
+ENOUGH: Final = 16 * 1024
+READ_COMMITTED: Final = 1
+
+
+async def next_times(cluster: Cluster, places: Mapping[TopicPartition, int]) -> list[float]:
+    """When the first record from each of these offsets on was written, in seconds since the epoch.
+
+    A partition in which nobody may read any further yet has none.
+    """
+    found = await asyncio.gather(*(_next_time(cluster, partition, offset) for partition, offset in places.items()))
+    return [time for time in found if time is not None]
+
+
+async def _next_time(cluster: Cluster, partition: TopicPartition, offset: int) -> float | None:
+    rows = [(partition.topic, [(partition.partition, offset, ENOUGH)])]
+
+    async def attempt() -> float | None:
+        [node] = await cluster.by_leader({partition: offset})
+        response = await cluster.ask(FetchRequest(0, 0, ENOUGH, READ_COMMITTED, rows), node)
+        [(_, [answer])] = response.topics
+        check([answer[1]])
+        return _first_time(MemoryRecords(answer[-1] or b""), offset)
+
+    try:
+        return await cluster.persist(attempt)
+    except kafka.OffsetOutOfRangeError:  # purged meanwhile
+        return None
+
+
+def _first_time(batches: Any, offset: int) -> float | None:
+    while batches.has_next():
+        batch = batches.next_batch()
+        if batch.is_control_batch:  # the end of a transaction, which is no message
+            continue
+        for record in batch:
+            if record.offset >= offset:
+                return float(record.timestamp) / 1000
+    return None
