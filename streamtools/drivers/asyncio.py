@@ -22,7 +22,7 @@ from streamtools.checks import Declare
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
-from streamtools.exchange import Binding, another_type, no_subscriber
+from streamtools.exchange import Binding, Exchange, another_type, no_subscriber
 from streamtools.features import Features
 from streamtools.message import Message
 from streamtools.options import Options
@@ -250,11 +250,8 @@ class Broker:
             QueueError: the queue is missing, or the exchange is of another type.
         """
         self.topic(queue)
-        found = self.bindings.setdefault(binding.exchange.name, {})
-        for other, _ in found:
-            if other.exchange.type != binding.exchange.type:
-                raise another_type(binding.exchange, other.exchange.type)
-        found[binding, queue] = None
+        self._check_type(binding.exchange)
+        self.bindings.setdefault(binding.exchange.name, {})[binding, queue] = None
 
     def unbind(self, queue: str, binding: Binding) -> None:
         """Take it away again; safe to repeat."""
@@ -282,12 +279,13 @@ class Broker:
         """Where a message goes, as each queue is to have it.
 
         Raises:
-            QueueError: there is no such queue, or none bound to its topic.
+            QueueError: there is no such queue, none bound to its topic, or the exchange is of another type.
         """
         if message.exchange is None:
             if not message.mandatory and message.queue not in self.topics:
                 return []
             return [(message, queue) for queue in self.topic(message.queue).groups.values()]
+        self._check_type(message.exchange)
         names = {
             queue: None
             for binding, queue in self.bindings.get(message.exchange.name, {})
@@ -300,6 +298,12 @@ class Broker:
             for name in names
             for queue in self.topics[name].groups.values()
         ]
+
+    def _check_type(self, exchange: Exchange) -> None:
+        for other, _ in self.bindings.get(exchange.name, ()):
+            if other.exchange.type != exchange.type:
+                raise another_type(exchange, other.exchange.type)
+            return
 
     def topic(self, name: str) -> Topic:
         """The topic of this name.

@@ -214,6 +214,22 @@ class TestPublish:
         [message] = await waiting("orders", 1)
         assert message.intent == "event"
 
+    @pytest.mark.parametrize("mandatory", [True, False])
+    async def test_an_exchange_that_is_of_another_type_is_an_error_that_says_which(
+        self, make: MakeBus, nothing_waits: Any, mandatory: bool
+    ) -> None:
+        bus, shop = make(), {kind: Exchange("shop", type=kind) for kind in ("direct", "topic", "fanout")}
+        await bus.subscribe("a", exchange=shop["direct"])
+        for verb in (
+            lambda: bus.publish({}, "a", exchange=shop["topic"], mandatory=mandatory),
+            lambda: bus.send({}, "a", exchange=shop["fanout"]),
+        ):
+            with pytest.raises(SendError, match=r"'shop'.*'direct'"):
+                await verb()
+        with pytest.raises(QueueError, match=r"'shop'.*'direct'"):
+            await bus.subscribe("a", exchange=shop["topic"])
+        await nothing_waits("orders")
+
     async def test_handlers_have_the_events_of_the_exchange_that_they_name(self, make: MakeBus) -> None:
         exchange, seen = Exchange("shop-events", type="fanout"), []
         bus = make()

@@ -224,7 +224,7 @@ class Topology:
         except ChannelPreconditionFailed as error:
             raise QueueError(
                 f"RabbitMQ at {self._link.where} does not make the exchange {exchange.name!r} of type "
-                f"{exchange.type!r}: {errors.plain(error)} Use it as it is (Exchange(name, type=...)), or choose "
+                f"{exchange.type!r}: {errors.plain(error)}. Use it as it is (Exchange(name, type=...)), or choose "
                 "another name."
             ) from error
         except StreamToolsError:

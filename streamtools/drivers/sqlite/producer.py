@@ -13,7 +13,7 @@ from streamtools.drivers.sqlite.rows import Row, encode
 from streamtools.drivers.sqlite.schema import NoRoom
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConnectionLost, QueueError, SendError
-from streamtools.exchange import Binding, another_type
+from streamtools.exchange import Binding, another_type, no_subscriber
 from streamtools.features import Features
 from streamtools.message import Message
 from streamtools.options import Options
@@ -122,14 +122,13 @@ def _bind(tables: Tables, queue: str, binding: Binding) -> bool | QueueError:
 def missing(rows: Sequence[Row]) -> SendError:
     """The error for rows whose queue does not exist, or whose topic no queue is bound to."""
     row = rows[0]
-    if row.exchange is not None:
-        return SendError(
-            f"No queue is bound to the topic {row.queue!r} on the exchange {row.exchange!r}, so the message would "
-            "reach nobody. Start a subscriber first, or publish with mandatory=False.",
-            refused=[row.id for row in rows],
+    if row.exchange is None:
+        why = (
+            f"There is no queue {row.queue!r}, so {len(rows)} message{'s' if len(rows) > 1 else ''} to it cannot be "
+            "held. Open a consumer of it first, or a producer with declare=True."
         )
-    return SendError(
-        f"There is no queue {rows[0].queue!r}, so {len(rows)} message{'s' if len(rows) > 1 else ''} to it cannot be "
-        "held. Open a consumer of it first, or a producer with declare=True.",
-        refused=[row.id for row in rows],
-    )
+    elif row.clash is not None:
+        why = str(another_type(row.exchange, row.clash))
+    else:
+        why = str(no_subscriber(row.queue, row.exchange))
+    return SendError(why, refused=[row.id for row in rows])

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from pydantic_core import from_json, to_json
 
+from streamtools.exchange import Exchange
 from streamtools.message import ErrorDetails, Message
 
 #: Fields of Message that are kept in `meta`, where they are set; the body has its own column and
@@ -33,6 +34,7 @@ class Row:
         id: the message's id, for errors.
         exchange: where it goes by its topic, which then is `queue`.
         mandatory: that it reaches no queue is an error.
+        clash: the type that its exchange has instead of the one asked for.
         lane: the one lane that it goes to; all lanes of the queue when None.
     """
 
@@ -42,9 +44,10 @@ class Row:
     meta: str
     body: bytes
     id: str
-    exchange: str | None = None
+    exchange: Exchange | None = None
     mandatory: bool = True
     lane: int | None = None
+    clash: str | None = None
 
 
 def encode(message: Message, *, lane: int | None = None, origin: int | None = None) -> Row:
@@ -70,9 +73,8 @@ def encode(message: Message, *, lane: int | None = None, origin: int | None = No
     if origin is not None:
         fields[ORIGIN] = origin
     meta = to_json(fields).decode()
-    exchange = None if message.exchange is None else message.exchange.name
     return Row(
-        message.queue, message.key, message.deliver_at, meta, message.body, message.id, exchange,
+        message.queue, message.key, message.deliver_at, meta, message.body, message.id, message.exchange,
         message.mandatory, lane,
     )  # fmt: skip
 

@@ -219,12 +219,12 @@ class Tables:
         if spread:
             self._enqueue(first, last, now, any(row.due is not None for row in rows))
         known = {id(row) for row, _ in spread}
-        return [row for row in rows if id(row) not in known and row.mandatory]
+        return [row for row in rows if id(row) not in known and (row.mandatory or row.clash)]
 
     def stranded(self, rows: Iterable[Row]) -> set[int]:
         """Those of `rows`, by `id()`, that must go somewhere and cannot."""
         self._take_ids(0)
-        return {id(row) for row in rows if row.mandatory and not self._targets(row)}
+        return {id(row) for row in rows if not self._targets(row) and (row.mandatory or row.clash)}
 
     def _take_ids(self, number: int) -> int:
         statement = "UPDATE sequence SET last = last + ? RETURNING last, generation"
@@ -235,7 +235,10 @@ class Tables:
 
     def _targets(self, row: Row) -> Sequence[int]:
         if row.exchange is not None:
-            bindings = self._bindings.get(row.exchange, ())
+            bindings = self._bindings.get(row.exchange.name, ())
+            if bindings and bindings[0][0].type != row.exchange.type:
+                row.clash = bindings[0][0].type
+                return []
             queues = {queue: None for exchange, topic, queue in bindings if exchange.matches(topic, row.queue)}
             return [lane for queue in queues for lane in self._lanes.get(queue, ())]
         lanes = self._lanes.get(row.queue, [])
