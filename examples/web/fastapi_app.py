@@ -1,7 +1,4 @@
-"""FastAPI with a bus beside it, on one event loop: `python fastapi_app.py`, or `uvicorn fastapi_app:app`.
-
-The same with Starlette alone: Starlette(lifespan=lifespan, routes=[...]).
-"""
+"""FastAPI with a bus beside it, on one event loop: `python fastapi_app.py`, or `uvicorn fastapi_app:app`."""
 
 import os
 from collections.abc import AsyncIterator

@@ -18,7 +18,7 @@ import pytest
 from streamtools.testing import eventually
 from tests.examples.test_examples import EXAMPLES, ROOT
 
-APPS = ["fastapi_app", "aiohttp_app", "flask_app"]
+APPS = ["fastapi_app", "starlette_app", "aiohttp_app", "flask_app"]
 #: Requests at once.
 MANY = 20
 
