@@ -18,6 +18,7 @@ from streamtools.drivers.kafka.membership import ABANDONED, Membership, Terms
 from streamtools.drivers.kafka.names import check_kafka_name, retry_topic
 from streamtools.drivers.kafka.options import ConsumerOptions, subscription
 from streamtools.drivers.kafka.outbox import Outbox
+from streamtools.drivers.kafka.outgoing import COPY_ROOM
 from streamtools.drivers.kafka.records import QUEUE, decode_record, header_texts, trouble
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at
 from streamtools.drivers.kafka.topics import Topic, topics_at
@@ -127,8 +128,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             for name in dict.fromkeys((self.queue, *options.topics))
         ]
         named = len(queues)
-        error = Topic(name=self._error_topic, replication=options.replication, config=KEEP)
-        retry = Topic(name=self.retry_topic, partitions=len(TIERS), replication=options.replication)
+        copies = {"max.message.bytes": str(self.settings.max_message + COPY_ROOM)}
+        error = Topic(name=self._error_topic, replication=options.replication, config=copies | KEEP)
+        retry = Topic(name=self.retry_topic, partitions=len(TIERS), replication=options.replication, config=copies)
         if error.name not in {topic.name for topic in queues}:
             queues.append(error)
         async with topics_at(self.settings, self._name) as topics:

@@ -199,7 +199,7 @@ class Membership:
 
     def transactional_id(self, partition: TopicPartition) -> str:
         """Of whoever has this partition for the group: one id for each, whoever it is."""
-        return f"streamtools-{self._terms.group}-{partition.topic}-{partition.partition}"
+        return f"streamtools/{self._terms.group}/{partition.topic}/{partition.partition}"  # no name has a slash
 
     @property
     def _chooses_start(self) -> bool:

@@ -11,7 +11,7 @@ from aiokafka import errors as kafka
 
 from streamtools.delivery import Settlement
 from streamtools.drivers.kafka.membership import Membership
-from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
+from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
 from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import GROUP, QUEUE, RETRIES, Header, decode_origin, header_texts, now_ms
 from streamtools.drivers.kafka.tiers import tier_of
@@ -99,7 +99,7 @@ class Outbox:
             if self._closed:
                 raise Closed("The consumer was closed.")
             if self._publisher is None:
-                publisher = Publisher(self._settings, self._client_id)
+                publisher = Publisher(self._settings, self._client_id, room=COPY_ROOM)
                 try:
                     await publisher.open()
                 except BaseException:

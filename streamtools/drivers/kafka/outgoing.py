@@ -15,6 +15,8 @@ from streamtools.settings import KafkaSettings
 
 #: Bytes that a record takes beside key, value and headers, at most (KIP-98, message format).
 OVERHEAD: Final = 96
+#: Bytes by which a copy may be larger than its message: why that failed, where it was first, and for whom it waits.
+COPY_ROOM: Final = 64 * 1024
 
 
 @dataclass(slots=True)

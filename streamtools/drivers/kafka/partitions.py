@@ -22,11 +22,15 @@ LOOK_AGAIN: Final = 1.0
 
 
 class Partitions:
-    """The topics that are known to exist, and where in them a message belongs."""
+    """The topics that are known to exist, and where in them a message belongs.
 
-    def __init__(self, settings: KafkaSettings) -> None:
+    Parameters:
+        limit: bytes of a message at most.
+    """
+
+    def __init__(self, settings: KafkaSettings, limit: int) -> None:
         self._settings = settings
-        self._limit = settings.max_message
+        self._limit = limit
         self._counts: dict[str, int] = {}
         self._looked = 0.0
         self._turn: dict[str, int] = {}

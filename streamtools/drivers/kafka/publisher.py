@@ -183,14 +183,16 @@ class Publisher:
     Parameters:
         settings: where.
         client_id: as the broker shows it.
+        room: bytes that a message may have beyond `max_message`.
     """
 
-    def __init__(self, settings: KafkaSettings, client_id: str) -> None:
+    def __init__(self, settings: KafkaSettings, client_id: str, *, room: int = 0) -> None:
         self._settings = settings
         self._client_id = client_id
         self._producer: Any = None
         self._lanes: dict[tuple[str, int], Lane] = {}
-        self._partitions = Partitions(settings)
+        self._limit = settings.max_message + room
+        self._partitions = Partitions(settings, self._limit)
         self._unconfirmed = 0
         self._room: deque[asyncio.Future[None]] = deque()
         self._renewing = asyncio.Lock()
@@ -315,7 +317,7 @@ class Publisher:
             **await connection(self._settings, self._client_id),
             enable_idempotence=True,
             max_batch_size=BATCH,
-            max_request_size=self._settings.max_message,
+            max_request_size=self._limit,
         )
         await started(producer, self._settings)
         return producer

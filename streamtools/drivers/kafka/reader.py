@@ -17,7 +17,7 @@ from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Groups, Progress, busy
 from streamtools.drivers.kafka.names import reader_of
 from streamtools.drivers.kafka.offsets import Offsets
-from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
+from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
 from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import QUEUE, RETRIES, decode_origin, decode_record, header_texts, now_ms
 from streamtools.errors import SendError
@@ -141,7 +141,7 @@ class KafkaReader:
             # Before anything is sent: what cannot be committed would be sent again each time.
             if (await self._groups.describe(self._group)).active:
                 raise busy(self._group, self._settings)
-            publisher = Publisher(self._settings, self._client_id)
+            publisher = Publisher(self._settings, self._client_id, room=COPY_ROOM)
             await publisher.open()
             self._publisher = publisher
         return self._publisher

@@ -18,7 +18,7 @@ from aiokafka.protocol.transaction import InitProducerIdRequest
 
 from streamtools.drivers.kafka.client import abandoned, connection, next_number, rewind, started
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, REFUSALS, client_error, is_too_large, plain
-from streamtools.drivers.kafka.outgoing import Outgoing, refused
+from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, refused
 from streamtools.drivers.kafka.partitions import Partitions
 from streamtools.drivers.kafka.publisher import BATCH
 from streamtools.errors import ConnectionLost, StreamToolsError
@@ -82,7 +82,8 @@ class Transactional:
         self._id = transactional_id
         self._client_id = client_id
         self._identity = identity
-        self._partitions = Partitions(settings)
+        self._limit = settings.max_message + COPY_ROOM
+        self._partitions = Partitions(settings, self._limit)
         self._producer: Any = None
         #: It has failed in a way that leaves the fate of its transaction open, or was fenced off.
         self.broken: bool = False
@@ -98,7 +99,7 @@ class Transactional:
             transactional_id=self._id,
             transaction_timeout_ms=int(1000 * TIMEOUT),
             max_batch_size=BATCH,
-            max_request_size=self._settings.max_message,
+            max_request_size=self._limit,
         )
         if self._identity is not None:
             # The library then takes the id as its own instead of taking it over once more: another owner may

@@ -50,3 +50,12 @@ async def test_a_group_goes_on_where_it_was(kafka: KafkaAddress, topic: str, sta
     first = await received(kafka, topic, 40, static_id=static_id)
     rest = await received(kafka, topic, 60, static_id=static_id)
     assert [message.body for message in first + rest] == [b"%d" % n for n in range(100)]
+
+
+@pytest.mark.parametrize("compression", ["gzip", "snappy", "lz4", "zstd"])
+async def test_what_other_clients_have_compressed_is_read(kafka: KafkaAddress, topic: str, compression: str) -> None:
+    other = Confluent({"bootstrap.servers": kafka.bootstrap, "compression.type": compression, "linger.ms": 20})
+    for number in range(50):
+        other.produce(topic, b"%d" % number * 100, partition=0)
+    assert await asyncio.to_thread(other.flush, 30) == 0
+    assert [message.body for message in await received(kafka, topic, 50)] == [b"%d" % n * 100 for n in range(50)]

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from streamtools import ConnectError, KafkaSettings, QueueError, Retry, SendError
-from streamtools.drivers.kafka import KafkaConsumer
+from streamtools import ConnectError, KafkaSettings, Message, QueueError, Retry, SendError
+from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import group_rows, kafka_tool
@@ -77,6 +77,26 @@ async def test_a_message_over_the_brokers_limit_is_refused_by_name_and_the_other
         await sender.send("behind")
         await eventually(lambda: len(seen) == 2)
     assert caught.value.refused == ("big",) and seen == ["before", "behind"]
+
+
+@pytest.mark.parametrize("exactly_once", [False, True])
+async def test_a_message_as_large_as_may_be_is_retried_rejected_and_redriven_with_all_that_is_said_of_it(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, exactly_once: bool
+) -> None:
+    runs: list[int] = []
+
+    async def handle(msg: bytes, message: Message) -> None:
+        runs.append(message.attempt)
+        if len(runs) < 3:
+            raise ValueError("never " * 1000)
+
+    options = {"retry": Retry(retries=1, delay=0.01), "exactly_once": exactly_once}
+    body = b"x" * (1024 * 1024 - 200)
+    async with KafkaAdmin(url=kafka.url) as admin, running(handle, **options):
+        await (await producer()).send(body)
+        await eventually(lambda: _holds(kafka, f"{queue}.error", body))
+        assert await admin.move(f"{queue}.error") == 1
+        await eventually(lambda: runs == [1, 2, 1])
 
 
 async def test_a_rejected_message_that_its_error_topic_does_not_take_stays_until_it_does(
