@@ -47,6 +47,18 @@ def check_middleware(middleware: Iterable[object]) -> None:
             raise ConfigurationError(f"middleware={layer!r} cannot be called: write async def (message, call_next).")
 
 
+def check_error_handler(handler: object) -> None:
+    """An error handler that can be called, or None.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if handler is not None and not callable(handler):
+        raise ConfigurationError(
+            f"on_error={handler!r} cannot be called: write async def (message, error, attempt) -> Verdict | None."
+        )
+
+
 async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -> object:
     return await layer(message, call_next)
 

@@ -10,24 +10,21 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
 from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
-from streamtools.binding import RESOLVERS, Resolver
 from streamtools.bus import pikabus
 from streamtools.bus.composer import Composer
-from streamtools.bus.context import MessageContext
+from streamtools.bus.context import resolvers
 from streamtools.bus.contracts import Command, Contract
 from streamtools.bus.dispatch import BusDispatch
 from streamtools.bus.entries import Entries, Entry, Subscription, bindings_given, bindings_of
-from streamtools.bus.outbox import outbox
 from streamtools.bus.pikabus import PikaBus
 from streamtools.bus.requests import Requests
 from streamtools.bus.verbs import Verbs
 from streamtools.checks import check_choice
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery
-from streamtools.dispatch import Dispatcher, check_middleware
+from streamtools.dispatch import Dispatcher, check_error_handler, check_middleware
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import TOPIC, Binding, Exchange
-from streamtools.message import Message
 from streamtools.options import QUEUE_OPTIONS
 from streamtools.policy import Retry, check_retry
 from streamtools.producer import Producer, Receipt
@@ -146,7 +143,7 @@ class Bus(Verbs):
     def handler(self, function: F, /) -> F: ...
     @overload
     def handler(
-        self, /, *, type: str | None = None, retry: Retry | None = None, exchange: Exchange | None = None
+        self, /, *, type: str | None = ..., retry: Retry | None = ..., exchange: Exchange | None = ...
     ) -> Callable[[F], F]: ...
     def handler(
         self,
@@ -410,6 +407,7 @@ class Bus(Verbs):
             return consumer.dispatcher(handler, entry.name, retry=entry.retry, on_error=self.on_error)
 
         check_middleware([*self.incoming, *self.outgoing])
+        check_error_handler(self.on_error)
         self._entries.check_shared(copies=consumer.features.error_queue, by_hand=consumer.ack == "manual")
         consumer.bindings = self._bindings()
         return BusDispatch(
@@ -418,7 +416,7 @@ class Bus(Verbs):
             make,
             incoming=[*self.incoming, *consumer.middleware],
             outgoing=self.outgoing,
-            resolvers=self._resolvers(),
+            resolvers=resolvers({**self._provided, Bus: self}, self._composer, lambda: self.mandatory),
             provided=self._provided,
             threads=threads,
             send=self._send_all,
@@ -427,13 +425,6 @@ class Bus(Verbs):
             atomic=consumer.features.atomic or getattr(consumer.options, "exactly_once", False),
             holds=self._style is not None and consumer.features.delay,
         )
-
-    def _resolvers(self) -> dict[type, Resolver]:
-        def context(message: Message) -> MessageContext:
-            return MessageContext(message, self._composer, outbox.get(), mandatory=self.mandatory)
-
-        provided = {kind: _constant(value) for kind, value in self._provided.items()}
-        return {**RESOLVERS, **provided, MessageContext: context, Bus: lambda _: self}
 
     # --- small things ---------------------------------------------------------------------------
 
@@ -495,7 +486,3 @@ class BusLoop(BoundHandler):
 
     def __repr__(self) -> str:
         return f"<loop of {self.bus!r}>"
-
-
-def _constant(value: Any) -> Resolver:
-    return lambda _: value

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
+from streamtools.binding import RESOLVERS, Resolver
 from streamtools.bus.composer import Composer, seconds_until
-from streamtools.bus.outbox import Outbox, Sent
+from streamtools.bus.outbox import Outbox, Sent, outbox
 from streamtools.errors import HandlerError
 from streamtools.exchange import Exchange
 from streamtools.message import Message
@@ -104,3 +105,22 @@ class MessageContext:
 
     def __repr__(self) -> str:
         return f"<MessageContext of {self.message.id}, attempt {self.attempt}>"
+
+
+def resolvers(provided: Mapping[type, Any], composer: Composer, must: Callable[[], bool]) -> dict[type, Resolver]:
+    """What further parameters of handlers are filled with, by their types.
+
+    Parameters:
+        provided: values that are the same for every message.
+        must: whether what nobody subscribed to is an error.
+    """
+
+    def context(message: Message) -> MessageContext:
+        return MessageContext(message, composer, outbox.get(), mandatory=must())
+
+    constant = {kind: _constant(value) for kind, value in provided.items()}
+    return {**RESOLVERS, **constant, MessageContext: context}
+
+
+def _constant(value: Any) -> Resolver:
+    return lambda _: value

@@ -173,8 +173,9 @@ def test_what_cannot_work_is_an_error_when_the_bus_is_made() -> None:
         Bus("orders", url="asyncio://").handler(retry=5)(lambda message: None)  # type: ignore[arg-type]
 
 
-async def test_middleware_that_cannot_be_called_is_an_error_at_start_up(make: MakeBus) -> None:
-    bus = make(incoming=["log"])
+@pytest.mark.parametrize("wrong", [{"incoming": ["log"]}, {"outgoing": [5]}, {"on_error": "log"}])
+async def test_what_cannot_be_called_is_an_error_at_start_up(make: MakeBus, wrong: dict[str, Any]) -> None:
+    bus = make(**wrong)
     bus.register(PlaceOrder, lambda command: None)
     with pytest.raises(ConfigurationError, match="cannot be called"):
         await bus.start()
