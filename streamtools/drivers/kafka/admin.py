@@ -317,7 +317,7 @@ def _group(name: str, queue: str, membership: Membership, progress: Mapping[Topi
             ahead=one.ahead,
             member=membership.holder(partition),
         )
-        for partition, one in progress.items()
+        for partition, one in sorted(progress.items())
     )
     return GroupInfo(
         name=name,

@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.conn import create_conn
+from aiokafka.protocol.metadata import MetadataRequest
 
 from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error, connect_error
@@ -172,9 +173,12 @@ async def _try(settings: KafkaSettings, host: str, port: int, arguments: dict[st
     try:
         async with asyncio.timeout(settings.connect_timeout):
             found = await create_conn(host, port, **arguments)
+            try:
+                await found.send(MetadataRequest([]))  # who wants a user closes the connection only now
+            finally:
+                found.close()
     except CLIENT_ERRORS as error:  # a TimeoutError is an OSError
         return connect_error(error, settings, f"{host}:{port}")
-    await found.close()
     return None
 
 

@@ -222,7 +222,12 @@ async def test_what_cannot_be_reached_says_why(kafka: KafkaAddress, producer: Ma
         await producer(url="kafka://127.0.0.1:1", send_timeout=3)
     with pytest.raises(ConnectError, match="has no address"):
         await producer(url="kafka://no.such.host.invalid", send_timeout=3)
+    if kafka.sasl_url is not None:
+        with pytest.raises(ConnectError, match=r"closed the connection.*kafka://user:password@host"):
+            await producer(url=kafka.sasl_url, send_timeout=3)
     if kafka.tls_url is not None:
+        with pytest.raises(ConnectError, match="if it wants TLS write kafkas://"):
+            await producer(url=kafka.tls_url, send_timeout=3)
         host = kafka.tls_url.partition("://")[2].rstrip("/")
         with pytest.raises(ConnectError, match="certificate that cannot be verified") as caught:
             await producer(url=KafkaSettings(host=host, tls=True))
