@@ -185,7 +185,8 @@ class Verbs:
     async def transaction(self) -> AsyncIterator[Self]:
         """What is sent in this block leaves at its end, in order, in one confirmed batch; nothing on an error.
 
-        It belongs to the task that opened it. Inside a handler, or another transaction, it leaves with that.
+        It belongs to the task that opened it, and to those which that starts within the block, until it ends.
+        Inside a handler, or another transaction, it leaves with that.
 
         Raises:
             SendError: some were not taken; the others are held.

@@ -109,8 +109,8 @@ async def process(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
     """Starts processes that serve a queue, on the test's address or another; returns once they do."""
     started: list[subprocess.Popen[bytes]] = []
 
-    async def start(url: str | None = None) -> subprocess.Popen[bytes]:
-        line = ["-m", "tests.bus.service", url or request.getfixturevalue("url"), "orders"]
+    async def start(url: str | None = None, *words: str) -> subprocess.Popen[bytes]:
+        line = ["-m", "tests.bus.service", url or request.getfixturevalue("url"), "orders", *words]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         child = subprocess.Popen([sys.executable, *line], stdout=subprocess.PIPE, cwd=ROOT, env=environment)
         started.append(child)

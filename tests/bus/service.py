@@ -1,4 +1,4 @@
-"""A service of its own process: `python -m tests.bus.service URL QUEUE`; says `ready`, then each thing it handles."""
+"""A service in a process: `python -m tests.bus.service URL QUEUE [hang]`; says `ready`, then what it handles."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 from streamtools import Bus, ConsumerRunner, MessageContext, Retry
-from tests.bus.contracts import PlaceOrder, Quote
+from tests.bus.contracts import OrderPlaced, PlaceOrder, Quote
 
 bus = Bus(sys.argv[2], url=sys.argv[1], concurrency=20, retry=Retry(retries=3, delay=0.05))
 
@@ -20,6 +20,20 @@ async def quote(command: Quote) -> int:
 @bus.handler
 async def place(command: PlaceOrder, context: MessageContext) -> None:
     print(f"placed {command.id} {context.message.deliver_at}", flush=True)
+
+
+@bus.handler
+async def works(event: OrderPlaced, context: MessageContext) -> None:
+    print(f"works {event.id} {context.attempt}", flush=True)
+
+
+@bus.handler
+async def fails(event: OrderPlaced, context: MessageContext) -> None:
+    print(f"fails {event.id} {context.attempt}", flush=True)
+    if context.attempt == 1:
+        raise ValueError("once")
+    if "hang" in sys.argv:
+        await asyncio.Event().wait()
 
 
 async def main() -> None:

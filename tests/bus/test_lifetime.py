@@ -177,6 +177,25 @@ class TestProcesses:
         successor.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(successor.wait, 60) == 0
 
+    async def test_a_handler_that_succeeded_is_not_run_again_though_its_sibling_s_process_is_killed(
+        self, make: MakeBus, url: str, process: Any
+    ) -> None:
+        only_between_processes(url)
+
+        async def said(service: Any, number: int) -> list[str]:
+            lines = [await asyncio.to_thread(service.stdout.readline) for _ in range(number)]
+            return [line.decode().strip() for line in lines]
+
+        service = await process(None, "hang")
+        await make(None).publish(OrderPlaced(id=1))
+        # The third is a retry of the one that failed, and in hand when the process dies.
+        assert await said(service, 3) == ["works 1 1", "fails 1 1", "fails 1 2"]
+        service.kill()
+        successor = await process()
+        await make(None).publish(OrderPlaced(id=2))
+        lines = await said(successor, 4)
+        assert sorted(lines) == ["fails 1 2", "fails 2 1", "fails 2 2", "works 2 1"]
+
     async def test_deferred_messages_survive_a_service_that_is_killed(
         self, make: MakeBus, url: str, process: Any
     ) -> None:

@@ -94,6 +94,12 @@ class TestBlocks:
             assert numbers(await waiting(SINK, 1)) == [2]
         assert numbers(await waiting(SINK, 1)) == [1]
 
+    async def test_a_task_that_is_started_within_it_has_part_in_it(self, bus: Bus, waiting: Any, depth: Any) -> None:
+        async with bus.transaction():
+            await asyncio.gather(bus.send(1, SINK), bus.send(2, SINK))
+            assert await depth(SINK) == 0
+        assert numbers(await waiting(SINK, 2)) == [1, 2]
+
     async def test_what_is_sent_after_its_end_by_a_task_of_it_leaves_at_once(self, bus: Bus, waiting: Any) -> None:
         over = asyncio.Event()
 
