@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 
 from streamtools import ADMINS, Bus, Consumer, Delivery, Message, Retry
+from streamtools.drivers.kafka.cluster import Cluster
 from streamtools.producer import PRODUCERS
+from streamtools.settings import KafkaSettings
 from streamtools.testing.waiting import eventually
 from tests.brokers.address import RabbitMQAddress
+from tests.brokers.kafka.node import KafkaNode
 
 ROOT = Path(__file__).parents[2]
 #: A policy that is soon done: two retries.
@@ -28,15 +31,36 @@ MakeBus = Callable[..., Bus]
 Running = Callable[..., Awaitable[None]]
 
 
-@pytest.fixture(params=["asyncio", "sqlite", "rabbitmq"])
+@pytest.fixture(params=["asyncio", "sqlite", "rabbitmq", "kafka"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Empty, and the test's own."""
+    if request.param == "kafka":
+        node: KafkaNode = request.getfixturevalue("own_kafka")
+        asyncio.run(emptied(KafkaSettings.from_url(node.address.url)))
+        return node.address.url
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/bus.db"
     if request.param == "rabbitmq":
         address: RabbitMQAddress = request.getfixturevalue("rabbitmq_vhost")
         return address.url
     return "asyncio://"
+
+
+async def emptied(settings: KafkaSettings) -> None:
+    """Delete every topic, and with them what groups have read of them."""
+    cluster = Cluster(settings, "tests")
+    await cluster.open()
+    try:
+        names = [name for name, topic in (await cluster.topics()).items() if not topic.internal]
+        for name in names:
+            await cluster.delete_topic(name)
+
+        async def gone() -> bool:
+            return not await cluster.topics(names)
+
+        await eventually(gone)
+    finally:
+        await cluster.stop()
 
 
 @pytest.fixture

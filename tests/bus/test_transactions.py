@@ -246,7 +246,7 @@ class TestHandlers:
         assert sorted(attempts) == [1, 1, 2, 2, 3, 3]
         for message in found:
             assert message.error.exception.endswith("SendError")
-            assert "No queue is bound" in message.error.reason or "no queue 'nowhere'" in message.error.reason
+            assert "No queue is bound" in message.error.reason or "'nowhere'" in message.error.reason
 
     async def test_a_refused_message_of_one_handler_leaves_its_siblings_alone(
         self, make: MakeBus, waiting: Any, failed: Any, nothing_waits: Any

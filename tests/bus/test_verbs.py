@@ -126,7 +126,7 @@ class TestSend:
         assert message.id == receipt.id
 
     async def test_to_a_queue_that_is_missing_is_an_error(self, make: MakeBus) -> None:
-        with pytest.raises(SendError, match="no queue 'nowhere'"):
+        with pytest.raises(SendError, match="no (queue|topic) 'nowhere'"):
             await make().send(PlaceOrder(id=1), "nowhere")
 
     async def test_headers_type_key_and_expiry_travel(self, make: MakeBus, waiting: Any) -> None:
@@ -429,7 +429,7 @@ class TestRequest:
         await make("prices").declare()
         with pytest.raises(RequestTimeout, match=r"No reply from 'prices' within 0\.2 s"):
             await make(None).request(Quote(id=1), timeout=0.2)
-        with pytest.raises(SendError, match="no queue 'nowhere'"):
+        with pytest.raises(SendError, match="no (queue|topic) 'nowhere'"):
             await make(None).request(Quote(id=1), "nowhere", timeout=20)
 
     async def test_a_late_reply_is_dropped_with_a_log_line(

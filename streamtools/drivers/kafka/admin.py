@@ -16,13 +16,15 @@ from pydantic import Field
 
 from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.kafka.ages import next_times
+from streamtools.drivers.kafka.bindings import bind, unbind
 from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster, TopicState
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Commit, Groups, Membership, Progress, busy
-from streamtools.drivers.kafka.names import RETRY, check_kafka_name, is_retry_topic, reader_of
+from streamtools.drivers.kafka.names import BINDINGS, RETRY, check_kafka_name, is_retry_topic, reader_of
 from streamtools.drivers.kafka.reader import KafkaReader
 from streamtools.drivers.kafka.topics import Topic, Topics
 from streamtools.errors import ConfigurationError, ConnectError, QueueError
+from streamtools.exchange import Binding
 from streamtools.options import QUEUE_OPTIONS, Options, read_options
 from streamtools.queues import GroupInfo, PartitionInfo, Place, QueueInfo, QueueSettings
 from streamtools.settings import KafkaSettings
@@ -69,7 +71,8 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
 
     async def _list(self) -> Sequence[QueueInfo]:
         with self._plain_errors() as cluster:
-            topics = {name: topic for name, topic in (await cluster.topics()).items() if not topic.internal}
+            found = (await cluster.topics()).items()
+            topics = {name: topic for name, topic in found if not topic.internal and name != BINDINGS}
             return await self._infos(topics)
 
     async def _create(self, queue: str, options: dict[str, Any]) -> None:
@@ -93,6 +96,7 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
     async def _delete(self, queue: str) -> None:
         with self._plain_errors() as cluster:
             await self._topic(queue)
+            await unbind(cluster.client, self.settings, queue)
             retries = [name for name in await cluster.topics() if f"{name}.".startswith(f"{queue}{RETRY}.")]
             for name in (queue, *retries):
                 await cluster.delete_topic(name)
@@ -110,6 +114,15 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
             infos = await self._infos(await cluster.topics([queue, queue + RETRY]))
             found = next(info for info in infos if info.name == queue)
             return replace(found, oldest=await self._oldest(topic)) if found.ready else found
+
+    async def _bind(self, queue: str, binding: Binding) -> None:
+        with self._plain_errors() as cluster:
+            await self._topic(queue)
+            await bind(cluster.client, self.settings, queue, [binding])
+
+    async def _unbind(self, queue: str, binding: Binding) -> None:
+        with self._plain_errors() as cluster:
+            await unbind(cluster.client, self.settings, queue, [binding])
 
     # --- settings ---------------------------------------------------------------------------------
 

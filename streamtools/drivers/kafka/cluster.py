@@ -70,6 +70,13 @@ class Cluster:
         self._client_id = client_id
         self._client: Any = None
 
+    @classmethod
+    def over(cls, client: Any, settings: KafkaSettings) -> Cluster:
+        """One that asks over a client of the library that is connected already, and is not to be stopped."""
+        cluster = cls(settings, "")
+        cluster._client = client
+        return cluster
+
     async def start(self) -> None:
         """Connect to one broker."""
         if self._client is None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final
 from streamtools.checks import check_name
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
+from streamtools.drivers.kafka.bindings import bind
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.intake import Intake
 from streamtools.drivers.kafka.membership import ABANDONED, Membership, Terms
@@ -136,10 +137,12 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         async with topics_at(self.settings, self._name) as topics:
             if self.declare is True:
                 self._tiers = (await topics.declare([*queues, retry], True))[retry.name]
-                return True
-            # Not ours to make; with a retry topic that is missing, a retry is an error that says so.
-            await topics.declare(queues if self.declare == "passive" else queues[:named], "passive")
-            self._tiers = (await topics.find([retry.name])).get(retry.name, 0)
+            else:
+                # Not ours to make; with a retry topic that is missing, a retry is an error that says so.
+                await topics.declare(queues if self.declare == "passive" else queues[:named], "passive")
+                self._tiers = (await topics.find([retry.name])).get(retry.name, 0)
+            if self.bindings:
+                await bind(topics.client, self.settings, self.queue, self.bindings)
             return self._tiers > 0
 
     def _terms(self, retries: bool) -> Terms:

@@ -12,6 +12,8 @@ _LEGAL: Final = re.compile(r"[a-zA-Z0-9._-]+")
 LONGEST: Final = 249
 #: The part of a name that says: retries of a group wait here.
 RETRY: Final = ".retry"
+#: Where it stands which queues are bound to what.
+BINDINGS: Final = "streamtools.bindings"
 
 
 def check_kafka_name(name: str, what: str = "queue") -> None:

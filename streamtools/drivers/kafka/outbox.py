@@ -9,7 +9,7 @@ from typing import Any
 
 from aiokafka import errors as kafka
 
-from streamtools.delivery import Settlement
+from streamtools.delivery import Settlement, goes_last
 from streamtools.drivers.kafka.membership import Membership
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
 from streamtools.drivers.kafka.publisher import Publisher
@@ -65,17 +65,27 @@ class Outbox:
             SendError: some were refused.
             ConnectError: the connection ended; nothing is known.
         """
-        items = [item for s in mine for item in self._copies(s)]
-        if not items:
-            done += mine
-            return
+        held, refused = await self._publish(mine, last=False)
+        if held:
+            held, more = await self._publish(held, last=True)
+            refused = refused or more  # the others are tried again, and then say so themselves
+        done += held
+        if refused is not None:
+            kept = {id(s) for s in held}
+            unsent = [m.id for s in mine if id(s) not in kept for m in s.outgoing if goes_last(m, s)]
+            refused.unknown = (*refused.unknown, *unsent)
+            raise refused
+
+    async def _publish(self, mine: Sequence[Settlement], *, last: bool) -> tuple[list[Settlement], SendError | None]:
+        """Send what is to go first, or last; those of which none was refused, and the refusal."""
+        items = [self._copy(s, m) for s in mine for m in s.outgoing if goes_last(m, s) is last]
         try:
-            await (await self._get_publisher()).publish(items)
+            if items:
+                await (await self._get_publisher()).publish(items)
         except SendError as error:
             refused = frozenset(error.refused)
-            done += [s for s in mine if not any(m.id in refused for m in s.outgoing)]
-            raise
-        done += mine
+            return [s for s in mine if not any(m.id in refused for m in s.outgoing)], error
+        return list(mine), None
 
     async def move(self, batch: Sequence[Waiting]) -> None:
         """Move what is not due to where it waits, and finish it where it was.

@@ -10,6 +10,7 @@ from typing import Any, Final
 from streamtools.drivers.kafka.errors import is_too_large, plain
 from streamtools.drivers.kafka.records import Header, Placed, encode_headers, encode_key, timestamp
 from streamtools.errors import SendError, StreamToolsError
+from streamtools.exchange import Exchange
 from streamtools.message import Message
 from streamtools.settings import KafkaSettings
 
@@ -29,6 +30,8 @@ class Outgoing:
         offset: where it stands once it is confirmed.
         pending: who waits for it.
         size: bytes of the record, about.
+        exchange: where it goes by its topic, to each queue that is bound there; None to the topic itself.
+        mandatory: to reach nobody is an error; otherwise it is forgotten.
     """
 
     id: str
@@ -41,6 +44,8 @@ class Outgoing:
     offset: int | None = None
     pending: Any = None
     size: int = 0
+    exchange: Exchange | None = None
+    mandatory: bool = True
 
     def __post_init__(self) -> None:
         size = OVERHEAD + len(self.value) + 10 * len(self.headers)
@@ -70,7 +75,10 @@ def _outgoing(message: Message, headers: Sequence[Header], now: float) -> Outgoi
     if headers:
         found += headers
     key = encode_key(message)
-    return Outgoing(message.id, message.queue, key, message.body, found, stamp, partition)
+    return Outgoing(
+        message.id, message.queue, key, message.body, found, stamp, partition,
+        exchange=message.exchange, mandatory=message.mandatory,
+    )  # fmt: skip
 
 
 def refused(failed: Mapping[str, BaseException], settings: KafkaSettings) -> SendError:

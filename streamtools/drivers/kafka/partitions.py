@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from aiokafka.partitioner import murmur2
 
+from streamtools.drivers.kafka.bindings import Bindings
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
 from streamtools.drivers.kafka.outgoing import Outgoing
 from streamtools.drivers.kafka.topics import Topics
 from streamtools.errors import SendError, StreamToolsError
+from streamtools.exchange import no_subscriber
 from streamtools.settings import KafkaSettings
 
 #: Bytes of messages without a key that go to one partition before the next has its turn.
@@ -35,12 +38,49 @@ class Partitions:
         self._looked = 0.0
         self._turn: dict[str, int] = {}
         self._looking = asyncio.Lock()
+        self._bindings = Bindings(settings)
 
-    async def know(self, batch: Sequence[Outgoing], producer: Any) -> dict[str, StreamToolsError]:
-        """Find the topics of a batch; an error for each that does not exist."""
+    async def know(
+        self, batch: Sequence[Outgoing], producer: Any
+    ) -> tuple[Sequence[Outgoing], dict[str, StreamToolsError]]:
+        """Find the topics of a batch, and those of the queues that its events go to.
+
+        Returns:
+            What is to be sent, an event once for each of its queues; an error for each topic that does not exist.
+        """
         if time.monotonic() - self._looked > LOOK_AGAIN:
             self._look_again(producer.client.cluster)
-        unknown = {item.topic for item in batch}.difference(self._counts)
+        unbound: dict[str, StreamToolsError] = {}
+        if any(item.exchange is not None for item in batch):
+            batch, unbound = await self._spread(batch, producer)
+        missing = await self._find({item.topic for item in batch}.difference(unbound), producer)
+        if missing:
+            batch = [item for item in batch if item.mandatory or item.topic not in missing]
+        return batch, {**missing, **unbound}
+
+    async def _spread(
+        self, batch: Sequence[Outgoing], producer: Any
+    ) -> tuple[list[Outgoing], dict[str, StreamToolsError]]:
+        """Events as records for their queues."""
+        await self._bindings.read(producer.client)
+        spread: list[Outgoing] = []
+        unbound: dict[str, StreamToolsError] = {}
+        for item in batch:
+            if item.exchange is None:
+                spread.append(item)
+                continue
+            queues = self._bindings.queues(item.exchange, item.topic)
+            gone = await self._find(queues, producer)  # deleted by other means, and their bindings left behind
+            copies = [replace(item, topic=queue, exchange=None) for queue in queues if queue not in gone]
+            if not copies and item.mandatory:
+                name = f"{item.exchange.name} {item.topic}"  # which no topic of Kafka is called
+                unbound[name] = no_subscriber(item.topic, item.exchange)
+                copies = [replace(item, topic=name, exchange=None)]
+            spread += copies
+        return spread, unbound
+
+    async def _find(self, topics: Iterable[str], producer: Any) -> dict[str, StreamToolsError]:
+        unknown = set(topics).difference(self._counts)
         if not unknown:
             return {}
         async with self._looking:  # thousands may send at once before the first of them knows the topic

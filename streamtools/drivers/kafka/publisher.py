@@ -225,11 +225,11 @@ class Publisher:
 
     async def submit(self, batch: Sequence[Outgoing]) -> Pending:
         """Hand them over in order, once there is room; returns before they are confirmed."""
-        pending = Pending(len(batch))
         producer = await self.producer()
         if producer is None:
             raise Closed("The producer was closed; call open() to use it again.")
-        missing = await self._partitions.know(batch, producer)
+        batch, missing = await self._partitions.know(batch, producer)
+        pending = Pending(len(batch))
         size = sum(item.size for item in batch)
         while self._unconfirmed > 0 and self._unconfirmed + size > UNCONFIRMED:
             await self._wait_for_room()
@@ -246,6 +246,8 @@ class Publisher:
             else:
                 pending.failed[item.id] = trouble
                 pending.done()
+        if not batch:
+            pending.done()  # it may reach nobody, and did not
         return pending
 
     async def flush(self) -> None:

@@ -15,7 +15,17 @@ from typing import Any, Final, NamedTuple
 
 from streamtools.errors import DecodeError
 from streamtools.message import NO_HEADERS, Message
-from streamtools.wire import ATTEMPT, ERROR_ATTEMPTS, ERROR_TEXT, ERROR_TIMES, TEXT, TIMES, decode_meta, encode_meta
+from streamtools.wire import (
+    ATTEMPT,
+    ERROR_ATTEMPTS,
+    ERROR_TEXT,
+    ERROR_TIMES,
+    TEXT,
+    TIMES,
+    VERSION,
+    decode_meta,
+    encode_meta,
+)
 
 PREFIX: Final = "ce_"
 CONTENT_TYPE: Final = "content-type"
@@ -38,7 +48,8 @@ _TEXT: Final = {PREFIX + name: field for field, name in TEXT.items() if field !=
     CONTENT_TYPE: "content_type"
 }
 _META: Final = frozenset(
-    PREFIX + name for name in (*TIMES.values(), *ERROR_TEXT.values(), *ERROR_TIMES.values(), ATTEMPT, ERROR_ATTEMPTS)
+    PREFIX + name
+    for name in (*TIMES.values(), *ERROR_TEXT.values(), *ERROR_TIMES.values(), ATTEMPT, VERSION, ERROR_ATTEMPTS)
 )
 _IGNORED: Final = frozenset({PREFIX + "specversion", PREFIX + TEXT["key"], PREFIX + TEXT["content_type"]})
 _SPECVERSION: Final = (PREFIX + "specversion", b"1.0")
@@ -194,6 +205,8 @@ def _is_plain(message: Message) -> bool:
         and message.causation_id is None
         and message.reply_to is None
         and message.intent is None
+        and message.version is None
+        and message.handler is None
         and message.content_encoding is None
     )
 

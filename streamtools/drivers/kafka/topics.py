@@ -51,6 +51,11 @@ class Topics:
         self._client = client
         self._settings = settings
 
+    @property
+    def client(self) -> Any:
+        """The client of the library underneath."""
+        return self._client
+
     async def find(self, names: Iterable[str]) -> dict[str, int]:
         """Those that exist, with their number of partitions; 0 as long as one has no leader."""
         wanted = list(names)

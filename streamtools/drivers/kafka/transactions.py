@@ -119,7 +119,7 @@ class Transactional:
             SendError: naming those that Kafka refuses.
             ConnectionLost: their fate is open.
         """
-        missing = await self._partitions.know(batch, self._producer)
+        batch, missing = await self._partitions.know(batch, self._producer)
         failed: dict[str, BaseException] = {}
         lanes: dict[tuple[str, int], list[Outgoing]] = {}
         for item in batch:

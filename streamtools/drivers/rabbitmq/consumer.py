@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, ClassVar, Final
 
 from streamtools.consumer import Consumer
-from streamtools.delivery import Delivery, Settlement
+from streamtools.delivery import Delivery, Settlement, goes_last
 from streamtools.drivers.rabbitmq import properties
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.intake import Intake, Raw
@@ -183,15 +183,14 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     async def _publish(self, settlements: Sequence[Settlement]) -> tuple[list[Settlement], SendError | None]:
         """Those of which the broker holds all that was to be sent, and what it says of the others."""
         outlet = await self._get_outlet()
-        # A reply goes last: it must not be out already when something else of its handler is refused.
-        first = [m for s in settlements for m in s.outgoing if not _waits(m, s)]
+        first = [m for s in settlements for m in s.outgoing if not goes_last(m, s)]
         held, refused = await _publish(outlet, first, settlements)
-        if last := [m for s in held for m in s.outgoing if _waits(m, s)]:
+        if last := [m for s in held for m in s.outgoing if goes_last(m, s)]:
             held, more = await _publish(outlet, last, held)
             refused = refused or more  # the others are tried again, and then say so themselves
         if refused is not None:
             kept = {id(s) for s in held}
-            unsent = [m.id for s in settlements if id(s) not in kept for m in s.outgoing if _waits(m, s)]
+            unsent = [m.id for s in settlements if id(s) not in kept for m in s.outgoing if goes_last(m, s)]
             refused.unknown = (*refused.unknown, *unsent)
         return held, refused
 
@@ -309,10 +308,6 @@ async def _publish(
     except SendError as error:
         return _held(settlements, frozenset(error.refused)), error
     return list(settlements), None
-
-
-def _waits(message: Message, settlement: Settlement) -> bool:
-    return message.intent == "reply" and len(settlement.outgoing) > 1
 
 
 def _held(settlements: Sequence[Settlement], refused: frozenset[str]) -> list[Settlement]:
