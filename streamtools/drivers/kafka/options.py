@@ -109,7 +109,7 @@ class ConsumerOptions(Options):
 
 
 def subscription(pattern: str, topics: tuple[str, ...], error_topic: str) -> str:
-    """An expression for these topics and those of the pattern; without retries, bindings, and what is rejected here."""
+    """An expression for these topics and the pattern's; without retries, bindings, and what is rejected here."""
     own = "|".join(re.escape(topic) for topic in topics)
     others = rf"(?!{re.escape(error_topic)}$|{re.escape(BINDINGS)}$)(?!.*{re.escape(RETRY)}(?:\.|$))"
     return rf"(?:{own})$|{others}(?:{pattern})$"
