@@ -437,6 +437,10 @@ class Bus(Verbs):
         return consumer
 
     def _share_with_pikabus(self, style: PikaBus) -> None:
+        if self._options.get("ack", "after") != "after":
+            raise ConfigurationError(
+                "header_style='pikabus' goes with ack='after': what comes before its DeferredTime is put back."
+            )
         style.attend(self._sender)
         self._composer.topic = pikabus.TOPIC
         self._composer.source = self.queue or self._composer.source  # an address, as PikaBus has it

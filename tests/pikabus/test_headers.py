@@ -124,6 +124,12 @@ def test_a_prefix_that_cannot_be_is_refused(prefix: str) -> None:
         Bus("q", url="asyncio://", header_style="pikabus", header_prefix=prefix)
 
 
+@pytest.mark.parametrize("ack", ["on_receive", "manual"])
+def test_what_could_not_wait_for_its_deferred_time_is_refused(ack: str) -> None:
+    with pytest.raises(ConfigurationError, match="ack='after'"):
+        Bus("q", url="asyncio://", header_style="pikabus", ack=ack)
+
+
 def test_a_style_that_is_not_known_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="pikabus"):
         Bus("q", url="asyncio://", header_style="nservicebus")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from datetime import datetime
 
 import pytest
 
@@ -20,6 +21,7 @@ from streamtools import (
     Retry,
     SendError,
 )
+from streamtools.bus.pikabus import COUNTED, OTHERS, TEXT
 from streamtools.testing import eventually
 from tests.brokers.address import RabbitMQAddress
 from tests.pikabus.conftest import PATIENCE, StartPeer
@@ -83,17 +85,46 @@ async def test_commands_events_and_deferred_ones_arrive_at_pikabus(
         assert time.time() >= begun + 1.5
 
 
+async def test_all_thirteen_headers_arrive_at_pikabus(start_peer: StartPeer, rabbitmq_vhost: RabbitMQAddress) -> None:
+    bus = Bus("ours", url=rabbitmq_vhost.url, header_style="pikabus", retry=Retry(retries=0))
+
+    @bus.handler
+    async def place(command: Place) -> None:
+        raise ValueError("sold out")
+
+    # The peer is who looks after the error queue.
+    async with start_peer(rabbitmq_vhost.url, "error", "orders.*") as peer, bus:
+        await bus.defer(Place(id=1), delay=0.5, to="error")
+        deferred = await peer.arrival({"id": 1})
+        sent = await bus.send(Place(id=2), to="ours")
+        failed = await peer.arrival({"id": 2})
+
+    names = {f"PikaBus.{name}" for name in (*TEXT.values(), *OTHERS)} - {f"PikaBus.{COUNTED}"}
+    assert len(names) == 13
+    assert names <= {*deferred, *failed}
+    for header in (deferred["PikaBus.TimeSent"], deferred["PikaBus.DeferredTime"], failed["PikaBus.TimeSent"]):
+        assert datetime.strptime(header, "%m/%d/%Y %H:%M:%S")
+    assert failed["PikaBus.MessageId"] == failed["PikaBus.CorrelationId"] == sent.id
+    assert (failed["PikaBus.ContentType"], failed["PikaBus.ContentEncoding"]) == ("application/json", "utf-8")
+    assert failed["PikaBus.SourceQueue"] == "ours"
+    assert failed["PikaBus.ErrorDetails"].rstrip().endswith("ValueError: sold out")
+    assert int(failed["PikaBus.ErrorRetries"]) == 1
+
+
 async def test_commands_events_and_deferred_ones_arrive_from_pikabus(
     start_peer: StartPeer, rabbitmq_vhost: RabbitMQAddress
 ) -> None:
     bus, kept = make_bus(rabbitmq_vhost.url, subscriptions=["shipments.#"])
     async with start_peer(rabbitmq_vhost.url, "legacy", "orders.*") as peer, bus:
-        await peer.tell("Send", {"id": 1}, queue="ours", messageType="shop.Pay", headers={"tenant": "acme"})
+        own = {"PikaBus.MessageId": "m-1", "PikaBus.CorrelationId": "c-1", "tenant": "acme"}
+        await peer.tell("Send", {"id": 1}, queue="ours", messageType="shop.Pay", headers=own)
         message = await kept.arrival(b'{"id": 1}')
         assert (message.type, message.intent, message.source, message.reply_to) == (
             "shop.Pay", "command", "legacy", "legacy",
         )  # fmt: skip
         assert message.headers == {"tenant": "acme"}
+        assert (message.id, message.correlation_id) == ("m-1", "c-1")
+        assert (message.content_type, message.content_encoding) == ("application/json", "utf-8")
         assert message.time is not None and abs(message.time - time.time()) < PATIENCE
 
         await peer.tell("Publish", {"id": 2}, topic="shipments.north.sent")
