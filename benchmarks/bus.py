@@ -1,7 +1,7 @@
-"""The bus: what it costs over the plain consumer, beside FastStream on RabbitMQ, and how late deferred messages come.
+"""The bus: what it costs over the plain consumer, and beside FastStream on RabbitMQ.
 
-    python -m benchmarks.bus                 # all; a RabbitMQ of its own
-    python -m benchmarks.bus cost deferred   # only these; also: rabbitmq
+    python -m benchmarks.bus        # all; a RabbitMQ of its own
+    python -m benchmarks.bus cost   # only this; also: rabbitmq
     STREAMTOOLS_TEST_RABBITMQ_URL=amqp://... python -m benchmarks.bus
 
 The cost is measured in process, where nothing else takes time: the same message from the queue to a handler that is
@@ -14,13 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -39,9 +34,6 @@ PREFETCH = 200
 TASKS = 200
 URL = f"asyncio://bench?maxsize={MESSAGES + 1}"
 NOTE = "x" * 200
-#: Deferred messages, and the longest delay in seconds.
-DEFERRED = 10_000
-LONGEST = 20.0
 
 
 class Place(Command, to="bench"):
@@ -277,109 +269,19 @@ def rabbitmq(url: str, rounds: int = 5) -> None:
     print(f"Goal 2.0x consuming:  {consumed['Bus']:.2f}x.")
 
 
-# --- deferred messages --------------------------------------------------------------------------------
-
-
-class Due(Command, to="deferred"):
-    """A deferred message: when it is due, in seconds since the epoch."""
-
-    at: float
-
-
-async def _defer(url: str) -> tuple[list[float], float]:
-    """Seconds that each came late, and per cent of a CPU that the process took once all were sent."""
-    late: list[float] = []
-    done = asyncio.Event()
-    bus = Bus("deferred", url=url, concurrency=20)
-
-    @bus.handler
-    async def handle(due: Due) -> None:
-        late.append(time.time() - due.at)
-        if len(late) == DEFERRED + 1:
-            done.set()
-
-    async def defer() -> None:
-        delay = random.uniform(0, LONGEST)
-        await bus.defer(Due(at=time.time() + delay), delay=delay)
-
-    await bus.start()
-    await bus.defer(Due(at=time.time()), delay=LONGEST)  # the first makes what the broker holds messages with
-    await _from_tasks(defer, DEFERRED)
-    with Stopwatch() as watch:
-        await done.wait()
-    await bus.stop()
-    return late, watch.cpu / watch.wall * 100
-
-
-async def _wait(url: str, seconds: float) -> float:
-    """Per cent of a CPU while messages are deferred and none is due."""
-    async with Bus("waiting", url=url) as bus:
-        bus.handler(lambda data: None)
-        await bus.stop()
-        await bus.start()
-        async with bus.transaction():
-            for _ in range(1000):
-                await bus.defer({"id": 1}, delay=60, to="waiting")
-        await asyncio.sleep(2)
-        with Stopwatch() as watch:
-            await asyncio.sleep(seconds)
-        return watch.cpu / watch.wall * 100
-
-
-async def _deferred_here(url: str) -> None:
-    late, cpu = await _defer(url)
-    idle = await _wait(url, 10)
-    late.remove(max(late))  # the first
-    late.sort()
-    cuts = [late[int(len(late) * part)] * 1e3 for part in (0.5, 0.9, 0.99)]
-    cells = " ".join(f"{cut:>9.1f}" for cut in cuts)
-    early = sum(1 for seconds in late if seconds < 0)
-    print(
-        f"{url.partition(':')[0]:12} {cells} {late[-1] * 1e3:>9.1f} {late[0] * 1e3:>9.1f} {early:>7} "
-        f"{cpu:>9.1f} {idle:>9.1f}",
-        flush=True,
-    )
-
-
-def deferred(url: str) -> None:
-    """How late deferred messages come, on each protocol, each in a process of its own."""
-    print(f"\nDeferred: {DEFERRED:,} messages, random delays up to {LONGEST:g} s; milliseconds late\n")
-    print(
-        f"{'':12} {'p50':>9} {'p90':>9} {'p99':>9} {'max':>9} {'min':>9} {'early':>7} {'CPU %':>9} {'waiting %':>9}",
-        flush=True,
-    )
-    folder = tempfile.mkdtemp(prefix="streamtools-bench-")
-    try:
-        for address in (f"asyncio://bench?maxsize={3 * DEFERRED}", f"sqlite:///{folder}/bench.db", url):
-            subprocess.run([sys.executable, "-m", "benchmarks.bus", "deferred-here", address], check=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print("CPU %: of the process while one message in two milliseconds is due; waiting: while none is.")
-
-
 def main(names: list[str]) -> None:
     """Print the tables."""
     logging.disable(logging.WARNING)
-    names = names or ["cost", "rabbitmq", "deferred"]
+    names = names or ["cost", "rabbitmq"]
     if "cost" in names:
         cost()
-    if not {"rabbitmq", "deferred"} & set(names):
+    if "rabbitmq" not in names:
         return
     if url := os.environ.get("STREAMTOOLS_TEST_RABBITMQ_URL"):
-        return _on_rabbitmq(names, url)
+        return rabbitmq(url)
     with RabbitMQNode() as node:
-        _on_rabbitmq(names, node.url)
-
-
-def _on_rabbitmq(names: list[str], url: str) -> None:
-    if "rabbitmq" in names:
-        rabbitmq(url)
-    if "deferred" in names:
-        deferred(url)
+        rabbitmq(node.url)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["deferred-here"]:
-        asyncio.run(_deferred_here(sys.argv[2]))
-    else:
-        main(sys.argv[1:])
+    main(sys.argv[1:])

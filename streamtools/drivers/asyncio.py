@@ -26,6 +26,7 @@ from streamtools.exchange import Binding, Exchange, another_type, no_subscriber
 from streamtools.features import Features
 from streamtools.message import Message
 from streamtools.options import Options
+from streamtools.pace import Pace
 from streamtools.producer import Producer
 from streamtools.queues import QueueInfo
 from streamtools.settings import AsyncIOSettings
@@ -59,6 +60,7 @@ class Queue:
         self.deleted: bool = False
         self._places = count()
         self._timer: asyncio.TimerHandle | None = None
+        self._pace = Pace()
         self._getters: deque[asyncio.Future[None]] = deque()
         self._putters: deque[asyncio.Future[None]] = deque()
 
@@ -81,7 +83,8 @@ class Queue:
         item = Item(next(self._places), message, origin)
         if message.deliver_at is not None and message.deliver_at > time.time():
             heapq.heappush(self.later, (message.deliver_at, item))
-            self._schedule()
+            if self.later[0][1] is item:
+                self._schedule()
         else:
             self.ready.append(item)
             _wake(self._getters)
@@ -134,18 +137,24 @@ class Queue:
     def _schedule(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        delay = self.later[0][0] - time.time()
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, delay), self._ripen)
+        delay = max(self.later[0][0] - time.time(), self._pace.wait())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._due)
 
-    def _ripen(self) -> None:
+    def _due(self) -> None:
         self._timer = None
-        now = time.time()
+        if number := self.ripen():
+            self._pace.woke(number)
+        if self.later:
+            self._schedule()
+
+    def ripen(self) -> int:
+        """Make ready what is due; the number."""
+        now, before = time.time(), len(self.ready)
         while self.later and self.later[0][0] <= now:
             _, item = heapq.heappop(self.later)
             self.ready.append(item._replace(place=next(self._places)))
             _wake(self._getters)
-        if self.later:
-            self._schedule()
+        return len(self.ready) - before
 
 
 async def _wait(line: deque[asyncio.Future[None]]) -> None:
@@ -386,6 +395,11 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
                     return [self._hold(queue, item) for item in queue.take(limit)]
             await self._queues[0].arrival()
         raise Closed(f"{self!r} was closed while it waited for messages.")
+
+    async def _poll(self, limit: int) -> Sequence[Delivery]:
+        for queue in self._queues:
+            queue.ripen()
+        return await super()._poll(limit)
 
     def _hold(self, queue: Queue, item: Item) -> Delivery:
         hold = Hold(queue, item)

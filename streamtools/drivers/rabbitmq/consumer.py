@@ -28,9 +28,12 @@ from streamtools.drivers.rabbitmq.topology import (
 from streamtools.errors import Closed, ConnectionLost, SendError, StreamToolsError
 from streamtools.loop import SUSPECT
 from streamtools.message import Message, ids
+from streamtools.pace import Pace
 from streamtools.settings import RabbitMQSettings
 from streamtools.verdicts import Kind
 
+#: Seconds that deferred messages gather for, at most; the chain that held them makes them late by as much again.
+GATHERING: Final = 0.05
 #: What settles a delivery: the channel that it came on, and its tag there.
 Token = tuple[Intake, int]
 
@@ -61,6 +64,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         super().__init__(*args, **kwargs)
         self._limits = Limits()
         self._new_id = ids()
+        self._pace = Pace(GATHERING)
         self._outlet_lock = asyncio.Lock()
 
     # --- opening ------------------------------------------------------------------------------------
@@ -118,7 +122,19 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             if self._narrow and self._begins_to_widen(intake):
                 continue
             buffer = intake.buffer
-            return [self._delivery(intake, buffer.popleft()) for _ in range(min(limit, len(buffer)))]
+            taken = [self._delivery(intake, buffer.popleft()) for _ in range(min(limit, len(buffer)))]
+            self._keep_pace(intake, taken)
+            return taken
+
+    def _keep_pace(self, intake: Intake, taken: Sequence[Delivery]) -> None:
+        """Let deferred messages gather where they come one by one, and nothing else with them."""
+        singly = 2 * len(taken) < self.prefetch
+        if singly and all(delivery.message.deliver_at is not None for delivery in taken):
+            self._pace.woke(len(taken))
+            if wait := self._pace.wait():
+                intake.link.rest(wait)
+        else:
+            self._pace.forget()
 
     def _begins_to_widen(self, intake: Intake) -> bool:
         """Take the whole prefetch from now on, if a message above suspicion has come.

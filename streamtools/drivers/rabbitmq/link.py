@@ -204,6 +204,17 @@ class Link:
         """Send whole frames."""
         self._transport.write(data)
 
+    def rest(self, seconds: float) -> None:
+        """Read nothing for so long: what arrives gathers in the socket, and is read at once."""
+        if self._transport.is_closing():
+            return
+        self._transport.pause_reading()
+        self._loop.call_later(seconds, self._read_on)
+
+    def _read_on(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+
     async def drain(self) -> None:
         """Wait while the socket takes no more.
 

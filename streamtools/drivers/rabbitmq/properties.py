@@ -27,6 +27,9 @@ TIME: Final = PREFIX + wire.TIMES["time"]
 ESCAPE: Final = PREFIX + "header-"
 #: Queues of ours that a message only passes through.
 DELAY_PREFIX: Final = "streamtools.delay."
+#: As encoded in x-death: that a message was in a queue, and that it was in one of those (two digits follow).
+IN_QUEUE: Final = b"\x05queueS"
+IN_DELAY: Final = IN_QUEUE + b"\x00\x00\x00\x14" + DELAY_PREFIX.encode()
 
 #: Headers that RabbitMQ itself reads or writes. A copied x-death makes the second trip through a
 #: delay level vanish as a cycle, CC and BCC route copies (or close the channel): none is ever sent.
@@ -265,10 +268,22 @@ def _fields(table: bytes) -> Iterable[tuple[str, object]]:
             start = position + 5
             position = start + LONG.unpack_from(table, position + 1)[0]
             yield name, table[start:position].decode("utf-8", "backslashreplace")
+        elif name == "x-death" and table[position] == 0x41 and _only_delayed(array := _array(table, position)):
+            position += 5 + len(array)  # to decode it would take longer than all else
         else:
             used, value = pamqp_decode.embedded_value(table[position:])
             position += used
             yield name, value
+
+
+def _array(table: bytes, position: int) -> bytes:
+    """The array that stands there, still encoded: behind its letter and its length."""
+    return table[position + 5 : position + 5 + LONG.unpack_from(table, position + 1)[0]]
+
+
+def _only_delayed(array: bytes) -> bool:
+    """The broker has done nothing with the message but hold it until it was due."""
+    return array.count(IN_QUEUE) == array.count(IN_DELAY)
 
 
 def as_text(value: object) -> str:

@@ -30,6 +30,7 @@ from streamtools.drivers.sqlite.requests import Holder, Job, Outcome, Run, Waite
 from streamtools.drivers.sqlite.rows import Claimed
 from streamtools.drivers.sqlite.tables import CLAIM_BYTES, Tables
 from streamtools.errors import ConnectError, ConnectionLost
+from streamtools.pace import Pace
 from streamtools.settings import SQLiteSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -79,6 +80,7 @@ class Worker:
         self._asked: SimpleQueue[Job | Waiter | None] = SimpleQueue()
         self._halt = threading.Event()
         self._waiters: list[Waiter] = []
+        self._pace = Pace()  # of what comes due
         self._jobs: list[Job] = []  # of this turn
         self._holders: set[Holder] = set()
         #: The thread has ended, or is about to: what is asked now may get no answer.
@@ -209,7 +211,7 @@ class Worker:
         if self._waiters:
             timeout = POLL
             if due := [waiter.due for waiter in self._waiters if waiter.due is not None]:
-                timeout = min(timeout, min(due) - time.time())
+                timeout = min(timeout, max(min(due) - time.time(), self._pace.wait()))
         if any(holder.expires for holder in self._holders):
             timeout = min(timeout, self._next_care - now)
         return max(timeout, 0.0)
@@ -220,10 +222,11 @@ class Worker:
         if not self._waiters:
             return []
         try:
-            stirred = self._has_changed() or self._stirred
+            stirred = self._stirred or self._has_changed()  # whoever looks anyway need not ask
             self._stirred = False
             now = time.time()
-            ready = [waiter for waiter in self._waiters if self._has_something(waiter, stirred, now)]
+            ripe = now if not self._pace.wait() else 0.0  # what is due by then is to be woken for
+            ready = [w for w in self._waiters if self._has_something(w, stirred, now if w.once else ripe)]
             self._answer_once([waiter for waiter in self._waiters if waiter.once and waiter not in ready])
             return ready
         except sqlite3.Error as error:
@@ -262,12 +265,12 @@ class Worker:
         self._log_changed, self._asked_at = changed, now
         return True
 
-    def _has_something(self, waiter: Waiter, stirred: bool, now: float) -> bool:
+    def _has_something(self, waiter: Waiter, stirred: bool, ripe: float) -> bool:
         if waiter.holder.eager:
             waiter.holder.eager = False
             waiter.fresh = True  # if there is nothing after all, look properly
             return True
-        if not (stirred or waiter.fresh or (waiter.due is not None and waiter.due <= now)):
+        if not (stirred or waiter.fresh or (waiter.due is not None and waiter.due <= ripe)):
             return False
         waiter.fresh = False
         waiter.due = None
@@ -277,8 +280,8 @@ class Worker:
             if not there:
                 self._fail(ConnectionLost("The queue was deleted."), [], [waiter])
                 return False
-            found = found or ready or (due is not None and due <= now)
-            if due is not None and due > now:
+            found = found or ready or (due is not None and due <= ripe)
+            if due is not None:
                 waiter.due = due if waiter.due is None else min(due, waiter.due)
         return found
 
@@ -415,6 +418,8 @@ class Worker:
                 lane, holder.claim, ordered_by=holder.ordered_by, limit=limit, alone=holder.alone, now=now
             )
             if taken is not None:
+                if waiter.due is not None and waiter.due <= now:
+                    self._pace.woke(len(taken.ids))
                 holder.eager = len(taken.ids) == limit
                 holder.size = max(taken.sizes[: len(taken.ids)]) or 1
                 return taken

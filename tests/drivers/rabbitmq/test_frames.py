@@ -106,6 +106,37 @@ class TestProperties:
         assert message.headers["list"] == '[1, {"a": "b"}]'
         assert message.headers["table"] == '{"x": [1, 2]}'
 
+    @pytest.mark.parametrize(
+        ("queues", "reason"),
+        [
+            (["streamtools.delay.01", "streamtools.delay.00"], None),
+            (["streamtools.delay.01", "orders"], "the broker moved it here from 'orders': its time to live was over"),
+            (["orders"], "the broker moved it here from 'orders': its time to live was over"),
+            ([], None),
+        ],
+    )
+    def test_to_have_been_deferred_is_no_failure_and_to_have_expired_is(
+        self, queues: list[str], reason: str | None
+    ) -> None:
+        deaths = [{"queue": queue, "reason": "expired", "count": 1} for queue in queues]
+        headers: dict[str, Any] = {"x-death": deaths, "after": "it"}
+        data = ContentHeader(properties=commands.Basic.Properties(headers=headers)).marshal()
+
+        message, _ = properties.decode(data[12:], b"body", "q", lambda: "new")
+
+        assert message.headers == {"after": "it"}
+        assert (message.error and message.error.reason.removesuffix(" (expired)")) == reason
+
+    @pytest.mark.parametrize("deaths", ["text", 7, True, None, {"a": 1}])
+    def test_deaths_of_another_kind_are_read_over(self, deaths: Any) -> None:
+        headers: dict[str, Any] = {"x-death": deaths, "after": "it"}
+        data = ContentHeader(properties=commands.Basic.Properties(headers=headers)).marshal()
+
+        message, _ = properties.decode(data[12:], b"body", "q", lambda: "new")
+
+        assert message.headers == {"after": "it"}
+        assert message.error is None
+
     @given(st.binary(max_size=80))
     def test_nothing_that_arrives_makes_reading_fail(self, data: bytes) -> None:
         message, _ = properties.decode(data, b"body", "q", lambda: "new")
