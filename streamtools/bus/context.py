@@ -79,10 +79,11 @@ class MessageContext:
         delay: timedelta | float | None = None,
         at: datetime | None = None,
         to: str | None = None,
+        exchange: Exchange | None = None,
         **fields: Any,
     ) -> Sent:
         """Send a command for later; parameters as for `Bus.defer`."""
-        return self._add(self._composer.command(command, to, None, delay=seconds_until(delay, at), **fields))
+        return self._add(self._composer.command(command, to, exchange, delay=seconds_until(delay, at), **fields))
 
     def reply(self, payload: object, **fields: Any) -> Sent:
         """Answer the sender; parameters as for `Bus.reply`.

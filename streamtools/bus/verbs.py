@@ -104,6 +104,7 @@ class Verbs:
         delay: timedelta | float | None = None,
         at: datetime | None = None,
         to: str | None = None,
+        exchange: Exchange | None = None,
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
         key: str | None = None,
@@ -118,11 +119,14 @@ class Verbs:
 
         Raises:
             FeatureError: the protocol holds no message back.
-            SendError: there is no such queue, or it was not confirmed in time.
+            SendError: there is no such queue, or it was not confirmed in time; by an exchange also that nobody is
+                bound, but on RabbitMQ, which looks for the queues when the time has come.
             ConfigurationError: neither or both times are given.
         """
         delay = seconds_until(delay, at)
-        message = self._composer.command(command, to, None, delay=delay, headers=headers, type=type, key=key, ttl=ttl)
+        message = self._composer.command(
+            command, to, exchange, delay=delay, headers=headers, type=type, key=key, ttl=ttl
+        )
         return await self._let_go(message, immediately=immediately)
 
     async def reply(

@@ -557,6 +557,29 @@ class TestDefer:
         await bus.defer(PlaceOrder(id=2), at=datetime.now(UTC) - timedelta(days=1))
         await reaches(seen, 2)
 
+    @pytest.mark.parametrize("kind", ["direct", "topic", "fanout"])
+    async def test_goes_by_an_exchange_when_its_time_has_come(self, make: MakeBus, kind: Any) -> None:
+        seen: list[tuple[str, int, float]] = []
+        exchange = Exchange(f"later-{kind}", type=kind)
+        for queue in ("one", "two"):
+            bus = make(queue)
+
+            @bus.handler
+            async def place(command: PlaceOrder, context: MessageContext, bus: Bus) -> None:
+                early = (context.message.deliver_at or 0) - datetime.now(UTC).timestamp()
+                seen.append((context.message.queue, command.id, early))
+
+            await bus.start()
+            await bus.subscribe("shop.*" if kind == "topic" else "shop.place", exchange=exchange)
+        sender = make(None)
+        await sender.defer(PlaceOrder(id=1), delay=0.3, to="shop.place", exchange=exchange)
+        sender.route(PlaceOrder, "shop.place", exchange=exchange)
+        async with sender.transaction():
+            await sender.defer(PlaceOrder(id=2), delay=0.1, headers={"a": "b"})
+        await reaches(seen, 4)
+        assert sorted(s[:2] for s in seen) == [("one", 1), ("one", 2), ("two", 1), ("two", 2)]
+        assert max(s[2] for s in seen) <= 0.001
+
     async def test_can_be_taken_back_where_the_protocol_can(self, make: MakeBus, waiting: Any) -> None:
         bus = make()
         await bus.declare()

@@ -5,7 +5,8 @@ delayed message says in binary which levels hold it, lowest first, and ends in a
 its target: `0.1.1.orders` is held 400 ms and 200 ms. It enters at its highest level; each exchange
 reads one digit: 1 goes into its queue, which dead-letters to the exchange below when the time is up,
 0 goes to the exchange below at once. The last exchange is bound to each target by its word. So the
-cost does not depend on the delay, nor on how many messages wait.
+cost does not depend on the delay, nor on how many messages wait. A target that is a topic of an exchange has a
+queue of its own there, whose messages expire at once and are dead-lettered to that exchange under that topic.
 
 No hop can lose a message: quorum queues, at-least-once dead-lettering (which needs reject-publish), and an
 alternate exchange behind the last one: a target that is gone sends its messages to
@@ -33,6 +34,7 @@ from streamtools.drivers.rabbitmq.frames import Unsendable
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.errors import QueueError, StreamToolsError
+from streamtools.exchange import Exchange
 from streamtools.message import Message
 
 #: Seconds of the lowest level.
@@ -103,6 +105,14 @@ def word(queue: str) -> str:
     return "~" + blake2b(queue.encode(), digest_size=16).hexdigest()
 
 
+def _target(message: Message) -> str:
+    """The word for where a message is to go when it is due."""
+    if message.exchange is None:
+        check_rabbitmq_name(message.queue)
+        return word(message.queue)
+    return word(f"{message.exchange.name}\n{message.queue}")
+
+
 class DelayChain:
     """The chain as one connection sees it: levels declared and targets bound when they are first needed."""
 
@@ -138,24 +148,43 @@ class DelayChain:
             Unsendable: the delay is too long.
             ConnectionLost: the connection has ended.
         """
-        check_rabbitmq_name(message.queue)
+        target = _target(message)
         levels = len(digits(steps((message.deliver_at or now) - now)))
-        target = word(message.queue)
-        if levels <= self._levels and self._targets.get(message.queue, 0.0) > self._time():
+        if levels <= self._levels and self._targets.get(target, 0.0) > self._time():
             return target
         async with self._lock:
             try:
                 await self._declare(levels)
-                await self._bind(message.queue, target)
+                await self._bind(message, target)
             except StreamToolsError:
                 raise
             except CLIENT_ERRORS as error:
                 raise channel_error(error, self._link.where) from error
         return target
 
-    async def _bind(self, queue: str, target: str) -> None:
-        if self._targets.get(queue, 0.0) > self._time():
+    async def _bind(self, message: Message, target: str) -> None:
+        if self._targets.get(target, 0.0) > self._time():
             return
+        queue = message.queue
+        if message.exchange is None:
+            await self._look_for(queue)
+        else:
+            queue = await self._declare_hop(message.exchange, queue, target)
+        async with self._link.declaring() as channel:
+            # "#" stands for the digits, however many: the word is always the last, and has no dot.
+            await self._link.call(channel.queue_bind(queue, OUT, f"#.{target}"))
+        self._targets[target] = self._time() + TRUST
+
+    async def _declare_hop(self, exchange: Exchange, topic: str, target: str) -> str:
+        """The queue from which what is due goes to an exchange, which is there."""
+        name = f"{PREFIX}.to.{target[1:]}"
+        onwards = {"x-dead-letter-exchange": exchange.name, "x-dead-letter-routing-key": topic}
+        async with self._link.declaring() as channel:
+            arguments = {**SAFE, "x-message-ttl": 1, **onwards}
+            await self._link.call(channel.queue_declare(name, durable=True, arguments=arguments))
+        return name
+
+    async def _look_for(self, queue: str) -> None:
         try:
             async with self._link.declaring() as channel:
                 await self._link.call(channel.queue_declare(queue, passive=True))
@@ -170,10 +199,6 @@ class DelayChain:
                 f"There is no queue {queue!r} at {self._link.where}. Open a consumer of it first, or a producer with "
                 "declare=True."
             ) from error
-        async with self._link.declaring() as channel:
-            # "#" stands for the digits, however many: the word is always the last, and has no dot.
-            await self._link.call(channel.queue_bind(queue, OUT, f"#.{target}"))
-        self._targets[queue] = self._time() + TRUST
 
     async def _declare(self, levels: int) -> None:
         """Declare what is missing, from the end of the chain upwards: a level is used when all below stand."""

@@ -188,12 +188,6 @@ class Publisher(HotChannel):
         for message in chunk:
             if message.exchange is None or message.exchange in self._exchanges:
                 continue
-            if message.deliver_at is not None and message.deliver_at > time.time():
-                batch.refused[message.id] = (
-                    f"Message {message.id} cannot be sent: a delayed message goes to a queue, not to an exchange. "
-                    "Name the queue, or publish it when its time has come."
-                )
-                continue
             try:
                 await self._topology.declare_exchange(message.exchange)
             except ConfigurationError as error:
@@ -251,7 +245,8 @@ class Publisher(HotChannel):
     def _route(self, message: Message, routes: dict[str, str]) -> bytes:
         if routes and (word := routes.get(message.id)) is not None and message.deliver_at is not None:
             exchange, key = self._delay.route(message.deliver_at - time.time(), word)
-            return frames.publish_frame(self.number, exchange, key or message.queue)
+            if key:  # else it has become due meanwhile
+                return frames.publish_frame(self.number, exchange, key)
         exchange = "" if message.exchange is None else message.exchange.name
         route = self._routes.get((exchange, message.queue))
         if route is None:
