@@ -261,6 +261,7 @@ class Bus(Verbs):
             await admin.bind(queue or self._own(), binding.topic, binding.exchange)
             if queue in (None, self.queue):
                 self._subscriptions[binding] = None
+        self._note_bindings()
 
     async def unsubscribe(
         self,
@@ -276,11 +277,12 @@ class Bus(Verbs):
         self._composer.need_topics()
         bindings = bindings_given(topics, exchange or self._topic)
         admin = await self._get_admin()
+        for binding in bindings if queue in (None, self.queue) else ():
+            self._subscriptions.pop(binding, None)
+            self._entries.bindings.pop(binding, None)
+        self._note_bindings()  # first, so that none comes back with a connection
         for binding in bindings:
             await admin.unbind(queue or self._own(), binding.topic, binding.exchange)
-            if queue in (None, self.queue):
-                self._subscriptions.pop(binding, None)
-                self._entries.bindings.pop(binding, None)
 
     async def declare(self) -> None:
         """Make this bus's queue and its subscriptions, without receiving. Safe to repeat.
@@ -461,6 +463,12 @@ class Bus(Verbs):
 
     def _bindings(self) -> list[Binding]:
         return list({**self._entries.bindings, **self._subscriptions})
+
+    def _note_bindings(self) -> None:
+        """Have whoever consumes the queue make the same ones when it connects again."""
+        for consumer in (self.consumer, self._pulling.get(self.queue)) if self.queue is not None else ():
+            if consumer is not None:
+                consumer.bindings = self._bindings()
 
     async def _get_admin(self) -> QueueAdmin:
         async with self._opening_admin:

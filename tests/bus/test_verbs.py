@@ -6,11 +6,13 @@ import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from pydantic import BaseModel
 
 from streamtools import (
+    ADMINS,
     Bus,
     Closed,
     Command,
@@ -27,8 +29,10 @@ from streamtools import (
     SendError,
 )
 from streamtools.testing.waiting import eventually, reaches
+from tests.brokers.address import RabbitMQAddress
 from tests.bus.conftest import MakeBus
 from tests.bus.contracts import Bill, OrderPlaced, OrderShipped, PlaceOrder, Price, Quote
+from tests.faults.proxy import Proxy
 
 Verb = Callable[[Bus], Any]
 
@@ -286,6 +290,28 @@ class TestSubscribe:
         await bus.subscribe(OrderPlaced)
         await bus.publish(OrderPlaced(id=2))
         await reaches(seen, 1)
+
+    async def test_it_is_the_same_after_a_lost_connection(self, rabbitmq_vhost: RabbitMQAddress) -> None:
+        parts, seen = urlsplit(rabbitmq_vhost.url), list[Any]()
+        async with Proxy(parts.hostname or "", parts.port or 0) as proxy:
+            bus = Bus("orders", url=rabbitmq_vhost.url.replace(f":{parts.port}", f":{proxy.port}"))
+            bus.handler(seen.append)
+            bus.register(OrderPlaced, seen.append)
+            async with (
+                bus,
+                Bus(None, url=rabbitmq_vhost.url) as sender,
+                ADMINS["rabbitmq"](url=parts.geturl()) as admin,
+            ):
+                await bus.subscribe("a")
+                await bus.unsubscribe(OrderPlaced)
+                await admin.unbind("orders", "a")  # so that it is seen to be made again
+                await proxy.cut()
+                await eventually(lambda: not bus.consumer.connected)
+                await eventually(lambda: bus.consumer.connected)
+                with pytest.raises(SendError, match="No queue is bound"):
+                    await sender.publish(OrderPlaced(id=1))
+                await sender.publish({"id": 2}, "a")
+                await reaches(seen, 1)
 
     async def test_without_a_queue_there_is_nothing_to_subscribe(self, make: MakeBus) -> None:
         with pytest.raises(ConfigurationError, match="no queue of its own"):
