@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 
 from streamtools import Bus, ConsumerRunner, MessageContext, Retry
 from tests.bus.contracts import OrderPlaced, PlaceOrder, Quote
@@ -19,7 +20,7 @@ async def quote(command: Quote) -> int:
 
 @bus.handler
 async def place(command: PlaceOrder, context: MessageContext) -> None:
-    print(f"placed {command.id} {context.message.deliver_at}", flush=True)
+    print(f"placed {command.id} {context.message.deliver_at} {time.time()}", flush=True)
 
 
 @bus.handler
