@@ -108,7 +108,7 @@ class Bus(Verbs):
         check_choice("header_style", header_style, (None, "pikabus"))
         self._style = PikaBus(header_prefix, self._bind_direct) if header_style is not None else None
         self._topic: Exchange = TOPIC if self._style is None else pikabus.TOPIC
-        self._entries = Entries(self._topic)
+        self._entries = Entries(queue, self._topic)
         self._provided: dict[type, Any] = {}
         self._sender = Producer(
             queue or "streamtools", url=url, declare=False, client_id=client_id, send_timeout=send_timeout
@@ -163,7 +163,7 @@ class Bus(Verbs):
         Parameters:
             type: the name on the wire, for messages without a contract.
             retry: replaces the bus's policy.
-            exchange: where an event is subscribed to.
+            exchange: where an event is subscribed to, or where a command can be sent to by the queue's name.
 
         Raises:
             ConfigurationError: it cannot be told what it handles, a command has a handler already, or the bus runs.
@@ -195,8 +195,6 @@ class Bus(Verbs):
             ConfigurationError: as for `handler`, or a class without `handle`.
         """
         self._add_handler(handler, contract=contract, retry=retry, exchange=exchange)
-        if exchange is not None and issubclass(contract, Command):
-            self._subscriptions[Binding(self._own(), exchange)] = None
 
     def _add_handler(self, function: Callable[..., Any], **terms: Any) -> None:
         known = len(self._entries.bindings)

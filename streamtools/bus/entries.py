@@ -49,14 +49,16 @@ class Entries:
     """The handlers of a bus, and the topics that they need.
 
     Parameters:
-        topic: the exchange of those.
+        queue: the bus's.
+        topic: the exchange of events.
     """
 
-    def __init__(self, topic: Exchange = TOPIC) -> None:
+    def __init__(self, queue: str | None, topic: Exchange = TOPIC) -> None:
+        self._queue = queue
         self._topic = topic
         self._by_type: dict[str | None, list[Entry]] = {}
         self._contracts: dict[str, type[Contract]] = {}
-        #: Topics of the events that are handled.
+        #: Topics of the events that are handled, and where commands come in by an exchange.
         self.bindings: dict[Binding, None] = {}
 
     def __bool__(self) -> bool:
@@ -133,11 +135,11 @@ class Entries:
         annotation = payload_type(_as_function(function))
         contracts = (contract,) if contract is not None else contracts_in(annotation)
         name = name_of(function)
+        if exchange is not None and (type is not None or not contracts):
+            raise ConfigurationError(
+                f"The handler {name} has an exchange= but no contract that names a topic: bus.subscribe() to it."
+            )
         if type is not None:
-            if exchange is not None:
-                raise ConfigurationError(
-                    f"The handler {name} has a type= and an exchange=: bus.subscribe() to its topic."
-                )
             return self._add(Entry(name, type, contract, function, retry))
         if not contracts:
             if annotation not in CATCH_ALL and getattr(annotation, "__origin__", None) is not dict:
@@ -154,6 +156,8 @@ class Entries:
         self._add(entry)
         if issubclass(contract, Event):
             self.bindings[Binding(contract.__terms__.topic, exchange or self._topic)] = None
+        elif exchange is not None and self._queue is not None:
+            self.bindings[Binding(self._queue, exchange)] = None
 
     def _add(self, entry: Entry) -> None:
         others = self._by_type.setdefault(entry.type, [])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from streamtools import Bus, Command, ConfigurationError, Event, Message
+from streamtools import Bus, Command, ConfigurationError, Event, Exchange, Message
 from streamtools.testing.waiting import eventually, reaches
 from tests.bus.conftest import MakeBus
 from tests.bus.contracts import OrderPlaced, OrderShipped, PlaceOrder
@@ -153,6 +153,12 @@ def test_a_handler_of_neither_is_refused() -> None:
 
         @bus.handler
         def count(number: int) -> None: ...
+
+
+@pytest.mark.parametrize("type_", [None, "x"])
+def test_an_exchange_is_for_a_handler_whose_contract_says_what_comes_by_it(type_: str | None) -> None:
+    with pytest.raises(ConfigurationError, match=r"bus\.subscribe\(\) to it"):
+        Bus("orders", url="asyncio://").handler(type=type_, exchange=Exchange("x"))(lambda data: None)
 
 
 def test_a_bus_that_only_sends_has_no_handlers() -> None:

@@ -138,10 +138,18 @@ class TestSend:
         assert message.expires_at is not None and message.time is not None
         assert 59 < message.expires_at - message.time < 61
 
-    async def test_by_a_direct_exchange_that_the_handler_is_registered_on(self, make: MakeBus) -> None:
-        exchange, seen = Exchange("shop", type="direct"), []
+    @pytest.mark.parametrize("how", ["register", "decorate"])
+    async def test_by_a_direct_exchange_that_the_handler_is_registered_on(self, make: MakeBus, how: str) -> None:
+        exchange, seen = Exchange("shop", type="direct"), list[Any]()
         bus, sender = make(), make(None)
-        bus.register(PlaceOrder, seen.append, exchange=exchange)
+
+        async def place(command: PlaceOrder) -> None:
+            seen.append(command)
+
+        if how == "register":
+            bus.register(PlaceOrder, place, exchange=exchange)
+        else:
+            bus.handler(exchange=exchange)(place)
         await bus.start()
         await sender.send(PlaceOrder(id=1), "orders", exchange=exchange)
         sender.route(PlaceOrder, "orders", exchange=exchange)

@@ -23,6 +23,7 @@ from streamtools.drivers.kafka.cluster import EARLIEST, Cluster, check
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
 from streamtools.drivers.kafka.names import BINDINGS
 from streamtools.drivers.kafka.topics import Topic, Topics
+from streamtools.errors import QueueError
 from streamtools.exchange import Binding, Exchange, another_type
 from streamtools.settings import KafkaSettings
 
@@ -92,11 +93,16 @@ class Bindings:
             QueueError: its exchange is of another type.
         """
         exchange = bound[1].exchange
-        there = self._bound.get(exchange.name, {})
-        for _, other in there:
+        if clash := self.clash(exchange):
+            raise clash
+        return bound in self._bound.get(exchange.name, {})
+
+    def clash(self, exchange: Exchange) -> QueueError | None:
+        """Why nothing can go by this exchange, where it is of another type."""
+        for _, other in self._bound.get(exchange.name, {}):
             if other.exchange.type != exchange.type:
-                raise another_type(exchange, other.exchange.type)
-        return bound in there
+                return another_type(exchange, other.exchange.type)
+        return None
 
     # --- reading ----------------------------------------------------------------------------------
 

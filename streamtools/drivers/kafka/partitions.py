@@ -69,12 +69,13 @@ class Partitions:
             if item.exchange is None:
                 spread.append(item)
                 continue
-            queues = self._bindings.queues(item.exchange, item.topic)
+            clash = self._bindings.clash(item.exchange)
+            queues = self._bindings.queues(item.exchange, item.topic) if clash is None else []
             gone = await self._find(queues, producer)  # deleted by other means, and their bindings left behind
             copies = [replace(item, topic=queue, exchange=None) for queue in queues if queue not in gone]
-            if not copies and item.mandatory:
-                name = f"{item.exchange.name} {item.topic}"  # which no topic of Kafka is called
-                unbound[name] = no_subscriber(item.topic, item.exchange)
+            if clash or (not copies and item.mandatory):
+                name = f"{item.exchange.name} {item.exchange.type} {item.topic}"  # which no topic of Kafka is called
+                unbound[name] = clash or no_subscriber(item.topic, item.exchange)
                 copies = [replace(item, topic=name, exchange=None)]
             spread += copies
         return spread, unbound
