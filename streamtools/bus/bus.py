@@ -110,9 +110,8 @@ class Bus(Verbs):
         self._topic: Exchange = TOPIC if self._style is None else pikabus.TOPIC
         self._entries = Entries(queue, self._topic)
         self._provided: dict[type, Any] = {}
-        self._sender = Producer(
-            queue or "streamtools", url=url, declare=False, client_id=client_id, send_timeout=send_timeout
-        )
+        self._send_timeout = send_timeout
+        self._sender = self._make_sender(url)
         codec.check_content_type(content_type)
         self._composer = Composer(
             client_id or queue,
@@ -129,8 +128,7 @@ class Bus(Verbs):
             self._share_with_pikabus(self._style)
         if queue is not None:
             _ = self.consumer  # so that an option that cannot work is an error here
-        shared = {name: self._options[name] for name in SHARED if name in self._options}
-        self._requests = Requests(client_id or queue or "streamtools", url, self._style, **shared)
+        self._requests = self._make_requests(url)
         self._admin: QueueAdmin | None = None
         self._opening_admin = asyncio.Lock()
         self._pulling: dict[str, Consumer] = {}
@@ -427,6 +425,14 @@ class Bus(Verbs):
         )
 
     # --- small things ---------------------------------------------------------------------------
+
+    def _make_sender(self, url: str | ProtocolSettings | None) -> Producer:
+        name, client_id = self.queue or "streamtools", self._options["client_id"]
+        return Producer(name, url=url, declare=False, client_id=client_id, send_timeout=self._send_timeout)
+
+    def _make_requests(self, url: str | ProtocolSettings | None) -> Requests:
+        shared = {name: self._options[name] for name in SHARED if name in self._options}
+        return Requests(self._options["client_id"] or self.queue or "streamtools", url, self._style, **shared)
 
     def _make_consumer(self) -> Consumer:
         return self._attended(Consumer(self._own(), url=self._url, **self._options))

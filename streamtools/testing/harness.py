@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import fields
 from itertools import count
 from types import TracebackType
@@ -13,13 +13,16 @@ from typing import Any, Final, Self
 from unittest.mock import patch
 
 from streamtools import codec
+from streamtools.bus import Bus
 from streamtools.consumer import Consumer
 from streamtools.delivery import Settlement
+from streamtools.dispatch import Dispatcher
 from streamtools.errors import Closed, ConfigurationError, DecodeError, near
 from streamtools.message import Message
 from streamtools.policy import Retry
 from streamtools.producer import Producer, Receipt
 from streamtools.routing import ConsumerFactory, Route
+from streamtools.testing.buses import Attendance, is_of, moved, parts_of, type_of
 from streamtools.testing.waiting import eventually
 from streamtools.types import Handler
 from streamtools.verdicts import Kind, Verdict
@@ -30,7 +33,7 @@ _names = count()
 
 
 class Harness:
-    """Runs the handlers of factories in a test, without a broker, and tells what became of each message.
+    """Runs the handlers of factories and buses in a test, without a broker; tells what became of each message.
 
     ```python
     async with Harness(consumers) as service:
@@ -45,8 +48,12 @@ class Harness:
     sends to a routed queue is handled here, and all that it sends is kept in `sent`. Its receipts are
     plain ones, also where a call would be answered. One harness at a time.
 
+    A bus in it publishes to the buses in it, and asks them; what leaves them is in `sent`, `deferred`, `published`
+    and `replied`, whoever receives it. That nobody has subscribed, or a queue is missing, is no error here. Starting
+    or stopping the bus does nothing inside the block.
+
     Parameters:
-        sources: factories, or single routed handlers.
+        sources: factories, single routed handlers, buses.
         delays: keep to the delays of retries and of `send(delay=)`; else all comes at once.
         timeout: seconds that `settled` waits.
 
@@ -54,14 +61,17 @@ class Harness:
         ConfigurationError: two handlers would have to share a queue.
     """
 
-    def __init__(self, *sources: ConsumerFactory | Route, delays: bool = False, timeout: float = TIMEOUT) -> None:
-        routes = [route for source in sources for route in _routes(source)]
+    def __init__(
+        self, *sources: ConsumerFactory | Route | Bus, delays: bool = False, timeout: float = TIMEOUT
+    ) -> None:
+        self._routes = _distinct(route for source in sources for route in _routes(source))
+        self._buses = [source for source in sources if isinstance(source, Bus)]
         self._url = f"asyncio://harness-{next(_names)}"
         self._delays = delays
         self._timeout = timeout
-        self._consumers = [_Watched(self, route) for route in _distinct(routes)]
+        self._consumers: list[_Watched] = []
         self._producers: dict[str, Producer] = {}
-        self._stack = ExitStack()
+        self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._handled: list[tuple[Message, Any]] = []
         self._sent: list[Message] = []
@@ -96,7 +106,7 @@ class Harness:
         if queue not in self._queues:
             raise ConfigurationError(f"No handler is routed from {queue!r}. {near(queue, self._queues)}")
         message = self._producer(queue)._encode(
-            payload, headers, id, key=key, type=type, delay=delay, ttl=ttl,
+            payload, headers, id, key=key, type=type or type_of(payload), delay=delay, ttl=ttl,
             correlation_id=correlation_id, reply_to=reply_to,
         )  # fmt: skip
         return (await self._put([message]))[0]
@@ -114,25 +124,51 @@ class Harness:
             hanging = "; ".join(text for watched in self._consumers if (text := watched.hanging()))
             raise TimeoutError(f"Not settled after {self._timeout:g} s: {hanging}.") from None
 
-    def handled(self, queue: str | None = None) -> list[Any]:
-        """The payloads whose handler has returned, in order; by content type, as they were sent."""
-        return [_payload(message) for message, _ in self._handled if queue in (None, message.queue)]
+    def handled(self, what: str | type | None = None) -> list[Any]:
+        """The payloads whose handler has returned, in order; by content type, as they were sent.
 
-    def results(self, queue: str | None = None) -> list[Any]:
+        Parameters:
+            what: only those of this queue; or those of this Command or Event, as such.
+        """
+        return [_payload(message, what) for message, _ in self._handled if is_of(message, what)]
+
+    def results(self, what: str | type | None = None) -> list[Any]:
         """What the handlers returned, in the order of `handled`."""
-        return [result for message, result in self._handled if queue in (None, message.queue)]
+        return [result for message, result in self._handled if is_of(message, what)]
 
-    def sent(self, queue: str | None = None) -> list[Any]:
-        """The payloads that Producers have sent within the block, in order."""
-        return [_payload(message) for message in self.sent_messages(queue)]
+    def sent(self, what: str | type | None = None) -> list[Any]:
+        """The payloads that Producers and buses have sent within the block, in order; parameters as for `handled`."""
+        return [_payload(message, what) for message in self.sent_messages(what)]
 
-    def sent_messages(self, queue: str | None = None) -> list[Message]:
+    def sent_messages(self, what: str | type | None = None) -> list[Message]:
         """The same as whole messages, with headers and metadata."""
-        return [message for message in self._sent if queue in (None, message.queue)]
+        return self._gone(what, lambda message: message.intent not in ("event", "reply"))
+
+    def deferred(self, what: str | type | None = None) -> list[Any]:
+        """Those of `sent` that were not to be handled at once."""
+        return [_payload(message, what) for message in self.sent_messages(what) if message.deliver_at is not None]
+
+    def published(self, what: str | type | None = None) -> list[Any]:
+        """The events that buses have published within the block, whoever subscribed.
+
+        Parameters:
+            what: only those of this topic; or those of this Event, as such.
+        """
+        return [_payload(message, what) for message in self._gone(what, lambda m: m.intent == "event")]
+
+    def replied(self, what: str | type | None = None) -> list[Any]:
+        """What handlers have replied, or returned to requests; parameters as for `handled`, by the asker's queue."""
+        return [_payload(message, what) for message in self._gone(what, lambda m: m.intent == "reply")]
+
+    def _gone(self, what: str | type | None, chosen: Callable[[Message], bool]) -> list[Message]:
+        return [message for message in self._sent if is_of(message, what) and chosen(message)]
 
     async def __aenter__(self) -> Self:
         try:
+            for bus in self._buses:
+                await self._stack.enter_async_context(moved(bus, self._url))
             self._stack.enter_context(_redirected(self._take))
+            self._consumers = [_Watched(self, route) for route in self._routes]
             for watched in self._consumers:
                 self._tasks.append(await watched.start())
         except BaseException:
@@ -149,7 +185,7 @@ class Harness:
 
     @property
     def _queues(self) -> set[str]:
-        return {watched.consumer.queue for watched in self._consumers}
+        return {route.queue for route in self._routes}
 
     def _is_settled(self) -> bool:
         for task in self._tasks:
@@ -167,31 +203,37 @@ class Harness:
         return await self._put(batch)
 
     async def _put(self, batch: Sequence[Message]) -> list[Receipt]:
-        """To the handlers; what has none is only kept."""
-        routed = [m if self._delays else m.replace(deliver_at=None) for m in batch if m.queue in self._queues]
-        for message in routed:
-            self._expect(message)
-            producer = self._producer(message.queue)
+        """To the handlers, and to who asked; what has neither is only kept."""
+        if self._consumers:
+            producer = self._producer(self._consumers[0].consumer.queue)
             await producer._open()
-            await producer._send([message], None)
+            for message in self._leaving(batch):
+                await producer._send([message], None)
         return [Receipt(message.id, message.queue) for message in batch]
+
+    def _leaving(self, batch: Iterable[Message]) -> list[Message]:
+        """Messages as they go on here, each awaited where it is to be handled."""
+        leaving = [m.replace(mandatory=False, deliver_at=m.deliver_at if self._delays else None) for m in batch]
+        for message in leaving:
+            self._expect(message)
+        return leaving
 
     def _expect(self, message: Message) -> None:
         for watched in self._consumers:
-            if watched.consumer.queue == message.queue:
+            if watched.has(message):
                 watched.pending[message.id] += 1
 
     async def _end(self) -> None:
         for watched in self._consumers:
             watched.consumer.stop(0)
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._stack.close()
+        await self._stack.aclose()
 
 
 class _Watched:
     """One route's consumer, and what it has not settled yet."""
 
-    def __init__(self, harness: Harness, route: Route) -> None:
+    def __init__(self, harness: Harness, route: Route | Attendance) -> None:
         self.pending: Counter[str] = Counter()
         self.consumer: Consumer = route.build(harness._url)
         self._harness = harness
@@ -199,7 +241,19 @@ class _Watched:
         self._settle = self.consumer._settle
         self.consumer.middleware.insert(0, self._see)
         if not harness._delays:
-            self.consumer.retry = _AtOnce(**{f.name: getattr(self.consumer.retry, f.name) for f in fields(Retry)})
+            self.consumer.retry = _at_once(self.consumer.retry)
+            self._dispatcher = self.consumer.dispatcher
+            self.consumer.dispatcher = self._make_dispatcher  # type: ignore[method-assign]
+
+    def has(self, message: Message) -> bool:
+        """Whether a message comes here."""
+        if message.exchange is None:
+            return message.queue == self.consumer.queue
+        bindings = self._route.bindings if isinstance(self._route, Attendance) else self.consumer.bindings
+        return any(b.exchange == message.exchange and b.exchange.matches(b.topic, message.queue) for b in bindings)
+
+    def _make_dispatcher(self, *handler: Any, retry: Retry | None = None, **options: Any) -> Dispatcher:
+        return self._dispatcher(*handler, retry=None if retry is None else _at_once(retry), **options)
 
     @property
     def busy(self) -> bool:
@@ -218,7 +272,8 @@ class _Watched:
         """Run the loop; returns once it receives."""
         self.consumer._settle = self._record  # type: ignore[method-assign]
         started = asyncio.Event()
-        task = asyncio.create_task(self.consumer.run(self._route, on_started=started.set))
+        handler = self._route.loop if isinstance(self._route, Attendance) else self._route
+        task = asyncio.create_task(self.consumer.run(handler, on_started=started.set))
         task.add_done_callback(lambda _: started.set())
         await started.wait()
         if task.done():
@@ -235,8 +290,11 @@ class _Watched:
 
     async def _record(self, settlements: Sequence[Settlement]) -> None:
         for settlement in settlements:
+            copies, sent = _apart(settlement)
+            self._harness._sent += sent
             if not self._harness._delays:
-                settlement.outgoing = tuple(m.replace(deliver_at=None) for m in settlement.outgoing)
+                copies = [m.replace(deliver_at=None) for m in copies]
+            settlement.outgoing = (*copies, *self._harness._leaving(sent))
         await self._settle(settlements)
         for settlement in settlements:
             self._note(settlement)
@@ -246,15 +304,20 @@ class _Watched:
         if kind in (Kind.RETRY, Kind.RELEASE) or not self.pending[message.id]:
             return  # it comes again, or a second verdict
         self.pending -= Counter([message.id])
-        for copy in settlement.outgoing:
+        for copy in _apart(settlement)[0]:
             harness._expect(copy)
+        for part in parts_of(settlement):
+            self._note_part(part)
+
+    def _note_part(self, part: Settlement) -> None:
+        message, kind = part.delivery.message, part.verdict.kind
         if kind is Kind.ACK:
             if self.consumer.ack != "on_receive":  # else its handler has not begun
-                harness._handled.append((message, settlement.result))
+                self._harness._handled.append((message, part.result))
         elif kind is Kind.REJECT:
-            harness.rejected += settlement.outgoing
-        else:
-            harness.dropped.append(message)
+            self._harness.rejected += _apart(part)[0]
+        elif kind is Kind.DROP:
+            self._harness.dropped.append(message)
 
 
 class _AtOnce(Retry):
@@ -265,19 +328,29 @@ class _AtOnce(Retry):
         return Verdict.retry(0) if verdict.kind is Kind.RETRY else verdict
 
 
-def _routes(source: object) -> Sequence[Route]:
+def _at_once(retry: Retry) -> Retry:
+    return _AtOnce(**{f.name: getattr(retry, f.name) for f in fields(Retry)})
+
+
+def _apart(settlement: Settlement) -> tuple[list[Message], list[Message]]:
+    """Copies of the message itself, and what its handlers sent."""
+    own = settlement.delivery.message.id
+    copies = [m for m in settlement.outgoing if m.id == own]
+    return copies, [m for m in settlement.outgoing if m.id != own]
+
+
+def _routes(source: object) -> Sequence[Route | Attendance]:
     if isinstance(source, ConsumerFactory):
         return source.handlers
     if isinstance(source, Route):
         return [source]
-    raise ConfigurationError(
-        f"A harness runs factories and routed handlers, and {source!r} is neither. A bus runs in a test without one: "
-        "Bus(..., url='asyncio://')."
-    )
+    if isinstance(source, Bus):
+        return [Attendance(source)] if source.bound else []
+    raise ConfigurationError(f"A harness runs factories, routed handlers and buses, and {source!r} is none of them.")
 
 
-def _distinct(routes: Iterable[Route]) -> list[Route]:
-    found: dict[tuple[str, Any], Route] = {}
+def _distinct(routes: Iterable[Route | Attendance]) -> list[Route | Attendance]:
+    found: dict[tuple[str, Any], Route | Attendance] = {}
     for route in routes:
         other = found.setdefault((route.queue, route.options.get("group")), route)
         if other is not route:
@@ -314,8 +387,8 @@ def _redirected(take: Callable[[Sequence[Message]], Awaitable[list[Receipt]]]) -
     return stack
 
 
-def _payload(message: Message) -> Any:
+def _payload(message: Message, what: str | type | None = None) -> Any:
     try:
-        return codec.decode(message)
+        return codec.decoder(what)(message) if isinstance(what, type) else codec.decode(message)
     except DecodeError:
         return message.body
