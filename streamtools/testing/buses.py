@@ -10,7 +10,7 @@ from unittest.mock import patch
 from streamtools.bus import Bus
 from streamtools.bus.contracts import Contract
 from streamtools.bus.dispatch import Shared
-from streamtools.consumer import Consumer
+from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Settlement
 from streamtools.exchange import Binding
 from streamtools.message import Message
@@ -51,10 +51,10 @@ class Attendance:
     """A bus as a source of a harness, like a routed handler."""
 
     def __init__(self, bus: Bus) -> None:
-        [self.loop] = bus.bound
-        self.bus = bus
-        self.name = self.loop.name
-        self.queue = bus._own()
+        self.loop: BoundHandler = bus.bound[0]
+        self.name: str = self.loop.name
+        self.bus: Bus = bus
+        self.queue: str = bus._own()
         self.options: dict[str, Any] = bus._options
 
     def build(self, url: str) -> Consumer:

@@ -13,7 +13,6 @@ from streamtools import (
     HTTP,
     PRODUCERS,
     RABBITMQ,
-    Bus,
     ConfigurationError,
     ConsumerFactory,
     Delivery,
@@ -241,5 +240,7 @@ async def test_a_routed_method_runs_with_its_object() -> None:
 
 
 def test_what_is_no_handler_is_refused_with_what_to_do_instead() -> None:
-    with pytest.raises(ConfigurationError, match="factories, routed handlers and buses, and <Producer .* is none"):
+    with pytest.raises(
+        ConfigurationError, match="factories, routed handlers and buses, and <AsyncIOProducer .* is none"
+    ):
         Harness(Producer("orders", url="asyncio://"))  # type: ignore[arg-type]
