@@ -5,13 +5,19 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from streamtools import Consumer
 from streamtools.settings import KafkaSettings, RabbitMQSettings
 from streamtools.testing import ConformanceSuite
 from streamtools.testing.conformance import ConnectionCases
+from streamtools.testing.conformance.failing import FailingCases
+from streamtools.testing.conformance.handling import HandlingCases
+from streamtools.testing.conformance.ordering import GroupCases, OrderingCases
+from streamtools.testing.conformance.stage import Stage
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.kafka import jars
 from tests.brokers.kafka.address import KafkaAddress
@@ -81,6 +87,25 @@ class TestKafka(ConformanceSuite):
     @pytest.fixture
     def url(self, kafka: KafkaAddress) -> str:
         return kafka.url
+
+
+class ExactlyOnce(Stage):
+    """Its consumers settle in transactions, where they settle after the handler."""
+
+    def new_consumer(self, queue: str | None = None, **options: Any) -> Consumer:
+        return super().new_consumer(queue, **{"exactly_once": options.get("ack") != "on_receive", **options})
+
+
+@pytest.mark.slow
+@pytest.mark.real_kafka("transactions")
+class TestKafkaExactlyOnce(HandlingCases, FailingCases, OrderingCases, GroupCases):
+    protocol = "kafka"
+
+    @pytest.fixture
+    async def stage(self, kafka: KafkaAddress, queue: str) -> AsyncIterator[Stage]:
+        stage = ExactlyOnce(self.protocol, kafka.url, queue)
+        yield stage
+        await stage.close()
 
 
 class ProxiedKafka(KafkaNode):

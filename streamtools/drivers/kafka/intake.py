@@ -105,6 +105,7 @@ class Intake:
                     track = self._membership.tracks.get(partition)
                     if track is not None and not track.going:  # else whoever has it next reads it
                         track.arrive(records)
+                self._pass_over_markers()
                 if fetched:
                     self.pause_and_resume()
                     self._changed()
@@ -114,6 +115,14 @@ class Intake:
         except Exception as error:
             self._failed(client_error(error, self._settings))
             raise
+
+    def _pass_over_markers(self) -> None:
+        """The end of a transaction has an offset and is no message: nobody is to wait for it, and no lag is left."""
+        for track in self._membership.tracks.values():
+            if not (track.arrived or track.going):
+                position = self._membership.position(track.partition)
+                if track.offsets.pass_over(position):
+                    self._membership.finished()
 
     async def _wait_for_room(self) -> None:
         if self._waiting() < LOW:

@@ -303,6 +303,15 @@ class Membership:
         self.failure = self.failure or error
         self._changed()
 
+    def position(self, partition: TopicPartition) -> int:
+        """The next offset that the library hands over; 0 where it does not know yet."""
+        subscription = self.consumer._subscription.subscription
+        assignment = subscription.assignment if subscription is not None else None
+        if assignment is None or partition not in assignment.tps:
+            return 0
+        state = assignment.state_value(partition)
+        return int(state.position) if state.has_valid_position else 0
+
     # --- committing -------------------------------------------------------------------------------
 
     def finished(self, number: int = 1) -> None:

@@ -77,6 +77,14 @@ class Offsets:
         self._pending[offset] = None
         return True
 
+    def pass_over(self, end: int) -> bool:
+        """All up to `end` that was not taken is no message, and finished; False when there is nothing of the kind."""
+        if end <= self.next:
+            return False
+        self.next = end
+        self._changes += 1
+        return True
+
     def finish(self, offset: int) -> bool:
         """The message at `offset` is done with; False when it is not pending."""
         if offset not in self._pending:

@@ -15,7 +15,7 @@ from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
 from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import GROUP, QUEUE, RETRIES, Header, decode_origin, header_texts, now_ms
 from streamtools.drivers.kafka.tiers import tier_of
-from streamtools.drivers.kafka.track import Token, Track
+from streamtools.drivers.kafka.track import Track
 from streamtools.drivers.kafka.transactions import Transactional, opened
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
@@ -239,22 +239,32 @@ class Outbox:
         return [self._copy(settlement, message) for message in settlement.outgoing]
 
     def _copy(self, settlement: Settlement, message: Message) -> Outgoing:
-        token: Token = settlement.delivery.token
         kind = settlement.verdict.kind
         if kind is Kind.RETRY and message.queue == settlement.delivery.message.queue:
-            return self._retry(message, decode_origin(token.record).headers)
-        headers: list[Header] = []
-        if kind is Kind.REJECT:
-            headers = [*decode_origin(token.record).headers, (GROUP, self._membership.group.encode())]
-            if self._tiers:  # by which it can come back to this group alone
-                headers.append((RETRIES, self._retry_topic.encode()))
+            return self._retry(message, self._history(settlement, message))
+        headers = self._history(settlement, message) if kind is Kind.REJECT else []
         return outgoing([message], headers=headers)[0]
+
+    def _history(self, settlement: Settlement, message: Message) -> list[Header]:
+        """Where it was read first, and who has rejected it."""
+        record = settlement.delivery.token.record
+        origin = decode_origin(record).headers
+        if message.error is not None and message.error is settlement.delivery.message.error:
+            # An error queue's own consumer has failed: what brought the message there stays with it.
+            return [*origin, *_rejected_by(record)]
+        return [*origin, *self._group_headers] if settlement.verdict.kind is Kind.REJECT else origin
+
+    @property
+    def _group_headers(self) -> list[Header]:
+        """Who has rejected it, and by which way it can come back to this group alone."""
+        group = (GROUP, self._membership.group.encode())
+        return [group, (RETRIES, self._retry_topic.encode())] if self._tiers else [group]
 
     def _waiting(self, record: Any, message: Message) -> Outgoing:
         if record.topic == self._retry_topic:
             queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self._queue)
             message = message.replace(queue=queue)
-        return self._retry(message, decode_origin(record).headers)
+        return self._retry(message, [*decode_origin(record).headers, *_rejected_by(record)])
 
     def _retry(self, message: Message, headers: list[Header]) -> Outgoing:
         """To this group alone: into the tier for its delay."""
@@ -262,3 +272,7 @@ class Outbox:
         [item] = outgoing([message], headers=[*headers, (QUEUE, message.queue.encode())])
         item.topic, item.partition, item.timestamp = self._retry_topic, tier_of(delay, self._tiers), now_ms()
         return item
+
+
+def _rejected_by(record: Any) -> list[Header]:
+    return [(name, value) for name, value in record.headers if name in (GROUP, RETRIES)]

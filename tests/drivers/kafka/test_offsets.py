@@ -30,6 +30,16 @@ def test_offsets_without_a_message_count_as_finished() -> None:
     assert offsets.position == 9
 
 
+def test_what_is_passed_over_is_finished_and_what_is_taken_is_not() -> None:
+    offsets = Offsets(10)
+    assert not offsets.pass_over(10)
+    offsets.take(10)
+    assert offsets.pass_over(12)
+    assert (offsets.position, offsets.next) == (10, 12)
+    offsets.finish(10)
+    assert offsets.commit() == (12, "", True)
+
+
 def test_a_successor_repeats_only_what_is_not_finished() -> None:
     first = Offsets(0)
     for n in range(6):
