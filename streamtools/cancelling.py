@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -56,6 +56,32 @@ async def come_round() -> None:
         pass
     with suppress(asyncio.CancelledError):
         await asyncio.sleep(0)  # before Python 3.13 it would still come
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Await what must come to its end: a cancellation meanwhile comes at the next await behind this one.
+
+    The second one ends it. One that a timeout asked for, whose block is over by then, comes no more.
+    """
+    task, inner = asyncio.current_task(), asyncio.ensure_future(work)
+    held = False
+    while not inner.done():
+        try:
+            await asyncio.wait({inner})
+        except asyncio.CancelledError:
+            if held:
+                inner.cancel()
+                raise
+            held = True
+    if held and task is not None:
+        asyncio.get_running_loop().call_soon(_cancel_now, task)
+    return inner.result()
+
+
+def _cancel_now(task: asyncio.Task[Any]) -> None:
+    if not task.done() and task.cancelling():
+        task.uncancel()
+        task.cancel()
 
 
 async def guard(work: Awaitable[T]) -> T:

@@ -96,6 +96,8 @@ class Dispatcher:
         self._max_deliveries = max_deliveries
         self._in_place = in_place
         self._copies = features.error_queue
+        # A copy that no broker holds back comes at once, and waits for its time here.
+        self._holds = features.error_queue and not features.delay
         self._stopping = False
         self._waits: set[asyncio.Event] = set()
         self._on_error = on_error
@@ -116,6 +118,9 @@ class Dispatcher:
             return Settlement(delivery, RELEASE)
         if delivery.count >= self._max_deliveries:
             return self._poison(delivery)
+        if self._holds and message.deliver_at is not None:
+            if await self._given_back_within(delivery, message.deliver_at - time.time()):
+                return Settlement(delivery, RELEASE)
         if message.expired:
             return Settlement(delivery, DROP)
         token = current.set(delivery)

@@ -16,7 +16,8 @@ class Features:
         partitioned: a queue is split into partitions, each of which one consumer of a group has at a time, with all
             that waits in it; order holds within a partition, and messages of one key are in one.
         groups: several groups can each have every message of one queue (`group=`).
-        delay: `send(delay=...)` and retries with a delay are held by the broker.
+        delay: `send(delay=...)` and retries with a delay are held by the broker. Without it `delay=` is refused, and
+            a retry waits in the consumer's process, in the place of a handler; over HTTP at the sender.
         expiry: `send(ttl=...)` is honoured.
         error_queue: a rejected message can be moved to an error queue; without it the sender keeps it.
         delivery_count: the broker counts deliveries, so a message that kills its process is found out.

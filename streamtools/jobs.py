@@ -26,7 +26,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from streamtools import background, codec
 from streamtools.binding import compile_handler, is_async, name_of
-from streamtools.cancelling import guard
+from streamtools.cancelling import finish, guard
 from streamtools.checks import check_seconds, check_texts
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery, Settlement
@@ -252,7 +252,8 @@ async def receive_message(
 
     Without a callback: wait for the first message, and return it with all that is there, 1,000 at most, and what
     comes within two seconds. They are acknowledged as the list is returned: what becomes of them then is the
-    caller's, who must not cancel the call at that moment.
+    caller's. Before, a cancellation leaves them in the queue; one that comes while they are acknowledged is held back
+    until the caller has the list, and comes at its next `await`.
 
     A callback loses nothing: each message is acknowledged when it has returned. One that raises has its message run
     again, five times with growing delays, and then moved to the error queue, as is a body that is no JobMessage. The
@@ -279,15 +280,20 @@ async def receive_message(
 
 
 async def _receive_list(consumer: Consumer, wait: float | None) -> list[JobMessage]:
-    async with consumer:
+    await consumer.open()
+    try:
         deliveries = await _all_there(consumer, wait)
         with suppress(ConnectError):  # which the acknowledgement meets as well
             # Else the broker delivers the next ones when these are acknowledged, only to have them back, and
             # RabbitMQ puts those that are under way at the queue's end.
             await guard(consumer._stop())
         read = [(delivery, await _read(delivery)) for delivery in deliveries]
-        await _acknowledge(consumer, [delivery for delivery, message in read if message is not None])
-        return [message for _, message in read if message is not None]
+    except BaseException:
+        await consumer.close()
+        raise
+    # From here on nobody else has them: who gives up now gets them all the same.
+    await finish(_take_over(consumer, [delivery for delivery, message in read if message is not None]))
+    return [message for _, message in read if message is not None]
 
 
 async def _all_there(consumer: Consumer, wait: float | None) -> list[Delivery]:
@@ -313,12 +319,14 @@ async def _read(delivery: Delivery) -> JobMessage | None:
     return message
 
 
-async def _acknowledge(consumer: Consumer, deliveries: Sequence[Delivery]) -> None:
+async def _take_over(consumer: Consumer, deliveries: Sequence[Delivery]) -> None:
     # All at once: of many single ones RabbitMQ forgets those that it has not come to when the channel is closed.
     try:
         await guard(consumer._settle([Settlement(delivery, ACK) for delivery in deliveries]))
     except ConnectError as error:  # some may be acknowledged, so all are to be returned
         log.warning("Messages of %r may be delivered again: %s", consumer.queue, error)
+    finally:
+        await consumer.close()
 
 
 _decode: Final = codec.decoder(JobMessage)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +16,13 @@ from hypothesis import strategies as st
 from streamtools.binding import compile_handler
 from streamtools.delivery import Delivery, Settlement, current
 from streamtools.dispatch import Dispatcher, chain
+from streamtools.drivers.asyncio import AsyncIOConsumer
 from streamtools.errors import Drop, Reject, RetryLater
 from streamtools.features import Features
 from streamtools.message import Message
 from streamtools.policy import Retry
+from streamtools.producer import Producer
+from streamtools.testing.waiting import reaches
 from streamtools.types import Handler
 from streamtools.verdicts import Kind, Verdict
 
@@ -258,3 +264,56 @@ async def test_a_failure_is_logged_once_and_success_never(caplog: pytest.LogCapt
     retried, rejected = caplog.records
     assert "again in" in retried.getMessage() and retried.exc_info is None and len(retried.getMessage()) < 700
     assert "rejected message 1 of 'orders'" in rejected.getMessage() and rejected.exc_info is not None
+
+
+class TestWhereNoBrokerHoldsAMessageBack:
+    """A retry's copy comes at once, and waits for its time here; it was run without a pause, again and again."""
+
+    async def test_what_is_not_due_waits_for_its_time_and_others_do_not(self) -> None:
+        due = time.time() + 0.1
+        run = dispatcher(fine, features=Features(delay=False))
+        late = asyncio.create_task(run(delivery(deliver_at=due)))
+        assert (await run(delivery(id="2"))).verdict.kind is Kind.ACK
+        assert not late.done()
+        assert (await late).verdict.kind is Kind.ACK
+        assert time.time() >= due
+
+    async def test_what_expires_meanwhile_is_dropped(self) -> None:
+        now = time.time()
+        run = dispatcher(fine, features=Features(delay=False))
+        settlement = await run(delivery(deliver_at=now + 0.1, expires_at=now + 0.05))
+        assert settlement.verdict.kind is Kind.DROP
+
+    async def test_it_goes_back_when_the_consumer_stops(self) -> None:
+        run = dispatcher(fine, features=Features(delay=False))
+        waiting = asyncio.create_task(run(delivery(deliver_at=time.time() + 3600)))
+        await asyncio.sleep(0)
+        run.stop()
+        assert (await waiting).verdict.kind is Kind.RELEASE
+
+    @pytest.mark.parametrize("features", [Features(), Features(delay=False, error_queue=False)])
+    async def test_where_the_broker_or_the_sender_waits_nothing_waits_here(self, features: Features) -> None:
+        run = dispatcher(fine, features=features)
+        assert (await run(delivery(deliver_at=time.time() + 3600))).verdict.kind is Kind.ACK
+
+    async def test_a_consumer_of_such_a_protocol_keeps_to_the_delay_of_its_policy(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(AsyncIOConsumer, "features", replace(AsyncIOConsumer.features, delay=False))
+        everything_is_due = SimpleNamespace(time=lambda: float("inf"), monotonic=time.monotonic)
+        monkeypatch.setattr("streamtools.drivers.asyncio.time", everything_is_due)
+        at: list[float] = []
+        consumer = AsyncIOConsumer("orders", url="asyncio://", retry=Retry(retries=2, delay=0.1, backoff=1, jitter=0))
+
+        @consumer()
+        async def handle(msg: str) -> None:
+            at.append(time.monotonic())
+            raise ValueError(msg)
+
+        running = asyncio.create_task(consumer.run(handle))
+        async with Producer("orders", url="asyncio://") as producer:
+            await producer.send("no")
+            await reaches(at, 3)
+        consumer.stop()
+        await running
+        assert at[1] - at[0] >= 0.09 and at[2] - at[1] >= 0.09

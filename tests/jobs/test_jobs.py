@@ -10,11 +10,13 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from streamtools import ConfigurationError, Consumer, Producer
+from streamtools.drivers.sqlite import SQLiteConsumer
 from streamtools.jobs import (
     JobMessage,
     QueueName,
@@ -272,6 +274,76 @@ async def test_a_cancelled_receiver_leaves_its_messages(durable_url: str) -> Non
     assert receiving.cancelled()
 
     assert await receive_message(HERE, 60, url=durable_url) == [sent]
+
+
+@pytest.fixture
+def acknowledging(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """Set when messages are being acknowledged, which goes on once the second is."""
+    begun, go = asyncio.Event(), asyncio.Event()
+    settle = SQLiteConsumer._settle
+
+    async def slowly(self: SQLiteConsumer, settlements: Any) -> None:
+        begun.set()
+        await go.wait()
+        await settle(self, settlements)
+
+    monkeypatch.setattr(SQLiteConsumer, "_settle", slowly)
+    return begun, go
+
+
+async def test_a_cancellation_while_a_list_is_acknowledged_comes_when_the_caller_has_it(
+    tmp_path: Path, acknowledging: tuple[asyncio.Event, asyncio.Event]
+) -> None:
+    """They were acknowledged, and the list was thrown away with the cancelled call: nobody had them any more."""
+    url, (begun, go), have = f"sqlite:///{tmp_path}/jobs.db", acknowledging, list[JobMessage]()
+    sent = await send_message(**FIELDS, url=url)
+
+    async def work() -> None:
+        have.extend(await receive_message(HERE, 0, url=url))
+        await asyncio.Event().wait()
+
+    working = asyncio.create_task(work())
+    await begun.wait()
+    working.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.wait({working}, timeout=30)
+    assert working.cancelled(), "a cancellation is never lost either"
+    assert have == [sent]
+
+
+async def test_a_timeout_while_a_list_is_acknowledged_is_as_if_it_had_been_in_time(
+    tmp_path: Path, acknowledging: tuple[asyncio.Event, asyncio.Event]
+) -> None:
+    url, (begun, go) = f"sqlite:///{tmp_path}/jobs.db", acknowledging
+    sent = await send_message(**FIELDS, url=url)
+    async with asyncio.timeout(None) as deadline:
+        asyncio.create_task(_over_in_between(begun, go, deadline)).add_done_callback(lambda task: task.result())
+        found = await receive_message(HERE, 0, url=url)
+    assert found == [sent]
+    for _ in range(3):
+        await asyncio.sleep(0)  # and it does not come later
+
+
+async def _over_in_between(begun: asyncio.Event, go: asyncio.Event, deadline: asyncio.Timeout) -> None:
+    await begun.wait()
+    deadline.reschedule(asyncio.get_running_loop().time())
+    await asyncio.sleep(0.01)
+    go.set()
+
+
+async def test_who_cancels_twice_does_not_wait(
+    tmp_path: Path, acknowledging: tuple[asyncio.Event, asyncio.Event]
+) -> None:
+    url, (begun, _) = f"sqlite:///{tmp_path}/jobs.db", acknowledging
+    await send_message(**FIELDS, url=url)
+    receiving = asyncio.create_task(receive_message(HERE, 0, url=url))
+    await begun.wait()
+    for _ in range(2):
+        receiving.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait({receiving}, timeout=30)
+    assert receiving.cancelled()
 
 
 async def test_bad_names_and_times_are_refused(tmp_path: Path) -> None:
