@@ -95,6 +95,8 @@ def encode(payload: object, content_type: str | None = None) -> tuple[bytes, str
         TypeError: the payload has no JSON form.
         ConfigurationError: nothing encodes that content type.
     """
+    if type(payload) is bytes:
+        return payload, BINARY
     if isinstance(payload, str):
         return _utf8(payload), TEXT
     if isinstance(payload, bytes | bytearray | memoryview):

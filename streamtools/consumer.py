@@ -29,7 +29,7 @@ from streamtools.policy import Retry, backoff, check_retry, error_queue_of
 from streamtools.registry import Registry
 from streamtools.threads import Threads
 from streamtools.types import ErrorHandler, Handler, Middleware
-from streamtools.verdicts import DROP, RELEASE, Verdict
+from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -160,6 +160,7 @@ class Consumer(Endpoint):
         self._loop: Loop | None = None
         self._running = False
         self._by_hand = self.dispatcher(_no_handler, "by hand")
+        self._hand = self._settle_by_hand  # one object: deliveries show by it whose they are
         self._pulling = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._deadline: float | None = None
@@ -243,6 +244,28 @@ class Consumer(Endpoint):
                 if error.permanent:
                     raise
                 await self._disconnect(error)
+
+    async def ack_many(self, deliveries: Iterable[Delivery]) -> None:
+        """Acknowledge what `receive` returned in one go; those that are settled already are passed over.
+
+        Raises:
+            ConnectionLost: the connection ended; those of them that come again are new deliveries.
+            RuntimeError: one was not received by this consumer.
+        """
+        batch = [delivery for delivery in deliveries if not delivery.settled]
+        for delivery in batch:
+            if delivery.hand is not self._hand:
+                raise RuntimeError(f"{delivery!r} was not given by receive() of {self!r}: await delivery.ack().")
+        if not batch:
+            return
+        for delivery in batch:
+            delivery.settled = True
+        try:
+            await guard((self.translator or self)._settle([Settlement(delivery, ACK) for delivery in batch]))
+        except BaseException:
+            for delivery in batch:
+                delivery.settled = False  # still in hand: another verdict may fare better
+            raise
 
     async def __aiter__(self) -> AsyncIterator[Delivery]:
         """Deliveries one after the other, for ever; each is to be settled by hand."""
@@ -433,7 +456,7 @@ class Consumer(Endpoint):
         except TimeoutError:
             return []
         for delivery in batch:
-            delivery.hand = self._settle_by_hand
+            delivery.hand = self._hand
         return list(batch)
 
     async def _settle_by_hand(self, delivery: Delivery, verdict: Verdict) -> None:

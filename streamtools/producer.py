@@ -19,7 +19,7 @@ from streamtools.checks import (
 )
 from streamtools.endpoint import Endpoint
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, FeatureError, SendError
-from streamtools.message import NO_HEADERS, Message, ids
+from streamtools.message import NO_HEADERS, Draft, Message, ids, setters
 from streamtools.options import SEND_OPTIONS, Options, parameters, read_options
 from streamtools.policy import backoff_within
 from streamtools.registry import Registry
@@ -40,6 +40,10 @@ PRODUCERS: Registry[Producer] = Registry(
         "http": "streamtools.drivers.http:HTTPProducer",
     },
 )
+
+
+_new: Final = Draft.__new__
+_set_source, _set_body, _set_id, _set_queue = setters("body", "id", "queue")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +181,10 @@ class Producer(Endpoint):
             ConnectError: the broker does not let us in, for good (a wrong password, a missing virtual host).
             TypeError: the payload, a header or an option is not of a usable type.
         """
-        message = self._encode(
-            payload, headers, id, type=type, key=key, delay=delay, ttl=ttl,
-            correlation_id=correlation_id, reply_to=reply_to,
-        )  # fmt: skip
-        receipts = await self._deliver([message], self._read_send_options(options))
+        common = self._common(
+            headers, type=type, key=key, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
+        )
+        receipts = await self._deliver([self._encode(payload, id, common)], self._read_send_options(options))
         return receipts[0]
 
     async def send_many(
@@ -200,12 +203,9 @@ class Producer(Endpoint):
         Raises:
             SendError: some are not known to be held; `.refused` and `.unknown` name them by id.
         """
-        batch = [
-            self._encode(payload, headers, None, type=type, key=key, delay=delay, ttl=ttl) for payload in payloads
-        ]
-        if not batch:
-            return []
-        return await self._deliver(batch, self._read_send_options(options))
+        common = self._common(headers, type=type, key=key, delay=delay, ttl=ttl)
+        batch = self._drafts(payloads, common)
+        return await self._deliver(batch, self._read_send_options(options)) if batch else []
 
     async def send_messages(self, batch: Sequence[Message]) -> list[Receipt]:
         """Send messages that are complete already, each to its own `queue`; for copies and bridges."""
@@ -239,11 +239,30 @@ class Producer(Endpoint):
 
     # --- the way of a message -------------------------------------------------------------------
 
-    def _encode(
+    def _encode(self, payload: object, id: str | None, common: dict[str, Any]) -> Message:  # noqa: A002
+        check_texts({"id": id})
+        body, content_type = codec.encode(payload)
+        return Message(body=body, content_type=content_type, id=id or self._new_id(), **common)
+
+    def _drafts(self, payloads: Iterable[object], common: dict[str, Any]) -> list[Message]:
+        encode, new_id, queue = codec.encode, self._new_id, self.queue
+        batch: list[Message] = []
+        of_type = None
+        for payload in payloads:
+            body, content_type = encode(payload)
+            if content_type != of_type:
+                of_type, source = content_type, {**common, "content_type": content_type}
+            message = _new(Draft)
+            _set_source(message, source)
+            _set_body(message, body)
+            _set_id(message, new_id())
+            _set_queue(message, queue)
+            batch.append(message)
+        return batch
+
+    def _common(
         self,
-        payload: object,
         headers: Mapping[str, str] | None,
-        id: str | None,  # noqa: A002
         *,
         delay: float | None,
         ttl: float | None,
@@ -251,29 +270,26 @@ class Producer(Endpoint):
         key: str | None = None,
         correlation_id: str | None = None,
         reply_to: str | None = None,
-    ) -> Message:
+    ) -> dict[str, Any]:
+        """The fields of a message beside body, content type and id, checked."""
         if delay and not self.features.delay:
             raise FeatureError(
                 f"{self.protocol!r} holds no message back: leave delay= away, or send it later yourself."
             )
-        body, content_type = codec.encode(payload)
-        check_texts({"id": id, "type": type, "key": key, "correlation_id": correlation_id, "reply_to": reply_to})
+        check_texts({"type": type, "key": key, "correlation_id": correlation_id, "reply_to": reply_to})
         now = time.time()
-        return Message(
-            body=body,
-            queue=self.queue,
-            id=id or self._new_id(),
-            source=self.client_id,
-            time=now,
-            content_type=content_type,
-            headers=check_headers(headers) if headers else NO_HEADERS,
-            deliver_at=None if not delay else now + check_seconds("delay", delay),
-            expires_at=None if ttl is None else now + check_seconds("ttl", ttl),
-            type=type,
-            key=key,
-            correlation_id=correlation_id,
-            reply_to=reply_to,
-        )
+        return {
+            "queue": self.queue,
+            "source": self.client_id,
+            "time": now,
+            "headers": check_headers(headers) if headers else NO_HEADERS,
+            "deliver_at": None if not delay else now + check_seconds("delay", delay),
+            "expires_at": None if ttl is None else now + check_seconds("ttl", ttl),
+            "type": type,
+            "key": key,
+            "correlation_id": correlation_id,
+            "reply_to": reply_to,
+        }
 
     async def _deliver(self, batch: Sequence[Message], options: Any) -> list[Receipt]:
         """Send through reconnects until the deadline; what is not confirmed then is named."""

@@ -105,11 +105,12 @@ class Harness:
         """
         if queue not in self._queues:
             raise ConfigurationError(f"No handler is routed from {queue!r}. {near(queue, self._queues)}")
-        message = self._producer(queue)._encode(
-            payload, headers, id, key=key, type=type or type_of(payload), delay=delay, ttl=ttl,
-            correlation_id=correlation_id, reply_to=reply_to,
+        producer = self._producer(queue)
+        common = producer._common(
+            headers, key=key, type=type or type_of(payload), delay=delay, ttl=ttl, correlation_id=correlation_id,
+            reply_to=reply_to,
         )  # fmt: skip
-        return (await self._put([message]))[0]
+        return (await self._put([producer._encode(payload, id, common)]))[0]
 
     async def settled(self) -> None:
         """Wait until every message sent has come to an end, its retries and what it caused included.

@@ -13,6 +13,7 @@ from streamtools.checks import check_name
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.kafka.bindings import bind
+from streamtools.drivers.kafka.errors import client_error
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.intake import Intake
 from streamtools.drivers.kafka.membership import ABANDONED, Membership, Terms
@@ -20,10 +21,10 @@ from streamtools.drivers.kafka.names import check_kafka_name, retry_topic
 from streamtools.drivers.kafka.options import ConsumerOptions, subscription
 from streamtools.drivers.kafka.outbox import Outbox
 from streamtools.drivers.kafka.outgoing import COPY_ROOM
-from streamtools.drivers.kafka.records import QUEUE, decode_record, header_texts, trouble
+from streamtools.drivers.kafka.records import QUEUE, decode_plain, decode_record, header_texts, trouble
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at
 from streamtools.drivers.kafka.topics import Topic, topics_at
-from streamtools.drivers.kafka.track import Token, Track
+from streamtools.drivers.kafka.track import Token, Track, new_token
 from streamtools.errors import Closed, ConfigurationError, SendError, StreamToolsError
 from streamtools.loop import Ack
 from streamtools.message import Message
@@ -204,14 +205,20 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _take_arrived(
         self, membership: Membership, track: Track, batch: list[Delivery], limit: int, now: float
     ) -> None:
-        while track.arrived and len(batch) < limit:
-            record = track.next()
-            if record.offset < track.offsets.next:
-                # The log was cut (an unclean election, a topic made anew): our bookkeeping means other messages.
-                fresh = membership.restart(track, record.offset)
-                fresh.arrive([record, *track.arrived])
+        offsets = track.offsets
+        while len(batch) < limit:
+            try:
+                record = track.next()
+            except Exception as error:  # bytes that the library cannot read
+                return self._fail(client_error(error, self.settings))
+            if record is None:
                 return
-            if track.offsets.take(record.offset):
+            offset = record.offset
+            if offset < offsets.next:
+                # The log was cut (an unclean election, a topic made anew): our bookkeeping means other messages.
+                membership.restart(track, record)
+                return
+            if offsets.take(offset):
                 self._deliver(track, record, batch, now)
             else:
                 membership.finished()  # by whoever had the partition before
@@ -231,22 +238,25 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
     def _deliver(self, track: Track, record: Any, batch: list[Delivery], now: float) -> None:
         """Hand it over; what is not due goes on the shelf, or is moved to where it waits."""
-        queue = None
-        if record.topic == self.retry_topic:
-            queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self.queue)
-        message = decode_record(record, queue)
-        if message.deliver_at is not None and message.deliver_at > now:
-            self._hold_back(track, record, message, now)
-            return
-        delivery = Delivery(message, Token(track, record.offset, record), 0, trouble(record))
-        track.in_hand[record.offset] = delivery
+        offset, bad = record.offset, None
+        if track.is_retry or (message := decode_plain(record, track.partition)) is None:
+            queue = None
+            if track.is_retry:  # messages of several queues wait there
+                queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self.queue)
+            message = decode_record(record, track.partition, queue)
+            if message.deliver_at is not None and message.deliver_at > now:
+                self._hold_back(track, record, message, now)
+                return
+            token, bad = Token(track, offset, record), trouble(record, track.partition)
+        else:
+            token = new_token((track, offset, None))
+        track.in_hand[offset] = delivery = Delivery(message, token, 0, bad)
         batch.append(delivery)
 
     def _hold_back(self, track: Track, record: Any, message: Message, now: float) -> None:
         due = message.deliver_at or now
-        in_tier = record.topic == self.retry_topic
-        leaves = leaves_at(record.partition, record.timestamp / 1000, due) if in_tier else due
-        if (in_tier and leaves > now) or due - now <= TIERS[1]:
+        leaves = leaves_at(track.partition.partition, record.timestamp / 1000, due) if track.is_retry else due
+        if (track.is_retry and leaves > now) or due - now <= TIERS[1]:
             track.hold(leaves, record)
         else:
             self._moves.append((track, record, message))

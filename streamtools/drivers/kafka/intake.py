@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
+from streamtools.drivers.kafka.fetched import Buffers
 from streamtools.drivers.kafka.membership import Membership
 from streamtools.drivers.kafka.track import Track
 from streamtools.errors import StreamToolsError
@@ -53,7 +54,9 @@ class Intake:
         self._failed = failed
         self._low = asyncio.Event()
         self._turn = 0
-        membership.consumer._fetcher._prefetch_backoff = LIBRARY_PATIENCE
+        fetcher = membership.consumer._fetcher
+        fetcher._prefetch_backoff = LIBRARY_PATIENCE
+        fetcher._records = Buffers(fetcher._records)
         self._task = asyncio.create_task(self._run(), name="streamtools-intake")
 
     async def stop(self) -> None:
@@ -86,25 +89,25 @@ class Intake:
         consumer = self._membership.consumer
         for track in self._membership.tracks.values():
             if track.paused:
-                held_up = track.full or track.shelf_full or len(track.arrived) >= LOW
+                held_up = track.full or track.shelf_full or track.waiting >= LOW
             else:
-                long = len(track.arrived) >= HIGH or track.arrived_bytes >= HIGH_BYTES
+                long = track.waiting >= HIGH or track.waiting_bytes >= HIGH_BYTES
                 held_up = track.full or track.shelf_full or (slow and long)
             if held_up != track.paused:
                 track.paused = held_up
                 (consumer.pause if held_up else consumer.resume)(track.partition)
 
     def _waiting(self) -> int:
-        return sum(len(track.arrived) for track in self._membership.tracks.values())
+        return sum(track.waiting for track in self._membership.tracks.values())
 
     async def _run(self) -> None:
         try:
             while True:
                 fetched = await self._membership.consumer.getmany(timeout_ms=FETCH_MS)
-                for partition, records in fetched.items():
+                for partition, found in fetched.items():
                     track = self._membership.tracks.get(partition)
                     if track is not None and not track.going:  # else whoever has it next reads it
-                        track.arrive(records)
+                        track.arrive(found)
                 self._pass_over_markers()
                 if fetched:
                     self.pause_and_resume()

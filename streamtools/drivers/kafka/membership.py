@@ -176,7 +176,11 @@ class Membership:
             known = committed.get(partition)
             offset, metadata = (known.offset, known.metadata) if known else (starts[partition], "")
             tracks[partition] = Track(
-                partition, Offsets(offset, metadata or ""), exactly=exactly, identity=identities.get(partition)
+                partition,
+                Offsets(offset, metadata or ""),
+                is_retry=partition.topic == self._terms.retry_topic,
+                exactly=exactly,
+                identity=identities.get(partition),
             )
             self.consumer.seek(partition, offset)
         if starts and self._chooses_start:
@@ -289,15 +293,16 @@ class Membership:
         await stopped(consumer)
         await dropped(consumer)
 
-    def restart(self, track: Track, offset: int) -> Track:
-        """Begin this partition anew at `offset`: what its log held there before is no more."""
+    def restart(self, track: Track, record: Any) -> None:
+        """Begin this partition anew with `record`: what its log held there before is no more."""
+        offset = record.offset
         log.warning("%r: the log begins anew at offset %d.", track, offset)
         track.gone = True
         if self._terms.exactly_once:
             self._fail(ConnectionLost(f"The log of {track!r} begins anew; so do we."))
-            return track
-        fresh = self.tracks[track.partition] = Track(track.partition, Offsets(offset))
-        return fresh
+            return
+        fresh = self.tracks[track.partition] = Track(track.partition, Offsets(offset), is_retry=track.is_retry)
+        fresh.take_over(record, track)
 
     def _fail(self, error: StreamToolsError) -> None:
         self.failure = self.failure or error

@@ -15,7 +15,7 @@ from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
 from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import GROUP, QUEUE, RETRIES, Header, decode_origin, header_texts, now_ms
 from streamtools.drivers.kafka.tiers import tier_of
-from streamtools.drivers.kafka.track import Track
+from streamtools.drivers.kafka.track import Token, Track
 from streamtools.drivers.kafka.transactions import Transactional, opened
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
@@ -97,10 +97,10 @@ class Outbox:
         if batch[0][0].exactly is not None:
             for track in {track for track, _, _ in batch}:
                 own = [(record, message) for t, record, message in batch if t is track]
-                copies = [self._waiting(record, message) for record, message in own]
+                copies = [self._waiting(track, record, message) for record, message in own]
                 await self._transact(track, {record.offset for record, _ in own}, copies)
             return
-        await (await self._get_publisher()).publish([self._waiting(r, m) for _, r, m in batch])
+        await (await self._get_publisher()).publish([self._waiting(*each) for each in batch])
         for track, record, _ in batch:
             track.finish(record.offset)
 
@@ -247,12 +247,12 @@ class Outbox:
 
     def _history(self, settlement: Settlement, message: Message) -> list[Header]:
         """Where it was read first, and who has rejected it."""
-        record = settlement.delivery.token.record
-        origin = decode_origin(record).headers
+        token: Token = settlement.delivery.token
         if message.error is not None and message.error is settlement.delivery.message.error:
             # An error queue's own consumer has failed: what brought the message there stays with it.
-            return [*origin, *_rejected_by(record)]
-        return [*origin, *self._group_headers] if settlement.verdict.kind is Kind.REJECT else origin
+            return [*token.origin.headers, *_rejected_by(token.record)]
+        group = self._group_headers if settlement.verdict.kind is Kind.REJECT else ()
+        return [*token.origin.headers, *group]
 
     @property
     def _group_headers(self) -> list[Header]:
@@ -260,11 +260,11 @@ class Outbox:
         group = (GROUP, self._membership.group.encode())
         return [group, (RETRIES, self._retry_topic.encode())] if self._tiers else [group]
 
-    def _waiting(self, record: Any, message: Message) -> Outgoing:
-        if record.topic == self._retry_topic:
+    def _waiting(self, track: Track, record: Any, message: Message) -> Outgoing:
+        if track.is_retry:
             queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self._queue)
             message = message.replace(queue=queue)
-        return self._retry(message, [*decode_origin(record).headers, *_rejected_by(record)])
+        return self._retry(message, [*decode_origin(record, track.partition).headers, *_rejected_by(record)])
 
     def _retry(self, message: Message, headers: list[Header]) -> Outgoing:
         """To this group alone: into the tier for its delay."""
@@ -275,4 +275,5 @@ class Outbox:
 
 
 def _rejected_by(record: Any) -> list[Header]:
-    return [(name, value) for name, value in record.headers if name in (GROUP, RETRIES)]
+    headers = () if record is None else record.headers
+    return [(name, value) for name, value in headers if name in (GROUP, RETRIES)]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from streamtools.drivers.kafka.errors import is_too_large, plain
-from streamtools.drivers.kafka.records import Header, Placed, encode_headers, encode_key, timestamp
+from streamtools.drivers.kafka.records import ID, Header, Placed, encode_headers, encode_key, timestamp
 from streamtools.errors import SendError, StreamToolsError
 from streamtools.exchange import Exchange
-from streamtools.message import Message
+from streamtools.message import Draft, Message, common
 from streamtools.settings import KafkaSettings
 
 #: Bytes that a record takes beside key, value and headers, at most (KIP-98, message format).
@@ -20,7 +19,6 @@ OVERHEAD: Final = 96
 COPY_ROOM: Final = 64 * 1024
 
 
-@dataclass(slots=True)
 class Outgoing:
     """One record on its way.
 
@@ -34,24 +32,52 @@ class Outgoing:
         mandatory: to reach nobody is an error; otherwise it is forgotten.
     """
 
-    id: str
-    topic: str
-    key: bytes | None
-    value: bytes
-    headers: list[Header]
-    timestamp: int
-    partition: int | None = None
-    offset: int | None = None
-    pending: Any = None
-    size: int = 0
-    exchange: Exchange | None = None
-    mandatory: bool = True
+    __slots__ = (
+        "exchange", "headers", "id", "key", "mandatory", "offset", "partition", "pending", "size", "timestamp", "topic",
+        "value",
+    )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        size = OVERHEAD + len(self.value) + 10 * len(self.headers)
-        for name, value in self.headers:
-            size += len(name) + len(value)
-        self.size = size if self.key is None else size + len(self.key)
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the field's name everywhere
+        topic: str,
+        key: bytes | None,
+        value: bytes,
+        headers: list[Header],
+        timestamp: int,
+        partition: int | None = None,
+        beside: int | None = None,
+        exchange: Exchange | None = None,
+        mandatory: bool = True,
+    ) -> None:
+        self.id: str = id
+        self.topic: str = topic
+        self.key: bytes | None = key
+        self.value: bytes = value
+        self.headers: list[Header] = headers
+        self.timestamp: int = timestamp
+        self.partition: int | None = partition
+        self.offset: int | None = None
+        self.pending: Any = None
+        self.exchange: Exchange | None = exchange
+        self.mandatory: bool = mandatory
+        self.size: int = len(value) + (_beside(key, headers) if beside is None else beside)
+
+
+    def to(self, topic: str) -> Outgoing:
+        """The same, to this topic itself."""
+        return Outgoing(
+            self.id, topic, self.key, self.value, self.headers, self.timestamp, self.partition,
+            beside=self.size - len(self.value), mandatory=self.mandatory,
+        )  # fmt: skip
+
+
+def _beside(key: bytes | None, headers: Sequence[Header]) -> int:
+    """Bytes of a record beside its value, about."""
+    size = OVERHEAD + 10 * len(headers)
+    for name, value in headers:
+        size += len(name) + len(value)
+    return size if key is None else size + len(key)
 
 
 def outgoing(batch: Sequence[Message], *, headers: Sequence[Header] = ()) -> list[Outgoing]:
@@ -61,7 +87,32 @@ def outgoing(batch: Sequence[Message], *, headers: Sequence[Header] = ()) -> lis
         headers: further ones, on each.
     """
     now = time.time()
-    return [_outgoing(message, headers, now) for message in batch]
+    items: list[Outgoing] = []
+    source: dict[str, Any] | None = None
+    like: Callable[[str, bytes], Outgoing] | None = None
+    for message in batch:
+        shared = common(message) if type(message) is Draft else None
+        if like is not None and shared is not None and shared is source:
+            items.append(like(message.id, message.body))
+            continue
+        item = _outgoing(message, headers, now)
+        items.append(item)
+        if shared is not None:
+            source, like = shared, _pattern(item)
+    return items
+
+
+def _pattern(first: Outgoing) -> Callable[[str, bytes], Outgoing]:
+    """What makes records that differ from this one, which no exchange routes, in id and value alone."""
+    at = next(number for number, (name, _) in enumerate(first.headers) if name == ID)
+    before, behind = first.headers[:at], first.headers[at + 1 :]
+    topic, key, timestamp, beside = first.topic, first.key, first.timestamp, first.size - len(first.value)
+    name = ID
+
+    def like(id: str, value: bytes) -> Outgoing:  # noqa: A002
+        return Outgoing(id, topic, key, value, [*before, (name, id.encode()), *behind], timestamp, None, beside)
+
+    return like
 
 
 def _outgoing(message: Message, headers: Sequence[Header], now: float) -> Outgoing:

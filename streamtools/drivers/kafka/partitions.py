@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from aiokafka.partitioner import murmur2
@@ -72,11 +71,11 @@ class Partitions:
             clash = self._bindings.clash(item.exchange)
             queues = self._bindings.queues(item.exchange, item.topic) if clash is None else []
             gone = await self._find(queues, producer)  # deleted by other means, and their bindings left behind
-            copies = [replace(item, topic=queue, exchange=None) for queue in queues if queue not in gone]
+            copies = [item.to(queue) for queue in queues if queue not in gone]
             if clash or (not copies and item.mandatory):
                 name = f"{item.exchange.name} {item.exchange.type} {item.topic}"  # which no topic of Kafka is called
                 unbound[name] = clash or no_subscriber(item.topic, item.exchange)
-                copies = [replace(item, topic=name, exchange=None)]
+                copies = [item.to(name)]
             spread += copies
         return spread, unbound
 

@@ -22,7 +22,7 @@ from streamtools.drivers.kafka.topics import Topic
 from streamtools.drivers.kafka.track import Token
 from streamtools.drivers.kafka.transactions import Transactional, opened, same_kafka
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError, StreamToolsError
-from streamtools.message import Message
+from streamtools.message import Message, sets_slots
 from streamtools.producer import Producer, Receipt
 from streamtools.settings import KafkaSettings
 
@@ -32,6 +32,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 UNDER_WAY: Final = 10_000
 
 
+@sets_slots
 @dataclass(frozen=True, slots=True)
 class KafkaReceipt(Receipt):
     """Where a message stands.
@@ -128,7 +129,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             raise ConnectionLost(f"{self!r} is not connected.")
         items = outgoing(batch)
         await self._publisher.publish(items)
-        return [KafkaReceipt(i.id, i.topic, i.partition, i.offset) for i in items]
+        return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
 
     async def _close(self) -> None:
         publisher, self._publisher = self._publisher, None
@@ -261,7 +262,7 @@ class Transaction:
                 self._failure = SendError(f"The transaction is off: {error}", refused=[m.id for m in batch])
                 raise self._failure from error
         self._sent += [m.id for m in batch]
-        return [KafkaReceipt(i.id, i.topic, i.partition, i.offset) for i in items]
+        return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
 
     async def commit(self) -> None:
         """Make it visible."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
@@ -72,13 +72,13 @@ class Lane:
         self.waiting: deque[Outgoing] = deque()
         self.task: asyncio.Task[None] | None = None
         self._publisher = publisher
-        self._topic = topic
-        self._partition = partition
+        self.topic: str = topic
+        self.partition: int = partition
         self._alone = 0  # so many of those that wait are sent one by one
 
     def wake(self) -> None:
         """Send what waits, until nothing does."""
-        self.task = asyncio.create_task(self._run(), name=f"streamtools-lane-{self._topic}-{self._partition}")
+        self.task = asyncio.create_task(self._run(), name=f"streamtools-lane-{self.topic}-{self.partition}")
 
     async def _run(self) -> None:
         while self.waiting:
@@ -88,9 +88,9 @@ class Lane:
             batch, builder = self._build(producer)
             if not batch:
                 continue
-            number = next_number(producer, self._topic, self._partition)
+            number = next_number(producer, self.topic, self.partition)
             try:
-                future = await producer.send_batch(builder, self._topic, partition=self._partition)
+                future = await producer.send_batch(builder, self.topic, partition=self.partition)
                 offset = (await future).offset
             except asyncio.CancelledError:
                 if asked_to_stop():
@@ -120,7 +120,7 @@ class Lane:
         return batch, builder
 
     def _confirm(self, batch: list[Outgoing], offset: int) -> None:
-        partition, size = self._partition, 0
+        partition, size = self.partition, 0
         pending, number = batch[0].pending, 0
         for item in batch:
             item.partition = partition
@@ -136,7 +136,7 @@ class Lane:
 
     async def _failed(self, batch: list[Outgoing], producer: Any, number: int, error: BaseException) -> None:
         if isinstance(error, REFUSALS):
-            rewind(producer, self._topic, self._partition, number)
+            rewind(producer, self.topic, self.partition, number)
         if is_too_large(error) and len(batch) > 1:
             # The limit is on the batch: each of them may fit by itself.
             self._alone = len(batch)
@@ -144,7 +144,7 @@ class Lane:
         elif isinstance(error, REFUSALS):
             self._refuse(batch, error)
         elif isinstance(error, kafka.UnknownTopicOrPartitionError):
-            self._publisher.forget(self._topic)
+            self._publisher.forget(self.topic)
             self._refuse(batch, error)
             await self._publisher.renew(producer)
         else:
@@ -152,9 +152,7 @@ class Lane:
 
     async def _again(self, batch: list[Outgoing], producer: Any, error: BaseException) -> None:
         """Send it once more, before all others, by a new producer, as long as somebody waits for it."""
-        log.warning(
-            "A batch of %d for %s-%d is sent again: %s", len(batch), self._topic, self._partition, plain(error)
-        )
+        log.warning("A batch of %d for %s-%d is sent again: %s", len(batch), self.topic, self.partition, plain(error))
         self.waiting.extendleft(reversed(batch))
         try:
             await self._publisher.renew(producer)
@@ -235,17 +233,7 @@ class Publisher:
             await self._wait_for_room()
         if self._closed:
             raise Closed("The producer was closed; call open() to use it again.")
-        trouble_of, hand_over = self._partitions.trouble, self._hand_over
-        for item in batch:
-            item.pending = pending
-            trouble = missing.get(item.topic) if missing else None
-            if trouble is None:
-                trouble = trouble_of(item)
-            if trouble is None:
-                hand_over(item)
-            else:
-                pending.failed[item.id] = trouble
-                pending.done()
+        self._hand_over(batch, pending, missing)
         if not batch:
             pending.done()  # it may reach nobody, and did not
         return pending
@@ -281,15 +269,33 @@ class Publisher:
         """Look for it again before the next message goes there."""
         self._partitions.forget(topic)
 
-    def _hand_over(self, item: Outgoing) -> None:
-        place = item.topic, self._partitions.choose(item)
-        lane = self._lanes.get(place)
+    def _hand_over(
+        self, batch: Sequence[Outgoing], pending: Pending, missing: Mapping[str, StreamToolsError]
+    ) -> None:
+        trouble_of, choose = self._partitions.trouble, self._partitions.choose
+        lane: Lane | None = None
+        size = 0
+        for item in batch:
+            item.pending = pending
+            trouble = missing.get(item.topic) or trouble_of(item) if missing else trouble_of(item)
+            if trouble is not None:
+                pending.failed[item.id] = trouble
+                pending.done()
+                continue
+            partition = choose(item)
+            if lane is None or lane.partition != partition or lane.topic != item.topic:  # they come in runs
+                lane = self._lane(item.topic, partition)
+            lane.waiting.append(item)
+            size += item.size
+        self._unconfirmed += size
+
+    def _lane(self, topic: str, partition: int) -> Lane:
+        lane = self._lanes.get((topic, partition))
         if lane is None:
-            lane = self._lanes[place] = Lane(self, *place)
-        lane.waiting.append(item)
-        self._unconfirmed += item.size
+            lane = self._lanes[topic, partition] = Lane(self, topic, partition)
         if lane.task is None or lane.task.done():
             lane.wake()  # it begins once all of this batch is there
+        return lane
 
     # --- producers --------------------------------------------------------------------------------
 

@@ -126,8 +126,9 @@ class KafkaReader:
         back = [item for item in items if message.error is not None and item.topic == message.error.queue]
         retries = header_texts(record.headers, (RETRIES,)).get(RETRIES)
         if back and retries is not None and await self._exists(retries):
+            origin = decode_origin(record, TopicPartition(record.topic, record.partition))
             for item in back:
-                item.headers += [*decode_origin(record).headers, (QUEUE, item.topic.encode())]
+                item.headers += [*origin.headers, (QUEUE, item.topic.encode())]
                 item.topic, item.partition, item.timestamp = retries, 0, now_ms()
         return items
 
@@ -161,7 +162,7 @@ class KafkaReader:
         if record.offset >= self._ends[partition] or not self._offsets[partition].take(record.offset):
             return None
         self._records[partition][record.offset] = record
-        return Delivery(decode_record(record), token=record)
+        return Delivery(decode_record(record, partition), token=record)
 
     async def _finish(self, settlements: Sequence[Settlement]) -> None:
         touched = set()
@@ -196,7 +197,9 @@ class KafkaReader:
 
 
 def _again(record: Any) -> Outgoing:
-    origin = [(name, value) for name, value in decode_origin(record).headers if name not in dict(record.headers)]
+    place = TopicPartition(record.topic, record.partition)
+    found = decode_origin(record, place).headers
+    origin = [(name, value) for name, value in found if name not in dict(record.headers)]
     return Outgoing(
         id=f"{record.topic}-{record.partition}-{record.offset}",
         topic=record.topic,

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, NamedTuple
 
+from aiokafka import TopicPartition
+
 from streamtools.errors import DecodeError
-from streamtools.message import NO_HEADERS, Message
+from streamtools.message import NO_HEADERS, LazyMessage, Message, setters
 from streamtools.wire import (
     ATTEMPT,
     ERROR_ATTEMPTS,
@@ -53,7 +55,8 @@ _META: Final = frozenset(
 )
 _IGNORED: Final = frozenset({PREFIX + "specversion", PREFIX + TEXT["key"], PREFIX + TEXT["content_type"]})
 _SPECVERSION: Final = (PREFIX + "specversion", b"1.0")
-_ID: Final = PREFIX + TEXT["id"]
+#: Where the message's id stands.
+ID: Final = PREFIX + TEXT["id"]
 
 Header = tuple[str, bytes]
 
@@ -105,7 +108,7 @@ def encode_headers(message: Message, *, time_apart: bool) -> list[Header]:
     if message.type is not None and message.source is not None:  # else it is no event by CloudEvents' rules
         headers.append(_SPECVERSION)
     if _is_plain(message) and not time_apart:
-        headers.append((_ID, message.id.encode("utf-8", "surrogateescape")))
+        headers.append((ID, message.id.encode("utf-8", "surrogateescape")))
     else:
         skip = _NATIVE - {"time"} if time_apart else _NATIVE
         meta = encode_meta(message, prefix=PREFIX, skip=skip)
@@ -124,11 +127,13 @@ def timestamp(message: Message, now: float) -> tuple[int, bool]:
     return int(now * 1000), message.time is not None
 
 
-def decode_record(record: Any, queue: str | None = None) -> Message:
-    """The message of a record as aiokafka gives it.
+def decode_record(record: Any, place: TopicPartition, queue: str | None = None) -> Message:
+    """The message of a record.
 
     Parameters:
-        queue: the message's queue; the record's topic when None.
+        record: as the client library parses it: offset, timestamp (in ms), key, value, headers.
+        place: where it was read.
+        queue: the message's queue; the topic when None.
     """
     found: dict[str, Any] = {}
     meta: dict[str, str] = {}
@@ -142,40 +147,98 @@ def decode_record(record: Any, queue: str | None = None) -> Message:
         elif name not in _IGNORED:
             _keep(user, name, raw)
     if meta:
-        found |= decode_meta(meta, prefix=PREFIX)
-        if "error" in found:
-            found["error"] = replace(found["error"], place=_place(record))
-    found.setdefault("id", f"{record.topic}-{record.partition}-{record.offset}")
+        found |= _decode_meta(meta, record)
+    found.setdefault("id", f"{place.topic}-{place.partition}-{record.offset}")
     if record.timestamp >= 0:
         found.setdefault("time", record.timestamp / 1000)
-    key = record.key
     return Message(
         body=record.value or b"",
-        queue=record.topic if queue is None else queue,
-        key=None if key is None else key.decode("utf-8", "surrogateescape"),
+        queue=place.topic if queue is None else queue,
+        key=None if record.key is None else record.key.decode("utf-8", "surrogateescape"),
         headers=user or NO_HEADERS,
         **found,
     )
 
 
-def trouble(record: Any) -> DecodeError | None:
+def decode_plain(record: Any, place: TopicPartition) -> Message | None:
+    """The message of a record with no headers but id and content type; None for any other, and for a bad key."""
+    headers, content_type = record.headers, None
+    number = len(headers)
+    try:
+        if number == 0:
+            name = f"{place.topic}-{place.partition}-{record.offset}"
+        elif number == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE:
+            name = headers[0][1].decode()
+            content_type = headers[1][1].decode()
+        else:
+            return None
+        key = None if record.key is None else record.key.decode()
+    except (UnicodeDecodeError, AttributeError):  # no text, or None
+        return None
+    message = _new(Plain)
+    _set_source(message, True)
+    _set_body(message, record.value or b"")
+    _set_queue(message, place.topic)
+    _set_id(message, name)
+    _set_time(message, record.timestamp / 1000 if record.timestamp >= 0 else None)
+    _set_content_type(message, content_type)
+    _set_key(message, key)
+    return message
+
+
+class Plain(LazyMessage):
+    """A message with the fields that `decode_plain` sets; in the others it has nothing."""
+
+    __slots__ = ()
+
+    @property
+    def expired(self) -> bool:
+        """It has no such time."""
+        return False
+
+    def _all(self, source: Any) -> dict[str, Any]:
+        return {
+            "body": self.body,
+            "queue": self.queue,
+            "id": self.id,
+            "time": self.time,
+            "content_type": self.content_type,
+            "key": self.key,
+        }
+
+
+_new: Final = Plain.__new__
+_set_source, _set_body, _set_queue, _set_id, _set_time, _set_content_type, _set_key = setters(
+    "body", "queue", "id", "time", "content_type", "key"
+)
+
+
+def _decode_meta(meta: dict[str, str], record: Any) -> dict[str, Any]:
+    found = decode_meta(meta, prefix=PREFIX)
+    if "error" in found:
+        found["error"] = replace(found["error"], place=_place(record))
+    return found
+
+
+def trouble(record: Any, place: TopicPartition) -> DecodeError | None:
     """What makes the record unfit for any handler."""
     try:
         if record.key is not None:
             record.key.decode()
     except UnicodeDecodeError as error:
         return DecodeError(
-            f"The key of {record.topic}-{record.partition} at offset {record.offset} is no UTF-8 text: {error}."
+            f"The key of {place.topic}-{place.partition} at offset {record.offset} is no UTF-8 text: {error}."
         )
     return None
 
 
-def decode_origin(record: Any) -> Origin:
+def decode_origin(record: Any, place: TopicPartition) -> Origin:
     """Where the message of this record was read first."""
-    return _told_origin(record) or Origin(record.topic, record.partition, record.offset)
+    return told_origin(record) or Origin(place.topic, place.partition, record.offset)
 
 
-def _told_origin(record: Any) -> Origin | None:
+def told_origin(record: Any) -> Origin | None:
+    """The same, if the record tells it: then it is a copy."""
     found = header_texts(record.headers, ORIGIN)
     topic, partition, offset = (found.get(name, "") for name in ORIGIN)
     if topic and partition.isdecimal() and offset.isdecimal():
@@ -184,7 +247,7 @@ def _told_origin(record: Any) -> Origin | None:
 
 
 def _place(record: Any) -> str:
-    origin = _told_origin(record)
+    origin = told_origin(record)
     return "" if origin is None else f"partition {origin.partition}, offset {origin.offset}"
 
 

@@ -10,7 +10,9 @@ from typing import Any, Final, NamedTuple
 from aiokafka import TopicPartition
 
 from streamtools.delivery import Delivery
+from streamtools.drivers.kafka.fetched import Fetched
 from streamtools.drivers.kafka.offsets import Offsets
+from streamtools.drivers.kafka.records import Origin, told_origin
 from streamtools.drivers.kafka.transactions import Identity, Transactional
 from streamtools.settings import KafkaSettings
 
@@ -23,12 +25,27 @@ class Token(NamedTuple):
     """What settles a delivery.
 
     Attributes:
-        record: as it was read.
+        record: as it was parsed; None where its message has all of it.
     """
 
     track: Track
     offset: int
     record: Any
+
+    @property
+    def origin(self) -> Origin:
+        """Where the message was read first."""
+        topic, partition = self.track.partition
+        told = None if self.record is None else told_origin(self.record)
+        return told or Origin(topic, partition, self.offset)
+
+
+def new_token(values: tuple[Track, int, Any]) -> Token:
+    """A Token, in half the time that its own `__new__` takes."""
+    return _tuple_new(Token, values)
+
+
+_tuple_new: Final = tuple.__new__
 
 
 class Track:
@@ -36,10 +53,11 @@ class Track:
 
     Attributes:
         partition: which one.
+        is_retry: it is of the group's retry topic.
         offsets: the bookkeeping.
         in_hand: deliveries handed over, by offset; a settlement takes its own out.
         settling: how many settlements are under way.
-        arrived: records that are read, and not taken yet.
+        arrived: records that are read and not taken yet, as they came together.
         shelf: records that are not due yet, in the order of the time when each leaves.
         full: the commit's metadata has no room: no more is taken until the first gap closes.
         paused: it is not read for now.
@@ -56,15 +74,18 @@ class Track:
         partition: TopicPartition,
         offsets: Offsets,
         *,
+        is_retry: bool = False,
         exactly: KafkaSettings | None = None,
         identity: Identity | None = None,
     ) -> None:
         self.partition: TopicPartition = partition
         self.offsets: Offsets = offsets
+        self.is_retry: bool = is_retry
         self.in_hand: dict[int, Delivery] = {}
         self.settling: int = 0
-        self.arrived: deque[Any] = deque()
-        self.arrived_bytes: int = 0
+        self.arrived: deque[Iterator[Any]] = deque()
+        self._end = offsets.next
+        self._mean = 0.0
         self.shelf: list[tuple[float, Any]] = []
         self.shelf_bytes: int = 0
         self.full: bool = False
@@ -81,16 +102,35 @@ class Track:
         """What else is not due waits at the broker."""
         return len(self.shelf) >= SHELF or self.shelf_bytes >= SHELF_BYTES
 
-    def arrive(self, records: list[Any]) -> None:
+    def arrive(self, fetched: Fetched) -> None:
         """Keep what was read."""
-        self.arrived.extend(records)
-        self.arrived_bytes += sum(len(record.value or b"") for record in records)
+        self.arrived.append(fetched.records)
+        self._mean = fetched.size / max(1, fetched.end - self._end)
+        self._end = fetched.end
 
     def next(self) -> Any:
-        """The next record; there must be one."""
-        record = self.arrived.popleft()
-        self.arrived_bytes -= len(record.value or b"")
-        return record
+        """The next record; None when there is no more."""
+        while self.arrived:
+            for record in self.arrived[0]:
+                return record
+            self.arrived.popleft()
+        return None
+
+    def take_over(self, record: Any, other: Track) -> None:
+        """Go on with this record, and what had arrived behind it."""
+        self.arrived.append(iter((record,)))
+        self.arrived.extend(other.arrived)
+        self._end, self._mean = other._end, other._mean
+
+    @property
+    def waiting(self) -> int:
+        """How many records wait here, at most: offsets without a record count as well."""
+        return max(0, self._end - self.offsets.next) if self.arrived else 0
+
+    @property
+    def waiting_bytes(self) -> float:
+        """Bytes of the records that wait here, about."""
+        return self.waiting * self._mean
 
     def hold(self, until: float, record: Any) -> None:
         """Keep a record until its time; equal ones stay in their order."""

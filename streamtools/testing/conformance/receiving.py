@@ -29,6 +29,21 @@ class ReceivingCases(Cases):
         await consumer.close()
         await stage.nothing_waits()
 
+    async def test_a_batch_is_acknowledged_in_one_go(self, stage: Stage) -> None:
+        consumer = await stage.consumer()
+        for number in range(10):
+            await stage.send(number)
+        batch = await stage.take(consumer, 10)
+        await batch[3].ack()
+        with pytest.raises(RuntimeError, match="await delivery.ack"):
+            await consumer.ack_many([*batch, Delivery(batch[0].message)])
+        assert [d.settled for d in batch].count(True) == 1
+        await consumer.ack_many(batch)
+        await consumer.ack_many(batch)  # nothing is left to do
+        assert all(d.settled for d in batch)
+        await consumer.close()
+        await stage.nothing_waits()
+
     async def test_what_was_sent_before_any_consumer_came_is_there(self, stage: Stage) -> None:
         await stage.send_many(range(20))
         inbox = Inbox()

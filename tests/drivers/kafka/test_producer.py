@@ -45,7 +45,7 @@ async def test_a_record_is_what_any_client_would_expect(
         "tenant": "ä".encode(),
         "streamtools-user-ce_id": b"mine",
     }
-    assert receipt == KafkaReceipt(receipt.id, queue, record.partition, record.offset)
+    assert receipt == KafkaReceipt(id=receipt.id, queue=queue, partition=record.partition, offset=record.offset)
 
 
 async def test_key_partition_and_timestamp_decide_where_and_when(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka import TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtools.drivers.kafka.names import is_retry_topic, retry_topic
 from streamtools.drivers.kafka.options import subscription
 from streamtools.drivers.kafka.outgoing import outgoing
-from streamtools.drivers.kafka.records import Origin, decode_origin, decode_record, trouble
+from streamtools.drivers.kafka.records import Origin, Plain, decode_origin, decode_plain, decode_record, trouble
 from streamtools.errors import ConfigurationError
 from streamtools.message import Message
 from tests.core import strategies
+
+PLACE = TopicPartition("t", 3)
 
 
 def record(**changes: Any) -> Any:
@@ -25,12 +30,12 @@ def record(**changes: Any) -> Any:
 
 def sent(message: Message) -> Any:
     [item] = outgoing([message])
-    return record(topic=item.topic, key=item.key, value=item.value, headers=item.headers, timestamp=item.timestamp)
+    return record(key=item.key, value=item.value, headers=item.headers, timestamp=item.timestamp)
 
 
 @given(strategies.messages)
 def test_a_message_comes_back_as_it_was_sent(message: Message) -> None:
-    back = decode_record(sent(message))
+    back = decode_record(sent(message), TopicPartition(message.queue, 0))
     assert back.replace(time=None, deliver_at=None, expires_at=None, error=None) == message.replace(
         time=None, deliver_at=None, expires_at=None, error=None
     )
@@ -40,9 +45,51 @@ def test_a_message_comes_back_as_it_was_sent(message: Message) -> None:
     assert (back.error is None) == (message.error is None)
 
 
+@given(strategies.messages)
+def test_a_plain_message_is_read_as_any_other(message: Message) -> None:
+    read = sent(message)
+    if (plain := decode_plain(read, PLACE)) is not None:
+        assert len(read.headers) in (0, 2) and not plain.expired and type(plain) is Plain
+        assert plain == decode_record(read, PLACE) and type(plain) is Message
+
+
+@given(
+    st.none() | st.binary(max_size=3),
+    st.lists(
+        st.tuples(st.sampled_from(["ce_id", "content-type", "ce_attempt", "x"]), st.none() | st.binary(max_size=3)),
+        max_size=3,
+    ),
+)
+def test_plain_records_of_other_programs_too(key: bytes | None, headers: list[tuple[str, bytes | None]]) -> None:
+    read = record(key=key, headers=headers)
+    if (plain := decode_plain(read, PLACE)) is not None:
+        assert plain == decode_record(read, PLACE) and trouble(read, PLACE) is None
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda m: m.attempt,
+        lambda m: (m.error, m.type)[1],
+        hash,
+        repr,
+        copy,
+        lambda m: m.replace(attempt=2),
+        lambda m: replace(m, key="k"),
+        lambda m: {m: 1}[m],
+        lambda m: m == m.replace(),
+    ],
+)
+def test_whatever_is_asked_of_it_is_answered_as_if_it_were_read_whole(ask: Any) -> None:
+    read = sent(Message(body=b"x", queue="t", id="i", content_type="text/plain"))
+    plain = decode_plain(read, PLACE)
+    assert type(plain) is Plain
+    assert ask(plain) == ask(decode_record(read, PLACE))
+
+
 @given(st.binary(), st.lists(st.tuples(st.sampled_from(["a", "b", "ce_x", "streamtools-user-ce_y"]), st.binary())))
 def test_bytes_of_other_programs_survive_every_copy(key: bytes, headers: list[tuple[str, bytes]]) -> None:
-    message = decode_record(record(key=key, headers=dict(headers).items()))
+    message = decode_record(record(key=key, headers=dict(headers).items()), PLACE)
     copy = sent(message)
     assert copy.key == key
     found = dict(copy.headers)
@@ -51,20 +98,22 @@ def test_bytes_of_other_programs_survive_every_copy(key: bytes, headers: list[tu
 
 
 def test_a_record_without_any_header_is_a_message() -> None:
-    message = decode_record(record(key=b"k", value=None, headers=[("nothing", None)]))
+    message = decode_record(record(key=b"k", value=None, headers=[("nothing", None)]), PLACE)
     assert (message.id, message.body, message.key, message.time) == ("t-3-7", b"", "k", 1.5)
     assert dict(message.headers) == {"nothing": ""}
 
 
 def test_a_key_that_is_no_text_is_named() -> None:
-    assert trouble(record(key=b"\xff")) is not None and "t-3 at offset 7" in str(trouble(record(key=b"\xff")))
-    assert trouble(record(key="ä".encode())) is None
+    assert trouble(record(key=b"\xff"), PLACE) is not None and "t-3 at offset 7" in str(
+        trouble(record(key=b"\xff"), PLACE)
+    )
+    assert trouble(record(key="ä".encode()), PLACE) is None
 
 
 def test_where_a_message_was_read_first_travels_with_its_copies() -> None:
     origin = Origin("t", 3, 7)
-    assert decode_origin(record()) == origin
-    assert decode_origin(record(topic="t.retry", offset=99, headers=origin.headers)) == origin
+    assert decode_origin(record(), PLACE) == origin
+    assert decode_origin(record(offset=99, headers=origin.headers), TopicPartition("t.retry", 0)) == origin
 
 
 def test_each_group_has_a_retry_topic_of_its_own() -> None:
