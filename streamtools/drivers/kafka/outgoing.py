@@ -33,8 +33,8 @@ class Outgoing:
     """
 
     __slots__ = (
-        "exchange", "headers", "id", "key", "mandatory", "offset", "partition", "pending", "size", "timestamp", "topic",
-        "value",
+        "exchange", "headers", "id", "key", "mandatory", "offset", "partition", "pending", "size", "timestamp",
+        "topic", "value",
     )  # fmt: skip
 
     def __init__(
@@ -62,7 +62,6 @@ class Outgoing:
         self.exchange: Exchange | None = exchange
         self.mandatory: bool = mandatory
         self.size: int = len(value) + (_beside(key, headers) if beside is None else beside)
-
 
     def to(self, topic: str) -> Outgoing:
         """The same, to this topic itself."""
