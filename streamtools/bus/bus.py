@@ -208,7 +208,7 @@ class Bus(Verbs):
             self._composer.need_topics()
 
     def provide(self, value: Any, type: type | None = None) -> None:  # noqa: A002
-        """Give this value to every handler and constructor that has a parameter of its type.
+        """Give this value to every handler and constructor that has a parameter of its type; before it starts.
 
         Parameters:
             type: the type that is asked for, where it is another than the value's own.

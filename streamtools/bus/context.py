@@ -54,10 +54,18 @@ class MessageContext:
         return self.message.attempt
 
     def send(
-        self, command: object, to: str | None = None, *, exchange: Exchange | None = None, **fields: Any
+        self,
+        command: object,
+        to: str | None = None,
+        *,
+        exchange: Exchange | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+        key: str | None = None,
+        ttl: float | None = None,
     ) -> Sent:
         """Send a command; parameters as for `Bus.send`."""
-        return self._add(self._composer.command(command, to, exchange, **fields))
+        return self._add(self._composer.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl))
 
     def publish(
         self,
@@ -66,11 +74,17 @@ class MessageContext:
         *,
         exchange: Exchange | None = None,
         mandatory: bool | None = None,
-        **fields: Any,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+        key: str | None = None,
+        ttl: float | None = None,
     ) -> Sent:
         """Publish an event; parameters as for `Bus.publish`."""
         must = self._mandatory if mandatory is None else mandatory
-        return self._add(self._composer.event(event, topic, exchange, mandatory=must, **fields))
+        message = self._composer.event(
+            event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl
+        )
+        return self._add(message)
 
     def defer(
         self,
@@ -80,18 +94,32 @@ class MessageContext:
         at: datetime | None = None,
         to: str | None = None,
         exchange: Exchange | None = None,
-        **fields: Any,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+        key: str | None = None,
+        ttl: float | None = None,
     ) -> Sent:
         """Send a command for later; parameters as for `Bus.defer`."""
-        return self._add(self._composer.command(command, to, exchange, delay=seconds_until(delay, at), **fields))
+        delay = seconds_until(delay, at)
+        message = self._composer.command(
+            command, to, exchange, delay=delay, headers=headers, type=type, key=key, ttl=ttl
+        )
+        return self._add(message)
 
-    def reply(self, payload: object, **fields: Any) -> Sent:
+    def reply(
+        self,
+        payload: object,
+        *,
+        exchange: Exchange | None = None,
+        headers: Mapping[str, str] | None = None,
+        type: str | None = None,  # noqa: A002
+    ) -> Sent:
         """Answer the sender; parameters as for `Bus.reply`.
 
         Raises:
             ConfigurationError: the message does not say where a reply is to go.
         """
-        answer = self._composer.reply(self.message, payload, **fields)
+        answer = self._composer.reply(self.message, payload, exchange=exchange, headers=headers, type=type)
         sent = self._add(answer)
         if self._outbox is not None:
             self._outbox.replied = True

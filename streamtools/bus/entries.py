@@ -83,8 +83,9 @@ class Entries:
         """Remember a contract by its name.
 
         Raises:
-            ConfigurationError: another one has it already.
+            ConfigurationError: another one has it already, or it is the base of all.
         """
+        check_contract(contract)
         other = self._contracts.setdefault(contract.__terms__.name, contract)
         if not _same(contract, other):
             raise ConfigurationError(
@@ -239,6 +240,19 @@ def _arguments(handler: type, provided: Mapping[type, Any]) -> dict[str, Any]:
 _VARIABLE: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
+def check_contract(contract: type[Contract]) -> None:
+    """A contract, not the base of all.
+
+    Raises:
+        ConfigurationError: it is that.
+    """
+    if not contract.__terms__.name:
+        raise ConfigurationError(
+            f"{contract.__name__} is the base of contracts, and none itself: name a class of yours; dict takes what "
+            "has no handler, and '#' is every topic."
+        )
+
+
 def _same(one: type[Contract], other: type[Contract]) -> bool:
     """One contract, or one that is imported from two packages."""
     if one is other:
@@ -282,6 +296,7 @@ def _topic(topic: object) -> str:
     if isinstance(topic, str):
         return check_topic(topic)
     if isinstance(topic, type) and issubclass(topic, Event):
+        check_contract(topic)
         return topic.__terms__.topic
     if isinstance(topic, type) and issubclass(topic, Command):
         raise ConfigurationError(

@@ -161,6 +161,19 @@ def test_an_exchange_is_for_a_handler_whose_contract_says_what_comes_by_it(type_
         Bus("orders", url="asyncio://").handler(type=type_, exchange=Exchange("x"))(lambda data: None)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda bus: bus.register(Event, lambda event: None),
+        lambda bus: bus.route(Command, "orders"),
+        lambda bus: Bus("orders", url="asyncio://", subscriptions=[Event]),
+    ],
+)
+def test_the_base_of_all_is_no_contract(use: Any) -> None:
+    with pytest.raises(ConfigurationError, match="is the base of contracts"):
+        use(Bus("orders", url="asyncio://"))
+
+
 def test_a_bus_that_only_sends_has_no_handlers() -> None:
     with pytest.raises(ConfigurationError, match="no queue of its own"):
         Bus(None, url="asyncio://").handler(lambda command: None)

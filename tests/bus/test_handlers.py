@@ -1,6 +1,7 @@
 """Handlers: several for an event, classes, what they are given, and what becomes of their failures."""
 
 import asyncio
+import inspect
 import socket
 import threading
 from typing import Any
@@ -320,6 +321,11 @@ class TestContext:
         assert {m.causation_id for m in found} == {sent.id}
         assert {m.correlation_id for m in found} == {sent.id}
         assert {m.source for m in found} == {"orders-1"}
+
+    async def test_its_verbs_have_the_parameters_of_the_bus_s(self) -> None:
+        for verb in ("send", "publish", "defer", "reply"):
+            own, bus_s = (inspect.signature(getattr(cls, verb)).parameters for cls in (MessageContext, Bus))
+            assert [*own] == [name for name in bus_s if name != "immediately"]
 
     async def test_after_its_handler_it_sends_no_more(self, make: MakeBus) -> None:
         kept: list[MessageContext] = []
