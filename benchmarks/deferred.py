@@ -20,6 +20,7 @@ import logging
 import os
 import random
 import resource
+import secrets
 import shutil
 import sqlite3
 import subprocess
@@ -48,22 +49,28 @@ PROTOCOLS = ("asyncio", "sqlite", "rabbitmq")
 
 
 class Due(Command, to="deferred"):
-    """A deferred message: when it is due, in seconds since the epoch."""
+    """A deferred message: when it is due, in seconds since the epoch, and which run it belongs to."""
 
     at: float
+    run: str
 
 
 class Late:
-    """Seconds that each message came late; done with the last."""
+    """Seconds that each message of a run came late; done with the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
+        self.run = run
         self.seconds: list[float] = []
         self.done = asyncio.Event()
 
-    def note(self, at: float) -> None:
-        """Count one message, unless it is the first, which is due at 0."""
-        if at:
-            self.seconds.append(time.time() - at)
+    def due(self, at: float) -> Due:
+        """A message to defer."""
+        return Due(at=at, run=self.run)
+
+    def note(self, due: Due) -> None:
+        """Count a message, unless it is the first, or another run's."""
+        if due.at and due.run == self.run:
+            self.seconds.append(time.time() - due.at)
         if len(self.seconds) == MESSAGES:
             self.done.set()
 
@@ -100,23 +107,23 @@ async def wait_by_bus(url: str, late: Late) -> AsyncIterator[None]:
 
     @bus.handler
     async def handle(due: Due) -> None:
-        late.note(due.at)
+        late.note(due)
 
     async with bus:
         yield
 
 
 @asynccontextmanager
-async def send_by_bus(url: str, _: Late) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+async def send_by_bus(url: str, late: Late) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     """A bus that defers them, once what holds them is there."""
     async with Bus(None, url=url) as bus:
-        await bus.defer(Due(at=0), delay=LONGEST)
+        await bus.defer(late.due(0), delay=LONGEST)
         left = iter(range(MESSAGES))
 
         async def work() -> None:
             for _ in left:
                 delay = _delay()
-                await bus.defer(Due(at=time.time() + delay), delay=delay)
+                await bus.defer(late.due(time.time() + delay), delay=delay)
                 await asyncio.sleep(0)  # in-process nothing else would let the handler run
 
         async def send() -> None:
@@ -142,7 +149,7 @@ async def send_by_timers(_: str, late: Late) -> AsyncIterator[Callable[[], Await
         loop = asyncio.get_running_loop()
         for _number in range(MESSAGES):
             delay = _delay()
-            loop.call_later(delay, late.note, time.time() + delay)
+            loop.call_later(delay, late.note, late.due(time.time() + delay))
 
     yield send
 
@@ -167,7 +174,7 @@ async def wait_by_sqlite(url: str, late: Late) -> AsyncIterator[None]:
             now = time.time()
             due = connection.execute("SELECT id, body FROM later WHERE due <= ?", (now,)).fetchall()
             for _, body in due:
-                late.note(Due.model_validate_json(body).at)
+                late.note(Due.model_validate_json(body))
             if due:
                 ids = json.dumps([number for number, _ in due])
                 connection.execute("DELETE FROM later WHERE id IN (SELECT value FROM json_each(?))", (ids,))
@@ -179,14 +186,14 @@ async def wait_by_sqlite(url: str, late: Late) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def send_by_sqlite(url: str, _: Late) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+async def send_by_sqlite(url: str, late: Late) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     """All in one transaction."""
     connection = _connect(url)
 
     async def send() -> None:
         now = time.time()
         due = [now + _delay() for _ in range(MESSAGES)]
-        rows = [(at, Due(at=at).model_dump_json().encode()) for at in due]
+        rows = [(at, late.due(at).model_dump_json().encode()) for at in due]
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany("INSERT INTO later (due, body) VALUES (?, ?)", rows)
         connection.execute("COMMIT")
@@ -207,7 +214,7 @@ async def wait_by_aio_pika(url: str, late: Late) -> AsyncIterator[None]:
     queue = await channel.get_queue("deferred")
 
     async def handle(message: aio_pika.abc.AbstractIncomingMessage) -> None:
-        late.note(Due.model_validate_json(message.body).at)
+        late.note(Due.model_validate_json(message.body))
         await message.ack()
 
     await queue.consume(handle)
@@ -240,8 +247,8 @@ async def _told(what: str) -> None:
     await asyncio.to_thread(sys.stdin.readline)
 
 
-async def _wait(protocol: str, name: str, url: str) -> None:
-    late = Late()
+async def _wait(protocol: str, name: str, url: str, run: str) -> None:
+    late = Late(run)
     waiting, sending = CONTENDERS[protocol][name]
     async with waiting(url, late):
         usage = Usage()
@@ -258,8 +265,8 @@ async def _wait(protocol: str, name: str, url: str) -> None:
     print(json.dumps({"late": late.seconds, "percent": percent, "quiet": quiet}))
 
 
-async def _send(protocol: str, name: str, url: str) -> None:
-    async with CONTENDERS[protocol][name][1](url, Late()) as send:
+async def _send(protocol: str, name: str, url: str, run: str) -> None:
+    async with CONTENDERS[protocol][name][1](url, Late(run)) as send:
         await _told("ready")
         await send()
 
@@ -283,10 +290,11 @@ def _ready(child: subprocess.Popen[str]) -> None:
 
 def measure(protocol: str, name: str, url: str) -> dict[str, Any]:
     """One contender: milliseconds late, sorted, and per cent of a CPU."""
-    waiter = _start("wait", protocol, name, url)
+    run = secrets.token_hex(4)  # a broker may hold another run's
+    waiter = _start("wait", protocol, name, url, run)
     if protocol != "asyncio":
         _ready(waiter)
-        sender = _start("send", protocol, name, url)
+        sender = _start("send", protocol, name, url, run)
         _ready(sender)
         _tell(waiter)
         _tell(sender)

@@ -9,11 +9,16 @@ import pytest
 from aiormq import spec
 from aiormq.abc import AbstractChannel
 
+from streamtools import pace
 from streamtools.admin import QueueAdmin
 from streamtools.delivery import Settlement
+from streamtools.drivers.rabbitmq import RabbitMQProducer
+from streamtools.drivers.rabbitmq.consumer import GATHERING
+from streamtools.drivers.rabbitmq.link import Link
 from streamtools.errors import ConnectionLost, SendError
 from streamtools.message import Message
 from streamtools.verdicts import ACK, RELEASE
+from tests.brokers.address import RabbitMQAddress
 from tests.drivers.rabbitmq.conftest import take
 from tests.faults.waiting import wait_until
 
@@ -243,3 +248,39 @@ async def test_nothing_is_left_running_after_the_end(producer: Any, consumer: An
     await receiver.close()
 
     await wait_until(lambda: asyncio.all_tasks() <= before)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_deferred_messages_that_come_one_by_one_gather_and_others_do_not(
+    rabbitmq_vhost: RabbitMQAddress, consumer: Any, monkeypatch: pytest.MonkeyPatch, tls: bool
+) -> None:
+    address = rabbitmq_vhost
+    secure = f"{address.tls_url}?cafile={address.ca}&certfile={address.cert}&keyfile={address.key}"
+    if tls and address.tls_url is None:
+        pytest.skip("STREAMTOOLS_TEST_RABBITMQ_TLS_URL is not set")
+    rests: list[float] = []
+    rest = Link.rest
+
+    def count(link: Link, seconds: float) -> None:
+        rests.append(seconds)
+        rest(link, seconds)
+
+    monkeypatch.setattr(Link, "rest", count)
+    monkeypatch.setattr(pace, "CREDIT", 0.0)
+    receiver = await consumer(url=secure if tls else address.url)
+
+    async def arrive(number: int, **options: Any) -> None:
+        async with RabbitMQProducer("orders", url=address.url) as sender:
+            await sender.send_many([str(n) for n in range(number)], **options)
+        deliveries = await take(receiver, number)
+        assert sorted(int(d.message.body) for d in deliveries) == list(range(number))
+        await asyncio.gather(*(delivery.ack() for delivery in deliveries))
+
+    await arrive(20)
+    assert not rests
+    await arrive(20, delay=0.1)
+    assert rests
+    assert max(rests) <= GATHERING
+    rests.clear()
+    await arrive(20)
+    assert not rests
