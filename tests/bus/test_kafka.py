@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import count
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from streamtools.drivers.kafka.names import BINDINGS
 from streamtools.exchange import Binding
 from streamtools.settings import KafkaSettings
 from streamtools.testing.waiting import eventually, reaches
-from tests.brokers.kafka.node import KafkaNode
+from tests.brokers.kafka.node import KafkaCluster, KafkaNode
 from tests.bus.conftest import SOON, MakeBus, emptied
 from tests.bus.contracts import OrderPlaced, PlaceOrder
 
@@ -183,3 +184,35 @@ async def test_a_bus_of_another_exchange_type_is_told_so_at_start_up(make: MakeB
     bus: Bus = make("two")
     with pytest.raises(QueueError, match=r"Exchange\('shop', type='topic'\)"):
         await bus.subscribe("a", exchange=Exchange("shop", type="direct"))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+async def test_events_go_on_when_the_leader_of_the_bindings_is_killed(kafka_cluster: KafkaCluster) -> None:
+    seen, confirmed, over = set[int](), set[int](), asyncio.Event()
+    bus = Bus("orders", url=kafka_cluster.url, concurrency=20, replication=3)
+
+    @bus.handler(type="n")
+    async def note(number: int) -> None:
+        seen.add(number)
+
+    async def publish(sender: Bus) -> None:
+        for n in count():
+            if over.is_set():
+                return
+            await sender.publish(n, "n", type="n")
+            confirmed.add(n)
+
+    async with bus, Bus(None, url=kafka_cluster.url) as sender:
+        await bus.subscribe("n")
+        publishing = asyncio.create_task(publish(sender))
+        await eventually(lambda: len(confirmed) > 100)
+        leader = await asyncio.to_thread(kafka_cluster.leader, BINDINGS)
+        await asyncio.to_thread(leader.kill)
+        at_the_kill = len(confirmed)
+        await eventually(lambda: len(confirmed) > at_the_kill + 100, timeout=60)
+        await bus.subscribe("m")
+        await asyncio.to_thread(kafka_cluster.start)
+        over.set()
+        await publishing
+        await eventually(lambda: confirmed <= seen, timeout=60)

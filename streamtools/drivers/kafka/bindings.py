@@ -158,11 +158,14 @@ class Bindings:
             known[queue, Binding(topic, kept)] = None
 
 
-async def bind(client: Any, settings: KafkaSettings, queue: str, bindings: Iterable[Binding]) -> None:
+async def bind(
+    client: Any, settings: KafkaSettings, queue: str, bindings: Iterable[Binding], *, replication: int | None = None
+) -> None:
     """Bind a queue that exists; safe to repeat.
 
     Parameters:
         client: of the library, connected.
+        replication: copies of what is known about bindings, where nothing was known; as the settings say when None.
 
     Raises:
         QueueError: an exchange is of another type.
@@ -171,7 +174,8 @@ async def bind(client: Any, settings: KafkaSettings, queue: str, bindings: Itera
     table = Bindings(settings)
     await table.read(client)
     if missing := [(queue, binding) for binding in bindings if not table.has((queue, binding))]:
-        await Topics(client, settings).declare([Topic(name=BINDINGS, partitions=1, config=CONFIG)], True)
+        topic = Topic(name=BINDINGS, partitions=1, replication=replication, config=CONFIG)
+        await Topics(client, settings).declare([topic], True)
         await _write(settings, missing, there=True)
 
 

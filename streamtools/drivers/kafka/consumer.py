@@ -143,7 +143,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 await topics.declare(queues if self.declare == "passive" else queues[:named], "passive")
                 self._tiers = (await topics.find([retry.name])).get(retry.name, 0)
             if self.bindings:
-                await bind(topics.client, self.settings, self.queue, self.bindings)
+                await bind(topics.client, self.settings, self.queue, self.bindings, replication=options.replication)
             return self._tiers > 0
 
     def _terms(self, retries: bool) -> Terms:

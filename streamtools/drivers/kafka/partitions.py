@@ -62,21 +62,23 @@ class Partitions:
     ) -> tuple[list[Outgoing], dict[str, StreamToolsError]]:
         """Events as records for their queues."""
         await self._bindings.read(producer.client)
+        events = {(item.exchange, item.topic) for item in batch if item.exchange is not None}
+        routes = {event: self._bindings.queues(*event) for event in events}
+        # Those deleted by other means have left their bindings behind.
+        gone = await self._find({queue for queues in routes.values() for queue in queues}, producer)
         spread: list[Outgoing] = []
         unbound: dict[str, StreamToolsError] = {}
         for item in batch:
             if item.exchange is None:
                 spread.append(item)
                 continue
+            queues = [queue for queue in routes[item.exchange, item.topic] if queue not in gone]
             clash = self._bindings.clash(item.exchange)
-            queues = self._bindings.queues(item.exchange, item.topic) if clash is None else []
-            gone = await self._find(queues, producer)  # deleted by other means, and their bindings left behind
-            copies = [item.to(queue) for queue in queues if queue not in gone]
-            if clash or (not copies and item.mandatory):
+            if clash or (not queues and item.mandatory):
                 name = f"{item.exchange.name} {item.exchange.type} {item.topic}"  # which no topic of Kafka is called
                 unbound[name] = clash or no_subscriber(item.topic, item.exchange)
-                copies = [item.to(name)]
-            spread += copies
+                queues = [name]
+            spread += [item.to(queue) for queue in queues]
         return spread, unbound
 
     async def _find(self, topics: Iterable[str], producer: Any) -> dict[str, StreamToolsError]:
