@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 import streamtools
-from streamtools import Features, QueueError
+from streamtools import Consumer, Features, QueueError
 from streamtools.admin import QueueAdmin
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.kafka.address import KafkaAddress
@@ -54,8 +54,15 @@ def test_a_page_does_what_it_says_on_rabbitmq(page: Page, tmp_path: Path, rabbit
 @pytest.mark.real_kafka("groups that are shared out, topics that are deleted")
 @pytest.mark.parametrize("page", _on("kafka"), ids=_id)
 def test_a_page_does_what_it_says_on_kafka(page: Page, tmp_path: Path, kafka: KafkaAddress) -> None:
+    asyncio.run(_have_a_group(kafka))
     asyncio.run(_forget(kafka, page))
     Reader(tmp_path, kafka).read(page)
+
+
+async def _have_a_group(kafka: KafkaAddress) -> None:
+    """On a Kafka that has never had one, the client library says that there is no coordinator yet."""
+    async with Consumer("first", group="first", url=kafka.url) as consumer:
+        await consumer.receive(timeout=0)
 
 
 async def _forget(kafka: KafkaAddress, page: Page) -> None:
