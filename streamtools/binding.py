@@ -69,7 +69,7 @@ def _plan(
 ) -> tuple[codec.Decoder, list[tuple[str, Resolver]]]:
     name = name_of(function)
     parameters = _parameters(function)
-    hints = _hints(function)
+    hints = hints_of(function)
     if not parameters or parameters[0].kind not in (
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -106,7 +106,7 @@ def _plan(
 def payload_type(function: Callable[..., Any]) -> Any:
     """The annotation of a handler's first parameter; Any where there is none."""
     parameters = _parameters(function)
-    return _hints(function).get(parameters[0].name, Any) if parameters else Any
+    return hints_of(function).get(parameters[0].name, Any) if parameters else Any
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -123,7 +123,7 @@ def parts_of(annotation: Any) -> tuple[Any, ...]:
 
 def asks_for(function: Callable[..., Any], kind: type) -> bool:
     """Whether a parameter of the handler is annotated so."""
-    return any(kind in parts_of(hint) for hint in _hints(function).values())
+    return any(kind in parts_of(hint) for hint in hints_of(function).values())
 
 
 def _decoder(annotation: Any, name: str) -> codec.Decoder:
@@ -137,7 +137,12 @@ def _decoder(annotation: Any, name: str) -> codec.Decoder:
         ) from error
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function.
+
+    Raises:
+        ConfigurationError: one cannot be found.
+    """
     function = _inner(function)
     target = function if inspect.isroutine(function) else type(function).__call__
     try:

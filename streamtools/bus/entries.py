@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, cast, get_type_hints
+from typing import Any, Final, cast
 
-from streamtools.binding import asks_for, name_of, parts_of, payload_type
+from streamtools.binding import asks_for, hints_of, name_of, parts_of, payload_type
 from streamtools.bus.contracts import Command, Contract, Event, contracts_in
 from streamtools.checks import check_topic
 from streamtools.delivery import Delivery
@@ -134,8 +134,8 @@ class Entries:
             ConfigurationError: it says nothing that can be handled, or a command has a handler already.
         """
         annotation = payload_type(_as_function(function))
-        contracts = (contract,) if contract is not None else contracts_in(annotation)
         name = name_of(function)
+        contracts = contracts_in(annotation) if contract is None else self._registered(contract, annotation, name)
         if exchange is not None and (type is not None or not contracts):
             raise ConfigurationError(
                 f"The handler {name} has an exchange= but no contract that names a topic: bus.subscribe() to it."
@@ -151,6 +151,21 @@ class Entries:
             return self._add(Entry(name, None, None, function, retry))
         for each in contracts:
             self._add_contract(each, Entry(name, each.__terms__.name, each, function, retry), exchange)
+
+    def _registered(self, contract: object, annotation: Any, name: str) -> tuple[type[Contract]]:
+        """What a handler is registered for, which its annotation must not contradict."""
+        if not isinstance(contract, type) or not issubclass(contract, Contract):
+            raise ConfigurationError(
+                f"{name} is registered for {contract!r}, which is neither a Command nor an Event: "
+                "bus.register(PlaceOrder, handler)."
+            )
+        wanted = contracts_in(annotation)
+        if wanted and not any(issubclass(contract, each) or _same(contract, each) for each in wanted):
+            raise ConfigurationError(
+                f"{name} is registered for {contract.__name__} and wants {wanted[0].__name__}: annotate its first "
+                "parameter with what it is registered for."
+            )
+        return (contract,)
 
     def _add_contract(self, contract: type[Contract], entry: Entry, exchange: Exchange | None) -> None:
         self.know(contract)
@@ -202,7 +217,7 @@ def _as_function(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 def _handle_of(handler: type) -> Callable[..., Any]:
     method = getattr(handler, "handle", None)
-    if not inspect.isfunction(method):
+    if not inspect.isfunction(method) or inspect.isabstract(handler):
         raise ConfigurationError(
             f"{handler.__qualname__} has no method to handle with: def handle(self, command): ..."
         )
@@ -214,7 +229,7 @@ def _as_method(handler: type, function: Callable[..., Any]) -> Callable[..., Any
     method, looking = _handle_of(handler), cast("Any", function)
     signature = inspect.signature(method)
     looking.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
-    looking.__annotations__ = get_type_hints(method)
+    looking.__annotations__ = hints_of(method)
     looking.__qualname__ = handler.__qualname__
     return function
 
@@ -222,7 +237,7 @@ def _as_method(handler: type, function: Callable[..., Any]) -> Callable[..., Any
 def _arguments(handler: type, provided: Mapping[type, Any]) -> dict[str, Any]:
     if handler.__init__ is object.__init__:  # type: ignore[misc]
         return {}
-    hints = get_type_hints(handler.__init__)  # type: ignore[misc]
+    hints = hints_of(handler.__init__)  # type: ignore[misc]
     arguments = {}
     for parameter in inspect.signature(handler).parameters.values():
         kind: Any = hints.get(parameter.name)

@@ -46,7 +46,7 @@ class Requests:
     def __init__(
         self, name: str, url: str | ProtocolSettings | None, style: PikaBus | None = None, **options: Any
     ) -> None:
-        self.queue: str = f"{name}.replies.{token_hex(6)}"
+        self.queue: str = f"{name.encode()[:200].decode(errors='ignore')}.replies.{token_hex(6)}"
         self._url = url
         self._style = style
         self._options = {**options, **(OPTIONS if style is None else REPLY_QUEUE)}

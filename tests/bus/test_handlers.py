@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import socket
 import threading
+from abc import ABC, abstractmethod
 from typing import Any
 
 import pytest
@@ -263,8 +264,45 @@ class TestClasses:
         await bus.start()
 
     async def test_a_class_without_handle_is_refused(self, make: MakeBus) -> None:
-        with pytest.raises(ConfigurationError, match="has no method to handle with"):
-            make().register(PlaceOrder, Book)
+        class Abstract(ABC):
+            @abstractmethod
+            async def handle(self, command: PlaceOrder) -> None: ...
+
+        for kind in (Book, Abstract):
+            with pytest.raises(ConfigurationError, match="has no method to handle with"):
+                make().register(PlaceOrder, kind)
+
+    async def test_a_handler_that_wants_another_contract_than_it_is_registered_for_is_refused(
+        self, make: MakeBus
+    ) -> None:
+        async def quote(command: Quote) -> None: ...
+        async def order(command: PlaceOrder) -> None: ...
+
+        class Express(PlaceOrder):
+            by: str = "noon"
+
+        bus = make()
+        with pytest.raises(ConfigurationError, match="quote is registered for PlaceOrder and wants Quote"):
+            bus.register(PlaceOrder, quote)
+        for nothing in ("orders.PlaceOrder", dict):
+            with pytest.raises(ConfigurationError, match="neither a Command nor an Event"):
+                bus.register(nothing, order)  # type: ignore[arg-type]
+        bus.register(Express, order)
+
+    async def test_annotations_that_cannot_be_found_are_an_error_that_says_so(self, make: MakeBus) -> None:
+        class Place:
+            def __init__(self, book: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+            async def handle(self, command: PlaceOrder) -> None: ...
+
+        class PlaceToo:
+            async def handle(self, command: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+        bus = make()
+        with pytest.raises(ConfigurationError, match="'Nowhere' is not defined"):
+            bus.handler(PlaceToo)
+        bus.register(PlaceOrder, Place)
+        with pytest.raises(ConfigurationError, match="'Nowhere' is not defined"):
+            await bus.start()
 
     async def test_a_value_may_be_provided_as_its_base_and_to_functions(self, make: MakeBus) -> None:
         class Ledger(Book): ...

@@ -112,6 +112,13 @@ class TestRequest:
         await orders.start()
         assert await orders.request(Quote(id=4)) == Price(amount=4)
 
+    async def test_the_reply_queue_of_a_long_name_has_a_name_too(self) -> None:
+        name = "ä" * 127
+        async with Bus(name, url="asyncio://") as bus:
+            assert len(bus._requests.queue.encode()) <= 255
+            with pytest.raises(RequestTimeout):
+                await bus.request({}, name, timeout=0.01)
+
     async def test_many_at_once_each_have_their_own_answer(self, make: MakeBus) -> None:
         prices = make("prices", concurrency=10)
         prices.register(Quote, lambda command: command.id * 2)
