@@ -8,7 +8,7 @@ offsets.py                     what is finished of a partition, and how a commit
 tiers.py                       waiting for a time
 records.py                     messages to records and back
 topics.py, cluster.py          looking for topics, making and changing them
-groups.py                      groups as an operator sees them
+groups.py, ages.py             groups as an operator sees them, and how old what waits for them is
 client.py, errors.py           connections, and what can be wrong with them
 """
 

@@ -58,18 +58,8 @@ def connect_error(error: BaseException, settings: KafkaSettings, where: str) -> 
             f"Kafka at {where} does not take {settings.sasl}: {plain(error)} Name another with ?sasl=.",
             permanent=True,
         )
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return ConnectError(
-            f"Kafka at {where} shows a certificate that cannot be verified: {error.verify_message}. "
-            "Name the authority's file with cafile=, or the host as the certificate has it.",
-            permanent=True,
-        )
     if isinstance(error, ssl.SSLError):
-        return ConnectError(
-            f"Kafka at {where} does not speak TLS as asked: {error.reason or error}. Check the port, and certfile= "
-            "and keyfile= if it wants a client certificate.",
-            permanent=error.reason == "WRONG_VERSION_NUMBER",
-        )
+        return _tls_error(error, where)
     if isinstance(error, socket.gaierror):
         return ConnectError(
             f"The host of Kafka at {where} has no address: {error.strerror}. Check KAFKA_HOST or the URL."
@@ -80,6 +70,20 @@ def connect_error(error: BaseException, settings: KafkaSettings, where: str) -> 
     return ConnectError(
         f"Kafka at {where} closed the connection: {plain(error).rstrip('.')}; {hint}, and if it wants a user "
         "kafka://user:password@host."
+    )
+
+
+def _tls_error(error: ssl.SSLError, where: str) -> ConnectError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ConnectError(
+            f"Kafka at {where} shows a certificate that cannot be verified: {error.verify_message}. "
+            "Name the authority's file with cafile=, or the host as the certificate has it.",
+            permanent=True,
+        )
+    return ConnectError(
+        f"Kafka at {where} does not speak TLS as asked: {error.reason or error}. Check the port, and certfile= "
+        "and keyfile= if it wants a client certificate.",
+        permanent=error.reason == "WRONG_VERSION_NUMBER",
     )
 
 

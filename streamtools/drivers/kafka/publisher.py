@@ -238,11 +238,6 @@ class Publisher:
             pending.done()  # it may reach nobody, and did not
         return pending
 
-    async def flush(self) -> None:
-        """Return when nothing waits."""
-        while tasks := [lane.task for lane in self._lanes.values() if lane.task is not None and not lane.task.done()]:
-            await asyncio.wait(tasks)
-
     async def close(self) -> None:
         """End; what is not confirmed by then fails."""
         self._closed = True

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
+from streamtools import QueueAdmin
 from streamtools.consumer import BoundHandler
-from streamtools.drivers.kafka import KafkaConsumer, KafkaProducer
+from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer, KafkaProducer
 from tests.brokers.kafka.address import KafkaAddress
+from tests.brokers.kafka.tools import group_rows, kafka_tool
 
 #: Makes an open producer, closed at the end of the test.
 MakeProducer = Callable[..., Any]
@@ -85,3 +87,57 @@ def running(kafka: KafkaAddress, queue: str) -> Running:
                 await task
 
     return run
+
+
+# --- for operators --------------------------------------------------------------------------------
+
+#: Runs one of Kafka's own tools.
+Tool = Callable[..., Awaitable[str]]
+
+
+@pytest.fixture
+async def admin(kafka: KafkaAddress, stack: AsyncExitStack) -> QueueAdmin:
+    return await stack.enter_async_context(KafkaAdmin(url=kafka.url))
+
+
+@pytest.fixture
+def tool(kafka: KafkaAddress) -> Tool:
+    async def run(name: str, *arguments: str) -> str:
+        return await asyncio.to_thread(kafka_tool, kafka.bootstrap, name, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def filled(admin: QueueAdmin, producer: MakeProducer, queue: str) -> Callable[..., Awaitable[None]]:
+    async def fill(number: int, *, partitions: int = 1) -> None:
+        """Messages b"0", b"1", ... in turns in the partitions."""
+        await admin.create(queue, partitions=partitions)
+        sender = await producer()
+        for partition in range(partitions):
+            await sender.send_many([str(n) for n in range(partition, number, partitions)], partition=partition)
+
+    return fill
+
+
+async def shown(address: KafkaAddress, group: str, topic: str) -> dict[int, Any]:
+    """What kafka-consumer-groups says: partition to (committed, end, lag)."""
+    return await asyncio.to_thread(group_rows, address.bootstrap, group, topic)
+
+
+@asynccontextmanager
+async def member(address: KafkaAddress, group: str, topic: str) -> AsyncIterator[AIOKafkaConsumer]:
+    """Another program's consumer, at work in a group."""
+    consumer = AIOKafkaConsumer(
+        topic,
+        bootstrap_servers=address.bootstrap,
+        group_id=group,
+        client_id="other",
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+    )
+    await consumer.start()
+    try:
+        yield consumer
+    finally:
+        await consumer.stop()

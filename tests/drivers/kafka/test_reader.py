@@ -1,0 +1,151 @@
+"""What `peek`, `move` and `discard` do with what waits for a group, and a redrive with what one has rejected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+
+from streamtools import Message, QueueAdmin, QueueError, Retry
+from streamtools.drivers.kafka import KafkaAdmin
+from streamtools.drivers.kafka.reader import KafkaReader
+from streamtools.testing import eventually
+from tests.brokers.kafka.address import KafkaAddress
+from tests.drivers.kafka.conftest import MakeProducer, Running, member, records, shown
+
+pytestmark = pytest.mark.real_kafka("what its admin and its own tools say")
+
+
+async def test_peek_works_beside_a_group_at_work_and_shows_what_it_has_still_to_do(
+    admin: QueueAdmin, filled: Any, kafka: KafkaAddress, queue: str
+) -> None:
+    await filled(10)
+    async with member(kafka, queue, queue) as consumer:
+        await consumer.getmany(timeout_ms=10_000)
+        await consumer.commit({TopicPartition(queue, 0): 4})
+        assert [message.body for message in await admin.peek(queue, 3)] == [b"4", b"5", b"6"]
+        assert len(consumer.assignment()) == 1
+
+
+async def test_moved_messages_are_done_and_the_others_wait_in_their_places(
+    admin: QueueAdmin, filled: Any, kafka: KafkaAddress, queue: str
+) -> None:
+    await filled(10)
+    await admin.create(f"{queue}-2")
+    assert await admin.move(queue, f"{queue}-2", where=lambda m: int(m.body) % 2 == 0) == 5
+    assert [record.value for record in await records(kafka, f"{queue}-2")] == [b"0", b"2", b"4", b"6", b"8"]
+    assert [m.body for m in await admin.peek(queue)] == [b"1", b"3", b"5", b"7", b"9"]
+    assert (await admin.stats(queue)).ready == 5
+    [group] = await admin.groups(queue)
+    assert (group.lag, sum(p.ahead for p in group.partitions)) == (9, 4)
+    assert await admin.discard(queue) == 5
+    assert await shown(kafka, queue, queue) == {0: (10, 10, 0)}
+
+
+async def test_a_redrive_is_for_the_group_that_had_rejected_it_and_for_no_other(
+    admin: QueueAdmin, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    seen: list[tuple[str, str, int]] = []
+    broken = True
+
+    async def billing(msg: str, message: Message) -> None:
+        seen.append(("billing", msg, message.attempt))
+        if broken:
+            raise ValueError("never")
+
+    async def shipping(msg: str, message: Message) -> None:
+        seen.append(("shipping", msg, message.attempt))
+
+    retry = Retry(retries=0)
+    async with (
+        running(billing, group="billing", retry=retry, topics=[f"{queue}-2"]),
+        running(shipping, group="shipping", topics=[f"{queue}-2"]),
+    ):
+        receipt = await (await producer(f"{queue}-2")).send("x")
+        await eventually(lambda: _waits(admin, f"{queue}.error", 1))
+        [message] = await admin.peek(f"{queue}.error")
+        assert message.error is not None
+        assert (message.error.queue, message.error.place) == (f"{queue}-2", f"partition 0, offset {receipt.offset}")
+        broken = False
+        assert await admin.move(f"{queue}.error") == 1
+        await eventually(lambda: seen.count(("billing", "x", 1)) == 2)
+        await (await producer()).send("last")
+        await eventually(lambda: {("billing", "last", 1), ("shipping", "last", 1)} <= set(seen))
+    assert seen.count(("shipping", "x", 1)) == 1
+
+
+async def test_without_its_groups_retry_topic_a_redrive_goes_to_the_queue(
+    admin: QueueAdmin, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    async def fails(msg: str) -> None:
+        raise ValueError("never")
+
+    async with running(fails, retry=Retry(retries=0)):
+        await (await producer()).send("x")
+        await eventually(lambda: _waits(admin, f"{queue}.error", 1))
+    await admin.delete(f"{queue}.retry")
+    assert await admin.move(f"{queue}.error") == 1
+    assert [message.body for message in await admin.peek(queue)] == [b"x"]
+
+
+async def _waits(admin: QueueAdmin, queue: str, number: int) -> bool:
+    return (await admin.stats(queue)).ready == number
+
+
+async def test_a_group_at_work_keeps_its_messages_and_none_is_sent(
+    admin: QueueAdmin, filled: Any, kafka: KafkaAddress, queue: str
+) -> None:
+    await filled(5)
+    await admin.create(f"{queue}-2")
+    async with member(kafka, queue, queue) as consumer:
+        await consumer.getmany(timeout_ms=10_000)
+        with pytest.raises(QueueError, match="has consumers"):
+            await admin.move(queue, f"{queue}-2")
+    assert await records(kafka, f"{queue}-2") == []
+    assert (await admin.stats(queue)).ready == 5
+
+
+async def test_more_gaps_than_a_commit_has_room_for_lose_and_repeat_nothing(
+    admin: QueueAdmin, filled: Any, kafka: KafkaAddress, queue: str
+) -> None:
+    number = 6000  # 3000 gaps; a commit tells some 1300
+    await filled(number)
+    await admin.create(f"{queue}-2")
+    assert await admin.move(queue, f"{queue}-2", where=lambda m: int(m.body) % 2 == 0) == number // 2
+    assert (await admin.stats(queue)).ready == number // 2
+    assert await admin.move(queue, f"{queue}-2") == number // 2
+    moved = [int(record.value) for record in await records(kafka, f"{queue}-2")]
+    assert sorted(moved) == list(range(number))
+    assert (await admin.stats(queue)).ready == 0
+
+
+async def test_what_was_aborted_is_neither_shown_nor_waited_for(
+    admin: QueueAdmin, filled: Any, kafka: KafkaAddress, queue: str
+) -> None:
+    await filled(3)
+    sender = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, transactional_id=queue)
+    await sender.start()
+    for end in (sender.abort_transaction, sender.commit_transaction):
+        await sender.begin_transaction()
+        await sender.send_and_wait(queue, end.__name__.encode())
+        await end()
+    await sender.stop()
+    assert [message.body for message in await admin.peek(queue)] == [b"0", b"1", b"2", b"commit_transaction"]
+    assert await admin.discard(queue) == 4
+    assert await admin.peek(queue) == []
+
+
+async def test_a_reader_leaves_what_came_after_it_was_opened(
+    admin: KafkaAdmin, filled: Any, producer: MakeProducer, queue: str
+) -> None:
+    await filled(3)
+    reader = admin._reader(queue, 10)
+    assert isinstance(reader, KafkaReader)
+    await reader.open()
+    await (await producer()).send("late")
+    found = []
+    while batch := await reader.receive(10, timeout=10):
+        found += [delivery.message.body for delivery in batch]
+    await reader.close()
+    assert found == [b"0", b"1", b"2"]
