@@ -68,13 +68,16 @@ class Requests:
         """
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._waiting[message.id] = future
+        late = _not_sent
         try:
             async with asyncio.timeout(timeout):
                 await self._listen()
+                late = _not_confirmed
                 await send(message.replace(reply_to=self.queue))
+                late = _no_reply
                 reply = await future
         except TimeoutError:
-            raise _no_reply(message, timeout) from None
+            raise late(message, timeout) from None
         finally:
             self._waiting.pop(message.id, None)
             if future.done() and not future.cancelled():
@@ -172,6 +175,20 @@ async def call(message: Message, timeout: float, send: Send) -> Message:  # noqa
     # 202 has no body: the handler returned nothing.
     return Message(
         body=found.body or b"null", queue=message.queue, id=found.id, content_type=found.headers.get("Content-Type")
+    )
+
+
+def _not_sent(message: Message, timeout: float) -> RequestTimeout:
+    return RequestTimeout(
+        f"The request to {message.queue!r} was not sent: the queue for its reply was not open within {timeout:g} s. "
+        "Does the broker answer? The log says what it tried."
+    )
+
+
+def _not_confirmed(message: Message, timeout: float) -> RequestTimeout:
+    return RequestTimeout(
+        f"The request to {message.queue!r} was not confirmed within {timeout:g} s. Does the broker answer? "
+        "The request may be handled all the same."
     )
 
 

@@ -467,6 +467,13 @@ async def test_what_does_not_arrive_is_named_by_where_it_was_to_go() -> None:
                 await bus.send(command)
 
 
+async def test_a_request_that_never_left_does_not_blame_the_handler() -> None:
+    bus = Bus(None, url="amqp://guest:guest@127.0.0.1:1/")
+    with pytest.raises(RequestTimeout, match="'prices' was not sent: .* Does the broker answer"):
+        await bus.request(Quote(item="tea"), timeout=0.3)
+    await bus.stop()
+
+
 async def test_many_tasks_send_at_once(make: MakeBus) -> None:
     seen: list[Message] = []
     bus = make("billing", concurrency=5)
