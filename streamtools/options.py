@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -47,13 +47,15 @@ def parameters(function: Callable[..., Any]) -> frozenset[str]:
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
-def check_known(names: Iterable[str], known: frozenset[str], *, owner: str, own: Iterable[str] = ()) -> None:
+def check_known(names: Iterable[str], known: frozenset[str], *, owner: str, own: Collection[str] = ()) -> None:
     """Every name is an option of some protocol; parameters as for `read_options`.
 
     Raises:
         TypeError: one is not.
     """
     for name in names:
+        if name in own and name not in known:
+            raise TypeError(f"{owner} takes {name!r} only where it is made: {owner}(..., {name}=...).")
         if name not in known:
             raise TypeError(f"{owner} takes no {name!r}. {near(name, {*own, *known})}")
 

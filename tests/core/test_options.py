@@ -36,6 +36,12 @@ def test_an_option_that_no_protocol_knows_is_a_type_error_with_the_near_ones(kin
         kind("orders", urll=url) if url == "asyncio://" else kind("orders", url=url, urll=1)
 
 
+def test_what_the_constructor_takes_is_told_to_who_gives_it_to_the_decorator() -> None:
+    consumer = Consumer("orders", url="asyncio://")
+    with pytest.raises(TypeError, match=r"takes 'offset' only where it is made: AsyncIOConsumer\(..., offset=...\)"):
+        consumer(offset="latest")
+
+
 @pytest.mark.parametrize(
     ("url", "options", "text"),
     [

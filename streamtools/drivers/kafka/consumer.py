@@ -78,6 +78,12 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             self.group: str | None = options.consumer_group
         if options.auto_ack:
             self.ack: Ack = "on_receive"
+        told = {"start_time": options.start_time, "start_offset": options.start_offset}
+        begins = [name for name, value in told.items() if value is not None]
+        if len(begins) > 1 or (begins and self.offset == "latest"):
+            raise ConfigurationError(
+                f"A new group begins in one place: give {begins[0]}= alone, without offset= and another start."
+            )
         if options.exactly_once and self.ack == "on_receive":
             raise ConfigurationError(
                 "exactly_once=True acknowledges after the handler: leave ack= and auto_ack= away."

@@ -102,6 +102,13 @@ class ConsumerOptions(Options):
             raise ValueError(f"no regular expression: {error}") from error
         return pattern
 
+    @field_validator("static_id")
+    @classmethod
+    def _is_name(cls, static_id: str | None) -> str | None:
+        if static_id is not None:
+            check_kafka_name(static_id, "static_id")  # Kafka takes as a group.instance.id what it takes as a topic
+        return static_id
+
     @property
     def start(self) -> float | None:
         """`start_time` in seconds since the epoch."""

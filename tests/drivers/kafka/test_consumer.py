@@ -120,6 +120,9 @@ def test_options_that_cannot_work_are_refused_at_once() -> None:
         {"group": "x.retry"},
         {"exactly_once": True, "auto_ack": True},
         {"start_offset": -1},
+        {"start_offset": 1, "start_time": 1.0},
+        {"start_time": 1.0, "offset": "latest"},
+        {"static_id": ""},
     ):
         with pytest.raises(ConfigurationError):
             KafkaConsumer("orders", url="kafka://h", **options)  # type: ignore[arg-type]
