@@ -26,7 +26,7 @@ from streamtools import (
 from streamtools.testing.waiting import eventually, reaches
 from tests.brokers.address import RabbitMQAddress
 from tests.bus.conftest import MakeBus
-from tests.bus.contracts import Bill, OrderPlaced, OrderShipped, PlaceOrder, Price
+from tests.bus.contracts import Bill, OrderPlaced, OrderShipped, PlaceOrder, Price, Quote
 from tests.faults.proxy import Proxy
 
 Verb = Callable[[Bus], Any]
@@ -470,7 +470,7 @@ async def test_what_does_not_arrive_is_named_by_where_it_was_to_go() -> None:
 async def test_a_request_that_never_left_does_not_blame_the_handler() -> None:
     bus = Bus(None, url="amqp://guest:guest@127.0.0.1:1/")
     with pytest.raises(RequestTimeout, match="'prices' was not sent: .* Does the broker answer"):
-        await bus.request(Quote(item="tea"), timeout=0.3)
+        await bus.request(Quote(id=1), timeout=0.3)
     await bus.stop()
 
 
