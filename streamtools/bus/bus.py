@@ -78,6 +78,9 @@ class Bus(Verbs):
         FeatureError: the protocol cannot do what is asked.
     """
 
+    _admin: QueueAdmin | None = None
+    _runner: ConsumerRunner | None = None
+
     def __init__(
         self,
         queue: str | None = None,
@@ -103,37 +106,30 @@ class Bus(Verbs):
         #: Middleware for everything that is sent, outermost first; likewise.
         self.outgoing: list[Middleware] = list(outgoing)
         self.on_error = on_error
-        self._url = url
+        self._url, self._send_timeout = url, send_timeout
         self._options = {**options, "retry": retry, "client_id": client_id}
         check_choice("header_style", header_style, (None, "pikabus"))
         self._style = PikaBus(header_prefix, self._bind_direct) if header_style is not None else None
         self._topic: Exchange = TOPIC if self._style is None else pikabus.TOPIC
         self._entries = Entries(queue, self._topic)
         self._provided: dict[type, Any] = {}
-        self._send_timeout = send_timeout
         self._sender = self._make_sender(url)
-        codec.check_content_type(content_type)
-        self._composer = Composer(
-            client_id or queue,
-            queue,
-            protocol=self._sender.protocol,
-            features=self._sender.features,
-            content_type=content_type,
-        )
+        self._composer = self._make_composer(content_type)
         self._subscriptions: dict[Binding, None] = dict.fromkeys(bindings_of(subscriptions, self._topic))
+        self._check()
+        self._requests = self._make_requests(url)
+        self._opening_admin, self._turning = asyncio.Lock(), asyncio.Lock()
+        self._pulling: dict[str, Consumer] = {}
+
+    def _check(self) -> None:
+        """What cannot work is an error now, and not when it is started."""
         if self._subscriptions:
             self._composer.need_topics()
             self._own()
         if self._style is not None:
             self._share_with_pikabus(self._style)
-        if queue is not None:
-            _ = self.consumer  # so that an option that cannot work is an error here
-        self._requests = self._make_requests(url)
-        self._admin: QueueAdmin | None = None
-        self._opening_admin = asyncio.Lock()
-        self._pulling: dict[str, Consumer] = {}
-        self._runner: ConsumerRunner | None = None
-        self._turning = asyncio.Lock()
+        if self.queue is not None:
+            _ = self.consumer
 
     # --- handlers -------------------------------------------------------------------------------
 
@@ -425,6 +421,13 @@ class Bus(Verbs):
         )
 
     # --- small things ---------------------------------------------------------------------------
+
+    def _make_composer(self, content_type: str | None) -> Composer:
+        codec.check_content_type(content_type)
+        name, sender = self._options["client_id"] or self.queue, self._sender
+        return Composer(
+            name, self.queue, protocol=sender.protocol, features=sender.features, content_type=content_type
+        )
 
     def _make_sender(self, url: str | ProtocolSettings | None) -> Producer:
         name, client_id = self.queue or "streamtools", self._options["client_id"]

@@ -190,7 +190,7 @@ class Composer:
     ) -> Message:
         body, content_type = codec.encode(payload, self._content_type)
         check_texts({"type": type, "key": key})
-        contract = payload if isinstance(payload, Contract) else None
+        type, version = _named(payload, type)  # noqa: A001
         incoming, box = _incoming(), current_outbox()
         now = time.time()
         question = f"{queue}\n{type}\n".encode() + body if intent == "request" else b""
@@ -201,8 +201,8 @@ class Composer:
             id=id,
             exchange=exchange,
             mandatory=mandatory,
-            type=type or (contract.__terms__.name if contract is not None else None),
-            version=contract.__terms__.version if contract is not None and type is None else None,
+            type=type,
+            version=version,
             source=self.source,
             time=now,
             content_type=content_type,
@@ -215,6 +215,13 @@ class Composer:
             deliver_at=now + check_seconds("delay", delay) if delay else None,
             expires_at=None if ttl is None else now + check_seconds("ttl", ttl),
         )
+
+
+def _named(payload: object, type: str | None) -> tuple[str | None, int | None]:  # noqa: A002
+    """The name on the wire and its version: as given, else the contract's."""
+    if type or not isinstance(payload, Contract):
+        return type or None, None
+    return payload.__terms__.name, payload.__terms__.version
 
 
 def _incoming() -> Message | None:
