@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
-from streamtools.errors import ConfigurationError, QueueError
+from streamtools.errors import ConfigurationError, QueueError, SendError
 from streamtools.exchange import Exchange
 from streamtools.message import ErrorDetails, Message
 from streamtools.policy import NAME_LIMIT, REASON_LIMIT, TRACEBACK_LIMIT
@@ -117,6 +117,12 @@ class PikaBus:
         self._bound.add(queue)
         return True
 
+    def forget(self, messages: Sequence[Message], refused: Sequence[str]) -> list[Message]:
+        """Those of the refused whose queue was bound once: it may have been deleted, and made anew without."""
+        found = [m for m in messages if m.id in refused and m.exchange == DIRECT and m.queue in self._bound]
+        self._bound.difference_update(message.queue for message in found)
+        return found
+
     def write(self, message: Message) -> Message:
         """The message with these headers; writing twice changes nothing. What the user gave by name stays."""
         fields = {name: getattr(message, field) for field, name in TEXT.items()}
@@ -165,7 +171,14 @@ class Outgoing:
         self._producer = producer
 
     async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None:
-        return await self._producer._send(await self._style.write_all(batch), options)
+        try:
+            return await self._producer._send(await self._style.write_all(batch), options)
+        except SendError as error:
+            again = self._style.forget(batch, error.refused)
+            if not again or len(again) < len(error.refused) + len(error.unknown):
+                raise
+        await self._producer._send(await self._style.write_all(again), options)
+        return None
 
 
 class Incoming:
@@ -191,7 +204,11 @@ class Incoming:
             replace(s, outgoing=tuple(await self._style.write_all(s.outgoing))) if s.outgoing else s
             for s in settlements
         ]
-        await self._consumer._settle(written)
+        try:
+            await self._consumer._settle(written)
+        except SendError as error:
+            self._style.forget([message for s in settlements for message in s.outgoing], error.refused)
+            raise
 
     async def _redeclare(self) -> None:
         await self._consumer._redeclare()

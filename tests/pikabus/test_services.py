@@ -288,6 +288,25 @@ async def test_a_queue_that_does_not_exist_is_an_error_until_it_does(rabbitmq_vh
         await holds_one("late", rabbitmq_vhost.url)
 
 
+async def test_a_queue_that_was_deleted_and_made_anew_is_bound_anew(rabbitmq_vhost: RabbitMQAddress) -> None:
+    url = rabbitmq_vhost.url
+    bus = Bus("ours", url=url, header_style="pikabus", retry=Retry(retries=3, delay=0.1))
+
+    @bus.handler
+    async def forward(command: Place, context: MessageContext) -> None:
+        await context.send({"id": command.id}, to="other")
+
+    async with ADMINS["rabbitmq"](url=url) as admin, bus:
+        for number in (1, 2, 3):
+            await admin.create("other")
+            if number < 3:
+                await bus.send({"id": number}, to="other")
+            else:
+                await bus.send(Place(id=number), to="ours")
+            await holds_one("other", url)
+            await admin.delete("other")
+
+
 async def test_the_usual_error_queue_is_used_where_there_is_one(rabbitmq_vhost: RabbitMQAddress) -> None:
     bus, kept = make_bus(rabbitmq_vhost.url, retry=Retry(retries=0))
     async with Producer("other", url=rabbitmq_vhost.url), bus:  # the producer makes it, with its arguments
