@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.bus import pikabus
 from streamtools.bus.composer import Composer
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
-#: Options of the bus that its reply queue has too.
-SHARED: Final = ("client_id", "connect_timeout", "error_queue", "error_declare", "error_arguments")
 
 
 class Bus(Verbs):
@@ -114,7 +111,7 @@ class Bus(Verbs):
         self._entries = Entries(queue, self._topic)
         self._provided: dict[type, Any] = {}
         self._sender = self._make_sender(url)
-        self._composer = self._make_composer(content_type)
+        self._composer = Composer(client_id or queue, queue, self._sender, content_type)
         self._subscriptions: dict[Binding, None] = dict.fromkeys(bindings_of(subscriptions, self._topic))
         self._check()
         self._requests = self._make_requests(url)
@@ -422,20 +419,12 @@ class Bus(Verbs):
 
     # --- small things ---------------------------------------------------------------------------
 
-    def _make_composer(self, content_type: str | None) -> Composer:
-        codec.check_content_type(content_type)
-        name, sender = self._options["client_id"] or self.queue, self._sender
-        return Composer(
-            name, self.queue, protocol=sender.protocol, features=sender.features, content_type=content_type
-        )
-
     def _make_sender(self, url: str | ProtocolSettings | None) -> Producer:
         name, client_id = self.queue or "streamtools", self._options["client_id"]
         return Producer(name, url=url, declare=False, client_id=client_id, send_timeout=self._send_timeout)
 
     def _make_requests(self, url: str | ProtocolSettings | None) -> Requests:
-        shared = {name: self._options[name] for name in SHARED if name in self._options}
-        return Requests(self._options["client_id"] or self.queue or "streamtools", url, self._style, **shared)
+        return Requests(self._options["client_id"] or self.queue or "streamtools", url, self._options, self._style)
 
     def _make_consumer(self) -> Consumer:
         return self._attended(Consumer(self._own(), url=self._url, **self._options))

@@ -15,8 +15,8 @@ from streamtools.checks import check_headers, check_name, check_seconds, check_t
 from streamtools.delivery import current
 from streamtools.errors import ConfigurationError, FeatureError
 from streamtools.exchange import TOPIC, Exchange
-from streamtools.features import Features
 from streamtools.message import NO_HEADERS, Message, ids
+from streamtools.producer import Producer
 
 Intent = Literal["command", "event", "request", "reply"]
 #: What a reply that carries a failure is called.
@@ -42,24 +42,18 @@ class Composer:
     Parameters:
         source: who sends: the bus's client_id or its queue.
         queue: where replies that no request awaits are to go; None for a bus that only sends.
-        protocol: what carries them, for errors.
-        features: what that can do.
+        sender: what carries them.
         content_type: what payloads are encoded as; None for JSON, text and bytes by what they are.
     """
 
     def __init__(
-        self,
-        source: str | None,
-        queue: str | None,
-        *,
-        protocol: str,
-        features: Features,
-        content_type: str | None = None,
+        self, source: str | None, queue: str | None, sender: Producer, content_type: str | None = None
     ) -> None:
         self.source = source
         self.queue = queue
-        self._protocol = protocol
-        self._features = features
+        self._protocol = sender.protocol
+        self._features = sender.features
+        codec.check_content_type(content_type)
         self._content_type = content_type
         self.new_id: Callable[[], str] = ids()
         #: Where commands and replies go by their queue's name; None to the queue itself.

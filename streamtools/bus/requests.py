@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +28,8 @@ log: logging.Logger = logging.getLogger("streamtools")
 ANSWERED: Final = (400, 422, 500)
 #: Replies taken in at once.
 PREFETCH: Final = 1000
+#: Options of the bus's consumer that the reply queue's has too.
+SHARED: Final = ("client_id", "connect_timeout", "error_queue", "error_declare", "error_arguments")
 #: Where the protocol lets a queue belong to a connection, the reply queue does; it need not outlive the bus.
 OPTIONS: Final[dict[str, Any]] = {"queue_type": "classic", "durable": False, "exclusive": True}
 _FAILURE: Final = codec.decoder(Failure)
@@ -40,16 +42,21 @@ class Requests:
         name: the bus's queue, or its client_id.
         url: where.
         style: writes and reads another system's headers.
-        options: of the bus's consumer, those that are for the reply queue's too.
+        options: of the bus's consumer; those that are for the reply queue's too are taken.
     """
 
     def __init__(
-        self, name: str, url: str | ProtocolSettings | None, style: PikaBus | None = None, **options: Any
+        self,
+        name: str,
+        url: str | ProtocolSettings | None,
+        options: Mapping[str, Any],
+        style: PikaBus | None = None,
     ) -> None:
         self.queue: str = f"{name.encode()[:200].decode(errors='ignore')}.replies.{token_hex(6)}"
         self._url = url
         self._style = style
-        self._options = {**options, **(OPTIONS if style is None else REPLY_QUEUE)}
+        shared = {name: options[name] for name in SHARED if name in options}
+        self._options = {**shared, **(OPTIONS if style is None else REPLY_QUEUE)}
         self._waiting: dict[str, asyncio.Future[Message]] = {}
         self._loop: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
