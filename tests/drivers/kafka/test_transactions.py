@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from streamtools import Reject, Retry, SendError
 from streamtools.message import Message
@@ -20,7 +21,24 @@ pytestmark = pytest.mark.real_kafka("transactions")
 
 
 async def visible(address: KafkaAddress, topic: str) -> list[bytes]:
+    """What is visible once no transaction is open: their markers are written a moment after they are confirmed."""
+    await eventually(lambda: _is_quiet(address, topic))
+    return await visible_now(address, topic)
+
+
+async def visible_now(address: KafkaAddress, topic: str) -> list[bytes]:
     return [r.value for r in await records(address, topic, committed=True)]
+
+
+async def _is_quiet(address: KafkaAddress, topic: str) -> bool:
+    return await end(address, topic, committed=True) == await end(address, topic)
+
+
+async def end(address: KafkaAddress, topic: str, *, committed: bool = False) -> dict[TopicPartition, int]:
+    isolation = "read_committed" if committed else "read_uncommitted"
+    async with AIOKafkaConsumer(topic, bootstrap_servers=address.bootstrap, isolation_level=isolation) as reader:
+        ends: dict[TopicPartition, int] = await reader.end_offsets(list(reader.assignment()))
+        return ends
 
 
 # --- of a producer ----------------------------------------------------------------------------------
@@ -33,7 +51,7 @@ async def test_what_is_sent_in_a_transaction_is_visible_together_or_not_at_all(
     async with orders.transaction():
         receipt = await orders.send("o1")
         await stock.send_many(["s1", "s2"])
-        assert await visible(kafka, queue) == []
+        assert await visible_now(kafka, queue) == []
     assert (receipt.partition, receipt.offset) == (0, 0)
     with pytest.raises(ZeroDivisionError):
         async with orders.transaction():
@@ -179,4 +197,4 @@ async def _is_behind(address: KafkaAddress, queue: str) -> bool:
 
 
 async def _numbers(address: KafkaAddress, topic: str, number: int) -> bool:
-    return len(await visible(address, topic)) >= number
+    return len(await visible_now(address, topic)) >= number
