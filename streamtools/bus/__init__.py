@@ -7,6 +7,7 @@ verbs.py       what is sent, and when it leaves
 bus.py         handlers, subscriptions, receiving, start and stop
 entries.py     handlers by what they handle
 dispatch.py    one delivery to all handlers of its type
+loop.py        the loop of a bus's queue, for a runner
 context.py     what a handler knows and sends
 requests.py    who waits for which reply
 pikabus.py     messages as PikaBus services write and read them

@@ -15,6 +15,7 @@ from streamtools.bus.context import resolvers
 from streamtools.bus.contracts import Command, Contract
 from streamtools.bus.dispatch import BusDispatch
 from streamtools.bus.entries import Entries, Entry, Subscription, bindings_given, bindings_of
+from streamtools.bus.loop import BusLoop
 from streamtools.bus.pikabus import PikaBus
 from streamtools.bus.requests import Requests
 from streamtools.bus.verbs import Verbs
@@ -474,23 +475,3 @@ class Bus(Verbs):
 
     def __repr__(self) -> str:
         return f"<Bus {self.queue or '(sends only)'} at {self._sender.settings.safe_url}>"
-
-
-class BusLoop(BoundHandler):
-    """The loop of a bus's queue, for a runner."""
-
-    def __init__(self, bus: Bus) -> None:
-        self.bus: Bus = bus
-        self.name: str = f"bus {bus._own()}"
-
-    @property
-    def consumer(self) -> Consumer:  # type: ignore[override]
-        """The consumer of the bus's queue."""
-        return self.bus.consumer
-
-    def dispatch(self, consumer: Consumer, threads: Threads) -> BusDispatch:
-        """The handlers of the bus, compiled."""
-        return self.bus.dispatch(consumer, threads)
-
-    def __repr__(self) -> str:
-        return f"<loop of {self.bus!r}>"

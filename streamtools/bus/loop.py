@@ -1,0 +1,38 @@
+"""BusLoop: the loop of a bus's queue, for a runner."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from streamtools.bus.dispatch import BusDispatch
+from streamtools.consumer import BoundHandler, Consumer
+from streamtools.threads import Threads
+
+
+class Served(Protocol):
+    """A bus, as its loop knows it."""
+
+    @property
+    def consumer(self) -> Consumer: ...
+
+    def dispatch(self, consumer: Consumer, threads: Threads) -> BusDispatch: ...
+
+
+class BusLoop(BoundHandler):
+    """The loop of a bus's queue, for a runner."""
+
+    def __init__(self, bus: Served) -> None:
+        self.bus: Served = bus
+        self.name: str = f"bus {bus.consumer.queue}"
+
+    @property
+    def consumer(self) -> Consumer:  # type: ignore[override]
+        """The consumer of the bus's queue."""
+        return self.bus.consumer
+
+    def dispatch(self, consumer: Consumer, threads: Threads) -> BusDispatch:
+        """The handlers of the bus, compiled."""
+        return self.bus.dispatch(consumer, threads)
+
+    def __repr__(self) -> str:
+        return f"<loop of {self.bus!r}>"
