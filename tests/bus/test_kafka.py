@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from streamtools import ADMINS, Bus, Consumer, Exchange, Message, MessageContext, Producer, QueueError, SendError
+from streamtools import (
+    ADMINS,
+    Bus,
+    ConnectionLost,
+    Consumer,
+    Exchange,
+    Message,
+    MessageContext,
+    Producer,
+    QueueError,
+    SendError,
+)
 from streamtools.drivers.kafka.bindings import Bindings, bind, unbind
 from streamtools.drivers.kafka.cluster import Cluster
 from streamtools.drivers.kafka.names import BINDINGS
@@ -57,6 +68,26 @@ async def test_what_was_bound_before_is_known_and_what_is_known_is_not_read_agai
     fresh = Bindings(settings)
     await fresh.read(cluster.client)
     assert fresh.of("q") == []
+
+
+async def test_a_read_that_fails_fails_for_all_who_waited_for_it(
+    url: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of them was told; the others took what they knew before for all there is."""
+    table, read = Bindings(KafkaSettings.from_url(url)), Bindings._catch_up
+
+    async def fails(self: Bindings, cluster: Cluster) -> None:
+        monkeypatch.setattr(Bindings, "_catch_up", read)
+        raise ConnectionLost("in between")
+
+    monkeypatch.setattr(Bindings, "_catch_up", fails)
+    found = await asyncio.gather(*(table.read(cluster.client) for _ in range(3)), return_exceptions=True)
+    assert [type(error) for error in found] == [ConnectionLost] * 3
+    giving_up = asyncio.create_task(table.read(cluster.client))
+    staying = asyncio.create_task(table.read(cluster.client))
+    await asyncio.sleep(0)
+    giving_up.cancel()
+    await staying
 
 
 async def test_what_was_read_long_ago_is_read_anew(url: str, cluster: Cluster) -> None:

@@ -45,8 +45,9 @@ class Bindings:
 
     def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
-        self._reading = asyncio.Lock()
         self._reads = 0
+        self._under_way: asyncio.Task[None] | None = None
+        self._to_come: asyncio.Task[None] | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -65,16 +66,10 @@ class Bindings:
         Raises:
             ConnectError: no broker answers.
         """
-        before = self._reads
-        async with self._reading:
-            if self._reads > before:
-                return  # one that began after we had come has ended
-            self._reads += 1
-            cluster = Cluster.over(client, self._settings)
-            try:
-                await cluster.persist(lambda: self._catch_up(cluster))
-            except CLIENT_ERRORS as error:
-                raise client_error(error, self._settings) from error
+        if self._to_come is None:
+            self._to_come = asyncio.create_task(self._read(client, self._under_way), name="streamtools-bindings")
+        # One for all who come before it begins; it goes on when who waits for it is cancelled.
+        await asyncio.shield(self._to_come)
 
     def queues(self, exchange: Exchange, topic: str) -> list[str]:
         """Those that have the messages of a topic."""
@@ -105,6 +100,19 @@ class Bindings:
         return None
 
     # --- reading ----------------------------------------------------------------------------------
+
+    async def _read(self, client: Any, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+            if not before.cancelled():
+                before.exception()  # looked at: who waited for it was told
+        self._under_way, self._to_come = self._to_come, None
+        self._reads += 1
+        cluster = Cluster.over(client, self._settings)
+        try:
+            await cluster.persist(lambda: self._catch_up(cluster))
+        except CLIENT_ERRORS as error:
+            raise client_error(error, self._settings) from error
 
     async def _catch_up(self, cluster: Cluster) -> None:
         if time.monotonic() - self._begun > STALE:
