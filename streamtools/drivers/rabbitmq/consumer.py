@@ -25,7 +25,7 @@ from streamtools.drivers.rabbitmq.topology import (
     missing,
     work_queue,
 )
-from streamtools.errors import Closed, ConnectionLost, SendError, StreamToolsError
+from streamtools.errors import Closed, ConnectionLost, QueueError, SendError, StreamToolsError
 from streamtools.loop import SUSPECT
 from streamtools.message import Message, ids
 from streamtools.pace import Pace
@@ -59,6 +59,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     _outlet: Outlet | None = None
     _turning: asyncio.Task[None] | None = None
     _widening: asyncio.Task[None] | None = None
+    #: Nothing is taken in any more, by a stop or a cancellation; the channel is about to be closed.
+    _ending = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,6 +68,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         self._new_id = ids()
         self._pace = Pace(GATHERING)
         self._outlet_lock = asyncio.Lock()
+        #: While we are ending: nothing is under way to us any more.
+        self._calm = asyncio.Event()
 
     # --- opening ------------------------------------------------------------------------------------
 
@@ -77,7 +81,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             alone = await self._declare(Topology(link))
             self._intake = await Intake.open(link, self.queue)
             self._narrow = self.cautious and self.prefetch > 1
-            self._widen_after = False
+            self._widen_after = self._ending = False
+            self._calm.clear()
             if self.ordered_by is None or alone:
                 await self._intake.consume(1 if self._narrow else self.prefetch)
             else:
@@ -227,11 +232,13 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     async def _acknowledge(self, settlements: Sequence[Settlement]) -> None:
         intake = settlements[0].delivery.token[0]
+        if self._ending:
+            await self._calm.wait()
         intake.check()  # it may have ended while the copies were confirmed
         release = Kind.RELEASE
         acks = [s.delivery.token[1] for s in settlements if s.verdict.kind is not release]
         # While stopping, what goes back stays with us until the channel is closed; see `_stop`.
-        held = self._stopping.is_set()
+        held = self._ending or self._stopping.is_set()
         releases = [s.delivery.token[1] for s in settlements if s.verdict.kind is release and not held]
         if self._widen_after and not held:
             self._widen_after = False
@@ -260,6 +267,14 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         intake = self._intake
         if intake is None or intake.error is not None:
             return
+        self._ending = True
+        try:
+            await self._take_no_more(intake)
+        finally:
+            self._calm.set()
+
+    async def _take_no_more(self, intake: Intake) -> None:
+        wide = 1 if self._narrow else self.prefetch
         self._narrow = False
         if self._turning is not None:
             await _ended(self._turning, 0)
@@ -268,11 +283,27 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         # What has arrived and what the loop gives back stays with us until the channel is closed: then
         # it goes to the front of the queue, in order. Given back now it would go to its end.
         if self.ordered_by is None:
+            await self._settle_down(intake, wide)
             await intake.cancel()
         # Else another process would become the active one, and overtake what we still hold. The broker
         # delivers on, up to the prefetch, and nobody takes it.
 
+    async def _settle_down(self, intake: Intake, wide: int) -> None:
+        """Wait until nothing is under way to us: what meets a cancel goes to the queue's end (seen on 3.10).
+
+        Nothing is once we have as much in hand as we asked for, and acknowledge nothing, or once the queue is empty.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + SETTLING
+        with suppress(QueueError):  # it was deleted
+            while intake.in_hand < wide and intake.error is None and loop.time() < deadline:
+                ready, _ = await Topology(intake.link).count(self.queue)
+                if not ready:
+                    break
+                await asyncio.sleep(LOOK)
+
     async def _close(self) -> None:
+        self._calm.set()
         beside = [task for task in (self._turning, self._widening) if task is not None]
         self._turning = self._widening = None
         link, self._link = self._link, None
@@ -302,6 +333,10 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         check_rabbitmq_name(queue)
 
 
+#: Seconds for what is under way to a consumer that stops; other consumers may take what it waits for.
+SETTLING: Final = 1.0
+#: Seconds between two looks at it.
+LOOK: Final = 0.005
 #: Seconds for a change of prefetch that is under way when the consumer stops.
 STOP_TIMEOUT: Final = 5.0
 

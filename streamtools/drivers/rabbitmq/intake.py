@@ -47,6 +47,7 @@ class Intake(HotChannel):
         #: Every tag below is settled; of those above, these are.
         self._low = 1
         self._settled: set[int] = set()
+        self._high = 0
 
     @classmethod
     async def open(cls, link: Link, queue: str) -> Intake:
@@ -103,6 +104,7 @@ class Intake(HotChannel):
     # --- what arrives -------------------------------------------------------------------------------
 
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+        self._high = tag
         self.buffer.append((tag, redelivered, properties, body))
         if self._waiter is not None:
             self._wake()
@@ -136,6 +138,11 @@ class Intake(HotChannel):
             self._waiter.set_result(None)
 
     # --- settling -----------------------------------------------------------------------------------
+
+    @property
+    def in_hand(self) -> int:
+        """Deliveries that are not settled."""
+        return self._high + 1 - self._low - len(self._settled)
 
     def is_settled(self, tag: int) -> bool:
         """This delivery has been acknowledged or given back."""

@@ -112,3 +112,27 @@ async def test_the_lock_names_itself_and_ends_with_its_connection(
         return True
 
     await wait_until(free)
+
+
+@pytest.mark.parametrize("end", ["stopped", "cancelled"])
+async def test_a_consumer_that_ends_in_the_middle_leaves_the_rest_in_order(url: str, producer: Any, end: str) -> None:
+    total, handled = 3000, list[int]()
+    sender = await producer()
+    for start in range(0, total, 500):
+        await sender.send_many([str(n) for n in range(start, start + 500)])
+
+    while len(handled) < total:
+        receiver = Consumer("orders", url=url)
+        enough, before = asyncio.Event(), len(handled)
+
+        @receiver()
+        async def take_in(number: int, enough: asyncio.Event = enough, before: int = before) -> None:
+            handled.append(number)
+            if len(handled) in (before + 300, total):
+                enough.set()
+
+        running = asyncio.create_task(take_in())
+        await asyncio.wait_for(enough.wait(), 60)
+        receiver.stop() if end == "stopped" else running.cancel()
+        await asyncio.wait({running})
+    assert handled == list(range(total))
