@@ -285,7 +285,7 @@ class QueueAdmin:
             ConfigurationError: a message does not say where it failed, and no target is given.
             SendError: a target does not take a message; it stays in `source`.
         """
-        return await self._settle_where(source, where, limit, progress, lambda m: (redrive_copy(m, target),))
+        return await self._settle_where(source, where, limit, progress, lambda m: (self._back(m, target),))
 
     async def discard(
         self,
@@ -373,6 +373,10 @@ class QueueAdmin:
     async def _cancel(self, queue: str, id: str) -> bool:  # noqa: A002
         """Forget a delayed message; whether it was there."""
         raise FeatureError(f"{self.protocol!r} does not let a delayed message be taken back: have its handler look.")
+
+    def _back(self, message: Message, target: str | None) -> Message:
+        """What goes back to work; to the queue that it failed in when there is no target."""
+        return redrive_copy(message, target)
 
     def _reader(self, queue: str, prefetch: int) -> Reader:
         """A consumer of this queue that declares nothing and can hold `prefetch` deliveries in hand."""

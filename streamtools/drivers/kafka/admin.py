@@ -21,10 +21,11 @@ from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster, TopicSt
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Commit, Groups, Membership, Progress, busy
 from streamtools.drivers.kafka.names import BINDINGS, RETRY, check_kafka_name, is_retry_topic, reader_of
-from streamtools.drivers.kafka.reader import KafkaReader
+from streamtools.drivers.kafka.reader import KafkaReader, Returning
 from streamtools.drivers.kafka.topics import Topic, Topics
 from streamtools.errors import ConfigurationError, ConnectError, QueueError
 from streamtools.exchange import Binding
+from streamtools.message import Message
 from streamtools.options import QUEUE_OPTIONS, Options, read_options
 from streamtools.queues import GroupInfo, PartitionInfo, Place, QueueInfo, QueueSettings
 from streamtools.settings import KafkaSettings
@@ -49,7 +50,8 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
     for Kafka does not know them. `delayed` is what waits for its time in that group's retry topic; the retry topics
     of other groups are listed. `oldest` is the age of what the group has to do next, and only `stats` looks for it.
     `peek` disturbs nobody; `move` and `discard` need that group's consumers to be stopped, and so does `seek`.
-    What `move` takes out of an error queue and back goes to the group that had rejected it, and to no other.
+    What `move` takes out of an error queue and back goes to the group that had rejected it, and to no other; with a
+    target, even that queue, to all who read it.
     """
 
     settings_class: ClassVar[type[KafkaSettings]] = KafkaSettings
@@ -226,6 +228,10 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         return dict.fromkeys(partitions, to)
 
     # --- shared -----------------------------------------------------------------------------------
+
+    def _back(self, message: Message, target: str | None) -> Message:
+        copy = super()._back(message, target)
+        return Returning.of(copy) if target is None else copy
 
     def _reader(self, queue: str, prefetch: int) -> Reader:
         return KafkaReader(queue, self._connected(), self.settings, client_id=self.client_id)

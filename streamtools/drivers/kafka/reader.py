@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -19,9 +20,28 @@ from streamtools.drivers.kafka.names import reader_of
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
 from streamtools.drivers.kafka.publisher import Publisher
-from streamtools.drivers.kafka.records import QUEUE, RETRIES, decode_origin, decode_record, header_texts, now_ms
+from streamtools.drivers.kafka.records import (
+    GROUP,
+    QUEUE,
+    RETRIES,
+    decode_origin,
+    decode_record,
+    header_texts,
+    now_ms,
+)
 from streamtools.errors import SendError
+from streamtools.message import Message
 from streamtools.settings import KafkaSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returning(Message):
+    """A message on its way back to the group that had rejected it."""
+
+    @classmethod
+    def of(cls, message: Message) -> Returning:
+        """The message, on its way back."""
+        return cls(**{f.name: getattr(message, f.name) for f in fields(Message)})
 
 
 class KafkaReader:
@@ -44,7 +64,7 @@ class KafkaReader:
         self._offsets: dict[TopicPartition, Offsets] = {}
         self._ends: dict[TopicPartition, int] = {}
         self._records: dict[TopicPartition, dict[int, Any]] = {}  # taken and not finished
-        self._there: dict[str, bool] = {}  # whether topics for retries exist
+        self._there: dict[tuple[str, str], bool] = {}  # whether groups and their topics for retries are
         self._consumer: Any = None
         self._publisher: Publisher | None = None
 
@@ -120,22 +140,23 @@ class KafkaReader:
     # --- how --------------------------------------------------------------------------------------
 
     async def _copies(self, settlement: Settlement) -> list[Outgoing]:
-        """What goes back where it was rejected goes to the group that did so, and to no other."""
-        message, record = settlement.delivery.message, settlement.delivery.token
+        record = settlement.delivery.token
         items = outgoing(settlement.outgoing)
-        back = [item for item in items if message.error is not None and item.topic == message.error.queue]
-        retries = header_texts(record.headers, (RETRIES,)).get(RETRIES)
-        if back and retries is not None and await self._exists(retries):
+        told = header_texts(record.headers, (GROUP, RETRIES))
+        if GROUP in told and RETRIES in told and await self._reads(told[GROUP], told[RETRIES]):
             origin = decode_origin(record, TopicPartition(record.topic, record.partition))
+            back = [i for i, m in zip(items, settlement.outgoing, strict=True) if isinstance(m, Returning)]
             for item in back:
                 item.headers += [*origin.headers, (QUEUE, item.topic.encode())]
-                item.topic, item.partition, item.timestamp = retries, 0, now_ms()
+                item.topic, item.partition, item.timestamp = told[RETRIES], 0, now_ms()
         return items
 
-    async def _exists(self, topic: str) -> bool:
-        if topic not in self._there:
-            self._there[topic] = topic in await self._cluster.topics([topic])
-        return self._there[topic]
+    async def _reads(self, group: str, topic: str) -> bool:
+        """Both are still there; else what waits there would wait for nobody."""
+        if (group, topic) not in self._there:
+            known = group in await self._groups.names() and topic in await self._cluster.topics([topic])
+            self._there[group, topic] = known
+        return self._there[group, topic]
 
     async def _opened(self) -> Publisher:
         if self._publisher is None:

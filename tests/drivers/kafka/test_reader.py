@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from streamtools.drivers.kafka import KafkaAdmin
 from streamtools.drivers.kafka.reader import KafkaReader
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
+from tests.brokers.kafka.tools import kafka_tool
 from tests.drivers.kafka.conftest import MakeProducer, Running, member, records, shown
 
 pytestmark = pytest.mark.real_kafka("what its admin and its own tools say")
@@ -75,8 +77,9 @@ async def test_a_redrive_is_for_the_group_that_had_rejected_it_and_for_no_other(
     assert seen.count(("shipping", "x", 1)) == 1
 
 
-async def test_without_its_groups_retry_topic_a_redrive_goes_to_the_queue(
-    admin: QueueAdmin, producer: MakeProducer, running: Running, queue: str
+@pytest.mark.parametrize("gone", ["topic", "group", "nothing"])
+async def test_without_its_groups_retry_topic_or_with_a_target_a_redrive_is_for_all_who_read_the_queue(
+    admin: QueueAdmin, kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, gone: str
 ) -> None:
     async def fails(msg: str) -> None:
         raise ValueError("never")
@@ -84,9 +87,13 @@ async def test_without_its_groups_retry_topic_a_redrive_goes_to_the_queue(
     async with running(fails, retry=Retry(retries=0)):
         await (await producer()).send("x")
         await eventually(lambda: _waits(admin, f"{queue}.error", 1))
-    await admin.delete(f"{queue}.retry")
-    assert await admin.move(f"{queue}.error") == 1
-    assert [message.body for message in await admin.peek(queue)] == [b"x"]
+    if gone == "topic":
+        await admin.delete(f"{queue}.retry")
+    elif gone == "group":
+        arguments = ("--delete", "--group", queue)
+        await asyncio.to_thread(kafka_tool, kafka.bootstrap, "kafka-consumer-groups", *arguments)
+    assert await admin.move(f"{queue}.error", queue if gone == "nothing" else None) == 1
+    assert [record.value for record in await records(kafka, queue)] == [b"x", b"x"]
 
 
 async def _waits(admin: QueueAdmin, queue: str, number: int) -> bool:
