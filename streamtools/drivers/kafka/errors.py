@@ -12,6 +12,19 @@ from aiokafka import errors as kafka
 from streamtools.errors import ConnectError, ConnectionLost, QueueError, StreamToolsError
 from streamtools.settings import KafkaSettings
 
+
+class InvalidRecordError(kafka.BrokerResponseError):  # type: ignore[misc]  # the library has no types
+    """What the broker takes no record of: on a compacted topic, of one without a key (KIP-467).
+
+    The library (0.14) does not know this code, and takes it for a failure that passes.
+    """
+
+    errno = 87
+    message = "INVALID_RECORD"
+
+
+kafka.kafka_errors.setdefault(InvalidRecordError.errno, InvalidRecordError)
+
 #: What the client library raises: its own errors, the socket's, and assertions about its own state.
 CLIENT_ERRORS: Final[tuple[type[Exception], ...]] = (
     kafka.KafkaError,
@@ -35,6 +48,7 @@ REFUSALS: Final[tuple[type[Exception], ...]] = (
     kafka.UnsupportedForMessageFormatError,
     kafka.InvalidRequiredAcksError,
     kafka.CorruptRecordException,
+    InvalidRecordError,
 )
 _TOO_LARGE: Final[tuple[type[Exception], ...]] = (kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError)
 

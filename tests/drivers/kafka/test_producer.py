@@ -11,7 +11,7 @@ import pytest
 from streamtools import ConfigurationError, ConnectError, KafkaSettings, Message, QueueError, SendError
 from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
 from streamtools.drivers.kafka.producer import KafkaReceipt
-from streamtools.drivers.kafka.topics import Topics
+from streamtools.drivers.kafka.topics import Topic, Topics, topics_at
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import kafka_tool
@@ -132,6 +132,21 @@ async def test_what_the_broker_refuses_disturbs_no_other_send(
     assert [n for n, end in enumerate(ends) if isinstance(end, SendError)] == list(range(0, 100, 10))
     assert {r.value for r in await records(kafka, queue)} == {b"%d" % n for n in range(100) if n % 10}
     assert (await sender.send("after")).offset == 90
+
+
+@pytest.mark.real_kafka("compacted topics")
+async def test_a_compacted_topic_refuses_what_has_no_key_at_once(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str
+) -> None:
+    """It was sent again and again, each time by a new producer, until `send_timeout` was over."""
+    settings = KafkaSettings.from_url(kafka.url)
+    async with topics_at(settings, "test") as topics:
+        await topics.declare([Topic(name=queue, partitions=1, config={"cleanup.policy": "compact"})], True)
+    sender = await producer()
+    with pytest.raises(SendError, match=r"wants a key: send\(key=") as caught:
+        await sender.send("nameless", id="1")
+    assert caught.value.refused == ("1",)
+    await sender.send("named", key="a")
 
 
 async def test_thousands_of_first_sends_at_once_ask_for_the_topic_once(
