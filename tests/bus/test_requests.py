@@ -147,8 +147,12 @@ class TestRequest:
 
     async def test_where_nobody_answers_it_times_out(self, make: MakeBus) -> None:
         await make("prices").declare()
-        with pytest.raises(RequestTimeout, match=r"No reply from 'prices' within 0\.2 s"):
-            await make(None).request(Quote(id=1), timeout=0.2)
+        echo, asker = make("echo"), make(None)
+        echo.register(Quote, lambda command: command.id)
+        await echo.start()
+        assert await asker.request(Quote(id=5), "echo", timeout=60) == 5  # the reply queue is there
+        with pytest.raises(RequestTimeout, match=r"No reply from 'prices' within 0\.5 s"):
+            await asker.request(Quote(id=1), timeout=0.5)
         with pytest.raises(SendError, match="no (queue|topic) 'nowhere'"):
             await make(None).request(Quote(id=1), "nowhere", timeout=20)
 

@@ -13,7 +13,7 @@ from streamtools.errors import ConnectError, ConnectionLost, QueueError, StreamT
 from streamtools.settings import KafkaSettings
 
 
-class InvalidRecordError(kafka.BrokerResponseError):  # type: ignore[misc]  # the library has no types
+class _InvalidRecordError(kafka.BrokerResponseError):  # type: ignore[misc]  # the library has no types
     """What the broker takes no record of: on a compacted topic, of one without a key (KIP-467).
 
     The library (0.14) does not know this code, and takes it for a failure that passes.
@@ -23,7 +23,7 @@ class InvalidRecordError(kafka.BrokerResponseError):  # type: ignore[misc]  # th
     message = "INVALID_RECORD"
 
 
-kafka.kafka_errors.setdefault(InvalidRecordError.errno, InvalidRecordError)
+kafka.kafka_errors.setdefault(_InvalidRecordError.errno, _InvalidRecordError)
 
 #: What the client library raises: its own errors, the socket's, and assertions about its own state.
 CLIENT_ERRORS: Final[tuple[type[Exception], ...]] = (
@@ -48,9 +48,14 @@ REFUSALS: Final[tuple[type[Exception], ...]] = (
     kafka.UnsupportedForMessageFormatError,
     kafka.InvalidRequiredAcksError,
     kafka.CorruptRecordException,
-    InvalidRecordError,
+    _InvalidRecordError,
 )
 _TOO_LARGE: Final[tuple[type[Exception], ...]] = (kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError)
+
+
+def wants_key(error: BaseException) -> bool:
+    """The topic does not take a record, most likely one without a key."""
+    return isinstance(error, _InvalidRecordError)
 
 
 def connect_error(error: BaseException, settings: KafkaSettings, where: str) -> ConnectError:

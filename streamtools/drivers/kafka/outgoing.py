@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from streamtools.drivers.kafka.errors import InvalidRecordError, is_too_large, plain
+from streamtools.drivers.kafka.errors import is_too_large, plain, wants_key
 from streamtools.drivers.kafka.records import ID, Header, Placed, encode_headers, encode_key, timestamp
 from streamtools.errors import SendError, StreamToolsError
 from streamtools.exchange import Exchange
@@ -147,6 +147,6 @@ def _why(error: BaseException) -> str:
             "too large for the topic (MESSAGE_TOO_LARGE); put less into a message, or raise the topic's "
             "max.message.bytes"
         )
-    if isinstance(error, InvalidRecordError):
+    if wants_key(error):
         return "the topic does not take it (INVALID_RECORD); a compacted one wants a key: send(key=...)"
     return plain(error)
