@@ -33,7 +33,7 @@ from tests.brokers.kafka.node import KafkaNode
 
 MESSAGES = 10_000
 #: Consumed: so many that what is read ahead of the first one, before the clock runs, is little of it.
-CONSUMED = 30_000
+CONSUMED = 100_000
 BATCH = 500
 BODY = b"x" * 256
 #: Single sends at once.
