@@ -48,9 +48,6 @@ class Bindings:
         self._reads = 0
         self._under_way: asyncio.Task[None] | None = None
         self._to_come: asyncio.Task[None] | None = None
-        self._forget()
-
-    def _forget(self) -> None:
         #: Exchange name -> what is bound to it, in the order made.
         self._bound: dict[str, dict[Bound, None]] = {}
         self._next = 0
@@ -115,23 +112,29 @@ class Bindings:
             raise client_error(error, self._settings) from error
 
     async def _catch_up(self, cluster: Cluster) -> None:
-        if time.monotonic() - self._begun > STALE:
-            self._forget()
         try:
+            if time.monotonic() - self._begun > STALE:
+                return await self._begin_anew(cluster, 0)
             while await self._fetch(cluster):
                 pass
         except kafka.OffsetOutOfRangeError:  # the topic was made anew, or purged
-            self._forget()
-            self._next = (await cluster.offsets([PLACE], EARLIEST))[PLACE]
-            while await self._fetch(cluster):
-                pass
+            await self._begin_anew(cluster, (await cluster.offsets([PLACE], EARLIEST))[PLACE])
+
+    async def _begin_anew(self, cluster: Cluster, offset: int) -> None:
+        """Read all of it; until then what was known holds for those who have asked before."""
+        fresh = Bindings(self._settings)
+        fresh._next = offset
+        while await fresh._fetch(cluster):
+            pass
+        self._bound, self._next, self._begun, self._leader = fresh._bound, fresh._next, fresh._begun, fresh._leader
 
     async def _fetch(self, cluster: Cluster) -> bool:
         """Take in what comes next; False when there is nothing more."""
         if self._leader is None:
             topic = (await cluster.topics([BINDINGS])).get(BINDINGS)
-            if topic is None:
-                return False  # nobody has ever bound anything
+            if topic is None:  # nobody has ever bound anything, or it was deleted
+                self._bound, self._next = {}, 0
+                return False
             if (leader := topic.leaders.get(PLACE.partition, -1)) < 0:
                 raise kafka.LeaderNotAvailableError(BINDINGS)
             self._leader = leader
