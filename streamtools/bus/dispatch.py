@@ -109,10 +109,12 @@ class BusDispatch:
             await self._answer_failure(settlement)
             return settlement
         parts = []
+        over = False
         for name, dispatcher in runs:
-            part = await dispatcher(delivery)
+            # Where one was cut short, the next are not begun: we stop.
+            part = Settlement(delivery, RELEASE) if over else await dispatcher(delivery)
             if part.verdict.kind is Kind.RELEASE:
-                part.outgoing = (delivery.message,)
+                over, part.outgoing = True, (delivery.message,)
             parts.append((name, dispatcher, _addressed(part, name)))
         return _merged(delivery, parts)
 

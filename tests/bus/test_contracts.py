@@ -75,6 +75,17 @@ def test_two_contracts_of_one_name_are_refused_at_once() -> None:
         bus.register(Placed, lambda event: None)
 
 
+def test_two_classes_of_one_name_with_other_fields_are_two_contracts() -> None:
+    def load(**fields: Any) -> type[Command]:
+        return type("Ship", (Command,), {"__annotations__": fields, "__module__": "shop"}, name="shop.Ship")
+
+    bus = Bus("orders", url="asyncio://")
+    bus.route(load(id=int), "shipping")
+    bus.route(load(id=int), "shipping")
+    with pytest.raises(ConfigurationError, match="both called 'shop.Ship'"):
+        bus.route(load(id=str), "shipping")
+
+
 def test_two_versions_of_one_name_are_refused_at_once() -> None:
     def contract(version: int) -> type[Command]:
         class Ship(Command, name="shop.Ship", version=version, to="shipping"):

@@ -11,6 +11,7 @@ from streamtools import (
     ADMINS,
     Bus,
     ConfigurationError,
+    ConsumerRunner,
     Delivery,
     Drop,
     FeatureError,
@@ -60,6 +61,37 @@ class TestSeveral:
             ("fails twice", 1), ("fails twice", 2), ("fails twice", 3),
             ("works", 1),
         ]  # fmt: skip
+
+    @pytest.mark.parametrize("at", ["one", "two"])
+    async def test_stopping_in_the_midst_gives_back_what_is_not_done(
+        self, make: MakeBus, nothing_waits: Any, at: str
+    ) -> None:
+        begun, stopped, runs = asyncio.Event(), False, list[str]()
+        bus = make()
+
+        async def run(name: str) -> None:
+            runs.append(name)
+            if name == at and not stopped:
+                begun.set()
+                await asyncio.Event().wait()
+
+        @bus.handler
+        async def one(event: OrderPlaced) -> None:
+            await run("one")
+
+        @bus.handler
+        async def two(event: OrderPlaced) -> None:
+            await run("two")
+
+        async with ConsumerRunner(bus, shutdown_timeout=0.1):
+            await bus.publish(OrderPlaced(id=1))
+            await begun.wait()
+        stopped, before = True, [*runs]
+        await bus.start()
+        done = {"one"} if at == "two" else set[str]()
+        await eventually(lambda: set(runs[len(before) :]) == {"one", "two"} - done)
+        await nothing_waits("orders")
+        assert runs.count("one") == (1 if at == "two" else 2)
 
     async def test_redrive_runs_only_the_handler_that_failed(
         self, make: MakeBus, url: str, nothing_waits: Any, depth: Any
@@ -233,6 +265,21 @@ class TestContext:
         for verb in ("send", "publish", "defer", "reply"):
             own, bus_s = (inspect.signature(getattr(cls, verb)).parameters for cls in (MessageContext, Bus))
             assert [*own] == [name for name in bus_s if name != "immediately"]
+
+    async def test_publishes_to_nobody_where_the_bus_may(self, make: MakeBus, nothing_waits: Any, depth: Any) -> None:
+        seen: list[int] = []
+        bus = make(mandatory=False)
+
+        @bus.handler
+        async def place(command: PlaceOrder, context: MessageContext) -> None:
+            context.publish(OrderPlaced(id=1))
+            seen.append(context.attempt)
+
+        await bus.start()
+        await bus.send(PlaceOrder(id=1))
+        await reaches(seen, 1)
+        await nothing_waits("orders")
+        assert await depth("error") == 0
 
     async def test_after_its_handler_it_sends_no_more(self, make: MakeBus) -> None:
         kept: list[MessageContext] = []

@@ -8,15 +8,20 @@ import pytest
 from pydantic import BaseModel
 
 from streamtools import (
+    ADMINS,
     Bus,
     Closed,
+    Handler,
+    Message,
     MessageContext,
     Producer,
+    QueueError,
     RemoteError,
     RequestTimeout,
     Retry,
     SendError,
 )
+from streamtools.producer import PRODUCERS
 from streamtools.testing.waiting import eventually, reaches
 from tests.bus.conftest import MakeBus
 from tests.bus.contracts import PlaceOrder, Price, Quote
@@ -103,6 +108,59 @@ class TestRequest:
         asker.route(Quote, "prices")
         assert await asker.request(Quote(id=2), returns=Answer) == Answer(price=2.5)
         assert await asker.request(Quote(id=3)) is None
+
+    @pytest.mark.parametrize("how", ["context", "bus", "transaction"])
+    async def test_a_handler_that_replies_itself_has_replied(self, make: MakeBus, how: str) -> None:
+        sent: list[str | None] = []
+
+        async def note(message: Message, call_next: Handler) -> None:
+            sent.append(message.intent)
+            await call_next(message)
+
+        prices = make("prices", outgoing=[note])
+
+        @prices.handler
+        async def quote(command: Quote, context: MessageContext) -> int:
+            if how == "context":
+                context.reply(1)
+            elif how == "bus":
+                await prices.reply(1)
+            else:
+                async with prices.transaction():
+                    await prices.reply(1)
+            return 2
+
+        await prices.start()
+        assert await make(None).request(Quote(id=1), timeout=20) == 1
+        assert sent == ["reply"]
+
+    async def test_a_failure_that_cannot_be_answered_is_in_the_error_queue_all_the_same(
+        self, make: MakeBus, failed: Any
+    ) -> None:
+        async def mute(message: Message, call_next: Handler) -> None:
+            raise PermissionError("not a word")
+
+        prices = make("prices", outgoing=[mute])
+
+        @prices.handler
+        async def quote(command: Quote) -> None:
+            raise ValueError("unlucky")
+
+        await prices.start()
+        asking = asyncio.create_task(make(None).request(Quote(id=1), timeout=60))
+        [message] = await failed(1)
+        asking.cancel()
+        assert message.error.reason == "unlucky"
+
+    async def test_the_reply_queue_goes_with_the_bus(self, make: MakeBus, url: str) -> None:
+        prices, asker = make("prices"), make(None)
+        prices.register(Quote, lambda command: command.id)
+        await prices.start()
+        await asker.request(Quote(id=1), timeout=20)
+        await asker.stop()
+        async with ADMINS[PRODUCERS.protocol(url)](url=url) as admin:
+            with pytest.raises(QueueError):
+                await admin.stats(asker._requests.queue)
 
     async def test_a_contract_that_the_asker_knows_is_the_type_of_the_answer(self, make: MakeBus) -> None:
         prices, orders = make("prices"), make("orders")

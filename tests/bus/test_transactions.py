@@ -137,9 +137,11 @@ class TestBlocks:
         async with bus.transaction():
             await other.send(2, SINK)
             await bus.send(3, SINK)
+            async with bus.transaction():
+                await other.send(4, SINK)
             assert await depth(SINK) == 0
-        assert sorted(numbers(await waiting(SINK, 2))) == [2, 3]
-        assert ways == ["other"]
+        assert sorted(numbers(await waiting(SINK, 3))) == [2, 3, 4]
+        assert ways == ["other", "other"]
 
 
 class TestHandlers:
@@ -168,6 +170,7 @@ class TestHandlers:
         assert sorted(numbers(found)) == [1, 2, 3, 4]
         assert [n for n in numbers(found) if n != 3] == [1, 2, 4]
         assert len(ids) == 3 and ids[0] == ids[1] == ids[2]
+        assert len(set(ids[0])) == 4
         assert {message.id for message in found} == set(ids[0])
         await nothing_waits(SINK)
 
