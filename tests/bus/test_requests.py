@@ -214,6 +214,18 @@ class TestRequest:
         with pytest.raises(SendError, match="no (queue|topic) 'nowhere'"):
             await make(None).request(Quote(id=1), "nowhere", timeout=20)
 
+    async def test_one_that_nobody_waits_for_any_more_is_not_handled(self, make: MakeBus) -> None:
+        seen: list[Any] = []
+        prices = make("prices")
+        await prices.declare()
+        with pytest.raises(RequestTimeout):
+            await make(None).request(Quote(id=1), timeout=0.2)
+        prices.register(Quote, seen.append)
+        await prices.start()
+        await prices.send(Quote(id=2))
+        await reaches(seen, 1)
+        assert seen == [Quote(id=2)]
+
     async def test_a_late_reply_is_dropped_with_a_log_line(
         self, make: MakeBus, caplog: pytest.LogCaptureFixture
     ) -> None:
