@@ -365,7 +365,8 @@ async def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
             while running.process.returncode is None:
                 await asyncio.sleep(0.1)
                 running.process.send_signal(signal.SIGTERM)
-        assert await running.ends() == 128 + signal.SIGTERM
+        # One more may come when the interpreter has no handler for it any more: then it ends by the signal itself.
+        assert await running.ends() in (128 + signal.SIGTERM, -signal.SIGTERM)
     async with Consumer("orders", url=f"{url}?lease=0.1") as consumer:
         [delivery] = await consumer.receive(1, timeout=60)
         await delivery.ack()

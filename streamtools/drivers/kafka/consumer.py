@@ -351,7 +351,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 token.track.finish(token.offset)
                 number += 1
         if number and self._membership is not None:
-            self._membership.finished(number)
+            self._membership.finished(number, at_once=True)
         self._settled.set()
 
     # --- moving what is not due -------------------------------------------------------------------
@@ -388,7 +388,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         if batch and self._outbox is not None:
             await self._outbox.move(batch)
             if self._membership is not None:
-                self._membership.finished(len(batch))
+                self._membership.finished(len(batch), at_once=True)
 
     # --- partitions that go -----------------------------------------------------------------------
 

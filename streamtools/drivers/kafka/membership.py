@@ -319,12 +319,16 @@ class Membership:
 
     # --- committing -------------------------------------------------------------------------------
 
-    def finished(self, number: int = 1) -> None:
-        """So many messages more are finished: commit them soon."""
+    def finished(self, number: int = 1, *, at_once: bool = False) -> None:
+        """So many messages more are finished: commit them soon.
+
+        Parameters:
+            at_once: something was sent for them; a crash before the commit would send it twice.
+        """
         if self._terms.exactly_once:
             return
         self._uncommitted += number
-        if self._uncommitted >= COMMIT_COUNT:
+        if at_once or self._uncommitted >= COMMIT_COUNT:
             self._commit_now.set()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(COMMIT_AGE, self._commit_now.set)
