@@ -261,7 +261,7 @@ class Consumer(Endpoint):
         for delivery in batch:
             delivery.settled = True
         try:
-            await guard((self.translator or self)._settle([Settlement(delivery, ACK) for delivery in batch]))
+            await guard(self._ack(batch))
         except BaseException:
             for delivery in batch:
                 delivery.settled = False  # still in hand: another verdict may fare better
@@ -363,6 +363,14 @@ class Consumer(Endpoint):
                 that the broker does not hold, unless `Features.atomic`: then none of a delivery has left.
         """
         raise TypeError(f"{type(self).__name__} does not say how to settle: write its _settle().")
+
+    async def _ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Acknowledge all of them; written anew by drivers that need no Settlement for each.
+
+        Raises:
+            ConnectionLost: as for `_settle`.
+        """
+        await (self.translator or self)._settle([Settlement(delivery, ACK) for delivery in deliveries])
 
     async def _redeclare(self) -> None:
         """Make again what `_open` declares, where it is missing; asked for when an outgoing message was refused.

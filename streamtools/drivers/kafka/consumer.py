@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Collection, Hashable, Sequence
 from typing import Any, ClassVar, Final
 
+from aiokafka import TopicPartition
+
 from streamtools.checks import check_name
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
@@ -203,31 +205,35 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         if self._intake is not None and len(self._moves) < MOVING:
             tracks = self._intake.tracks()
             share = -(-limit // max(1, len(tracks)))
-            for track in tracks:
-                self._take_arrived(membership, track, batch, min(limit, len(batch) + share), now)
+            try:
+                for track in tracks:
+                    self._take_arrived(membership, track, batch, min(limit, len(batch) + share), now)
+            except Exception as error:  # bytes that the library cannot read
+                self._fail(client_error(error, self.settings))
             self._intake.taken()
         return batch
 
     def _take_arrived(
         self, membership: Membership, track: Track, batch: list[Delivery], limit: int, now: float
     ) -> None:
-        offsets = track.offsets
-        while len(batch) < limit:
-            try:
-                record = track.next()
-            except Exception as error:  # bytes that the library cannot read
-                return self._fail(client_error(error, self.settings))
-            if record is None:
-                return
-            offset = record.offset
-            if offset < offsets.next:
-                # The log was cut (an unclean election, a topic made anew): our bookkeeping means other messages.
-                membership.restart(track, record)
-                return
-            if offsets.take(offset):
-                self._deliver(track, record, batch, now)
-            else:
-                membership.finished()  # by whoever had the partition before
+        arrived, offsets, in_hand, place = track.arrived, track.offsets, track.in_hand, track.partition
+        decode = _none if track.is_retry else decode_plain
+        while arrived and len(batch) < limit:
+            for record in arrived[0]:
+                offset = record.offset
+                if offset < offsets.next:
+                    # The log was cut (an unclean election, a topic made anew): our bookkeeping means other messages.
+                    return membership.restart(track, record)
+                if not offsets.take(offset):
+                    membership.finished()  # by whoever had the partition before
+                elif (message := decode(record, place)) is not None:
+                    in_hand[offset] = delivery = Delivery(message, new_token(Token, (track, offset, None)))
+                    batch.append(delivery)
+                else:
+                    self._deliver(track, record, batch, now)
+                if len(batch) >= limit:
+                    return
+            arrived.popleft()
 
     def _take_returned(self, batch: list[Delivery], limit: int) -> None:
         self._returned.sort(key=lambda pair: (pair[0].track.partition, pair[0].offset))
@@ -244,19 +250,15 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
     def _deliver(self, track: Track, record: Any, batch: list[Delivery], now: float) -> None:
         """Hand it over; what is not due goes on the shelf, or is moved to where it waits."""
-        offset, bad = record.offset, None
-        if track.is_retry or (message := decode_plain(record, track.partition)) is None:
-            queue = None
-            if track.is_retry:  # messages of several queues wait there
-                queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self.queue)
-            message = decode_record(record, track.partition, queue)
-            if message.deliver_at is not None and message.deliver_at > now:
-                self._hold_back(track, record, message, now)
-                return
-            token, bad = Token(track, offset, record), trouble(record, track.partition)
-        else:
-            token = new_token((track, offset, None))
-        track.in_hand[offset] = delivery = Delivery(message, token, 0, bad)
+        queue = None
+        if track.is_retry:  # messages of several queues wait there
+            queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self.queue)
+        message = decode_record(record, track.partition, queue)
+        if message.deliver_at is not None and message.deliver_at > now:
+            self._hold_back(track, record, message, now)
+            return
+        token = Token(track, record.offset, record)
+        track.in_hand[record.offset] = delivery = Delivery(message, token, 0, trouble(record, track.partition))
         batch.append(delivery)
 
     def _hold_back(self, track: Track, record: Any, message: Message, now: float) -> None:
@@ -275,6 +277,20 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         return super()._line(delivery)
 
     # --- settling ---------------------------------------------------------------------------------
+
+    async def _ack(self, deliveries: Sequence[Delivery]) -> None:
+        if self.translator is not None or self.options.exactly_once or self.ack == "on_receive":
+            return await super()._ack(deliveries)
+        number = 0
+        for delivery in deliveries:
+            track, offset, _ = delivery.token
+            if not track.gone and track.in_hand.get(offset) is delivery:
+                del track.in_hand[offset]
+                track.offsets.finish(offset)
+                number += 1
+        if number and self._membership is not None:
+            self._membership.finished(number)
+        self._settled.set()
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         if self.options.exactly_once or any(s.outgoing for s in settlements):
@@ -467,3 +483,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def validate_queue(cls, queue: str) -> None:
         super().validate_queue(queue)
         check_kafka_name(queue)
+
+
+def _none(record: Any, place: TopicPartition) -> None:
+    """In the retry topic nothing is plain."""

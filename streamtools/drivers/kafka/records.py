@@ -148,7 +148,7 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
             _keep(user, name, raw)
     if meta:
         found |= _decode_meta(meta, record)
-    found.setdefault("id", f"{place.topic}-{place.partition}-{record.offset}")
+    found.setdefault("id", _id_of(place, record.offset))
     if record.timestamp >= 0:
         found.setdefault("time", record.timestamp / 1000)
     return Message(
@@ -164,22 +164,22 @@ def decode_plain(record: Any, place: TopicPartition) -> Message | None:
     """The message of a record with no headers but id and content type; None for any other, and for a bad key."""
     headers, content_type = record.headers, None
     number = len(headers)
+    message = _new(Plain)
     try:
         if number == 0:
-            name = f"{place.topic}-{place.partition}-{record.offset}"
+            _set_source(message, (place, record.offset))  # its id, if anybody asks for it
         elif number == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE:
             name = headers[0][1].decode()
             content_type = headers[1][1].decode()
+            _set_id(message, name)
+            _set_source(message, name)
         else:
             return None
         key = None if record.key is None else record.key.decode()
     except (UnicodeDecodeError, AttributeError):  # no text, or None
         return None
-    message = _new(Plain)
-    _set_source(message, True)
     _set_body(message, record.value or b"")
     _set_queue(message, place.topic)
-    _set_id(message, name)
     _set_time(message, record.timestamp / 1000 if record.timestamp >= 0 else None)
     _set_content_type(message, content_type)
     _set_key(message, key)
@@ -187,7 +187,8 @@ def decode_plain(record: Any, place: TopicPartition) -> Message | None:
 
 
 class Plain(LazyMessage):
-    """A message with the fields that `decode_plain` sets; in the others it has nothing."""
+    """A message with the fields that `decode_plain` sets, and nothing in the others. Its source is its id, or where
+    it stands."""
 
     __slots__ = ()
 
@@ -200,11 +201,16 @@ class Plain(LazyMessage):
         return {
             "body": self.body,
             "queue": self.queue,
-            "id": self.id,
+            "id": source if isinstance(source, str) else _id_of(*source),
             "time": self.time,
             "content_type": self.content_type,
             "key": self.key,
         }
+
+
+def _id_of(place: TopicPartition, offset: int) -> str:
+    """The id of a message that came without one."""
+    return f"{place.topic}-{place.partition}-{offset}"
 
 
 _new: Final = Plain.__new__
