@@ -43,7 +43,7 @@ COMMIT_TIME: Final = 1.0
 TICK: Final = 10.0
 #: Seconds before another try for a lock, and the most of it.
 LOCK_DELAY: Final = 0.0005
-LOCK_MAX_DELAY: Final = 0.01
+LOCK_MAX_DELAY: Final = 0.002
 #: Seconds between looks at leases, and at the size of the log, at most.
 CARE: Final = 1.0
 
