@@ -252,7 +252,7 @@ class Consumer(Endpoint):
             ConnectionLost: the connection ended; those of them that come again are new deliveries.
             RuntimeError: one was not received by this consumer.
         """
-        batch = [delivery for delivery in deliveries if not delivery.settled]
+        batch = [delivery for delivery in dict.fromkeys(deliveries) if not delivery.settled]
         for delivery in batch:
             if delivery.hand is not self._hand:
                 raise RuntimeError(f"{delivery!r} was not given by receive() of {self!r}: await delivery.ack().")

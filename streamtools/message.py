@@ -183,9 +183,10 @@ _SOURCE: Final = Message.__dict__["error"]
 
 
 def _complete(message: LazyMessage) -> Message:
-    source = _SOURCE.__get__(message)
-    if source is not None:  # else another thread has asked meanwhile: it is the last field that is set
-        Message.__init__(message, **message._all(source))
+    kind, source = type(message), _SOURCE.__get__(message)
+    # Another thread may ask at the same time. Whichever of this it sees, both set the same; the source goes last.
+    if source is not None and issubclass(kind, LazyMessage):
+        Message.__init__(message, **kind._all(message, source))
     object.__setattr__(message, "__class__", Message)
     return message
 

@@ -13,14 +13,13 @@ from streamtools import codec
 from streamtools.binding import compile_handler, name_of
 from streamtools.cancelling import finish, guard
 from streamtools.consumer import BoundHandler, Consumer
-from streamtools.delivery import Delivery, Settlement
+from streamtools.delivery import Delivery
 from streamtools.dispatch import Dispatcher, chain
 from streamtools.errors import ConfigurationError, ConnectError, DecodeError
 from streamtools.jobs.message import JobMessage
 from streamtools.message import Message
 from streamtools.threads import Threads
 from streamtools.types import Handler
-from streamtools.verdicts import ACK
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -77,7 +76,7 @@ async def _read(delivery: Delivery) -> JobMessage | None:
 async def _take_over(consumer: Consumer, deliveries: Sequence[Delivery]) -> None:
     # All at once: of many single ones RabbitMQ forgets those that it has not come to when the channel is closed.
     try:
-        await guard(consumer._settle([Settlement(delivery, ACK) for delivery in deliveries]))
+        await consumer.ack_many(deliveries)
     except ConnectError as error:  # some may be acknowledged, so all are to be returned
         log.warning("Messages of %r may be delivered again: %s", consumer.queue, error)
     finally:

@@ -209,7 +209,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 for track in tracks:
                     self._take_arrived(membership, track, batch, min(limit, len(batch) + share), now)
             except Exception as error:  # bytes that the library cannot read
-                self._fail(client_error(error, self.settings))
+                failure = client_error(error, self.settings)
+                failure.__cause__ = error
+                self._fail(failure)
             self._intake.taken()
         return batch
 

@@ -27,6 +27,7 @@ from streamtools.drivers.kafka.records import (
     decode_origin,
     decode_record,
     header_texts,
+    id_of,
     now_ms,
 )
 from streamtools.errors import SendError
@@ -144,7 +145,7 @@ class KafkaReader:
         items = outgoing(settlement.outgoing)
         told = header_texts(record.headers, (GROUP, RETRIES))
         if GROUP in told and RETRIES in told and await self._reads(told[GROUP], told[RETRIES]):
-            origin = decode_origin(record, TopicPartition(record.topic, record.partition))
+            origin = decode_origin(record, _place(record))
             back = [i for i, m in zip(items, settlement.outgoing, strict=True) if isinstance(m, Returning)]
             for item in back:
                 item.headers += [*origin.headers, (QUEUE, item.topic.encode())]
@@ -179,7 +180,7 @@ class KafkaReader:
         return found
 
     def _take(self, record: Any) -> Delivery | None:
-        partition = TopicPartition(record.topic, record.partition)
+        partition = _place(record)
         if record.offset >= self._ends[partition] or not self._offsets[partition].take(record.offset):
             return None
         self._records[partition][record.offset] = record
@@ -189,7 +190,7 @@ class KafkaReader:
         touched = set()
         for settlement in settlements:
             record = settlement.delivery.token
-            partition = TopicPartition(record.topic, record.partition)
+            partition = _place(record)
             if self._offsets[partition].finish(record.offset):
                 del self._records[partition][record.offset]
                 touched.add(partition)
@@ -218,11 +219,11 @@ class KafkaReader:
 
 
 def _again(record: Any) -> Outgoing:
-    place = TopicPartition(record.topic, record.partition)
+    place = _place(record)
     found = decode_origin(record, place).headers
     origin = [(name, value) for name, value in found if name not in dict(record.headers)]
     return Outgoing(
-        id=f"{record.topic}-{record.partition}-{record.offset}",
+        id=id_of(place, record.offset),
         topic=record.topic,
         key=record.key,
         value=record.value,
@@ -230,3 +231,7 @@ def _again(record: Any) -> Outgoing:
         timestamp=record.timestamp,
         partition=record.partition,
     )
+
+
+def _place(record: Any) -> TopicPartition:
+    return TopicPartition(record.topic, record.partition)

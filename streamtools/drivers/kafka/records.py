@@ -148,7 +148,7 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
             _keep(user, name, raw)
     if meta:
         found |= _decode_meta(meta, record)
-    found.setdefault("id", _id_of(place, record.offset))
+    found.setdefault("id", id_of(place, record.offset))
     if record.timestamp >= 0:
         found.setdefault("time", record.timestamp / 1000)
     return Message(
@@ -201,14 +201,14 @@ class Plain(LazyMessage):
         return {
             "body": self.body,
             "queue": self.queue,
-            "id": source if isinstance(source, str) else _id_of(*source),
+            "id": source if isinstance(source, str) else id_of(*source),
             "time": self.time,
             "content_type": self.content_type,
             "key": self.key,
         }
 
 
-def _id_of(place: TopicPartition, offset: int) -> str:
+def id_of(place: TopicPartition, offset: int) -> str:
     """The id of a message that came without one."""
     return f"{place.topic}-{place.partition}-{offset}"
 
