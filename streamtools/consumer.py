@@ -252,16 +252,17 @@ class Consumer(Endpoint):
             ConnectionLost: the connection ended; those of them that come again are new deliveries.
             RuntimeError: one was not received by this consumer.
         """
-        batch = [delivery for delivery in dict.fromkeys(deliveries) if not delivery.settled]
-        for delivery in batch:
-            if delivery.hand is not self._hand:
-                raise RuntimeError(f"{delivery!r} was not given by receive() of {self!r}: await delivery.ack().")
-        if not batch:
-            return
-        for delivery in batch:
-            delivery.settled = True
+        batch: list[Delivery] = []
         try:
-            await guard(self._ack(batch))
+            for delivery in deliveries:
+                if delivery.settled:
+                    continue
+                if delivery.hand is not self._hand:
+                    raise RuntimeError(f"{delivery!r} was not given by receive() of {self!r}: await delivery.ack().")
+                delivery.settled = True
+                batch.append(delivery)
+            if batch:
+                await guard(self._ack(batch))
         except BaseException:
             for delivery in batch:
                 delivery.settled = False  # still in hand: another verdict may fare better
@@ -441,7 +442,7 @@ class Consumer(Endpoint):
         """As `_pull`, but what has expired is dropped, as it would be before a handler."""
         while True:
             batch = await self._pull(limit, deadline, at_once)
-            stale = [delivery for delivery in batch if self.drops_expired and delivery.message.expired]
+            stale = [delivery for delivery in batch if delivery.message.expired] if self.drops_expired else ()
             if not stale:
                 return batch
             fresh = [delivery for delivery in batch if delivery not in stale]

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Collection, Hashable, Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 from aiokafka import TopicPartition
 
@@ -26,7 +26,7 @@ from streamtools.drivers.kafka.outgoing import COPY_ROOM
 from streamtools.drivers.kafka.records import QUEUE, decode_plain, decode_record, header_texts, trouble
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at
 from streamtools.drivers.kafka.topics import Topic, topics_at
-from streamtools.drivers.kafka.track import Token, Track, new_token
+from streamtools.drivers.kafka.track import KafkaDelivery, Track, delivery_of
 from streamtools.errors import Closed, ConfigurationError, SendError, StreamToolsError
 from streamtools.loop import Ack
 from streamtools.message import Message
@@ -98,7 +98,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     async def _open(self) -> None:
         await self._close()
         self._apply_options()  # the decorator may have brought more
-        self._returned: list[tuple[Token, Delivery]] = []  # given back, to be handed over again
+        self._returned: list[KafkaDelivery] = []  # given back, to be handed over again
         self._moves: deque[tuple[Track, Any, Message]] = deque()  # not due: to go to the retry topic
         self._moving = 0
         self._move_wake = asyncio.Event()
@@ -218,7 +218,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _take_arrived(
         self, membership: Membership, track: Track, batch: list[Delivery], limit: int, now: float
     ) -> None:
-        arrived, offsets, in_hand, place = track.arrived, track.offsets, track.in_hand, track.partition
+        arrived, offsets, pending, place = track.arrived, track.offsets, track.offsets.pending, track.partition
         decode = _none if track.is_retry else decode_plain
         while arrived and len(batch) < limit:
             for record in arrived[0]:
@@ -229,7 +229,8 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 if not offsets.take(offset):
                     membership.finished()  # by whoever had the partition before
                 elif (message := decode(record, place)) is not None:
-                    in_hand[offset] = delivery = Delivery(message, new_token(Token, (track, offset, None)))
+                    pending[offset] = delivery = KafkaDelivery(message)
+                    delivery.track, delivery.offset = track, offset
                     batch.append(delivery)
                 else:
                     self._deliver(track, record, batch, now)
@@ -238,13 +239,11 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             arrived.popleft()
 
     def _take_returned(self, batch: list[Delivery], limit: int) -> None:
-        self._returned.sort(key=lambda pair: (pair[0].track.partition, pair[0].offset))
+        self._returned.sort(key=lambda delivery: (delivery.track.partition, delivery.offset))
         while self._returned and len(batch) < limit:
-            token, old = self._returned.pop(0)
-            if not (token.track.gone or token.track.going):
-                delivery = Delivery(old.message, token, old.count, old.trouble)
-                token.track.in_hand[token.offset] = delivery
-                batch.append(delivery)
+            old = self._returned.pop(0)
+            if not (old.track.gone or old.track.going):
+                batch.append(old.track.deliver(old.offset, old.message, old.token, old.trouble))
 
     def _take_due(self, track: Track, batch: list[Delivery], limit: int, now: float) -> None:
         for record in track.due(now, limit - len(batch)):
@@ -259,9 +258,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         if message.deliver_at is not None and message.deliver_at > now:
             self._hold_back(track, record, message, now)
             return
-        token = Token(track, record.offset, record)
-        track.in_hand[record.offset] = delivery = Delivery(message, token, 0, trouble(record, track.partition))
-        batch.append(delivery)
+        batch.append(track.deliver(record.offset, message, record, trouble(record, track.partition)))
 
     def _hold_back(self, track: Track, record: Any, message: Message, now: float) -> None:
         due = message.deliver_at or now
@@ -274,7 +271,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
     def _line(self, delivery: Delivery) -> Hashable:
         if self.ordered_by == "partition":
-            partition: Hashable = delivery.token.track.partition
+            partition: Hashable = cast(KafkaDelivery, delivery).track.partition
             return partition
         return super()._line(delivery)
 
@@ -284,11 +281,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         if self.translator is not None or self.options.exactly_once or self.ack == "on_receive":
             return await super()._ack(deliveries)
         number = 0
-        for delivery in deliveries:
-            track, offset, _ = delivery.token
-            if not track.gone and track.in_hand.get(offset) is delivery:
-                del track.in_hand[offset]
-                track.offsets.finish(offset)
+        for delivery in cast(Sequence[KafkaDelivery], deliveries):
+            track = delivery.track
+            if not track.gone and track.offsets.finish(delivery.offset, delivery):
                 number += 1
         if number and self._membership is not None:
             self._membership.finished(number)
@@ -306,31 +301,28 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         """Those that send nothing need no one's answer."""
         number = 0
         for settlement in settlements:
-            delivery = settlement.delivery
-            token: Token = delivery.token
-            track, offset = token.track, token.offset
-            if track.gone or track.in_hand.get(offset) is not delivery:
-                continue
-            del track.in_hand[offset]
-            if settlement.verdict is RELEASE:
-                self._give_back(token, delivery)
-            else:
-                track.offsets.finish(offset)
-                number += 1
+            delivery = delivery_of(settlement)
+            track = delivery.track
+            if settlement.verdict is not RELEASE:
+                if not track.gone and track.offsets.finish(delivery.offset, delivery):
+                    number += 1
+            elif track.is_mine(delivery):
+                track.offsets.pending[delivery.offset] = None
+                self._give_back(delivery)
         if number and self._membership is not None:
             self._membership.finished(number)
         self._settled.set()
 
-    def _give_back(self, token: Token, delivery: Delivery) -> None:
-        self._returned.append((token, delivery))
+    def _give_back(self, delivery: KafkaDelivery) -> None:
+        self._returned.append(delivery)
         self._wake_up()
 
     async def _settle_and_send(self, settlements: Sequence[Settlement]) -> None:
-        mine = [s for s in settlements if s.delivery.token.track.is_mine(s.delivery, s.delivery.token.offset)]
+        mine = [s for s in settlements if delivery_of(s).track.is_mine(delivery_of(s))]
         for settlement in mine:
-            token: Token = settlement.delivery.token
-            del token.track.in_hand[token.offset]
-            token.track.settling += 1
+            delivery = delivery_of(settlement)
+            delivery.track.offsets.pending[delivery.offset] = None
+            delivery.track.settling += 1
         done: list[Settlement] = []
         try:
             if mine:
@@ -358,15 +350,14 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         finished = {id(s) for s in done}
         number = 0
         for settlement in mine:
-            delivery = settlement.delivery
-            token: Token = delivery.token
-            token.track.settling -= 1
+            delivery = delivery_of(settlement)
+            delivery.track.settling -= 1
             if id(settlement) not in finished:
-                token.track.in_hand[token.offset] = delivery
+                delivery.track.offsets.pending[delivery.offset] = delivery
             elif settlement.verdict is RELEASE:
-                self._give_back(token, delivery)
+                self._give_back(delivery)
             else:
-                token.track.finish(token.offset)
+                delivery.track.offsets.finish(delivery.offset)
                 number += 1
         if number and self._membership is not None:
             self._membership.finished(number, at_once=True)
@@ -399,7 +390,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             if message.id in error.refused:
                 track.hold(min(message.deliver_at or 0.0, time.time() + MOVE_AGAIN), record)
             elif not self.options.exactly_once:
-                track.finish(record.offset)
+                track.offsets.finish(record.offset)
 
     async def _move(self, batch: list[tuple[Track, Any, Message]]) -> None:
         batch = [(track, record, message) for track, record, message in batch if not track.gone]
@@ -416,11 +407,11 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             track.going = True
             track.arrived.clear()
             track.shelf.clear()
-            for delivery in track.in_hand.values():
+            for delivery in track.in_hand:
                 if delivery.task is None or delivery.wake is not None:
                     delivery.withdraw()
         await self._until_idle(tracks, self.options.revoke_timeout)
-        late = [d for track in tracks for d in track.in_hand.values() if d.task is not None]
+        late = [d for track in tracks for d in track.in_hand if d.task is not None]
         for delivery in late:
             delivery.abandon()
         if late:
@@ -442,7 +433,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         for track in tracks:
             if track.settling:
                 return True
-            for delivery in track.in_hand.values():
+            for delivery in track.in_hand:
                 if by_hand or delivery.task is not None or delivery.settled:
                     return True
         return self._moving > 0 or bool(self._moves)

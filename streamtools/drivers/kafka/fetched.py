@@ -8,12 +8,13 @@ results give out, instead of a list of records, a Fetched.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, dropwhile
 from typing import Any
 
 from aiokafka import errors as kafka
-from aiokafka.consumer.fetcher import FetchResult
+from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 
 
 class Fetched:
@@ -57,33 +58,30 @@ def _take(result: FetchResult) -> Fetched | None:
     records = result._partition_records
     memory = records._records
     size, end = memory.size_in_bytes(), records.next_fetch_offset
-    batches: deque[Any] = deque()
+    batches = []
     while memory.has_next():
         batch = memory.next_batch()
         if not batch.validate_crc():
             raise kafka.CorruptRecordException(f"Invalid CRC - {partition}")
         batches.append(batch)
         end = max(end, batch.next_offset)
-    records._check_crcs = False  # it is done
-    records._records = _Batches(batches)
-    records._consumer_record = _as_parsed
+    start = records.next_fetch_offset
+    parsed = chain.from_iterable(_committed(records, batches))
     result._assignment.state_value(partition).consumed_to(end)
     result._partition_records = None
-    return Fetched(records._records_iterator, end, size)
+    # The first batch may begin before what was asked for.
+    return Fetched(dropwhile(lambda record: record.offset < start, parsed), end, size)
 
 
-class _Batches:
-    """What the library's parser asks for its batches."""
-
-    def __init__(self, batches: deque[Any]) -> None:
-        self._batches = batches
-
-    def has_next(self) -> bool:
-        return bool(self._batches)
-
-    def next_batch(self) -> Any:
-        return self._batches.popleft()
-
-
-def _as_parsed(partition: Any, record: Any) -> Any:
-    return record
+def _committed(records: PartitionRecords, batches: Iterable[Any]) -> Iterator[Any]:
+    """Those of which a reader is to see the records: as the library's own parser has it, for read_committed."""
+    for batch in batches:
+        control, producer = batch.is_control_batch, batch.producer_id
+        if producer is not None:
+            records._consume_aborted_up_to(batch.base_offset)
+            if control and records._contains_abort_marker(batch):
+                records._aborted_producers.discard(producer)
+            if batch.is_transactional and producer in records._aborted_producers:
+                continue
+        if not control:
+            yield batch

@@ -267,7 +267,7 @@ class Membership:
     def _let_go(self) -> None:
         for track in self.tracks.values():
             track.gone = True
-            for delivery in track.in_hand.values():
+            for delivery in track.in_hand:
                 delivery.withdraw()
         self.tracks = {}
         self._changed()

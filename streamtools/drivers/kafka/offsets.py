@@ -15,7 +15,7 @@ import binascii
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from typing import Final
+from typing import Any, Final
 
 #: The first characters of our metadata; what another program has committed is not ours to read.
 MARK: Final = "s1:"
@@ -40,7 +40,8 @@ class Offsets:
     def __init__(self, start: int, metadata: str = "") -> None:
         #: The first offset that was not taken yet.
         self.next: int = start
-        self._pending: dict[int, None] = {}  # taken and not finished, in rising order
+        #: What is taken and not finished, in rising order, and what it is with; the owner's to set. None at first.
+        self.pending: dict[int, Any] = {}
         self._ahead = deque(decode(start, metadata))  # finished by whoever had the partition before
         self._changes = 0
         self._committed = 0
@@ -48,12 +49,7 @@ class Offsets:
     @property
     def position(self) -> int:
         """What can be committed: all before it is finished."""
-        return next(iter(self._pending), self.next)
-
-    @property
-    def pending(self) -> int:
-        """How many are taken and not finished."""
-        return len(self._pending)
+        return next(iter(self.pending), self.next)
 
     @property
     def uncommitted(self) -> int:
@@ -69,13 +65,16 @@ class Offsets:
         if offset < self.next:
             raise ValueError(f"offset {offset} was taken already; the next one is {self.next}")
         self.next = offset + 1
-        while self._ahead and self._ahead[0][1] <= offset:
-            self._ahead.popleft()
-        if self._ahead and self._ahead[0][0] <= offset:
+        if self._ahead and self._was_finished(offset):
             self._changes += 1
             return False
-        self._pending[offset] = None
+        self.pending[offset] = None
         return True
+
+    def _was_finished(self, offset: int) -> bool:
+        while self._ahead and self._ahead[0][1] <= offset:
+            self._ahead.popleft()
+        return bool(self._ahead) and self._ahead[0][0] <= offset
 
     def pass_over(self, end: int) -> bool:
         """All up to `end` that was not taken is no message, and finished; False when there is nothing of the kind."""
@@ -85,17 +84,14 @@ class Offsets:
         self._changes += 1
         return True
 
-    def finish(self, offset: int) -> bool:
-        """The message at `offset` is done with; False when it is not pending."""
-        if offset not in self._pending:
+    def finish(self, offset: int, held: object = None) -> bool:
+        """The message at `offset` is done with; False when it is not pending, or with another than `held`."""
+        pending = self.pending
+        if offset not in pending or pending[offset] is not held:
             return False
-        del self._pending[offset]
+        del pending[offset]
         self._changes += 1
         return True
-
-    def is_pending(self, offset: int) -> bool:
-        """It was taken and is not finished."""
-        return offset in self._pending
 
     def commit(self, limit: int = METADATA_LIMIT, *, also: Collection[int] = ()) -> tuple[int, str, bool]:
         """What to commit: the offset, the metadata, and whether that holds all that is finished.
@@ -104,7 +100,7 @@ class Offsets:
             limit: characters of metadata at most.
             also: pending ones that count as finished if this very commit succeeds.
         """
-        pending = [offset for offset in self._pending if offset not in also] if also else self._pending
+        pending = [offset for offset in self.pending if offset not in also] if also else self.pending
         start = next(iter(pending), self.next)
         text, whole = encode(start, self._finished(start, pending), limit)
         return start, text, whole

@@ -15,7 +15,7 @@ from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
 from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import GROUP, QUEUE, RETRIES, Header, decode_origin, header_texts, now_ms
 from streamtools.drivers.kafka.tiers import tier_of
-from streamtools.drivers.kafka.track import Token, Track
+from streamtools.drivers.kafka.track import Track, delivery_of
 from streamtools.drivers.kafka.transactions import Transactional, opened
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
@@ -102,7 +102,7 @@ class Outbox:
             return
         await (await self._get_publisher()).publish([self._waiting(*each) for each in batch])
         for track, record, _ in batch:
-            track.finish(record.offset)
+            track.offsets.finish(record.offset)
 
     async def _get_publisher(self) -> Publisher:
         async with self._opening:
@@ -135,7 +135,7 @@ class Outbox:
         tracks: dict[Track, list[Settlement]] = {}
         for settlement in mine:
             if settlement.verdict.kind is not Kind.RELEASE:
-                tracks.setdefault(settlement.delivery.token.track, []).append(settlement)
+                tracks.setdefault(delivery_of(settlement).track, []).append(settlement)
         for track, batch in tracks.items():
             await self._settle_track(track, batch, done, reject)
 
@@ -147,7 +147,7 @@ class Outbox:
         reject: Callable[[Settlement, SendError], Settlement],
     ) -> None:
         try:
-            await self._transact(track, {s.delivery.token.offset for s in batch}, self._all_copies(batch))
+            await self._transact(track, {delivery_of(s).offset for s in batch}, self._all_copies(batch))
         except SendError as error:
             bad = [s for s in batch if any(m.id in error.refused for m in s.outgoing)]
             good = [s for s in batch if s not in bad]
@@ -157,7 +157,7 @@ class Outbox:
                 if settlement.verdict is not ACK:
                     raise
                 instead = reject(settlement, error)
-                await self._transact(track, {settlement.delivery.token.offset}, self._copies(instead))
+                await self._transact(track, {delivery_of(settlement).offset}, self._copies(instead))
                 done.append(settlement)
         else:
             done += batch
@@ -179,7 +179,7 @@ class Outbox:
                     self._membership.limit //= 2
                 raise
             for offset in offsets:
-                track.finish(offset)
+                track.offsets.finish(offset)
             track.full = not whole
 
     async def _one(
@@ -247,12 +247,12 @@ class Outbox:
 
     def _history(self, settlement: Settlement, message: Message) -> list[Header]:
         """Where it was read first, and who has rejected it."""
-        token: Token = settlement.delivery.token
-        if message.error is not None and message.error is settlement.delivery.message.error:
+        delivery = delivery_of(settlement)
+        if message.error is not None and message.error is delivery.message.error:
             # An error queue's own consumer has failed: what brought the message there stays with it.
-            return [*token.origin.headers, *_rejected_by(token.record)]
+            return [*delivery.origin.headers, *_rejected_by(delivery.token)]
         group = self._group_headers if settlement.verdict.kind is Kind.REJECT else ()
-        return [*token.origin.headers, *group]
+        return [*delivery.origin.headers, *group]
 
     @property
     def _group_headers(self) -> list[Header]:

@@ -19,7 +19,7 @@ from streamtools.drivers.kafka.outgoing import outgoing
 from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import Placed
 from streamtools.drivers.kafka.topics import Topic
-from streamtools.drivers.kafka.track import Token
+from streamtools.drivers.kafka.track import KafkaDelivery
 from streamtools.drivers.kafka.transactions import Transactional, opened, same_kafka
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError, StreamToolsError
 from streamtools.message import Message, sets_slots
@@ -198,9 +198,9 @@ class KafkaProducer(Producer, protocol="kafka"):
     def _collecting(self) -> Delivery | None:
         """The message being handled, if what is sent now is to leave with its acknowledgement."""
         delivery = current.get()
-        if delivery is None or not isinstance(delivery.token, Token):
+        if not isinstance(delivery, KafkaDelivery):
             return None
-        exactly = delivery.token.track.exactly
+        exactly = delivery.track.exactly
         return delivery if exactly is not None and same_kafka(exactly, self.settings) else None
 
     # --- without waiting --------------------------------------------------------------------------

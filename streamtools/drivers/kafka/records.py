@@ -161,51 +161,32 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
 
 
 def decode_plain(record: Any, place: TopicPartition) -> Message | None:
-    """The message of a record with no headers but id and content type; None for any other, and for a bad key."""
-    headers, content_type = record.headers, None
-    number = len(headers)
-    message = _new(Plain)
-    try:
-        if number == 0:
-            _set_source(message, (place, record.offset))  # its id, if anybody asks for it
-        elif number == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE:
-            name = headers[0][1].decode()
-            content_type = headers[1][1].decode()
-            _set_id(message, name)
-            _set_source(message, name)
-        else:
-            return None
-        key = None if record.key is None else record.key.decode()
-    except (UnicodeDecodeError, AttributeError):  # no text, or None
+    """The message of a record with no headers but id and content type; None for any other, and where its key may be
+    bad."""
+    headers, key = record.headers, record.key
+    if headers and not (len(headers) == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE):
         return None
+    if key is not None and not key.isascii():
+        return None
+    message = _new(Plain)
+    _set_source(message, record if headers else (record, place))
     _set_body(message, record.value or b"")
     _set_queue(message, place.topic)
-    _set_time(message, record.timestamp / 1000 if record.timestamp >= 0 else None)
-    _set_content_type(message, content_type)
-    _set_key(message, key)
     return message
 
 
 class Plain(LazyMessage):
-    """A message with the fields that `decode_plain` sets, and nothing in the others. Its source is its id, or where
-    it stands."""
+    """A message that has body and queue; the rest is read when it is asked for. Its source is the record, with its
+    place where its id is made of that."""
 
     __slots__ = ()
 
-    @property
-    def expired(self) -> bool:
-        """It has no such time."""
-        return False
+    expired = False  # it has no such time
 
     def _all(self, source: Any) -> dict[str, Any]:
-        return {
-            "body": self.body,
-            "queue": self.queue,
-            "id": source if isinstance(source, str) else id_of(*source),
-            "time": self.time,
-            "content_type": self.content_type,
-            "key": self.key,
-        }
+        record, place = source if isinstance(source, tuple) else (source, TopicPartition(self.queue, -1))
+        message = decode_record(record, place)
+        return {name: getattr(message, name) for name in ("body", "queue", "id", "time", "content_type", "key")}
 
 
 def id_of(place: TopicPartition, offset: int) -> str:
@@ -214,9 +195,7 @@ def id_of(place: TopicPartition, offset: int) -> str:
 
 
 _new: Final = Plain.__new__
-_set_source, _set_body, _set_queue, _set_id, _set_time, _set_content_type, _set_key = setters(
-    "body", "queue", "id", "time", "content_type", "key"
-)
+_set_source, _set_body, _set_queue = setters("body", "queue")
 
 
 def _decode_meta(meta: dict[str, str], record: Any) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Final, cast
 
 from aiokafka import TopicPartition
 
-from streamtools.delivery import Delivery
+from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.kafka.fetched import Fetched
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.records import Origin, told_origin
 from streamtools.drivers.kafka.transactions import Identity, Transactional
+from streamtools.errors import DecodeError
+from streamtools.message import Message
 from streamtools.settings import KafkaSettings
 
 #: Records of one tier that wait in memory for their time, and bytes of them; the rest waits at the broker.
@@ -21,27 +23,30 @@ SHELF: Final = 200
 SHELF_BYTES: Final = 4 * 1024 * 1024
 
 
-class Token(NamedTuple):
-    """What settles a delivery.
+class KafkaDelivery(Delivery):
+    """A message of one partition. Its token is the record as it was parsed; None where the message has all of it.
 
     Attributes:
-        record: as it was parsed; None where its message has all of it.
+        track: the partition.
+        offset: in it.
     """
+
+    __slots__ = ("offset", "track")
 
     track: Track
     offset: int
-    record: Any
 
     @property
     def origin(self) -> Origin:
         """Where the message was read first."""
         topic, partition = self.track.partition
-        told = None if self.record is None else told_origin(self.record)
+        told = None if self.token is None else told_origin(self.token)
         return told or Origin(topic, partition, self.offset)
 
 
-#: Makes a Token of a tuple in half the time that its own `__new__` takes: (Token, values) -> Token.
-new_token: Final[Callable[[type[Token], tuple[Track, int, Any]], Token]] = tuple.__new__
+def delivery_of(settlement: Settlement) -> KafkaDelivery:
+    """What it settles: nothing but ours is given to us."""
+    return cast(KafkaDelivery, settlement.delivery)
 
 
 class Track:
@@ -50,8 +55,7 @@ class Track:
     Attributes:
         partition: which one.
         is_retry: it is of the group's retry topic.
-        offsets: the bookkeeping.
-        in_hand: deliveries handed over, by offset; a settlement takes its own out.
+        offsets: the bookkeeping; with what is pending stands its delivery while that is in hand.
         settling: how many settlements are under way.
         arrived: records that are read and not taken yet, as they came together.
         shelf: records that are not due yet, in the order of the time when each leaves.
@@ -77,7 +81,6 @@ class Track:
         self.partition: TopicPartition = partition
         self.offsets: Offsets = offsets
         self.is_retry: bool = is_retry
-        self.in_hand: dict[int, Delivery] = {}
         self.settling: int = 0
         self.arrived: deque[Iterator[Any]] = deque()
         self._end = offsets.next
@@ -136,13 +139,20 @@ class Track:
             self.shelf_bytes -= len(record.value or b"")
             yield record
 
-    def is_mine(self, delivery: Delivery, offset: int) -> bool:
-        """This very delivery is in hand and not being settled."""
-        return not self.gone and self.in_hand.get(offset) is delivery
+    def deliver(self, offset: int, message: Message, record: Any, trouble: DecodeError | None) -> KafkaDelivery:
+        """Hand over what is pending at this offset."""
+        self.offsets.pending[offset] = delivery = KafkaDelivery(message, record, 0, trouble)
+        delivery.track, delivery.offset = self, offset
+        return delivery
 
-    def finish(self, offset: int) -> None:
-        """This one is done with."""
-        self.offsets.finish(offset)
+    @property
+    def in_hand(self) -> list[KafkaDelivery]:
+        """Deliveries handed over, that are not being settled."""
+        return [delivery for delivery in self.offsets.pending.values() if delivery is not None]
+
+    def is_mine(self, delivery: KafkaDelivery) -> bool:
+        """This very delivery is in hand and not being settled."""
+        return not self.gone and self.offsets.pending.get(delivery.offset) is delivery
 
     def __repr__(self) -> str:
         return f"<Track {self.partition.topic}-{self.partition.partition} at {self.offsets.position}>"
