@@ -175,6 +175,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     # --- receiving --------------------------------------------------------------------------------
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
+        await asyncio.sleep(0)  # the library's turn: what comes next is fetched while this is handled
         while True:
             membership = self._membership
             if membership is None:
