@@ -45,7 +45,11 @@ CLUSTER = """\
 cluster_formation.peer_discovery_backend = classic_config
 cluster_formation.target_cluster_size_hint = {size}
 """
-ERL_ARGS = "-kernel inet_dist_use_interface {127,0,0,1} -start_epmd false"
+#: The last one as docs/protocols/rabbitmq.md has it for operators, see "Delayed messages minutes late".
+ERL_ARGS = (
+    "-kernel inet_dist_use_interface {127,0,0,1} -start_epmd false "
+    "-rabbit dead_letter_worker_publisher_confirm_timeout 10000"
+)
 
 
 class RabbitMQNode(Node):

@@ -155,3 +155,24 @@ async def test_delayed_messages_survive_kill_9_of_the_broker(own_rabbitmq: Rabbi
                     await delivery.ack()
 
     assert all(moment >= due + int(i) / 100 for i, moment in seen.items() if i.isdigit())
+
+
+@pytest.mark.slow
+async def test_what_a_queue_without_a_leader_refuses_reaches_it_later(own_rabbitmq: RabbitMQNode) -> None:
+    """So it is for a moment when a broker starts: it may dead-letter before the target of that is there."""
+    server = f"{{'{own_rabbitmq.vhost}_orders', node()}}"
+    async with RabbitMQProducer("orders", url=own_rabbitmq.url) as sender:
+        await sender.send_messages(
+            [Message(body=b"", queue="orders", id=str(n), deliver_at=time.time() + 4) for n in range(40)]
+        )
+    await asyncio.to_thread(own_rabbitmq.ctl, "eval", f"ra:stop_server(quorum_queues, {server}).")
+    await asyncio.sleep(10)  # the broker asks for a leader for 5 s before it takes that for a refusal
+    await asyncio.to_thread(own_rabbitmq.ctl, "eval", f"ra:restart_server(quorum_queues, {server}).")
+
+    async with RabbitMQConsumer("orders", url=own_rabbitmq.url, prefetch=1000) as receiver:
+        seen: set[str] = set()
+        async with asyncio.timeout(60):
+            while len(seen) < 40:
+                for delivery in await receiver.receive(100, timeout=60):
+                    seen.add(delivery.message.id)
+                    await delivery.ack()
