@@ -34,6 +34,8 @@ from streamtools.verdicts import Kind
 
 #: Seconds that deferred messages gather for, at most; the chain that held them makes them late by as much again.
 GATHERING: Final = 0.05
+#: Seconds for which nothing comes beside a suspect that is not settled, though more is asked for.
+ALONE: Final = 5.0
 #: What settles a delivery: the channel that it came on, and its tag there.
 Token = tuple[Intake, int]
 
@@ -61,6 +63,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     _widening: asyncio.Task[None] | None = None
     #: Nothing is taken in any more, by a stop or a cancellation; the channel is about to be closed.
     _ending = False
+    #: Until then what was handed over last has nothing beside it, on the loop's clock.
+    _alone_until = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -123,13 +127,31 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             intake = self._intake
             if intake is None:
                 raise Closed(f"{self!r} was closed while it waited for messages.")
-            await intake.arrival()
-            if self._narrow and self._begins_to_widen(intake):
+            if not await self._arrival(intake) or (self._narrow and self._begins_to_widen(intake)):
                 continue
+            self._alone_until = asyncio.get_running_loop().time() + ALONE
             buffer = intake.buffer
             taken = [self._delivery(intake, buffer.popleft()) for _ in range(min(limit, len(buffer)))]
             self._keep_pace(intake, taken)
             return taken
+
+    async def _arrival(self, intake: Intake) -> bool:
+        """Wait for a delivery; False: more is taken from now on, for one who holds what came alone and asks on.
+
+        So do a handler that gathers several before it settles them, and a loop that holds a message back whose
+        copy the broker refuses: with one message at a time they would wait for ever.
+        """
+        if not self._narrow or self.ordered_by is not None or intake.buffer or not intake.in_hand:
+            await intake.arrival()
+            return True
+        try:
+            async with asyncio.timeout_at(self._alone_until):
+                await intake.arrival()
+        except TimeoutError:
+            self._narrow = False
+            self._widening = self._beside(self._consume_anew, intake)
+            return False
+        return True
 
     def _keep_pace(self, intake: Intake, taken: Sequence[Delivery]) -> None:
         """Let deferred messages gather where they come one by one, and nothing else with them."""

@@ -9,10 +9,11 @@ import pytest
 from aiormq import spec
 from aiormq.abc import AbstractChannel
 
-from streamtools import pace
+from streamtools import Retry, pace
 from streamtools.admin import QueueAdmin
 from streamtools.delivery import Settlement
-from streamtools.drivers.rabbitmq import RabbitMQProducer
+from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
+from streamtools.drivers.rabbitmq import consumer as driver
 from streamtools.drivers.rabbitmq.consumer import GATHERING
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.errors import ConnectionLost, SendError
@@ -223,6 +224,51 @@ async def test_suspects_are_taken_one_at_a_time_until_an_innocent_comes(producer
 
     assert [d.count for d in (*first, *second, *rest)] == [2, 2, 0, 0, 0]
     assert nothing_more == []
+
+
+async def test_who_holds_a_suspect_and_asks_for_more_is_given_more(
+    producer: Any, consumer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "ALONE", 0.5)
+    sender = await producer()
+    await sender.send_many([str(n) for n in range(5)])
+    for _ in range(2):
+        receiver = await consumer()
+        await take(receiver, 5)
+        await receiver.close()
+
+    # As a handler does that gathers several before it settles them.
+    gathered = await take(await consumer(), 5)
+
+    assert [d.count for d in gathered] == [2] * 5
+    assert sorted(int(d.message.body) for d in gathered) == [0, 1, 2, 3, 4]
+
+
+async def test_a_suspect_that_is_held_back_lets_others_pass(
+    producer: Any, consumer: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "ALONE", 0.5)
+    sender = await producer(error_arguments={"x-max-length": 1, "x-overflow": "reject-publish"})
+    await sender.send_many([str(n) for n in range(5)])
+    for _ in range(2):
+        receiver = await consumer()
+        await take(receiver, 5)
+        await receiver.close()
+    async with RabbitMQProducer("error", url=url) as filler:
+        await filler.send_many([b"full"] * 2)
+    handled: list[int] = []
+    working = RabbitMQConsumer("orders", url=url, retry=Retry(retries=0))
+
+    @working()
+    async def handle(message: int) -> None:
+        handled.append(message)
+        if message == 0:
+            raise ValueError("to an error queue that is full")
+
+    running = asyncio.create_task(handle())
+    await wait_until(lambda: set(handled) == {0, 1, 2, 3, 4})
+    working.stop()
+    await running
 
 
 async def test_closing_while_a_receive_waits_ends_it(consumer: Any) -> None:
