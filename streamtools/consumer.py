@@ -426,10 +426,13 @@ class Consumer(Endpoint):
                 await self._pause(backoff(attempt))
             attempt += 1
             try:
-                return await self._connect(time.monotonic())
+                await self._connect(time.monotonic())
             except ConnectError as error:
                 if error.permanent:
                     raise
+            else:
+                log.info("%r: connected again.", self)
+                return
 
     async def _pause(self, seconds: float) -> None:
         try:

@@ -129,6 +129,8 @@ class Endpoint:
             else:
                 self._connected = True
                 self._opened += 1
+                if failures:
+                    log.info("%r: connected.", self)
 
     async def _goes_on_after(self, delay: float) -> bool:
         """Wait before the next try; False when there is to be none."""

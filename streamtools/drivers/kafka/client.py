@@ -14,6 +14,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 
 from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error, connect_error
+from streamtools.drivers.kafka.reach import quieten
 from streamtools.errors import ConfigurationError, ConnectError
 from streamtools.settings import KafkaSettings
 
@@ -44,6 +45,7 @@ async def connection(
     Raises:
         ConfigurationError: a file of certificates cannot be used.
     """
+    quieten()
     seconds = settings.request_timeout if request_timeout is None else request_timeout
     arguments: dict[str, Any] = {
         "bootstrap_servers": [f"[{h}]:{p}" if ":" in h else f"{h}:{p}" for h, p in settings.addresses],

@@ -172,6 +172,12 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             exactly_once=options.exactly_once,
         )
 
+    @property
+    def connected(self) -> bool:
+        """A broker is connected, as far as is known; the library goes on by itself when none is."""
+        reach = self._membership.reach if self._membership is not None else None
+        return self._connected and (reach is None or reach.up)
+
     # --- receiving --------------------------------------------------------------------------------
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:

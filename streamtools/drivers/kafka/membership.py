@@ -20,6 +20,7 @@ from aiokafka.structs import OffsetAndMetadata
 from streamtools.drivers.kafka.client import CLOSE_TIMEOUT, connection, dropped, started, stopped
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, TROUBLE, client_error, plain
 from streamtools.drivers.kafka.offsets import METADATA_LIMIT, Offsets
+from streamtools.drivers.kafka.reach import Reach
 from streamtools.drivers.kafka.track import Track
 from streamtools.drivers.kafka.transactions import Identity, fence
 from streamtools.errors import ConnectError, ConnectionLost, StreamToolsError
@@ -101,6 +102,8 @@ class Membership:
         self._there: frozenset[TopicPartition] = frozenset()  # what there was when we first began
         #: The library's consumer.
         self.consumer: Any = None
+        #: Its connections; None before `join`.
+        self.reach: Reach | None = None
         #: The partitions that are ours.
         self.tracks: dict[TopicPartition, Track] = {}
         #: The group's name.
@@ -133,6 +136,7 @@ class Membership:
             rebalance_timeout_ms=int(1000 * rebalance),
             max_poll_interval_ms=FOREVER_MS,
         )
+        self.reach = Reach(self.consumer._client, f"Group {self._terms.group}", self._settings)
         if self._terms.pattern is None:
             self.consumer.subscribe(list(self._terms.topics), listener=_Listener(self))
         else:

@@ -22,6 +22,7 @@ from streamtools.drivers.kafka.client import abandoned, connection, next_number,
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, REFUSALS, is_too_large, plain
 from streamtools.drivers.kafka.outgoing import Outgoing, refused
 from streamtools.drivers.kafka.partitions import Partitions
+from streamtools.drivers.kafka.reach import Reach
 from streamtools.drivers.kafka.topics import Topics
 from streamtools.errors import Closed, StreamToolsError
 from streamtools.settings import KafkaSettings
@@ -322,6 +323,7 @@ class Publisher:
             max_batch_size=BATCH,
             max_request_size=self._limit,
         )
+        Reach(producer.client, f"Producer {self._client_id}", self._settings)
         await started(producer, self._settings)
         return producer
 

@@ -1,0 +1,70 @@
+"""What an operator sees of an outage: one line when it begins, one when it is over, and an endpoint that says so."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from streamtools import ConsumerFactory, ConsumerRunner, Producer
+from streamtools.drivers.kafka.reach import Repeated
+from streamtools.testing import eventually
+from tests.brokers.kafka.node import KafkaNode
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+
+
+async def test_an_outage_is_told_once_and_the_service_is_not_ready_meanwhile(
+    own_kafka: KafkaNode, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    consumers, seen = ConsumerFactory(url=own_kafka.url), []
+
+    @consumers.route(queue)
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+
+    runner = ConsumerRunner(consumers)
+    async with runner, Producer(queue, url=own_kafka.url, send_timeout=120) as producer:
+        await producer.send(1)
+        await eventually(lambda: seen == [1], timeout=60)
+        await asyncio.to_thread(own_kafka.kill)
+        await eventually(lambda: [loop.state for loop in runner.health().loops] == ["reconnecting"], timeout=60)
+        assert runner.health().live
+        sending = asyncio.create_task(producer.send(2))
+        await asyncio.to_thread(own_kafka.start)
+        await sending
+        await eventually(lambda: seen == [1, 2], timeout=60)
+        await eventually(lambda: runner.health().ready, timeout=60)
+    ours = [r.getMessage() for r in caplog.records if r.name == "streamtools" and f"Group {queue}" in r.getMessage()]
+    assert [("cannot be reached any more" in line, "is reached again" in line) for line in ours] == [
+        (True, False),
+        (False, True),
+    ]
+    theirs = [
+        r.getMessage() for r in caplog.records if r.name.startswith("aiokafka") and r.levelno >= logging.WARNING
+    ]
+    assert len(theirs) == len(set(theirs))
+
+
+def test_a_line_of_the_library_passes_once_a_minute_and_says_how_often_it_was_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("streamtools.drivers.kafka.reach.time.monotonic", lambda: now)
+    repeated = Repeated()
+
+    def log(text: str) -> str | None:
+        record = logging.LogRecord("aiokafka", logging.ERROR, __file__, 1, "Unable connect to %s", (text,), None)
+        return record.getMessage() if repeated.filter(record) else None
+
+    assert [log("node 1"), log("node 1"), log("node 2"), log("node 1")] == [
+        "Unable connect to node 1",
+        None,
+        "Unable connect to node 2",
+        None,
+    ]
+    now = 160.0
+    assert log("node 1") == "Unable connect to node 1 (2 times more in the last 60 s)"
+    assert log("node 1") is None
