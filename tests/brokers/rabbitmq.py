@@ -187,6 +187,16 @@ class RabbitMQNode(Node):
         """After `freeze_queue`."""
         self.ctl("eval", f"sys:resume('{self._ra_name(queue)}').")
 
+    def forget_consumers(self, queue: str) -> None:
+        """A quorum queue has no consumers any more, and their channels do not know."""
+        server = f"{{'{self._ra_name(queue)}', node()}}"
+        self.ctl(
+            "eval",
+            f"{{ok, {{_, Consumers}}, _}} = ra:leader_query({server}, fun rabbit_fifo:query_consumers/1), "
+            f"[{{ok, _, _}} = ra:process_command({server}, rabbit_fifo:make_checkout(Id, cancel, #{{}})) "
+            "|| Id <- maps:keys(Consumers)].",
+        )
+
     def wait_saved(self, timeout: float = 30) -> None:
         """Return when all quorum queues of the current virtual host would outlive a kill -9.
 

@@ -48,6 +48,11 @@ class HotChannel:
         self._parts: list[bytes] = []
         self._left = 0
 
+    @property
+    def receiving(self) -> bool:
+        """A part of a message has arrived, and the rest not yet."""
+        return self._method != 0
+
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         """A message arrived."""
 

@@ -36,6 +36,8 @@ from streamtools.verdicts import Kind
 GATHERING: Final = 0.05
 #: Seconds for which nothing comes beside a suspect that is not settled, though more is asked for.
 ALONE: Final = 5.0
+#: Seconds between two looks at a queue from which nothing comes.
+IDLE: Final = 30.0
 #: What settles a delivery: the channel that it came on, and its tag there.
 Token = tuple[Intake, int]
 
@@ -61,6 +63,9 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     _outlet: Outlet | None = None
     _turning: asyncio.Task[None] | None = None
     _widening: asyncio.Task[None] | None = None
+    _watching: asyncio.Task[None] | None = None
+    #: A channel was given up because nothing came from it, and nothing has come since.
+    _in_vain = False
     #: Nothing is taken in any more, by a stop or a cancellation; the channel is about to be closed.
     _ending = False
     #: Until then what was handed over last has nothing beside it, on the loop's clock.
@@ -89,6 +94,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             self._calm.clear()
             if self.ordered_by is None or alone:
                 await self._intake.consume(1 if self._narrow else self.prefetch)
+                self._watching = self._beside(self._watch_silence, self._intake)
             else:
                 lock = OrderLock(link, self.queue)
                 self._turning = self._beside(self._take_turn, self._intake, lock)
@@ -195,6 +201,31 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     async def _take_turn(self, intake: Intake, lock: OrderLock) -> None:
         await lock.acquire()
         await intake.consume(1 if self._narrow else self.prefetch)
+
+    async def _watch_silence(self, intake: Intake) -> None:
+        """Give the channel up when messages wait in the queue, nothing is in hand, and none comes.
+
+        RabbitMQ can forget a consumer, or acknowledgements that would make room for more, when a queue changes its
+        leader (github.com/rabbitmq/rabbitmq-server/pull/13095). Not again before something has come: another
+        consumer may be the only one that the queue delivers to.
+        """
+        waited_at = -1
+        while True:
+            await asyncio.sleep(IDLE)
+            if self._in_vain and not intake.arrived:
+                continue
+            try:
+                waits = self._is_idle(intake) and (await Topology(intake.link).count(self.queue))[0] > 0
+            except QueueError:
+                return
+            if waits and self._is_idle(intake) and waited_at == intake.arrived:
+                self._in_vain = True
+                intake.fail("messages wait in the queue, and it delivers none")
+                return
+            waited_at = intake.arrived if waits else -1
+
+    def _is_idle(self, intake: Intake) -> bool:
+        return not (intake.in_hand or intake.receiving or self._ending or self._stopping.is_set())
 
     def _beside(self, work: Callable[..., Awaitable[None]], intake: Intake, *arguments: Any) -> asyncio.Task[None]:
         """Run this beside `_receive`, which may be cancelled at any time; a failure shows there."""
@@ -326,8 +357,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     async def _close(self) -> None:
         self._calm.set()
-        beside = [task for task in (self._turning, self._widening) if task is not None]
-        self._turning = self._widening = None
+        beside = [task for task in (self._turning, self._widening, self._watching) if task is not None]
+        self._turning = self._widening = self._watching = None
         link, self._link = self._link, None
         out_link, self._out_link = self._out_link, None
         intake, self._intake = self._intake, None

@@ -144,6 +144,11 @@ class Intake(HotChannel):
         """Deliveries that are not settled."""
         return self._high + 1 - self._low - len(self._settled)
 
+    @property
+    def arrived(self) -> int:
+        """Deliveries so far."""
+        return self._high
+
     def is_settled(self, tag: int) -> bool:
         """This delivery has been acknowledged or given back."""
         return tag < self._low or tag in self._settled

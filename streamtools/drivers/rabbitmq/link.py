@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import aio_pika
@@ -52,12 +53,14 @@ class Link:
 
     Attributes:
         lost: why it has ended; None while it is up.
+        another: makes a second connection of the same kind.
         gone: a future that is done once it has ended.
         frame_max: the largest frame that the broker takes, in bytes.
     """
 
-    def __init__(self, where: str, heartbeat: int) -> None:
+    def __init__(self, where: str, heartbeat: int, another: Callable[[], Awaitable[Link]]) -> None:
         self.where = where
+        self.another: Callable[[], Awaitable[Link]] = another
         self.lost: ConnectionLost | None = None
         self._loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = self._loop.create_future()
@@ -289,7 +292,7 @@ async def open_link(settings: RabbitMQSettings, name: str) -> Link:
     context = await asyncio.to_thread(_context, settings) if settings.tls else None
     failures: list[ConnectError] = []
     for host, port in settings.addresses:
-        link = Link(f"{host}:{port}", settings.heartbeat)
+        link = Link(f"{host}:{port}", settings.heartbeat, partial(open_link, settings, name))
         try:
             async with asyncio.timeout(settings.connect_timeout):
                 await link.connect(settings, host, port, context, name)

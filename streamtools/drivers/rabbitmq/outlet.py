@@ -1,4 +1,4 @@
-"""Publishing over one connection, on a fresh channel once a queue has said no."""
+"""Publishing over one connection, on a fresh channel once a queue has said no, or nothing for long."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ class Outlet:
         """
         deadline = time.monotonic() + self._patience
         publisher = self._publisher
+        if publisher.stuck:
+            publisher = await self._renew(publisher)
         refused, nacked = await publisher.publish(messages)
         for delay in chain(DELAYS, repeat(DELAYS[-1])):
             if not nacked or time.monotonic() + delay > deadline:

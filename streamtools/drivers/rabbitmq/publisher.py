@@ -24,7 +24,7 @@ from streamtools.drivers.rabbitmq.errors import lost
 from streamtools.drivers.rabbitmq.frames import Unsendable
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.topology import Topology
-from streamtools.errors import ConfigurationError, ConnectionLost
+from streamtools.errors import ConfigurationError, ConnectionLost, StreamToolsError
 from streamtools.exchange import Exchange, no_subscriber
 from streamtools.message import Message, ids
 
@@ -36,6 +36,8 @@ WINDOW: Final = 2000
 CHUNK: Final = 100
 #: Seconds without a confirmation after which that is said.
 SLOW: Final = 30.0
+#: Seconds for a confirmation that may be on its way.
+GRACE: Final = 1.0
 #: Routes remembered with their encoded frames.
 ROUTES: Final = 1000
 #: Bytes that RabbitMQ 3.8 to 3.13 takes in one body (max_message_size); 4.0 takes 16 MiB by default.
@@ -116,6 +118,9 @@ class Publisher(HotChannel):
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.TimerHandle | None = None
         self._watched = 0
+        self._probe: asyncio.Task[None] | None = None
+        #: What was written long ago is not confirmed: what comes now is better sent over another channel.
+        self.stuck: bool = False
 
     @classmethod
     async def open(cls, link: Link, limits: Limits, *, after: Publisher | None = None) -> Publisher:
@@ -144,8 +149,7 @@ class Publisher(HotChannel):
 
     def _close_if_done(self) -> None:
         if self._retired and self._users == 0 and self.error is None:
-            if self._watch is not None:
-                self._watch.cancel()
+            self._watch_no_more()
             self.error: ConnectionLost | None = lost(self._link.where, "its channel was replaced")
             self._link.discard(self, self._channel)
 
@@ -268,16 +272,50 @@ class Publisher(HotChannel):
             self._link.write(b"".join(out))
 
     def _look_for_slow(self) -> None:
-        """Say it when the oldest message has waited for its confirmation since the last look."""
+        """Say it when the oldest message has waited for its confirmation since the last look, and try to help it."""
         oldest = next(iter(self._pending), None)
         if oldest is not None and oldest <= self._watched and not self._link.blocked:
+            self.stuck = True
             log.warning(
                 "RabbitMQ at %s has not confirmed a message to %r for %g s; that queue, or one of streamtools.delay, "
                 "may have no leader: rabbitmq-queues quorum_status NAME.",
                 self._link.where, self._pending[oldest].message(oldest).queue, SLOW,
             )  # fmt: skip
-        self._watched = self._next - 1
+            self._probe_oldest()
+        self._watched = 0 if self._link.blocked else self._next - 1
         self._watch = self._loop.call_later(SLOW, self._look_for_slow) if self._pending else None
+
+    def _probe_oldest(self) -> None:
+        waits = (tag for tag, batch in self._pending.items() if tag <= self._watched and not batch.future.done())
+        tag = next(waits, None)  # None: all their callers have given up
+        if tag is not None and (self._probe is None or self._probe.done()):
+            self._probe = self._loop.create_task(self._send_again(tag, self._pending[tag].message(tag)))
+
+    async def _send_again(self, tag: int, message: Message) -> None:
+        """Send a message over another connection; if that is confirmed, and this one is not, our channel is dead.
+
+        RabbitMQ's channels can forget to send again what a queue has not got (seen on 3.10 when the writer of its
+        log was killed; github.com/rabbitmq/rabbitmq-server/pull/13095 and /14589 tell of other ways, up to 4.1).
+        A queue that is merely slow confirms neither; it may have this one message twice in the end.
+        """
+        try:
+            async with asyncio.timeout(SLOW):
+                link = await self._link.another()
+                try:
+                    refused, nacked = await (await Publisher.open(link, self._limits)).publish([message])
+                finally:
+                    await link.close()
+        except (StreamToolsError, TimeoutError):
+            return  # it is not only ours; at the next look it is tried again
+        await asyncio.sleep(GRACE)
+        if not refused and not nacked and tag in self._pending:
+            self.fail("it does not confirm a message, and does on another connection")
+
+    def _watch_no_more(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._probe is not None:
+            self._probe.cancel()
 
     # --- what the broker says -----------------------------------------------------------------------
 
@@ -335,8 +373,7 @@ class Publisher(HotChannel):
     def fail(self, why: str) -> None:
         if self.error is not None:
             return
-        if self._watch is not None:
-            self._watch.cancel()
+        self._watch_no_more()
         self._limits.learn(why)
         self.error = lost(self._link.where, why)
         for batch in dict.fromkeys(self._pending.values()):
