@@ -136,6 +136,16 @@ class DelayChain:
         # Levels that a message's time needs were declared for a longer time, a moment before.
         return level_name(len(bits) - 1), ".".join((*bits, target))
 
+    def is_route(self, key: str, message: Message) -> bool:
+        """Whether this routing key is one through the chain to this message's target."""
+        held, _, target = key.rpartition(".")  # the word has no dot
+        return held != "" and set(held) <= set("01.") and target == _target(message)
+
+    def forget(self) -> None:
+        """Declare and bind all of it anew before the next message: some of it is gone."""
+        self._levels = 0
+        self._targets.clear()
+
     async def prepare(self, message: Message, now: float) -> str:
         """Make sure that the chain stands for this message; the word of its target.
 

@@ -19,7 +19,7 @@ from aiormq.abc import AbstractChannel
 
 from streamtools.drivers.rabbitmq import frames, properties
 from streamtools.drivers.rabbitmq.channel import HotChannel
-from streamtools.drivers.rabbitmq.delay import DelayChain
+from streamtools.drivers.rabbitmq.delay import PREFIX, DelayChain
 from streamtools.drivers.rabbitmq.errors import lost
 from streamtools.drivers.rabbitmq.frames import Unsendable
 from streamtools.drivers.rabbitmq.link import Link
@@ -352,11 +352,23 @@ class Publisher(HotChannel):
             self._returned.discard((message.id, message.queue))
             if message.mandatory:
                 batch.refused[message.id] = self._unrouted(message)
+        elif message.deliver_at is not None and (back := self._back_from_chain(message)) is not None:
+            self._returned.discard(back)
+            self._delay.forget()  # so that the next try makes it anew
+            batch.nacked[message.id] = (
+                f"The delay of a message to {message.queue!r} needs a queue at {self._link.where} that is gone, one of "
+                f"{PREFIX}."
+            )
         elif not held:
             batch.nacked[message.id] = (
                 f"The queue {message.queue!r} at {self._link.where} does not take it: it is full (x-max-length "
                 "with x-overflow reject-publish), or its node has failed."
             )
+
+    def _back_from_chain(self, message: Message) -> tuple[str, str] | None:
+        """What was returned, when it is this message: it had a route through the delay chain for its key."""
+        found = (r for r in self._returned if r[0] == message.id and self._delay.is_route(r[1], message))
+        return next(found, None)
 
     def _unrouted(self, message: Message) -> str:
         if message.exchange is not None:

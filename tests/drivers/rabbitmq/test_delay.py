@@ -122,6 +122,25 @@ async def test_a_target_that_is_deleted_meanwhile_stalls_nobody(
     await wait_until(collected)
 
 
+@pytest.mark.parametrize("kind", ["queue", "exchange"])
+async def test_a_level_that_is_deleted_meanwhile_is_made_anew_and_nothing_is_lost(
+    producer: Any, consumer: Any, foreign: AbstractChannel, kind: str
+) -> None:
+    sender, receiver = await producer(), await consumer()
+    await sender.send(b"makes the levels", delay=0.6)
+    (first,) = await take(receiver, 1)
+    await first.ack()
+    for level in range(len(delay.digits(delay.steps(0.6)))):
+        delete = foreign.queue_delete if kind == "queue" else foreign.exchange_delete
+        await delete(delay.level_name(level))
+
+    receipts = [await sender.send(b"", delay=0.3), *await sender.send_many([b""] * 20, delay=0.6)]
+    for retried in await take(receiver, 21):
+        await retried.retry(0.1)
+
+    assert {d.message.id for d in await take(receiver, 21)} == {receipt.id for receipt in receipts}
+
+
 async def test_a_long_delay_is_held_and_makes_its_levels_once(producer: Any, url: str) -> None:
     sender = await producer()
     await sender.send(b"x", delay=365 * 86400)
