@@ -356,8 +356,8 @@ class Publisher(HotChannel):
             self._returned.discard(back)
             self._delay.forget()  # so that the next try makes it anew
             batch.nacked[message.id] = (
-                f"The delay of a message to {message.queue!r} needs a queue at {self._link.where} that is gone, one of "
-                f"{PREFIX}."
+                f"The delay of a message to {message.queue!r} needs a queue that is gone from {self._link.where}: "
+                f"one of {PREFIX}."
             )
         elif not held:
             batch.nacked[message.id] = (
