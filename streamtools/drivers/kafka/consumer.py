@@ -188,18 +188,18 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 raise Closed(f"{self!r} was closed while it waited for messages.")
             if membership.failure is not None:
                 raise membership.failure
+            if self._wake is None or self._wake.done():  # what changes while we take is seen, too
+                self._wake = asyncio.get_running_loop().create_future()
             batch = self._take(membership, limit)
             if batch:
                 return batch
-            await self._arrival(membership)
+            await self._arrival(membership, self._wake)
 
-    async def _arrival(self, membership: Membership) -> None:
+    async def _arrival(self, membership: Membership, wake: asyncio.Future[None]) -> None:
         """Wait until something may have changed."""
-        if self._wake is None or self._wake.done():
-            self._wake = asyncio.get_running_loop().create_future()
         due = min((track.shelf[0][0] for track in membership.tracks.values() if track.shelf), default=None)
         timeout = None if due is None else max(0.0, due - time.time())
-        await asyncio.wait({self._wake}, timeout=timeout)
+        await asyncio.wait({wake}, timeout=timeout)
 
     def _take(self, membership: Membership, limit: int) -> list[Delivery]:
         batch: list[Delivery] = []
@@ -207,7 +207,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         if self._returned:
             self._take_returned(batch, limit)
         for track in membership.tracks.values():
-            if track.shelf:
+            if track.shelf and not track.going:
                 self._take_due(track, batch, limit, now)
         if self._intake is not None and len(self._moves) < MOVING:
             tracks = self._intake.tracks()
@@ -398,6 +398,11 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 track.hold(min(message.deliver_at or 0.0, time.time() + MOVE_AGAIN), record)
             elif not self.options.exactly_once:
                 track.offsets.finish(record.offset)
+                if self._membership is not None:
+                    self._membership.finished(at_once=True)
+            elif record.offset in track.offsets.pending:  # its transaction was undone: again, without those
+                self._moves.append((track, record, message))
+                self._move_wake.set()
 
     async def _move(self, batch: list[tuple[Track, Any, Message]]) -> None:
         batch = [(track, record, message) for track, record, message in batch if not track.gone]

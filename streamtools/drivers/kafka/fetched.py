@@ -15,6 +15,7 @@ from typing import Any
 
 from aiokafka import errors as kafka
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
+from aiokafka.record.control_record import ABORT_MARKER, ControlRecord
 
 
 class Fetched:
@@ -79,9 +80,16 @@ def _committed(records: PartitionRecords, batches: Iterable[Any]) -> Iterator[An
         control, producer = batch.is_control_batch, batch.producer_id
         if producer is not None:
             records._consume_aborted_up_to(batch.base_offset)
-            if control and records._contains_abort_marker(batch):
+            if control and _ends_aborted(batch):
                 records._aborted_producers.discard(producer)
             if batch.is_transactional and producer in records._aborted_producers:
                 continue
         if not control:
             yield batch
+
+
+def _ends_aborted(batch: Any) -> bool:
+    """The marker in it says that its producer's transaction was aborted."""
+    # Where compaction has taken the marker, Kafka keeps the batch while its producer lives, and the library raises.
+    marker = next(batch, None)
+    return marker is not None and ControlRecord.parse(marker.key) == ABORT_MARKER

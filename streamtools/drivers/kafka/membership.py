@@ -161,9 +161,9 @@ class Membership:
         try:
             await self._begin(sorted(assigned))
         except CLIENT_ERRORS as error:
-            self._fail(client_error(error, self._settings))
+            self.fail(client_error(error, self._settings))
         except StreamToolsError as error:
-            self._fail(error)
+            self.fail(error)
         self._assigned.set()
         self._changed()
 
@@ -303,12 +303,14 @@ class Membership:
         log.warning("%r: the log begins anew at offset %d.", track, offset)
         track.gone = True
         if self._terms.exactly_once:
-            self._fail(ConnectionLost(f"The log of {track!r} begins anew; so do we."))
+            self.fail(ConnectionLost(f"The log of {track!r} begins anew; so do we."))
             return
         fresh = self.tracks[track.partition] = Track(track.partition, Offsets(offset), is_retry=track.is_retry)
         fresh.take_over(record, track)
+        self._changed()
 
-    def _fail(self, error: StreamToolsError) -> None:
+    def fail(self, error: StreamToolsError) -> None:
+        """It is of no use any more; whoever receives is told."""
         self.failure = self.failure or error
         self._changed()
 
@@ -347,7 +349,7 @@ class Membership:
             try:
                 await self.commit()
             except StreamToolsError as error:
-                self._fail(error)
+                self.fail(error)
                 return
 
     async def commit(self) -> None:

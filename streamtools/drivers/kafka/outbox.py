@@ -177,6 +177,8 @@ class Outbox:
                     return  # someone else has the partition, and repeats what was not committed
                 if isinstance(error.__cause__, kafka.OffsetMetadataTooLargeError):
                     self._membership.limit //= 2
+                if not (track.gone or track.going):  # whoever receives connects anew; by hand, nobody else would
+                    self._membership.fail(ConnectionLost(f"A transaction of {track!r} failed: it is read anew."))
                 raise
             for offset in offsets:
                 track.offsets.finish(offset)

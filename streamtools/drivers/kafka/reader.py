@@ -100,7 +100,7 @@ class KafkaReader:
                 break
             found = await self._consumer.getmany(*unread, timeout_ms=int(1000 * rest), max_records=max_messages)
             # Each partition's records stay in their order, whatever their times.
-            records = heapq.merge(*found.values(), key=lambda record: record.timestamp)
+            records = heapq.merge(*found.values(), key=lambda record: record.timestamp or 0)
             taken = [self._take(record) for record in records]
             if deliveries := [delivery for delivery in taken if delivery is not None]:
                 return deliveries

@@ -149,7 +149,7 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
     if meta:
         found |= _decode_meta(meta, record)
     found.setdefault("id", id_of(place, record.offset))
-    if record.timestamp >= 0:
+    if record.timestamp is not None and record.timestamp >= 0:  # the oldest format has none
         found.setdefault("time", record.timestamp / 1000)
     return Message(
         body=record.value or b"",

@@ -103,6 +103,12 @@ def test_a_record_without_any_header_is_a_message() -> None:
     assert dict(message.headers) == {"nothing": ""}
 
 
+def test_a_record_of_the_oldest_format_has_no_time() -> None:
+    read = record(timestamp=None)
+    plain = decode_plain(read, PLACE)
+    assert decode_record(read, PLACE).time is None and plain is not None and plain.time is None
+
+
 def test_a_key_that_is_no_text_is_named() -> None:
     assert trouble(record(key=b"\xff"), PLACE) is not None and "t-3 at offset 7" in str(
         trouble(record(key=b"\xff"), PLACE)

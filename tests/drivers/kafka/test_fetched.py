@@ -1,0 +1,207 @@
+"""What is taken from the library as bytes is what its own parser would have handed over."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka import errors as kafka
+from aiokafka.consumer.fetcher import READ_COMMITTED, FetchResult, PartitionRecords
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.legacy_records import LegacyRecordBatchBuilder
+from aiokafka.record.memory_records import MemoryRecords
+from aiokafka.record.util import calc_crc32c
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamtools.drivers.kafka.fetched import Buffers, Fetched
+
+PLACE = TopicPartition("t", 0)
+#: Of a batch's header, see https://kafka.apache.org/documentation/#recordbatch: bytes before the field.
+CRC, ATTRIBUTES, LAST_DELTA = 17, 21, 23
+CONTROL = 0x20
+ABORT, COMMIT = struct.pack(">HH", 0, 0), struct.pack(">HH", 0, 1)
+PLAIN_CODEC, GZIP, SNAPPY, LZ4, ZSTD = range(5)
+NOBODY = -1
+
+
+@dataclass
+class Batch:
+    """Some offsets of a log, with the records that compaction has left of them."""
+
+    first: int
+    length: int
+    left: list[int]  # of them, from 0 on
+    producer: int = NOBODY
+    transactional: bool = False
+    marker: bytes | None = None
+    codec: int = PLAIN_CODEC
+
+    @property
+    def data(self) -> bytes:
+        builder = DefaultRecordBatchBuilder(2, self.codec, self.transactional, self.producer, 0, 0, 1 << 20)
+        for n in self.left:
+            key, value = (self.marker, b"") if self.marker is not None else (None if n % 3 else b"k", b"value " * n)
+            headers = [] if n % 2 else [("ce_id", b"%d" % n), ("none", None)]
+            assert builder.append(n, timestamp=n, key=key, value=value or None, headers=headers) is not None
+        data = bytearray(builder.build())
+        struct.pack_into(">q", data, 0, self.first)
+        if self.marker is not None:
+            data[ATTRIBUTES + 1] |= CONTROL
+        struct.pack_into(">i", data, LAST_DELTA, self.length - 1)
+        struct.pack_into(">I", data, CRC, calc_crc32c(bytes(data[ATTRIBUTES:])))
+        return bytes(data)
+
+
+class State:
+    """As the library knows a partition."""
+
+    active = True
+    paused = False
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def state_value(self, partition: TopicPartition) -> State:
+        return self
+
+    def consumed_to(self, position: int) -> None:
+        self.position = position
+
+
+def parsed(data: bytes, aborted: list[tuple[int, int]], start: int) -> PartitionRecords:
+    return PartitionRecords(PLACE, MemoryRecords(data), list(aborted), start, None, None, True, READ_COMMITTED)
+
+
+def taken(data: bytes, aborted: list[tuple[int, int]], start: int) -> tuple[list[Any], int, Fetched]:
+    """Records, the library's next position, and what was fetched."""
+    state = State(start)
+    result = FetchResult(PLACE, assignment=state, partition_records=parsed(data, aborted, start), backoff=0)
+    fetched = Buffers({PLACE: result})[PLACE].getall(None)
+    assert isinstance(fetched, Fetched) and not result.has_more()
+    return [content(record) for record in fetched.records], state.position, fetched
+
+
+def content(record: Any) -> tuple[Any, ...]:
+    return record.offset, record.timestamp, record.key, record.value, tuple(record.headers)
+
+
+def check(data: bytes, aborted: list[tuple[int, int]], start: int) -> None:
+    library = parsed(data, aborted, start)
+    expected = [content(record) for record in library]
+    found, position, fetched = taken(data, aborted, start)
+    assert found == expected
+    assert position == fetched.end == library.next_fetch_offset
+    assert fetched.size == len(data)
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> tuple[list[Batch], list[tuple[int, int]]]:
+    """What one request brings: transactions that mix, those that were aborted, holes; and who aborted from where."""
+    at = draw(st.integers(0, 5))
+    batches: list[Batch] = []
+    begun: dict[int, int] = {}
+    aborted = []
+    for _ in range(draw(st.integers(1, 12))):
+        producer = draw(st.sampled_from([NOBODY, 1, 2]))
+        if producer in begun and draw(st.booleans()):
+            aborts = draw(st.booleans())
+            if aborts:
+                aborted.append((producer, begun[producer]))
+            del begun[producer]
+            batches.append(Batch(at, 1, [0], producer, True, ABORT if aborts else COMMIT))
+            at += 1
+            continue
+        transactional = producer != NOBODY and (producer in begun or draw(st.booleans()))
+        length = draw(st.integers(1, 6))
+        left = sorted(draw(st.sets(st.integers(0, length - 1))))
+        codec = draw(st.sampled_from([PLAIN_CODEC, GZIP, SNAPPY, LZ4, ZSTD])) if left else PLAIN_CODEC
+        batches.append(Batch(at, length, left, producer, transactional, codec=codec))
+        if transactional:
+            begun.setdefault(producer, at)
+        at += length + draw(st.sampled_from([0, 0, 0, 4]))  # whole batches are gone
+    return batches, aborted
+
+
+@given(logs(), st.data())
+def test_of_any_log_it_is_the_same_as_the_librarys(
+    log: tuple[list[Batch], list[tuple[int, int]]], data: st.DataObject
+) -> None:
+    batches, aborted = log
+    start = data.draw(st.integers(batches[0].first, batches[0].first + batches[0].length - 1))
+    written = b"".join(batch.data for batch in batches)
+    cut = data.draw(st.sampled_from([0, 1, 30]))  # the last batch may be there in part
+    check(written + batches[0].data[:cut], aborted, start)
+
+
+def test_what_was_aborted_between_what_was_committed_is_left_out() -> None:
+    batches = [
+        Batch(0, 2, [0, 1], 1, True),  # aborted
+        Batch(2, 2, [0, 1], 2, True),  # committed
+        Batch(4, 1, [0], 1, True, ABORT),
+        Batch(5, 2, [0, 1], 1, True),  # the same producer, committed
+        Batch(7, 1, [0], 2, True, COMMIT),
+        Batch(8, 1, [0], 1, True, COMMIT),
+    ]
+    written = b"".join(batch.data for batch in batches)
+    found, position, _ = taken(written, [(1, 0)], 0)
+    assert ([offset for offset, *_ in found], position) == ([2, 3, 5, 6], 9)
+
+
+@pytest.mark.parametrize("codec", [PLAIN_CODEC, GZIP, SNAPPY, LZ4, ZSTD])
+def test_of_a_batch_that_begins_before_the_place_asked_for_the_rest_alone_is_read(codec: int) -> None:
+    written = Batch(10, 50, [*range(0, 50, 2)], codec=codec).data
+    found, position, _ = taken(written, [], 35)
+    assert ([offset for offset, *_ in found], position) == ([*range(36, 60, 2)], 60)
+
+
+def test_the_end_of_a_transaction_of_which_compaction_has_left_nothing_ends_nothing() -> None:
+    """Kafka keeps it, empty, as long as its producer lives; the library takes that for an error."""
+    batches = [
+        Batch(0, 1, [0], 1, True),
+        Batch(1, 1, [], 2, True, ABORT),
+        Batch(2, 1, [0], 1, True, ABORT),
+        Batch(3, 1, [0]),
+    ]
+    found, position, _ = taken(b"".join(batch.data for batch in batches), [(1, 0)], 0)
+    assert ([offset for offset, *_ in found], position) == ([3], 4)
+
+
+@pytest.mark.parametrize(("magic", "codec"), [(0, PLAIN_CODEC), (0, GZIP), (1, PLAIN_CODEC), (1, GZIP), (1, LZ4)])
+@pytest.mark.parametrize("start", [100, 103])
+def test_old_formats_are_read_too(magic: int, codec: int, start: int) -> None:
+    written = bytearray()
+    wrapped = codec != PLAIN_CODEC
+    builder = LegacyRecordBatchBuilder(magic, codec, 1 << 20)
+    for n in range(6) if wrapped else range(start - 100, 6):
+        # Version 1 counts from 0 within what is compressed; the offset outside is that of the last.
+        offset = n if wrapped and magic == 1 else 100 + n
+        assert builder.append(offset, timestamp=5, key=b"k", value=b"value " * 20) is not None
+    written += builder.build()
+    if wrapped:
+        struct.pack_into(">q", written, 0, 105)
+    check(bytes(written), [], start)
+    found, position, _ = taken(bytes(written), [], start)
+    assert ([offset for offset, *_ in found], position) == ([*range(start, 106)], 106)
+
+
+def test_bytes_that_have_changed_on_their_way_are_an_error_and_nothing_is_passed() -> None:
+    good, bad = Batch(0, 2, [0, 1]).data, bytearray(Batch(2, 2, [0, 1]).data)
+    bad[-1] ^= 1
+    state = State(0)
+    result = FetchResult(PLACE, assignment=state, partition_records=parsed(good + bytes(bad), [], 0), backoff=0)
+    with pytest.raises(kafka.CorruptRecordException, match="CRC"):
+        Buffers({PLACE: result})[PLACE].getall(None)
+    assert state.position == 0
+
+
+@pytest.mark.parametrize("changes", [{"paused": True}, {"active": False}, {"position": 7}])
+def test_what_was_fetched_for_another_place_is_dropped_and_nothing_is_passed(changes: dict[str, Any]) -> None:
+    state = State(0)
+    vars(state).update(changes)
+    result = FetchResult(PLACE, assignment=state, partition_records=parsed(Batch(0, 1, [0]).data, [], 0), backoff=0)
+    assert not Buffers({PLACE: result})[PLACE].getall(None)
+    assert state.position == changes.get("position", 0) and not result.has_more()
