@@ -123,7 +123,10 @@ class Endpoint:
                 delay = backoff_within(len(failures), deadline - time.monotonic())
                 if error.permanent or delay is None:
                     raise
-                log.warning("%r: %s Trying again in %.1f s.", self, error, delay)
+                if [str(failure) for failure in failures[-2:-1]] == [str(error)]:
+                    log.debug("%r: the same again. Trying again in %.1f s.", self, delay)
+                else:
+                    log.warning("%r: %s Trying again.", self, error)
                 if not await self._goes_on_after(delay):
                     raise
             else:
@@ -141,9 +144,8 @@ class Endpoint:
 
     def _read_options(self, given: Mapping[str, Any], constructor: Callable[..., Any]) -> Options:
         own = parameters(constructor)
-        options, foreign = read_options(
-            self.options_class, given, known=QUEUE_OPTIONS, own=own, owner=type(self).__name__
-        )
+        owner = f"{type(self).__name__} of {self.queue!r}"
+        options, foreign = read_options(self.options_class, given, known=QUEUE_OPTIONS, own=own, owner=owner)
         self._note_ignored(foreign)
         return options
 

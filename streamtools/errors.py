@@ -5,6 +5,7 @@ StreamToolsError
 ├── ConfigurationError        wrong settings, names, options; raised at start-up, never retried
 │   ├── UnknownProtocol       no such protocol, or its extra is not installed
 │   ├── FeatureError          the protocol cannot do what was asked
+│   ├── OptionError           an option that no protocol knows; a TypeError, too
 │   └── QueueError            a queue is missing, or exists with other arguments
 ├── ConnectError              the broker cannot be reached, or refuses us
 │   └── ConnectionLost        the connection ended; the base class reconnects
@@ -53,6 +54,10 @@ class UnknownProtocol(ConfigurationError, KeyError):
 
 class FeatureError(ConfigurationError):
     """The protocol cannot do what was asked; the text names what to use instead."""
+
+
+class OptionError(ConfigurationError, TypeError):
+    """An option that no protocol knows; a TypeError as well, as for any argument that a function does not take."""
 
 
 class QueueError(ConfigurationError):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from streamtools.errors import ConfigurationError, near
+from streamtools.errors import ConfigurationError, OptionError, near
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -51,13 +51,13 @@ def check_known(names: Iterable[str], known: frozenset[str], *, owner: str, own:
     """Every name is an option of some protocol; parameters as for `read_options`.
 
     Raises:
-        TypeError: one is not.
+        OptionError: one is not.
     """
     for name in names:
         if name in own and name not in known:
-            raise TypeError(f"{owner} takes {name!r} only where it is made: {owner}(..., {name}=...).")
+            raise OptionError(f"{owner} takes {name!r} only where it is made: write {name}=... there.")
         if name not in known:
-            raise TypeError(f"{owner} takes no {name!r}. {near(name, {*own, *known})}")
+            raise OptionError(f"{owner} takes no {name!r}. {near(name, {*own, *known})}")
 
 
 def read_options(
@@ -73,7 +73,7 @@ def read_options(
         owner: who takes the options, for the error text.
 
     Raises:
-        TypeError: a name that no protocol knows.
+        OptionError: a name that no protocol knows.
         ConfigurationError: a value that does not fit.
     """
     foreign = [name for name in given if name not in model.model_fields]

@@ -96,8 +96,13 @@ class ConsumerFactory:
                 `middleware` goes inside the factory's.
 
         Raises:
-            ConfigurationError: the queue has a handler already.
+            ConfigurationError: this is not a queue's name, or the queue has a handler already.
         """
+        if not isinstance(queue, str):
+            # `@consumers.route` alone would take the handler for the queue, and nobody would ever run it.
+            raise ConfigurationError(
+                f"route() wants the queue's name, not {queue!r}: write @consumers.route('orders')."
+            )
         key = (queue, options.get("method"), options.get("group"))
 
         def decorate(function: Callable[..., Any]) -> Route:

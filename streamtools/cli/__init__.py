@@ -15,8 +15,8 @@ def main() -> None:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         sys.exit(
-            f"The command line needs {' and '.join(missing)}, which is not installed. "
-            'Install it: pip install "streamtools[cli]"'
+            f"The command line needs {' and '.join(missing)}, not installed here. "
+            'Install the extra: pip install "streamtools[cli]"'
         )
     from streamtools.cli.app import app
 

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from streamtools.features import Features
 
 #: Client libraries by protocol, and what is useful everywhere.
-LIBRARIES: Final[dict[str, tuple[str, ...]]] = {"rabbitmq": ("aio-pika", "aiormq"), "http": ("aiohttp",)}
+LIBRARIES: Final[dict[str, tuple[str, ...]]] = {
+    "rabbitmq": ("aio-pika", "aiormq"),
+    "kafka": ("aiokafka",),
+    "http": ("aiohttp",),
+}
 COMMON: Final = ("pydantic", "uvloop")
 #: Seconds for one step.
 STEP: Final = 10.0

@@ -6,12 +6,17 @@ characters are shown, not sent to the terminal.
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import json
+import os
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import typer
 
@@ -22,6 +27,13 @@ if TYPE_CHECKING:
 #: Exit codes.
 FAILED = 1
 USAGE = 2
+#: How the file names of those frames begin that lie between a command and the service's own code.
+MACHINERY: Final = (
+    str(Path(__file__).parents[1]) + os.sep,
+    *(str(Path(str(module.__file__)).parent) + os.sep for module in (asyncio, importlib)),
+    "<frozen importlib",
+    "uvloop/",
+)
 
 
 @cache
@@ -49,6 +61,16 @@ def fail(text: str, code: int = FAILED) -> NoReturn:
     """Say what is wrong, and end with this exit code."""
     note(f"error: {text}")
     raise typer.Exit(code)
+
+
+def print_trace(error: Exception) -> None:
+    """The traceback of what a service raised, from its own code on; whole where nothing of it is the service's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(MACHINERY):
+        trace = trace.tb_next
+    if trace is None and not isinstance(error, SyntaxError):  # which says itself where it is
+        trace = error.__traceback__
+    traceback.print_exception(type(error), error, trace)
 
 
 def print_json(data: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from streamtools.cli.output import FAILED, USAGE, fail
-from streamtools.cli.session import Url, export, plain_errors
+from streamtools.cli.session import Url, export, service_errors
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -48,7 +48,7 @@ def _run_here(target: str, *, shared: bool) -> None:
     from streamtools.cli.loading import check_shared, load
 
     try:
-        with plain_errors():
+        with service_errors():
             runner = load(target)
             if shared:
                 check_shared(runner)

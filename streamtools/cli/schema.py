@@ -8,7 +8,7 @@ import typer
 
 from streamtools.bus.contracts import Command, Contract
 from streamtools.cli import output
-from streamtools.cli.session import plain_errors
+from streamtools.cli.session import service_errors
 
 #: https://json-schema.org/draft/2020-12: what pydantic writes.
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
@@ -26,7 +26,7 @@ def schema(
     """
     from streamtools.cli.loading import load_contract
 
-    with plain_errors():
+    with service_errors():
         for target in targets:
             output.print_json(describe(load_contract(target)))
 

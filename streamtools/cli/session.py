@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from streamtools.address import URL_VARIABLE, default_url
-from streamtools.cli.output import FAILED, USAGE, fail
+from streamtools.cli.output import FAILED, USAGE, fail, print_trace
 from streamtools.errors import ConfigurationError, QueueError, StreamToolsError
 from streamtools.settings import ProtocolSettings
 
@@ -76,6 +76,23 @@ def plain_errors() -> Iterator[None]:
         yield
     except StreamToolsError as error:
         fail(str(error), code_of(error))
+
+
+@contextmanager
+def service_errors() -> Iterator[None]:
+    """As `plain_errors`; what the service's own code raises has its traceback, without ours around it.
+
+    Raises:
+        typer.Exit: with 1 when it failed, 2 when what was asked for cannot be.
+    """
+    with plain_errors():
+        try:
+            yield
+        except (StreamToolsError, typer.Exit):
+            raise
+        except Exception as error:
+            print_trace(error)
+            raise typer.Exit(FAILED) from None
 
 
 def code_of(error: BaseException) -> int:

@@ -102,7 +102,34 @@ class TestOneProcess:
         running = start("run", "shop.broken:runner")
 
         assert running.wait() == 1
-        assert "broken.py" in running.output
+        assert running.output.count("  File ") == 1
+        assert 'broken.py", line 1' in running.output
+        assert "No module named 'not_installed_at_all'" in running.output
+
+    def test_a_module_that_is_no_python_shows_where(self, start: Start, tmp_path: Path) -> None:
+        (tmp_path / "shop" / "broken.py").write_text("runner = = 1\n")
+        running = start("run", "shop.broken:runner")
+
+        assert running.wait() == 1
+        assert running.output.count("  File ") == 1
+        assert 'broken.py", line 1' in running.output
+
+    def test_a_misspelt_option_ends_with_2_and_one_line(self, start: Start, tmp_path: Path) -> None:
+        (tmp_path / "shop" / "misspelt.py").write_text(SERVICE.replace('route("orders"', 'route("orders", prefech=1'))
+        running = start("run", "shop.misspelt:consumers")
+
+        assert running.wait() == 2
+        assert "of 'orders' takes no 'prefech'. Did you mean 'prefetch'?" in running.output
+        assert "Traceback" not in running.output
+
+    def test_a_hook_that_raises_shows_its_own_lines_alone(self, start: Start, tmp_path: Path) -> None:
+        broken = SERVICE.replace("def up():", "def up():\n    raise LookupError('no database')")
+        (tmp_path / "shop" / "broken.py").write_text(broken)
+        running = start("run", "shop.broken:runner")
+
+        assert running.wait() == 1
+        assert running.output.count("  File ") == 1
+        assert "LookupError: no database" in running.output
 
     def test_a_broker_that_cannot_be_used_ends_with_1_and_one_line(self, start: Start) -> None:
         running = start("run", "shop.service:runner", "--url", "sqlite:////nowhere/at/all/x.db")
@@ -237,7 +264,7 @@ def test_without_typer_the_command_says_what_to_install(tmp_path: Path, url: str
 
     assert ended.returncode == 1
     assert ended.stderr.strip() == (
-        f'The command line needs {package}, which is not installed. Install it: pip install "streamtools[cli]"'
+        f'The command line needs {package}, not installed here. Install the extra: pip install "streamtools[cli]"'
     )
 
 

@@ -56,6 +56,24 @@ async def test_what_never_left_is_said_to_have_never_left() -> None:
     assert len(caught.value.unknown) == 2
 
 
+async def test_an_outage_is_told_once_for_each_reason(caplog: pytest.LogCaptureFixture) -> None:
+    reasons = iter(["Nobody is there.", "Nobody is there.", "Nobody is there.", "It is starting."])
+
+    class Starting(Cut):
+        async def _open(self) -> None:
+            for reason in reasons:
+                raise ConnectError(reason)
+
+    async with Starting("orders", send_timeout=30):
+        pass
+
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.partition(": ")[2] for text in told] == [
+        "Nobody is there. Trying again.",
+        "It is starting. Trying again.",
+    ]
+
+
 async def test_what_may_have_arrived_is_said_to_be_in_doubt() -> None:
     with pytest.raises(SendError, match=r"It was cut\. The broker may hold it; send again with the same id"):
         await Cut("orders", send_timeout=0.3).send(1)

@@ -192,8 +192,8 @@ def _make_tables(connection: sqlite3.Connection, path: str) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
         raise ConnectError(
-            f"{path} was made by a newer streamtools (tables of version {version}; this one knows {VERSION}): "
-            "pip install -U streamtools",
+            f"{path} was made by a newer streamtools (tables of version {version}; this one knows {VERSION}). "
+            "Use that version here too; in a clone of it: pip install .",
             permanent=True,
         )
     if version == VERSION:
