@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.util import find_spec
 from typing import Final
@@ -20,4 +21,6 @@ def main() -> None:
         )
     from streamtools.cli.app import app
 
+    # What fails is told by the command itself; the client library logs each try as an error besides.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     app(prog_name="streamtools")

@@ -51,9 +51,10 @@ class Check:
 
 
 def doctor(*, url: Url = None, json: Json = False) -> None:
-    """Check the configuration and the connection: what is used, from where, does it work, and what to do if not.
+    """Check the configuration and the connection.
 
-    Sends one message through a temporary queue, which it deletes. Ends with 1 when something is wrong.
+    Says what is used, from where, whether it works, and what to do if not. Sends one message through a
+    temporary queue, which it deletes. Ends with 1 when something is wrong.
     """
     examination = Doctor(url)
     if examination.prepare():
@@ -199,7 +200,8 @@ class Doctor:
                 # The messages' own connection works: it was tried above.
                 return "warning", f"{error} All but listing queues works without."
         waiting = sum(info.ready + (info.delayed or 0) for info in infos)
-        text = f"{len(infos):,} queues, {waiting:,} messages wait"
+        text = f"{len(infos):,} queue{'' if len(infos) == 1 else 's'}, "
+        text += f"{waiting:,} message{' waits' if waiting == 1 else 's wait'}"
         failed = next((info.ready for info in infos if info.name == "error"), 0)
         if failed:
             return "warning", f"{text}; {failed:,} failed: streamtools errors list"

@@ -24,7 +24,7 @@ LOOK: Final = 10_000
 errors: typer.Typer = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Look at messages that failed, put them back to work, or forget them.",
+    help="Look at failed messages, put them back to work.",
 )
 
 Queue = Annotated[str, typer.Option("--queue", "-q", help="The error queue.")]
@@ -40,12 +40,12 @@ Filter = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="This many at most.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
-Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID...]", help="Message ids; all when none is given.")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Message ids; all when none is given.")]
 
 
 @errors.command("list")
 def list_(*, url: Url = None, queue: Queue = "error", filter_: Filter = None, json: Json = False) -> None:
-    """The failed messages, grouped by the queue they failed in and by exception."""
+    """The failed messages, by queue and by exception."""
     chosen = _filter(filter_)
     seen = _peek(url, queue, LOOK)
     from streamtools.redrive import group_errors
@@ -68,7 +68,10 @@ def show(
     limit: Limit = 10,
     json: Json = False,
 ) -> None:
-    """Failed messages with all that is known: why and when, the traceback, headers and body."""
+    """Failed messages with all that is known.
+
+    Why and when, the traceback, headers and body.
+    """
     chosen = _filter(filter_)
     found = [m for m in _peek(url, queue, LOOK) if (not ids or m.id in ids) and chosen(m)]
     shown = found if limit is None else found[:limit]
@@ -97,10 +100,10 @@ def redrive(
     limit: Limit = None,
     json: Json = False,
 ) -> None:
-    """Put failed messages back to work: same id, body and headers, as attempt 1.
+    """Put failed messages back to work.
 
-    Each is held by its queue before it leaves the error queue: if this command is killed, one may be put
-    back twice, none is lost.
+    With the same id, body and headers, as attempt 1. Each is held by its queue before it leaves the error
+    queue: if this command is killed, one may be put back twice, none is lost.
     """
     chosen = _choose(ids, filter_)
     if dry_run:

@@ -34,8 +34,10 @@ Header = Annotated[list[str] | None, typer.Option("--header", "-H", metavar="NAM
 
 
 def send(
-    queue: Annotated[str, typer.Argument(help="The queue; made if it is missing.")],
-    payload: Annotated[str | None, typer.Argument(help="JSON, or text; - reads standard input.")] = None,
+    queue: Annotated[str, typer.Argument(metavar="QUEUE", help="The queue; made if it is missing.")],
+    payload: Annotated[
+        str | None, typer.Argument(metavar="PAYLOAD", help="JSON, or text; - reads standard input.")
+    ] = None,
     *,
     url: Url = None,
     header: Header = None,
@@ -49,10 +51,11 @@ def send(
     raw: Annotated[bool, typer.Option("--raw", help="Bytes as they are, whether JSON, text or neither.")] = False,
     json: Json = False,
 ) -> None:
-    """Send a message and print its id once the broker holds it; or send each line of a file.
+    """Send a message, or each line of a file.
 
-    A payload that is JSON goes as JSON, byte for byte; any other as text. A file is checked to hold JSON
-    alone before its first line is sent, unless --raw; its lines go in confirmed batches of 500.
+    The id of a message is printed once the broker holds it. A payload that is JSON goes as JSON, byte for
+    byte; any other as text. A file is checked to hold JSON alone before its first line is sent, unless --raw;
+    its lines go in confirmed batches of 500.
     """
     fields = {"headers": _headers(header or []), "key": key, "type": type_}
     template = Template(fields, delay=delay, ttl=ttl, raw=raw)
@@ -65,7 +68,7 @@ def send(
         with open_lines(file) as stream, output.Bar("Sending") as bar:
             bar.expect(size)
             sent = drive(_send_lines(producer, stream, template, bar, as_json=json))
-        output.note(f"{sent:,} messages sent to {queue}.")
+        output.note(f"{sent:,} message{'' if sent == 1 else 's'} sent to {queue}.")
     else:
         data = sys.stdin.buffer.read() if payload == "-" else (payload or "").encode("utf-8", "surrogateescape")
         drive(_send_one(producer, data, template, as_json=json))
@@ -235,7 +238,7 @@ def _print_ids(receipts: Sequence[Any], as_json: bool) -> None:
 
 
 def receive(
-    queue: Annotated[str, typer.Argument(help="The queue; never made here.")],
+    queue: Annotated[str, typer.Argument(metavar="QUEUE", help="The queue; never made here.")],
     *,
     url: Url = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
@@ -256,6 +259,8 @@ def receive(
     show = _show_json if json else _show
     with plain_errors():
         viewer = Viewer(queue, address(url), limit, show, ack=ack)
+    if (where := viewer.listens_at) is not None:
+        output.note(f"note: {where} has no queues to look into: this command listens there itself for what is sent.")
     try:
         drive(viewer.run(None if follow else timeout))
     except typer.Exit as end:
@@ -288,6 +293,11 @@ class Viewer:
         self._prefetch = min(self._most or BATCH, HOLD)
         self._consumer = Consumer(queue, url=url, declare=False, prefetch=self._prefetch)
         self._shown = 0
+
+    @property
+    def listens_at(self) -> str | None:
+        """Where it is itself the server, for protocols without a broker."""
+        return self._consumer.settings.safe_url if self._consumer.features.listens else None
 
     async def run(self, timeout: float | None) -> None:
         """Until as many as wanted are shown, or none came for `timeout` seconds."""

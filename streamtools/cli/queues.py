@@ -26,7 +26,7 @@ queues: typer.Typer = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(metavar="QUEUE", help="The queue's name.")]
-Names = Annotated[list[str], typer.Argument(metavar="QUEUE...", help="Queue names.")]
+Names = Annotated[list[str], typer.Argument(metavar="QUEUE", help="Queue names.")]
 GROUP_COLUMNS: Final = ("queue", "group", "partition", "committed", "end", "lag", "consumer")
 NUMBERS: Final = ("ready", "delayed", "in hand", "consumers", "oldest")
 

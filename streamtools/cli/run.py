@@ -27,11 +27,12 @@ def run(
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     shared: Annotated[bool, typer.Option("--shared", hidden=True)] = False,
 ) -> None:
-    """Run a ConsumerRunner, ConsumerFactory, HandlerFactory, Bus, Consumer or handler until SIGTERM or Ctrl-C.
+    """Run a service until SIGTERM or Ctrl-C.
 
-    The working directory is on the import path. With --workers or --reload the service runs in processes
-    that are watched: one that dies is started again, a few times, and after that the whole command ends
-    with 1. SIGTERM and Ctrl-C let handlers at work finish; a second one ends at once.
+    It is a ConsumerRunner, ConsumerFactory, HandlerFactory, Bus, Consumer or decorated handler. The working
+    directory is on the import path. With --workers or --reload the service runs in processes that are
+    watched: one that dies is started again, a few times, and after that the whole command ends with 1.
+    SIGTERM and Ctrl-C let handlers at work finish; a second one ends at once.
     """
     export(url)
     _log_to_stderr(log_level, workers > 1 or reload or parent is not None)
@@ -75,6 +76,8 @@ def _run_workers(target: str, number: int, log_level: str, *, reload: bool) -> i
 
 def _log_to_stderr(level: str, several: bool) -> None:
     process = " %(process)d" if several else ""
+    # At INFO the client library has eight lines of its own for each consumer that joins its group.
+    logging.getLogger("aiokafka").setLevel(logging.WARNING if level == "info" else level.upper())
     # Only where the service's own module has not set up logging: basicConfig leaves handlers alone.
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format=f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s"

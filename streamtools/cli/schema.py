@@ -16,13 +16,13 @@ DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 def schema(
     targets: Annotated[
-        list[str], typer.Argument(metavar="MODULE:CONTRACT...", help="Such as shop.contracts:PlaceOrder.")
+        list[str], typer.Argument(metavar="MODULE:CONTRACT", help="Such as shop.contracts:PlaceOrder.")
     ],
 ) -> None:
-    """Print the JSON Schema of commands and events, one after the other.
+    """Print the JSON Schema of commands and events.
 
-    The working directory is on the import path. Beside the fields each schema says what the contract is called on
-    the wire, its version, and its queue or topic.
+    One line for each. The working directory is on the import path. Beside the fields each schema says what
+    the contract is called on the wire, its version, and its queue or topic.
     """
     from streamtools.cli.loading import load_contract
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from streamtools.cli import output
-from tests.cli.conftest import Cli, lines
+from tests.cli.conftest import Cli, Service, lines
 
 
 def test_list_names_every_queue_with_its_numbers(cli: Cli) -> None:
@@ -140,3 +142,14 @@ def test_http_has_no_queues_and_says_what_has(cli: Cli) -> None:
     assert result.exit_code == 2
     assert "no queues to look at" in result.stderr
     assert "sqlite://" in result.stderr
+
+
+def test_a_kafka_that_is_not_there_is_one_line(start: Callable[..., Service]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        running = start("queues", "list", "--url", f"kafka://127.0.0.1:{taken.getsockname()[1]}")
+
+        assert running.wait() == 1
+
+    assert len(running.output.splitlines()) == 1, running.output
+    assert "cannot be reached" in running.output

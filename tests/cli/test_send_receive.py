@@ -205,3 +205,10 @@ def test_what_follow_only_looked_at_is_back_at_once_after_its_end(cli: Cli, star
     assert service.end() == 0
     assert len(lines(cli("receive", "orders", "--json", "--timeout", "5"))) == 1
     assert time.monotonic() - begin < 30  # not after the lease of 30 s
+
+
+def test_who_looks_where_there_is_no_broker_is_told_who_listens(cli: Cli) -> None:
+    result = cli("receive", "orders", "--url", "http://127.0.0.1:0", "--timeout", "0.1")
+
+    assert result.exit_code == 0, result.output
+    assert "http://127.0.0.1:0 has no queues to look into: this command listens there itself" in result.stderr

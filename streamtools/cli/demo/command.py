@@ -29,10 +29,10 @@ COLUMNS: Final = ("sent", "handled", "retried", "dead-lettered", "redriven")
 
 
 def demo(*, url: Url = None, json: Json = False) -> None:
-    """Run a service of three handlers on 3,000 order events, with retries, an error queue and a redrive.
+    """Run a service of three handlers on 3,000 orders.
 
-    Without an address it works on a SQLite file of its own, which is removed. On a broker it works on queues
-    of its own, which are deleted at the end.
+    They show retries, an error queue and a redrive. Without an address it works on a SQLite file of its own,
+    which is removed. On a broker it works on queues of its own, which are deleted at the end.
     """
     with _place(url) as where, _quiet():
         from streamtools.cli.demo.flow import prepare

@@ -344,6 +344,6 @@ def _option(name: str) -> str:
 def missing(name: str, where: str) -> QueueError:
     """A queue that is not there, and what to do about it."""
     return QueueError(
-        f"There is no queue {name!r} at {where}. Write declare=True to make it, or check the name and the virtual "
-        "host."
+        f"There is no queue {name!r} at {where}. Check the name and the virtual host, or make it: "
+        f"streamtools queues create {name}. Or use declare=True to have it made."
     )

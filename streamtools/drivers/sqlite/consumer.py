@@ -105,7 +105,10 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
             await session.call(bind, (self.queue, binding), full=True)
         lane = await session.call(join, (self.queue, self.group or "", self.offset == "latest"), full=True)
         if lane is None:
-            raise QueueError(f"There is no queue {self.queue!r} in {session.path}. Use declare=True to have it made.")
+            raise QueueError(
+                f"There is no queue {self.queue!r} in {session.path}. Check the name, or make it: "
+                f"streamtools queues create {self.queue}. Or use declare=True to have it made."
+            )
         return Holder([lane], ordered_by=self.ordered_by)
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
