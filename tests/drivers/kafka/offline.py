@@ -152,6 +152,8 @@ class OfflineConsumer(KafkaConsumer):
 
     look = 0.2
     broker: Broker
+    #: False: what is not there now is not waited for.
+    waits = True
 
     async def _open(self) -> None:
         await self._close()
@@ -171,6 +173,11 @@ class OfflineConsumer(KafkaConsumer):
         self._intake = _Intake(membership)  # type: ignore[assignment]
         self._mover = asyncio.create_task(self._move_routine())
         self.assign()
+
+    async def _arrival(self, membership: Membership, wake: asyncio.Future[None]) -> None:
+        if not self.waits:
+            raise TimeoutError
+        await super()._arrival(membership, wake)
 
     def assign(self) -> None:
         """The partition is ours, from what is committed on."""
