@@ -321,7 +321,7 @@ class Consumer(Endpoint):
     @property
     def connected(self) -> bool:
         """The connection is up, as far as is known."""
-        return self._connected
+        return self._connected and not (self._running and self._loop is not None and self._loop.is_lost)
 
     @property
     def progress(self) -> float | None:

@@ -34,6 +34,9 @@ SUSPECT: Final = 2
 REFUSED_DELAY: Final = 0.5
 REFUSED_MAX_DELAY: Final = 30.0
 
+#: Once the connection is lost: seconds without the end of a handler before it is told that those at work are waited
+#: for, and then before they are cancelled: one that never ends must not keep all others from their messages.
+OUTLAST: Final = (10.0, 300.0)
 #: Seconds for the last settlements when the loop ends.
 FLUSH: Final = 5.0
 #: Times that a handler which ignores its cancellation is cancelled, within FLUSH.
@@ -120,6 +123,11 @@ class Loop:
         self.settled: int = 0
         #: When a delivery was last settled, on the monotonic clock.
         self.progress: float = time.monotonic()
+
+    @property
+    def is_lost(self) -> bool:
+        """The connection has ended; handlers may be at work still."""
+        return self._lost is not None
 
     async def run(self, stopping: asyncio.Event, grace: Callable[[], float]) -> None:
         """Until `stopping` is set and all in hand is settled, or the connection is lost.
@@ -446,15 +454,26 @@ class Loop:
             self._plain.add(Settlement(delivery, RELEASE))
 
     async def _drain(self, stopping: asyncio.Event, grace: Callable[[], float]) -> None:
-        while self._lost is not None and self._at_work() and not stopping.is_set():
-            # What they do would be done twice if the broker gave their messages out again meanwhile.
-            await self._change()
+        if self._lost is not None and not await self._outlast(stopping, OUTLAST[0]):
+            log.warning(
+                "%s It is made anew once the handlers at work have ended (%d), or when none has for %g s.",
+                self._lost, self.running, OUTLAST[1],
+            )  # fmt: skip
+            await self._outlast(stopping, OUTLAST[1])
         try:
             async with asyncio.timeout(grace()):
                 while self._at_work() if self._lost is not None else self.in_hand > 0:
                     await self._change()
         except TimeoutError:
             log.warning("%d deliveries not finished in time; they go back to the broker.", self.in_hand)
+
+    async def _outlast(self, stopping: asyncio.Event, seconds: float) -> bool:
+        """Wait for the handlers at work: what they do would be done twice if their messages came again meanwhile."""
+        with suppress(TimeoutError):  # none of them has ended for so long
+            while self._at_work() and not stopping.is_set():
+                async with asyncio.timeout(seconds):
+                    await self._change()
+        return stopping.is_set() or not self._at_work()
 
     def _at_work(self) -> bool:
         return self.running > 0 or (self._ack == "on_receive" and bool(self._ready))

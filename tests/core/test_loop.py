@@ -459,6 +459,23 @@ async def test_handlers_at_work_end_before_the_connection_is_made_anew() -> None
     assert {key[0] for key in finished} | {str(n) for n in source.settled()} == {"0", "1"}
 
 
+async def test_a_handler_that_never_ends_does_not_keep_the_connection_from_being_made_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loop_module, "OUTLAST", (0.05, 0.2))
+    source, gate = Script(*map(delivery, range(5))), Gate()
+    loop = make(source, gate, concurrency=2)
+    task = asyncio.create_task(loop.run(asyncio.Event(), lambda: 0))
+    await eventually(lambda: len(gate.entered) == 2)
+    source.fail("receive")
+    with pytest.raises(ConnectionLost):
+        async with asyncio.timeout(10):
+            await task
+    assert gate.entered == ["0", "1"]
+    assert loop.is_lost
+    assert "once the handlers at work have ended (2)" in caplog.text
+
+
 async def test_what_was_handled_and_not_settled_is_settled_and_not_handled_again() -> None:
     runs: list[str] = []
 
