@@ -132,8 +132,11 @@ class Template:
 
         if self._raw:
             return codec.BINARY
-        if why_not_json(body) is None:
+        why = why_not_json(body)
+        if why is None:
             return codec.JSON
+        if body.lstrip()[:1] in (b"{", b"["):
+            output.note(f"note: the payload is not JSON ({why}), so it goes as text.")
         try:
             body.decode()
         except UnicodeDecodeError:

@@ -4,6 +4,7 @@
 """
 
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from streamtools.testing.harness import Harness
@@ -14,11 +15,20 @@ if TYPE_CHECKING:
 
 __all__ = ["ConformanceSuite", "Harness", "eventually"]
 
+#: What the suite needs of the extra.
+PACKAGES: Final = ("pytest", "pytest_asyncio")
 _SUITE: Final = "streamtools.testing.conformance"
 
 
 def __getattr__(name: str) -> Any:
     if name == "ConformanceSuite":  # loaded when first asked for: it needs pytest
+        missing = [package for package in PACKAGES if find_spec(package) is None]
+        if missing:
+            raise ModuleNotFoundError(
+                f"ConformanceSuite needs {' and '.join(missing)}, not installed here. "
+                'Install the extra: pip install "streamtools[testing]"',
+                name=missing[0],
+            )
         import pytest  # noqa: PLC0415
 
         if _SUITE not in sys.modules:

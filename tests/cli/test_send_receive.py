@@ -37,6 +37,16 @@ def test_what_is_not_json_goes_as_text(cli: Cli, url: str, text: str) -> None:
     assert message.content_type == "text/plain; charset=utf-8"
 
 
+@pytest.mark.parametrize(
+    ("text", "noted"), [('{"id": 1', True), ("[1", True), ("hello there", False), ('{"id": 1}', False)]
+)
+def test_what_looks_like_json_and_is_none_is_pointed_out(cli: Cli, text: str, noted: bool) -> None:
+    result = cli("send", "orders", text)
+
+    assert result.exit_code == 0
+    assert ("is not JSON" in result.stderr and "goes as text" in result.stderr) == noted
+
+
 def test_raw_bytes_come_from_standard_input(cli: Cli, url: str) -> None:
     cli("send", "orders", "-", "--raw", stdin=NOT_UTF8)
 

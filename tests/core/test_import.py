@@ -50,3 +50,20 @@ def test_every_public_name_is_there_and_sorted() -> None:
 
 def test_the_testing_tools_load_pytest_only_for_the_suite() -> None:
     assert "pytest" not in run("import streamtools.testing, sys; print(*sys.modules)").split()
+
+
+@pytest.mark.parametrize("package", ["pytest", "pytest_asyncio"])
+def test_without_pytest_the_suite_says_what_to_install(package: str) -> None:
+    code = f"""
+import importlib.util as util
+find = util.find_spec
+util.find_spec = lambda name, *rest: None if name == {package!r} else find(name, *rest)
+import streamtools.testing
+try:
+    streamtools.testing.ConformanceSuite
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert run(code) == (
+        f'ConformanceSuite needs {package}, not installed here. Install the extra: pip install "streamtools[testing]"'
+    )
