@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka import errors as kafka
@@ -28,6 +28,8 @@ from streamtools.settings import KafkaSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
 
+T = TypeVar("T")
+
 #: Finished messages after which their offsets are committed at once, and seconds after which in any case.
 COMMIT_COUNT: Final = 1000
 COMMIT_AGE: Final = 0.2
@@ -35,6 +37,8 @@ COMMIT_AGE: Final = 0.2
 REJOIN: Final = 10.0
 #: Seconds for handlers that were cancelled to end.
 ABANDONED: Final = 1.0
+#: Seconds after which a topic that the brokers do not know is one that was deleted, not one just made.
+GONE: Final = 3.0
 #: The metadata of the commit with which a member begins that was told where: others may be beginning, too.
 BEGUN: Final = "begun"
 #: The library would leave the group when nobody asks it for records for so long; handlers may take longer.
@@ -219,7 +223,9 @@ class Membership:
         if not partitions:
             return {}
         terms = self._terms
-        starts: dict[TopicPartition, int] = await self.consumer.beginning_offsets(partitions)
+        starts: dict[TopicPartition, int] = await self._unless_gone(
+            self.consumer.beginning_offsets(partitions), partitions
+        )
         chosen = await self._chosen(partitions) if self._chooses_start else []
         if not chosen:
             return starts
@@ -231,6 +237,22 @@ class Membership:
         if terms.start_offset is not None:
             return starts | {p: min(max(terms.start_offset, starts[p]), ends[p]) for p in chosen}
         return starts | ends
+
+    async def _unless_gone(self, asking: Awaitable[T], partitions: Collection[TopicPartition]) -> T:
+        """What the library answers; where a topic was deleted, it goes on asking for ever.
+
+        Raises:
+            ConnectionLost: a topic was deleted.
+        """
+        task = asyncio.ensure_future(asking)
+        try:
+            while not (await asyncio.wait({task}, timeout=GONE))[0]:
+                if gone := sorted({p.topic for p in partitions} - self.consumer._client.cluster.topics()):
+                    names = ", ".join(map(repr, gone))
+                    raise ConnectionLost(f"{names} at {self._settings.safe_url} was deleted under its consumer.")
+            return task.result()
+        finally:
+            task.cancel()
 
     async def _chosen(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
         """Those in which the group begins where it was told; one that came later is read from its beginning."""
@@ -369,8 +391,11 @@ class Membership:
     async def _commit(self, tracks: Iterable[Track]) -> None:
         while True:
             taken = [(track, track.offsets.changes, *track.offsets.commit(self.limit)) for track in tracks]
+            offsets = {t.partition: OffsetAndMetadata(at, text) for t, _, at, text, _ in taken}
             try:
-                await self.consumer.commit({t.partition: OffsetAndMetadata(at, text) for t, _, at, text, _ in taken})
+                await self._unless_gone(self.consumer.commit(offsets), offsets)
+            except StreamToolsError:
+                raise
             except kafka.OffsetMetadataTooLargeError:
                 self.limit //= 2
                 log.warning(

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from streamtools import ConsumerFactory, ConsumerRunner, Producer
+from streamtools import ConsumerFactory, ConsumerRunner, Producer, QueueAdmin
 from streamtools.drivers.kafka.reach import Repeated
 from streamtools.testing import eventually
 from tests.brokers.kafka.node import KafkaNode
@@ -46,6 +46,29 @@ async def test_an_outage_is_told_once_and_the_service_is_not_ready_meanwhile(
         r.getMessage() for r in caplog.records if r.name.startswith("aiokafka") and r.levelno >= logging.WARNING
     ]
     assert len(theirs) == len(set(theirs))
+
+
+async def test_a_topic_that_is_deleted_under_a_handler_is_told_by_name_and_read_from_its_beginning_when_it_is_back(
+    own_kafka: KafkaNode, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumers, seen, deleted = ConsumerFactory(url=own_kafka.url), [], asyncio.Event()
+
+    @consumers.route(queue)
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+        await deleted.wait()
+
+    async with ConsumerRunner(consumers):
+        async with Producer(queue, url=own_kafka.url) as producer:
+            await producer.send(1)
+            await eventually(lambda: seen == [1], timeout=60)
+        async with QueueAdmin(url=own_kafka.url) as admin:
+            await admin.delete(queue)
+            deleted.set()  # it can be committed no more; the library would try until the topic is back
+            await eventually(lambda: f"'{queue}' at {own_kafka.url[:-1]} was deleted" in caplog.text, timeout=60)
+        async with Producer(queue, url=own_kafka.url) as producer:
+            await producer.send(2)
+        await eventually(lambda: seen == [1, 2], timeout=120)
 
 
 def test_a_line_of_the_library_passes_once_a_minute_and_says_how_often_it_was_left_out(
