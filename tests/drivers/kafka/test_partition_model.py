@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from streamtools import Message, StreamToolsError
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.kafka.offsets import decode
-from streamtools.verdicts import ACK
+from streamtools.verdicts import ACK, RELEASE, Verdict
 from tests.drivers.kafka.offline import PLACE, Broker, OfflineConsumer, consumer, record
 
 LENGTH = 14
@@ -217,15 +217,15 @@ class Partition(RuleBasedStateMachine):
                 self._settled(task)
 
     @precondition(lambda self: self.old)
-    @rule(data=st.data(), kind=st.sampled_from(["ack", "release", "reject", "settle"]))
-    def too_late(self, data: st.DataObject, kind: str) -> None:
+    @rule(data=st.data(), kind=st.sampled_from(["ack", "release", "reject", ACK, RELEASE]))
+    def too_late(self, data: st.DataObject, kind: Any) -> None:
         """A second verdict, or one about what is not ours any more."""
         delivery = data.draw(st.sampled_from(self.old))
         self.runner.run(self._too_late(delivery, kind))
 
-    async def _too_late(self, delivery: Delivery, kind: str) -> None:
-        if kind == "settle":
-            await self.consumer._settle([Settlement(delivery, ACK)])
+    async def _too_late(self, delivery: Delivery, kind: Any) -> None:
+        if isinstance(kind, Verdict):
+            await self.consumer._settle([Settlement(delivery, kind)])
         else:
             await getattr(delivery, kind)()
 
@@ -312,4 +312,4 @@ class ExactlyOnce(Partition):
 
 TestPartition = Partition.TestCase
 TestExactlyOnce = ExactlyOnce.TestCase
-TestPartition.settings = TestExactlyOnce.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestPartition.settings = TestExactlyOnce.settings = settings(deadline=None, max_examples=100, stateful_step_count=30)

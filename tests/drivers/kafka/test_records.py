@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,6 +88,29 @@ def test_whatever_is_asked_of_it_is_answered_as_if_it_were_read_whole(ask: Any) 
     plain = decode_plain(read, PLACE)
     assert type(plain) is Plain
     assert ask(plain) == ask(decode_record(read, PLACE))
+
+
+def test_two_threads_that_ask_at_once_have_the_same_answer() -> None:
+    read = sent(Message(body=b"x", queue="t", id="i", content_type="text/plain"))
+    bare = record(value=b"y", key=b"k")
+    messages = [decode_plain(each, PLACE) for each in (read, bare) * 2000]
+    whole = [decode_record(each, PLACE) for each in (read, bare) * 2000]
+    asked = ("time", "content_type", "key", "id", "error", "attempt", "expired")
+    begin = Barrier(2)
+
+    def ask() -> list[list[Any]]:
+        begin.wait(10)
+        return [[getattr(message, name) for name in asked] for message in messages]
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            one, two = [future.result(30) for future in [pool.submit(ask), pool.submit(ask)]]
+    finally:
+        sys.setswitchinterval(usual)
+    assert one == two == [[getattr(message, name) for name in asked] for message in whole]
+    assert messages == whole
 
 
 @given(st.binary(), st.lists(st.tuples(st.sampled_from(["a", "b", "ce_x", "streamtools-user-ce_y"]), st.binary())))

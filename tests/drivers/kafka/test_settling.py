@@ -12,7 +12,7 @@ from streamtools import ConnectionLost, Message, SendError
 from streamtools.delivery import Settlement
 from streamtools.drivers.kafka.fetched import Fetched
 from streamtools.testing import eventually
-from streamtools.verdicts import ACK
+from streamtools.verdicts import ACK, RELEASE, Verdict
 from tests.drivers.kafka.offline import PLACE, Broker, OfflineConsumer, consumer, record
 
 LATER = 5000.0
@@ -150,16 +150,33 @@ async def test_what_is_being_settled_is_not_settled_by_anyone_else() -> None:
     await receiver.close()
 
 
-async def test_only_the_delivery_given_last_is_in_hand() -> None:
+@pytest.mark.parametrize("exactly_once", [False, True])
+async def test_what_is_given_back_beside_a_copy_comes_again(exactly_once: bool) -> None:
+    broker = Broker([record(0), record(1), record(2)])
+    receiver = await opened(broker, exactly_once=exactly_once)
+    first, second, third = await receiver.receive(10)
+    copy = Settlement(second, Verdict.retry(0), (second.message,))
+    await receiver._settle([Settlement(first, RELEASE), copy, Settlement(third, ACK)])
+    assert list(receiver.track.offsets.pending) == [0] and broker.sent == ["1"]
+    [again] = await receiver.receive(10, timeout=5)
+    await again.ack()
+    assert receiver.track.offsets.position == 3
+    await receiver.close()
+
+
+@pytest.mark.parametrize("exactly_once", [False, True])
+async def test_only_the_delivery_given_last_is_in_hand(exactly_once: bool) -> None:
     broker = Broker([record(0)])
-    receiver = await opened(broker)
+    receiver = await opened(broker, exactly_once=exactly_once)
     [old] = await receiver.receive(10)
     await old.release()
     await receiver._ack([old])
     [new] = await receiver.receive(10)
     assert new is not old and new.message is old.message
     await receiver._ack([old])
-    assert receiver.track.offsets.position == 0 and receiver.track.in_hand == [new]
+    for verdict in (ACK, RELEASE):
+        await receiver._settle([Settlement(old, verdict)])
+    assert receiver.track.offsets.position == 0 and receiver.track.in_hand == [new] and not receiver._returned
     await receiver.ack_many([new, new])
     assert receiver.track.offsets.position == 1 and receiver.track.offsets.uncommitted == 1
     await receiver.close()
