@@ -1,10 +1,12 @@
 """Whether a client of the library reaches Kafka, and telling it: once, and not fifty times a second.
 
 The library tries again for as long as the brokers are away, and logs each try of each of its parts as an error.
+While a topic that it reads is gone, it asks for it without a pause, 2,000 times a second (seen in 0.14).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import Any, Final
@@ -19,8 +21,12 @@ AGAIN: Final = 60.0
 LINES: Final = 1000
 
 
+#: Seconds between two questions for what topics there are.
+LOOK: Final = 0.05
+
+
 class Reach:
-    """Watches the connections of one client of the library.
+    """Watches the connections of one client of the library, and has it ask in peace.
 
     Parameters:
         client: the library's, with the brokers' addresses.
@@ -34,6 +40,9 @@ class Reach:
         self._lost = False
         self._connect = client._get_conn
         client._get_conn = self._get_conn
+        self._next_look = 0.0
+        self._look = client._metadata_update
+        client._metadata_update = self._metadata_update
 
     @property
     def up(self) -> bool:
@@ -49,6 +58,13 @@ class Reach:
             self._lost = True
             log.warning("%s: %s cannot be reached any more. Trying again until it is.", self._who, self._place)
         return found
+
+    async def _metadata_update(self, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.sleep(self._next_look - time.monotonic())
+        try:
+            return await self._look(*args, **kwargs)
+        finally:
+            self._next_look = time.monotonic() + LOOK
 
 
 class Repeated(logging.Filter):

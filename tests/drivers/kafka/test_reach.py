@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from streamtools import ConsumerFactory, ConsumerRunner, Producer, QueueAdmin
-from streamtools.drivers.kafka.reach import Repeated
+from streamtools.drivers.kafka.reach import LOOK, Reach, Repeated
+from streamtools.settings import KafkaSettings
 from streamtools.testing import eventually
 from tests.brokers.kafka.node import KafkaNode
 
@@ -69,6 +72,29 @@ async def test_a_topic_that_is_deleted_under_a_handler_is_told_by_name_and_read_
         async with Producer(queue, url=own_kafka.url) as producer:
             await producer.send(2)
         await eventually(lambda: seen == [1, 2], timeout=120)
+
+
+async def test_a_client_that_asks_for_topics_over_and_over_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    pauses: list[float] = []
+
+    async def ask(cluster: Any, topics: Any) -> bool:
+        asked.append(topics)
+        return True
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    client = SimpleNamespace(_get_conn=None, _metadata_update=ask, _conns={})
+    Reach(client, "Group orders", KafkaSettings())
+    monkeypatch.setattr("streamtools.drivers.kafka.reach.time.monotonic", lambda: 100.0)
+    monkeypatch.setattr("streamtools.drivers.kafka.reach.asyncio.sleep", sleep)
+    for topic in ("a", "b", "c"):
+        await client._metadata_update(None, topic)
+
+    assert asked == ["a", "b", "c"]
+    assert pauses[0] <= 0
+    assert pauses[1:] == [pytest.approx(LOOK)] * 2
 
 
 def test_a_line_of_the_library_passes_once_a_minute_and_says_how_often_it_was_left_out(
