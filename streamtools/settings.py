@@ -7,6 +7,7 @@ protocol's own variables (`RMQ_HOST`, `KAFKA_HOST`, ...), then the defaults.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -27,7 +28,7 @@ class ProtocolSettings(BaseSettings):
     """Where a protocol's broker is and how to reach it. A driver subclasses it, naming its URL schemes.
 
     Raises:
-        ConfigurationError: from `from_url`, when the URL does not fit; the text never holds a password.
+        ConfigurationError: a field or a URL does not fit; the text never holds a password.
     """
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
@@ -38,6 +39,12 @@ class ProtocolSettings(BaseSettings):
     protocol: ClassVar[str] = ""
     #: URL schemes that belong to it; the first is written in `safe_url`.
     schemes: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise _explain(type(self), error) from None
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -56,8 +63,6 @@ class ProtocolSettings(BaseSettings):
             query = dict(parse_qsl(parts.query, keep_blank_values=True))
             cls._check_query(query)
             return cls(**{**cls._from_parts(parts), **query})
-        except ValidationError as error:
-            raise _explain(cls, error) from None
         except ConfigurationError:
             raise
         except ValueError as error:  # urlsplit: a port that is no number, an unclosed bracket
@@ -73,10 +78,7 @@ class ProtocolSettings(BaseSettings):
         url = os.environ.get(URL_VARIABLE, "")
         if url and url.partition(":")[0].lower() in cls.schemes:
             return cls.from_url(url)
-        try:
-            return cls()
-        except ValidationError as error:
-            raise _explain(cls, error) from None
+        return cls()
 
     @classmethod
     def resolve(cls, url: str | ProtocolSettings | None) -> Self:
@@ -104,7 +106,9 @@ class ProtocolSettings(BaseSettings):
             if name not in cls.model_fields:
                 if "@" in name + value:  # not shown: behind an unencoded "?" it is a password
                     raise ConfigurationError(f"The {cls.protocol} URL has an '@' behind its '?'. {ENCODED}")
-                raise ConfigurationError(f"A {cls.protocol} URL has no {name!r}. {near(name, cls.model_fields)}")
+                raise ConfigurationError(
+                    f"The {cls.protocol} URL can have no {name!r}. {near(name, cls.model_fields)}"
+                )
 
     @property
     def safe_url(self) -> str:
@@ -114,8 +118,15 @@ class ProtocolSettings(BaseSettings):
 
 def _explain(cls: type[ProtocolSettings], error: ValidationError) -> ConfigurationError:
     # Only the field and pydantic's sentence: the value may be a password.
-    rows = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_input=False))
+    rows = "; ".join(_row(cls, problem) for problem in error.errors(include_input=False))
     return ConfigurationError(f"{cls.__name__} cannot be used: {rows}.")
+
+
+def _row(cls: type[ProtocolSettings], problem: Mapping[str, Any]) -> str:
+    name = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"it has no {name!r}: {near(name, cls.model_fields)}".removesuffix(".")
+    return f"{name}: {problem['msg']}"
 
 
 class RabbitMQSettings(ProtocolSettings):

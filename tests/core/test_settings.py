@@ -249,3 +249,15 @@ def test_kafka_from_its_own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAFKA_PARTITIONS", "6")
     settings = KafkaSettings.from_environment()
     assert (settings.addresses, settings.partitions, settings.username) == ([("h1", 1), ("h2", 2)], 6, None)
+
+
+def test_a_settings_object_that_cannot_be_is_one_sentence_of_ours_without_the_password() -> None:
+    wrong: dict[str, Any] = {"port": "geheim", "pasword": "geheim"}
+
+    with pytest.raises(ConfigurationError) as caught:
+        RabbitMQSettings(**wrong)
+
+    text = str(caught.value)
+    assert text.startswith("RabbitMQSettings cannot be used: port: Input should be a valid integer")
+    assert "it has no 'pasword': Did you mean 'password'?" in text
+    assert "geheim" not in text
