@@ -106,9 +106,7 @@ class ProtocolSettings(BaseSettings):
             if name not in cls.model_fields:
                 if "@" in name + value:  # not shown: behind an unencoded "?" it is a password
                     raise ConfigurationError(f"The {cls.protocol} URL has an '@' behind its '?'. {ENCODED}")
-                raise ConfigurationError(
-                    f"The {cls.protocol} URL can have no {name!r}. {near(name, cls.model_fields)}"
-                )
+                raise ConfigurationError(f"The {cls.protocol} URL has no {name!r}. {near(name, cls.model_fields)}")
 
     @property
     def safe_url(self) -> str:
