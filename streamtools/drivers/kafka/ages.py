@@ -50,5 +50,6 @@ def _first_time(batches: Any, offset: int) -> float | None:
             continue
         for record in batch:
             if record.offset >= offset:
-                return float(record.timestamp) / 1000
+                # None in the oldest format.
+                return None if record.timestamp is None else float(record.timestamp) / 1000
     return None

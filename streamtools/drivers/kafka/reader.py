@@ -193,7 +193,7 @@ class KafkaReader:
             partition = _place(record)
             if self._offsets[partition].finish(record.offset):
                 del self._records[partition][record.offset]
-                touched.add(partition)
+            touched.add(partition)  # in any case: the commit before may have failed
         for partition in touched:
             await self._make_room(partition)
         try:

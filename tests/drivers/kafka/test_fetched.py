@@ -17,6 +17,7 @@ from aiokafka.record.util import calc_crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamtools.drivers.kafka.ages import _first_time
 from streamtools.drivers.kafka.fetched import Buffers, Fetched
 
 PLACE = TopicPartition("t", 0)
@@ -186,6 +187,12 @@ def test_old_formats_are_read_too(magic: int, codec: int, start: int) -> None:
     check(bytes(written), [], start)
     found, position, _ = taken(bytes(written), [], start)
     assert ([offset for offset, *_ in found], position) == ([*range(start, 106)], 106)
+
+
+def test_records_of_the_oldest_format_have_no_age() -> None:
+    builder = LegacyRecordBatchBuilder(0, PLAIN_CODEC, 1 << 20)
+    assert builder.append(0, timestamp=None, key=None, value=b"x") is not None
+    assert _first_time(MemoryRecords(bytes(builder.build())), 0) is None
 
 
 def test_bytes_that_have_changed_on_their_way_are_an_error_and_nothing_is_passed() -> None:

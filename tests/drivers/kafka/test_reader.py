@@ -6,12 +6,14 @@ import asyncio
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition, errors
 
 from streamtools import Message, QueueAdmin, QueueError, Retry
+from streamtools.delivery import Settlement
 from streamtools.drivers.kafka import KafkaAdmin
 from streamtools.drivers.kafka.reader import KafkaReader
 from streamtools.testing import eventually
+from streamtools.verdicts import ACK
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import kafka_tool
 from tests.drivers.kafka.conftest import MakeProducer, Running, member, records, shown
@@ -125,6 +127,29 @@ async def test_more_gaps_than_a_commit_has_room_for_lose_and_repeat_nothing(
     moved = [int(record.value) for record in await records(kafka, f"{queue}-2")]
     assert sorted(moved) == list(range(number))
     assert (await admin.stats(queue)).ready == 0
+
+
+async def test_a_move_whose_commit_failed_is_committed_when_it_is_tried_again(
+    filled: Any, kafka: KafkaAddress, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await filled(2)
+    async with KafkaAdmin(url=kafka.url) as admin:
+        reader = KafkaReader(queue, admin._cluster, admin.settings, client_id=None)
+        await reader.open()
+        try:
+            [delivery] = await reader.receive(1)
+            with monkeypatch.context() as patch:
+                patch.setattr(reader._groups, "commit", _fails)
+                with pytest.raises(QueueError):
+                    await reader._settle([Settlement(delivery, ACK)])
+            await reader._settle([Settlement(delivery, ACK)])
+        finally:
+            await reader.close()
+    assert await shown(kafka, queue, queue) == {0: (1, 2, 1)}
+
+
+async def _fails(*_: Any) -> None:
+    raise errors.InvalidCommitOffsetSizeError
 
 
 async def test_what_was_aborted_is_neither_shown_nor_waited_for(
