@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -28,6 +29,18 @@ CLOSE_TIMEOUT: Final = 2.0
 CALL_TIMEOUT: Final = 30.0
 #: A broker that names no limit (frame_max 0) takes frames of any size; this is what RabbitMQ proposes.
 FRAME_MAX: Final = 131_072
+
+
+class _OneLine(logging.Filter):
+    """The library tells a connection that has ended with a traceback; the reason stands in our own line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Leave the traceback out."""
+        record.exc_info = None
+        return True
+
+
+logging.getLogger("aiormq.connection").addFilter(_OneLine())
 
 
 class _Ready(TransportFactory):

@@ -17,6 +17,7 @@ from tests.brokers.address import RabbitMQAddress
 from tests.brokers.processes import free_ports
 from tests.drivers.rabbitmq.conftest import take
 from tests.faults.proxy import Proxy
+from tests.faults.waiting import wait_until
 
 
 def _parts(address: RabbitMQAddress) -> RabbitMQSettings:
@@ -83,6 +84,19 @@ async def test_a_wrong_password_is_refused_for_good_and_never_shown(
     assert error.__cause__ is not None
     for text in (str(error), repr(error), caplog.text, repr(error.__cause__)):
         assert "s3cr" not in text
+
+
+async def test_a_lost_connection_is_told_without_a_traceback(
+    rabbitmq_vhost: RabbitMQAddress, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = _parts(rabbitmq_vhost)
+    async with Proxy(*settings.addresses[0]) as proxy:
+        url = f"amqp://guest:guest@127.0.0.1:{proxy.port}/{settings.vhost}"
+        async with RabbitMQConsumer("orders", url=url) as consumer:
+            with pytest.raises(ConnectError):
+                await asyncio.gather(consumer._receive(1), proxy.reset())
+            await wait_until(lambda: "aiormq.connection" in {record.name for record in caplog.records})
+    assert not any(r.exc_info for r in caplog.records)
 
 
 async def test_a_missing_virtual_host_is_refused_for_good(rabbitmq: RabbitMQAddress) -> None:
