@@ -180,11 +180,15 @@ class Partition(RuleBasedStateMachine):
         delivery = self._take(data)
         if verdict == "ack":
             self._finishing(delivery)
-        self.broker.troubles += [{delivery.message.id} if trouble == "refused" else trouble]
-        self.broker.troubles += [commits if commits != "refused" else None] if self.exactly_once else []
-        self.runner.run(self._begin_to_settle(delivery, getattr(delivery, verdict)))
+        troubles: list[Any] = [{delivery.message.id} if trouble == "refused" else trouble]
+        if self.exactly_once:
+            troubles.append(None if commits == "refused" else commits)
+        self.runner.run(self._begin_to_settle(delivery, getattr(delivery, verdict), troubles))
 
-    async def _begin_to_settle(self, delivery: Delivery, verdict: Any) -> None:
+    async def _begin_to_settle(self, delivery: Delivery, verdict: Any, troubles: list[Any]) -> None:
+        for _ in range(12):
+            await asyncio.sleep(0)  # what is to be moved is, and has no trouble
+        self.broker.troubles += troubles
         task = asyncio.create_task(verdict())
         for _ in range(8):
             await asyncio.sleep(0)
