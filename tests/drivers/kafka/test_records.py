@@ -135,6 +135,11 @@ def test_a_record_of_the_oldest_format_has_no_time() -> None:
     assert decode_record(read, PLACE).time is None and plain is not None and plain.time is None
 
 
+def test_a_record_without_a_value_has_an_empty_body() -> None:
+    plain = decode_plain(record(value=None), PLACE)
+    assert type(plain) is Plain and plain.body == b""
+
+
 def test_a_key_that_is_no_text_is_named() -> None:
     assert trouble(record(key=b"\xff"), PLACE) is not None and "t-3 at offset 7" in str(
         trouble(record(key=b"\xff"), PLACE)

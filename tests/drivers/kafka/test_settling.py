@@ -214,3 +214,57 @@ async def test_after_a_transaction_whose_fate_is_open_the_partition_is_read_anew
     assert not await receiver.receive(10, timeout=0.01)
     assert broker.sent == ["0", "1"] and broker.kept[0] == 2
     await receiver.close()
+
+
+# --- what is told, and what is passed over --------------------------------------------------------
+
+
+async def test_what_is_finished_is_committed_soon_whoever_has_finished_it() -> None:
+    broker = Broker([record(n) for n in range(3)])
+    receiver = await opened(broker)
+    [first, second] = await receiver.receive(2)
+    await receiver.ack_many([second])
+    assert receiver.membership._timer is not None
+    await receiver.membership.commit()
+    receiver.membership._let_go()
+    receiver.membership._timer.cancel()
+    receiver.membership._timer = None
+    receiver.assign()
+    again = await receiver.receive(3)
+    assert [d.message.id for d in again] == ["0", "2"] and receiver.membership._timer is not None
+    await receiver.close()
+
+
+async def test_what_was_given_back_is_not_given_out_once_its_partition_is_gone() -> None:
+    receiver = await opened(Broker([record(0)]))
+    [delivery] = await receiver.receive(1)
+    await delivery.release()
+    receiver.membership._let_go()
+    receiver.assign()
+    [again] = await receiver.receive(5)
+    assert again.track is receiver.track  # type: ignore[attr-defined]
+    await again.release()
+    receiver.track.going = True
+    assert await receiver.receive(5, timeout=0.01) == []
+    await receiver.close()
+
+
+async def test_what_has_expired_is_finished_and_not_handed_over() -> None:
+    stale = record(0, Message(body=b"x", queue=PLACE.topic, id="0", expires_at=time.time() - 9))
+    receiver = await opened(Broker([stale, record(1)]))
+    [fresh] = await receiver.receive(5)
+    assert fresh.message.id == "1" and receiver.track.offsets.position == 1
+    await receiver.close()
+
+
+async def test_who_is_cancelled_while_what_has_expired_is_dropped_gives_the_rest_back() -> None:
+    stale = record(0, Message(body=b"x", queue=PLACE.topic, id="0", expires_at=time.time() - 9))
+    broker = Broker([stale, record(1)])
+    broker.troubles = ["never"]
+    receiver = await opened(broker, exactly_once=True)
+    receiving = asyncio.create_task(receiver.receive(5))
+    await eventually(lambda: not broker.troubles)
+    receiving.cancel()
+    await asyncio.wait({receiving})
+    assert [d.offset for d in receiver._returned] == [1]
+    await receiver.close()
