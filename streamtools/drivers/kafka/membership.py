@@ -324,10 +324,13 @@ class Membership:
         offset = record.offset
         log.warning("%r: the log begins anew at offset %d.", track, offset)
         track.gone = True
-        if self._terms.exactly_once:
+        if self._terms.exactly_once and (track.settling or track.offsets.pending):
+            # A transaction may be open; the next member ends it, and then nothing is at work.
             self.fail(ConnectionLost(f"The log of {track!r} begins anew; so do we."))
             return
-        fresh = self.tracks[track.partition] = Track(track.partition, Offsets(offset), is_retry=track.is_retry)
+        fresh = self.tracks[track.partition] = Track(
+            track.partition, Offsets(offset), is_retry=track.is_retry, exactly=track.exactly, identity=track.identity
+        )
         fresh.take_over(record, track)
         self._changed()
 

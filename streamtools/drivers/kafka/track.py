@@ -108,7 +108,8 @@ class Track:
         self._end = fetched.end
 
     def take_over(self, record: Any, other: Track) -> None:
-        """Go on with this record, and what had arrived behind it."""
+        """Go on with this record, and what had arrived behind it; and with what makes transactions."""
+        self.transactional, other.transactional = other.transactional, None
         self.arrived.append(iter((record,)))
         self.arrived.extend(other.arrived)
         self._end, self._mean = other._end, other._mean

@@ -196,5 +196,33 @@ async def _is_behind(address: KafkaAddress, queue: str) -> bool:
     return any(lag for _, _, lag in rows.values())
 
 
+async def _is_at(address: KafkaAddress, queue: str, offset: int) -> bool:
+    rows = await asyncio.to_thread(group_rows, address.bootstrap, queue, queue)
+    return {committed for committed, _, _ in rows.values()} == {offset}
+
+
 async def _numbers(address: KafkaAddress, topic: str, number: int) -> bool:
     return len(await visible_now(address, topic)) >= number
+
+
+@pytest.mark.parametrize("exactly_once", [True, False])
+async def test_a_group_that_stands_behind_the_end_of_its_log_begins_anew(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, exactly_once: bool
+) -> None:
+    """So it does where an unclean election has cut the log."""
+    out, sender = await producer(f"{queue}-out"), await producer()
+    await sender.send_many(range(10))
+    partition = TopicPartition(queue, 0)
+    async with AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, group_id=queue) as member:
+        member.assign([partition])
+        await member.commit({partition: 1000})
+
+    async def handle(msg: int) -> None:
+        await out.send(msg)
+
+    async with running(handle, exactly_once=exactly_once):
+        await eventually(lambda: _numbers(kafka, out.queue, 10))
+        await eventually(lambda: _is_at(kafka, queue, 10))
+        await sender.send(10)
+        await eventually(lambda: _numbers(kafka, out.queue, 11))
+    assert [int(v) for v in await visible(kafka, out.queue)] == list(range(11))
