@@ -15,7 +15,7 @@ from typing import Self
 
 from tests.brokers.address import Address
 from tests.brokers.home import Home
-from tests.brokers.processes import POLL, BrokerError, end, spawn
+from tests.brokers.processes import POLL, BrokerError, end, freeze, spawn
 
 #: Seconds that a node may take until it answers; 4 to 8 on a quiet machine.
 START_TIMEOUT = 120.0
@@ -100,11 +100,11 @@ class Node(Runs):
 
     def freeze(self) -> None:
         """SIGSTOP: connections stay open and nothing answers, until `thaw`."""
-        self._signal(signal.SIGSTOP)
+        freeze(self._running())
 
     def thaw(self) -> None:
         """SIGCONT after `freeze`."""
-        self._signal(signal.SIGCONT)
+        os.kill(self._running(), signal.SIGCONT)
 
     def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
         """Return when it serves; raises BrokerError if it does not."""
@@ -161,10 +161,10 @@ class Node(Runs):
         self._process = None
         self._file("pid").unlink(missing_ok=True)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _running(self) -> int:
         if (pid := self.pid) is None:
             raise BrokerError(f"{self.product} {self.name} is not running; call start() first")
-        os.kill(pid, number)
+        return pid
 
     def _last_words(self) -> str:
         logs = [self._file("out"), *self._logs()]

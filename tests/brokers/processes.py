@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,6 +72,22 @@ def belongs(pid: int, mark: str) -> bool:
         return not Path("/proc/self").exists() and is_alive(pid)
     except OSError:
         return False
+
+
+def freeze(pid: int, timeout: float = 20) -> None:
+    """SIGSTOP, and wait until each of its threads has stopped: on a busy machine some go on for a moment."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + timeout
+    while set(_thread_states(pid)) - {"T"}:
+        if time.monotonic() > deadline:
+            raise BrokerError(f"process {pid} does not stop; look at it with: ps -Lfp {pid}")
+        time.sleep(POLL / 5)
+
+
+def _thread_states(pid: int) -> Iterator[str]:
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            yield thread.read_text().rpartition(")")[2].split()[0]
 
 
 def end(pid: int, *, force: bool = True, timeout: float = 20) -> None:
