@@ -69,8 +69,8 @@ def _together(item: pytest.Item, fixtures: set[str]) -> str:
     for node in ("own_rabbitmq", "own_kafka"):
         if node in fixtures:
             return node
-    if "tests/test_docs.py" in item.nodeid:
-        return item.nodeid  # each page by itself
+    if "tests/test_docs.py" in item.nodeid and "kafka" not in fixtures:
+        return item.nodeid  # each page by itself; on Kafka they share their topics
     return item.nodeid.rpartition("::")[0]
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 #: Ports that we choose: above 20000, below where the kernel takes ports for outgoing connections
 #: (32768), or one of those could hold a broker's port while it restarts.
@@ -24,15 +28,39 @@ class BrokerError(Exception):
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now, all different."""
+    """Ports that nothing listens on now, all different; nobody else is given them while this process lives.
+
+    A broker opens its port seconds after it was given it, and leaves it for a while when it is restarted.
+    """
     ports: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
         if len(ports) == count:
             break
         with suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
-            ports.append(port)
+            if _take(port):
+                ports.append(port)
     return ports
+
+
+def _take(port: int) -> bool:
+    """Lock the byte at that place of a file; the lock ends with this process."""
+    if port in _taken:
+        return False
+    try:
+        fcntl.lockf(_ledger(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    _taken.add(port)
+    return True
+
+
+@cache
+def _ledger() -> IO[bytes]:
+    return (Path(tempfile.gettempdir()) / f"streamtools-ports-{os.getuid()}").open("ab")
+
+
+_taken: set[int] = set()
 
 
 def spawn(command: Sequence[str], *, env: dict[str, str], log: Path, pid_file: Path) -> subprocess.Popen[bytes]:
