@@ -15,7 +15,7 @@ NUMBER = 2000
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 async def test_retries_and_rejections_survive_a_kill_9_of_the_broker(own_rabbitmq: RabbitMQNode) -> None:
     url = own_rabbitmq.url
     consumers = ConsumerFactory(url=url, retry=Retry(retries=2, delay=0.4))
@@ -40,7 +40,8 @@ async def test_retries_and_rejections_survive_a_kill_9_of_the_broker(own_rabbitm
     async with ConsumerRunner(consumers), Producer("orders", url=url, send_timeout=120) as producer:
         await producer.send_many(range(NUMBER))
         for enough in (lambda: len(begun) > NUMBER // 2, lambda: len(handled) + len(rejected) > NUMBER // 2):
-            await eventually(enough, timeout=60)
+            # Longer than it takes to notice that the broker has forgotten a channel: a minute and a half.
+            await eventually(enough, timeout=120)
             await asyncio.to_thread(own_rabbitmq.wait_saved)  # the queues of the delay too
             await asyncio.to_thread(own_rabbitmq.restart, force=True)
         await eventually(
