@@ -12,10 +12,13 @@ from streamtools.testing import eventually
 from tests.brokers.rabbitmq import RabbitMQNode
 
 NUMBER = 2000
+#: Seconds for a broker that begins again. It takes 10; once in some sixty runs RabbitMQ 3.10 took minutes: to notice
+#: that it has forgotten a channel takes a minute and a half, and refused messages have their waits of 10 s.
+PATIENCE = 300
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(1200)
 async def test_retries_and_rejections_survive_a_kill_9_of_the_broker(own_rabbitmq: RabbitMQNode) -> None:
     url = own_rabbitmq.url
     consumers = ConsumerFactory(url=url, retry=Retry(retries=2, delay=0.4))
@@ -40,12 +43,11 @@ async def test_retries_and_rejections_survive_a_kill_9_of_the_broker(own_rabbitm
     async with ConsumerRunner(consumers), Producer("orders", url=url, send_timeout=120) as producer:
         await producer.send_many(range(NUMBER))
         for enough in (lambda: len(begun) > NUMBER // 2, lambda: len(handled) + len(rejected) > NUMBER // 2):
-            # Longer than it takes to notice that the broker has forgotten a channel: a minute and a half.
-            await eventually(enough, timeout=120)
+            await eventually(enough, timeout=PATIENCE)
             await asyncio.to_thread(own_rabbitmq.wait_saved)  # the queues of the delay too
             await asyncio.to_thread(own_rabbitmq.restart, force=True)
         await eventually(
-            lambda: len(handled) + len(rejected) == NUMBER, f"all end: {len(handled)} + {len(rejected)}", timeout=120
+            lambda: len(handled) + len(rejected) == NUMBER, f"all end: {len(handled)} + {len(rejected)}", timeout=PATIENCE
         )
     assert set(rejected) == set(range(0, NUMBER, 10))
     assert set(rejected.values()) == {3}
