@@ -47,7 +47,9 @@ async def test_retries_and_rejections_survive_a_kill_9_of_the_broker(own_rabbitm
             await asyncio.to_thread(own_rabbitmq.wait_saved)  # the queues of the delay too
             await asyncio.to_thread(own_rabbitmq.restart, force=True)
         await eventually(
-            lambda: len(handled) + len(rejected) == NUMBER, f"all end: {len(handled)} + {len(rejected)}", timeout=PATIENCE
+            lambda: len(handled) + len(rejected) == NUMBER,
+            f"all end: {len(handled)} + {len(rejected)}",
+            timeout=PATIENCE,
         )
     assert set(rejected) == set(range(0, NUMBER, 10))
     assert set(rejected.values()) == {3}
