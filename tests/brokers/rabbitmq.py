@@ -187,6 +187,11 @@ class RabbitMQNode(Node):
         """After `freeze_queue`."""
         self.ctl("eval", f"sys:resume('{self._ra_name(queue)}').")
 
+    def unsave(self, queue: str) -> None:
+        """From the next restart on this quorum queue has no leader: the opposite of `wait_saved`."""
+        uid = f"ra_directory:uid_of(quorum_queues, '{self._ra_name(queue)}')"
+        self.ctl("eval", f"ra_directory:unregister_name(quorum_queues, {uid}), ok = dets:sync(ra_directory_reverse).")
+
     def forget_consumers(self, queue: str) -> None:
         """A quorum queue has no consumers any more, and their channels do not know."""
         server = f"{{'{self._ra_name(queue)}', node()}}"

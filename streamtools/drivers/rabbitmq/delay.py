@@ -51,6 +51,8 @@ MOST: Final = (1 << DOUBLING) - 1 + LAPS * LAP
 MARGIN: Final = 0.005
 #: Seconds for which a target that was found and bound is taken to be so.
 TRUST: Final = 30.0
+#: Seconds for which nothing is sent by way of a level that gave no answer.
+AVOID: Final = 300.0
 
 PREFIX: Final = "streamtools.delay"
 OUT: Final = f"{PREFIX}.out"
@@ -105,7 +107,7 @@ def word(queue: str) -> str:
     return "~" + blake2b(queue.encode(), digest_size=16).hexdigest()
 
 
-def _target(message: Message) -> str:
+def target_word(message: Message) -> str:
     """The word for where a message is to go when it is due."""
     if message.exchange is None:
         check_rabbitmq_name(message.queue)
@@ -120,6 +122,8 @@ class DelayChain:
         self._link = link
         self._levels = 0
         self._targets: dict[str, float] = {}
+        #: Level -> until when it is avoided.
+        self._avoided: dict[int, float] = {}
         self._lock = asyncio.Lock()
         self._time = asyncio.get_running_loop().time
 
@@ -132,19 +136,37 @@ class DelayChain:
         number = steps(delay)
         if number == 0:
             return "", ""
-        bits = digits(number)
+        bits = digits(self._passable(number))
         # Levels that a message's time needs were declared for a longer time, a moment before.
+        if len(bits) > self._levels:
+            bits = digits(number)  # one is avoided since then
         return level_name(len(bits) - 1), ".".join((*bits, target))
+
+    def avoid(self, name: str) -> None:
+        """Send nothing by way of this level for a while: what needs it is held longer, at most twice as long."""
+        level = int(name.rpartition(".")[2])
+        self._avoided[level] = self._time() + AVOID
+
+    def _passable(self, number: int) -> int:
+        """The least number of steps from this one on that needs no level which is avoided."""
+        if not self._avoided:
+            return number
+        self._avoided = {level: until for level, until in self._avoided.items() if until > self._time()}
+        for level in sorted(self._avoided):
+            if number >> level & 1 and number < 1 << DOUBLING:
+                number = (number >> level) + 1 << level
+        return number
 
     def is_route(self, key: str, message: Message) -> bool:
         """Whether this routing key is one through the chain to this message's target."""
         held, _, target = key.rpartition(".")  # the word has no dot
-        return held != "" and set(held) <= set("01.") and target == _target(message)
+        return held != "" and set(held) <= set("01.") and target == target_word(message)
 
     def forget(self) -> None:
         """Declare and bind all of it anew before the next message: some of it is gone."""
         self._levels = 0
         self._targets.clear()
+        self._avoided.clear()
 
     async def prepare(self, message: Message, now: float) -> str:
         """Make sure that the chain stands for this message; the word of its target.
@@ -158,8 +180,8 @@ class DelayChain:
             Unsendable: the delay is too long.
             ConnectionLost: the connection has ended.
         """
-        target = _target(message)
-        levels = len(digits(steps((message.deliver_at or now) - now)))
+        target = target_word(message)
+        levels = len(digits(self._passable(steps((message.deliver_at or now) - now))))
         if levels <= self._levels and self._targets.get(target, 0.0) > self._time():
             return target
         async with self._lock:

@@ -25,7 +25,7 @@ class Outlet:
     another channel of the same connection is not (seen on 3.10): hence each try has a new one.
 
     Parameters:
-        patience: seconds for which what a queue does not take is tried again.
+        patience: seconds for which what a queue has not taken is tried again.
     """
 
     def __init__(self, link: Link, publisher: Publisher, limits: Limits, patience: float) -> None:
@@ -52,11 +52,11 @@ class Outlet:
             SendError: naming those it does not take; it holds the others.
             ConnectionLost: the connection ended; nothing is known of what was not confirmed.
         """
-        deadline = time.monotonic() + self._patience
         publisher = self._publisher
         if publisher.stuck:
             publisher = await self._renew(publisher)
         refused, nacked = await publisher.publish(messages)
+        deadline = time.monotonic() + self._patience  # a no may be long in coming
         for delay in chain(DELAYS, repeat(DELAYS[-1])):
             if not nacked or time.monotonic() + delay > deadline:
                 break

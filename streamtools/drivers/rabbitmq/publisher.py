@@ -36,6 +36,8 @@ WINDOW: Final = 2000
 CHUNK: Final = 100
 #: Seconds without a confirmation after which that is said.
 SLOW: Final = 30.0
+#: Looks in this time.
+LOOKS: Final = 4
 #: Seconds for a confirmation that may be on its way.
 GRACE: Final = 1.0
 #: Routes remembered with their encoded frames.
@@ -65,7 +67,7 @@ class Limits:
 class Batch:
     """What one call publishes, until all of it is confirmed."""
 
-    __slots__ = ("future", "left", "nacked", "refused", "spans")
+    __slots__ = ("future", "left", "levels", "nacked", "refused", "spans", "words")
 
     def __init__(self, future: asyncio.Future[None]) -> None:
         self.future: asyncio.Future[None] = future
@@ -76,6 +78,10 @@ class Batch:
         self.nacked: dict[str, str] = {}
         #: (first tag, messages) of what was written.
         self.spans: list[tuple[int, list[Message]]] = []
+        #: Message id -> the last word of its route through the delay chain, of those due later.
+        self.words: dict[str, str] = {}
+        #: Message id -> the level of the delay chain that it was sent to.
+        self.levels: dict[str, str] = {}
 
     def message(self, tag: int) -> Message:
         """The message that was written under this tag."""
@@ -117,9 +123,10 @@ class Publisher(HotChannel):
         self._out: list[bytes] = []
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.TimerHandle | None = None
-        self._watched = 0
+        #: The tags written last at each of the last looks.
+        self._looks: deque[int] = deque(maxlen=LOOKS)
         self._probe: asyncio.Task[None] | None = None
-        #: What was written long ago is not confirmed: what comes now is better sent over another channel.
+        #: What was written long ago is not confirmed: nothing more is written here.
         self.stuck: bool = False
 
     @classmethod
@@ -159,10 +166,14 @@ class Publisher(HotChannel):
         batch.left = 1
         for start in range(0, len(messages), CHUNK):
             await self._room()
+            if self.stuck:
+                why = f"A channel of RabbitMQ at {self._link.where} gives no confirmations."
+                batch.nacked.update(dict.fromkeys((m.id for m in messages[start:]), why))
+                break
             chunk = messages[start : start + CHUNK]
             await self._exchanges_of(chunk, batch)
-            routes = await self._delayed_routes(chunk, batch)
-            self._write(chunk, routes, batch)
+            await self._prepare_delays(chunk, batch)
+            self._write(chunk, batch)
             await self._link.drain()
         batch.left -= 1
         batch.settle_if_done()
@@ -172,7 +183,7 @@ class Publisher(HotChannel):
     # --- writing ------------------------------------------------------------------------------------
 
     async def _room(self) -> None:
-        while self.error is None and len(self._pending) >= WINDOW:
+        while self.error is None and not self.stuck and len(self._pending) >= WINDOW:
             waiter = self._loop.create_future()
             self._waiting.append(waiter)
             try:
@@ -199,21 +210,19 @@ class Publisher(HotChannel):
             else:
                 self._exchanges.add(message.exchange)
 
-    async def _delayed_routes(self, chunk: Sequence[Message], batch: Batch) -> dict[str, str]:
-        """Message id -> the last word of its route through the delay chain, for those due later."""
+    async def _prepare_delays(self, chunk: Sequence[Message], batch: Batch) -> None:
         now = time.time()
-        later = [m for m in chunk if m.deliver_at is not None and m.deliver_at > now and m.id not in batch.refused]
-        routes: dict[str, str] = {}
-        for message in later:
+        for message in chunk:
+            if message.deliver_at is None or message.deliver_at <= now or message.id in batch.refused:
+                continue
             try:
-                routes[message.id] = await self._delay.prepare(message, now)
+                batch.words[message.id] = await self._delay.prepare(message, now)
             except ConfigurationError as error:
                 batch.refused[message.id] = str(error)
             except Unsendable as error:
                 batch.refused[message.id] = f"Message {message.id} cannot be sent: {error}"
-        return routes
 
-    def _write(self, chunk: Sequence[Message], routes: dict[str, str], batch: Batch) -> None:
+    def _write(self, chunk: Sequence[Message], batch: Batch) -> None:
         self._check()
         out: list[bytes] = []
         written: list[Message] = []
@@ -221,7 +230,7 @@ class Publisher(HotChannel):
             if message.id in batch.refused:
                 continue
             try:
-                out.append(self._encode(message, routes))
+                out.append(self._encode(message, batch))
             except Unsendable as error:
                 batch.refused[message.id] = f"Message {message.id} cannot be sent: {error}"
             else:
@@ -233,10 +242,10 @@ class Publisher(HotChannel):
         batch.left += len(written)
         self._pending.update(dict.fromkeys(range(first, self._next), batch))
         if self._watch is None:
-            self._watch = self._loop.call_later(SLOW, self._look_for_slow)
+            self._look_later()
         self._send(out)
 
-    def _encode(self, message: Message, routes: dict[str, str]) -> bytes:
+    def _encode(self, message: Message, batch: Batch) -> bytes:
         body, number, frame_max = message.body, self.number, self._link.frame_max
         if len(body) > self._limits.body:
             raise Unsendable(
@@ -244,12 +253,13 @@ class Publisher(HotChannel):
                 "Store it elsewhere and send where it is."
             )
         header = frames.header_frame(number, properties.encode(message), len(body), frame_max)
-        return self._route(message, routes) + header + frames.body_frames(number, body, frame_max)
+        return self._route(message, batch) + header + frames.body_frames(number, body, frame_max)
 
-    def _route(self, message: Message, routes: dict[str, str]) -> bytes:
-        if routes and (word := routes.get(message.id)) is not None and message.deliver_at is not None:
-            exchange, key = self._delay.route(message.deliver_at - time.time(), word)
+    def _route(self, message: Message, batch: Batch) -> bytes:
+        if batch.words and message.id in batch.words:
+            exchange, key = self._way(message, batch)
             if key:  # else it has become due meanwhile
+                batch.levels[message.id] = exchange
                 return frames.publish_frame(self.number, exchange, key)
         exchange = "" if message.exchange is None else message.exchange.name
         route = self._routes.get((exchange, message.queue))
@@ -259,6 +269,10 @@ class Publisher(HotChannel):
             route = frames.publish_frame(self.number, exchange, message.queue)
             self._routes[exchange, message.queue] = route
         return route
+
+    def _way(self, message: Message, batch: Batch) -> tuple[str, str]:
+        """Exchange and routing key for a message that was to be delayed; two empty strings once it is due."""
+        return self._delay.route((message.deliver_at or 0.0) - time.time(), batch.words[message.id])
 
     def _send(self, out: list[bytes]) -> None:
         # What many tasks publish in one turn of the loop leaves in one piece.
@@ -273,20 +287,52 @@ class Publisher(HotChannel):
 
     def _look_for_slow(self) -> None:
         """Say it when the oldest message has waited for its confirmation since the last look, and try to help it."""
+        slow = self._looks[0] if len(self._looks) == LOOKS else 0
         oldest = next(iter(self._pending), None)
-        if oldest is not None and oldest <= self._watched and not self._link.blocked:
+        if oldest is not None and oldest <= slow and not self._link.blocked:
+            self._looks.clear()
             self.stuck = True
+            batch = self._pending[oldest]
+            message = batch.message(oldest)
+            queue = batch.levels.get(message.id) or message.queue
             log.warning(
-                "RabbitMQ at %s has not confirmed a message to %r for %g s; that queue, or one of streamtools.delay, "
-                "may have no leader: rabbitmq-queues quorum_status NAME.",
-                self._link.where, self._pending[oldest].message(oldest).queue, SLOW,
+                "RabbitMQ at %s has not confirmed a message to %r for %g s; that queue, or one that its channel sent "
+                "to before, may have no leader: rabbitmq-queues quorum_status %s",
+                self._link.where, queue, SLOW, queue,
             )  # fmt: skip
-            self._probe_oldest()
-        self._watched = 0 if self._link.blocked else self._next - 1
-        self._watch = self._loop.call_later(SLOW, self._look_for_slow) if self._pending else None
+            self._wake(len(self._waiting))
+            self._send_past_levels(slow)
+            self._probe_oldest(slow)
+        self._watch = None
+        if self._pending:
+            self._look_later()
+        else:
+            self._looks.clear()
 
-    def _probe_oldest(self) -> None:
-        waits = (tag for tag, batch in self._pending.items() if tag <= self._watched and not batch.future.done())
+    def _look_later(self) -> None:
+        self._looks.append(0 if self._link.blocked else self._next - 1)
+        self._watch = self._loop.call_later(SLOW / LOOKS, self._look_for_slow)
+
+    def _send_past_levels(self, slow: int) -> None:
+        """Have delayed messages sent again on a way that needs no level which has not confirmed them for long."""
+        waits = [(tag, batch, batch.message(tag)) for tag, batch in self._pending.items() if tag <= slow]
+        late = [(tag, batch, message) for tag, batch, message in waits if message.id in batch.levels]
+        for _, batch, message in late:
+            self._delay.avoid(batch.levels[message.id])
+        for tag, batch, message in late:
+            level = batch.levels[message.id]
+            if self._way(message, batch)[0] != level:
+                self._give_back(tag, _no_level(message, level, self._link.where))
+
+    def _give_back(self, tag: int, why: str) -> None:
+        """Have a message sent again, over a new channel: this one may wait for a queue that gives no answer."""
+        batch = self._pending.pop(tag)
+        batch.nacked[batch.message(tag).id] = why
+        batch.left -= 1
+        batch.settle_if_done()
+
+    def _probe_oldest(self, slow: int) -> None:
+        waits = (tag for tag, batch in self._pending.items() if tag <= slow and not batch.future.done())
         tag = next(waits, None)  # None: all their callers have given up
         if tag is not None and (self._probe is None or self._probe.done()):
             self._probe = self._loop.create_task(self._send_again(tag, self._pending[tag].message(tag)))
@@ -294,9 +340,10 @@ class Publisher(HotChannel):
     async def _send_again(self, tag: int, message: Message) -> None:
         """Send a message over another connection; if that is confirmed, and this one is not, our channel is dead.
 
-        RabbitMQ's channels can forget to send again what a queue has not got (seen on 3.10 when the writer of its
-        log was killed; github.com/rabbitmq/rabbitmq-server/pull/13095 and /14589 tell of other ways, up to 4.1).
-        A queue that is merely slow confirms neither; it may have this one message twice in the end.
+        A channel whose first message to a queue finds no leader there stands still for 65 s (rabbit_fifo_client in
+        3.10: net_ticktime + 5). And a channel can forget to send again what a queue has not got (seen on 3.10 when
+        the writer of its log was killed; github.com/rabbitmq/rabbitmq-server/pull/13095 and /14589 tell of other
+        ways, up to 4.1). A queue that is merely slow confirms neither; it may have this one message twice in the end.
         """
         try:
             async with asyncio.timeout(SLOW):
@@ -309,7 +356,10 @@ class Publisher(HotChannel):
             return  # it is not only ours; at the next look it is tried again
         await asyncio.sleep(GRACE)
         if not refused and not nacked and tag in self._pending:
-            self.fail("it does not confirm a message, and does on another connection")
+            why = f"A channel of RabbitMQ at {self._link.where} does not confirm a message, and another one does."
+            log.warning("%s All that it has not confirmed is sent again.", why)
+            for unconfirmed in list(self._pending):
+                self._give_back(unconfirmed, why)
 
     def _watch_no_more(self) -> None:
         if self._watch is not None:
@@ -355,10 +405,7 @@ class Publisher(HotChannel):
         elif message.deliver_at is not None and (back := self._back_from_chain(message)) is not None:
             self._returned.discard(back)
             self._delay.forget()  # so that the next try makes it anew
-            batch.nacked[message.id] = (
-                f"The delay of a message to {message.queue!r} needs a queue that is gone from {self._link.where}: "
-                f"one of {PREFIX}."
-            )
+            batch.nacked[message.id] = _no_level(message, f"one of {PREFIX}", self._link.where)
         elif not held:
             batch.nacked[message.id] = (
                 f"The queue {message.queue!r} at {self._link.where} does not take it: it is full (x-max-length "
@@ -394,3 +441,10 @@ class Publisher(HotChannel):
                 batch.future.exception()  # its caller may have been cancelled
         self._pending.clear()
         self._wake(len(self._waiting))
+
+
+def _no_level(message: Message, level: str, where: str) -> str:
+    return (
+        f"The delay of a message to {message.queue!r} needs a queue that is gone from {where}, or gives no answer: "
+        f"{level}."
+    )

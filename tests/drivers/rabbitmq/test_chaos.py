@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from streamtools import Consumer, Producer
+from streamtools import Consumer, Message, Producer, Retry
 from streamtools.admin import QueueAdmin
 from streamtools.drivers.rabbitmq import consumer as driver
 from streamtools.drivers.rabbitmq import link, publisher
@@ -95,6 +95,43 @@ async def test_a_queue_that_gives_no_answer_is_named_and_taken_up_when_it_does(
     await running
 
 
+@pytest.mark.slow
+async def test_a_retry_does_not_wait_for_a_level_of_the_delay_that_the_broker_has_lost(
+    own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publisher, "SLOW", 1.0)
+    attempts: list[int] = []
+    consumer = Consumer("orders", url=own_rabbitmq.url, retry=Retry(retries=2, delay=0.05, jitter=0))
+
+    @consumer()
+    async def handle(number: int, message: Message) -> None:
+        attempts.append(message.attempt)
+        if message.attempt < 3:
+            raise ValueError("not yet")
+
+    async with Producer("orders", url=own_rabbitmq.url) as producer:
+        running = asyncio.create_task(handle())
+        await producer.send(1, delay=0.05)
+        await wait_until(lambda: attempts == [1, 2, 3])
+        await asyncio.to_thread(own_rabbitmq.wait_saved)
+        await asyncio.to_thread(own_rabbitmq.unsave, "streamtools.delay.00")
+        await asyncio.to_thread(own_rabbitmq.restart, force=True)
+        attempts.clear()
+        await producer.send(2)
+        await wait_until(lambda: attempts == [1, 2, 3])
+        await producer.send(3, delay=0.05)
+        await wait_until(lambda: attempts == [1, 2, 3, 1, 2, 3])
+
+        caplog.clear()
+        await asyncio.to_thread(own_rabbitmq.delete_queue, "streamtools.delay.00")
+        async with Producer("orders", url=own_rabbitmq.url) as other:
+            await other.send(4, delay=0.05)
+            await wait_until(lambda: attempts == [1, 2, 3] * 3)
+        assert "not confirmed" not in caplog.text
+    consumer.stop()
+    await running
+
+
 async def test_what_the_writer_of_the_brokers_log_lost_is_sent_again(
     own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,11 +201,11 @@ async def test_a_consumer_to_which_its_queue_does_not_deliver_yet_begins_anew_on
     assert [("delivers none" in r.getMessage()) for r in caplog.records].count(True) == 1
 
 
-@pytest.mark.parametrize("send_timeout", [1, 60])
+@pytest.mark.parametrize(("slow", "send_timeout"), [(1.5, 1), (0.5, 60)])
 async def test_a_channel_whose_confirmations_are_lost_is_given_up(
-    rabbitmq_vhost: RabbitMQAddress, monkeypatch: pytest.MonkeyPatch, send_timeout: int
+    rabbitmq_vhost: RabbitMQAddress, monkeypatch: pytest.MonkeyPatch, slow: float, send_timeout: int
 ) -> None:
-    monkeypatch.setattr(publisher, "SLOW", 0.5)
+    monkeypatch.setattr(publisher, "SLOW", slow)
     monkeypatch.setattr(publisher, "GRACE", 0.1)
     confirm = publisher.Publisher.confirm
     dead: list[publisher.Publisher] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aiormq.abc import AbstractChannel
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from streamtools.admin import QueueAdmin
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer, delay
 from streamtools.drivers.rabbitmq.frames import Unsendable
+from streamtools.drivers.rabbitmq.link import Link
 from streamtools.errors import SendError
 from streamtools.message import Message
 from tests.brokers.rabbitmq import RabbitMQNode
@@ -34,6 +35,25 @@ class TestArithmetic:
     @given(st.floats(0.001, delay.MOST * delay.STEP - 1))
     def test_never_too_few_steps_and_at_most_one_too_many(self, seconds: float) -> None:
         assert seconds <= delay.steps(seconds) * delay.STEP <= seconds + 2 * delay.STEP
+
+    @given(st.floats(0.001, 86400), st.sets(st.integers(0, 12)))
+    async def test_a_level_that_is_avoided_is_not_on_the_way_and_nothing_is_early(
+        self, seconds: float, avoided: set[int]
+    ) -> None:
+        chain = delay.DelayChain(cast(Link, None))
+        chain._levels = delay.DOUBLING
+        for level in avoided:
+            chain.avoid(delay.level_name(level))
+
+        entry, key = chain.route(seconds, "orders")
+
+        *digits, target = key.split(".")
+        ways = {level for level, digit in enumerate(digits) if digit == "1"}
+        assert target == "orders" and entry == delay.level_name(max(ways))
+        assert not ways & avoided
+        assert sum(map(delay.level_time, ways)) >= seconds * 1000
+        if not avoided:
+            assert chain.route(seconds, "orders")[1] == ".".join((*delay.digits(delay.steps(seconds)), "orders"))
 
     def test_more_than_a_year_is_held_and_more_than_the_most_is_refused(self) -> None:
         assert delay.steps(366 * 86400) <= delay.MOST
