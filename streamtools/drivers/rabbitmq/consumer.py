@@ -201,6 +201,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     async def _take_turn(self, intake: Intake, lock: OrderLock) -> None:
         await lock.acquire()
         await intake.consume(1 if self._narrow else self.prefetch)
+        await self._watch_silence(intake)
 
     async def _watch_silence(self, intake: Intake) -> None:
         """Give the channel up when messages wait in the queue, nothing is in hand, and none comes.

@@ -34,8 +34,8 @@ log: logging.Logger = logging.getLogger("streamtools")
 WINDOW: Final = 2000
 #: Messages written in one piece.
 CHUNK: Final = 100
-#: Seconds without a confirmation after which that is said.
-SLOW: Final = 30.0
+#: Seconds without a confirmation after which that is said; less than a sender waits by default, so that it helps.
+SLOW: Final = 20.0
 #: Looks in this time.
 LOOKS: Final = 4
 #: Seconds for a confirmation that may be on its way.

@@ -9,6 +9,7 @@ import pytest
 
 from streamtools import Consumer, Message, Producer, Retry
 from streamtools.admin import QueueAdmin
+from streamtools.consumer import OrderedBy
 from streamtools.drivers.rabbitmq import consumer as driver
 from streamtools.drivers.rabbitmq import link, publisher
 from streamtools.errors import SendError, StreamToolsError
@@ -155,13 +156,13 @@ async def test_what_the_writer_of_the_brokers_log_lost_is_sent_again(
                 await delivery.ack()
 
 
-@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize(("by_hand", "ordered_by"), [(True, None), (False, None), (True, "queue"), (False, "queue")])
 async def test_a_consumer_that_its_queue_has_forgotten_begins_anew(
-    own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, by_hand: bool
+    own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, by_hand: bool, ordered_by: OrderedBy
 ) -> None:
     monkeypatch.setattr(driver, "IDLE", 1.0)
     handled: list[int] = []
-    consumer = Consumer("orders", url=own_rabbitmq.url)
+    consumer = Consumer("orders", url=own_rabbitmq.url, ordered_by=ordered_by)
 
     @consumer()
     async def handle(message: int) -> None:
