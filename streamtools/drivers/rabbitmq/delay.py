@@ -51,6 +51,8 @@ MOST: Final = (1 << DOUBLING) - 1 + LAPS * LAP
 MARGIN: Final = 0.005
 #: Seconds for which a target that was found and bound is taken to be so.
 TRUST: Final = 30.0
+#: Seconds after which the levels are declared again before the next use: an operator may have deleted one.
+RENEW: Final = 300.0
 #: Seconds for which nothing is sent by way of a level that gave no answer.
 AVOID: Final = 300.0
 
@@ -121,6 +123,8 @@ class DelayChain:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._levels = 0
+        #: When they are to be declared again.
+        self._renew_at = 0.0
         self._targets: dict[str, float] = {}
         #: Level -> until when it is avoided.
         self._avoided: dict[int, float] = {}
@@ -182,7 +186,8 @@ class DelayChain:
         """
         target = target_word(message)
         levels = len(digits(self._passable(steps((message.deliver_at or now) - now))))
-        if levels <= self._levels and self._targets.get(target, 0.0) > self._time():
+        trusted_until = min(self._renew_at, self._targets.get(target, 0.0))
+        if levels <= self._levels and trusted_until > self._time():
             return target
         async with self._lock:
             try:
@@ -234,11 +239,14 @@ class DelayChain:
 
     async def _declare(self, levels: int) -> None:
         """Declare what is missing, from the end of the chain upwards: a level is used when all below stand."""
+        if self._renew_at < self._time():
+            levels, self._levels = max(levels, self._levels), 0
         if levels <= self._levels:
             return
         async with self._link.declaring() as channel:
             if self._levels == 0:
                 await self._declare_end(channel)
+                self._renew_at = self._time() + RENEW
             for level in range(self._levels, levels):
                 await self._declare_level(channel, level)
                 self._levels = level + 1

@@ -161,6 +161,22 @@ async def test_a_level_that_is_deleted_meanwhile_is_made_anew_and_nothing_is_los
     assert {d.message.id for d in await take(receiver, 21)} == {receipt.id for receipt in receipts}
 
 
+async def test_what_is_held_above_a_level_that_was_deleted_goes_on_when_it_is_made_anew(
+    producer: Any, consumer: Any, foreign: AbstractChannel
+) -> None:
+    sender, receiver = await producer(), await consumer()
+    await sender.send(b"makes the levels", delay=0.6)
+    await take(receiver, 1)
+    await foreign.queue_delete(delay.level_name(0))
+
+    assert delay.digits(delay.steps(0.4)) == ["1", "0", "1"]
+    await sender.send(b"1", delay=0.4)
+    assert not await receiver.receive(1, timeout=1)
+    sender._outlet._publisher._delay._renew_at = 0.0
+    await sender.send(b"2", delay=0.4)
+    assert {d.message.body for d in await take(receiver, 2)} == {b"1", b"2"}
+
+
 async def test_a_long_delay_is_held_and_makes_its_levels_once(producer: Any, url: str) -> None:
     sender = await producer()
     await sender.send(b"x", delay=365 * 86400)
