@@ -147,7 +147,7 @@ class DelayChain:
         return level_name(len(bits) - 1), ".".join((*bits, target))
 
     def avoid(self, name: str) -> None:
-        """Send nothing by way of this level for a while: what needs it is held longer, at most twice as long."""
+        """Send nothing by way of this level for a while: what needs it is held longer, until a time without it."""
         level = int(name.rpartition(".")[2])
         self._avoided[level] = self._time() + AVOID
 
@@ -170,7 +170,6 @@ class DelayChain:
         """Declare and bind all of it anew before the next message: some of it is gone."""
         self._levels = 0
         self._targets.clear()
-        self._avoided.clear()
 
     async def prepare(self, message: Message, now: float) -> str:
         """Make sure that the chain stands for this message; the word of its target.

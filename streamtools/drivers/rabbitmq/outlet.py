@@ -52,11 +52,13 @@ class Outlet:
             SendError: naming those it does not take; it holds the others.
             ConnectionLost: the connection ended; nothing is known of what was not confirmed.
         """
+        begun = time.monotonic()
         publisher = self._publisher
         if publisher.stuck:
             publisher = await self._renew(publisher)
         refused, nacked = await publisher.publish(messages)
-        deadline = time.monotonic() + self._patience  # a no may be long in coming
+        # A no may be long in coming, and then some tries are due all the same.
+        deadline = max(begun + self._patience, time.monotonic() + min(self._patience, sum(DELAYS)))
         for delay in chain(DELAYS, repeat(DELAYS[-1])):
             if not nacked or time.monotonic() + delay > deadline:
                 break

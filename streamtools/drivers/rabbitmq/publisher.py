@@ -34,12 +34,19 @@ log: logging.Logger = logging.getLogger("streamtools")
 WINDOW: Final = 2000
 #: Messages written in one piece.
 CHUNK: Final = 100
-#: Seconds without a confirmation after which that is said; less than a sender waits by default, so that it helps.
-SLOW: Final = 20.0
+#: Seconds without a confirmation after which we look whether its queue answers another channel. With TRIAL it is less
+#: than a sender waits by default, so that it helps.
+SLOW: Final = 15.0
 #: Looks in this time.
 LOOKS: Final = 4
+#: Seconds for that answer.
+TRIAL: Final = 5.0
 #: Seconds for a confirmation that may be on its way.
 GRACE: Final = 1.0
+#: Queues asked at once.
+ASKED: Final = 50
+#: Seconds until a queue that gave no answer is asked again; doubled each time, up to the last.
+ASK_AGAIN: Final = (15.0, 300.0)
 #: Routes remembered with their encoded frames.
 ROUTES: Final = 1000
 #: Bytes that RabbitMQ 3.8 to 3.13 takes in one body (max_message_size); 4.0 takes 16 MiB by default.
@@ -67,7 +74,7 @@ class Limits:
 class Batch:
     """What one call publishes, until all of it is confirmed."""
 
-    __slots__ = ("future", "left", "levels", "nacked", "refused", "spans", "words")
+    __slots__ = ("future", "left", "nacked", "refused", "spans", "ways", "words")
 
     def __init__(self, future: asyncio.Future[None]) -> None:
         self.future: asyncio.Future[None] = future
@@ -78,10 +85,10 @@ class Batch:
         self.nacked: dict[str, str] = {}
         #: (first tag, messages) of what was written.
         self.spans: list[tuple[int, list[Message]]] = []
-        #: Message id -> the last word of its route through the delay chain, of those due later.
-        self.words: dict[str, str] = {}
-        #: Message id -> the level of the delay chain that it was sent to.
-        self.levels: dict[str, str] = {}
+        #: id(message) -> the last word of its route through the delay chain, of those due later.
+        self.words: dict[int, str] = {}
+        #: id(message) -> the level of the delay chain that it was sent to, and its routing key.
+        self.ways: dict[int, tuple[str, str]] = {}
 
     def message(self, tag: int) -> Message:
         """The message that was written under this tag."""
@@ -125,7 +132,11 @@ class Publisher(HotChannel):
         self._watch: asyncio.TimerHandle | None = None
         #: The tags written last at each of the last looks.
         self._looks: deque[int] = deque(maxlen=LOOKS)
-        self._probe: asyncio.Task[None] | None = None
+        #: What gave no answer here for long: whether it gave another channel one.
+        self._answers: dict[str, bool] = {}
+        #: Those that gave none: when they are asked again, on the loop's clock, and seconds until then.
+        self._ask_at: dict[str, tuple[float, float]] = {}
+        self._trial: asyncio.Task[None] | None = None
         #: What was written long ago is not confirmed: nothing more is written here.
         self.stuck: bool = False
 
@@ -165,14 +176,14 @@ class Publisher(HotChannel):
         # Held open by one until all is written: confirms may come before the last chunk is.
         batch.left = 1
         for start in range(0, len(messages), CHUNK):
-            await self._room()
-            if self.stuck:
-                why = f"A channel of RabbitMQ at {self._link.where} gives no confirmations."
-                batch.nacked.update(dict.fromkeys((m.id for m in messages[start:]), why))
-                break
             chunk = messages[start : start + CHUNK]
             await self._exchanges_of(chunk, batch)
             await self._prepare_delays(chunk, batch)
+            await self._room()
+            if self.stuck:
+                left = (m.id for m in messages[start:] if m.id not in batch.refused)
+                batch.nacked.update(dict.fromkeys(left, self._silence))
+                break
             self._write(chunk, batch)
             await self._link.drain()
         batch.left -= 1
@@ -216,7 +227,7 @@ class Publisher(HotChannel):
             if message.deliver_at is None or message.deliver_at <= now or message.id in batch.refused:
                 continue
             try:
-                batch.words[message.id] = await self._delay.prepare(message, now)
+                batch.words[id(message)] = await self._delay.prepare(message, now)
             except ConfigurationError as error:
                 batch.refused[message.id] = str(error)
             except Unsendable as error:
@@ -256,11 +267,12 @@ class Publisher(HotChannel):
         return self._route(message, batch) + header + frames.body_frames(number, body, frame_max)
 
     def _route(self, message: Message, batch: Batch) -> bytes:
-        if batch.words and message.id in batch.words:
-            exchange, key = self._way(message, batch)
-            if key:  # else it has become due meanwhile
-                batch.levels[message.id] = exchange
-                return frames.publish_frame(self.number, exchange, key)
+        if batch.words and (word := batch.words.get(id(message))) is not None:
+            way = self._delay.route((message.deliver_at or 0.0) - time.time(), word)
+            if way[1]:  # else it has become due meanwhile
+                batch.ways[id(message)] = way
+        if batch.ways and id(message) in batch.ways:
+            return frames.publish_frame(self.number, *batch.ways[id(message)])
         exchange = "" if message.exchange is None else message.exchange.name
         route = self._routes.get((exchange, message.queue))
         if route is None:
@@ -269,10 +281,6 @@ class Publisher(HotChannel):
             route = frames.publish_frame(self.number, exchange, message.queue)
             self._routes[exchange, message.queue] = route
         return route
-
-    def _way(self, message: Message, batch: Batch) -> tuple[str, str]:
-        """Exchange and routing key for a message that was to be delayed; two empty strings once it is due."""
-        return self._delay.route((message.deliver_at or 0.0) - time.time(), batch.words[message.id])
 
     def _send(self, out: list[bytes]) -> None:
         # What many tasks publish in one turn of the loop leaves in one piece.
@@ -285,24 +293,26 @@ class Publisher(HotChannel):
         if out and self.error is None:
             self._link.write(b"".join(out))
 
+    # --- what is not confirmed ----------------------------------------------------------------------
+
+    @property
+    def _silence(self) -> str:
+        return f"A channel of RabbitMQ at {self._link.where} confirms nothing any more."
+
     def _look_for_slow(self) -> None:
-        """Say it when the oldest message has waited for its confirmation since the last look, and try to help it."""
+        """Help what waits for its confirmation since the first of the last looks.
+
+        A channel whose first message to a queue finds no leader there stands still for 65 s (rabbit_fifo_client in
+        3.10: net_ticktime + 5). And a channel can forget to send again what a queue has not got (seen on 3.10 when
+        the writer of its log was killed; github.com/rabbitmq/rabbitmq-server/pull/13095 and /14589 tell of other
+        ways, up to 4.1). So each queue concerned is asked over a channel of its own, by one message.
+        """
         slow = self._looks[0] if len(self._looks) == LOOKS else 0
         oldest = next(iter(self._pending), None)
         if oldest is not None and oldest <= slow and not self._link.blocked:
-            self._looks.clear()
             self.stuck = True
-            batch = self._pending[oldest]
-            message = batch.message(oldest)
-            queue = batch.levels.get(message.id) or message.queue
-            log.warning(
-                "RabbitMQ at %s has not confirmed a message to %r for %g s; that queue, or one that its channel sent "
-                "to before, may have no leader: rabbitmq-queues quorum_status %s",
-                self._link.where, queue, SLOW, queue,
-            )  # fmt: skip
             self._wake(len(self._waiting))
-            self._send_past_levels(slow)
-            self._probe_oldest(slow)
+            self._help(slow)
         self._watch = None
         if self._pending:
             self._look_later()
@@ -313,59 +323,84 @@ class Publisher(HotChannel):
         self._looks.append(0 if self._link.blocked else self._next - 1)
         self._watch = self._loop.call_later(SLOW / LOOKS, self._look_for_slow)
 
-    def _send_past_levels(self, slow: int) -> None:
-        """Have delayed messages sent again on a way that needs no level which has not confirmed them for long."""
-        waits = [(tag, batch, batch.message(tag)) for tag, batch in self._pending.items() if tag <= slow]
-        late = [(tag, batch, message) for tag, batch, message in waits if message.id in batch.levels]
-        for _, batch, message in late:
-            self._delay.avoid(batch.levels[message.id])
-        for tag, batch, message in late:
-            level = batch.levels[message.id]
-            if self._way(message, batch)[0] != level:
-                self._give_back(tag, _no_level(message, level, self._link.where))
+    def _help(self, slow: int) -> None:
+        """Have sent again what need not wait, and ask the queues of which nothing is known."""
+        unknown: dict[str, int] = {}
+        for tag, batch in [(tag, batch) for tag, batch in self._pending.items() if tag <= slow]:
+            place, is_level = _place(batch.message(tag), batch)
+            if self._answers.get(place) or (is_level and place in self._answers):
+                self._give_back(tag)
+            elif not batch.future.done() and self._ask_at.get(place, (0.0, 0.0))[0] <= self._loop.time():
+                if len(unknown) < ASKED:
+                    unknown.setdefault(place, tag)
+        if unknown and (self._trial is None or self._trial.done()):
+            self._trial = self._loop.create_task(self._try(unknown, slow))
 
-    def _give_back(self, tag: int, why: str) -> None:
-        """Have a message sent again, over a new channel: this one may wait for a queue that gives no answer."""
+    def _give_back(self, tag: int) -> None:
+        """Have a message sent again, over a new channel."""
         batch = self._pending.pop(tag)
-        batch.nacked[batch.message(tag).id] = why
+        batch.nacked[batch.message(tag).id] = self._silence
         batch.left -= 1
         batch.settle_if_done()
 
-    def _probe_oldest(self, slow: int) -> None:
-        waits = (tag for tag, batch in self._pending.items() if tag <= slow and not batch.future.done())
-        tag = next(waits, None)  # None: all their callers have given up
-        if tag is not None and (self._probe is None or self._probe.done()):
-            self._probe = self._loop.create_task(self._send_again(tag, self._pending[tag].message(tag)))
-
-    async def _send_again(self, tag: int, message: Message) -> None:
-        """Send a message over another connection; if that is confirmed, and this one is not, our channel is dead.
-
-        A channel whose first message to a queue finds no leader there stands still for 65 s (rabbit_fifo_client in
-        3.10: net_ticktime + 5). And a channel can forget to send again what a queue has not got (seen on 3.10 when
-        the writer of its log was killed; github.com/rabbitmq/rabbitmq-server/pull/13095 and /14589 tell of other
-        ways, up to 4.1). A queue that is merely slow confirms neither; it may have this one message twice in the end.
-        """
+    async def _try(self, places: dict[str, int], slow: int) -> None:
+        """Send one message to each place over another connection, a channel for each; help those that wait."""
         try:
             async with asyncio.timeout(SLOW):
                 link = await self._link.another()
-                try:
-                    refused, nacked = await (await Publisher.open(link, self._limits)).publish([message])
-                finally:
-                    await link.close()
         except (StreamToolsError, TimeoutError):
             return  # it is not only ours; at the next look it is tried again
+        try:
+            held = await asyncio.gather(*(self._ask(link, tag) for tag in places.values()))
+            if link.lost or link.blocked or self._link.blocked:
+                return
+        finally:
+            await link.close()
         await asyncio.sleep(GRACE)
-        if not refused and not nacked and tag in self._pending:
-            why = f"A channel of RabbitMQ at {self._link.where} does not confirm a message, and another one does."
-            log.warning("%s All that it has not confirmed is sent again.", why)
-            for unconfirmed in list(self._pending):
-                self._give_back(unconfirmed, why)
+        for (place, tag), holds in zip(places.items(), held, strict=True):
+            if tag not in self._pending:
+                continue
+            self._answers[place] = holds is not None
+            if holds:
+                self._confirm_one(tag, True)
+            elif holds is None:
+                self._note_silence(place, self._pending[tag].message(tag), self._pending[tag])
+        self._help(slow)
+
+    async def _ask(self, link: Link, tag: int) -> bool | None:
+        """Whether the broker holds a copy of this message; None: it gives no answer."""
+        batch = self._pending.get(tag)
+        if batch is None:
+            return None
+        message = batch.message(tag)
+        copy = Batch(self._loop.create_future())
+        if id(message) in batch.ways:
+            copy.ways[id(message)] = batch.ways[id(message)]
+        try:
+            async with asyncio.timeout(TRIAL):
+                publisher = await Publisher.open(link, self._limits)
+                publisher._write([message], copy)
+                await copy.future
+        except (StreamToolsError, TimeoutError):
+            return None
+        return not copy.refused and not copy.nacked
+
+    def _note_silence(self, place: str, message: Message, batch: Batch) -> None:
+        _, waited = self._ask_at.get(place, (0.0, 0.0))
+        wait = min(2 * waited, ASK_AGAIN[1]) or ASK_AGAIN[0]
+        self._ask_at[place] = self._loop.time() + wait, wait
+        if _place(message, batch)[1]:
+            self._delay.avoid(place)
+        log.warning(
+            "RabbitMQ at %s has not confirmed a message to %r for %g s, nor another one over a new channel; its queue "
+            "may have no leader: rabbitmq-queues quorum_status.", self._link.where, place, SLOW,
+        )  # fmt: skip
 
     def _watch_no_more(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
-        if self._probe is not None:
-            self._probe.cancel()
+        if self._trial is not None:
+            self._trial.cancel()
 
     # --- what the broker says -----------------------------------------------------------------------
 
@@ -405,7 +440,10 @@ class Publisher(HotChannel):
         elif message.deliver_at is not None and (back := self._back_from_chain(message)) is not None:
             self._returned.discard(back)
             self._delay.forget()  # so that the next try makes it anew
-            batch.nacked[message.id] = _no_level(message, f"one of {PREFIX}", self._link.where)
+            batch.nacked[message.id] = (
+                f"The delay of a message to {message.queue!r} needs a queue that is gone from {self._link.where}: "
+                f"one of {PREFIX}."
+            )
         elif not held:
             batch.nacked[message.id] = (
                 f"The queue {message.queue!r} at {self._link.where} does not take it: it is full (x-max-length "
@@ -443,8 +481,8 @@ class Publisher(HotChannel):
         self._wake(len(self._waiting))
 
 
-def _no_level(message: Message, level: str, where: str) -> str:
-    return (
-        f"The delay of a message to {message.queue!r} needs a queue that is gone from {where}, or gives no answer: "
-        f"{level}."
-    )
+def _place(message: Message, batch: Batch) -> tuple[str, bool]:
+    """What is to confirm this message, and whether that is a level of the delay chain."""
+    if batch.ways and id(message) in batch.ways:
+        return batch.ways[id(message)][0], True
+    return message.queue if message.exchange is None else f"{message.exchange.name} {message.queue}", False

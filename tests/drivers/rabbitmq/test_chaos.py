@@ -10,14 +10,20 @@ import pytest
 from streamtools import Consumer, Message, Producer, Retry
 from streamtools.admin import QueueAdmin
 from streamtools.consumer import OrderedBy
+from streamtools.drivers.rabbitmq import RabbitMQProducer, link, publisher
 from streamtools.drivers.rabbitmq import consumer as driver
-from streamtools.drivers.rabbitmq import link, publisher
 from streamtools.errors import SendError, StreamToolsError
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.rabbitmq import RabbitMQNode
 from tests.chaos.traffic import Traffic
 from tests.faults.proxy import Proxy
 from tests.faults.waiting import wait_until
+
+
+def ask_soon(monkeypatch: pytest.MonkeyPatch, slow: float) -> None:
+    """The times of a channel that gets no confirmations, shorter."""
+    for name, seconds in {"SLOW": slow, "TRIAL": 1.0, "GRACE": 0.2, "ASK_AGAIN": (slow, 10.0)}.items():
+        monkeypatch.setattr(publisher, name, seconds)
 
 
 @pytest.mark.parametrize("fault", ["cut", "reset"])
@@ -71,7 +77,7 @@ async def test_a_queue_that_gives_no_answer_is_named_and_taken_up_when_it_does(
     own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(link, "CALL_TIMEOUT", 1.0)
-    monkeypatch.setattr(publisher, "SLOW", 1.0)
+    ask_soon(monkeypatch, 1.0)
     handled: list[int] = []
     consumer = Consumer("orders", url=own_rabbitmq.url)
 
@@ -96,11 +102,59 @@ async def test_a_queue_that_gives_no_answer_is_named_and_taken_up_when_it_does(
     await running
 
 
+async def test_a_queue_that_gives_no_answer_holds_up_no_message_to_another(
+    own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ask_soon(monkeypatch, 1.0)
+    url = own_rabbitmq.url
+    async with RabbitMQProducer("dead", url=url), RabbitMQProducer("orders", url=url) as producer:
+        await producer.send(b"", delay=0.5)  # makes the levels
+    async with (
+        RabbitMQProducer("orders", url=url, send_timeout=60) as producer,
+        Consumer("orders", url=url) as orders,
+    ):
+        await asyncio.to_thread(own_rabbitmq.freeze_queue, "dead")
+        try:
+            dead = asyncio.create_task(producer.send_messages([Message(body=b"dead", queue="dead", id="dead")]))
+            await asyncio.sleep(0.1)  # its channel stands still now
+            await asyncio.gather(
+                producer.send(b"at once"), *(producer.send(b"later", delay=d) for d in (0.1, 0.3, 0.5))
+            )
+            assert not dead.done()
+            bodies: list[bytes] = []
+            while bodies.count(b"later") < 3 or b"at once" not in bodies:
+                for delivery in await orders.receive(10, timeout=20):
+                    bodies.append(delivery.message.body)
+                    await delivery.ack()
+        finally:
+            await asyncio.to_thread(own_rabbitmq.thaw_queue, "dead")
+        await dead
+        async with QueueAdmin(url=url) as admin:
+            assert (await admin.stats("dead")).ready <= 3
+    said = [record.getMessage() for record in caplog.records if "not confirmed" in record.getMessage()]
+    assert said and all("'dead'" in text for text in said)
+
+
+async def test_a_way_around_a_level_may_need_one_that_is_new(
+    own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_soon(monkeypatch, 1.0)
+    async with Producer("orders", url=own_rabbitmq.url) as producer:
+        await producer.send(b"", delay=100)
+        await asyncio.to_thread(own_rabbitmq.freeze_queue, "streamtools.delay.09")
+        try:
+            await producer.send(b"", delay=90)
+        finally:
+            await asyncio.to_thread(own_rabbitmq.thaw_queue, "streamtools.delay.09")
+        async with QueueAdmin(url=own_rabbitmq.url) as admin:
+            assert (await admin.stats("streamtools.delay.10")).ready == 1
+
+
 @pytest.mark.slow
 async def test_a_retry_does_not_wait_for_a_level_of_the_delay_that_the_broker_has_lost(
     own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(publisher, "SLOW", 1.0)
+    ask_soon(monkeypatch, 1.0)
     attempts: list[int] = []
     consumer = Consumer("orders", url=own_rabbitmq.url, retry=Retry(retries=2, delay=0.05, jitter=0))
 
@@ -137,7 +191,7 @@ async def test_what_the_writer_of_the_brokers_log_lost_is_sent_again(
     own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No confirmation comes on that channel before something else is written to the queue; seen on 3.10."""
-    monkeypatch.setattr(publisher, "SLOW", 2.0)
+    ask_soon(monkeypatch, 2.0)
     async with Producer("orders", url=own_rabbitmq.url, send_timeout=60) as producer:
         await producer.send(b"1")
         await asyncio.to_thread(own_rabbitmq.ctl, "eval", "sys:suspend(ra_log_wal).")
@@ -206,8 +260,7 @@ async def test_a_consumer_to_which_its_queue_does_not_deliver_yet_begins_anew_on
 async def test_a_channel_whose_confirmations_are_lost_is_given_up(
     rabbitmq_vhost: RabbitMQAddress, monkeypatch: pytest.MonkeyPatch, slow: float, send_timeout: int
 ) -> None:
-    monkeypatch.setattr(publisher, "SLOW", slow)
-    monkeypatch.setattr(publisher, "GRACE", 0.1)
+    ask_soon(monkeypatch, slow)
     confirm = publisher.Publisher.confirm
     dead: list[publisher.Publisher] = []
 
