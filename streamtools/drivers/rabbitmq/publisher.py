@@ -352,20 +352,27 @@ class Publisher(HotChannel):
             return  # it is not only ours; at the next look it is tried again
         try:
             held = await asyncio.gather(*(self._ask(link, tag) for tag in places.values()))
-            if link.lost or link.blocked or self._link.blocked:
-                return
+            await asyncio.sleep(GRACE)
+            if not (link.lost or link.blocked or self._link.blocked):
+                self._learn(dict(zip(places.items(), held, strict=True)))
+                self._help(slow)
         finally:
             await link.close()
-        await asyncio.sleep(GRACE)
-        for (place, tag), holds in zip(places.items(), held, strict=True):
+
+    def _learn(self, held: dict[tuple[str, int], bool | None]) -> None:
+        for (place, tag), holds in held.items():
             if tag not in self._pending:
                 continue
             self._answers[place] = holds is not None
+            if holds is None:
+                self._note_silence(place, self._pending[tag].message(tag), self._pending[tag])
+            else:
+                log.warning(
+                    "A channel of RabbitMQ at %s does not confirm a message to %r, and another one does; what it has "
+                    "not confirmed is sent again.", self._link.where, place,
+                )  # fmt: skip
             if holds:
                 self._confirm_one(tag, True)
-            elif holds is None:
-                self._note_silence(place, self._pending[tag].message(tag), self._pending[tag])
-        self._help(slow)
 
     async def _ask(self, link: Link, tag: int) -> bool | None:
         """Whether the broker holds a copy of this message; None: it gives no answer."""
@@ -392,7 +399,7 @@ class Publisher(HotChannel):
         if _place(message, batch)[1]:
             self._delay.avoid(place)
         log.warning(
-            "RabbitMQ at %s has not confirmed a message to %r for %g s, nor another one over a new channel; its queue "
+            "RabbitMQ at %s has not confirmed a message to %r for %g s, nor one over a new channel; its queue "
             "may have no leader: rabbitmq-queues quorum_status.", self._link.where, place, SLOW,
         )  # fmt: skip
 
