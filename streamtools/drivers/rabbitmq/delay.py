@@ -109,7 +109,7 @@ def word(queue: str) -> str:
     return "~" + blake2b(queue.encode(), digest_size=16).hexdigest()
 
 
-def target_word(message: Message) -> str:
+def _target(message: Message) -> str:
     """The word for where a message is to go when it is due."""
     if message.exchange is None:
         check_rabbitmq_name(message.queue)
@@ -164,7 +164,7 @@ class DelayChain:
     def is_route(self, key: str, message: Message) -> bool:
         """Whether this routing key is one through the chain to this message's target."""
         held, _, target = key.rpartition(".")  # the word has no dot
-        return held != "" and set(held) <= set("01.") and target == target_word(message)
+        return held != "" and set(held) <= set("01.") and target == _target(message)
 
     def forget(self) -> None:
         """Declare and bind all of it anew before the next message: some of it is gone."""
@@ -183,7 +183,7 @@ class DelayChain:
             Unsendable: the delay is too long.
             ConnectionLost: the connection has ended.
         """
-        target = target_word(message)
+        target = _target(message)
         levels = len(digits(self._passable(steps((message.deliver_at or now) - now))))
         trusted_until = min(self._renew_at, self._targets.get(target, 0.0))
         if levels <= self._levels and trusted_until > self._time():
