@@ -312,7 +312,7 @@ class Publisher(HotChannel):
         if oldest is not None and oldest <= slow and not self._link.blocked:
             self.stuck = True
             self._wake(len(self._waiting))
-            self._help(slow)
+            self._help(self._looks[-1])  # what is behind it, too
         self._watch = None
         if self._pending:
             self._look_later()
@@ -323,10 +323,10 @@ class Publisher(HotChannel):
         self._looks.append(0 if self._link.blocked else self._next - 1)
         self._watch = self._loop.call_later(SLOW / LOOKS, self._look_for_slow)
 
-    def _help(self, slow: int) -> None:
-        """Have sent again what need not wait, and ask the queues of which nothing is known."""
+    def _help(self, last: int) -> None:
+        """Of what was written up to `last`, have sent again what need not wait, and ask about the rest."""
         unknown: dict[str, int] = {}
-        for tag, batch in [(tag, batch) for tag, batch in self._pending.items() if tag <= slow]:
+        for tag, batch in [(tag, batch) for tag, batch in self._pending.items() if tag <= last]:
             place, is_level = _place(batch.message(tag), batch)
             if self._answers.get(place) or (is_level and place in self._answers):
                 self._give_back(tag)
@@ -334,7 +334,7 @@ class Publisher(HotChannel):
                 if len(unknown) < ASKED:
                     unknown.setdefault(place, tag)
         if unknown and (self._trial is None or self._trial.done()):
-            self._trial = self._loop.create_task(self._try(unknown, slow))
+            self._trial = self._loop.create_task(self._try(unknown, last))
 
     def _give_back(self, tag: int) -> None:
         """Have a message sent again, over a new channel."""
@@ -343,7 +343,7 @@ class Publisher(HotChannel):
         batch.left -= 1
         batch.settle_if_done()
 
-    async def _try(self, places: dict[str, int], slow: int) -> None:
+    async def _try(self, places: dict[str, int], last: int) -> None:
         """Send one message to each place over another connection, a channel for each; help those that wait."""
         try:
             async with asyncio.timeout(SLOW):
@@ -355,7 +355,7 @@ class Publisher(HotChannel):
             await asyncio.sleep(GRACE)
             if not (link.lost or link.blocked or self._link.blocked):
                 self._learn(dict(zip(places.items(), held, strict=True)))
-                self._help(slow)
+                self._help(last)
         finally:
             await link.close()
 
