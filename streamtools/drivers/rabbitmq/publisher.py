@@ -360,19 +360,19 @@ class Publisher(HotChannel):
             await link.close()
 
     def _learn(self, held: dict[tuple[str, int], bool | None]) -> None:
-        for (place, tag), holds in held.items():
-            if tag not in self._pending:
-                continue
+        waiting = {asked: holds for asked, holds in held.items() if asked[1] in self._pending}
+        for (place, tag), holds in waiting.items():
             self._answers[place] = holds is not None
             if holds is None:
                 self._note_silence(place, self._pending[tag].message(tag), self._pending[tag])
-            else:
-                log.warning(
-                    "A channel of RabbitMQ at %s does not confirm a message to %r, and another one does; what it has "
-                    "not confirmed is sent again.", self._link.where, place,
-                )  # fmt: skip
-            if holds:
+            elif holds:
                 self._confirm_one(tag, True)
+        if answering := [place for (place, _), holds in waiting.items() if holds is not None]:
+            log.warning(
+                "A channel of RabbitMQ at %s does not confirm messages to %s%s, and another one does; what it "
+                "has not confirmed is sent again.",
+                self._link.where, ", ".join(map(repr, answering[:5])), ", ..." if answering[5:] else "",
+            )  # fmt: skip
 
     async def _ask(self, link: Link, tag: int) -> bool | None:
         """Whether the broker holds a copy of this message; None: it gives no answer."""
