@@ -16,6 +16,7 @@ from aiokafka import TopicPartition
 
 from streamtools import ConfigurationError, ConnectError, QueueAdmin, QueueError
 from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
+from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress, hosts
 from tests.brokers.kafka.node import KafkaCluster, KafkaNode
 from tests.drivers.kafka.conftest import MakeProducer, Tool, member, records, shown
@@ -124,7 +125,11 @@ async def test_the_age_of_the_oldest_is_that_of_what_the_group_does_next(
     async with sender.transaction():
         await sender.send("y", partition=1, timestamp=now - 300)
     await admin.seek(queue, 1, partition=1)
-    assert await age() == 300, "markers of transactions have no age"
+
+    async def is_300() -> bool:  # the broker writes a transaction's markers when its end has been answered
+        return await age() == 300
+
+    await eventually(is_300, "markers of transactions have no age")
     await admin.seek(queue, "end")
     assert (await admin.stats(queue)).oldest is None
 

