@@ -387,6 +387,7 @@ class Publisher(HotChannel):
             async with asyncio.timeout(TRIAL):
                 publisher = await Publisher.open(link, self._limits)
                 publisher._write([message], copy)
+                publisher._watch_no_more()  # it is we who wait for it
                 await copy.future
         except (StreamToolsError, TimeoutError):
             return None
