@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar, overload
 
 from streamtools.address import default_url
 from streamtools.errors import ConfigurationError, UnknownProtocol, near
+from streamtools.installation import install_line
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -184,8 +185,7 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
                 error.add_note(f"It was imported for the protocol {key!r}: {target}.")
                 raise
             raise UnknownProtocol(
-                f"{key!r} needs the package {error.name!r}, which is not installed. "
-                f'Install it: pip install "streamtools[{extra}]"'
+                f"{key!r} needs the package {error.name!r}, which is not installed. Install it: {install_line(extra)}"
             ) from error
         finally:
             self._loading = None

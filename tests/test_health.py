@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from streamtools import ConsumerFactory, ConsumerRunner, Producer
 from streamtools.errors import ConfigurationError, ConnectError
+from streamtools.installation import install_line
 from streamtools.observability.health import HealthReport, HealthServer, LoopHealth
 from tests.faults.waiting import wait_until
 
@@ -91,7 +93,7 @@ async def test_a_port_in_use_is_a_clear_error() -> None:
 
 async def test_without_aiohttp_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
-    with pytest.raises(ConfigurationError, match=r'pip install "streamtools\[http\]"'):
+    with pytest.raises(ConfigurationError, match=re.escape(install_line("http"))):
         await HealthServer("127.0.0.1", 0, HealthReport).start()
 
 

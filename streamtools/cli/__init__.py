@@ -7,6 +7,8 @@ import sys
 from importlib.util import find_spec
 from typing import Final
 
+from streamtools.installation import install_line
+
 #: What the extra `cli` brings.
 PACKAGES: Final = ("typer", "rich")
 
@@ -17,7 +19,7 @@ def main() -> None:
     if missing:
         sys.exit(
             f"The command line needs {' and '.join(missing)}, not installed here. "
-            'Install the extra: pip install "streamtools[cli]"'
+            f"Install the extra: {install_line('cli')}"
         )
     from streamtools.cli.app import app
 

@@ -13,6 +13,7 @@ from streamtools.cli.messages import receive, send
 from streamtools.cli.queues import queues
 from streamtools.cli.run import run
 from streamtools.cli.schema import schema
+from streamtools.installation import DISTRIBUTION
 
 app: typer.Typer = typer.Typer(
     no_args_is_help=True,
@@ -27,7 +28,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        print(version("streamtools"))
+        print(version(DISTRIBUTION))
         raise typer.Exit
 
 

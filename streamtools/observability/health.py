@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from streamtools.errors import ConfigurationError, ConnectError
+from streamtools.installation import install_line
 
 #: Seconds that answers under way have to go out when the server stops.
 CLOSING: Final = 1.0
@@ -79,9 +80,7 @@ class HealthServer:
         try:
             from aiohttp import web  # noqa: PLC0415 - only who asks for health endpoints needs aiohttp
         except ModuleNotFoundError as error:
-            raise ConfigurationError(
-                'Health endpoints need aiohttp. Install it: pip install "streamtools[http]"'
-            ) from error
+            raise ConfigurationError(f"Health endpoints need aiohttp. Install it: {install_line('http')}") from error
         app = web.Application()
         app.router.add_get("/health", self._handler(lambda report: True))
         app.router.add_get("/health/live", self._handler(lambda report: report.live))

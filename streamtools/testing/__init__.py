@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
+from streamtools.installation import install_line
 from streamtools.testing.harness import Harness
 from streamtools.testing.waiting import eventually
 
@@ -26,7 +27,7 @@ def __getattr__(name: str) -> Any:
         if missing:
             raise ModuleNotFoundError(
                 f"ConformanceSuite needs {' and '.join(missing)}, not installed here. "
-                'Install the extra: pip install "streamtools[testing]"',
+                f"Install the extra: {install_line('testing')}",
                 name=missing[0],
             )
         import pytest  # noqa: PLC0415

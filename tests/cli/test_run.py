@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from streamtools.installation import install_line
 from streamtools.runner import SAME_SIGNAL
 from tests.cli.conftest import ROOT, Cli, Service, received
 
@@ -264,7 +265,7 @@ def test_without_typer_the_command_says_what_to_install(tmp_path: Path, url: str
 
     assert ended.returncode == 1
     assert ended.stderr.strip() == (
-        f'The command line needs {package}, not installed here. Install the extra: pip install "streamtools[cli]"'
+        f"The command line needs {package}, not installed here. Install the extra: {install_line('cli')}"
     )
 
 

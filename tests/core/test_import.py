@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import streamtools
+from streamtools.installation import install_line
 
 
 def run(code: str) -> str:
@@ -65,5 +66,5 @@ except ModuleNotFoundError as error:
     print(error)
 """
     assert run(code) == (
-        f'ConformanceSuite needs {package}, not installed here. Install the extra: pip install "streamtools[testing]"'
+        f"ConformanceSuite needs {package}, not installed here. Install the extra: {install_line('testing')}"
     )

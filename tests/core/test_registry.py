@@ -12,6 +12,7 @@ import pytest
 
 from streamtools import ADMINS, CONSUMER_LOOPS, PRODUCERS, Consumer, ConsumerFactory, HandleMsgs, Producer, QueueAdmin
 from streamtools.errors import ConfigurationError, UnknownProtocol
+from streamtools.installation import install_line
 from streamtools.registry import ALIASES, EXTRAS, Registry
 from streamtools.settings import AsyncIOSettings
 
@@ -79,7 +80,7 @@ for registry in (PRODUCERS, CONSUMER_LOOPS):
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    line = f'pip install "streamtools[{EXTRAS[protocol]}]"'
+    line = install_line(EXTRAS[protocol])
     assert done.stdout.count(line) == 2 and package in done.stdout
 
 
