@@ -17,11 +17,30 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from streamtools.address import URL_VARIABLE
 from streamtools.errors import ConfigurationError, near
 
+#: The number of a process among those that `streamtools run --workers` started: 0, 1, and so on.
+WORKER_VARIABLE: Final = "STREAMTOOLS_WORKER"
+
 #: What goes wrong most often in a URL.
 ENCODED: Final = (
     "Percent-encode what is special: in a user name or password '/' is %2F, '?' is %3F, '#' is %23, '@' is %40, "
     "':' is %3A."
 )
+
+
+def worker_number() -> int | None:
+    """The number of this process among its workers, from 0 on; None where it is no worker.
+
+    `streamtools run --workers` sets it. Whoever starts processes by other means may do so too.
+
+    Raises:
+        ConfigurationError: the variable holds no such number.
+    """
+    text = os.environ.get(WORKER_VARIABLE, "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigurationError(f"{WORKER_VARIABLE}={text!r} is no worker's number: 0, 1, 2 and so on.")
+    return int(text)
 
 
 class ProtocolSettings(BaseSettings):

@@ -16,6 +16,7 @@ from typing import Any, Final
 from streamtools.cli.output import FAILED, USAGE
 from streamtools.errors import StreamToolsError
 from streamtools.policy import backoff
+from streamtools.settings import WORKER_VARIABLE
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -33,7 +34,7 @@ class Worker:
     """One worker process and its successors.
 
     Parameters:
-        number: its number, for the log.
+        number: its number, from 0 on, which it reads in STREAMTOOLS_WORKER.
         command: what to start.
         pass_fds: file descriptors that it inherits.
     """
@@ -50,7 +51,11 @@ class Worker:
         # A process group of its own: Ctrl-C at the terminal must reach a worker once, from us, because a
         # second signal ends it at once.
         self.process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.DEVNULL, pass_fds=self._pass_fds, process_group=0
+            *self._command,
+            stdin=asyncio.subprocess.DEVNULL,
+            pass_fds=self._pass_fds,
+            process_group=0,
+            env={**os.environ, WORKER_VARIABLE: str(self.number)},
         )
         log.info("Worker %d is process %d.", self.number, self.process.pid)
 
@@ -93,7 +98,7 @@ class Workers:
         # Nothing is ever written to it: a worker that reads its end knows that we are gone, even by kill -9.
         self._read, self._write = os.pipe()
         line = [*command, "--parent", str(self._read)]
-        self._workers = [Worker(n + 1, line, [self._read]) for n in range(number)]
+        self._workers = [Worker(n, line, [self._read]) for n in range(number)]
         self._stop = asyncio.Event()
         self._generation = 0
         #: Set, and replaced by a new one, when a file changes; set for good when we stop.

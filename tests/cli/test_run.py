@@ -149,6 +149,19 @@ class TestWorkers:
         assert running.end(number) == 0
         assert not any(_alive(pid) for pid in pids)
 
+    def test_each_knows_its_number_also_after_it_died(self, start: Start, tmp_path: Path) -> None:
+        number = SERVICE.replace("up {os.getpid()}", "up {os.environ['STREAMTOOLS_WORKER']} {os.getpid()}")
+        (tmp_path / "shop" / "service.py").write_text(number)
+        running = start("run", "shop.service:runner", "--workers", "3")
+
+        first = dict(line.split() for line in running.wait_for("up ", 3))
+        os.kill(int(first["1"]), signal.SIGKILL)
+        again = running.wait_for("up ", 4)[-1].split()
+
+        assert sorted(first) == ["0", "1", "2"]
+        assert again[0] == "1"
+        assert running.end() == 0
+
     def test_a_worker_that_dies_is_started_again(self, cli: Cli, start: Start) -> None:
         running = start("run", "shop.service:runner", "--workers", "2")
         first = running.wait_for("up ", 2)

@@ -28,6 +28,7 @@ from streamtools import (
     SQLiteSettings,
     StreamToolsError,
 )
+from streamtools.settings import worker_number
 from tests.brokers.processes import free_ports
 from tests.core import strategies
 
@@ -261,3 +262,18 @@ def test_a_settings_object_that_cannot_be_is_one_sentence_of_ours_without_the_pa
     assert text.startswith("RabbitMQSettings cannot be used: port: Input should be a valid integer")
     assert "it has no 'pasword': Did you mean 'password'?" in text
     assert "geheim" not in text
+
+
+class TestWorkerNumber:
+    @pytest.mark.parametrize(("text", "number"), [("0", 0), ("11", 11), (" 3 ", 3), ("", None)])
+    def test_is_what_the_variable_says(self, monkeypatch: pytest.MonkeyPatch, text: str, number: int | None) -> None:
+        monkeypatch.setenv("STREAMTOOLS_WORKER", text)
+
+        assert worker_number() == number
+
+    @pytest.mark.parametrize("text", ["-1", "1.5", "first", "\u0661"])
+    def test_another_text_is_refused(self, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+        monkeypatch.setenv("STREAMTOOLS_WORKER", text)
+
+        with pytest.raises(ConfigurationError, match="STREAMTOOLS_WORKER"):
+            worker_number()
