@@ -130,6 +130,8 @@ def decode(message: Message) -> Any:
     Raises:
         DecodeError: the body is not what its content type says.
     """
+    if message.body is None:
+        return None
     media = _media_type(message.content_type)
     if media in _CODECS:
         return _decode_by(_CODECS[media], message)
@@ -155,7 +157,7 @@ def decoder(annotation: Any) -> Decoder:
         pydantic.PydanticUserError: pydantic cannot validate this annotation.
     """
     if annotation is bytes:
-        return lambda message: message.body
+        return _body
     if annotation is Message:
         return lambda message: message
     if annotation is Any or annotation is object:
@@ -168,6 +170,8 @@ def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
 
     def validate(message: Message) -> Any:
         try:
+            if message.body is None:
+                return adapter.validate_python(None)
             if (content_type := message.content_type) is not None and content_type != JSON:
                 if _CODECS and (found := _CODECS.get(_media_type(content_type))) is not None:
                     return adapter.validate_python(_decode_by(found, message))
@@ -175,6 +179,8 @@ def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
                     return _validate_text(adapter, message)
             return validate_json(message.body)
         except ValidationError as error:
+            if message.body is None:
+                raise _no_body(annotation) from error
             raise _invalid(error, annotation) from error
         except DecodeError:
             raise
@@ -189,7 +195,21 @@ def _validate_text(adapter: TypeAdapter[Any], message: Message) -> Any:
     try:
         return adapter.validate_python(_decode_text(message))
     except ValidationError:
-        return adapter.validate_json(message.body)
+        return adapter.validate_json(message.body or b"")
+
+
+def _body(message: Message) -> bytes:
+    if message.body is None:
+        raise _no_body(bytes)
+    return message.body
+
+
+def _no_body(annotation: Any) -> DecodeError:
+    name = getattr(annotation, "__name__", str(annotation))
+    return DecodeError(
+        f"The message has no body: it is a tombstone, which says that what its key names is no more. Annotate the "
+        f"handler's parameter with {name} | None to receive it as None."
+    )
 
 
 def _invalid(error: ValidationError, annotation: Any) -> DecodeError:
@@ -201,21 +221,21 @@ def _invalid(error: ValidationError, annotation: Any) -> DecodeError:
 
 def _decode_by(codec: Codec, message: Message) -> Any:
     try:
-        return codec.decode(message.body)
+        return codec.decode(message.body or b"")
     except Exception as error:  # each library has errors of its own
         raise DecodeError(f"The body says {message.content_type} but does not decode: {error}") from error
 
 
 def _decode_json(message: Message) -> Any:
     try:
-        return from_json(message.body)
+        return from_json(message.body or b"")
     except ValueError as error:
         raise DecodeError(f"The body says {message.content_type} but is not JSON: {error}") from error
 
 
 def _decode_text(message: Message) -> str:
     try:
-        return message.body.decode(_charset(message.content_type))
+        return (message.body or b"").decode(_charset(message.content_type))
     except (ValueError, LookupError) as error:  # "undefined" and "\0" are charsets that raise neither of the usual
         raise DecodeError(f"The body says {message.content_type} but does not decode: {error}") from error
 

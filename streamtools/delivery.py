@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamtools.checks import check_seconds
-from streamtools.errors import DecodeError
+from streamtools.errors import DecodeError, text_of
 from streamtools.message import Message
 from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
 
@@ -130,6 +130,45 @@ class Settlement:
     outgoing: tuple[Message, ...] = ()
     result: Any = None
     error: BaseException | None = None
+
+
+def read_message(
+    decode: Callable[..., Message],
+    *parts: Any,
+    body: bytes | None,
+    queue: str,
+    id: str,
+    place: str,  # noqa: A002
+) -> tuple[Message, DecodeError | None]:
+    """The message that a driver decodes, or the bare body with what is wrong with it; never an exception.
+
+    `Delivery(message, ..., trouble=trouble)` is then rejected unread, with its body, and everything else goes on.
+
+    Parameters:
+        decode: makes the message of `parts`.
+        body: as it came, for a message that cannot be decoded.
+        queue: where it came from.
+        id: the id that such a message is to have; one that names its place is found again.
+        place: where it stands, in words: a partition and an offset, a delivery's number.
+    """
+    try:
+        return decode(*parts), None
+    except Exception as error:  # whatever is wrong in it, it is this message's alone
+        return unreadable(error, body=body, queue=queue, id=id, place=place)
+
+
+def unreadable(
+    error: BaseException,
+    *,
+    body: bytes | None,
+    queue: str,
+    id: str,
+    place: str,  # noqa: A002
+) -> tuple[Message, DecodeError]:
+    """What `read_message` gives for a message whose decoding raised `error`; parameters as there."""
+    trouble = DecodeError(f"The message at {place} cannot be read: {type(error).__name__}: {text_of(error)}")
+    trouble.__cause__ = error
+    return Message(body=body, queue=queue, id=id), trouble
 
 
 def goes_last(message: Message, settlement: Settlement) -> bool:

@@ -16,10 +16,10 @@ from typing import Final
 
 from streamtools.cancelling import come_round, is_over
 from streamtools.delivery import Delivery, Settlement, current
-from streamtools.errors import ConfigurationError, Drop, HandlerError, SendError, Signal
+from streamtools.errors import ConfigurationError, Drop, HandlerError, SendError, Signal, text_of
 from streamtools.features import Features
 from streamtools.message import ErrorDetails, Message
-from streamtools.policy import Retry, checked, describe, error_copy, retry_copy, text_of
+from streamtools.policy import Retry, checked, describe, error_copy, retry_copy
 from streamtools.types import ErrorHandler, Handler, Middleware
 from streamtools.verdicts import ACK, DROP, RELEASE, Kind, Verdict
 

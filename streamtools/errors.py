@@ -192,6 +192,14 @@ class Drop(Signal):
     """Acknowledge the message and forget it."""
 
 
+def text_of(error: object) -> str:
+    """What it says; an exception whose own text raises, whatever it raises, must not stop its report."""
+    try:
+        return str(error)
+    except BaseException as broken:
+        return f"(its text could not be read: {type(broken).__name__})"
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """A sentence that names the close matches of `name` and the whole list of `known`."""
     names = sorted(known)

@@ -31,6 +31,7 @@ class Features:
         replay: messages stay when they are done, in partitions, for a time: `QueueAdmin.seek`, `groups`, `alter`.
         topics: queues can be bound to exchanges by topic (`bindings=`, `Message.exchange`).
         cancel: a delayed message can be taken back by its id.
+        tombstones: a message can be without a body: `send(None, key=..., tombstone=True)`, `Message.body` of None.
         missing_queue: sending to a queue that does not exist, with `declare=False`, raises.
     """
 
@@ -52,4 +53,5 @@ class Features:
     replay: bool = False
     topics: bool = False
     cancel: bool = False
+    tombstones: bool = False
     missing_queue: bool = True

@@ -55,6 +55,7 @@ class ErrorDetails:
         first_failed: when it first failed, in seconds since the epoch.
         last_failed: when it last failed, in seconds since the epoch.
         place: where in `queue` it was first, in words, where messages have places (Kafka). It does not travel.
+        omitted: what this copy had to leave out, because the broker did not take it, in words.
     """
 
     queue: str
@@ -66,6 +67,7 @@ class ErrorDetails:
     first_failed: float = 0.0
     last_failed: float = 0.0
     place: str = field(default="", compare=False)
+    omitted: str = ""
 
 
 @sets_slots
@@ -74,7 +76,8 @@ class Message:
     """One message: the body, which is the payload alone, and the metadata beside it.
 
     Attributes:
-        body: the payload's bytes.
+        body: the payload's bytes; None is a tombstone, which says that what its key names is no more (where
+            `Features.tombstones`).
         queue: where the message goes, or where it was received; a topic, where `exchange` is set.
         id: unique; kept through every retry, delay, error queue and redrive.
         exchange: where the message goes by its topic, to every queue bound there; None to the queue itself,
@@ -91,7 +94,7 @@ class Message:
         reply_to: where a reply is to go.
         intent: `command` or `event`, or None.
         handler: the one handler that is to run it, where several would; on copies for a retry.
-        key: messages of one key stay in order where the consumer asks for it.
+        key: messages of one key stay in order where the consumer asks for it; bytes where it is no plain UTF-8 text.
         headers: the user's own, `str -> str`, never mixed with ours.
         attempt: which run this is; 1 at first.
         deliver_at: not to be delivered before this time, in seconds since the epoch.
@@ -99,7 +102,7 @@ class Message:
         error: why it failed before, if it did.
     """
 
-    body: bytes
+    body: bytes | None
     queue: str
     id: str
     exchange: Exchange | None = None
@@ -115,7 +118,7 @@ class Message:
     reply_to: str | None = None
     intent: str | None = None
     handler: str | None = None
-    key: str | None = None
+    key: str | bytes | None = None
     # Not in the repr: a webhook's authorization stands there.
     headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS, repr=False)
     attempt: int = 1

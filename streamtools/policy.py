@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from streamtools.checks import check_seconds, is_number, is_whole
-from streamtools.errors import LONGEST, ConfigurationError, DecodeError, Drop, Reject, RetryLater
+from streamtools.errors import LONGEST, ConfigurationError, DecodeError, Drop, Reject, RetryLater, text_of
 from streamtools.message import ErrorDetails, Message
 from streamtools.verdicts import DROP, Verdict
 
@@ -205,14 +205,6 @@ def redrive_copy(message: Message, queue: str | None = None) -> Message:
 def _class_name(error: object) -> str:
     kind = type(error)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def text_of(error: object) -> str:
-    """What it says; an exception whose own text raises, whatever it raises, must not stop its report."""
-    try:
-        return str(error)
-    except BaseException as broken:
-        return f"(its text could not be read: {type(broken).__name__})"
 
 
 def _format(error: object) -> str:

@@ -23,6 +23,7 @@ from streamtools.message import NO_HEADERS, Draft, Message, ids, setters
 from streamtools.options import SEND_OPTIONS, Options, parameters, read_options
 from streamtools.policy import backoff_within
 from streamtools.registry import Registry
+from streamtools.wire import checked_key
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -152,13 +153,14 @@ class Producer(Endpoint):
         payload: object,
         *,
         headers: Mapping[str, str] | None = None,
-        key: str | None = None,
+        key: str | bytes | None = None,
         type: str | None = None,  # noqa: A002 - the field's name everywhere
         delay: float | None = None,
         ttl: float | None = None,
         id: str | None = None,  # noqa: A002
         correlation_id: str | None = None,
         reply_to: str | None = None,
+        tombstone: bool = False,
         **options: Any,
     ) -> Receipt:
         """Send one message; returns once the broker holds it.
@@ -173,6 +175,8 @@ class Producer(Endpoint):
             id: its unique id; made when not given. To repeat a send safely, repeat the id.
             correlation_id: common to one conversation.
             reply_to: where a reply is to go.
+            tombstone: with a payload of None and a `key`: what the key names is no more. On Kafka a record without a
+                value; refused where the protocol has nothing of the kind (`Features.tombstones`).
             options: the protocol's own.
 
         Raises:
@@ -184,7 +188,8 @@ class Producer(Endpoint):
         common = self._common(
             headers, type=type, key=key, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
         )
-        receipts = await self._deliver([self._encode(payload, id, common)], self._read_send_options(options))
+        message = self._tombstone(payload, id, common) if tombstone else self._encode(payload, id, common)
+        receipts = await self._deliver([message], self._read_send_options(options))
         return receipts[0]
 
     async def send_many(
@@ -192,7 +197,7 @@ class Producer(Endpoint):
         payloads: Iterable[object],
         *,
         headers: Mapping[str, str] | None = None,
-        key: str | None = None,
+        key: str | bytes | None = None,
         type: str | None = None,  # noqa: A002
         delay: float | None = None,
         ttl: float | None = None,
@@ -208,7 +213,13 @@ class Producer(Endpoint):
         return await self._deliver(batch, self._read_send_options(options)) if batch else []
 
     async def send_messages(self, batch: Sequence[Message]) -> list[Receipt]:
-        """Send messages that are complete already, each to its own `queue`; for copies and bridges."""
+        """Send messages that are complete already, each to its own `queue`; for copies and bridges.
+
+        Raises:
+            FeatureError: one is a tombstone, which this protocol cannot carry.
+        """
+        if not self.features.tombstones and any(message.body is None for message in batch):
+            raise self._no_tombstones()
         return await self._deliver(batch, self._no_options) if batch else []
 
     async def flush(self) -> None:
@@ -244,6 +255,20 @@ class Producer(Endpoint):
         body, content_type = codec.encode(payload)
         return Message(body=body, content_type=content_type, id=id or self._new_id(), **common)
 
+    def _tombstone(self, payload: object, id: str | None, common: dict[str, Any]) -> Message:  # noqa: A002
+        if not self.features.tombstones:
+            raise self._no_tombstones()
+        if payload is not None or common["key"] is None:
+            raise ConfigurationError("A tombstone has a key and no payload: send(None, key=..., tombstone=True).")
+        check_texts({"id": id})
+        return Message(body=None, id=id or self._new_id(), **common)
+
+    def _no_tombstones(self) -> FeatureError:
+        return FeatureError(
+            f"{self.protocol!r} carries no tombstones (messages without a body): send a payload that says that the "
+            "key is no more. kafka:// has them."
+        )
+
     def _drafts(self, payloads: Iterable[object], common: dict[str, Any]) -> list[Message]:
         encode, new_id, queue = codec.encode, self._new_id, self.queue
         batch: list[Message] = []
@@ -267,7 +292,7 @@ class Producer(Endpoint):
         delay: float | None,
         ttl: float | None,
         type: str | None = None,  # noqa: A002
-        key: str | None = None,
+        key: str | bytes | None = None,
         correlation_id: str | None = None,
         reply_to: str | None = None,
     ) -> dict[str, Any]:
@@ -276,7 +301,7 @@ class Producer(Endpoint):
             raise FeatureError(
                 f"{self.protocol!r} holds no message back: leave delay= away, or send it later yourself."
             )
-        check_texts({"type": type, "key": key, "correlation_id": correlation_id, "reply_to": reply_to})
+        check_texts({"type": type, "correlation_id": correlation_id, "reply_to": reply_to})
         now = time.time()
         return {
             "queue": self.queue,
@@ -286,7 +311,7 @@ class Producer(Endpoint):
             "deliver_at": None if not delay else now + check_seconds("delay", delay),
             "expires_at": None if ttl is None else now + check_seconds("ttl", ttl),
             "type": type,
-            "key": key,
+            "key": checked_key(key),
             "correlation_id": correlation_id,
             "reply_to": reply_to,
         }

@@ -11,6 +11,7 @@ from typing import Final
 from streamtools.admin import QueueAdmin
 from streamtools.errors import ConfigurationError, near
 from streamtools.message import ErrorDetails, Message
+from streamtools.wire import key_text
 
 #: Called with the number of messages looked at so far.
 Progress = Callable[[int], None]
@@ -22,7 +23,7 @@ FIELDS: Final[dict[str, Callable[[Message, ErrorDetails], str]]] = {
     "reason": lambda message, error: error.reason,
     "type": lambda message, error: message.type or "",
     "id": lambda message, error: message.id,
-    "key": lambda message, error: message.key or "",
+    "key": lambda message, error: key_text(message.key),
     "source": lambda message, error: message.source or "",
 }
 #: Before the name of a user's header.
@@ -90,7 +91,7 @@ def _fits(name: str, value: str) -> Callable[[str], bool]:
 
 def _containing(text: str) -> Condition:
     body = text.encode()
-    return lambda message: body in message.body or text in (message.error or NO_DETAILS).reason
+    return lambda message: body in (message.body or b"") or text in (message.error or NO_DETAILS).reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,15 @@ lower-case letters and digits only, hence no dots or dashes.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import math
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from streamtools.checks import check_texts
 from streamtools.message import ErrorDetails, Message
 
 #: Fields of Message that travel as text as they are.
@@ -28,6 +33,8 @@ TEXT: Final = {
     "handler": "handler",
     "key": "partitionkey",
 }
+#: A key that is no text, in base64; instead of `partitionkey`.
+KEY_BYTES: Final = "partitionkeybytes"
 #: Fields that are times: seconds since the epoch in a Message, RFC 3339 on the wire.
 TIMES: Final = {"time": "time", "deliver_at": "deliverytime", "expires_at": "expirytime"}
 #: Fields of ErrorDetails.
@@ -37,11 +44,19 @@ ERROR_TEXT: Final = {
     "exception": "errortype",
     "reason": "errormessage",
     "traceback": "errortraceback",
+    "omitted": "erroromitted",
 }
 ERROR_TIMES: Final = {"first_failed": "errorfirst", "last_failed": "errorlast"}
 ATTEMPT: Final = "attempt"
 VERSION: Final = "dataversion"
 ERROR_ATTEMPTS: Final = "errorattempts"
+#: The first and the last whole second that RFC 3339 can name: the years 1 to 9999.
+FIRST: Final = -62135596800.0
+LAST: Final = 253402300799.0
+#: The greatest count that is read; greater ones are taken for it.
+MOST: Final = 999_999_999
+_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 def to_rfc3339(seconds: float) -> str:
@@ -50,19 +65,76 @@ def to_rfc3339(seconds: float) -> str:
 
 
 def from_rfc3339(text: str) -> float | None:
-    """RFC 3339, or a plain number of seconds, as seconds since the epoch; None when it is neither."""
+    """RFC 3339, or a plain number of seconds, as seconds since the epoch; None when it is neither.
+
+    None, too, for a time that could not be written again: see `read_time`.
+    """
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
-        return _number(text)
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        return read_time((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    except (ValueError, OverflowError):
+        return read_time(text)
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
+def read_time(value: object) -> float | None:
+    """Seconds since the epoch as another program wrote them; None where that is no time of the years 1 to 9999.
+
+    So what was read can be written again, whatever it was: a time in milliseconds, NaN, infinity, the greatest
+    date of another language.
+    """
+    if isinstance(value, bool):
         return None
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return seconds if math.isfinite(seconds) and FIRST <= seconds <= LAST else None
+
+
+def read_text(value: str | bytes) -> str:
+    """A text as another program wrote it, mended where no wire carries it.
+
+    Bytes that are no UTF-8, and lone surrogates, become their escapes, such as `\\xff`.
+    """
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if value.isascii() or _SURROGATE.search(value) is None:
+        return value
+    return value.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_key(value: bytes) -> str | bytes:
+    """A key as it travels: a str where it is UTF-8 without control characters, else the bytes.
+
+    `write_key` gives the same bytes for either.
+    """
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        return value
+    return value if _CONTROL.search(text) else text
+
+
+def checked_key(key: object) -> str | bytes | None:
+    """A user's key, as it will be read: bytes that are plain text become a str.
+
+    Raises:
+        TypeError: it is neither str nor bytes, or holds a lone surrogate.
+    """
+    if isinstance(key, bytes):
+        return read_key(key)
+    check_texts({"key": key})
+    return key  # type: ignore[return-value]
+
+
+def write_key(key: str | bytes) -> bytes:
+    """The bytes of a key."""
+    return key if isinstance(key, bytes) else key.encode()
+
+
+def key_text(key: str | bytes | None) -> str:
+    """A key for a person, and for what compares texts: bytes as `0x...`, no key as nothing."""
+    return f"0x{key.hex()}" if isinstance(key, bytes) else key or ""
 
 
 def encode_meta(message: Message, *, prefix: str = "", skip: frozenset[str] = frozenset()) -> dict[str, str]:
@@ -76,6 +148,9 @@ def encode_meta(message: Message, *, prefix: str = "", skip: frozenset[str] = fr
     for field, name in TEXT.items():
         if field not in skip and (value := getattr(message, field)) is not None:
             meta[prefix + name] = value
+    if isinstance(message.key, bytes) and "key" not in skip:
+        del meta[prefix + TEXT["key"]]
+        meta[prefix + KEY_BYTES] = base64.b64encode(message.key).decode()
     for field, name in TIMES.items():
         if field not in skip and (seconds := getattr(message, field)) is not None:
             meta[prefix + name] = to_rfc3339(seconds)
@@ -97,7 +172,9 @@ def _encode_error(error: ErrorDetails, prefix: str) -> dict[str, str]:
 
 def decode_meta(meta: Mapping[str, str], *, prefix: str = "") -> dict[str, Any]:
     """The fields for `Message(...)` that stand in `meta`; what is malformed there is left out."""
-    fields: dict[str, Any] = {f: meta[prefix + n] for f, n in TEXT.items() if prefix + n in meta}
+    fields: dict[str, Any] = {f: read_text(meta[prefix + n]) for f, n in TEXT.items() if prefix + n in meta}
+    if (key := _key_bytes(meta.get(prefix + KEY_BYTES))) is not None:
+        fields["key"] = key
     for field, name in TIMES.items():
         if (text := meta.get(prefix + name)) and (seconds := from_rfc3339(text)) is not None:
             fields[field] = seconds
@@ -114,7 +191,7 @@ def _decode_error(meta: Mapping[str, str], prefix: str) -> ErrorDetails | None:
     queue = meta.get(prefix + ERROR_TEXT["queue"])
     if queue is None:
         return None
-    text: dict[str, Any] = {f: meta.get(prefix + n, "") for f, n in ERROR_TEXT.items()}
+    text: dict[str, Any] = {f: read_text(meta.get(prefix + n, "")) for f, n in ERROR_TEXT.items()}
     times: dict[str, Any] = {f: from_rfc3339(meta.get(prefix + n, "")) or 0.0 for f, n in ERROR_TIMES.items()}
     attempts = _count(meta.get(prefix + ERROR_ATTEMPTS)) or 0
     return ErrorDetails(**text, **times, attempts=attempts)
@@ -122,4 +199,13 @@ def _decode_error(meta: Mapping[str, str], prefix: str) -> ErrorDetails | None:
 
 def _count(text: str | None) -> int | None:
     # Not int(): that takes underscores, signs and digits of other scripts, at any length.
-    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= 9 else None
+    return min(int(text), MOST) if text and text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
+def _key_bytes(text: str | None) -> str | bytes | None:
+    if text is None:
+        return None
+    try:
+        return read_key(base64.b64decode(text, validate=True))
+    except (ValueError, binascii.Error):  # no base64, or no ASCII
+        return None

@@ -17,6 +17,7 @@ from streamtools.errors import ConfigurationError, FeatureError
 from streamtools.exchange import TOPIC, Exchange
 from streamtools.message import NO_HEADERS, Message, ids
 from streamtools.producer import Producer
+from streamtools.wire import checked_key
 
 Intent = Literal["command", "event", "request", "reply"]
 #: What a reply that carries a failure is called.
@@ -177,13 +178,13 @@ class Composer:
         mandatory: bool = True,
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002 - the field's name everywhere
-        key: str | None = None,
+        key: str | bytes | None = None,
         delay: float | None = None,
         ttl: float | None = None,
         reply_to: str | None = None,
     ) -> Message:
         body, content_type = codec.encode(payload, self._content_type)
-        check_texts({"type": type, "key": key})
+        check_texts({"type": type})
         type, version = _named(payload, type)  # noqa: A001
         incoming, box = _incoming(), current_outbox()
         now = time.time()
@@ -204,7 +205,7 @@ class Composer:
             causation_id=incoming.id if incoming is not None else None,
             reply_to=reply_to or self.queue,
             intent=intent,
-            key=key,
+            key=checked_key(key),
             headers=check_headers(headers) if headers else NO_HEADERS,
             deliver_at=now + check_seconds("delay", delay) if delay else None,
             expires_at=None if ttl is None else now + check_seconds("ttl", ttl),

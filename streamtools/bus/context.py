@@ -61,7 +61,7 @@ class MessageContext:
         exchange: Exchange | None = None,
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
-        key: str | None = None,
+        key: str | bytes | None = None,
         ttl: float | None = None,
     ) -> Sent:
         """Send a command; parameters as for `Bus.send`."""
@@ -76,7 +76,7 @@ class MessageContext:
         mandatory: bool | None = None,
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
-        key: str | None = None,
+        key: str | bytes | None = None,
         ttl: float | None = None,
     ) -> Sent:
         """Publish an event; parameters as for `Bus.publish`."""
@@ -96,7 +96,7 @@ class MessageContext:
         exchange: Exchange | None = None,
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
-        key: str | None = None,
+        key: str | bytes | None = None,
         ttl: float | None = None,
     ) -> Sent:
         """Send a command for later; parameters as for `Bus.defer`."""

@@ -46,7 +46,7 @@ class Verbs:
         exchange: Exchange | None = None,
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
-        key: str | None = None,
+        key: str | bytes | None = None,
         ttl: float | None = None,
         immediately: bool = False,
     ) -> Receipt:
@@ -76,7 +76,7 @@ class Verbs:
         mandatory: bool | None = None,
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
-        key: str | None = None,
+        key: str | bytes | None = None,
         ttl: float | None = None,
         immediately: bool = False,
     ) -> Receipt:
@@ -107,7 +107,7 @@ class Verbs:
         exchange: Exchange | None = None,
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
-        key: str | None = None,
+        key: str | bytes | None = None,
         ttl: float | None = None,
         immediately: bool = False,
     ) -> Receipt:

@@ -12,6 +12,7 @@ from streamtools.cli import output
 from streamtools.cli.messages import as_data, body_text
 from streamtools.cli.queues import at
 from streamtools.cli.session import Json, Url, Yes, plain_errors, safe_address
+from streamtools.wire import key_text
 
 if TYPE_CHECKING:
     from streamtools.admin import QueueAdmin
@@ -258,7 +259,11 @@ def _error_data(message: Message) -> dict[str, Any]:
 def _print_error(message: Message) -> None:
     print(output.printable(f"--- {message.id}"))
     error = message.error
-    facts: dict[str, object] = {"type": message.type, "key": message.key, "sent": output.moment(message.time)}
+    facts: dict[str, object] = {
+        "type": message.type,
+        "key": key_text(message.key) or None,
+        "sent": output.moment(message.time),
+    }
     if error is not None:
         facts = {
             "failed in": error.queue, "place": error.place, "handler": error.handler,

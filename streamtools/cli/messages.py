@@ -17,6 +17,7 @@ import typer
 
 from streamtools.cli import output
 from streamtools.cli.session import Json, Url, address, drive, plain_errors
+from streamtools.wire import key_text
 
 if TYPE_CHECKING:
     from streamtools.delivery import Delivery
@@ -336,8 +337,14 @@ class Viewer:
 
 def as_data(message: Message) -> dict[str, Any]:
     """A message as JSON data, without what is unset; a body that is not text in base64."""
-    fields = ("id", "queue", "type", "source", "key", "content_type", "correlation_id", "reply_to", "intent")
+    fields = ("id", "queue", "type", "source", "content_type", "correlation_id", "reply_to", "intent")
     data: dict[str, Any] = {name: value for name in fields if (value := getattr(message, name)) is not None}
+    if message.key is not None:
+        data |= (
+            {"key_base64": base64.b64encode(message.key).decode()}
+            if isinstance(message.key, bytes)
+            else {"key": message.key}
+        )
     for name in ("time", "deliver_at", "expires_at"):
         if (seconds := getattr(message, name)) is not None:
             data[name] = output.moment(seconds)
@@ -345,6 +352,8 @@ def as_data(message: Message) -> dict[str, Any]:
 
 
 def _body(message: Message) -> dict[str, Any]:
+    if message.body is None:
+        return {"tombstone": True}
     if (message.content_type or "json").partition(";")[0].endswith("json"):
         with suppress(ValueError):  # it says JSON and is not: shown as text
             return {"payload": json_module.loads(message.body, parse_constant=_not_json)}
@@ -358,6 +367,8 @@ def body_text(message: Message) -> str:
     body = _body(message)
     if "payload" in body:
         return json_module.dumps(body["payload"], ensure_ascii=False, indent=2)
+    if message.body is None:
+        return "(no body: a tombstone)"
     return str(body.get("text", f"({len(message.body):,} bytes that are not text)"))
 
 
@@ -367,7 +378,7 @@ def _show_json(delivery: Delivery) -> None:
 
 def _show(delivery: Delivery) -> None:
     message = delivery.message
-    facts = [output.moment(message.time), message.type, message.key and f"key {message.key}"]
+    facts = [output.moment(message.time), message.type, message.key and f"key {key_text(message.key)}"]
     if message.attempt > 1:
         facts.append(f"attempt {message.attempt}")
     print(output.printable(f"--- {message.id}  {'  '.join(fact for fact in facts if fact)}"))

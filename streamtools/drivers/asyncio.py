@@ -32,7 +32,7 @@ from streamtools.queues import QueueInfo
 from streamtools.settings import AsyncIOSettings
 from streamtools.verdicts import Kind
 
-FEATURES = Features(groups=True, redelivery=True, atomic=True, topics=True, cancel=True)
+FEATURES = Features(groups=True, redelivery=True, atomic=True, topics=True, cancel=True, tombstones=True)
 
 
 class Item(NamedTuple):

@@ -90,7 +90,7 @@ class Harness:
         payload: object,
         *,
         headers: Mapping[str, str] | None = None,
-        key: str | None = None,
+        key: str | bytes | None = None,
         type: str | None = None,  # noqa: A002 - the field's name everywhere
         delay: float | None = None,
         ttl: float | None = None,

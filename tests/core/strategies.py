@@ -6,11 +6,14 @@ from hypothesis import strategies as st
 
 from streamtools.checks import RESERVED
 from streamtools.message import ErrorDetails, Message
+from streamtools.wire import read_key
 
 #: Text of any script, without lone surrogates, which no wire carries.
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 some = st.none() | text
 #: Moments that RFC 3339 can name, in whole microseconds.
+#: As they are read: bytes where they are no plain text.
+keys = st.binary(max_size=20).map(read_key) | text.map(str.encode).map(read_key)
 times = st.integers(0, 253402300799 * 10**6).map(lambda n: n / 10**6)
 #: A user's: hypothesis draws from the constants of our own code, too.
 header_names = text.filter(lambda name: name and not name.lower().startswith(RESERVED))
@@ -31,6 +34,6 @@ errors = st.builds(
 messages = st.builds(
     Message, body=st.binary(max_size=50), queue=st.just("orders"), id=text, type=some, source=some,
     time=st.none() | times, content_type=some, content_encoding=some, correlation_id=some, causation_id=some,
-    reply_to=some, intent=some, key=some, headers=headers, attempt=st.integers(1, 10**8),
+    reply_to=some, intent=some, key=st.none() | keys, headers=headers, attempt=st.integers(1, 10**8),
     deliver_at=st.none() | times, expires_at=st.none() | times, error=st.none() | errors,
 )  # fmt: skip

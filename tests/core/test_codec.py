@@ -131,3 +131,19 @@ def test_a_validation_error_names_what_is_wrong_and_not_the_value(decode: Callab
 def test_a_message_annotation_gets_the_envelope() -> None:
     envelope = message(b"x")
     assert codec.decoder(Message)(envelope) is envelope
+
+
+# --- tombstones -----------------------------------------------------------------------------------
+
+TOMBSTONE = Message(body=None, queue="orders", id="1", key="k")
+
+
+@pytest.mark.parametrize("annotation", [Any, object, Order | None, dict[str, int] | None, None])
+def test_a_tombstone_is_none_where_the_handler_allows_it(annotation: Any) -> None:
+    assert codec.decoder(annotation)(TOMBSTONE) is None
+
+
+@pytest.mark.parametrize("annotation", [bytes, str, Order, int, list[Order]])
+def test_a_tombstone_is_named_where_the_handler_wants_a_body(annotation: Any) -> None:
+    with pytest.raises(DecodeError, match=r"tombstone.* \| None"):
+        codec.decoder(annotation)(TOMBSTONE)

@@ -9,7 +9,17 @@ from typing import ClassVar
 
 import pytest
 
-from streamtools import ConnectError, ConnectionLost, Message, Producer, SendError
+from streamtools import (
+    CONSUMER_LOOPS,
+    PRODUCERS,
+    ConfigurationError,
+    ConnectError,
+    ConnectionLost,
+    FeatureError,
+    Message,
+    Producer,
+    SendError,
+)
 from streamtools.policy import LAST, backoff_within
 from streamtools.settings import AsyncIOSettings
 
@@ -114,3 +124,31 @@ def test_tries_go_on_until_shortly_before_the_end(attempt: int) -> None:
         assert 0 < delay < left
         left -= delay
     assert left <= LAST
+
+
+async def test_a_tombstone_is_refused_where_the_protocol_has_none() -> None:
+    producer = Silent("orders")
+    with pytest.raises(FeatureError, match="carries no tombstones"):
+        await producer.send(None, key="k", tombstone=True)
+    with pytest.raises(FeatureError, match="carries no tombstones"):
+        await producer.send_messages([Message(body=None, queue="orders", id="1", key="k")])
+
+
+@pytest.mark.parametrize(("payload", "key"), [(None, None), ({}, "k"), ("", b"k")])
+async def test_a_tombstone_has_a_key_and_no_payload(payload: object, key: str | bytes | None) -> None:
+    async with PRODUCERS["asyncio"]("orders", url="asyncio://tombstones") as producer:
+        with pytest.raises(ConfigurationError, match=r"send\(None, key=\.\.\., tombstone=True\)"):
+            await producer.send(payload, key=key, tombstone=True)
+
+
+async def test_a_tombstone_and_a_key_of_bytes_arrive_as_such() -> None:
+    url = "asyncio://tombstones-and-keys"
+    async with (
+        CONSUMER_LOOPS["asyncio"]("orders", url=url) as consumer,
+        PRODUCERS["asyncio"]("orders", url=url) as producer,
+    ):
+        await producer.send(None, key=b"\x00\xff", tombstone=True)
+        await producer.send("", key=b"plain")
+        one, two = [*await consumer.receive(2, timeout=5)]
+        assert (one.message.body, one.message.key) == (None, b"\x00\xff")
+        assert (two.message.body, two.message.key) == (b"", "plain")

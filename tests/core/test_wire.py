@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtools.message import ErrorDetails, Message
-from streamtools.wire import decode_meta, encode_meta, from_rfc3339, to_rfc3339
+from streamtools.wire import decode_meta, encode_meta, from_rfc3339, read_key, to_rfc3339, write_key
 from tests.core import strategies
 
 
@@ -83,3 +84,44 @@ def test_unset_fields_cost_nothing() -> None:
     message = Message(body=b"", queue="q", id="1")
     assert encode_meta(message) == {"id": "1"}
     assert set(encode_meta(replace(message, attempt=2))) == {"id", "attempt"}
+
+
+#: Times as other programs write them, which RFC 3339 cannot name again.
+NO_TIMES = ["nan", "inf", "-inf", "Infinity", "1e400", "1700000000000", "1700000000000000", "-62135596801", "1e18"]
+
+
+@pytest.mark.parametrize("text", [*NO_TIMES, "9999-12-31T23:59:59.9999999Z", "0001-01-01T00:00:00+14:00", "9" * 400])
+def test_a_time_that_could_not_be_written_again_is_left_out(text: str) -> None:
+    assert from_rfc3339(text) is None
+    assert not {"time", "expires_at", "deliver_at"} & set(
+        decode_meta({"time": text, "expirytime": text, "deliverytime": text})
+    )
+
+
+@given(st.text() | st.floats().map(str) | st.integers().map(str) | st.datetimes().map(lambda d: d.isoformat() + "9Z"))
+def test_whatever_is_read_can_be_written_again(text: str) -> None:
+    meta = dict.fromkeys(("time", "deliverytime", "expirytime", "errorfirst", "errorlast", "attempt", "key"), text)
+    fields = decode_meta({**meta, "errorqueue": "q", "partitionkeybytes": text, "partitionkey": text, "id": text})
+    message = Message(**{"body": b"", "queue": "q", "id": "1", **fields})
+    again = Message(**{"body": b"", "queue": "q", "id": "1", **decode_meta(encode_meta(message))})
+    assert near(message, again)
+    json.dumps(encode_meta(message), ensure_ascii=False).encode()
+
+
+@given(st.binary())
+def test_a_key_of_any_bytes_is_the_same_bytes_again(raw: bytes) -> None:
+    key = read_key(raw)
+    assert write_key(key) == raw
+    assert isinstance(key, str) or not key.isascii() or any(byte < 32 or byte == 127 for byte in key)
+    message = Message(body=b"", queue="q", id="1", key=key)
+    assert decode_meta(encode_meta(message)).get("key") == key
+
+
+def test_a_lone_surrogate_is_mended_on_reading() -> None:
+    assert decode_meta({"source": "a\udcff"})["source"] == r"a\udcff"
+
+
+def test_the_attempt_after_the_greatest_is_still_a_count() -> None:
+    found = decode_meta({"attempt": "999999999"})["attempt"]
+    message = Message(body=b"", queue="q", id="1", attempt=found + 1)
+    assert decode_meta(encode_meta(message))["attempt"] == found

@@ -15,7 +15,17 @@ from urllib.parse import parse_qsl, quote, unquote
 
 from streamtools.errors import ConfigurationError
 from streamtools.message import NO_HEADERS, Message
-from streamtools.wire import ATTEMPT, ERROR_ATTEMPTS, ERROR_TEXT, ERROR_TIMES, TEXT, TIMES, decode_meta, encode_meta
+from streamtools.wire import (
+    ATTEMPT,
+    ERROR_ATTEMPTS,
+    ERROR_TEXT,
+    ERROR_TIMES,
+    KEY_BYTES,
+    TEXT,
+    TIMES,
+    decode_meta,
+    encode_meta,
+)
 
 PREFIX: Final = "ce-"
 CE_ATTEMPT: Final = PREFIX + ATTEMPT
@@ -36,7 +46,7 @@ TRANSPORT: Final = frozenset(
 _NATIVE: Final = frozenset({"content_type", "content_encoding"})
 _OURS: Final = frozenset(
     PREFIX + name for name in (*TEXT.values(), *TIMES.values(), *ERROR_TEXT.values(), *ERROR_TIMES.values())
-) | {PREFIX + "specversion", CE_ATTEMPT, PREFIX + ERROR_ATTEMPTS}
+) | {PREFIX + "specversion", PREFIX + KEY_BYTES, CE_ATTEMPT, PREFIX + ERROR_ATTEMPTS}
 #: RFC 9110, section 5.6.2: a token.
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 #: Printable ASCII without a space at either end, where HTTP would trim it.

@@ -159,6 +159,8 @@ class HTTPProducer(Producer, protocol="http"):
         return URL(f"{self._base}/{quote(queue, safe=safe)}", encoded=True)
 
     def _request(self, message: Message, options: SendOptions) -> _Request:
+        if (body := message.body) is None:
+            raise ConfigurationError("'http' has no form for a message without a body (a tombstone); 'kafka' has.")
         if message.deliver_at is not None and message.deliver_at > time.time():
             raise ConfigurationError("'http' holds no message back: send it later, or by a protocol with a broker.")
         method = options.method or self.options.method
@@ -171,7 +173,7 @@ class HTTPProducer(Producer, protocol="http"):
         else:
             url = self._target if message.queue == self.queue else self._url_of(message.queue)
         if method not in QUERY_METHODS or (query := _as_query(message)) is None:
-            return _Request(method, url, headers, message.body, message.attempt)
+            return _Request(method, url, headers, body, message.attempt)
         headers.pop("Content-Type", None)
         return _Request(method, _with_query(url, query), headers, b"", message.attempt)
 
@@ -289,7 +291,7 @@ def _as_query(message: Message) -> str | None:
     if message.content_type != codec.JSON:
         return None
     try:
-        data = from_json(message.body)
+        data = from_json(message.body or b"")
     except ValueError:
         return None
     if not isinstance(data, dict):

@@ -42,7 +42,7 @@ class Outgoing:
         id: str,  # noqa: A002 - the field's name everywhere
         topic: str,
         key: bytes | None,
-        value: bytes,
+        value: bytes | None,
         headers: list[Header],
         timestamp: int,
         partition: int | None = None,
@@ -53,7 +53,7 @@ class Outgoing:
         self.id: str = id
         self.topic: str = topic
         self.key: bytes | None = key
-        self.value: bytes = value
+        self.value: bytes | None = value
         self.headers: list[Header] = headers
         self.timestamp: int = timestamp
         self.partition: int | None = partition
@@ -61,13 +61,13 @@ class Outgoing:
         self.pending: Any = None
         self.exchange: Exchange | None = exchange
         self.mandatory: bool = mandatory
-        self.size: int = len(value) + (_beside(key, headers) if beside is None else beside)
+        self.size: int = len(value or b"") + (_beside(key, headers) if beside is None else beside)
 
     def to(self, topic: str) -> Outgoing:
         """The same, to this topic itself."""
         return Outgoing(
             self.id, topic, self.key, self.value, self.headers, self.timestamp, self.partition,
-            beside=self.size - len(self.value), mandatory=self.mandatory,
+            beside=self.size - len(self.value or b""), mandatory=self.mandatory,
         )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def outgoing(batch: Sequence[Message], *, headers: Sequence[Header] = ()) -> lis
     now = time.time()
     items: list[Outgoing] = []
     source: dict[str, Any] | None = None
-    like: Callable[[str, bytes], Outgoing] | None = None
+    like: Callable[[str, bytes | None], Outgoing] | None = None
     for message in batch:
         shared = common(message) if type(message) is Draft else None
         if like is not None and shared is not None and shared is source:
@@ -101,14 +101,14 @@ def outgoing(batch: Sequence[Message], *, headers: Sequence[Header] = ()) -> lis
     return items
 
 
-def _pattern(first: Outgoing) -> Callable[[str, bytes], Outgoing]:
+def _pattern(first: Outgoing) -> Callable[[str, bytes | None], Outgoing]:
     """What makes records that differ from this one, which no exchange routes, in id and value alone."""
     at = next(number for number, (name, _) in enumerate(first.headers) if name == ID)
     before, behind = first.headers[:at], first.headers[at + 1 :]
-    topic, key, timestamp, beside = first.topic, first.key, first.timestamp, first.size - len(first.value)
+    topic, key, timestamp, beside = first.topic, first.key, first.timestamp, first.size - len(first.value or b"")
     name = ID
 
-    def like(id: str, value: bytes) -> Outgoing:  # noqa: A002
+    def like(id: str, value: bytes | None) -> Outgoing:  # noqa: A002
         return Outgoing(id, topic, key, value, [*before, (name, id.encode()), *behind], timestamp, None, beside)
 
     return like

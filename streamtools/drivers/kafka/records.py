@@ -15,7 +15,6 @@ from typing import Any, Final, NamedTuple
 
 from aiokafka import TopicPartition
 
-from streamtools.errors import DecodeError
 from streamtools.message import NO_HEADERS, LazyMessage, Message, setters
 from streamtools.wire import (
     ATTEMPT,
@@ -27,6 +26,9 @@ from streamtools.wire import (
     VERSION,
     decode_meta,
     encode_meta,
+    read_key,
+    read_time,
+    write_key,
 )
 
 PREFIX: Final = "ce_"
@@ -95,7 +97,7 @@ class Origin(NamedTuple):
 
 def encode_key(message: Message) -> bytes | None:
     """The record's key."""
-    return None if message.key is None else message.key.encode("utf-8", "surrogateescape")
+    return None if message.key is None else write_key(message.key)
 
 
 def encode_headers(message: Message, *, time_apart: bool) -> list[Header]:
@@ -150,11 +152,11 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
         found |= _decode_meta(meta, record)
     found.setdefault("id", id_of(place, record.offset))
     if record.timestamp is not None and record.timestamp >= 0:  # the oldest format has none
-        found.setdefault("time", record.timestamp / 1000)
+        found.setdefault("time", read_time(record.timestamp / 1000))
     return Message(
-        body=record.value or b"",
+        body=record.value,
         queue=place.topic if queue is None else queue,
-        key=None if record.key is None else record.key.decode("utf-8", "surrogateescape"),
+        key=None if record.key is None else read_key(record.key),
         headers=user or NO_HEADERS,
         **found,
     )
@@ -170,7 +172,7 @@ def decode_plain(record: Any, place: TopicPartition) -> Message | None:
         return None
     message = _new(Plain)
     _set_source(message, record if headers else (record, place))
-    _set_body(message, record.value or b"")
+    _set_body(message, record.value)
     _set_queue(message, place.topic)
     return message
 
@@ -203,18 +205,6 @@ def _decode_meta(meta: dict[str, str], record: Any) -> dict[str, Any]:
     if "error" in found:
         found["error"] = replace(found["error"], place=_place(record))
     return found
-
-
-def trouble(record: Any, place: TopicPartition) -> DecodeError | None:
-    """What makes the record unfit for any handler."""
-    try:
-        if record.key is not None:
-            record.key.decode()
-    except UnicodeDecodeError as error:
-        return DecodeError(
-            f"The key of {place.topic}-{place.partition} at offset {record.offset} is no UTF-8 text: {error}."
-        )
-    return None
 
 
 def decode_origin(record: Any, place: TopicPartition) -> Origin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -17,6 +18,8 @@ FIELDS: Final = (
     "id", "type", "source", "time", "content_type", "content_encoding", "correlation_id", "causation_id",
     "reply_to", "intent", "key", "handler", "version", "deliver_at", "expires_at",
 )  # fmt: skip
+#: In `meta` instead of the key, where it is no text: the key in base64.
+KEY_BYTES: Final = "key_bytes"
 #: In `meta` beside them: the lane that a message in an error queue failed in, for its way back.
 ORIGIN: Final = "origin"
 
@@ -39,7 +42,7 @@ class Row:
     """
 
     queue: str
-    key: str | None
+    key: str | bytes | None
     due: float | None
     meta: str
     body: bytes
@@ -58,12 +61,17 @@ def encode(message: Message, *, lane: int | None = None, origin: int | None = No
         origin: the lane that it failed in.
 
     Raises:
-        ValueError: a text in it has no UTF-8 form.
+        ValueError: a text in it has no UTF-8 form, or it has no body.
     """
+    if message.body is None:
+        raise ValueError("a message without a body (a tombstone) has no place in SQLite; kafka:// has them")
     fields: dict[str, Any] = {}
     for name in FIELDS:
         if (value := getattr(message, name)) is not None:
             fields[name] = value
+    if isinstance(message.key, bytes):
+        del fields["key"]
+        fields[KEY_BYTES] = b64encode(message.key).decode()
     if message.attempt != 1:
         fields["attempt"] = message.attempt
     if message.headers:
@@ -116,6 +124,8 @@ class Claimed:
 
 def _message(queue: str, fields: dict[str, Any], body: bytes) -> tuple[Message, int | None]:
     origin = fields.pop(ORIGIN, None)
+    if KEY_BYTES in fields:
+        fields["key"] = b64decode(fields.pop(KEY_BYTES))
     if "error" in fields:
         fields["error"] = ErrorDetails(**fields["error"])
     return Message(body=body, queue=queue, **fields), origin

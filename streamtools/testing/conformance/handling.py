@@ -158,7 +158,7 @@ class HandlingCases(Cases):
             await eventually(lambda: len(run) == 12 and len(seen) == 8)
         assert sorted(seen) == [n for n in range(12) if n % 3]
         if self.features.error_queue:
-            assert sorted(int(m.body) for m in await stage.errors(4)) == [0, 3, 6, 9]
+            assert sorted(int(m.body or b"") for m in await stage.errors(4)) == [0, 3, 6, 9]
 
     # --- acknowledging --------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ class OrderingCases(Cases):
 
     @needs("ordered")
     async def test_messages_of_one_key_stay_in_order_though_some_are_retried(self, stage: Stage) -> None:
-        seen: dict[str | None, list[int]] = {"a": [], "b": [], "c": []}
+        seen: dict[str | bytes | None, list[int]] = {"a": [], "b": [], "c": []}
 
         async def handler(msg: int, message: Message) -> None:
             await asyncio.sleep(0)

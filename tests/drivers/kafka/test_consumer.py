@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from streamtools import ConfigurationError, Message, QueueError, Retry
+from streamtools import ConfigurationError, Message, QueueError, Reject, Retry
 from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer
 from streamtools.drivers.kafka.offsets import decode
 from streamtools.drivers.kafka.tiers import TIERS
@@ -59,27 +59,29 @@ async def test_the_error_topic_says_where_a_message_was_read_first(
     assert (headers["streamtools-group"], headers["ce_errorattempts"]) == (b"billing", b"2")
 
 
-async def test_a_key_that_is_no_text_is_rejected_whole_and_the_consumer_lives(
+async def test_a_key_that_is_no_text_is_bytes_and_kept_on_the_way_to_the_error_topic(
     kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
 ) -> None:
     seen: list[str] = []
 
-    async def handle(msg: str) -> None:
+    async def handle(msg: str, message: Message) -> None:
         seen.append(msg)
+        if message.key == b"\xff\xfe":
+            raise Reject("the one with the key of bytes")
 
     await producer()
     async with running(handle, error_queue="{queue}.error"):
         text = [("content-type", b"text/plain")]
         await raw(
-            kafka, queue, {"key": b"\xff\xfe", "value": b"bad", "headers": [("h", b"\xf0")]},
+            kafka, queue, {"key": b"\xff\xfe", "value": b"bad", "headers": [("h", b"\xf0"), *text]},
             {"value": b"good", "headers": text},
         )  # fmt: skip
-        await eventually(lambda: seen)
+        await eventually(lambda: len(seen) == 2)
         await eventually(lambda: _has(kafka, f"{queue}.error", 1))
     [record] = await records(kafka, f"{queue}.error")
     headers = dict(record.headers)
     assert (record.key, record.value, headers["h"]) == (b"\xff\xfe", b"bad", b"\xf0")
-    assert b"no UTF-8" in headers["ce_errormessage"] and seen == ["good"]
+    assert headers["ce_errormessage"] == b"the one with the key of bytes"
 
 
 async def test_what_is_rejected_of_further_topics_goes_to_the_consumers_own_error_topic(
