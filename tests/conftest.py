@@ -25,8 +25,8 @@ import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import settings
 
-from tests.brokers import packages
-from tests.brokers.address import RabbitMQAddress
+from tests.brokers import release
+from tests.brokers.address import RabbitMQAddress, rabbitmq_address
 from tests.brokers.handshake import shake_hands
 from tests.brokers.kafka import jars
 from tests.brokers.kafka.address import KafkaAddress
@@ -103,11 +103,11 @@ def nothing_blocks_the_loop() -> Iterator[BlockBuster]:
 @pytest.fixture(scope="session")
 def rabbitmq() -> Iterator[RabbitMQAddress]:
     """From the environment, from `scripts/brokers up`, or else a node for this session."""
-    given = RabbitMQAddress.from_environment() or RabbitMQAddress.from_state()
+    given = rabbitmq_address()
     if given is not None and (RabbitMQAddress.from_environment() or _answers(lambda: shake_hands(given.url))):
         yield given
         return
-    node = _started(RabbitMQNode, packages)
+    node = _started(RabbitMQNode, release.chosen())
     yield node.address
     node.close()
 
@@ -128,14 +128,14 @@ def strict_rabbitmq() -> Iterator[RabbitMQAddress]:
     def strict_node() -> RabbitMQNode:
         return RabbitMQNode(require_client_cert=True)
 
-    node = _started(strict_node, packages)
+    node = _started(strict_node, release.chosen())
     yield node.address
     node.close()
 
 
 @pytest.fixture(scope="session")
 def _own_rabbitmq() -> Iterator[RabbitMQNode]:
-    node = _started(RabbitMQNode, packages)
+    node = _started(RabbitMQNode, release.chosen())
     yield node
     node.close()
 
@@ -156,7 +156,7 @@ def own_rabbitmq(_own_rabbitmq: RabbitMQNode) -> RabbitMQNode:
 @pytest.fixture(scope="module")
 def rabbitmq_cluster() -> Iterator[RabbitMQCluster]:
     """Three nodes, one quorum; about 20 seconds to start, so one for each module."""
-    cluster = _started(RabbitMQCluster, packages)
+    cluster = _started(RabbitMQCluster, release.chosen())
     yield cluster
     cluster.close()
 
@@ -223,7 +223,7 @@ def _answers(look: Callable[[], object]) -> bool:
 
 
 class _Source(Protocol):
-    """Where a product comes from: `packages`, or Kafka's `jars`."""
+    """Where a product comes from: a release of RabbitMQ, or Kafka's `jars`."""
 
     def is_installed(self) -> bool: ...
 

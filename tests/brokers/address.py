@@ -17,6 +17,8 @@ from tests.brokers.processes import BrokerError
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".brokers" / "state.json"
+#: Chooses RabbitMQ 4 where it is "4".
+VERSION = "STREAMTOOLS_TEST_RABBITMQ_VERSION"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,36 @@ class RabbitMQAddress(Address):
         if self.management_url is None:
             raise BrokerError(f"this broker's management API is unknown; set {self.variable('management_url')}")
         return call_management(self.management_url, method, path, body)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RabbitMQ4Address(RabbitMQAddress):
+    """A RabbitMQ 4, beside the other one; its variables are the same, and one more chooses it."""
+
+    broker: ClassVar[str] = "rabbitmq4"
+
+    def environment(self) -> dict[str, str]:
+        """As variables that `from_environment` reads back."""
+        return {VERSION: "4", **{self.variable(name): value for name, value in asdict(self).items() if value}}
+
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """As for any RabbitMQ."""
+        return RabbitMQAddress.variable(field)
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Self | None:
+        """The broker that the environment names, if it is a RabbitMQ 4."""
+        if environ.get(VERSION) != "4":
+            return None
+        found = {f.name: environ.get(cls.variable(f.name)) or None for f in fields(cls)}
+        return cls(**found) if found["url"] else None  # type: ignore[arg-type]
+
+
+def rabbitmq_address(environ: Mapping[str, str] = os.environ) -> RabbitMQAddress | None:
+    """The RabbitMQ to test against, of the version that the environment asks for; None when none is up."""
+    kind = RabbitMQ4Address if environ.get(VERSION) == "4" else RabbitMQAddress
+    return kind.from_environment(environ) or kind.from_state()
 
 
 def with_vhost(url: str, vhost: str) -> str:

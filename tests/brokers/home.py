@@ -8,9 +8,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tests.brokers import packages
 from tests.brokers.certificates import Certificates, make_certificates
 from tests.brokers.processes import end_all, free_ports, guard, spawn
+from tests.brokers.release import Release, chosen
 
 
 class Home:
@@ -36,10 +36,15 @@ class Home:
 
 
 class ErlangHome(Home):
-    """What the nodes of one RabbitMQ share besides: a cookie, and an Erlang port mapper of its own."""
+    """What the nodes of one RabbitMQ share besides: a cookie, and an Erlang port mapper of its own.
 
-    def __init__(self, *, guarded: bool = True) -> None:
-        packages.ensure_installed()
+    Parameters:
+        release: which RabbitMQ; what the environment asks for when None.
+    """
+
+    def __init__(self, *, guarded: bool = True, release: Release | None = None) -> None:
+        self.release: Release = chosen() if release is None else release
+        self.release.ensure_installed()
         super().__init__("rabbitmq", guarded=guarded)
         self._epmd: subprocess.Popen[bytes] | None = None
         self.epmd_port = 0
@@ -57,7 +62,7 @@ class ErlangHome(Home):
         # A restarted one keeps its port: running nodes register themselves again.
         self.epmd_port = self.epmd_port or free_ports(1)[0]
         self._epmd = spawn(
-            ["epmd", "-port", str(self.epmd_port), "-address", "127.0.0.1"],
+            self.release.command(self.directory, "epmd", "-port", str(self.epmd_port), "-address", "127.0.0.1"),
             env=self.environment(),
             log=self.directory / "epmd.log",
             pid_file=self.directory / "epmd.pid",

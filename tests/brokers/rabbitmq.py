@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from tests.brokers import packages
 from tests.brokers.address import RabbitMQAddress, with_vhost
 from tests.brokers.handshake import shake_hands
 from tests.brokers.home import ErlangHome
 from tests.brokers.node import Cluster, Node
 from tests.brokers.processes import POLL, BrokerError, free_ports
+from tests.brokers.release import Release
 
 #: Seconds that rabbitmqctl may take; 2 on a quiet machine.
 CTL_TIMEOUT = 60.0
@@ -61,6 +61,7 @@ class RabbitMQNode(Node):
         peers: names of all nodes of its cluster; empty for a single node.
         require_client_cert: True makes the TLS listener refuse clients without a certificate.
         guarded: see `Home`.
+        release: see `ErlangHome`, for a home of its own.
     """
 
     product = "RabbitMQ"
@@ -74,8 +75,10 @@ class RabbitMQNode(Node):
         peers: tuple[str, ...] = (),
         require_client_cert: bool = False,
         guarded: bool = True,
+        release: Release | None = None,
     ) -> None:
-        super().__init__(home or ErlangHome(guarded=guarded), name, owns_home=home is None)
+        super().__init__(home or ErlangHome(guarded=guarded, release=release), name, owns_home=home is None)
+        self.source = self.home.release.source
         self.vhost = "/"
         self.port, self.tls_port, self.management_port, self._dist_port = free_ports(4)
         self._configure(peers, require_client_cert)
@@ -130,7 +133,7 @@ class RabbitMQNode(Node):
     def ctl(self, *arguments: str) -> str:
         """Run rabbitmqctl against this node and return what it prints; about 2 seconds each."""
         done = subprocess.run(
-            [str(packages.BIN / "rabbitmqctl"), "-q", "-n", self._node_name, *arguments],
+            self.home.release.command(self.home.directory, "rabbitmqctl", "-q", "-n", self._node_name, *arguments),
             env=self._environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -266,7 +269,7 @@ class RabbitMQNode(Node):
         self.home.start_epmd()
 
     def _command(self) -> list[str]:
-        return [str(packages.BIN / "rabbitmq-server"), "-noinput"]
+        return self.home.release.command(self.home.directory, "rabbitmq-server", "-noinput")
 
     def _environment(self) -> dict[str, str]:
         data = self.home.directory / self.name
