@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from functools import partial
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 
 from streamtools import codec
+from streamtools.calling import PLAIN, awaited, check_handler, in_thread, is_async, name_of, unbound, undecorated
 from streamtools.delivery import Delivery, current
-from streamtools.errors import ConfigurationError
+from streamtools.errors import ConfigurationError, Reject
 from streamtools.message import Message
 from streamtools.types import Handler
 
@@ -49,17 +47,21 @@ def compile_handler(
     Raises:
         ConfigurationError: the signature cannot be filled.
     """
+    function = undecorated(function)
+    check_handler(function)
     decode, further = _plan(function, resolvers, payload)
-    call = function if is_async(function) else _in_thread(function, executor)
+    call = function if is_async(function) else in_thread(function, executor)
     if not further:
 
         async def handle(message: Message) -> Any:
-            return await call(decode(message))
+            result = await call(decode(message))
+            return result if type(result) in PLAIN else await awaited(result, Reject)
 
         return handle
 
     async def handle_with(message: Message) -> Any:
-        return await call(decode(message), **{name: resolve(message) for name, resolve in further})
+        result = await call(decode(message), **{name: resolve(message) for name, resolve in further})
+        return result if type(result) in PLAIN else await awaited(result, Reject)
 
     return handle_with
 
@@ -143,7 +145,7 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     Raises:
         ConfigurationError: one cannot be found.
     """
-    function = _inner(function)
+    function = unbound(undecorated(function))
     target = function if inspect.isroutine(function) else type(function).__call__
     try:
         return get_type_hints(inspect.unwrap(target))
@@ -152,42 +154,3 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
             f"The handler {name_of(function)} has an annotation that cannot be found: {error}. Import the name "
             "at module level, not under TYPE_CHECKING or inside a function."
         ) from error
-
-
-def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
-    while isinstance(function, partial):
-        function = function.func
-    return function
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
-
-
-def _in_thread(function: Callable[..., Any], executor: Executor | None) -> Callable[..., Any]:
-    async def call(*args: Any, **kwargs: Any) -> Any:
-        context = contextvars.copy_context()
-        work = partial(context.run, partial(_outcome, function, args, kwargs))
-        fine, value = await asyncio.get_running_loop().run_in_executor(executor, work)
-        if not fine:
-            raise value
-        return value
-
-    return call
-
-
-def _outcome(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[bool, Any]:
-    # An exception travels as a value: StopIteration set on a future never arrives, and the awaiting
-    # task would hang for ever.
-    try:
-        return True, function(*args, **kwargs)
-    except StopIteration as error:
-        return False, RuntimeError(f"the handler raised {error!r}")
-    except BaseException as error:
-        return False, error
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """The name of a handler, for logs, errors and copies."""
-    function = _inner(function)
-    return str(getattr(function, "__qualname__", None) or type(function).__qualname__).removeprefix("<locals>.")

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
 
-from streamtools.binding import RESOLVERS, Resolver, compile_handler, name_of
+from streamtools.binding import RESOLVERS, Resolver, compile_handler
+from streamtools.calling import Decorated, check_handler, name_of, undecorated
 from streamtools.cancelling import guard
 from streamtools.checks import (
     Declare,
@@ -151,7 +152,7 @@ class Consumer(Endpoint):
         self.offset = offset
         self.bindings: list[Binding] = list(bindings)
         self.connect_timeout = connect_timeout
-        self.middleware: list[Middleware] = list(middleware)
+        self.middleware: list[Middleware] = check_middleware(middleware)
         self._check()
         self.options: Options = self._read_options(options, Consumer.__init__)
         self.resolvers: Mapping[type, Resolver] = RESOLVERS
@@ -207,8 +208,7 @@ class Consumer(Endpoint):
         if retry is not None:
             check_retry(retry)
             self.retry = retry
-        self.middleware = [*self.middleware, *middleware]
-        check_middleware(self.middleware)
+        self.middleware = [*self.middleware, *check_middleware(middleware)]
 
         def decorate(function: Callable[..., Any]) -> BoundHandler:
             if self.handler is not None:
@@ -522,7 +522,6 @@ class Consumer(Endpoint):
         check_choice("offset", self.offset, ("earliest", "latest"))
         check_seconds("connect_timeout", self.connect_timeout)
         check_retry(self.retry)
-        check_middleware(self.middleware)
         if self.features.error_queue:
             self.validate_queue(error_queue_of(self.error_queue, self.queue))
         if self.group is not None:
@@ -536,17 +535,27 @@ class Consumer(Endpoint):
             raise FeatureError(f"{self.protocol!r} has no exchanges: leave bindings= away, and send to the queue.")
 
 
-class BoundHandler:
+class BoundHandler(Decorated):
     """A decorated handler: called with a message it is the function, without one it runs the loop.
 
     On a method it is a descriptor: `await obj.handle()` runs the loop, `await obj.handle(msg)` calls it once.
+
+    Attributes:
+        function: the function that was decorated.
+        stacked: where that is decorated several times, the handlers further in, each with its own queue.
     """
+
+    stacked: tuple[BoundHandler, ...] = ()
 
     def __init__(self, consumer: Consumer, function: Callable[..., Any]) -> None:
         self.consumer = consumer
         self._describe(function)
 
     def _describe(self, function: Callable[..., Any]) -> None:
+        if isinstance(function, BoundHandler):
+            self.stacked = function.all
+        function = undecorated(function)
+        check_handler(function)
         self.function = function
         self.name: str = name_of(function)
         self.__doc__ = function.__doc__
@@ -558,10 +567,27 @@ class BoundHandler:
     def __get__(self, instance: object, owner: type | None = None) -> BoundHandler:
         if instance is None:
             return self
-        return BoundHandler(self.consumer, self.function.__get__(instance, owner))
+        return self._bind(BoundHandler(self.consumer, self.function.__get__(instance, owner)), instance, owner)
+
+    def _bind(self, bound: BoundHandler, instance: object, owner: type | None) -> BoundHandler:
+        bound.stacked = tuple(each.__get__(instance, owner) for each in self.stacked)
+        return bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs) if args or kwargs else self.consumer.run(self)
+        return self.function(*args, **kwargs) if args or kwargs else self._run()
+
+    @property
+    def all(self) -> tuple[BoundHandler, ...]:
+        """This one, and those of the same function further in."""
+        return self, *self.stacked
+
+    async def _run(self) -> None:
+        if not self.stacked:
+            return await self.consumer.run(self)
+        async with asyncio.TaskGroup() as loops:
+            for handler in self.all:
+                loops.create_task(handler.consumer.run(handler))
+        return None
 
     def dispatch(self, consumer: Consumer, threads: Threads) -> Dispatch:
         """What turns the deliveries of `consumer` into settlements, compiled anew for each run.
@@ -570,7 +596,7 @@ class BoundHandler:
             threads: where a `def` handler runs.
         """
         function = compile_handler(self.function, threads, consumer.resolvers)
-        return consumer.dispatcher(chain(function, consumer.middleware), self.name)
+        return consumer.dispatcher(chain(function, check_middleware(consumer.middleware)), self.name)
 
     def __repr__(self) -> str:
         return f"<handler {self.name} of {self.consumer!r}>"

@@ -12,8 +12,11 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Final
+from inspect import CORO_CREATED, getcoroutinestate
+from types import FunctionType
+from typing import Any, Final
 
+from streamtools.calling import awaited, check_function, name_of
 from streamtools.cancelling import come_round, is_over
 from streamtools.delivery import Delivery, Settlement, current
 from streamtools.errors import ConfigurationError, Drop, HandlerError, SendError, Signal, text_of
@@ -36,15 +39,22 @@ def chain(handler: Handler, middleware: Sequence[Middleware]) -> Handler:
     return handler
 
 
-def check_middleware(middleware: Iterable[object]) -> None:
-    """Middleware that can be called.
+def check_middleware(given: Any, parameter: str = "middleware") -> list[Middleware]:
+    """A list of middleware, each of which can be called with a message and what lies further in.
+
+    Parameters:
+        parameter: what it was given as.
 
     Raises:
-        ConfigurationError: one cannot.
+        ConfigurationError: it is none.
     """
-    for layer in middleware:
-        if not callable(layer):
-            raise ConfigurationError(f"middleware={layer!r} cannot be called: write async def (message, call_next).")
+    if callable(given) or not isinstance(given, Iterable):
+        name = given.__name__ if isinstance(given, type | FunctionType) else repr(given)
+        raise ConfigurationError(f"{parameter}={name} is no list: write {parameter}=[{name}].")
+    layers = list(given)
+    for layer in layers:
+        check_function(layer, "middleware", "async def limit(message, call_next): ...", "a message", "call_next")
+    return layers
 
 
 def check_error_handler(handler: object) -> None:
@@ -53,14 +63,33 @@ def check_error_handler(handler: object) -> None:
     Raises:
         ConfigurationError: it cannot.
     """
-    if handler is not None and not callable(handler):
-        raise ConfigurationError(
-            f"on_error={handler!r} cannot be called: write async def (message, error, attempt) -> Verdict | None."
+    if handler is not None:
+        check_function(
+            handler,
+            "on_error",
+            "async def decide(message, error, attempt): ...",
+            "a message",
+            "an error",
+            "an attempt",
         )
 
 
 async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -> object:
-    return await layer(message, call_next)
+    called: list[Any] = []
+
+    def go_on(message: Message) -> Any:
+        called.append(work := call_next(message))
+        return work
+
+    result = await awaited(layer(message, go_on))
+    for work in called:
+        if getattr(work, "cr_frame", None) is not None and getcoroutinestate(work) == CORO_CREATED:
+            work.close()
+            raise HandlerError(
+                f"The middleware {name_of(layer)} calls call_next(message) and does not wait for it, so nothing "
+                "further in has run: write return await call_next(message)."
+            )
+    return result
 
 
 class Dispatcher:
@@ -157,7 +186,7 @@ class Dispatcher:
         if self._on_error is None:
             return self._retry.decide(failure, message.attempt)
         try:
-            verdict = await self._on_error(message, failure, message.attempt)
+            verdict = await awaited(self._on_error(message, failure, message.attempt))
             if verdict is not None:
                 return checked(verdict)
         except asyncio.CancelledError:

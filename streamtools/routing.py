@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from streamtools.binding import name_of
+from streamtools.calling import name_of
 from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
+from streamtools.dispatch import check_middleware
 from streamtools.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Route(BoundHandler):
     def __get__(self, instance: object, owner: type | None = None) -> BoundHandler:
         if instance is None:
             return self
-        return Route(self.factory, self.queue, self.function.__get__(instance, owner), self.options)
+        bound = Route(self.factory, self.queue, self.function.__get__(instance, owner), self.options)
+        return self._bind(bound, instance, owner)
 
 
 class ConsumerFactory:
@@ -83,7 +85,7 @@ class ConsumerFactory:
         self.url = url
         self.options: dict[str, Any] = {"port": port, "host": host, **options}
         if "middleware" in options:
-            self.options["middleware"] = list(options["middleware"])  # for each consumer anew
+            self.options["middleware"] = check_middleware(options["middleware"])  # for each consumer anew
         #: One for each decorated handler, in the order of decoration.
         self.handlers: list[Route] = []
 
@@ -122,7 +124,7 @@ class ConsumerFactory:
         """The factory's options, with those of one route."""
         if "middleware" not in options:
             return {**self.options, **options}
-        middleware = [*self.options.get("middleware", ()), *options["middleware"]]
+        middleware = [*self.options.get("middleware", ()), *check_middleware(options["middleware"])]
         return {**self.options, **options, "middleware": middleware}
 
     @property

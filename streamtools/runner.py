@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from types import FrameType, TracebackType
 from typing import Any, Final, Protocol, Self, runtime_checkable
 
+from streamtools.calling import NOTHING, awaited, check_function
 from streamtools.cancelling import guard
 from streamtools.checks import check_count, check_place, check_seconds
 from streamtools.consumer import BoundHandler, Consumer
@@ -351,7 +352,7 @@ class ConsumerRunner:
             case Producer():
                 self._resources.append(source)
             case BoundHandler():
-                self._handlers.append(source)
+                self._handlers.extend(source.all)
             case ConsumerFactory():
                 self._handlers.extend(source.handlers)
             case Service():
@@ -378,10 +379,11 @@ class ConsumerRunner:
 
 
 async def _call_all(hooks: Iterable[Hook]) -> None:
+    hooks = list(hooks)
     for hook in hooks:
-        result = hook()
-        if isinstance(result, Awaitable):
-            await result
+        check_function(hook, "hook", "async def prepare(): ..., without yield", NOTHING)
+    for hook in hooks:
+        await awaited(hook(), ConfigurationError)
 
 
 def _raise_failures(loops: Sequence[asyncio.Task[None]]) -> None:

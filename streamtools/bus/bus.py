@@ -100,9 +100,9 @@ class Bus(Verbs):
         self.queue = queue
         self.mandatory = mandatory
         #: Middleware around every handler, outermost first; add, reorder, replace before it starts.
-        self.incoming: list[Middleware] = list(incoming)
+        self.incoming: list[Middleware] = check_middleware(incoming, "incoming")
         #: Middleware for everything that is sent, outermost first; likewise.
-        self.outgoing: list[Middleware] = list(outgoing)
+        self.outgoing: list[Middleware] = check_middleware(outgoing, "outgoing")
         self.on_error = on_error
         self._url, self._send_timeout = url, send_timeout
         self._options = {**options, "retry": retry, "client_id": client_id}

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-from streamtools.binding import asks_for, hints_of, name_of, parts_of, payload_type
+from streamtools.binding import asks_for, hints_of, parts_of, payload_type
 from streamtools.bus.contracts import Command, Contract, Event, contracts_in
+from streamtools.calling import check_function, check_handler, name_of, undecorated
 from streamtools.checks import check_topic
 from streamtools.delivery import Delivery
 from streamtools.errors import ConfigurationError, FeatureError
@@ -19,6 +20,9 @@ from streamtools.policy import Retry
 #: Annotations of a first parameter that takes whatever has no typed handler.
 CATCH_ALL: Final = (dict, bytes, Message, Any, object)
 
+
+#: `type`, where a parameter has that name.
+_Class: Final = type
 
 #: What `subscribe` takes: a topic, or an event whose topic it is.
 Subscription = str | type[Event]
@@ -133,6 +137,9 @@ class Entries:
         Raises:
             ConfigurationError: it says nothing that can be handled, or a command has a handler already.
         """
+        function = undecorated(function)
+        if not isinstance(function, _Class):
+            check_handler(function)
         annotation = payload_type(_as_function(function))
         name = name_of(function)
         contracts = contracts_in(annotation) if contract is None else self._registered(contract, annotation, name)
@@ -221,6 +228,7 @@ def _handle_of(handler: type) -> Callable[..., Any]:
         raise ConfigurationError(
             f"{handler.__qualname__} has no method to handle with: def handle(self, command): ..."
         )
+    check_function(method, "handler", "async def handle(self, command): ..., without yield")
     return method
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
 from streamtools import codec
-from streamtools.binding import compile_handler, name_of
+from streamtools.binding import compile_handler
+from streamtools.calling import check_function
 from streamtools.cancelling import finish, guard
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery
 from streamtools.dispatch import Dispatcher, chain
-from streamtools.errors import ConfigurationError, ConnectError, DecodeError
+from streamtools.errors import ConnectError, DecodeError
 from streamtools.jobs.message import JobMessage
 from streamtools.message import Message
 from streamtools.threads import Threads
@@ -102,18 +102,7 @@ def check_callback(callback: object) -> None:
     Raises:
         ConfigurationError: it cannot.
     """
-    if not callable(callback):
-        raise ConfigurationError(
-            f"call_back_function={callback!r} cannot be called: write def on_message(message): ..."
-        )
-    try:
-        inspect.signature(callback).bind(None)
-    except TypeError as error:
-        raise ConfigurationError(
-            f"{name_of(callback)} is to be called with one message: write def on_message(message): ..."
-        ) from error
-    except ValueError:  # a builtin that does not tell what it takes
-        pass
+    check_function(callback, "callback", "def on_message(message): ...", "one message")
 
 
 class JobHandler(BoundHandler):

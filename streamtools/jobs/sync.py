@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from streamtools import background
-from streamtools.binding import is_async, name_of
+from streamtools.calling import is_async, name_of
 from streamtools.jobs.connection import receive_message, send_message
 from streamtools.jobs.message import JobMessage
 from streamtools.jobs.receiving import Callback, check_callback

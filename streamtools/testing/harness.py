@@ -344,7 +344,7 @@ def _routes(source: object) -> Sequence[Route | Attendance]:
     if isinstance(source, ConsumerFactory):
         return source.handlers
     if isinstance(source, Route):
-        return [source]
+        return [each for each in source.all if isinstance(each, Route)]
     if isinstance(source, Bus):
         return [Attendance(source)] if source.bound else []
     raise ConfigurationError(f"A harness runs factories, routed handlers and buses, and {source!r} is none of them.")

@@ -14,7 +14,8 @@ import pytest
 from pydantic import BaseModel
 
 from streamtools import Consumer, ConsumerFactory, ConsumerRunner, Delivery, Message, Producer
-from streamtools.binding import compile_handler, name_of
+from streamtools.binding import compile_handler
+from streamtools.calling import name_of
 from streamtools.delivery import current
 from streamtools.errors import ConfigurationError, DecodeError
 from streamtools.testing import eventually
