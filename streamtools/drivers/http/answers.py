@@ -1,7 +1,12 @@
-"""What each request is answered: from a settlement, or because it never became a message."""
+"""What each request is answered: from a settlement, or because it never became a message.
+
+Whatever stands in a message or an error, its answer can be written: texts are mended, and what still fails is
+answered 500, for that one request.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -13,7 +18,7 @@ from pydantic_core import to_json
 from streamtools import codec
 from streamtools.delivery import Settlement
 from streamtools.drivers.http.headers import CE_ATTEMPT
-from streamtools.errors import DecodeError, Reject
+from streamtools.errors import DecodeError, Reject, text_of
 from streamtools.message import Message
 from streamtools.verdicts import Kind
 
@@ -25,11 +30,25 @@ RETRY_AFTER: Final = 1
 SERVER: Final = "streamtools"
 
 
-def answer(settlement: Settlement) -> web.Response:
-    """The answer that a verdict stands for; never raises."""
+def answer(settlement: Settlement, reply: Message | None = None) -> web.Response:
+    """The answer that a verdict stands for; never raises.
+
+    Parameters:
+        reply: what the handler replied, where it returned nothing.
+    """
     message = settlement.delivery.message
+    try:
+        return _answer(settlement, message, reply)
+    except Exception:
+        log.exception("Message %s of %r cannot be answered as it should be.", message.id, message.queue)
+        return respond(500, {"error": "The message has its verdict, but its answer cannot be written."})
+
+
+def _answer(settlement: Settlement, message: Message, reply: Message | None) -> web.Response:
     match settlement.verdict.kind:
         case Kind.ACK:
+            if reply is not None and settlement.result is None:
+                return _body(reply.body or b"", reply.content_type or codec.BINARY)
             return _value(settlement.result, message)
         case Kind.DROP:
             return respond(202)
@@ -61,7 +80,8 @@ def cut_off(status: int, why: str) -> web.Response:
 
 def wrong_method(method: str, allowed: Iterable[str]) -> web.Response:
     """405, or the answer to OPTIONS."""
-    allow = ", ".join(sorted({*allowed, "OPTIONS"}))
+    methods = {*allowed, "OPTIONS"}
+    allow = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
     if method == "OPTIONS":
         return respond(204, Allow=allow)
     return problem(405, f"{method} is not taken here; allowed: {allow}.", Allow=allow)
@@ -73,7 +93,15 @@ def respond(status: int, content: Mapping[str, Any] | None = None, **headers: st
     if content is None:
         return web.Response(status=status, headers=headers)
     headers["Content-Type"] = codec.JSON
-    return web.Response(status=status, headers=headers, body=to_json(content, fallback=str))
+    return web.Response(status=status, headers=headers, body=_json(content))
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    try:
+        return to_json(content, fallback=text_of)
+    except ValueError:  # a lone surrogate: what a handler raised may quote any text
+        text = json.dumps(content, ensure_ascii=False, default=text_of)
+        return text.encode("utf-8", "replace")
 
 
 def _value(result: object, message: Message) -> web.Response:
@@ -84,6 +112,10 @@ def _value(result: object, message: Message) -> web.Response:
     except Exception:  # whatever a value of the user's does when it is serialised, someone waits for an answer
         log.exception("The handler of %r returned a value that cannot be sent.", message.queue)
         return respond(500, {"error": "The message was handled, but its answer cannot be sent.", "id": message.id})
+    return _body(body, content_type)
+
+
+def _body(body: bytes, content_type: str) -> web.Response:
     return web.Response(status=200, headers={"Server": SERVER, "Content-Type": content_type}, body=body)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Sequence
 from typing import ClassVar
 from urllib.parse import quote, unquote
@@ -14,8 +16,11 @@ from streamtools.drivers.http.options import FEATURES, ConsumerOptions, check_qu
 from streamtools.drivers.http.producer import HTTPProducer
 from streamtools.drivers.http.server import SharedServer
 from streamtools.drivers.http.tls import server_context
-from streamtools.errors import Closed, ConfigurationError
+from streamtools.errors import Closed, ConfigurationError, ConnectError, SendError
+from streamtools.message import Message
 from streamtools.settings import HTTPSettings
+
+log: logging.Logger = logging.getLogger("streamtools")
 
 
 class HTTPConsumer(Consumer, protocol="http"):
@@ -98,16 +103,44 @@ class HTTPConsumer(Consumer, protocol="http"):
         return [Delivery(call.message, call) for call in calls]
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        results = [self._settle_one(settlement) for settlement in settlements if settlement.outgoing]
         for settlement in settlements:
-            call: Call = settlement.delivery.token
-            if settlement.outgoing and not call.done:
-                await self._send_on(settlement)
-            call.answer(answer(settlement))
+            if not settlement.outgoing:
+                _answer(settlement)
+        # At once: a receiver that does not answer holds up no one but who sends to it.
+        refused = [error for error in await asyncio.gather(*results) if error is not None]
+        if refused:
+            raise SendError(
+                str(refused[0]),
+                refused=[each for error in refused for each in error.refused],
+                unknown=[each for error in refused for each in error.unknown],
+            ) from refused[0]
 
-    async def _send_on(self, settlement: Settlement) -> None:
+    async def _settle_one(self, settlement: Settlement) -> SendError | None:
+        """Send on what the handler sent, and answer; the error, where the sender is to know of it."""
+        # A reply goes in the answer and nowhere else: an address that stands in a request is no one's to be sent to.
+        replies = [message for message in settlement.outgoing if message.intent == "reply"]
+        call: Call = settlement.delivery.token
+        outgoing = [message for message in settlement.outgoing if message.intent != "reply"]
+        if outgoing and not call.done:
+            try:
+                await self._send_on(outgoing)
+            except SendError as error:
+                if not call.gone:
+                    return error
+                log.warning("%r: the client has left, and what its message's handler sent is lost: %s", self, error)
+        _answer(settlement, replies[-1] if replies else None)
+        return None
+
+    async def _send_on(self, messages: Sequence[Message]) -> None:
         if self._sender is None:
             self._sender = HTTPProducer(self.queue, url=self.settings, client_id=self.client_id)
-        await self._sender.send_messages(settlement.outgoing)
+        try:
+            await self._sender.send_messages(messages)
+        except SendError:
+            raise
+        except (ConnectError, ConfigurationError) as error:  # of the receiver: our own port is none the worse
+            raise SendError(str(error), refused=[message.id for message in messages]) from error
 
     async def _stop(self) -> None:
         if self._mailbox is not None and self._server is not None:
@@ -123,3 +156,8 @@ class HTTPConsumer(Consumer, protocol="http"):
             await server.leave()
         if sender is not None:
             await sender.close()
+
+
+def _answer(settlement: Settlement, reply: Message | None = None) -> None:
+    call: Call = settlement.delivery.token
+    call.answer(answer(settlement, reply))

@@ -9,6 +9,7 @@ that nothing a user writes can end a line, change the request, or be lost on the
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, unquote
@@ -25,6 +26,7 @@ from streamtools.wire import (
     TIMES,
     decode_meta,
     encode_meta,
+    read_text,
 )
 
 PREFIX: Final = "ce-"
@@ -42,8 +44,8 @@ TRANSPORT: Final = frozenset(
     | {"proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "user-agent", PACKED}
 )
 
-#: Fields that HTTP has a header of its own for.
-_NATIVE: Final = frozenset({"content_type", "content_encoding"})
+#: Headers of HTTP's own for fields of a message.
+_NATIVE: Final = {"content-type": "content_type", "content-encoding": "content_encoding"}
 _OURS: Final = frozenset(
     PREFIX + name for name in (*TEXT.values(), *TIMES.values(), *ERROR_TEXT.values(), *ERROR_TIMES.values())
 ) | {PREFIX + "specversion", PREFIX + KEY_BYTES, CE_ATTEMPT, PREFIX + ERROR_ATTEMPTS}
@@ -62,7 +64,7 @@ def encode_headers(message: Message) -> dict[str, str]:
     Raises:
         ConfigurationError: a field of the message holds a lone surrogate.
     """
-    found = encode_meta(message, prefix=PREFIX, skip=_NATIVE)
+    found = encode_meta(message, prefix=PREFIX, skip=frozenset(_NATIVE.values()))
     headers = {name: _encode(name, value) for name, value in found.items()}
     headers[PREFIX + "specversion"] = "1.0"
     for name, value in UNSAID.items():
@@ -76,31 +78,59 @@ def encode_headers(message: Message) -> dict[str, str]:
     return headers
 
 
+class Headers(dict[str, str]):
+    """The user's headers of a request: names as they were spelled, looked up in any case, as HTTP has it."""
+
+    def __missing__(self, name: str) -> str:
+        value: str | None = self.get(name)
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.get(name) is not None
+
+    def get(self, name: str, default: Any = None, /) -> Any:
+        """The value of a header; a name spelled like this one goes before others."""
+        value = super().get(name)
+        if value is not None:
+            return value
+        lower = name.lower()
+        return next((value for other, value in self.items() if other.lower() == lower), default)
+
+
 def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], Mapping[str, str]]:
     """The fields for `Message(...)`, and the user's headers, of a request.
 
-    Attributes of CloudEvents that we do not know stay with the user's headers; of a header that came
-    several times the values are joined by ", " (RFC 9110, section 5.3).
+    Attributes of CloudEvents that we do not know stay with the user's headers, without their percent-encoding. Of a
+    header that came several times, in whatever case, the values are joined by ", " (RFC 9110, section 5.3); what
+    came plain is not replaced by what was packed.
 
     Parameters:
         raw: as they came: aiohttp's parsed names have a case of their own.
     """
     meta: dict[str, str] = {}
-    user: dict[str, str] = {}
+    native: dict[str, str] = {}
+    user = Headers()
+    spelled: dict[str, str] = {}
     packed = ""
     for raw_name, raw_value in raw:
-        name = raw_name.decode("ascii", "replace")
-        value = raw_value.decode("utf-8", "replace").strip(" \t")
+        name = raw_name.decode("ascii", "backslashreplace")
+        value = read_text(raw_value.strip(b" \t"))
         lower = name.lower()
         if lower in _OURS:
             meta[lower] = _decode(value)
-        elif lower not in TRANSPORT:
-            user[name] = f"{user[name]}, {value}" if name in user else value
+        elif lower in _NATIVE:
+            native[_NATIVE[lower]] = value
         elif lower == PACKED:
             packed = value
+        elif lower not in TRANSPORT:
+            name = spelled.setdefault(lower, name)
+            value = _decode(value) if lower.startswith(PREFIX) else value
+            user[name] = f"{user[name]}, {value}" if name in user else value
     if packed:
-        user.update(parse_qsl(packed, keep_blank_values=True))
-    fields = decode_meta(meta, prefix=PREFIX)
+        user.update(pair for pair in parse_qsl(packed, keep_blank_values=True) if pair[0].lower() not in spelled)
+    fields = decode_meta(meta, prefix=PREFIX) | native
     for name, value in UNSAID.items():
         if fields.get(name) == value:
             del fields[name]
@@ -108,13 +138,14 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
 
 
 def _add_user_headers(headers: dict[str, str], user: Mapping[str, str]) -> None:
-    seen: set[str] = set()
+    # Names that differ by case alone are one name to HTTP: they are packed, so that both arrive.
+    times = Counter(name.lower() for name in user)
     packed = []
+    plain = 0
     for name, value in user.items():
         lower = name.lower()
-        # Two names that differ by case alone are one name to HTTP.
-        if len(seen) < PLAIN_LIMIT and lower not in seen and _passes(name, lower, value):
-            seen.add(lower)
+        if plain < PLAIN_LIMIT and times[lower] == 1 and _passes(name, lower, value):
+            plain += 1
             headers[name] = value
         else:
             packed.append(f"{quote(name, safe='')}={quote(value, safe='')}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import string
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from aiohttp import web
-from aiohttp.http import HttpProcessingError
+from aiohttp.http import HttpProcessingError, HttpVersion11
 from pydantic_core import to_json
 
 from streamtools import codec
@@ -18,6 +20,8 @@ from streamtools.drivers.http import answers
 from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers
 from streamtools.drivers.http.options import QUERY_METHODS
 from streamtools.message import NO_HEADERS, Message, ids
+
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: Encodings that aiohttp has undone before we see the body.
 DECODED: Final = frozenset({"gzip", "deflate", "br", "zstd", "identity"})
@@ -176,11 +180,14 @@ class Mailbox:
                     raise self._too_large()
                 return body
             return await self._read_slowly(request)
+        except ConnectionError as error:
+            log.debug("A client left while the body of its request to %r arrived.", self._queue)
+            raise Refused(answers.cut_off(400, "The body did not arrive.")) from error
         except (web.RequestPayloadError, HttpProcessingError) as error:
             raise Refused(answers.cut_off(400, f"The body cannot be read: {type(error).__name__}.")) from error
 
     async def _read_slowly(self, request: web.BaseRequest) -> bytes:
-        if request.headers.get("Expect", "").lower() == "100-continue":
+        if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # that was no part of the answer
         body = bytearray()
@@ -206,9 +213,8 @@ class Mailbox:
         fields, headers = decode_headers(request.raw_headers)
         if sum(len(n) + len(v) for n, v in headers.items()) > HEADERS_LIMIT:
             raise Refused(answers.problem(431, f"The headers are over {HEADERS_LIMIT} bytes."))
-        fields["content_type"] = request.headers.get("Content-Type") or fields.get("content_type")
-        encoding = request.headers.get("Content-Encoding")
-        fields["content_encoding"] = None if encoding is None or encoding.lower() in DECODED else encoding
+        if fields.get("content_encoding", "").lower() in DECODED:
+            del fields["content_encoding"]
         if not body and self.method in QUERY_METHODS:
             body = _query(request.raw_path)
             fields["content_type"] = codec.JSON
@@ -229,8 +235,11 @@ def _send_back(call: Call) -> None:
 
 
 def _query(raw_path: str) -> bytes:
+    text = raw_path.partition("#")[0].partition("?")[2]
     try:
-        pairs = parse_qsl(raw_path.partition("?")[2], keep_blank_values=True, errors="strict")
+        # Some clients leave characters beyond ASCII as they are.
+        text = quote(text.encode("utf-8", "surrogateescape"), safe=string.printable)
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict")
     except ValueError as error:
         raise Refused(answers.problem(400, "The query is not percent-encoded UTF-8.")) from error
     query: dict[str, Any] = {}

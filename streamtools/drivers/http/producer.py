@@ -163,6 +163,10 @@ class HTTPProducer(Producer, protocol="http"):
             raise ConfigurationError("'http' has no form for a message without a body (a tombstone); 'kafka' has.")
         if message.deliver_at is not None and message.deliver_at > time.time():
             raise ConfigurationError("'http' holds no message back: send it later, or by a protocol with a broker.")
+        if message.intent == "reply":
+            raise ConfigurationError(
+                "Over HTTP a reply goes in the answer to its request, not to an address: return it from the handler."
+            )
         method = options.method or self.options.method
         if options.content_type is not None:
             message = message.replace(content_type=options.content_type)

@@ -8,11 +8,12 @@ import socket
 import ssl
 from contextlib import suppress
 from typing import Any, ClassVar, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from aiohttp import web
-from aiohttp.http import HttpProcessingError
+from aiohttp.http import HttpProcessingError, RawRequestMessage
+from yarl import URL
 
 from streamtools.drivers.http import answers
 from streamtools.drivers.http.mailbox import Mailbox, attempt_of
@@ -30,6 +31,8 @@ KEEP_ALIVE: Final = 75.0
 LINGER: Final = 3.0
 #: Seconds that the last answers have to go out when the server ends; for each of two steps.
 CLOSING: Final = 1.0
+#: In place of a target that cannot be read.
+ROOT: Final = URL("/")
 #: Connections that wait to be accepted.
 BACKLOG: Final = 1024
 
@@ -144,6 +147,7 @@ class SharedServer:
         host, port = self._key
         self._http = web.Server(
             self._handle,
+            request_factory=_make_request,
             access_log=None,
             logger=_Quiet(),
             max_line_size=MAX_LINE,
@@ -166,7 +170,16 @@ class SharedServer:
         log.info("Listening on %s port %d.", *self.address)
 
     async def _handle(self, request: web.BaseRequest) -> web.Response:
+        try:
+            return await self._answer(request)
+        except Exception:  # ours, and of this request alone
+            log.exception("A request could not be handled.")
+            return answers.cut_off(500, "The request could not be handled.")
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
         path = _path(request.raw_path)
+        if path is None:
+            return answers.problem(400, "The target of the request is not one.")
         methods = self._mailboxes.get(path)
         if methods is None:
             if all(mailbox.stopped for mailbox in self._each()):
@@ -175,16 +188,34 @@ class SharedServer:
                 return response
             return answers.problem(404, f"No consumer is at {path!r} here.")
         mailbox = methods.get(request.method)
+        if mailbox is None and request.method == "HEAD":
+            mailbox = methods.get("GET")  # whose answer goes out without its body
         if mailbox is None:
             return answers.wrong_method(request.method, methods)
         return await mailbox.handle(request)
 
 
-def _path(raw: str) -> str:
-    path = raw.partition("?")[0]
+def _make_request(
+    message: RawRequestMessage, payload: Any, protocol: Any, writer: Any, task: asyncio.Task[None]
+) -> web.BaseRequest:
+    loop = asyncio.get_running_loop()
+    try:
+        return web.BaseRequest(message, payload, protocol, writer, task, loop)
+    except Exception:  # some targets are no URL to aiohttp, which would let the connection stay open for ever
+        return web.BaseRequest(message._replace(url=ROOT), payload, protocol, writer, task, loop)
+
+
+def _path(raw: str) -> str | None:
+    """The path of a request's target, without its percent-encoding; None where there is none."""
+    path = raw.partition("#")[0].partition("?")[0]
     if not path.startswith("/"):  # a proxy's request: the whole URL (RFC 9112, section 3.2.2)
-        path = urlsplit(path).path
-    return unquote(path) if "%" in path else path
+        try:
+            path = urlsplit(path).path
+        except ValueError:  # an unclosed bracket
+            return None
+    if path.isascii() and "%" not in path:
+        return path
+    return unquote_to_bytes(path.encode("utf-8", "surrogateescape")).decode("utf-8", "replace")
 
 
 class _Quiet:
@@ -197,5 +228,7 @@ class _Quiet:
         """Keep what is our own fault."""
         if isinstance(exc_info, HttpProcessingError):
             log.debug("A malformed request was answered %d (%s).", exc_info.code, type(exc_info).__name__)
+        elif isinstance(exc_info, ConnectionError | web.RequestPayloadError):
+            log.debug("A request could not be read to its end (%s).", type(exc_info).__name__)
         else:
             log.error(text, *args, exc_info=exc_info)

@@ -314,3 +314,22 @@ async def test_what_a_settlement_sends_is_handled_before_the_settled_request_is_
         await copy.ack()
         await settling
         assert ((await asking).status, copy.message.id) == (202, "onward")
+
+
+async def test_head_is_answered_as_get_is_without_the_body() -> None:
+    async with serving(echo, method="GET") as consumer:
+        got = await talk(consumer, request("GET", "/orders?a=1"))
+        reader, writer = await asyncio.open_connection(*consumer.address)
+        writer.write(request("HEAD", "/orders?a=1"))
+        head, rest = (await reader.read()).split(b"\r\n\r\n")
+        writer.close()
+    assert head.startswith(b"HTTP/1.1 200") and rest == b""
+    assert b"Content-Length: %d\r\n" % len(got.body) in head + b"\r\n"
+
+
+async def test_head_is_a_wrong_method_where_get_is() -> None:
+    async with serving(echo) as consumer:
+        reader, writer = await asyncio.open_connection(*consumer.address)
+        writer.write(request("HEAD"))
+        assert (await reader.read()).startswith(b"HTTP/1.1 405")
+        writer.close()

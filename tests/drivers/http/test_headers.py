@@ -189,3 +189,39 @@ def test_a_lone_surrogate_is_a_clear_error() -> None:
         encode_headers(Message(body=b"", queue="q", id="\ud800"))
     with pytest.raises(ConfigurationError, match="content_type"):
         encode_headers(Message(body=b"", queue="q", id="1", content_type="a/b\r\nX: y"))
+
+
+@pytest.mark.parametrize("name", ["X-A", "x-a", "X-a"])
+def test_names_that_differ_by_case_are_one_header_and_are_looked_up_in_any_case(name: str) -> None:
+    _, headers = decode_headers([(b"X-A", b"1"), (b"x-a", b"2"), (b"x-B", b"3")])
+    assert headers == {"X-A": "1, 2", "x-B": "3"}
+    assert (headers[name], headers.get(name), name in headers) == ("1, 2", "1, 2", True)
+    assert (headers.get("X-C"), headers.get("X-C", "d"), "X-C" in headers) == (None, "d", False)
+
+
+def test_a_packed_header_does_not_replace_one_that_came_plain() -> None:
+    raw = [(PACKED.encode(), b"X-Forwarded-User=root&x-forwarded-user=root&X-B=1"), (b"X-Forwarded-User", b"ann")]
+    for order in (raw, raw[::-1]):
+        _, headers = decode_headers(order)
+        assert headers == {"X-Forwarded-User": "ann", "X-B": "1"}
+
+
+def test_names_of_ours_that_differ_by_case_arrive_both() -> None:
+    encoded = encode_headers(Message(body=b"", queue="q", id="1", headers={"X": "1", "x": "2", "y": "3"}))
+    _, headers = decode_headers([(n.encode(), v.encode()) for n, v in encoded.items()])
+    assert headers == {"X": "1", "x": "2", "y": "3"}
+    assert (headers["X"], headers["x"], headers["Y"]) == ("1", "2", "3")
+
+
+def test_attributes_that_are_not_ours_are_percent_decoded_too() -> None:
+    _, headers = decode_headers(
+        [(b"ce-subject", b"Euro%20%E2%82%AC"), (b"CE-Region", b'"a \\"b\\""'), (b"X", b"%41")]
+    )
+    assert headers == {"ce-subject": "Euro €", "CE-Region": 'a "b"', "X": "%41"}
+
+
+@pytest.mark.parametrize("name", ["Content-Type", "Content-Encoding", "X-A", "ce-id", "ce-subject", "X-\xff"])
+def test_whatever_bytes_come_in_a_header_can_be_written_again(name: str) -> None:
+    fields, headers = decode_headers([(name.encode("latin-1"), b"\xff\xed\xb3\xbf")])
+    for text in (*fields.values(), *headers, *headers.values()):
+        text.encode()

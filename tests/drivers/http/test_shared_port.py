@@ -37,7 +37,7 @@ async def test_get_and_post_on_one_path_are_two_consumers() -> None:
         assert (await talk(a, request("GET", "/a"))).body == b"first"
         assert (await talk(a, request("POST", "/a", b"1"))).body == b"second"
         wrong = await talk(a, request("PUT", "/a", b"1"))
-    assert (wrong.status, wrong.headers["allow"]) == (405, "GET, OPTIONS, POST")
+    assert (wrong.status, wrong.headers["allow"]) == (405, "GET, HEAD, OPTIONS, POST")
 
 
 async def test_a_path_and_method_taken_twice_is_a_clear_error() -> None:
