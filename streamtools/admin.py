@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
 from streamtools.checks import check_count, check_name, check_seconds
 from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import ConfigurationError, FeatureError
+from streamtools.eventloops import LoopBound, at_end, forget
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
 from streamtools.options import QUEUE_OPTIONS, check_known
@@ -57,7 +58,7 @@ class Reader(Protocol):
     async def close(self) -> None: ...
 
 
-class QueueAdmin:
+class QueueAdmin(LoopBound):
     """Looks at queues and changes them: `async with ADMINS["sqlite"](url=...) as admin: await admin.list()`.
 
     Parameters:
@@ -74,10 +75,9 @@ class QueueAdmin:
             cls.protocol = protocol
             ADMINS[protocol] = cls
 
-    def __new__(cls, *, url: str | ProtocolSettings | None = None, client_id: str | None = None) -> Self:
-        if cls is not QueueAdmin:
-            return super().__new__(cls)
-        return super().__new__(ADMINS.of_url(url))  # type: ignore[return-value]
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        kind: Any = ADMINS.of_url(options.get("url")) if cls is QueueAdmin else cls
+        return super().__new__(kind, *arguments, **options)  # type: ignore[no-any-return]
 
     def __init__(self, *, url: str | ProtocolSettings | None = None, client_id: str | None = None) -> None:
         self.settings: ProtocolSettings = self.settings_class.resolve(url)
@@ -91,16 +91,20 @@ class QueueAdmin:
         Raises:
             ConnectError: the broker cannot be reached, or refuses us.
         """
-        await self._open()
+        here = self._here()
+        await here._open()
+        at_end(here)
         return self
 
     async def close(self) -> None:
-        """Close the connection. Safe to repeat."""
-        await self._close()
+        """Close the connection of the running event loop. Safe to repeat."""
+        here = self._here()
+        forget(here)
+        await here._close()
 
     async def list(self) -> Sequence[QueueInfo]:
         """Every queue, by name."""
-        return sorted(await self._list(), key=lambda info: info.name)
+        return sorted(await self._here()._list(), key=lambda info: info.name)
 
     async def create(self, queue: str, **options: Any) -> None:
         """Make a queue; safe to repeat.
@@ -114,7 +118,7 @@ class QueueAdmin:
         """
         check_name(queue)
         check_known(options, QUEUE_OPTIONS, owner=f"{type(self).__name__}.create")
-        await self._create(queue, options)
+        await self._here()._create(queue, options)
 
     async def delete(self, queue: str) -> None:
         """Delete a queue with all that is in it.
@@ -122,7 +126,7 @@ class QueueAdmin:
         Raises:
             QueueError: there is no such queue.
         """
-        await self._delete(queue)
+        await self._here()._delete(queue)
 
     async def purge(self, queue: str) -> int:
         """Forget every message that waits in the queue; the number of them.
@@ -130,7 +134,7 @@ class QueueAdmin:
         Raises:
             QueueError: there is no such queue.
         """
-        return await self._purge(queue)
+        return await self._here()._purge(queue)
 
     async def stats(self, queue: str) -> QueueInfo:
         """One queue's numbers.
@@ -138,7 +142,7 @@ class QueueAdmin:
         Raises:
             QueueError: there is no such queue.
         """
-        return await self._stats(queue)
+        return await self._here()._stats(queue)
 
     async def describe(self, queue: str) -> QueueSettings:
         """How a queue is kept.
@@ -147,7 +151,7 @@ class QueueAdmin:
             QueueError: there is no such queue.
             FeatureError: the protocol has nothing of the kind.
         """
-        return await self._describe(queue)
+        return await self._here()._describe(queue)
 
     async def alter(
         self,
@@ -178,7 +182,7 @@ class QueueAdmin:
             check_seconds("retention", retention)
         if retention_bytes is not None and retention_bytes != math.inf:
             check_count("retention_bytes", retention_bytes)  # type: ignore[arg-type]
-        await self._alter(queue, partitions, retention, retention_bytes)
+        await self._here()._alter(queue, partitions, retention, retention_bytes)
 
     async def groups(self, queue: str) -> Sequence[GroupInfo]:
         """The groups that read a queue, and how far each has come; it moves none of them.
@@ -187,7 +191,7 @@ class QueueAdmin:
             QueueError: there is no such queue.
             FeatureError: the protocol has nothing of the kind.
         """
-        return sorted(await self._groups(queue), key=lambda group: group.name)
+        return sorted(await self._here()._groups(queue), key=lambda group: group.name)
 
     async def seek(
         self, queue: str, to: Place, *, group: str | None = None, partition: int | None = None
@@ -212,7 +216,7 @@ class QueueAdmin:
             raise ConfigurationError(f"seek to {to!r}: say in which time zone, as in datetime.now(UTC).")
         if group is not None:
             check_name(group, "group")
-        return await self._seek(queue, to, queue if group is None else group, partition)
+        return await self._here()._seek(queue, to, queue if group is None else group, partition)
 
     async def bind(self, queue: str, topic: str, exchange: Exchange = TOPIC) -> None:
         """Have a queue receive the messages of a topic; safe to repeat.
@@ -225,7 +229,7 @@ class QueueAdmin:
             FeatureError: the protocol has no exchanges.
             QueueError: there is no such queue, or the exchange is of another type.
         """
-        await self._bind(queue, Binding(topic, exchange))
+        await self._here()._bind(queue, Binding(topic, exchange))
 
     async def unbind(self, queue: str, topic: str, exchange: Exchange = TOPIC) -> None:
         """Take away what `bind` did; safe to repeat. Messages that wait already stay.
@@ -233,7 +237,7 @@ class QueueAdmin:
         Raises:
             FeatureError: the protocol has no exchanges.
         """
-        await self._unbind(queue, Binding(topic, exchange))
+        await self._here()._unbind(queue, Binding(topic, exchange))
 
     async def cancel(self, queue: str, id: str) -> bool:  # noqa: A002 - the field's name everywhere
         """Take back a message that is not due yet; False when it is due, delivered or unknown.
@@ -242,7 +246,7 @@ class QueueAdmin:
             FeatureError: the protocol does not let a delayed message be taken back.
             QueueError: there is no such queue.
         """
-        return await self._cancel(queue, id)
+        return await self._here()._cancel(queue, id)
 
     async def peek(self, queue: str, limit: int = 10) -> Sequence[Message]:
         """The first messages that wait, left where they are.
@@ -257,7 +261,7 @@ class QueueAdmin:
         async def keep(batch: Sequence[Delivery]) -> None:
             found.extend(delivery.message for delivery in batch)
 
-        await self._read(queue, limit, keep)
+        await self._here()._read(queue, limit, keep)
         return found
 
     async def move(
@@ -285,7 +289,7 @@ class QueueAdmin:
             ConfigurationError: a message does not say where it failed, and no target is given.
             SendError: a target does not take a message; it stays in `source`.
         """
-        return await self._settle_where(source, where, limit, progress, lambda m: (self._back(m, target),))
+        return await self._here()._settle_where(source, where, limit, progress, lambda m: (self._back(m, target),))
 
     async def discard(
         self,
@@ -300,7 +304,7 @@ class QueueAdmin:
         Raises:
             QueueError: there is no such queue.
         """
-        return await self._settle_where(source, where, limit, progress, lambda message: ())
+        return await self._here()._settle_where(source, where, limit, progress, lambda message: ())
 
     async def __aenter__(self) -> Self:
         return await self.open()

@@ -23,6 +23,7 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.dispatch import Dispatcher, chain, check_middleware
 from streamtools.endpoint import Endpoint
 from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
+from streamtools.eventloops import in_its_loop
 from streamtools.exchange import Binding
 from streamtools.loop import Ack, Dispatch, Finished, Loop, Source
 from streamtools.options import Options
@@ -66,7 +67,7 @@ class Consumer(Endpoint):
     """Receives the messages of one queue.
 
     `Consumer("orders", url="amqp://...")` picks the protocol by the URL; `CONSUMER_LOOPS["rabbitmq"]("orders")`
-    picks it by name.
+    picks it by name. It may be used in one event loop after the other; it is closed when its loop ends.
 
     Parameters:
         queue: the queue's name.
@@ -110,10 +111,9 @@ class Consumer(Endpoint):
             cls.protocol = protocol
             CONSUMER_LOOPS[protocol] = cls
 
-    def __new__(cls, queue: str = "", *, url: str | ProtocolSettings | None = None, **options: Any) -> Self:
-        if cls is not Consumer:
-            return super().__new__(cls)
-        return super().__new__(CONSUMER_LOOPS.of_url(url))  # type: ignore[return-value]
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        kind: Any = CONSUMER_LOOPS.of_url(options.get("url")) if cls is Consumer else cls
+        return super().__new__(kind, *arguments, **options)  # type: ignore[no-any-return]
 
     def __init__(
         self,
@@ -175,6 +175,7 @@ class Consumer(Endpoint):
             ConnectError: the broker cannot be reached within `connect_timeout`, or refuses us.
             QueueError: a queue is missing (declare="passive") or has other arguments.
         """
+        self._here()
         self._closed = False
         self._stopping.clear()
         await self._connect(time.monotonic() + self.connect_timeout)
@@ -233,6 +234,7 @@ class Consumer(Endpoint):
         """
         if max_messages < 1:
             raise ValueError(f"max_messages={max_messages} is out of range: at least 1.")
+        self._here()
         at_once = timeout == 0
         if timeout is not None:
             timeout = asyncio.get_running_loop().time() + (ASKING if at_once else max(timeout, self.look))
@@ -262,6 +264,7 @@ class Consumer(Endpoint):
                 delivery.settled = True
                 batch.append(delivery)
             if batch:
+                self._here()
                 await guard(self._ack(batch))
         except BaseException:
             for delivery in batch:
@@ -284,8 +287,9 @@ class Consumer(Endpoint):
         Raises:
             ConnectError: the first connection cannot be made, or a later one is refused for good.
             QueueError: about the queue.
-            ConfigurationError: it runs a loop already.
+            ConfigurationError: it runs a loop already, or is in use in another event loop.
         """
+        self._here()
         if self._running:
             raise ConfigurationError(f"{self!r} runs a loop already; make another consumer for a second one.")
         self._running = True
@@ -309,9 +313,12 @@ class Consumer(Endpoint):
                 self._running = False
 
     def stop(self, grace: float = 30.0) -> None:
-        """Take no more messages; handlers at work have `grace` seconds, the rest goes back. Safe to repeat."""
+        """Take no more messages; handlers at work have `grace` seconds, the rest goes back.
+
+        Safe to repeat, and from any thread.
+        """
         self._deadline = time.monotonic() + grace
-        self._stopping.set()
+        in_its_loop(self._at, self._stopping.set)
 
     @property
     def in_flight(self) -> int:
@@ -472,6 +479,7 @@ class Consumer(Endpoint):
         return list(batch)
 
     async def _settle_by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
+        self._here()
         settlement = self._by_hand.settlement(delivery, delivery.message, verdict, None)
         await guard((self.translator or self)._settle([settlement]))
 
@@ -490,6 +498,17 @@ class Consumer(Endpoint):
             await guard(self._close())
         except Exception as trouble:  # what is left of the old connection must not keep us from a new one
             log.warning("%r: closing what is left: %s", self, trouble)
+
+    def _in_second_loop(self, loop: asyncio.AbstractEventLoop) -> Self:
+        """It may go to a second event loop as long as it does nothing in the first: its messages are there."""
+        if self._running or self._connected or self._opening.locked() or self._pulling.locked():
+            raise ConfigurationError(
+                f"{self!r} is in use in another event loop: make another consumer for this one, or end it there "
+                "first: asyncio.run_coroutine_threadsafe(consumer.close(), its_loop)."
+            )
+        self._begin_anew()
+        self._live_in(loop)
+        return self
 
     def _grace(self) -> float:
         return max(0.0, (self._deadline or time.monotonic()) - time.monotonic())

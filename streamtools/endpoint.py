@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from streamtools.cancelling import guard
 from streamtools.checks import Declare, check_declare, check_name, check_place, check_texts
 from streamtools.errors import Closed, ConnectError
+from streamtools.eventloops import LoopBound, at_end, forget
 from streamtools.features import Features
 from streamtools.options import QUEUE_OPTIONS, Options, parameters, read_options
 from streamtools.policy import backoff_within
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 log: logging.Logger = logging.getLogger("streamtools")
 
 
-class Endpoint:
+class Endpoint(LoopBound):
     """The base of Producer and Consumer."""
 
     protocol: ClassVar[str] = ""
@@ -67,10 +68,16 @@ class Endpoint:
         return await self.open()
 
     async def close(self) -> None:
-        """Close the connection. Safe to repeat, and while something is under way (which then raises)."""
-        self._closed = True
-        self._connected = False
-        await self._close()
+        """Close the connection. Safe to repeat, and while something is under way (which then raises).
+
+        What is used in several event loops has a connection in each: this closes the one of the running loop. When a
+        loop ends, what is still open there is closed.
+        """
+        here = self._here()
+        here._closed = True
+        here._connected = False
+        forget(here)
+        await here._close()
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -132,6 +139,7 @@ class Endpoint:
             else:
                 self._connected = True
                 self._opened += 1
+                at_end(self)
                 if failures:
                     log.info("%r: connected.", self)
 

@@ -82,7 +82,8 @@ class Producer(Endpoint):
     """Sends messages to one queue.
 
     `Producer("orders", url="amqp://...")` picks the protocol by the URL; `PRODUCERS["rabbitmq"]("orders")`
-    picks it by name. Safe to use from many tasks of one event loop at once.
+    picks it by name. Safe to use from many tasks at once, and in any number of event loops, one after the other or in
+    several threads: it has a connection in each, which is closed when that loop ends.
 
     Parameters:
         queue: the queue's name.
@@ -110,10 +111,9 @@ class Producer(Endpoint):
             cls.protocol = protocol
             PRODUCERS[protocol] = cls
 
-    def __new__(cls, queue: str = "", *, url: str | ProtocolSettings | None = None, **options: Any) -> Self:
-        if cls is not Producer:
-            return super().__new__(cls)
-        return super().__new__(PRODUCERS.of_url(url))  # type: ignore[return-value]
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        kind: Any = PRODUCERS.of_url(options.get("url")) if cls is Producer else cls
+        return super().__new__(kind, *arguments, **options)  # type: ignore[no-any-return]
 
     def __init__(
         self,
@@ -144,8 +144,9 @@ class Producer(Endpoint):
             ConnectError: the broker cannot be reached within `send_timeout`, or refuses us.
             QueueError: the queue is missing (declare="passive") or has other arguments.
         """
-        self._closed = False
-        await self._connect(time.monotonic() + self.send_timeout)
+        here = self._here()
+        here._closed = False
+        await here._connect(time.monotonic() + self.send_timeout)
         return self
 
     async def send(
@@ -185,11 +186,12 @@ class Producer(Endpoint):
             ConnectError: the broker does not let us in, for good (a wrong password, a missing virtual host).
             TypeError: the payload, a header or an option is not of a usable type.
         """
-        common = self._common(
+        here = self._here()
+        common = here._common(
             headers, type=type, key=key, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
         )
-        message = self._tombstone(payload, id, common) if tombstone else self._encode(payload, id, common)
-        receipts = await self._deliver([message], self._read_send_options(options))
+        message = here._tombstone(payload, id, common) if tombstone else here._encode(payload, id, common)
+        receipts = await here._deliver([message], here._read_send_options(options))
         return receipts[0]
 
     async def send_many(
@@ -208,9 +210,10 @@ class Producer(Endpoint):
         Raises:
             SendError: some are not known to be held; `.refused` and `.unknown` name them by id.
         """
-        common = self._common(headers, type=type, key=key, delay=delay, ttl=ttl)
-        batch = self._drafts(payloads, common)
-        return await self._deliver(batch, self._read_send_options(options)) if batch else []
+        here = self._here()
+        common = here._common(headers, type=type, key=key, delay=delay, ttl=ttl)
+        batch = here._drafts(payloads, common)
+        return await here._deliver(batch, here._read_send_options(options)) if batch else []
 
     async def send_messages(self, batch: Sequence[Message]) -> list[Receipt]:
         """Send messages that are complete already, each to its own `queue`; for copies and bridges.
@@ -220,7 +223,8 @@ class Producer(Endpoint):
         """
         if not self.features.tombstones and any(message.body is None for message in batch):
             raise self._no_tombstones()
-        return await self._deliver(batch, self._no_options) if batch else []
+        here = self._here()
+        return await here._deliver(batch, here._no_options) if batch else []
 
     async def flush(self) -> None:
         """Return when nothing sent with `wait=False` is under way any more; at once where nothing ever is.

@@ -388,7 +388,7 @@ class HTTPSettings(ProtocolSettings):
 
 
 class AsyncIOSettings(ProtocolSettings):
-    """`asyncio://name?maxsize=10000`: queues in this process, shared by name within one event loop.
+    """`asyncio://name?maxsize=10000`: queues in this process, shared by name by all event loops of it.
 
     Parameters:
         name: brokers of other names are apart.

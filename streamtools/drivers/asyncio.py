@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import os
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
+from threading import RLock
 from typing import Any, ClassVar, NamedTuple
-from weakref import WeakKeyDictionary
 
 from streamtools.admin import QueueAdmin, Reader
 from streamtools.checks import Declare
@@ -49,17 +50,23 @@ class Item(NamedTuple):
 
 
 class Queue:
-    """One group's queue: messages that are ready, messages that are due later, and those in hand."""
+    """One group's queue: messages that are ready, messages that are due later, and those in hand.
 
-    def __init__(self, name: str, maxsize: int) -> None:
+    Parameters:
+        lock: the broker's: several threads may run event loops that use it.
+    """
+
+    def __init__(self, name: str, maxsize: int, lock: RLock) -> None:
         self.name = name
         self.maxsize = maxsize
+        self.lock = lock
         self.ready: deque[Item] = deque()
         self.later: list[tuple[float, Item]] = []
         self.in_hand: int = 0
         self.deleted: bool = False
         self._places = count()
-        self._timer: asyncio.TimerHandle | None = None
+        #: What wakes who waits when the first of `later` is due, in each event loop in which someone waits.
+        self._timers: dict[asyncio.AbstractEventLoop, asyncio.TimerHandle] = {}
         self._pace = Pace()
         self._getters: deque[asyncio.Future[None]] = deque()
         self._putters: deque[asyncio.Future[None]] = deque()
@@ -71,7 +78,11 @@ class Queue:
 
     async def room(self) -> None:
         """Wait until there may be room."""
-        await _wait(self._putters)
+        with self.lock:
+            if self.size < self.maxsize:
+                return
+            waiter = _stand_in(self._putters)
+        await _wait(waiter, self._putters)
 
     def pass_on(self) -> None:
         """Room that someone has waited for and does not need is another's."""
@@ -80,86 +91,126 @@ class Queue:
 
     def put(self, message: Message, origin: Queue | None = None) -> None:
         """Add a message, full or not: copies must not wait for the consumer that makes them."""
-        item = Item(next(self._places), message, origin)
-        if message.deliver_at is not None and message.deliver_at > time.time():
-            heapq.heappush(self.later, (message.deliver_at, item))
-            if self.later[0][1] is item:
-                self._schedule()
-        else:
-            self.ready.append(item)
-            _wake(self._getters)
+        with self.lock:
+            item = Item(next(self._places), message, origin)
+            if message.deliver_at is not None and message.deliver_at > time.time():
+                heapq.heappush(self.later, (message.deliver_at, item))
+                if self.later[0][1] is item:
+                    self._schedule_where_someone_waits()
+            else:
+                self.ready.append(item)
+                _wake(self._getters)
 
     def put_back(self, items: Iterable[Item]) -> None:
         """Return items that were taken to their places."""
-        items = sorted(items)
-        self.in_hand -= len(items)
-        if items and self.ready and self.ready[0] < items[-1]:
-            self.ready = deque(sorted([*items, *self.ready]))
-        else:
-            self.ready.extendleft(reversed(items))
-        if self.ready:
-            _wake(self._getters)
+        with self.lock:
+            items = sorted(items)
+            self.in_hand -= len(items)
+            if items and self.ready and self.ready[0] < items[-1]:
+                self.ready = deque(sorted([*items, *self.ready]))
+            else:
+                self.ready.extendleft(reversed(items))
+            if self.ready:
+                _wake(self._getters)
 
     async def arrival(self) -> None:
         """Wait until a message may be ready, or until `interrupt()`."""
-        await _wait(self._getters)
+        with self.lock:
+            if self.ready or self.deleted:
+                return
+            waiter = _stand_in(self._getters)
+            if self.later:
+                self._schedule()
+        await _wait(waiter, self._getters)
 
     def interrupt(self) -> None:
         """Wake everyone who waits for an arrival."""
-        _wake_all(self._getters)
+        with self.lock:
+            _wake_all(self._getters)
 
     def take(self, limit: int) -> list[Item]:
         """Take up to `limit` messages that are ready."""
-        taken = [self.ready.popleft() for _ in range(min(limit, len(self.ready)))]
-        self.in_hand += len(taken)
-        if self.ready:
-            _wake(self._getters)
-        for _ in taken:
-            _wake(self._putters)
-        return taken
+        with self.lock:
+            taken = [self.ready.popleft() for _ in range(min(limit, len(self.ready)))]
+            self.in_hand += len(taken)
+            if self.ready:
+                _wake(self._getters)
+            for _ in taken:
+                _wake(self._putters)
+            return taken
+
+    def done(self) -> None:
+        """One of those in hand is settled."""
+        with self.lock:
+            self.in_hand -= 1
 
     def cancel(self, id: str) -> bool:  # noqa: A002 - the field's name
         """Forget a message that is not due yet; False when there is none of this id."""
-        kept = [entry for entry in self.later if entry[1].message.id != id]
-        found = len(kept) < len(self.later)
-        self.later[:] = kept
-        heapq.heapify(self.later)
-        return found
+        with self.lock:
+            kept = [entry for entry in self.later if entry[1].message.id != id]
+            found = len(kept) < len(self.later)
+            self.later[:] = kept
+            heapq.heapify(self.later)
+            return found
 
     def purge(self) -> int:
         """Forget all messages that wait; the number of them."""
-        number = self.size
-        self.ready.clear()
-        self.later.clear()
-        _wake_all(self._putters)
-        return number
-
-    def _schedule(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        delay = max(self.later[0][0] - time.time(), self._pace.wait())
-        self._timer = asyncio.get_running_loop().call_later(delay, self._due)
-
-    def _due(self) -> None:
-        self._timer = None
-        if number := self.ripen():
-            self._pace.woke(number)
-        if self.later:
-            self._schedule()
+        with self.lock:
+            number = self.size
+            self.ready.clear()
+            self.later.clear()
+            _wake_all(self._putters)
+            return number
 
     def ripen(self) -> int:
         """Make ready what is due; the number."""
-        now, before = time.time(), len(self.ready)
-        while self.later and self.later[0][0] <= now:
-            _, item = heapq.heappop(self.later)
-            self.ready.append(item._replace(place=next(self._places)))
-            _wake(self._getters)
-        return len(self.ready) - before
+        with self.lock:
+            now, before = time.time(), len(self.ready)
+            while self.later and self.later[0][0] <= now:
+                _, item = heapq.heappop(self.later)
+                self.ready.append(item._replace(place=next(self._places)))
+                _wake(self._getters)
+            return len(self.ready) - before
+
+    # --- what comes due -------------------------------------------------------------------------
+
+    def _schedule_where_someone_waits(self) -> None:
+        loops = {waiter.get_loop() for waiter in self._getters}
+        for loop in loops:
+            _call_in(loop, self._schedule)
+        if not loops:  # as a rule who waits next asks; a loop that is busy handling is told of it here
+            self._schedule()
+
+    def _schedule(self) -> None:
+        loop = asyncio.get_running_loop()
+        with self.lock:
+            if (timer := self._timers.pop(loop, None)) is not None:
+                timer.cancel()
+            if self.later:
+                for other in [other for other in self._timers if other.is_closed()]:
+                    del self._timers[other]
+                delay = max(self.later[0][0] - time.time(), self._pace.wait())
+                self._timers[loop] = loop.call_later(delay, self._due, loop)
+
+    def _due(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self.lock:
+            self._timers.pop(loop, None)
+            if number := self.ripen():
+                self._pace.woke(number)
+            self._schedule()
 
 
-async def _wait(line: deque[asyncio.Future[None]]) -> None:
-    waiter = asyncio.get_running_loop().create_future()
+Line = deque["asyncio.Future[None]"]
+
+
+def _stand_in(line: Line) -> asyncio.Future[None]:
+    """Wait in line from now on."""
+    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     line.append(waiter)
+    return waiter
+
+
+async def _wait(waiter: asyncio.Future[None], line: Line) -> None:
     try:
         await waiter
     except asyncio.CancelledError:
@@ -168,17 +219,44 @@ async def _wait(line: deque[asyncio.Future[None]]) -> None:
         raise
 
 
-def _wake(line: deque[asyncio.Future[None]]) -> None:
+def _wake(line: Line) -> None:
+    """Wake the first who waits, in whichever event loop that is; passes over those whose loop has ended."""
+    running = asyncio.get_running_loop()
     while line:
-        waiter = line.popleft()
-        if not waiter.done():
+        try:
+            waiter = line.popleft()
+        except IndexError:  # another thread was faster
+            return
+        loop = waiter.get_loop()
+        if loop is running and not waiter.done():
             waiter.set_result(None)
+            return
+        if loop is not running and _call_in(loop, _wake_there, waiter, line):
             return
 
 
-def _wake_all(line: deque[asyncio.Future[None]]) -> None:
+def _wake_there(waiter: asyncio.Future[None], line: Line) -> None:
+    if waiter.done():
+        _wake(line)
+    else:
+        waiter.set_result(None)
+
+
+def _wake_all(line: Line) -> None:
     for _ in range(len(line)):
         _wake(line)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> bool:
+    """Call a function in an event loop; False when that has ended."""
+    if loop is asyncio.get_running_loop():
+        function(*arguments)
+        return True
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Topic:
@@ -188,20 +266,22 @@ class Topic:
     that queue over; from then on each group has every message.
     """
 
-    def __init__(self, name: str, maxsize: int) -> None:
+    def __init__(self, name: str, maxsize: int, lock: RLock) -> None:
         self.name = name
         self.maxsize = maxsize
-        self.groups: dict[str | None, Queue] = {None: Queue(name, maxsize)}
+        self.lock = lock
+        self.groups: dict[str | None, Queue] = {None: Queue(name, maxsize, lock)}
         self._claimed = False
 
     def join(self, group: str | None, *, latest: bool) -> Queue:
         """The queue of a group, which is made if it is new."""
-        if not self._claimed:
-            self._claimed = True
-            self.groups[group] = self.groups.pop(None)
-            if latest and group is not None:
-                self.groups[group].purge()
-        return self.groups.setdefault(group, Queue(self.name, self.maxsize))
+        with self.lock:
+            if not self._claimed:
+                self._claimed = True
+                self.groups[group] = self.groups.pop(None)
+                if latest and group is not None:
+                    self.groups[group].purge()
+            return self.groups.setdefault(group, Queue(self.name, self.maxsize, self.lock))
 
     def delete(self) -> None:
         """Forget everything; whoever waits finds out."""
@@ -212,12 +292,13 @@ class Topic:
 
 
 class Broker:
-    """The topics of one name within one event loop."""
+    """The topics of one name within one process; its event loops share them, one after the other or in threads."""
 
-    #: By event loop, so that it ends with the loop; nothing outlives it.
-    _all: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Broker]]] = WeakKeyDictionary()
+    #: By process, for a forked child has none of its parent's messages, and by name.
+    _all: ClassVar[dict[tuple[int, str], Broker]] = {}
 
     def __init__(self, maxsize: int) -> None:
+        self.lock = RLock()
         self.topics: dict[str, Topic] = {}
         #: Exchange name -> its bindings with their queues, in the order made.
         self.bindings: dict[str, dict[tuple[Binding, str], None]] = {}
@@ -225,9 +306,8 @@ class Broker:
 
     @classmethod
     def of(cls, settings: AsyncIOSettings) -> Broker:
-        """The broker of this name in the running loop."""
-        brokers = cls._all.setdefault(asyncio.get_running_loop(), {})
-        return brokers.setdefault(settings.name, cls(settings.maxsize))
+        """The broker of this name in this process."""
+        return cls._all.setdefault((os.getpid(), settings.name), cls(settings.maxsize))
 
     def declare(self, name: str, declare: Declare) -> None:
         """Make a topic, or check that it is there.
@@ -236,7 +316,7 @@ class Broker:
             QueueError: it is missing, and is not to be made.
         """
         if declare is True:
-            self.topics.setdefault(name, Topic(name, self._maxsize))
+            self.topics.setdefault(name, Topic(name, self._maxsize, self.lock))
         elif declare == "passive":
             self.topic(name)
 
@@ -246,11 +326,12 @@ class Broker:
         Raises:
             QueueError: there is none.
         """
-        self.topic(name).delete()
-        del self.topics[name]
-        for bindings in self.bindings.values():
-            for found in [key for key in bindings if key[1] == name]:
-                del bindings[found]
+        with self.lock:
+            self.topic(name).delete()
+            del self.topics[name]
+            for bindings in self.bindings.values():
+                for found in [key for key in bindings if key[1] == name]:
+                    del bindings[found]
 
     def bind(self, queue: str, binding: Binding) -> None:
         """Give a queue the messages of a topic; safe to repeat.
@@ -258,13 +339,15 @@ class Broker:
         Raises:
             QueueError: the queue is missing, or the exchange is of another type.
         """
-        self.topic(queue)
-        self._check_type(binding.exchange)
-        self.bindings.setdefault(binding.exchange.name, {})[binding, queue] = None
+        with self.lock:
+            self.topic(queue)
+            self._check_type(binding.exchange)
+            self.bindings.setdefault(binding.exchange.name, {})[binding, queue] = None
 
     def unbind(self, queue: str, binding: Binding) -> None:
         """Take it away again; safe to repeat."""
-        self.bindings.get(binding.exchange.name, {}).pop((binding, queue), None)
+        with self.lock:
+            self.bindings.get(binding.exchange.name, {}).pop((binding, queue), None)
 
     async def put(self, message: Message) -> None:
         """Give a message to all queues that it goes to at once; waits while one of them is full.
@@ -274,15 +357,16 @@ class Broker:
         """
         full: Queue | None = None
         while True:
-            routes = self.route(message)
-            waited, full = full, next((queue for _, queue in routes if queue.size >= queue.maxsize), None)
-            if full is None:
-                break
-            if waited is not None and waited is not full:
-                waited.pass_on()
+            with self.lock:
+                routes = self.route(message)
+                waited, full = full, next((queue for _, queue in routes if queue.size >= queue.maxsize), None)
+                if full is None:
+                    for copy, queue in routes:
+                        queue.put(copy)
+                    return
+                if waited is not None and waited is not full:
+                    waited.pass_on()
             await full.room()
-        for copy, queue in routes:
-            queue.put(copy)
 
     def route(self, message: Message) -> list[tuple[Message, Queue]]:
         """Where a message goes, as each queue is to have it.
@@ -412,15 +496,15 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
             hold: Hold = settlement.delivery.token
             if hold not in self._held:
                 continue  # settled before, or gone back when we closed
-            # All of them or none: so look first where they go.
-            routes = [self._route(message, settlement.verdict.kind, hold) for message in settlement.outgoing]
-            for copy, queue, origin in (place for route in routes for place in route):
-                queue.put(copy, origin)
+            with self._broker.lock:  # all of them or none: so look first where they go
+                routes = [self._route(message, settlement.verdict.kind, hold) for message in settlement.outgoing]
+                for copy, queue, origin in (place for route in routes for place in route):
+                    queue.put(copy, origin)
             self._held.discard(hold)
             if settlement.verdict.kind is Kind.RELEASE:
                 released.setdefault(hold.queue, []).append(hold.item)
             else:
-                hold.queue.in_hand -= 1
+                hold.queue.done()
         for queue, items in released.items():
             queue.put_back(items)
 
@@ -442,6 +526,9 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
             raise SendError(str(error), refused=[message.id]) from error
 
     async def _close(self) -> None:
+        self._abandon()
+
+    def _abandon(self) -> None:
         queues, self._queues = self._queues, ()
         for queue in queues:
             queue.put_back(hold.item for hold in self._held if hold.queue is queue)
@@ -474,7 +561,7 @@ class AsyncIOAdmin(QueueAdmin, protocol="asyncio"):
         self._broker = Broker.of(self.settings)
 
     async def _list(self) -> Sequence[QueueInfo]:
-        return [await self._stats(name) for name in self._broker.topics]
+        return [await self._stats(name) for name in list(self._broker.topics)]
 
     async def _create(self, queue: str, options: dict[str, Any]) -> None:
         self._broker.declare(queue, True)
@@ -486,7 +573,9 @@ class AsyncIOAdmin(QueueAdmin, protocol="asyncio"):
         return sum(group.purge() for group in self._broker.topic(queue).groups.values())
 
     async def _stats(self, queue: str) -> QueueInfo:
-        groups = self._broker.topic(queue).groups.values()
+        groups = list(self._broker.topic(queue).groups.values())
+        for group in groups:
+            group.ripen()
         return QueueInfo(
             name=queue,
             ready=sum(len(group.ready) for group in groups),

@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 from unittest.mock import patch
 
 from streamtools import codec
+from streamtools.admin import QueueAdmin
 from streamtools.bus import Bus
 from streamtools.consumer import Consumer
 from streamtools.delivery import Settlement
@@ -229,6 +230,9 @@ class Harness:
             watched.consumer.stop(0)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._stack.aclose()
+        async with QueueAdmin(url=self._url) as admin:  # queues of this protocol live as long as the process
+            for queue in await admin.list():
+                await admin.delete(queue.name)
 
 
 class _Watched:

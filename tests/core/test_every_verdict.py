@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import Any
 
 from hypothesis import given, settings
@@ -217,7 +218,7 @@ async def _ack_by_hand() -> None:
 def run(case: Case, protocol: str = "asyncio") -> Service:
     """In a loop and with a broker of its own."""
     if protocol == "asyncio":
-        return asyncio.run(check(case, protocol, "asyncio://"))
+        return asyncio.run(check(case, protocol, f"asyncio://{token_hex(4)}"))
     with tempfile.TemporaryDirectory() as directory:
         return asyncio.run(check(case, protocol, f"sqlite:///{directory}/queues.db"))
 

@@ -28,7 +28,7 @@ class AsyncIOMachine(Machine):
 
     def address(self, connection: int) -> ProtocolSettings:
         """One broker for all."""
-        return AsyncIOSettings()
+        return AsyncIOSettings(name=self.directory.name)  # queues outlive the event loop of one example
 
 
 class SQLiteMachine(Machine):

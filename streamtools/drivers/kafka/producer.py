@@ -81,9 +81,10 @@ class KafkaProducer(Producer, protocol="kafka"):
         Raises:
             SendError: naming those that failed since the last `flush()`.
         """
-        while self._under_way:
-            await asyncio.wait(set(self._under_way))
-        failed, self._failed = self._failed, []
+        here = self._here()
+        while here._under_way:
+            await asyncio.wait(set(here._under_way))
+        failed, here._failed = here._failed, []
         if failed:
             refused = [id for error in failed for id in error.refused]
             unknown = [id for error in failed for id in error.unknown]
@@ -162,7 +163,8 @@ class KafkaProducer(Producer, protocol="kafka"):
         if self._collecting() is not None:
             yield
             return
-        transaction = Transaction(await self._get_transactional(), self.settings)
+        here = self._here()
+        transaction = Transaction(await here._get_transactional(), here.settings)
         await transaction.begin()
         token = _current.set(transaction)
         try:
@@ -173,7 +175,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             raise
         finally:
             _current.reset(token)
-            await self._put_back(transaction.transactional)
+            await here._put_back(transaction.transactional)
 
     async def _get_transactional(self) -> Transactional:
         if not self._connected:
