@@ -188,7 +188,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     def _delivery(self, intake: Intake, raw: Raw) -> Delivery:
         tag, redelivered, data, body = raw
-        message, count = properties.decode(data, body, self.queue, self._new_id)
+        message, count = properties.decode(data, body, self.queue, self._new_id, redelivered=redelivered)
         if redelivered and count < 1:
             count = 1
         return Delivery(message, (intake, tag), count)

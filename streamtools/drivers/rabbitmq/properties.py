@@ -8,16 +8,16 @@ agree on (https://www.rabbitmq.com/amqp-0-9-1-errata, section 3).
 
 from __future__ import annotations
 
-import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
 
-from pamqp import decode as pamqp_decode
-
 from streamtools import wire
+from streamtools.drivers.rabbitmq.fields import as_text, name_text
+from streamtools.drivers.rabbitmq.fields import entries as field_entries
+from streamtools.drivers.rabbitmq.fields import value as field_value
 from streamtools.drivers.rabbitmq.frames import LONG, LONGLONG, SHORT, Unsendable, shortstr
 from streamtools.message import NO_HEADERS, ErrorDetails, Message
 
@@ -31,10 +31,15 @@ DELAY_PREFIX: Final = "streamtools.delay."
 IN_QUEUE: Final = b"\x05queueS"
 IN_DELAY: Final = IN_QUEUE + b"\x00\x00\x00\x14" + DELAY_PREFIX.encode()
 
+#: How often a quorum queue has delivered a message before: the broker writes it on what it delivers again.
+DELIVERY_COUNT: Final = "x-delivery-count"
+#: The same from RabbitMQ 4 on, where what was given back in order is counted by this one alone.
+ACQUIRED_COUNT: Final = "x-acquired-count"
+
 #: Headers that RabbitMQ itself reads or writes. A copied x-death makes the second trip through a
 #: delay level vanish as a cycle, CC and BCC route copies (or close the channel): none is ever sent.
 BROKER_HEADERS: Final = frozenset(
-    {"cc", "bcc", "x-death", "x-delivery-count", "x-acquired-count", "x-delay"}
+    {"cc", "bcc", "x-death", DELIVERY_COUNT, ACQUIRED_COUNT, "x-delay"}
     | {f"x-{which}-death-{what}" for which in ("first", "last") for what in ("reason", "queue", "exchange")}
 )
 
@@ -184,57 +189,74 @@ def _longstr(value: str) -> bytes:
 # --- reading ----------------------------------------------------------------------------------------
 
 
-def decode(data: bytes, body: bytes, queue: str, new_id: Callable[[], str]) -> tuple[Message, int]:
+def decode(
+    data: bytes, body: bytes, queue: str, new_id: Callable[[], str], *, redelivered: bool = True
+) -> tuple[Message, int]:
     """The message, and the broker's delivery count (0 where it sent none).
 
-    Nothing that a foreign sender may write makes it fail: what cannot be read is left out.
+    Nothing that a foreign sender may write makes it fail: each field is read by itself, and only what cannot be read
+    is left out.
 
     Parameters:
         data: flags and values of the content header.
         new_id: gives an id to a message that came without one.
+        redelivered: the broker has delivered it before. Else a count in its headers is one that was copied along with
+            them from another queue, and is not believed.
     """
-    try:
-        fields, table = _split(data)
-        message_headers, ours, count, deaths = _sort(table)
-    except (ValueError, IndexError, struct.error, OverflowError):
-        return Message(body=body, queue=queue, id=new_id()), 0
+    fields, table = _split(data)
+    headers, ours, count, deaths = _sort(table)
     if ours:
         fields.update(wire.decode_meta(ours, prefix=PREFIX))
     if deaths is not None and "error" not in fields and (error := _death(deaths)) is not None:
         fields["error"] = error
     if not fields.get("id"):
         fields["id"] = new_id()
-    return Message(body=body, queue=queue, headers=message_headers or NO_HEADERS, **fields), count
+    message = Message(body=body, queue=queue, headers=headers or NO_HEADERS, **fields)
+    return message, count if redelivered else 0
 
 
 @lru_cache(maxsize=256)
-def _layout(flags: int) -> tuple[tuple[str, str], ...]:
-    """What stands in a content header with these flags, in order: (how it is encoded, our name for it)."""
-    return tuple((how, name) for flag, how, name in _LAYOUT if flags & flag)
+def _layout(flags: int) -> tuple[tuple[int, str, str], ...]:
+    """What stands in a content header with these flags, in order: (its flag, how it is encoded, our name for it)."""
+    return tuple((flag, how, name) for flag, how, name in _LAYOUT if flags & flag)
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The native properties by our field names, and the headers still encoded."""
-    (flags,) = SHORT.unpack_from(data)
-    position = 2
+    """The native properties by our field names, and the headers still encoded; up to where it is malformed."""
     fields: dict[str, Any] = {}
     table = b""
-    for how, name in _layout(flags):
+    for _, how, name, start, end in places(data):
         if how == "text":
-            end = position + 1 + data[position]
             if name:
-                fields[name] = data[position + 1 : end].decode("utf-8", "backslashreplace")
-            position = end
-        elif how == "octet":
-            position += 1
+                fields[name] = data[start + 1 : end].decode("utf-8", "backslashreplace")
         elif how == "table":
-            end = position + 4 + LONG.unpack_from(data, position)[0]
-            table = data[position + 4 : end]
-            position = end
-        else:
-            fields[name] = float(LONGLONG.unpack_from(data, position)[0])
-            position += 8
+            table = data[start + 4 : end]
+        elif how == "time" and (seconds := wire.read_time(LONGLONG.unpack_from(data, start)[0])) is not None:
+            fields[name] = seconds
     return fields, table
+
+
+def places(data: bytes) -> Iterator[tuple[int, str, str, int, int]]:
+    """Each property of a content header, up to where that is malformed.
+
+    Yields:
+        its flag, how it is encoded, our name for it, where it begins, and where it ends.
+    """
+    position = 2
+    try:
+        for flag, how, name in _layout(*SHORT.unpack_from(data)):
+            if how == "text":
+                end = position + 1 + data[position]
+            elif how == "table":
+                end = position + 4 + LONG.unpack_from(data, position)[0]
+            else:
+                end = position + (1 if how == "octet" else 8)
+            if end > len(data):
+                return
+            yield flag, how, name, position, end
+            position = end
+    except (IndexError, struct.error):
+        return
 
 
 def _sort(table: bytes) -> tuple[dict[str, str], dict[str, str], int, object]:
@@ -249,8 +271,8 @@ def _sort(table: bytes) -> tuple[dict[str, str], dict[str, str], int, object]:
             else:
                 ours[name] = as_text(value)
         elif name.lower() in BROKER_HEADERS:
-            if name == "x-delivery-count" and isinstance(value, int):
-                count = value
+            if name == DELIVERY_COUNT and isinstance(value, int) and not isinstance(value, bool):
+                count = max(0, value)
             elif name == "x-death":
                 deaths = value
         else:
@@ -258,45 +280,32 @@ def _sort(table: bytes) -> tuple[dict[str, str], dict[str, str], int, object]:
     return headers, ours, count, deaths
 
 
-def _fields(table: bytes) -> Iterable[tuple[str, object]]:
+def _fields(table: bytes) -> Iterator[tuple[str, object]]:
+    """Names and values, up to the first entry whose end cannot be known."""
     position, end = 0, len(table)
-    while position < end:
-        start = position + 1
-        position = start + table[position]
-        name = table[start:position].decode("utf-8", "backslashreplace")
-        if table[position] == 0x53:  # "S", a long string: what nearly every header is
-            start = position + 5
-            position = start + LONG.unpack_from(table, position + 1)[0]
-            yield name, table[start:position].decode("utf-8", "backslashreplace")
-        elif name == "x-death" and table[position] == 0x41 and _only_delayed(array := _array(table, position)):
-            position += 5 + len(array)  # to decode it would take longer than all else
-        else:
-            used, value = pamqp_decode.embedded_value(table[position:])
-            position += used
-            yield name, value
-
-
-def _array(table: bytes, position: int) -> bytes:
-    """The array that stands there, still encoded: behind its letter and its length."""
-    return table[position + 5 : position + 5 + LONG.unpack_from(table, position + 1)[0]]
+    try:
+        while position < end:
+            start = position + 1
+            begin = start + table[position]
+            if table[begin] == 0x53:  # "S", a long string: what nearly every header is
+                stop = begin + 5 + LONG.unpack_from(table, begin + 1)[0]
+            else:
+                _, _, stop = next(field_entries(table[position:]))
+                stop += position
+            if stop > end:
+                return
+            name = name_text(table[start:begin])
+            # To decode the deaths of a message that was only delayed would take longer than all else.
+            if name != "x-death" or not _only_delayed(table[begin + 5 : stop]):
+                yield name, field_value(table, begin, stop)
+            position = stop
+    except (IndexError, ValueError, struct.error):
+        return
 
 
 def _only_delayed(array: bytes) -> bool:
     """The broker has done nothing with the message but hold it until it was due."""
     return array.count(IN_QUEUE) == array.count(IN_DELAY)
-
-
-def as_text(value: object) -> str:
-    """A header value of any AMQP type as text: nested ones as JSON."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes | bytearray):
-        return bytes(value).decode("utf-8", "backslashreplace")
-    if isinstance(value, Mapping | list):
-        return json.dumps(value, default=as_text, ensure_ascii=False)
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def _death(deaths: object) -> ErrorDetails | None:
@@ -314,11 +323,11 @@ def _details(queue: str, death: Mapping[str, Any]) -> ErrorDetails:
     reason = as_text(death.get("reason", "unknown"))
     when = death.get("time")
     number = death.get("count")
-    seconds = when.timestamp() if isinstance(when, datetime) else 0.0
+    seconds = (wire.read_time(when.timestamp()) if isinstance(when, datetime) else None) or 0.0
     return ErrorDetails(
         queue=queue,
         reason=f"the broker moved it here from {queue!r}: {_REASONS.get(reason, reason)}",
-        attempts=number if isinstance(number, int) else 0,
+        attempts=min(max(0, number), wire.MOST) if isinstance(number, int) else 0,
         first_failed=seconds,
         last_failed=seconds,
     )

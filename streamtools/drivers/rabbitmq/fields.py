@@ -1,0 +1,172 @@
+"""AMQP field tables as they arrive: where each value ends, and what it is as text.
+
+A table is names and values, each value behind a letter for its type; the letters are those that RabbitMQ and every
+client agree on (https://www.rabbitmq.com/amqp-0-9-1-errata, section 3). Headers of a `Message` are text. What is no
+text becomes one by this rule:
+
+- bytes that are no UTF-8 have them escaped, such as `\\xff`, in values as in names;
+- numbers, decimals and floats are written in decimal; true, false and void as in JSON;
+- a timestamp as in RFC 3339; one outside the years 1 to 9999 as its number of seconds;
+- a table or an array as JSON, in which these rules hold; what is nested deeper than `DEEPEST` is `"..."` there.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from hashlib import blake2b
+from typing import Any, Final
+
+from streamtools.drivers.rabbitmq.frames import LONG
+
+#: Levels of tables and arrays that are read.
+DEEPEST: Final = 32
+#: Stands for what is nested deeper.
+TOO_DEEP: Final = "..."
+#: Bytes of a name, at most (specification 0-9-1, section 4.2.5.3).
+LONGEST_NAME: Final = 255
+#: Bytes of a name's hash where the name itself is too long.
+HASH: Final = 8
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+#: Types with a length before their bytes.
+_SIZED: Final = frozenset(b"SxFA")
+#: Types of a fixed size.
+_NUMBERS: Final[dict[int, struct.Struct]] = {
+    ord(letter): struct.Struct(layout)
+    for letter, layout in {
+        "t": ">?", "b": ">b", "B": ">B", "s": ">h", "U": ">h", "u": ">H", "I": ">i", "i": ">I",
+        "l": ">q", "L": ">q", "f": ">f", "d": ">d", "T": ">q", "D": ">Bi",
+    }.items()
+}  # fmt: skip
+_STRING, _BYTES, _TABLE, _ARRAY, _VOID, _TIME, _DECIMAL = b"SxFAVTD"
+
+
+def entries(table: bytes) -> Iterator[tuple[int, int, int]]:
+    """Where each entry of a table begins, where its value does (with its letter), and where it ends.
+
+    Raises:
+        ValueError: from the first entry on whose end cannot be known.
+    """
+    position, end = 0, len(table)
+    while position < end:
+        value = position + 1 + table[position]
+        stop = _stop(table, value) if value < end else end + 1
+        if stop > end:
+            raise ValueError(f"the table ends within the value at {value}")
+        yield position, value, stop
+        position = stop
+
+
+def _stop(data: bytes, start: int) -> int:
+    """Where the value that begins here ends."""
+    letter = data[start]
+    if letter in _SIZED:
+        if start + 5 > len(data):
+            return len(data) + 1
+        return start + 5 + int(LONG.unpack_from(data, start + 1)[0])
+    if letter == _VOID:
+        return start + 1
+    if (number := _NUMBERS.get(letter)) is None:
+        raise ValueError(f"there is no type {chr(letter)!r}")
+    return start + 1 + number.size
+
+
+def name_text(data: bytes) -> str:
+    """A header's name as text that can be written again: what is too long for a name ends in a hash of it."""
+    name = data.decode("utf-8", "backslashreplace")
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    kept = name.encode()[: LONGEST_NAME - 2 * HASH - 1].decode("utf-8", "ignore")
+    return f"{kept}~{blake2b(data, digest_size=HASH).hexdigest()}"
+
+
+def value(data: bytes, start: int, stop: int, depth: int = 0) -> object:
+    """The value that stands there, with its letter; of any type, and never an error.
+
+    What is malformed within an array or a table is left out there.
+    """
+    letter = data[start]
+    if letter == _STRING:
+        return data[start + 5 : stop].decode("utf-8", "backslashreplace")
+    if letter == _BYTES:
+        return data[start + 5 : stop]
+    if letter in (_TABLE, _ARRAY):
+        if depth >= DEEPEST:
+            return TOO_DEEP
+        inner = data[start + 5 : stop]
+        return _table(inner, depth + 1) if letter == _TABLE else _array(inner, depth + 1)
+    if letter == _VOID:
+        return None
+    read: tuple[Any, ...] = _NUMBERS[letter].unpack_from(data, start + 1)
+    return _SPECIAL.get(letter, _plain)(*read)
+
+
+def _table(data: bytes, depth: int) -> dict[str, object]:
+    found: dict[str, object] = {}
+    _until_malformed(
+        (
+            (name_text(data[start + 1 : begin]), value(data, begin, stop, depth))
+            for start, begin, stop in entries(data)
+        ),
+        lambda item: found.__setitem__(*item),
+    )
+    return found
+
+
+def _array(data: bytes, depth: int) -> list[object]:
+    found: list[object] = []
+    _until_malformed((value(data, start, stop, depth) for start, stop in _values(data)), found.append)
+    return found
+
+
+def _values(data: bytes) -> Iterator[tuple[int, int]]:
+    position = 0
+    while position < len(data):
+        stop = _stop(data, position)
+        if stop > len(data):
+            raise ValueError(f"the array ends within the value at {position}")
+        yield position, stop
+        position = stop
+
+
+def _until_malformed(items: Iterator[Any], keep: Callable[[Any], object]) -> None:
+    try:
+        for item in items:
+            keep(item)
+    except ValueError:
+        return
+
+
+def _plain(number: object) -> object:
+    return number
+
+
+def _time(seconds: int) -> object:
+    try:
+        return EPOCH + timedelta(seconds=seconds)
+    except OverflowError:
+        return seconds
+
+
+def _decimal(scale: int, unscaled: int) -> Decimal:
+    return Decimal(unscaled).scaleb(-scale)
+
+
+_SPECIAL: Final[dict[int, Callable[..., object]]] = {_TIME: _time, _DECIMAL: _decimal}
+
+
+def as_text(found: object) -> str:
+    """A value of any AMQP type as text, by the rule above."""
+    if isinstance(found, str):
+        return found
+    if isinstance(found, bytes):
+        return found.decode("utf-8", "backslashreplace")
+    if isinstance(found, Mapping | list):
+        return json.dumps(found, default=as_text, ensure_ascii=False)
+    if found is None or isinstance(found, bool):
+        return json.dumps(found)
+    return found.isoformat() if isinstance(found, datetime) else str(found)
