@@ -25,10 +25,11 @@ from streamtools.endpoint import Endpoint
 from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
 from streamtools.eventloops import in_its_loop
 from streamtools.exchange import Binding
-from streamtools.loop import Ack, Dispatch, Finished, Loop, Source
+from streamtools.loop import Ack, Finished, Loop, Source
 from streamtools.options import Options
 from streamtools.policy import Retry, backoff, check_retry, error_queue_of
 from streamtools.registry import Registry
+from streamtools.settling import Dispatch, OneSettlement
 from streamtools.threads import Threads
 from streamtools.types import ErrorHandler, Handler, Middleware
 from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
@@ -481,7 +482,7 @@ class Consumer(Endpoint):
     async def _settle_by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
         self._here()
         settlement = self._by_hand.settlement(delivery, delivery.message, verdict, None)
-        await guard((self.translator or self)._settle([settlement]))
+        await OneSettlement((self.translator or self)._settle, self._by_hand, settlement).perform()
 
     async def _connect(self, deadline: float) -> None:
         async with self._opening:

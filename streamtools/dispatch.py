@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import CORO_CREATED, getcoroutinestate
 from types import FunctionType
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from streamtools.calling import awaited, check_function, name_of
 from streamtools.cancelling import come_round, is_over
+from streamtools.copies import brief_copy, lesser_copies
 from streamtools.delivery import Delivery, Settlement, current
 from streamtools.errors import ConfigurationError, Drop, HandlerError, SendError, Signal, text_of
 from streamtools.features import Features
@@ -200,6 +202,43 @@ class Dispatcher:
     async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
         """What to do with a settlement whose outgoing messages the broker does not take: insist."""
         return settlement
+
+    def lesser(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
+        """Ever smaller forms of a settlement that cannot be performed as it is; the last reject the message.
+
+        The body is whole in each, and what is left out stands in `ErrorDetails.omitted`. A handler never runs on less
+        than its sender gave it: a copy that lacks more than the words on its failure goes to the error queue.
+
+        Parameters:
+            error: why it cannot be.
+        """
+        delivery = settlement.delivery
+        reason = f"it could not be settled: {type(error).__name__}: {text_of(error)}"
+        if not self._copies:
+            yield Settlement(delivery, Verdict.reject(reason), error=settlement.error or error)
+            return
+        unfit = frozenset(error.unfit) if isinstance(error, SendError) else frozenset()
+        own = [m for m in settlement.outgoing if m.id == delivery.message.id]
+        others = tuple(m for m in settlement.outgoing if m.id != delivery.message.id and m.id not in unfit)
+        if unfit and delivery.message.id not in unfit:
+            yield replace(settlement, outgoing=(*own, *others))
+        if own:
+            yield replace(settlement, outgoing=(*map(brief_copy, own), *others))
+        rejection = Settlement(delivery, Verdict.reject(reason), error=settlement.error or error)
+        if not own:
+            own, others = [self._copy(delivery.message, rejection.verdict, error)], ()
+        small, least = zip(*(lesser_copies(self._rejected(copy, delivery.message)) for copy in own), strict=True)
+        yield replace(rejection, outgoing=(*small, *others))
+        yield replace(rejection, outgoing=(*least, *others))
+        if others:
+            yield replace(rejection, outgoing=least)
+
+    def _rejected(self, copy: Message, message: Message) -> Message:
+        """A copy that was for a retry, as one for the error queue."""
+        if copy.queue != message.queue:
+            return copy
+        target = self._error_queue.replace("{queue}", message.queue)
+        return copy.replace(queue=target, attempt=message.attempt, deliver_at=None, expires_at=None)
 
     def settlement(
         self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None

@@ -87,10 +87,20 @@ class SendError(StreamToolsError):
     Attributes:
         refused: ids of the messages that the broker said no to; it does not hold them.
         unknown: ids of the messages whose confirmation never came; it may hold them.
+        unfit: those of `refused` that can never be taken as they are: too large, with a name that is too long, or
+            with a text that no wire carries. To send them again cannot help; to send less beside the body can.
     """
 
-    def __init__(self, message: str, *, refused: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        refused: Sequence[str] = (),
+        unknown: Sequence[str] = (),
+        unfit: Sequence[str] = (),
+    ) -> None:
         super().__init__(message)
+        self.unfit: tuple[str, ...] = tuple(unfit)
         self.refused: tuple[str, ...] = tuple(refused)
         self.unknown: tuple[str, ...] = tuple(unknown)
 

@@ -22,6 +22,7 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import ConnectError, ConnectionLost, QueueError, SendError
 from streamtools.lane import Lane
 from streamtools.message import Message
+from streamtools.settling import Dispatch, OneSettlement, Unsettled, acknowledge
 from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -58,17 +59,6 @@ class Source(Protocol):
     async def _settle(self, settlements: Sequence[Settlement]) -> None: ...
     async def _redeclare(self) -> None: ...
     async def _stop(self) -> None: ...
-
-
-class Dispatch(Protocol):
-    """What turns a delivery into a settlement: by its handler, or by a verdict given by hand."""
-
-    def stop(self) -> None: ...
-    async def __call__(self, delivery: Delivery) -> Settlement: ...
-    def settlement(
-        self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
-    ) -> Settlement: ...
-    async def refused(self, settlement: Settlement, error: SendError) -> Settlement: ...
 
 
 class Loop:
@@ -112,9 +102,11 @@ class Loop:
         self._pausing = False
         #: Settlements that the broker refuses, and the tasks that try them again.
         self._held = 0
+        #: Deliveries that could not be settled in any form.
+        self._left = 0
         self._held_back: set[asyncio.Task[None]] = set()
-        self._plain = Lane(self._settle_all)
-        self._moves = Lane(self._settle_moves)
+        self._plain = Lane(self._settle_batch)
+        self._moves = Lane(self._settle_batch)
         #: Deliveries received and not yet settled.
         self.in_hand: int = 0
         #: Handlers at work.
@@ -226,7 +218,7 @@ class Loop:
     async def _accept_all(self, batch: Sequence[Delivery], stopping: asyncio.Event) -> None:
         self.in_hand += len(batch)
         if self._ack == "on_receive":
-            await guard(self._source._settle([Settlement(d, ACK) for d in batch]))
+            await acknowledge(self._source._settle, batch)
             for delivery in batch:
                 delivery.settled = True  # a verdict by hand is the second
         for position, delivery in enumerate(batch):
@@ -307,6 +299,9 @@ class Loop:
             return await self._dispatch(delivery)
         except asyncio.CancelledError:  # by `abandon()`, or by our end
             return Settlement(delivery, RELEASE)
+        except Exception as error:  # on the way to or from its handler; that one's own have their verdict
+            log.exception("%r could not be handled; it is rejected.", delivery)
+            return next(self._dispatch.lesser(Settlement(delivery, ACK), error))
         finally:
             if task is not None and task.cancelling():
                 await come_round()
@@ -340,7 +335,8 @@ class Loop:
 
     async def by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
         """Perform a verdict that the handler gave itself; returns when it is given to the broker."""
-        await guard(self._source._settle([self._dispatch.settlement(delivery, delivery.message, verdict, None)]))
+        settlement = self._dispatch.settlement(delivery, delivery.message, verdict, None)
+        await OneSettlement(self._source._settle, self._dispatch, settlement).perform()
         if self._ack == "manual":
             self._done(1)
 
@@ -352,48 +348,58 @@ class Loop:
         else:
             self._plain.add(settlement)
 
-    async def _settle_all(self, batch: list[Settlement]) -> None:
+    async def _settle_batch(self, batch: list[Settlement]) -> None:
         try:
             await guard(self._source._settle(batch))
         except ConnectError as error:
             self._fail(error, batch)
-        else:
-            self._done(len(batch))
-
-    async def _settle_moves(self, batch: list[Settlement]) -> None:
-        try:
-            await guard(self._source._settle(batch))
-        except ConnectError as error:
-            self._fail(error, batch)
-        except SendError as error:
-            log.error("The broker refused what is to be sent before settling: %s", error)  # noqa: TRY400
+        except Exception as error:
+            if isinstance(error, SendError | QueueError):
+                log.error("The broker refused what is to be sent before settling: %s", error)  # noqa: TRY400
+            else:
+                log.exception("%d deliveries could not be settled together; each is by itself.", len(batch))
             for settlement in batch:
-                self._keep(self._insist(await self._dispatch.refused(settlement, error)))
+                self._keep(self._settle_alone(settlement, error if isinstance(error, SendError) else None))
         else:
             self._done(len(batch))
 
-    async def _insist(self, settlement: Settlement) -> None:
-        """Try again until the broker takes it, or we stop: a message is never let go, and none waits behind it."""
+    async def _settle_alone(self, settlement: Settlement, refusal: SendError | None) -> None:
+        """Try again until the broker takes it, or we stop: a message is never let go, and none waits behind it.
+
+        Parameters:
+            refusal: why it was not settled with others; it may name others alone.
+        """
+        one = OneSettlement(self._source._settle, self._dispatch, settlement)
+        try:
+            if refusal is not None:
+                await one.change(refusal)
+            await self._insist(one)
+        except ConnectError as error:
+            self._held -= 1
+            self._fail(error, [one.settlement])
+        except Unsettled:
+            # It stays with the broker, which gives it to whoever comes next.
+            log.exception("%r cannot be settled in any form; it is left with the broker.", settlement.delivery)
+            self._held -= 1
+            self._done(1)
+            self._left += 1
+            if self._left >= self._prefetch:  # the broker gives no more while it holds so many
+                self._fail(ConnectionLost(f"{self._left} deliveries cannot be settled in any form."), [])
+
+    async def _insist(self, one: OneSettlement) -> None:
         delay = REFUSED_DELAY
         while True:
             try:
                 await guard(self._source._redeclare())  # the error queue may have been deleted
-                await guard(self._source._settle([settlement]))
-            except ConnectError as error:
-                self._held -= 1
-                return self._fail(error, [settlement])
+                await one.perform()
+            except (ConnectError, Unsettled):
+                raise
             except (SendError, QueueError) as error:
-                instead = settlement
-                if isinstance(error, SendError):
-                    instead = await self._dispatch.refused(settlement, error)
-                if instead is not settlement:  # of several in a batch the broker may have named the first alone
-                    settlement = instead
-                    continue
-                message = settlement.delivery.message
+                message = one.settlement.delivery.message
                 log.error("Message %s of %r is held back: %s", message.id, message.queue, error)  # noqa: TRY400
                 if await self._stops_within(delay):
                     self._held -= 1
-                    return self._give_back([settlement.delivery])
+                    return self._give_back([one.settlement.delivery])
                 delay = min(delay * 2, REFUSED_MAX_DELAY)
             else:
                 self._held -= 1

@@ -153,6 +153,7 @@ def describe(message: Message, error: BaseException | None, handler: str = "", *
         attempts=message.attempt,
         first_failed=first,
         last_failed=now,
+        omitted=before.omitted if before is not None else "",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,8 +124,14 @@ class BusDispatch:
         """The verdict with the copies that it needs."""
         return self._find(message)[0][1].settlement(delivery, message, verdict, error)
 
+    def lesser(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
+        """Ever smaller forms of a settlement that cannot be performed as it is."""
+        return self._find(settlement.delivery.message)[0][1].lesser(settlement, error)
+
     async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
         """What a handler sent was refused: as if it had raised that, so its message is retried or rejected."""
+        if (without := _without_replies(settlement, error)) is not settlement:
+            return without
         delivery, refused = settlement.delivery, frozenset(error.refused)
         if isinstance(settlement, Shared):
             parts = []
@@ -235,6 +241,26 @@ async def through(messages: Sequence[Message], outgoing: Sequence[Middleware]) -
     for message in messages:
         await way(message)
     return let_go
+
+
+def _without_replies(settlement: Settlement, error: SendError) -> Settlement:
+    """The same without the replies that can never be sent: who asked has given an address that is none.
+
+    That is no failure of the handler, and the message is done all the same.
+    """
+    lost = frozenset(m.id for m in settlement.outgoing if m.intent == "reply" and m.id in error.unfit)
+    if not lost:
+        return settlement
+    delivery = settlement.delivery
+    log.warning("The reply to message %s of %r is not sent: %s", delivery.message.id, delivery.message.queue, error)
+    if isinstance(settlement, Shared):
+        parts = [(name, dispatcher, _without(part, lost)) for name, dispatcher, part in settlement.parts]
+        return _merged(delivery, parts)
+    return _without(settlement, lost)
+
+
+def _without(settlement: Settlement, lost: frozenset[str]) -> Settlement:
+    return replace(settlement, outgoing=tuple(m for m in settlement.outgoing if m.id not in lost))
 
 
 def _addressed(part: Settlement, name: str) -> Settlement:

@@ -134,6 +134,11 @@ def is_too_large(error: BaseException) -> bool:
     return isinstance(error, _TOO_LARGE)
 
 
+def is_unfit(error: BaseException) -> bool:
+    """The broker never takes such a record, whoever sends it and when."""
+    return isinstance(error, (*_TOO_LARGE, kafka.InvalidTimestampError, _InvalidRecordError))
+
+
 def plain(error: BaseException) -> str:
     """The error's own words, or its name where it has none."""
     return str(error).strip() or type(error).__name__

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from streamtools.drivers.kafka.errors import is_too_large, plain, wants_key
+from streamtools.drivers.kafka.errors import is_too_large, is_unfit, plain, wants_key
 from streamtools.drivers.kafka.records import ID, Header, Placed, encode_headers, encode_key, timestamp
 from streamtools.errors import SendError, StreamToolsError
 from streamtools.exchange import Exchange
@@ -136,7 +136,10 @@ def refused(failed: Mapping[str, BaseException], settings: KafkaSettings) -> Sen
     first = next(iter(failed.values()))
     why = str(first) if isinstance(first, StreamToolsError) else _why(first)
     count = f"{len(failed)} message{'s' if len(failed) > 1 else ''}"
-    error = SendError(f"{count} refused by {settings.safe_url}: {why.rstrip('.')}.", refused=list(failed))
+    unfit = [name for name, trouble in failed.items() if is_unfit(trouble)]
+    error = SendError(
+        f"{count} refused by {settings.safe_url}: {why.rstrip('.')}.", refused=list(failed), unfit=unfit
+    )
     error.__cause__ = first
     return error
 

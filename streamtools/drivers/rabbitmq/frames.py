@@ -50,6 +50,12 @@ class Unsendable(ValueError):
     """A message that no AMQP frame can carry; the text says why."""
 
 
+class NeverSent(str):
+    """Why a message can never be sent as it is, where other reasons may pass."""
+
+    __slots__ = ()
+
+
 def shortstr(text: str) -> bytes:
     """A string of at most 255 bytes with its length before it.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Final
 
+from streamtools.drivers.rabbitmq.frames import NeverSent
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.publisher import Limits, Publisher
 from streamtools.errors import ConnectionLost, SendError
@@ -82,4 +83,8 @@ def _refusal(messages: Sequence[Message], refused: dict[str, str]) -> SendError:
     reasons = list(dict.fromkeys(refused.values()))
     text = " ".join(reasons[:3]) + (f" And {len(reasons) - 3} more." if len(reasons) > 3 else "")
     count = f"{len(refused)} of {len(messages)} messages: " if len(messages) > 1 else ""
-    return SendError(count + text, refused=[m.id for m in messages if m.id in refused])
+    return SendError(
+        count + text,
+        refused=[m.id for m in messages if m.id in refused],
+        unfit=[id_ for id_, why in refused.items() if isinstance(why, NeverSent)],
+    )

@@ -21,7 +21,7 @@ from streamtools.drivers.rabbitmq import frames, properties
 from streamtools.drivers.rabbitmq.channel import HotChannel
 from streamtools.drivers.rabbitmq.delay import PREFIX, DelayChain
 from streamtools.drivers.rabbitmq.errors import lost
-from streamtools.drivers.rabbitmq.frames import Unsendable
+from streamtools.drivers.rabbitmq.frames import NeverSent, Unsendable
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.topology import Topology
 from streamtools.errors import ConfigurationError, ConnectionLost, StreamToolsError
@@ -231,7 +231,7 @@ class Publisher(HotChannel):
             except ConfigurationError as error:
                 batch.refused[message.id] = str(error)
             except Unsendable as error:
-                batch.refused[message.id] = f"Message {message.id} cannot be sent: {error}"
+                batch.refused[message.id] = NeverSent(f"Message {message.id} cannot be sent: {error}")
 
     def _write(self, chunk: Sequence[Message], batch: Batch) -> None:
         self._check()
@@ -242,8 +242,8 @@ class Publisher(HotChannel):
                 continue
             try:
                 out.append(self._encode(message, batch))
-            except Unsendable as error:
-                batch.refused[message.id] = f"Message {message.id} cannot be sent: {error}"
+            except Exception as error:  # Unsendable, or whatever is wrong in it: it is this message's alone
+                batch.refused[message.id] = NeverSent(f"Message {message.id} cannot be sent: {error}")
             else:
                 written.append(message)
         if not written:
