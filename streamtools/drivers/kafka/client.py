@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Protocol
 
 from aiokafka import TopicPartition
@@ -24,6 +26,8 @@ BACKOFF: Final = 100
 METADATA_AGE: Final = 30.0
 #: Seconds for a goodbye to the brokers.
 CLOSE_TIMEOUT: Final = 5.0
+#: Seconds for what is ended without a goodbye, and for a goodbye to brokers that may be away.
+DROP_TIMEOUT: Final = 1.0
 
 
 class Client(Protocol):
@@ -73,27 +77,35 @@ async def security(settings: KafkaSettings) -> dict[str, Any]:
     return arguments
 
 
-async def started(client: Client, settings: KafkaSettings, *, timeout: float | None = None) -> None:
+async def started(
+    client: Client,
+    settings: KafkaSettings,
+    *,
+    timeout: float | None = None,
+    stop: Callable[[], Awaitable[None]] | None = None,
+) -> None:
     """Start a client of the library; nothing is left open when it fails.
 
     Parameters:
         timeout: seconds; those for one connection attempt to each host when None.
+        stop: ends the client when it could not start; `stopped` when None.
 
     Raises:
         ConnectError: with the reason, which the library itself only logs.
     """
     limit = timeout or settings.connect_timeout * (len(settings.addresses) + 1)
+    stop = stop or partial(stopped, client)
     try:
         async with asyncio.timeout(limit):
             await client.start()
     except (kafka.KafkaConnectionError, TimeoutError) as error:
-        await stopped(client)
+        await stop()
         raise await diagnose(settings, error) from error
     except CLIENT_ERRORS as error:
-        await stopped(client)
+        await stop()
         raise client_error(error, settings) from error
     except BaseException:
-        await stopped(client)
+        await stop()
         raise
 
 
@@ -139,7 +151,8 @@ def rewind(producer: Any, topic: str, partition: int, number: int) -> None:
 
 
 async def dropped(consumer: Any) -> None:
-    """End what is left of a consumer of the library whose `stop()` did not come to its end."""
+    """End what is left of a consumer of the library whose `stop()` did not come to its end, or was not called."""
+    consumer._closed = True
     coordinator, fetcher = consumer._coordinator, consumer._fetcher
     names = ("_coordination_task", "_heartbeat_task", "_commit_refresh_task", "_reset_committed_task")
     tasks = {getattr(coordinator, name, None) for name in names} | {getattr(fetcher, "_fetch_task", None)}
@@ -148,9 +161,9 @@ async def dropped(consumer: Any) -> None:
     for task in left:
         task.cancel()
     if left:
-        await asyncio.wait(left, timeout=CLOSE_TIMEOUT)
+        await asyncio.wait(left, timeout=DROP_TIMEOUT)
     with suppress(*CLIENT_ERRORS):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
+        async with asyncio.timeout(DROP_TIMEOUT):
             await consumer._client.close()
     for task in tasks:
         if task is not None and task.done() and not task.cancelled():

@@ -24,6 +24,7 @@ from streamtools.drivers.kafka.options import ConsumerOptions, subscription
 from streamtools.drivers.kafka.outbox import Outbox
 from streamtools.drivers.kafka.outgoing import COPY_ROOM
 from streamtools.drivers.kafka.records import QUEUE, decode_plain, decode_record, header_texts, id_of
+from streamtools.drivers.kafka.starts import Start
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at
 from streamtools.drivers.kafka.topics import Topic, topics_at
 from streamtools.drivers.kafka.track import KafkaDelivery, Track, delivery_of
@@ -164,9 +165,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             pattern=None
             if options.pattern is None
             else subscription(options.pattern, tuple(topics), self._error_topic),
-            latest=self.offset == "latest",
-            start_offset=options.start_offset,
-            start_time=options.start,
+            start=Start(latest=self.offset == "latest", offset=options.start_offset, time=options.start),
             static_id=options.static_id,
             deadline=options.revoke_timeout,
             exactly_once=options.exactly_once,
@@ -203,6 +202,8 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
     def _take(self, membership: Membership, limit: int) -> list[Delivery]:
         batch: list[Delivery] = []
+        if membership.is_doubtful:
+            return batch
         now = time.time()
         if self._returned:
             self._take_returned(batch, limit)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -17,10 +18,13 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.structs import OffsetAndMetadata
 
+from streamtools.drivers.kafka import static_names
 from streamtools.drivers.kafka.client import CLOSE_TIMEOUT, connection, dropped, started, stopped
+from streamtools.drivers.kafka.coordinator import Coordinator, Place
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, TROUBLE, client_error, plain
-from streamtools.drivers.kafka.offsets import METADATA_LIMIT, Offsets
+from streamtools.drivers.kafka.offsets import METADATA_LIMIT, Offsets, Run
 from streamtools.drivers.kafka.reach import Reach
+from streamtools.drivers.kafka.starts import Commits, Start, Starts
 from streamtools.drivers.kafka.track import Track
 from streamtools.drivers.kafka.transactions import Identity, fence
 from streamtools.errors import ConnectError, ConnectionLost, StreamToolsError
@@ -39,8 +43,6 @@ REJOIN: Final = 10.0
 ABANDONED: Final = 1.0
 #: Seconds after which a topic that the brokers do not know is one that was deleted, not one just made.
 GONE: Final = 3.0
-#: The metadata of the commit with which a member begins that was told where: others may be beginning, too.
-BEGUN: Final = "begun"
 #: The library would leave the group when nobody asks it for records for so long; handlers may take longer.
 FOREVER_MS: Final = 2**31 - 1
 
@@ -53,9 +55,7 @@ class Terms:
         group: the group.
         topics: all of these.
         pattern: all topics whose whole name matches, besides; None for none.
-        latest: a new group begins at the end.
-        start_offset: a new group begins at this offset of each partition.
-        start_time: a new group begins with what was written then, in seconds since the epoch.
+        start: where a new group begins.
         static_id: this member's name, by which it keeps its partitions over a restart.
         deadline: seconds for handlers at work when a partition is taken away.
         retry_topic: of which a new group has everything.
@@ -66,9 +66,7 @@ class Terms:
     topics: tuple[str, ...]
     retry_topic: str
     pattern: str | None = None
-    latest: bool = False
-    start_offset: int | None = None
-    start_time: float | None = None
+    start: Start = Start()
     static_id: str | None = None
     deadline: float = 30.0
     exactly_once: bool = False
@@ -103,7 +101,13 @@ class Membership:
         self._uncommitted = 0
         self._closing = False
         self._assigned = asyncio.Event()
-        self._there: frozenset[TopicPartition] = frozenset()  # what there was when we first began
+        self._place: Place | None = None  # that for which our partitions are ours
+        self._static_name: str | None = None
+        self._doubted = False
+        #: Of each partition that we had, what was committed, and what we have finished and could not commit.
+        self.unconfirmed: dict[TopicPartition, tuple[int, list[Run]]] = {}
+        #: The group's coordinator; None before the first partitions are shared out.
+        self.coordinator: Coordinator | None = None
         #: The library's consumer.
         self.consumer: Any = None
         #: Its connections; None before `join`.
@@ -125,12 +129,15 @@ class Membership:
         Raises:
             ConnectError: no broker lets us in.
         """
-        rebalance = self._terms.deadline + REJOIN
+        terms = self._terms
+        if terms.static_id is not None:
+            self._static_name = static_names.take(self._settings.safe_url, terms.group, terms.static_id)
+        rebalance = terms.deadline + REJOIN
         timeout = max(self._settings.request_timeout, rebalance + REJOIN)  # joining takes as long as the slowest
         self.consumer = AIOKafkaConsumer(
             **await connection(self._settings, self._client_id, request_timeout=timeout),
             group_id=self._terms.group,
-            group_instance_id=self._terms.static_id,
+            group_instance_id=self._static_name,
             enable_auto_commit=False,
             # Where what we want to read is gone, with the oldest there is: never past what was not seen.
             auto_offset_reset="earliest",
@@ -146,7 +153,10 @@ class Membership:
         else:
             self.consumer.subscribe(pattern=self._terms.pattern, listener=_Listener(self))
         timeout += self._settings.session_timeout
-        await started(self.consumer, self._settings, timeout=timeout)
+        try:
+            await started(self.consumer, self._settings, timeout=timeout, stop=self._drop)
+        except StreamToolsError as error:
+            raise self.failure or error from None
         # The library is content once it knows our partitions; we are when we know where to begin.
         try:
             async with asyncio.timeout(timeout):
@@ -173,36 +183,46 @@ class Membership:
 
     async def _begin(self, assigned: list[TopicPartition]) -> None:
         self.consumer.pause(*assigned)  # nothing is read before we know where
-        self._there = self._there or self._all_partitions()
+        coordinator = self._get_coordinator()
+        self._place = coordinator.place
         # What others have begun is ended first: else it could still change what is committed.
         identities = await self._fenced(assigned) if self._terms.exactly_once else {}
-        committed = await self._read_committed(assigned)
-        starts = await self._starts([p for p in assigned if p not in committed])
+        known: dict[TopicPartition, OffsetAndMetadata] = await coordinator.committed(assigned)
+        if missing := [p for p in assigned if p not in known]:
+            known |= await self._unless_gone(self._starts(coordinator).find(missing), missing)
+        unconfirmed, self.unconfirmed = self.unconfirmed, {}
         tracks = {}
         exactly = self._settings if self._terms.exactly_once else None
         for partition in assigned:
-            known = committed.get(partition)
-            offset, metadata = (known.offset, known.metadata) if known else (starts[partition], "")
+            offset, metadata = known[partition].offset, known[partition].metadata or ""
+            kept, finished = unconfirmed.get(partition, (0, []))
             tracks[partition] = Track(
                 partition,
-                Offsets(offset, metadata or ""),
+                # Moved backwards by an operator, what was finished is to be done again.
+                Offsets(offset, metadata, finished=finished if kept <= offset else ()),
                 is_retry=partition.topic == self._terms.retry_topic,
                 exactly=exactly,
                 identity=identities.get(partition),
             )
             self.consumer.seek(partition, offset)
-        if starts and self._chooses_start:
-            # So that a member that dies before its first commit does not begin anew, and later.
-            await self.consumer.commit({p: OffsetAndMetadata(offset, BEGUN) for p, offset in starts.items()})
         self.tracks = tracks
         self.consumer.resume(*assigned)
 
-    async def _read_committed(self, partitions: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
-        # The library's own `committed()` keeps the metadata to itself.
-        found: dict[TopicPartition, OffsetAndMetadata] = await self.consumer._coordinator.fetch_committed_offsets(
-            partitions
+    def _get_coordinator(self) -> Coordinator:
+        if self.coordinator is None:
+            self.coordinator = Coordinator(
+                self.consumer, static_id=self._static_name, fenced=self._name_taken, confirmed=self._confirmed
+            )
+        return self.coordinator
+
+    def _starts(self, coordinator: Coordinator) -> Starts:
+        async def commit(offsets: Commits) -> None:
+            await coordinator.commit(offsets, self._place)
+
+        terms = self._terms
+        return Starts(
+            self.consumer, terms.start, retry_topic=terms.retry_topic, committed=coordinator.committed, commit=commit
         )
-        return found
 
     async def _fenced(self, partitions: list[TopicPartition]) -> dict[TopicPartition, Identity]:
         client, limit = self.consumer._client, self._settings.session_timeout
@@ -212,31 +232,6 @@ class Membership:
     def transactional_id(self, partition: TopicPartition) -> str:
         """Of whoever has this partition for the group: one id for each, whoever it is."""
         return f"streamtools/{self._terms.group}/{partition.topic}/{partition.partition}"  # no name has a slash
-
-    @property
-    def _chooses_start(self) -> bool:
-        terms = self._terms
-        return terms.latest or terms.start_offset is not None or terms.start_time is not None
-
-    async def _starts(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
-        """Where to begin with partitions of which the group has committed nothing."""
-        if not partitions:
-            return {}
-        terms = self._terms
-        starts: dict[TopicPartition, int] = await self._unless_gone(
-            self.consumer.beginning_offsets(partitions), partitions
-        )
-        chosen = await self._chosen(partitions) if self._chooses_start else []
-        if not chosen:
-            return starts
-        ends: dict[TopicPartition, int] = await self.consumer.end_offsets(chosen)
-        if terms.start_time is not None:
-            times = dict.fromkeys(chosen, int(terms.start_time * 1000))
-            found = await self.consumer.offsets_for_times(times)
-            return starts | {p: found[p].offset if found[p] is not None else ends[p] for p in chosen}
-        if terms.start_offset is not None:
-            return starts | {p: min(max(terms.start_offset, starts[p]), ends[p]) for p in chosen}
-        return starts | ends
 
     async def _unless_gone(self, asking: Awaitable[T], partitions: Collection[TopicPartition]) -> T:
         """What the library answers; where a topic was deleted, it goes on asking for ever.
@@ -254,33 +249,38 @@ class Membership:
         finally:
             task.cancel()
 
-    async def _chosen(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
-        """Those in which the group begins where it was told; one that came later is read from its beginning."""
-        there = [p for p in partitions if p.topic != self._terms.retry_topic and p in self._there]
-        old = await self._begun_before(there)
-        return [p for p in there if p.topic not in old]
+    # --- being a member ---------------------------------------------------------------------------
 
-    def _all_partitions(self) -> frozenset[TopicPartition]:
-        """Those of our topics, whoever has them."""
-        known = ((topic, self.consumer.partitions_for_topic(topic)) for topic in self.consumer.subscription())
-        return frozenset(TopicPartition(topic, number) for topic, numbers in known for number in numbers or ())
+    @property
+    def is_doubtful(self) -> bool:
+        """The coordinator has not answered for so long that others may have our partitions; begin nothing more."""
+        coordinator = self.coordinator
+        if coordinator is None:
+            return False
+        self._doubted = time.monotonic() - coordinator.confirmed_at > self._settings.session_timeout
+        return self._doubted
 
-    async def _begun_before(self, partitions: list[TopicPartition]) -> set[str]:
-        """Topics of which the group has others already: a partition without a commit was added since.
+    def _confirmed(self) -> None:
+        if self._doubted:
+            self._doubted = False
+            self._changed()
 
-        What it holds was sent to the group while nobody had noticed, and must not be passed over.
-        """
-        siblings = [
-            TopicPartition(topic, number)
-            for topic in {p.topic for p in partitions}
-            for number in self.consumer.partitions_for_topic(topic) or ()
-        ]
-        return {p.topic for p, at in (await self._read_committed(siblings)).items() if at.metadata != BEGUN}
+    def _name_taken(self) -> None:
+        name, group = self._static_name, self._terms.group
+        self.fail(
+            ConnectError(
+                f"Another consumer has joined the group {group!r} at {self._settings.safe_url} as {name!r}, so this "
+                f"one has ended. Each process needs its own static_id=; the processes of `streamtools run --workers` "
+                "get theirs by themselves.",
+                permanent=True,
+            )
+        )
 
     # --- going ------------------------------------------------------------------------------------
 
     async def revoked(self) -> None:
         """The group is about to share its partitions out anew: all of ours go first."""
+        self._assigned.clear()
         tracks = list(self.tracks.values())
         if tracks and not self._closing:
             try:
@@ -293,6 +293,8 @@ class Membership:
     def _let_go(self) -> None:
         for track in self.tracks.values():
             track.gone = True
+            if track.offsets.uncommitted and not self._terms.exactly_once:
+                self.unconfirmed[track.partition] = (track.kept, track.offsets.finished)
             for delivery in track.in_hand:
                 delivery.withdraw()
         self.tracks = {}
@@ -307,17 +309,30 @@ class Membership:
         if self._committer is not None:
             self._committer.cancel()
             await asyncio.wait({self._committer})
-        consumer = self.consumer
-        if consumer is None:
-            return
-        try:
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self.commit()
-        except TROUBLE as error:
-            log.warning("Group %s: the last commit failed: %s", self._terms.group, plain(error))
+        if self.consumer is not None:
+            await self._go()
+        if self._static_name is not None:
+            static_names.release(self._settings.safe_url, self._terms.group, self._static_name)
+
+    async def _go(self) -> None:
+        # A broker that is away is not waited for, and neither are the members whom a member that joins waits for.
+        is_reached = self.reach is not None and self.reach.up
+        if self._place is not None and is_reached:
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await self.commit()
+            except TROUBLE as error:
+                log.warning("Group %s: the last commit failed: %s", self._terms.group, plain(error))
         self._let_go()
-        await stopped(consumer)
-        await dropped(consumer)
+        if self._assigned.is_set() and is_reached:
+            await stopped(self.consumer)
+        await self._drop()
+
+    async def _drop(self) -> None:
+        """End the library's consumer, wherever it is."""
+        if self.coordinator is not None:
+            await self.coordinator.leave()
+        await dropped(self.consumer)
 
     def restart(self, track: Track, record: Any) -> None:
         """Begin this partition anew with `record`: what its log held there before is no more."""
@@ -396,7 +411,7 @@ class Membership:
             taken = [(track, track.offsets.changes, *track.offsets.commit(self.limit)) for track in tracks]
             offsets = {t.partition: OffsetAndMetadata(at, text) for t, _, at, text, _ in taken}
             try:
-                await self._unless_gone(self.consumer.commit(offsets), offsets)
+                await self._unless_gone(self._get_coordinator().commit(offsets, self._place), offsets)
             except StreamToolsError:
                 raise
             except kafka.OffsetMetadataTooLargeError:
@@ -406,15 +421,16 @@ class Membership:
                     self._settings.safe_url,
                     self.limit,
                 )
-            except (kafka.CommitFailedError, kafka.IllegalStateError) as error:
-                # Someone else has the partitions by now, and repeats what was not committed.
+            except kafka.CommitFailedError as error:
+                # Someone else may have the partitions by now. What is finished is told when we have them again.
                 log.info("Group %s: %s", self._terms.group, plain(error))
                 return
             except CLIENT_ERRORS as error:
                 raise client_error(error, self._settings) from error
             else:
-                for track, changes, _, _, whole in taken:
+                for track, changes, at, _, whole in taken:
                     track.offsets.committed(changes)
+                    track.kept = at
                     track.full = not whole
                 self._changed()
                 return
@@ -427,6 +443,7 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # the library
         self._membership = membership
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        self._membership._get_coordinator()  # before the library joins the group
         await self._membership.revoked()
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:

@@ -35,14 +35,18 @@ class Offsets:
     Parameters:
         start: the committed offset, where reading begins.
         metadata: of that commit.
+        finished: what we have finished ourselves and could not commit.
     """
 
-    def __init__(self, start: int, metadata: str = "") -> None:
+    def __init__(self, start: int, metadata: str = "", *, finished: Iterable[Run] = ()) -> None:
+        self._start = start
         #: The first offset that was not taken yet.
         self.next: int = start
         #: What is taken and not finished, in rising order, and what it is with; the owner's to set. None at first.
         self.pending: dict[int, Any] = {}
-        self._ahead = deque(decode(start, metadata))  # finished by whoever had the partition before
+        ahead = [(max(first, start), end) for first, end in finished if end > start]
+        # Finished by whoever had the partition before.
+        self._ahead = deque(_joined(sorted(ahead + decode(start, metadata))) if ahead else decode(start, metadata))
         self._changes = 0
         self._committed = 0
 
@@ -104,6 +108,11 @@ class Offsets:
         start = next(iter(pending), self.next)
         text, whole = encode(start, self._finished(start, pending), limit)
         return start, text, whole
+
+    @property
+    def finished(self) -> list[Run]:
+        """All that is finished, from the start on."""
+        return list(_joined(self._finished(self._start, self.pending)))
 
     @property
     def changes(self) -> int:

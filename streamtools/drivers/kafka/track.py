@@ -56,6 +56,7 @@ class Track:
         partition: which one.
         is_retry: it is of the group's retry topic.
         offsets: the bookkeeping; with what is pending stands its delivery while that is in hand.
+        kept: the offset that was committed last.
         settling: how many settlements are under way.
         arrived: records that are read and not taken yet, as they came together.
         shelf: records that are not due yet, in the order of the time when each leaves.
@@ -81,6 +82,7 @@ class Track:
         self.partition: TopicPartition = partition
         self.offsets: Offsets = offsets
         self.is_retry: bool = is_retry
+        self.kept: int = offsets.next
         self.settling: int = 0
         self.arrived: deque[Iterator[Any]] = deque()
         self._end = offsets.next

@@ -7,6 +7,7 @@ the places of the library stand a commit that is kept here, and producers that f
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
@@ -75,8 +76,8 @@ class Broker:
         if bad:
             raise refused(bad, SETTINGS)
 
-    async def commit(self, offsets: Mapping[TopicPartition, Any]) -> None:
-        """As the library's consumer does."""
+    async def commit(self, offsets: Mapping[TopicPartition, Any], place: object = None) -> None:
+        """As a Coordinator does."""
         await asyncio.sleep(0)
         self.keep(offsets[PLACE].offset, offsets[PLACE].metadata)
 
@@ -160,11 +161,11 @@ class OfflineConsumer(KafkaConsumer):
         self._returned, self._moves, self._moving = [], deque(), 0
         self._move_wake, self._settled = asyncio.Event(), asyncio.Event()
         self._tiers = len(TIERS)
-        library = SimpleNamespace(commit=self.broker.commit)
+        coordinator = SimpleNamespace(commit=self.broker.commit, confirmed_at=math.inf)
         membership = _Membership(
             self.settings, self._terms(True), "test", changed=self._wake_up, drained=self._drained
         )
-        membership.consumer = library
+        membership.coordinator = coordinator  # type: ignore[assignment]
         self._membership = membership
         self._outbox = outbox = OfflineOutbox(
             self.settings, "test", membership, queue=self.queue, retry_topic=self.retry_topic, tiers=self._tiers
