@@ -15,6 +15,7 @@ from streamtools.cli import output
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import group_rows, kafka_tool
 from tests.cli.conftest import Cli, Service, fail_messages, lines, received
+from tests.drivers.kafka.raw import produce_raw
 
 pytestmark = pytest.mark.real_kafka("admin calls")
 
@@ -185,3 +186,20 @@ def test_a_redrive_that_is_killed_loses_nothing(
     back = received(url, failed)
     assert len({message.id for message in back}) == MANY
     assert len(back) <= MANY + 100  # what was under way at once
+
+
+def test_records_as_no_client_writes_them_are_shown_and_sent_back(
+    cli: Cli, failed: str, kafka: KafkaAddress, url: str
+) -> None:
+    headers = [(b"\xff\xfename", b"\xff"), (b"null", None), (b"ce_errorqueue", failed.encode())]
+    rows = [(b"\x00\x00\x00*", b"\xff", headers, 0), (b"\xff\xfe", None, headers, 1)]
+    asyncio.run(produce_raw(kafka, f"{failed}.error", rows))
+    errors = ("--queue", f"{failed}.error")
+    for command in ("list", "show"):
+        for options in ((), ("--json",)):
+            shown = cli("errors", command, *errors, *options)
+            assert shown.exit_code == 0, shown.stderr
+    assert r"\xff\xfename" in cli("errors", "show", *errors, "--limit", "1000").stdout
+    assert lines(cli("errors", "redrive", *errors, "--json")) == [{"redriven": MANY + 2}]
+    back = {message.key: message.body for message in received(url, failed)}
+    assert (back[b"\x00\x00\x00*"], back[b"\xff\xfe"]) == (b"\xff", None)

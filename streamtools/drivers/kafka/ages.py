@@ -9,9 +9,9 @@ from typing import Any, Final
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.protocol.fetch import FetchRequest
-from aiokafka.record.memory_records import MemoryRecords
 
 from streamtools.drivers.kafka.cluster import Cluster, check
+from streamtools.drivers.kafka.unpacking import Records
 
 #: Bytes of a partition that are looked at; a batch that is larger comes as a whole (KIP-74).
 ENOUGH: Final = 16 * 1024
@@ -35,7 +35,7 @@ async def _next_time(cluster: Cluster, partition: TopicPartition, offset: int) -
         response = await cluster.ask(FetchRequest(0, 0, ENOUGH, READ_COMMITTED, rows), node)
         [(_, [answer])] = response.topics
         check([answer[1]])
-        return _first_time(MemoryRecords(answer[-1] or b""), offset)
+        return _first_time(Records(answer[-1] or b""), offset)
 
     try:
         return await cluster.persist(attempt)

@@ -13,7 +13,7 @@ from aiokafka import TopicPartition
 
 from streamtools.checks import check_name
 from streamtools.consumer import Consumer
-from streamtools.delivery import Delivery, Settlement, read_message
+from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.kafka.bindings import bind
 from streamtools.drivers.kafka.errors import client_error
 from streamtools.drivers.kafka.features import FEATURES
@@ -23,7 +23,7 @@ from streamtools.drivers.kafka.names import check_kafka_name, retry_topic
 from streamtools.drivers.kafka.options import ConsumerOptions, subscription
 from streamtools.drivers.kafka.outbox import Outbox
 from streamtools.drivers.kafka.outgoing import COPY_ROOM
-from streamtools.drivers.kafka.records import QUEUE, decode_plain, decode_record, header_texts, id_of
+from streamtools.drivers.kafka.records import QUEUE, decode_plain, header_texts, read_record
 from streamtools.drivers.kafka.starts import Start
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at
 from streamtools.drivers.kafka.topics import Topic, topics_at
@@ -262,11 +262,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         queue = None
         if track.is_retry:  # messages of several queues wait there
             queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self.queue)
-        place = track.partition
-        message, trouble = read_message(
-            decode_record, record, place, queue, body=record.value, queue=queue or place.topic,
-            id=id_of(place, record.offset), place=f"{place.topic}-{place.partition}, offset {record.offset}",
-        )  # fmt: skip
+        message, trouble = read_record(record, track.partition, queue)
         if message.deliver_at is not None and message.deliver_at > now:
             self._hold_back(track, record, message, now)
             return

@@ -8,14 +8,15 @@ results give out, instead of a list of records, a Fetched.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain, dropwhile
 from typing import Any
 
 from aiokafka import errors as kafka
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 from aiokafka.record.control_record import ABORT_MARKER, ControlRecord
+
+from streamtools.drivers.kafka import unpacking
 
 
 class Fetched:
@@ -33,17 +34,8 @@ class Fetched:
         self.size: int = size
 
 
-class Buffers(OrderedDict[Any, Any]):
-    """The library's buffers; what `getmany()` returns then has a Fetched for each partition.
-
-    Parameters:
-        buffers: as the library has them so far; nothing was taken from them yet.
-    """
-
-    def __init__(self, buffers: Mapping[Any, Any]) -> None:
-        super().__init__()
-        for partition, result in buffers.items():
-            self[partition] = result
+class Buffers(unpacking.Buffers):
+    """The library's buffers; what `getmany()` returns then has a Fetched for each partition."""
 
     def __setitem__(self, partition: Any, result: Any) -> None:
         if type(result) is FetchResult:  # else an error

@@ -56,7 +56,7 @@ class Intake:
         self._turn = 0
         fetcher = membership.consumer._fetcher
         fetcher._prefetch_backoff = LIBRARY_PATIENCE
-        fetcher._records = Buffers(fetcher._records)
+        fetcher._records = Buffers(fetcher._records, membership.answers)
         self._task = asyncio.create_task(self._run(), name="streamtools-intake")
 
     async def stop(self) -> None:

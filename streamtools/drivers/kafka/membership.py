@@ -27,6 +27,7 @@ from streamtools.drivers.kafka.reach import Reach
 from streamtools.drivers.kafka.starts import Commits, Start, Starts
 from streamtools.drivers.kafka.track import Track
 from streamtools.drivers.kafka.transactions import Identity, fence
+from streamtools.drivers.kafka.unpacking import Answers
 from streamtools.errors import ConnectError, ConnectionLost, StreamToolsError
 from streamtools.settings import KafkaSettings
 
@@ -112,6 +113,7 @@ class Membership:
         self.consumer: Any = None
         #: Its connections; None before `join`.
         self.reach: Reach | None = None
+        self.answers: Answers
         #: The partitions that are ours.
         self.tracks: dict[TopicPartition, Track] = {}
         #: The group's name.
@@ -147,6 +149,7 @@ class Membership:
             rebalance_timeout_ms=int(1000 * rebalance),
             max_poll_interval_ms=FOREVER_MS,
         )
+        self.answers = Answers(self.consumer._client)
         self.reach = Reach(self.consumer._client, f"Group {self._terms.group}", self._settings)
         if self._terms.pattern is None:
             self.consumer.subscribe(list(self._terms.topics), listener=_Listener(self))

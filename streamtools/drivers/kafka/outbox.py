@@ -242,10 +242,11 @@ class Outbox:
 
     def _copy(self, settlement: Settlement, message: Message) -> Outgoing:
         kind = settlement.verdict.kind
+        record = settlement.delivery.token if message.id == settlement.delivery.message.id else None
         if kind is Kind.RETRY and message.queue == settlement.delivery.message.queue:
-            return self._retry(message, self._history(settlement, message))
+            return self._retry(message, self._history(settlement, message), record)
         headers = self._history(settlement, message) if kind is Kind.REJECT else []
-        return outgoing([message], headers=headers)[0]
+        return outgoing([message], headers=headers, read=_headers(record))[0]
 
     def _history(self, settlement: Settlement, message: Message) -> list[Header]:
         """Where it was read first, and who has rejected it."""
@@ -266,16 +267,21 @@ class Outbox:
         if track.is_retry:
             queue = header_texts(record.headers, (QUEUE,)).get(QUEUE, self._queue)
             message = message.replace(queue=queue)
-        return self._retry(message, [*decode_origin(record, track.partition).headers, *_rejected_by(record)])
+        headers = [*decode_origin(record, track.partition).headers, *_rejected_by(record)]
+        return self._retry(message, headers, record)
 
-    def _retry(self, message: Message, headers: list[Header]) -> Outgoing:
+    def _retry(self, message: Message, headers: list[Header], record: Any) -> Outgoing:
         """To this group alone: into the tier for its delay."""
         delay = 0.0 if message.deliver_at is None else message.deliver_at - time.time()
-        [item] = outgoing([message], headers=[*headers, (QUEUE, message.queue.encode())])
+        [item] = outgoing([message], headers=[*headers, (QUEUE, message.queue.encode())], read=_headers(record))
         item.topic, item.partition, item.timestamp = self._retry_topic, tier_of(delay, self._tiers), now_ms()
         return item
 
 
+def _headers(record: Any) -> Sequence[Header]:
+    """What stands beside what was read; nothing that matters where the record was not kept."""
+    return () if record is None else record.headers
+
+
 def _rejected_by(record: Any) -> list[Header]:
-    headers = () if record is None else record.headers
-    return [(name, value) for name, value in headers if name in (GROUP, RETRIES)]
+    return [(name, value) for name, value in _headers(record) if name in (GROUP, RETRIES)]

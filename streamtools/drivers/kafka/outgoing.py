@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from streamtools.drivers.kafka.errors import is_too_large, is_unfit, plain, wants_key
@@ -75,15 +75,18 @@ def _beside(key: bytes | None, headers: Sequence[Header]) -> int:
     """Bytes of a record beside its value, about."""
     size = OVERHEAD + 10 * len(headers)
     for name, value in headers:
-        size += len(name) + len(value)
+        size += len(name) + len(value or b"")
     return size if key is None else size + len(key)
 
 
-def outgoing(batch: Sequence[Message], *, headers: Sequence[Header] = ()) -> list[Outgoing]:
+def outgoing(
+    batch: Sequence[Message], *, headers: Sequence[Header] = (), read: Iterable[Header] = ()
+) -> list[Outgoing]:
     """Messages as records on their way, each to the topic that is its queue.
 
     Parameters:
         headers: further ones, on each.
+        read: the headers of the record that these are copies of.
     """
     now = time.time()
     items: list[Outgoing] = []
@@ -94,7 +97,7 @@ def outgoing(batch: Sequence[Message], *, headers: Sequence[Header] = ()) -> lis
         if like is not None and shared is not None and shared is source:
             items.append(like(message.id, message.body))
             continue
-        item = _outgoing(message, headers, now)
+        item = _outgoing(message, headers, now, read)
         items.append(item)
         if shared is not None:
             source, like = shared, _pattern(item)
@@ -114,14 +117,14 @@ def _pattern(first: Outgoing) -> Callable[[str, bytes | None], Outgoing]:
     return like
 
 
-def _outgoing(message: Message, headers: Sequence[Header], now: float) -> Outgoing:
+def _outgoing(message: Message, headers: Sequence[Header], now: float, read: Iterable[Header]) -> Outgoing:
     partition = None
     stamp, apart = timestamp(message, now)
     if type(message) is Placed:
         partition = message.partition
         if message.timestamp is not None:
             stamp, apart = int(message.timestamp * 1000), False
-    found = encode_headers(message, time_apart=apart)
+    found = encode_headers(message, time_apart=apart, read=read)
     if headers:
         found += headers
     key = encode_key(message)

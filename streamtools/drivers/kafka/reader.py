@@ -25,11 +25,12 @@ from streamtools.drivers.kafka.records import (
     QUEUE,
     RETRIES,
     decode_origin,
-    decode_record,
     header_texts,
     id_of,
     now_ms,
+    read_record,
 )
+from streamtools.drivers.kafka.unpacking import Answers, Buffers
 from streamtools.errors import SendError
 from streamtools.message import Message
 from streamtools.settings import KafkaSettings
@@ -81,8 +82,10 @@ class KafkaReader:
             auto_offset_reset="earliest",
             isolation_level="read_committed",
         )
+        answers = Answers(consumer._client)
         await started(consumer, self._settings)
         self._consumer = consumer
+        consumer._fetcher._records = Buffers(consumer._fetcher._records, answers)
         consumer.assign(topic.partitions)
         for partition in topic.partitions:
             progress = Progress(begins[partition], self._ends[partition], commits.get(partition))
@@ -142,7 +145,7 @@ class KafkaReader:
 
     async def _copies(self, settlement: Settlement) -> list[Outgoing]:
         record = settlement.delivery.token
-        items = outgoing(settlement.outgoing)
+        items = outgoing(settlement.outgoing, read=record.headers)
         told = header_texts(record.headers, (GROUP, RETRIES))
         if GROUP in told and RETRIES in told and await self._reads(told[GROUP], told[RETRIES]):
             origin = decode_origin(record, _place(record))
@@ -184,7 +187,8 @@ class KafkaReader:
         if record.offset >= self._ends[partition] or not self._offsets[partition].take(record.offset):
             return None
         self._records[partition][record.offset] = record
-        return Delivery(decode_record(record, partition), token=record)
+        message, trouble = read_record(record, partition)
+        return Delivery(message, token=record, trouble=trouble)
 
     async def _finish(self, settlements: Sequence[Settlement]) -> None:
         touched = set()

@@ -2,8 +2,12 @@
 
 The key is the record's key, the time its timestamp; the rest stands in headers under the names of the
 CloudEvents 1.0 Kafka binding, binary mode (`ce_id`, `ce_type`, ..., `content-type`). A user header of such a
-name travels behind `streamtools-user-`. Bytes that are no UTF-8, which only other programs write, survive
-every copy: they stand in the str as lone surrogates (PEP 383).
+name travels behind `streamtools-user-`.
+
+Other programs write what no text is: header values of any bytes, null ones, one name several times. A handler sees
+them as text (`\\xff` for a byte that is no UTF-8, nothing for null, several joined by commas), and a copy of the
+message carries them as they were, unless somebody has changed that text. Kafka's clients write no header name but in
+UTF-8: a name of other bytes is `\\xff...` from the first copy on.
 """
 
 from __future__ import annotations
@@ -15,18 +19,22 @@ from typing import Any, Final, NamedTuple
 
 from aiokafka import TopicPartition
 
+from streamtools.delivery import read_message
+from streamtools.errors import DecodeError
 from streamtools.message import NO_HEADERS, LazyMessage, Message, setters
 from streamtools.wire import (
     ATTEMPT,
     ERROR_ATTEMPTS,
     ERROR_TEXT,
     ERROR_TIMES,
+    KEY_BYTES,
     TEXT,
     TIMES,
     VERSION,
     decode_meta,
     encode_meta,
     read_key,
+    read_text,
     read_time,
     write_key,
 )
@@ -55,12 +63,12 @@ _META: Final = frozenset(
     PREFIX + name
     for name in (*TIMES.values(), *ERROR_TEXT.values(), *ERROR_TIMES.values(), ATTEMPT, VERSION, ERROR_ATTEMPTS)
 )
-_IGNORED: Final = frozenset({PREFIX + "specversion", PREFIX + TEXT["key"], PREFIX + TEXT["content_type"]})
+_IGNORED: Final = frozenset(PREFIX + name for name in ("specversion", TEXT["key"], KEY_BYTES, TEXT["content_type"]))
 _SPECVERSION: Final = (PREFIX + "specversion", b"1.0")
 #: Where the message's id stands.
 ID: Final = PREFIX + TEXT["id"]
 
-Header = tuple[str, bytes]
+Header = tuple[str, bytes | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,25 +108,26 @@ def encode_key(message: Message) -> bytes | None:
     return None if message.key is None else write_key(message.key)
 
 
-def encode_headers(message: Message, *, time_apart: bool) -> list[Header]:
+def encode_headers(message: Message, *, time_apart: bool, read: Iterable[Header] = ()) -> list[Header]:
     """The record's headers.
 
     Parameters:
         time_apart: the message's time is not the record's timestamp, and stands in a header.
+        read: the headers of the record that this is a copy of.
     """
     headers: list[Header] = []
     if message.type is not None and message.source is not None:  # else it is no event by CloudEvents' rules
         headers.append(_SPECVERSION)
     if _is_plain(message) and not time_apart:
-        headers.append((ID, message.id.encode("utf-8", "surrogateescape")))
+        headers.append((ID, _utf8(message.id)))
     else:
         skip = _NATIVE - {"time"} if time_apart else _NATIVE
         meta = encode_meta(message, prefix=PREFIX, skip=skip)
-        headers += [(name, value.encode("utf-8", "surrogateescape")) for name, value in meta.items()]
+        headers += [(name, _utf8(value)) for name, value in meta.items()]
     if message.content_type is not None:
-        headers.append((CONTENT_TYPE, message.content_type.encode("utf-8", "surrogateescape")))
+        headers.append((CONTENT_TYPE, _utf8(message.content_type)))
     if message.headers:
-        headers += _user_headers(message.headers)
+        headers += _user_headers(message.headers, _by_name(read))
     return headers
 
 
@@ -143,14 +152,17 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
     for name, raw in record.headers:
         field = _TEXT.get(name)
         if field is not None:
-            found[field] = raw.decode("utf-8", "backslashreplace") if raw is not None else ""
+            if raw is not None:
+                found[field] = read_text(raw)
         elif name in _META:
-            meta[name] = raw.decode("utf-8", "backslashreplace") if raw is not None else ""
-        elif name not in _IGNORED:
-            _keep(user, name, raw)
+            meta[name] = read_text(raw or b"")
+        elif name not in _IGNORED and (own := _user_name(name)) is not None:
+            value = read_text(raw or b"")
+            user[own] = f"{user[own]}, {value}" if own in user else value
     if meta:
         found |= _decode_meta(meta, record)
-    found.setdefault("id", id_of(place, record.offset))
+    if not found.get("id"):
+        found["id"] = id_of(place, record.offset)
     if record.timestamp is not None and record.timestamp >= 0:  # the oldest format has none
         found.setdefault("time", read_time(record.timestamp / 1000))
     return Message(
@@ -163,12 +175,11 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
 
 
 def decode_plain(record: Any, place: TopicPartition) -> Message | None:
-    """The message of a record with no headers but id and content type; None for any other, and where its key may be
-    bad."""
-    headers, key = record.headers, record.key
-    if headers and not (len(headers) == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE):
-        return None
-    if key is not None and not key.isascii():
+    """The message of a record with no headers but id and content type; None for any other."""
+    headers = record.headers
+    if headers and not (
+        len(headers) == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE and headers[0][1]
+    ):
         return None
     message = _new(Plain)
     _set_source(message, record if headers else (record, place))
@@ -207,6 +218,14 @@ def _decode_meta(meta: dict[str, str], record: Any) -> dict[str, Any]:
     return found
 
 
+def read_record(record: Any, place: TopicPartition, queue: str | None = None) -> tuple[Message, DecodeError | None]:
+    """The message of a record, and what makes it unfit for any handler; whatever stands in it, nothing is raised."""
+    return read_message(
+        decode_record, record, place, queue, body=record.value, queue=queue or place.topic,
+        id=id_of(place, record.offset), place=f"{place.topic}-{place.partition}, offset {record.offset}",
+    )  # fmt: skip
+
+
 def decode_origin(record: Any, place: TopicPartition) -> Origin:
     """Where the message of this record was read first."""
     return told_origin(record) or Origin(place.topic, place.partition, record.offset)
@@ -226,9 +245,9 @@ def _place(record: Any) -> str:
     return "" if origin is None else f"partition {origin.partition}, offset {origin.offset}"
 
 
-def header_texts(headers: Iterable[tuple[str, bytes | None]], names: Sequence[str]) -> dict[str, str]:
+def header_texts(headers: Iterable[Header], names: Sequence[str]) -> dict[str, str]:
     """Those headers of these names, as text."""
-    return {name: raw.decode("utf-8", "replace") for name, raw in headers if name in names and raw is not None}
+    return {name: read_text(raw) for name, raw in headers if name in names and raw is not None}
 
 
 def _is_plain(message: Message) -> bool:
@@ -249,24 +268,37 @@ def _is_plain(message: Message) -> bool:
     )
 
 
-def _user_headers(headers: Mapping[str, str]) -> list[Header]:
-    return [
-        (USER + name if _is_ours(name) else name, value.encode("utf-8", "surrogateescape"))
-        for name, value in headers.items()
-    ]
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")  # an exception's text may be anything
+
+
+def _user_headers(headers: Mapping[str, str], read: Mapping[str, Sequence[bytes | None]]) -> list[Header]:
+    found: list[Header] = []
+    for name, value in headers.items():
+        there = read.get(name)
+        if there is None or ", ".join(read_text(raw or b"") for raw in there) != value:
+            there = (_utf8(value),)
+        found += [(USER + name if _is_ours(name) else name, raw) for raw in there]
+    return found
+
+
+def _by_name(read: Iterable[Header]) -> dict[str, list[bytes | None]]:
+    found: dict[str, list[bytes | None]] = {}
+    for name, raw in read:
+        if (own := _user_name(name)) is not None:
+            found.setdefault(own, []).append(raw)
+    return found
 
 
 def _is_ours(name: str) -> bool:
     return name.startswith((PREFIX, "streamtools-")) or name == CONTENT_TYPE
 
 
-def _keep(user: dict[str, str], name: str, raw: bytes | None) -> None:
-    if name.startswith("streamtools-"):
-        if not name.startswith(USER):
-            return
-        name = name.removeprefix(USER)
-    value = raw.decode("utf-8", "surrogateescape") if raw is not None else ""
-    user[name] = f"{user[name]}, {value}" if name in user else value
+def _user_name(name: str) -> str | None:
+    """The user's name of a header; None for one of ours."""
+    if not name.startswith("streamtools-"):
+        return name
+    return name.removeprefix(USER) if name.startswith(USER) else None
 
 
 def now_ms() -> int:

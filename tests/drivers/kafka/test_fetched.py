@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
+from aiokafka.codec import gzip_encode, zstd_encode
 from aiokafka.consumer.fetcher import READ_COMMITTED, FetchResult, PartitionRecords
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.legacy_records import LegacyRecordBatchBuilder
@@ -19,10 +21,11 @@ from hypothesis import strategies as st
 
 from streamtools.drivers.kafka.ages import _first_time
 from streamtools.drivers.kafka.fetched import Buffers, Fetched
+from streamtools.drivers.kafka.unpacking import Answers, Records
 
 PLACE = TopicPartition("t", 0)
 #: Of a batch's header, see https://kafka.apache.org/documentation/#recordbatch: bytes before the field.
-CRC, ATTRIBUTES, LAST_DELTA = 17, 21, 23
+LENGTH, CRC, ATTRIBUTES, LAST_DELTA, HEADER = 8, 17, 21, 23, 61
 CONTROL = 0x20
 ABORT, COMMIT = struct.pack(">HH", 0, 0), struct.pack(">HH", 0, 1)
 PLAIN_CODEC, GZIP, SNAPPY, LZ4, ZSTD = range(5)
@@ -73,6 +76,14 @@ class State:
         self.position = position
 
 
+def buffers(result: FetchResult, data: bytes | None = None) -> Buffers:
+    """The library's buffers with this result, whose bytes are known or not."""
+    answers = Answers(SimpleNamespace(send=None))
+    if data is not None:
+        answers._found[PLACE] = data
+    return Buffers({PLACE: result}, answers)
+
+
 def parsed(data: bytes, aborted: list[tuple[int, int]], start: int) -> PartitionRecords:
     return PartitionRecords(PLACE, MemoryRecords(data), list(aborted), start, None, None, True, READ_COMMITTED)
 
@@ -81,7 +92,7 @@ def taken(data: bytes, aborted: list[tuple[int, int]], start: int) -> tuple[list
     """Records, the library's next position, and what was fetched."""
     state = State(start)
     result = FetchResult(PLACE, assignment=state, partition_records=parsed(data, aborted, start), backoff=0)
-    fetched = Buffers({PLACE: result})[PLACE].getall(None)
+    fetched = buffers(result, data)[PLACE].getall(None)
     assert isinstance(fetched, Fetched) and not result.has_more()
     return [content(record) for record in fetched.records], state.position, fetched
 
@@ -201,7 +212,7 @@ def test_bytes_that_have_changed_on_their_way_are_an_error_and_nothing_is_passed
     state = State(0)
     result = FetchResult(PLACE, assignment=state, partition_records=parsed(good + bytes(bad), [], 0), backoff=0)
     with pytest.raises(kafka.CorruptRecordException, match="CRC"):
-        Buffers({PLACE: result})[PLACE].getall(None)
+        buffers(result)[PLACE].getall(None)
     assert state.position == 0
 
 
@@ -210,5 +221,64 @@ def test_what_was_fetched_for_another_place_is_dropped_and_nothing_is_passed(cha
     state = State(0)
     vars(state).update(changes)
     result = FetchResult(PLACE, assignment=state, partition_records=parsed(Batch(0, 1, [0]).data, [], 0), backoff=0)
-    assert not Buffers({PLACE: result})[PLACE].getall(None)
+    assert not buffers(result)[PLACE].getall(None)
     assert state.position == changes.get("position", 0) and not result.has_more()
+
+
+# --- header names of any bytes --------------------------------------------------------------------
+
+
+def renamed(data: bytes, name: bytes, other: bytes) -> bytes:
+    """A batch in which a header name is other bytes."""
+    changed = bytearray(data.replace(name, other))
+    struct.pack_into(">I", changed, CRC, calc_crc32c(bytes(changed[ATTRIBUTES:])))
+    return bytes(changed)
+
+
+def batch_of(names: list[str], first: int) -> bytes:
+    """A batch with a record for each of these header names."""
+    builder = DefaultRecordBatchBuilder(2, PLAIN_CODEC, False, NOBODY, 0, 0, 1 << 20)
+    for n, name in enumerate(names):
+        headers = [("before", None), (name, b"%d" % n), ("behind", b"x")]
+        assert builder.append(n, timestamp=n, key=b"k", value=b"value", headers=headers) is not None
+    data = bytearray(builder.build())
+    struct.pack_into(">q", data, 0, first)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("start", [5, 6, 7, 8, 9, 11])
+def test_a_header_name_of_any_bytes_costs_no_record(start: int) -> None:
+    odd = renamed(batch_of(["good", "oddnam", "good"], 7), b"oddnam", b"\xff\xfename")
+    data = batch_of(["good", "good"], 5) + odd + batch_of(["good", "good"], 10)
+    found, position, _ = taken(data, [], start)
+    numbers = {5: 0, 6: 1, 7: 0, 8: 1, 9: 2, 10: 0, 11: 1}  # of each record in its batch
+    assert [record[0] for record in found] == [*range(start, 12)] and position == 12
+    for offset, _, key, value, headers in found:
+        name = r"\xff\xfename" if offset == 8 else "good"
+        assert (key, value) == (b"k", b"value")
+        assert headers == (("before", None), (name, b"%d" % numbers[offset]), ("behind", b"x"))
+
+
+@given(
+    st.lists(st.binary(min_size=3, max_size=3), min_size=1, max_size=6), st.sampled_from([PLAIN_CODEC, GZIP, ZSTD])
+)
+def test_header_names_of_any_bytes_in_any_records(names: list[bytes], codec: int) -> None:
+    texts = [f"n{n:02}" for n in range(len(names))]
+    data = batch_of(texts, 0)
+    for text, name in zip(texts, names, strict=True):
+        data = data.replace(b"\x06" + text.encode(), b"\x06" + name)
+    data = packed(data, codec)
+    found, position, _ = taken(data, [], 0)
+    expected = [name.decode("utf-8", "backslashreplace") for name in names]
+    assert [headers[1][0] for *_, headers in found] == expected and position == len(names)
+    assert _first_time(Records(data), len(names) - 1) == (len(names) - 1) / 1000
+
+
+def packed(data: bytes, codec: int) -> bytes:
+    """A batch with its records compressed."""
+    pack = {PLAIN_CODEC: bytes, GZIP: gzip_encode, ZSTD: zstd_encode}[codec]
+    changed = bytearray(data[:HEADER] + pack(data[HEADER:]))
+    struct.pack_into(">i", changed, LENGTH, len(changed) - LENGTH - 4)
+    changed[ATTRIBUTES + 1] |= codec
+    struct.pack_into(">I", changed, CRC, calc_crc32c(bytes(changed[ATTRIBUTES:])))
+    return bytes(changed)

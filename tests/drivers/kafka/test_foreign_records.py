@@ -9,11 +9,13 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from confluent_kafka import Producer as Confluent
 
-from streamtools import QueueAdmin
+from streamtools import QueueAdmin, Retry
 from streamtools.drivers.kafka import KafkaConsumer
 from streamtools.message import Message
+from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
-from tests.drivers.kafka.conftest import Tool, records, shown
+from tests.drivers.kafka.conftest import MakeProducer, Running, Tool, records, shown
+from tests.drivers.kafka.raw import produce_raw
 
 pytestmark = pytest.mark.real_kafka("transactions, compaction, a place to begin")
 
@@ -99,9 +101,112 @@ async def test_records_without_value_headers_or_text_are_messages(
     assert (tomb.body, tomb.key, offset_of(tomb)) == (None, "gone", 0)
     assert (empty.body, empty.key, offset_of(empty)) == (b"", None, 1)
     assert key.key == b"\xff\xfe"
-    assert dict(headers.headers) == {"nothing": "", "bytes": "\udcff"}
-    assert (nothing.id, nothing.content_type) == ("", "")
+    assert dict(headers.headers) == {"nothing": "", "bytes": r"\xff"}
+    assert (offset_of(nothing), nothing.content_type) == (4, None)
     assert (odd.id, odd.content_type) == (r"\xff", "text/plain")
+
+
+#: What no client library writes: names of any bytes, and times of any size.
+ODD: list[tuple[bytes, bytes | None]] = [
+    (b"\xff\xfename", b"\xff"), (b"twice", b"1"), (b"twice", b"\xf0"), (b"null", None),
+    (b"ce_expirytime", b"9999-12-31T23:59:59.9999999Z"), (b"ce_time", b"nan"), (b"ce_deliverytime", b"-1e300"),
+    (b"content-type", b"text/plain"),
+]  # fmt: skip
+
+
+async def any_times(tool: Tool, topic: str) -> None:
+    """A topic that takes any timestamp, and keeps what is as old as it says."""
+    options = ["--config", f"message.timestamp.after.max.ms={2**63 - 1}", "--config", "retention.ms=-1"]
+    await tool("kafka-topics", "--create", "--topic", topic, "--partitions", "1", *options)
+
+
+async def test_a_record_with_header_names_of_any_bytes_costs_itself_alone(
+    kafka: KafkaAddress, tool: Tool, running: Running, queue: str
+) -> None:
+    await any_times(tool, queue)
+    now = 1_764_489_600_000
+    rows = [(b"k", b"%d" % n, ODD if n == 1 else [], now * 1000 if n == 1 else now) for n in range(3)]
+    await produce_raw(kafka, queue, rows)
+    seen: list[tuple[bytes, int]] = []
+
+    async def handle(body: bytes, message: Message) -> None:
+        seen.append((body, message.attempt))
+        if body == b"1":
+            assert message.headers[r"\xff\xfename"] == r"\xff" and message.headers["twice"] == r"1, \xf0"
+            raise ConnectionError("not for this one")
+
+    async with running(handle, retry=Retry(retries=1, delay=0.1)) as consumer:
+        await eventually(lambda: sorted(seen) == [(b"0", 1), (b"1", 1), (b"1", 2), (b"2", 1)])
+        assert consumer.connected
+        async with asyncio.timeout(30):
+            while any(lag for _, _, lag in (await shown(kafka, queue, queue)).values()):
+                await asyncio.sleep(0.1)
+    [failed] = await records(kafka, f"{queue}.error")
+    assert (failed.key, failed.value) == (b"k", b"1")
+    headers = [h for h in failed.headers if h[0] in (r"\xff\xfename", "twice", "null")]
+    assert headers == [(r"\xff\xfename", b"\xff"), ("twice", b"1"), ("twice", b"\xf0"), ("null", None)]
+
+
+async def test_operators_look_at_it_and_move_it_too(
+    kafka: KafkaAddress, tool: Tool, admin: QueueAdmin, producer: MakeProducer, queue: str
+) -> None:
+    await any_times(tool, queue)
+    rows = [(b"\xff", b"%d" % n, ODD if n in (0, 3) else [], n) for n in range(5)]
+    await produce_raw(kafka, queue, rows)
+    assert (await admin.stats(queue)).ready == 5
+    seen = [message.body for message in await admin.peek(queue, limit=10)]
+    assert seen == [b"%d" % n for n in range(5)]
+    await admin.create(f"{queue}.2", partitions=1)
+    assert await admin.move(queue, f"{queue}.2") == 5
+    moved = await records(kafka, f"{queue}.2")
+    assert [(record.key, record.value) for record in moved] == [(b"\xff", b"%d" % n) for n in range(5)]
+    assert [h for h in moved[3].headers if h[0] == "twice"] == [("twice", b"1"), ("twice", b"\xf0")]
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+async def test_a_tombstone_stays_one_on_every_way(
+    kafka: KafkaAddress, admin: QueueAdmin, producer: MakeProducer, running: Running, queue: str, exactly: bool
+) -> None:
+    sender = await producer()
+    await sender.send(None, key="k", tombstone=True)
+    await sender.send(None, key=b"\x00\x00\x00*", tombstone=True)
+    seen: list[tuple[int | None, str | bytes | None, int]] = []
+
+    async def handle(payload: int | None, message: Message) -> None:
+        seen.append((payload, message.key, message.attempt))
+        raise ConnectionError("not yet")
+
+    async with running(handle, retry=Retry(retries=1, delay=0.1), exactly_once=exactly):
+        await eventually(lambda: len(seen) == 4, timeout=60)
+    keys = ["k", b"\x00\x00\x00*"]
+    assert sorted(seen, key=repr) == sorted(((None, key, n) for key in keys for n in (1, 2)), key=repr)
+    for topic in (f"{queue}.retry", f"{queue}.error"):
+        rows = [(row.key, row.value) for row in await records(kafka, topic, committed=True)]
+        assert sorted(rows) == [(b"\x00\x00\x00*", None), (b"k", None)]
+    assert await admin.move(f"{queue}.error", f"{queue}") == 2
+    rows = [(row.key, row.value) for row in await records(kafka, queue)]
+    assert sorted(rows) == [(b"\x00\x00\x00*", None)] * 2 + [(b"k", None)] * 2
+
+
+async def test_a_compacted_topic_takes_a_tombstone_and_keys_of_any_bytes_go_where_other_clients_put_them(
+    kafka: KafkaAddress, tool: Tool, producer: MakeProducer, queue: str
+) -> None:
+    await tool(
+        "kafka-topics", "--create", "--topic", queue, "--partitions", "7", "--config", "cleanup.policy=compact"
+    )
+    sender = await producer()
+    keys: list[str | bytes] = ["ä", b"\x00\x00\x00*", b"\x00\x00\x00\xc8", b"\xff\xfe", b""]
+    for key in keys:
+        await sender.send(None, key=key, tombstone=True)
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap) as other:
+        for key in keys:
+            await other.send_and_wait(queue, None, key=key.encode() if isinstance(key, str) else key)
+    found = await records(kafka, queue)
+    places: dict[bytes, set[int]] = {}
+    for record in found:
+        assert record.value is None
+        places.setdefault(record.key, set()).add(record.partition)
+    assert len(found) == 10 and all(len(partitions) == 1 for partitions in places.values())
 
 
 @pytest.mark.slow

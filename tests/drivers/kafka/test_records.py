@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
@@ -39,6 +41,7 @@ def sent(message: Message) -> Any:
 @given(strategies.messages)
 def test_a_message_comes_back_as_it_was_sent(message: Message) -> None:
     back = decode_record(sent(message), TopicPartition(message.queue, 0))
+    message = message.replace(id=message.id or f"{message.queue}-0-7")
     assert back.replace(time=None, deliver_at=None, expires_at=None, error=None) == message.replace(
         time=None, deliver_at=None, expires_at=None, error=None
     )
@@ -113,14 +116,66 @@ def test_two_threads_that_ask_at_once_have_the_same_answer() -> None:
     assert messages == whole
 
 
-@given(st.binary(), st.lists(st.tuples(st.sampled_from(["a", "b", "ce_x", "streamtools-user-ce_y"]), st.binary())))
-def test_bytes_of_other_programs_survive_every_copy(key: bytes, headers: list[tuple[str, bytes]]) -> None:
-    message = decode_record(record(key=key, headers=dict(headers).items()), PLACE)
-    copy = sent(message)
-    assert copy.key == key
-    found = dict(copy.headers)
-    for name, value in dict(headers).items():
-        assert found[name if name in found else f"streamtools-user-{name}"] == value
+#: Header names of other programs, ours among them.
+NAMES = st.sampled_from(["a", "b", "ce_x", "streamtools-user-ce_y", "content_type", r"\xff"])
+#: Header values of other programs.
+VALUES = st.none() | st.binary(max_size=5) | st.sampled_from([b"", b", ", b"\xff", "\ufeffä".encode()])
+
+
+@given(st.none() | st.binary(), st.none() | st.binary(), st.lists(st.tuples(NAMES, VALUES)))
+def test_what_other_programs_wrote_is_the_same_in_every_copy(
+    key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes | None]]
+) -> None:
+    read = record(key=key, value=value, headers=headers)
+    for _ in range(2):  # a copy, and a copy of that
+        message = decode_record(read, PLACE)
+        assert all(text.encode() is not None for text in message.headers.values())
+        [item] = outgoing([message.replace(attempt=2)], read=read.headers)
+        assert (item.key, item.value) == (key, value)
+        read = record(key=item.key, value=item.value, headers=item.headers)
+    assert by_name(item.headers) == by_name(headers)
+
+
+def by_name(headers: Sequence[tuple[str, bytes | None]]) -> dict[str, list[bytes | None]]:
+    """The values of each header that is no metadata of ours."""
+    found: dict[str, list[bytes | None]] = {}
+    for name, value in headers:
+        if name not in ("ce_id", "ce_attempt", "ce_time"):
+            found.setdefault(name.removeprefix("streamtools-user-"), []).append(value)
+    return found
+
+
+def test_a_header_that_was_changed_goes_out_as_it_was_changed() -> None:
+    read = record(headers=[("a", b"\xff"), ("a", b"2"), ("b", None)])
+    message = decode_record(read, PLACE)
+    assert dict(message.headers) == {"a": r"\xff, 2", "b": ""}
+    [item] = outgoing([message.replace(headers={"a": "new", "b": "", "c": "more"})], read=read.headers)
+    assert [h for h in item.headers if not h[0].startswith("ce_")] == [("a", b"new"), ("b", None), ("c", b"more")]
+
+
+@pytest.mark.parametrize("text", ["9999-12-31T23:59:59.9999999Z", "nan", "-inf", "1e400", "1764489600000", "-1e18"])
+@pytest.mark.parametrize("name", ["ce_time", "ce_expirytime", "ce_deliverytime", "ce_errorfirst"])
+def test_a_time_out_of_range_can_be_copied(name: str, text: str) -> None:
+    read = record(headers=[(name, text.encode()), ("ce_errorqueue", b"q")])
+    message = decode_record(read, PLACE)
+    [item] = outgoing([message.replace(attempt=2)], read=read.headers)
+    assert 0 <= item.timestamp < 2**53 and decode_record(record(headers=item.headers), PLACE).attempt == 2
+
+
+@given(st.integers(-(2**63), 2**63 - 1))
+def test_a_timestamp_out_of_range_can_be_copied(timestamp: int) -> None:
+    read = record(timestamp=timestamp)
+    [item] = outgoing([decode_record(read, PLACE).replace(attempt=2)])
+    assert abs(item.timestamp - time.time() * 1000) < 60_000
+    plain = decode_plain(read, PLACE)
+    assert plain is not None and plain == decode_record(read, PLACE)
+
+
+def test_an_empty_id_is_none() -> None:
+    for raw in (b"", None):
+        read = record(headers=[("ce_id", raw), ("content-type", None)])
+        assert decode_plain(read, PLACE) is None
+        assert (decode_record(read, PLACE).id, decode_record(read, PLACE).content_type) == ("t-3-7", None)
 
 
 def test_a_record_without_any_header_is_a_message() -> None:
