@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.sqlite.consumer import SQLiteReader
 from streamtools.drivers.sqlite.database import Session
+from streamtools.drivers.sqlite.files import Moved
 from streamtools.drivers.sqlite.producer import bind, declare
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConnectError, QueueError
@@ -41,6 +42,8 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
     async def _connect(self, wanted: str | None = None) -> Session:
         if not self._opened:
             raise ConnectError(f"{self!r} is not open: async with ADMINS['sqlite'](url=...) as admin: ...")
+        if self._session is not None and self._session.gone:
+            await self._leave()
         if self._session is None:
             # A thread of its own: counting a million messages must not hold up consumers.
             self._session = await Session.open(self.settings, use="admin", wanted=wanted)
@@ -48,6 +51,9 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
 
     async def _close(self) -> None:
         self._opened = False
+        await self._leave()
+
+    async def _leave(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -93,7 +99,11 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
     async def _call(self, run: Any, argument: Any, *, full: bool = False) -> Any:
         name = argument[0] if isinstance(argument, tuple) else argument
         wanted = f"queue {name!r}"
-        found = await (await self._connect(wanted)).call(run, argument, full=full)
+        try:
+            found = await (await self._connect(wanted)).call(run, argument, full=full)
+        except Moved:  # nothing was done: ask the file that is there now
+            await self._leave()
+            found = await (await self._connect(wanted)).call(run, argument, full=full)
         if found is None:
             raise QueueError(f"There is no {wanted} in {self.settings.path}.")
         return found

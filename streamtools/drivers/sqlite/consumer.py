@@ -14,9 +14,9 @@ from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.producer import FEATURES, bind, declare, insert, missing
 from streamtools.drivers.sqlite.requests import Holder
 from streamtools.drivers.sqlite.rows import Claimed, Row, encode
-from streamtools.drivers.sqlite.schema import NoRoom
+from streamtools.drivers.sqlite.schema import NoRoom, is_missing
 from streamtools.drivers.sqlite.tables import SUSPECT, Tables
-from streamtools.errors import Closed, ConnectError, QueueError, SendError
+from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError
 from streamtools.settings import SQLiteSettings
 from streamtools.verdicts import Kind
 
@@ -83,7 +83,7 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
 
     async def _open(self) -> None:
         await self._close()
-        session = await Session.open(self.settings, wanted=None if self.declare is True else f"queue {self.queue!r}")
+        session = await self._reach()
         try:
             self._holder = await self._join(session)
         except BaseException:
@@ -91,6 +91,15 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
             raise
         self._failed: set[tuple[int, int]] = set()
         self._session = session
+
+    async def _reach(self) -> Session:
+        wanted = None if self.declare is True else f"queue {self.queue!r}"
+        try:
+            return await Session.open(self.settings, wanted=wanted)
+        except (QueueError, ConnectError) as error:
+            if self._opened and await asyncio.to_thread(is_missing, self.settings.path):
+                raise ConnectionLost(str(error)) from error  # it was there: it may be being restored
+            raise
 
     async def _declare(self, session: Session) -> None:
         await declare(session, [self.queue, self.error_queue.replace("{queue}", self.queue)], self.declare)

@@ -108,6 +108,11 @@ class Database:
             self._ending = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._ending)
 
+    @property
+    def gone(self) -> bool:
+        """Its thread has ended: the file was moved or is in trouble."""
+        return self._worker.gone
+
     # --- asking ---------------------------------------------------------------------------------
 
     def ask(self, what: Job | Waiter) -> None:
@@ -198,6 +203,11 @@ class Session:
     async def open(cls, settings: SQLiteSettings, *, use: str = "", wanted: str | None = None) -> Session:
         """A session with the file, which is opened if it is not; parameters and errors as for `Database.attach`."""
         return cls(await Database.attach(settings, use=use, wanted=wanted))
+
+    @property
+    def gone(self) -> bool:
+        """The file cannot be used by this session any more."""
+        return self._database.gone
 
     async def call(self, run: Run, argument: Any, *, full: bool, patience: float | None = None) -> Any:
         """Have something done in a transaction, together with what else is asked meanwhile.

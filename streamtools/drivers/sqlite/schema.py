@@ -126,6 +126,11 @@ def check_exists(path: str, wanted: str) -> None:
         )
 
 
+def is_missing(path: str) -> bool:
+    """There is no file there, or not even its directory."""
+    return not os.path.lexists(path)
+
+
 def connect(path: str) -> sqlite3.Connection:
     """Open the file and make the tables if it is new. Raises sqlite3.Error as it comes, and:
 

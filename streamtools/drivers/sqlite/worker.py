@@ -26,6 +26,7 @@ from secrets import randbits
 from typing import Any, Final
 
 from streamtools.drivers.sqlite import schema
+from streamtools.drivers.sqlite.files import Files, Moved
 from streamtools.drivers.sqlite.requests import Holder, Job, Outcome, Run, Waiter
 from streamtools.drivers.sqlite.rows import Claimed
 from streamtools.drivers.sqlite.tables import CLAIM_BYTES, Tables
@@ -144,7 +145,7 @@ class Worker:
                     raise ConnectError(schema.locked(self._path, time.monotonic() - started)) from error
                 self._halt.wait(random.uniform(0.5, 1) * LOCK_MAX_DELAY)  # noqa: S311
         self._tables = Tables(connection)
-        self._identity = _identity(self._path)
+        self._files = Files(self._path)
         return connection
 
     def _end(self) -> None:
@@ -152,6 +153,8 @@ class Worker:
         self.gone = True  # from here on `ask` is answered by the event loop itself
         try:
             self._roll_back()
+            if isinstance(gone, Moved):
+                self._files.part(self._connection)
             self._connection.close()
         except sqlite3.Error as error:
             log.warning("Closing %s: %s", self._path, error)
@@ -168,6 +171,8 @@ class Worker:
     def _turn(self) -> None:
         jobs = self._jobs = self._gather()
         care = self._care()  # before those who only ask are answered, and wait no more
+        if self._broken is not None:
+            return
         ready = self._look_around()
         plain = [job for job in jobs if not job.full]
         if plain or ready or care:
@@ -293,6 +298,9 @@ class Worker:
         if now < self._next_care:
             return []
         self._next_care = now + min(CARE, self._lease / 4)
+        if self._files.moved():
+            self._broken = self._files.error()
+            return []
         self._cut_log()
         self._holders = {holder for holder in self._holders if not holder.closed}
         wall = time.time()
@@ -341,7 +349,8 @@ class Worker:
             outcomes = self._perform(jobs, waiters)
             if self._connection.total_changes != before:
                 self._stirred = True
-                self._check_file()
+                if self._files.moved():
+                    raise self._files.error()
             self._tables.run("COMMIT")
         except Exception as error:
             self._roll_back()
@@ -441,13 +450,6 @@ class Worker:
             holder.expires = min(holder.expires, time.time())  # what was just renewed was not
         self._tables.forget_lanes()
 
-    def _check_file(self) -> None:
-        if _identity(self._path) != self._identity:
-            raise Moved(
-                f"{self._path} was moved, deleted or replaced while it was in use; what is written to the old one "
-                "would be lost."
-            )
-
     def _fail(self, error: BaseException, jobs: Sequence[Job], waiters: Sequence[Waiter]) -> None:
         if isinstance(error, sqlite3.Error):
             cause, error = error, schema.explain(error, self._path)
@@ -459,22 +461,10 @@ class Worker:
         self._post([(what, None, error) for what in failed])
 
 
-class Moved(ConnectionLost):
-    """The path leads to another file than the one that is open."""
-
-
 def _expire(tables: Tables, arguments: Sequence[Any]) -> Sequence[Any]:
     if number := tables.expire(time.time()):
         log.warning("%d messages come back: the consumers that had them stopped renewing their lease.", number)
     return [None for _ in arguments]
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _is_fatal(error: BaseException) -> bool:
