@@ -9,7 +9,7 @@ from typing import Final
 
 from aiokafka import errors as kafka
 
-from streamtools.errors import ConnectError, ConnectionLost, QueueError, StreamToolsError
+from streamtools.errors import ConnectError, ConnectionLost, QueueError, SendError, StreamToolsError
 from streamtools.settings import KafkaSettings
 
 
@@ -35,22 +35,30 @@ CLIENT_ERRORS: Final[tuple[type[Exception], ...]] = (
 )
 #: Those, and what we have made of them.
 TROUBLE: Final[tuple[type[Exception], ...]] = (*CLIENT_ERRORS, StreamToolsError)
-#: The broker takes no part of such a batch, whoever sends it again.
-REFUSALS: Final[tuple[type[Exception], ...]] = (
+#: The broker takes no part of such a batch for the sake of some record in it: the others are taken without that one.
+RECORD_REFUSALS: Final[tuple[type[Exception], ...]] = (
     kafka.MessageSizeTooLargeError,
     kafka.RecordListTooLargeError,
-    kafka.InvalidTopicError,
     kafka.InvalidTimestampError,
+    kafka.UnsupportedForMessageFormatError,
+    kafka.CorruptRecordException,
+    _InvalidRecordError,
+)
+#: The broker takes no part of such a batch, whoever sends it again.
+REFUSALS: Final[tuple[type[Exception], ...]] = (
+    *RECORD_REFUSALS,
+    kafka.InvalidTopicError,
     kafka.TopicAuthorizationFailedError,
     kafka.ClusterAuthorizationFailedError,
     kafka.TransactionalIdAuthorizationFailed,
     kafka.PolicyViolationError,
-    kafka.UnsupportedForMessageFormatError,
     kafka.InvalidRequiredAcksError,
-    kafka.CorruptRecordException,
-    _InvalidRecordError,
 )
 _TOO_LARGE: Final[tuple[type[Exception], ...]] = (kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError)
+
+
+class Unfit(SendError):
+    """A record that is not even handed to Kafka: too large, or nothing that can be written."""
 
 
 def wants_key(error: BaseException) -> bool:
@@ -136,7 +144,7 @@ def is_too_large(error: BaseException) -> bool:
 
 def is_unfit(error: BaseException) -> bool:
     """The broker never takes such a record, whoever sends it and when."""
-    return isinstance(error, (*_TOO_LARGE, kafka.InvalidTimestampError, _InvalidRecordError))
+    return isinstance(error, (*RECORD_REFUSALS, Unfit))
 
 
 def plain(error: BaseException) -> str:

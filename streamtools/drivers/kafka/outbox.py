@@ -12,6 +12,7 @@ from aiokafka import errors as kafka
 from streamtools.delivery import Settlement, goes_last
 from streamtools.drivers.kafka.membership import Membership
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
+from streamtools.drivers.kafka.outgoing import refused as refused_error
 from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import GROUP, QUEUE, RETRIES, Header, decode_origin, header_texts, now_ms
 from streamtools.drivers.kafka.tiers import tier_of
@@ -78,13 +79,13 @@ class Outbox:
 
     async def _publish(self, mine: Sequence[Settlement], *, last: bool) -> tuple[list[Settlement], SendError | None]:
         """Send what is to go first, or last; those of which none was refused, and the refusal."""
-        items = [self._copy(s, m) for s in mine for m in s.outgoing if goes_last(m, s) is last]
+        copies = [(s, self._copy(s, m)) for s in mine for m in s.outgoing if goes_last(m, s) is last]
         try:
-            if items:
-                await (await self._get_publisher()).publish(items)
+            if copies:
+                await (await self._get_publisher()).publish([item for _, item in copies])
         except SendError as error:
-            refused = frozenset(error.refused)
-            return [s for s in mine if not any(m.id in refused for m in s.outgoing)], error
+            refused = {id(s) for s, item in copies if item.error is not None}
+            return [s for s in mine if id(s) not in refused], error
         return list(mine), None
 
     async def move(self, batch: Sequence[Waiting]) -> None:
@@ -146,17 +147,22 @@ class Outbox:
         done: list[Settlement],
         reject: Callable[[Settlement, SendError], Settlement],
     ) -> None:
+        copies = [(s, item) for s in batch for item in self._copies(s)]
         try:
-            await self._transact(track, {delivery_of(s).offset for s in batch}, self._all_copies(batch))
-        except SendError as error:
-            bad = [s for s in batch if any(m.id in error.refused for m in s.outgoing)]
-            good = [s for s in batch if s not in bad]
+            await self._transact(track, {delivery_of(s).offset for s in batch}, [item for _, item in copies])
+        except SendError:
+            refused = {id(s) for s, item in copies if item.error is not None}
+            bad = [s for s in batch if id(s) in refused]
+            good = [s for s in batch if id(s) not in refused]
+            if not bad:
+                raise  # of none of these alone
             if good:
                 await self._settle_track(track, good, done, reject)
             for settlement in bad:
                 if settlement.verdict is not ACK:
                     raise
-                instead = reject(settlement, error)
+                why = {item.id: item.error for s, item in copies if s is settlement and item.error is not None}
+                instead = reject(settlement, refused_error(why, self._settings))
                 await self._transact(track, {delivery_of(settlement).offset}, self._copies(instead))
                 done.append(settlement)
         else:
@@ -233,9 +239,6 @@ class Outbox:
         await asyncio.gather(*ends)
 
     # --- copies -----------------------------------------------------------------------------------
-
-    def _all_copies(self, batch: Sequence[Settlement]) -> list[Outgoing]:
-        return [item for settlement in batch for item in self._copies(settlement)]
 
     def _copies(self, settlement: Settlement) -> list[Outgoing]:
         return [self._copy(settlement, message) for message in settlement.outgoing]

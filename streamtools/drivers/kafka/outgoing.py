@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from streamtools.drivers.kafka.errors import is_too_large, is_unfit, plain, wants_key
+from aiokafka import errors as kafka
+
+from streamtools.drivers.kafka.errors import Unfit, is_too_large, is_unfit, plain, wants_key
 from streamtools.drivers.kafka.records import ID, Header, Placed, encode_headers, encode_key, timestamp
 from streamtools.errors import SendError, StreamToolsError
 from streamtools.exchange import Exchange
@@ -26,6 +28,7 @@ class Outgoing:
         id: the message's.
         partition: where it must go; by its key, or anywhere, when None.
         offset: where it stands once it is confirmed.
+        error: why it was refused; None as long as it was not.
         pending: who waits for it.
         size: bytes of the record, about.
         exchange: where it goes by its topic, to each queue that is bound there; None to the topic itself.
@@ -33,8 +36,8 @@ class Outgoing:
     """
 
     __slots__ = (
-        "exchange", "headers", "id", "key", "mandatory", "offset", "partition", "pending", "size", "timestamp",
-        "topic", "value",
+        "error", "exchange", "headers", "id", "key", "mandatory", "of", "offset", "partition", "pending", "size",
+        "timestamp", "topic", "value",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +61,8 @@ class Outgoing:
         self.timestamp: int = timestamp
         self.partition: int | None = partition
         self.offset: int | None = None
+        self.error: BaseException | None = None
+        self.of: Outgoing | None = None  # the event that this is the record of, for one of its queues
         self.pending: Any = None
         self.exchange: Exchange | None = exchange
         self.mandatory: bool = mandatory
@@ -65,10 +70,18 @@ class Outgoing:
 
     def to(self, topic: str) -> Outgoing:
         """The same, to this topic itself."""
-        return Outgoing(
+        item = Outgoing(
             self.id, topic, self.key, self.value, self.headers, self.timestamp, self.partition,
             beside=self.size - len(self.value or b""), mandatory=self.mandatory,
         )  # fmt: skip
+        item.of = self
+        return item
+
+    def refuse(self, error: BaseException) -> None:
+        """It is refused, for this reason."""
+        self.error = error
+        if self.of is not None:
+            self.of.error = error
 
 
 def _beside(key: bytes | None, headers: Sequence[Header]) -> int:
@@ -148,6 +161,11 @@ def refused(failed: Mapping[str, BaseException], settings: KafkaSettings) -> Sen
 
 
 def _why(error: BaseException) -> str:
+    if isinstance(error, kafka.InvalidTimestampError):
+        return (
+            "its timestamp is not one that the topic takes (INVALID_TIMESTAMP): see the topic's "
+            "message.timestamp.before.max.ms and message.timestamp.after.max.ms, and this machine's clock"
+        )
     if is_too_large(error):
         return (
             "too large for the topic (MESSAGE_TOO_LARGE); put less into a message, or raise the topic's "
@@ -156,3 +174,42 @@ def _why(error: BaseException) -> str:
     if wants_key(error):
         return "the topic does not take it (INVALID_RECORD); a compacted one wants a key: send(key=...)"
     return plain(error)
+
+
+#: Adds a record to a batch; None when it has no room there.
+Append = Callable[..., Any]
+
+
+def append(add: Append, item: Outgoing) -> bool:
+    """Add it to a batch; False where that has no room. What the library cannot write is refused."""
+    try:
+        return add(timestamp=item.timestamp, key=item.key, value=item.value, headers=item.headers) is not None
+    except (TypeError, ValueError, OverflowError) as error:
+        item.refuse(Unfit(f"it cannot be written as a record of Kafka: {error}"))
+        return True
+
+
+class Portions:
+    """How many of what waits are to be sent together, after a batch was refused for one of its records.
+
+    A broker refuses a batch as a whole. It is halved, and each half again that is refused, until what is refused is
+    one record: the others are taken, in their order, for some requests more.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []  # of the next ones; the next is the last
+
+    def next(self, usual: int) -> int:
+        """How many are to be sent together now, at most."""
+        return min(self._sizes[-1], usual) if self._sizes else usual
+
+    def taken(self, number: int) -> None:
+        """So many were taken to be sent."""
+        if self._sizes:
+            self._sizes[-1] -= number
+            if self._sizes[-1] <= 0:
+                self._sizes.pop()
+
+    def halve(self, number: int) -> None:
+        """So many were refused together, and are the next again."""
+        self._sizes += [number - number // 2, number // 2]

@@ -10,7 +10,7 @@ from typing import Any, Final
 from aiokafka.partitioner import murmur2
 
 from streamtools.drivers.kafka.bindings import Bindings
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, Unfit, client_error
 from streamtools.drivers.kafka.outgoing import Outgoing
 from streamtools.drivers.kafka.topics import Topics
 from streamtools.errors import SendError, StreamToolsError
@@ -115,7 +115,7 @@ class Partitions:
     def trouble(self, item: Outgoing) -> SendError | None:
         """Why this one cannot go to its topic."""
         if item.size > self._limit:
-            return SendError(
+            return Unfit(
                 f"it has {item.size} bytes, over max_message={self._settings.max_message}; put less into it, or "
                 "raise KAFKA_MAX_MESSAGE and the topic's max.message.bytes"
             )

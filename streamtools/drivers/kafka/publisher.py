@@ -19,8 +19,8 @@ from aiokafka import errors as kafka
 
 from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.kafka.client import abandoned, connection, next_number, rewind, started, stopped
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, REFUSALS, is_too_large, plain
-from streamtools.drivers.kafka.outgoing import Outgoing, refused
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, RECORD_REFUSALS, REFUSALS, client_error, plain
+from streamtools.drivers.kafka.outgoing import Outgoing, Portions, append, refused
 from streamtools.drivers.kafka.partitions import Partitions
 from streamtools.drivers.kafka.reach import Reach
 from streamtools.drivers.kafka.topics import Topics
@@ -75,7 +75,7 @@ class Lane:
         self._publisher = publisher
         self.topic: str = topic
         self.partition: int = partition
-        self._alone = 0  # so many of those that wait are sent one by one
+        self._portions = Portions()
 
     def wake(self) -> None:
         """Send what waits, until nothing does."""
@@ -100,23 +100,31 @@ class Lane:
                 await self._again(batch, producer, kafka.KafkaConnectionError("the client library gave it up"))
             except CLIENT_ERRORS as error:
                 await self._failed(batch, producer, number, error)
+            except Exception as error:  # the library's own: whoever waits is told, and sends again
+                failed = [*batch, *self.waiting]
+                self.waiting.clear()
+                self._fail(failed, client_error(error, self._publisher.settings))
+                raise
             else:
                 self._confirm(batch, offset)
 
     def _build(self, producer: Any) -> tuple[list[Outgoing], Any]:
         builder = producer.create_batch()
-        append, waiting = builder.append, self.waiting
+        add, waiting = builder.append, self.waiting
         batch: list[Outgoing] = []
-        most = 1 if self._alone else len(waiting)
-        while waiting and len(batch) < most:
+        number = most = self._portions.next(len(waiting))
+        while number:
             item = waiting[0]
             if item.pending.given_up:
                 self._publisher.freed(waiting.popleft().size)
-                continue
-            if append(timestamp=item.timestamp, key=item.key, value=item.value, headers=item.headers) is None:
+            elif not append(add, item):
                 break
-            batch.append(waiting.popleft())
-        self._alone = max(0, self._alone - 1)
+            elif item.error is None:
+                batch.append(waiting.popleft())
+            else:
+                self._refuse([waiting.popleft()], item.error)
+            number -= 1
+        self._portions.taken(most - number)
         builder.close()
         return batch, builder
 
@@ -138,9 +146,8 @@ class Lane:
     async def _failed(self, batch: list[Outgoing], producer: Any, number: int, error: BaseException) -> None:
         if isinstance(error, REFUSALS):
             rewind(producer, self.topic, self.partition, number)
-        if is_too_large(error) and len(batch) > 1:
-            # The limit is on the batch: each of them may fit by itself.
-            self._alone = len(batch)
+        if isinstance(error, RECORD_REFUSALS) and len(batch) > 1:
+            self._portions.halve(len(batch))
             self.waiting.extendleft(reversed(batch))
         elif isinstance(error, REFUSALS):
             self._refuse(batch, error)
@@ -167,6 +174,7 @@ class Lane:
     def _refuse(self, batch: list[Outgoing], error: BaseException) -> None:
         for item in batch:
             self._publisher.freed(item.size)
+            item.refuse(error)
             item.pending.failed[item.id] = error
             item.pending.done()
 
@@ -186,7 +194,7 @@ class Publisher:
     """
 
     def __init__(self, settings: KafkaSettings, client_id: str, *, room: int = 0) -> None:
-        self._settings = settings
+        self.settings: KafkaSettings = settings
         self._client_id = client_id
         self._producer: Any = None
         self._lanes: dict[tuple[str, int], Lane] = {}
@@ -205,7 +213,7 @@ class Publisher:
             ConnectError: no broker lets us in.
         """
         self._producer = await self._new_producer()
-        return Topics(self._producer.client, self._settings)
+        return Topics(self._producer.client, self.settings)
 
     async def publish(self, batch: Sequence[Outgoing]) -> None:
         """Return when all are confirmed.
@@ -220,7 +228,7 @@ class Publisher:
         finally:
             pending.given_up = True
         if pending.failed:
-            raise refused(pending.failed, self._settings)
+            raise refused(pending.failed, self.settings)
 
     async def submit(self, batch: Sequence[Outgoing]) -> Pending:
         """Hand them over in order, once there is room; returns before they are confirmed."""
@@ -275,6 +283,7 @@ class Publisher:
             item.pending = pending
             trouble = missing.get(item.topic) or trouble_of(item) if missing else trouble_of(item)
             if trouble is not None:
+                item.refuse(trouble)
                 pending.failed[item.id] = trouble
                 pending.done()
                 continue
@@ -312,19 +321,19 @@ class Publisher:
 
     async def _retire(self, producer: Any) -> None:
         try:
-            await stopped(producer, timeout=2 * self._settings.request_timeout)
+            await stopped(producer, timeout=2 * self.settings.request_timeout)
         finally:
             await abandoned(producer)
 
     async def _new_producer(self) -> Any:
         producer = AIOKafkaProducer(
-            **await connection(self._settings, self._client_id),
+            **await connection(self.settings, self._client_id),
             enable_idempotence=True,
             max_batch_size=BATCH,
             max_request_size=self._limit,
         )
-        Reach(producer.client, f"Producer {self._client_id}", self._settings)
-        await started(producer, self._settings)
+        Reach(producer.client, f"Producer {self._client_id}", self.settings)
+        await started(producer, self.settings)
         return producer
 
     # --- bounds -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ use of its producer; the next owner finds out by taking the id over.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -17,8 +18,8 @@ from aiokafka.client import ConnectionGroup, CoordinationType
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
 from streamtools.drivers.kafka.client import abandoned, connection, next_number, rewind, started
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, REFUSALS, client_error, is_too_large, plain
-from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, refused
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, RECORD_REFUSALS, REFUSALS, client_error, plain
+from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, Portions, append, refused
 from streamtools.drivers.kafka.partitions import Partitions
 from streamtools.drivers.kafka.publisher import BATCH
 from streamtools.errors import ConnectionLost, StreamToolsError
@@ -127,6 +128,7 @@ class Transactional:
             if trouble is None:
                 lanes.setdefault((item.topic, self._partitions.choose(item)), []).append(item)
             else:
+                item.refuse(trouble)
                 failed[item.id] = trouble
         if not failed:
             await asyncio.gather(*(self._send_lane(*place, items, failed) for place, items in lanes.items()))
@@ -179,12 +181,13 @@ class Transactional:
     async def _send_lane(
         self, topic: str, partition: int, items: list[Outgoing], failed: dict[str, BaseException]
     ) -> None:
-        """Batch after batch to one partition; one that is too large as a whole goes message by message."""
-        alone = 0
-        at = 0
-        while at < len(items) and not self.broken:
-            batch, builder = self._build(items, at, most=1 if alone else len(items))
-            alone = max(0, alone - 1)
+        """Batch after batch to one partition; one that is refused for a record of it goes in halves."""
+        portions = Portions()
+        waiting = deque(items)
+        while waiting and not self.broken:
+            batch, builder = self._build(waiting, portions, failed)
+            if not batch:
+                continue
             number = next_number(self._producer, topic, partition)
             try:
                 sent: list[Any] = []
@@ -195,25 +198,34 @@ class Transactional:
                     raise
                 self.broken = False  # it was refused, plainly
                 rewind(self._producer, topic, partition, number)
-                if is_too_large(error) and len(batch) > 1:
-                    alone = len(batch)
+                if isinstance(error, RECORD_REFUSALS) and len(batch) > 1:
+                    portions.halve(len(batch))
+                    waiting.extendleft(reversed(batch))
                     continue
-                failed.update((item.id, error) for item in batch)
+                for item in batch:
+                    item.refuse(error)
+                    failed[item.id] = error
             else:
                 for position, item in enumerate(batch):
                     item.partition, item.offset = partition, sent[0].offset + position
-            at += len(batch)
 
     async def _send_batch(self, builder: Any, topic: str, partition: int, sent: list[Any]) -> None:
         sent.append(await (await self._producer.send_batch(builder, topic, partition=partition)))
 
-    def _build(self, items: list[Outgoing], at: int, most: int) -> tuple[list[Outgoing], Any]:
+    def _build(
+        self, waiting: deque[Outgoing], portions: Portions, failed: dict[str, BaseException]
+    ) -> tuple[list[Outgoing], Any]:
         builder = self._producer.create_batch()
         batch = []
-        for item in items[at : at + most]:
-            if builder.append(timestamp=item.timestamp, key=item.key, value=item.value, headers=item.headers) is None:
-                break
-            batch.append(item)
+        number = most = portions.next(len(waiting))
+        while number and append(builder.append, waiting[0]):
+            item = waiting.popleft()
+            number -= 1
+            if item.error is None:
+                batch.append(item)
+            else:
+                failed[item.id] = item.error
+        portions.taken(most - number)
         builder.close()
         return batch, builder
 

@@ -39,6 +39,15 @@ def record(offset: int, message: Message | None = None, **changes: Any) -> Any:
     return SimpleNamespace(**{**usual, "headers": item.headers, **changes})
 
 
+def _refused(batch: Sequence[Outgoing], trouble: Any) -> dict[str, BaseException]:
+    bad: dict[str, BaseException] = {}
+    for item in batch:
+        if isinstance(trouble, set) and item.id in trouble:
+            bad[item.id] = error = ValueError("no")
+            item.refuse(error)
+    return bad
+
+
 class Broker:
     """What is kept when consumers go: the log, what is committed of it, and what was sent.
 
@@ -69,7 +78,7 @@ class Broker:
     async def publish(self, batch: Sequence[Outgoing]) -> None:
         """As a Publisher does."""
         trouble = await self.trouble()
-        bad = {item.id: ValueError("no") for item in batch if isinstance(trouble, set) and item.id in trouble}
+        bad = _refused(batch, trouble)
         self.sent += [item.id for item in batch if item.id not in bad]
         if trouble == "late":
             raise ConnectionLost("late")
@@ -103,7 +112,7 @@ class Transactions:
 
     async def send(self, batch: Sequence[Outgoing]) -> None:
         trouble = await self._trouble()
-        if isinstance(trouble, set) and (bad := {i.id: ValueError("no") for i in batch if i.id in trouble}):
+        if bad := _refused(batch, trouble):
             raise refused(bad, SETTINGS)
         self.items += [item.id for item in batch]
 

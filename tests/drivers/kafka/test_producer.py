@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -147,6 +148,66 @@ async def test_a_compacted_topic_refuses_what_has_no_key_at_once(
         await sender.send("nameless", id="1")
     assert caught.value.refused == ("1",)
     await sender.send("named", key="a")
+
+
+#: What one message of many can be refused for: the topic's settings, and the message.
+REFUSED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "INVALID_RECORD": ({"cleanup.policy": "compact"}, {"key": None}),
+    "MESSAGE_TOO_LARGE": ({"max.message.bytes": "2000"}, {"payload": "x" * 3000}),
+    "INVALID_TIMESTAMP": ({"message.timestamp.before.max.ms": "60000"}, {"timestamp": 1000.0}),
+}
+
+
+@pytest.mark.real_kafka("settings of topics")
+@pytest.mark.parametrize("reason", REFUSED)
+@pytest.mark.parametrize("bad", [[0], [57], [99], [3, 4, 50], [*range(0, 100, 9)]])
+async def test_one_refused_message_costs_none_of_its_neighbours(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str, reason: str, bad: list[int]
+) -> None:
+    config, changes = REFUSED[reason]
+    async with topics_at(KafkaSettings.from_url(kafka.url), "test") as topics:
+        await topics.declare([Topic(name=queue, partitions=1, config=config)], True)
+    sender = await producer()
+
+    async def send(number: int) -> None:
+        options: dict[str, Any] = {"payload": f"{number}", "key": "k", "id": f"{number}"}
+        await sender.send(**options | (changes if number in bad else {}))
+
+    ends = await asyncio.gather(*map(send, range(100)), return_exceptions=True)
+    failed = {n: end for n, end in enumerate(ends) if end is not None}
+    assert sorted(failed) == bad
+    for number, error in failed.items():
+        assert isinstance(error, SendError) and error.refused == (f"{number}",) and reason in str(error)
+    found = [int(record.value) for record in await records(kafka, queue)]
+    assert sorted(found) == [n for n in range(100) if n not in bad]
+    assert (await sender.send("after", key="k")).offset == 100 - len(bad)
+
+
+@pytest.mark.real_kafka("settings of topics")
+async def test_of_a_batch_that_is_sent_at_once_just_the_refused_ones_are_named_and_the_order_holds(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str
+) -> None:
+    async with topics_at(KafkaSettings.from_url(kafka.url), "test") as topics:
+        await topics.declare([Topic(name=queue, partitions=1, config={"max.message.bytes": "2000"})], True)
+    sender = await producer()
+    payloads = ["x" * 3000 if n in (7, 300, 301, 999) else f"{n}" for n in range(1000)]
+    with pytest.raises(SendError, match="4 messages refused") as caught:
+        await sender.send_many(payloads)
+    assert len(caught.value.refused) == len(caught.value.unfit) == 4 and caught.value.unknown == ()
+    expected = [n for n in range(1000) if n not in (7, 300, 301, 999)]
+    assert [int(record.value) for record in await records(kafka, queue)] == expected
+
+
+async def test_what_the_library_cannot_write_is_refused_alone(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str
+) -> None:
+    sender = await producer(partitions=1)
+    good = [Message(body=b"%d" % n, queue=queue, id=f"{n}") for n in range(10)]
+    good[4] = good[4].replace(headers={"name \udcff": "x"})
+    with pytest.raises(SendError, match="cannot be written") as caught:
+        await sender.send_messages(good)
+    assert caught.value.refused == caught.value.unfit == ("4",)
+    assert [int(record.value) for record in await records(kafka, queue)] == [n for n in range(10) if n != 4]
 
 
 async def test_thousands_of_first_sends_at_once_ask_for_the_topic_once(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from streamtools import Reject, Retry, SendError
+from streamtools import KafkaSettings, Reject, Retry, SendError
+from streamtools.drivers.kafka.topics import Topic, topics_at
 from streamtools.message import Message
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
@@ -144,6 +145,28 @@ async def test_a_handler_whose_message_is_refused_has_failed_and_the_others_go_o
     assert sorted(await visible(kafka, small)) == [b"%d" % n for n in range(10) if n != 4]
     [error] = await records(kafka, f"{queue}.error", committed=True)
     assert error.value == b"4" and b"too large" in dict(error.headers)["ce_errormessage"]
+
+
+@pytest.mark.parametrize("bad", [{13}, {0, 29}, set(range(10, 20))])
+async def test_a_message_that_its_topic_refuses_fails_one_input_and_the_others_leave_once(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, bad: set[int]
+) -> None:
+    table = f"{queue}-table"
+    async with topics_at(KafkaSettings.from_url(kafka.url), "test") as topics:
+        await topics.declare([Topic(name=table, partitions=1, config={"cleanup.policy": "compact"})], True)
+    out = await producer(table)
+
+    async def handle(msg: int) -> None:
+        await out.send(msg, key=None if msg in bad else f"{msg}")
+
+    await (await producer(partitions=1)).send_many(range(30))
+    async with running(handle, exactly_once=True, concurrency=30):
+        await eventually(lambda: _numbers(kafka, table, 30 - len(bad)))
+        await eventually(lambda: _numbers(kafka, f"{queue}.error", len(bad)))
+    assert sorted(int(v) for v in await visible(kafka, table)) == [n for n in range(30) if n not in bad]
+    errors = await records(kafka, f"{queue}.error", committed=True)
+    assert sorted(int(error.value) for error in errors) == sorted(bad)
+    assert all(b"INVALID_RECORD" in dict(error.headers)["ce_errormessage"] for error in errors)
 
 
 async def test_delays_and_a_new_member_change_nothing_about_once(
