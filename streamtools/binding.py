@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
+from pydantic.fields import FieldInfo
 
 from streamtools import codec
 from streamtools.calling import PLAIN, awaited, check_handler, in_thread, is_async, name_of, unbound, undecorated
@@ -100,15 +101,31 @@ def _plan(
             known = ", ".join(t.__name__ for t in resolvers)
             raise ConfigurationError(
                 f"The handler {name} has a parameter {parameter.name!r} that nothing fills: annotate it with "
-                f"one of {known}, or give it a default."
+                f"one of {known}, or give it a default." + _elsewhere(kinds)
             )
-    return _decoder(hints.get(first.name, Any) if payload is None else payload, name), further
+    return _decoder(_annotation(first, hints) if payload is None else payload, name), further
+
+
+def _elsewhere(kinds: tuple[Any, ...]) -> str:
+    names = {getattr(kind, "__name__", "") for kind in kinds}
+    if "MessageContext" not in names:
+        return ""
+    return (
+        " A MessageContext is for handlers of a bus, @bus.handler. Here the message itself is a Message, and what "
+        "await bus.publish(...) or Producer(..., outbox=True) sends leaves when the handler has succeeded."
+    )
 
 
 def payload_type(function: Callable[..., Any]) -> Any:
     """The annotation of a handler's first parameter; Any where there is none."""
     parameters = _parameters(function)
-    return hints_of(function).get(parameters[0].name, Any) if parameters else Any
+    return _annotation(parameters[0], hints_of(function)) if parameters else Any
+
+
+def _annotation(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Any:
+    """What a parameter is annotated with, and constrained to: `msg: int = Field(gt=10)` says both."""
+    annotation = hints.get(parameter.name, Any)
+    return Annotated[annotation, parameter.default] if isinstance(parameter.default, FieldInfo) else annotation
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -119,8 +136,11 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def parts_of(annotation: Any) -> tuple[Any, ...]:
-    """The parts of a union, such as `Stock | None`; else the annotation itself."""
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    """The parts of a union, such as `Stock | None`, without what is annotated beside; else the annotation itself."""
+    annotation = codec.bare(annotation)
+    if get_origin(annotation) not in (Union, UnionType):
+        return (annotation,)
+    return tuple(part for each in get_args(annotation) for part in parts_of(each))
 
 
 def asks_for(function: Callable[..., Any], kind: type) -> bool:
@@ -148,7 +168,7 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     function = unbound(undecorated(function))
     target = function if inspect.isroutine(function) else type(function).__call__
     try:
-        return get_type_hints(inspect.unwrap(target))
+        return get_type_hints(inspect.unwrap(target), include_extras=True)
     except NameError as error:
         raise ConfigurationError(
             f"The handler {name_of(function)} has an annotation that cannot be found: {error}. Import the name "

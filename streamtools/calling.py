@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import decimal
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Executor
@@ -231,6 +232,16 @@ def within(context: contextvars.Context, work: Coroutine[Any, Any, T]) -> Genera
     except StopIteration as end:
         result: T = end.value
         return result
+
+
+def has_decimals() -> bool:
+    """Whether this context has a context of decimals already; what comes of it shares the same one."""
+    return any(isinstance(value, decimal.Context) for value in contextvars.copy_context().values())
+
+
+def own_decimals() -> None:
+    """Have a context of decimals for this context alone: `decimal.getcontext().prec = 5` changes it where it is."""
+    decimal.setcontext(decimal.getcontext().copy())
 
 
 async def _wait_for(value: Awaitable[Any]) -> Any:

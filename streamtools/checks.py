@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Final, Literal, TypeGuard
 
 from streamtools.errors import LONGEST, ConfigurationError
 
+#: A span of time: seconds, or a timedelta.
+Seconds = float | timedelta
 #: How a queue is declared: made if missing, never, or only checked.
 Declare = bool | Literal["passive"]
 #: User headers together are at most this long, names and values in bytes of UTF-8.
@@ -72,12 +75,14 @@ def check_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
     return dict(headers)
 
 
-def check_seconds(name: str, value: float) -> float:
-    """A number of seconds that is finite and not negative.
+def check_seconds(name: str, value: Seconds) -> float:
+    """A number of seconds that is finite and not negative, also given as a timedelta.
 
     Raises:
         ConfigurationError: it is not.
     """
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
     if not is_number(value) or not 0 <= value < LONGEST:
         raise ConfigurationError(f"{name}={value!r} is out of range: a number of seconds from 0 to ten years.")
     return value

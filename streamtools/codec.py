@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import InstanceOf, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
 
 from streamtools.errors import ConfigurationError, DecodeError, near
@@ -156,6 +156,8 @@ def decoder(annotation: Any) -> Decoder:
     Raises:
         pydantic.PydanticUserError: pydantic cannot validate this annotation.
     """
+    if (plain := bare(annotation)) is not annotation and plain in (bytes, Message, Any, object):
+        return _checked(decoder(plain), plain, annotation)
     if annotation is bytes:
         return _body
     if annotation is Message:
@@ -163,6 +165,38 @@ def decoder(annotation: Any) -> Decoder:
     if annotation is Any or annotation is object:
         return decode
     return _validator(TypeAdapter(annotation), annotation)
+
+
+def bare(annotation: Any) -> Any:
+    """An annotation without what is annotated beside, and without its alias."""
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation = annotation.__origin__
+        elif type(annotation).__name__ == "TypeAliasType":
+            annotation = annotation.__value__
+        else:
+            return annotation
+
+
+def _checked(decode: Decoder, plain: Any, annotation: Any) -> Decoder:
+    """For what pydantic does not read from the bytes, but checks: `Annotated[bytes, Field(max_length=9)]`."""
+    checked: Any = Annotated[(InstanceOf[Message] if plain is Message else Any, *_beside(annotation), None)]
+    adapter: TypeAdapter[Any] = TypeAdapter(checked)
+
+    def check(message: Message) -> Any:
+        try:
+            return adapter.validate_python(decode(message))
+        except ValidationError as error:
+            raise _invalid(error, annotation) from error
+
+    return check
+
+
+def _beside(annotation: Any) -> tuple[Any, ...]:
+    """What is annotated beside a type, innermost first."""
+    if get_origin(annotation) is Annotated:
+        return (*_beside(annotation.__origin__), *annotation.__metadata__)
+    return _beside(annotation.__value__) if type(annotation).__name__ == "TypeAliasType" else ()
 
 
 def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
@@ -205,7 +239,7 @@ def _body(message: Message) -> bytes:
 
 
 def _no_body(annotation: Any) -> DecodeError:
-    name = getattr(annotation, "__name__", str(annotation))
+    name = getattr(bare(annotation), "__name__", str(bare(annotation)))
     return DecodeError(
         f"The message has no body: it is a tombstone, which says that what its key names is no more. Annotate the "
         f"handler's parameter with {name} | None to receive it as None."
@@ -214,7 +248,7 @@ def _no_body(annotation: Any) -> DecodeError:
 
 def _invalid(error: ValidationError, annotation: Any) -> DecodeError:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    name = getattr(annotation, "__name__", str(annotation))
+    name = getattr(bare(annotation), "__name__", str(bare(annotation)))
     first = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in problems[:5])
     return DecodeError(f"The body is not a valid {name}: {first}", errors=[dict(p) for p in problems])
 

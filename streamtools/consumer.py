@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
 
 from streamtools.binding import RESOLVERS, Resolver, compile_handler
@@ -14,6 +15,7 @@ from streamtools.calling import Decorated, check_handler, name_of, undecorated
 from streamtools.cancelling import guard
 from streamtools.checks import (
     Declare,
+    Seconds,
     check_choice,
     check_count,
     check_name,
@@ -132,7 +134,7 @@ class Consumer(Endpoint):
         offset: Literal["earliest", "latest"] = "earliest",
         bindings: Iterable[Binding] = (),
         declare: Declare = True,
-        connect_timeout: float = 30.0,
+        connect_timeout: Seconds = 30.0,
         middleware: Iterable[Middleware] = (),
         client_id: str | None = None,
         host: str | None = None,
@@ -152,7 +154,7 @@ class Consumer(Endpoint):
         self.group = group
         self.offset = offset
         self.bindings: list[Binding] = list(bindings)
-        self.connect_timeout = connect_timeout
+        self.connect_timeout: float = check_seconds("connect_timeout", connect_timeout)
         self.middleware: list[Middleware] = check_middleware(middleware)
         self._check()
         self.options: Options = self._read_options(options, Consumer.__init__)
@@ -223,11 +225,11 @@ class Consumer(Endpoint):
 
         return decorate if function is None else decorate(function)
 
-    async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]:  # noqa: ASYNC109
+    async def receive(self, max_messages: int = 1, *, timeout: Seconds | None = None) -> list[Delivery]:  # noqa: ASYNC109
         """Pull up to `max_messages`; each delivery is to be settled by hand. What has expired is dropped.
 
         Parameters:
-            timeout: seconds to wait for the first one; 0 returns with what is there as soon as the
+            timeout: seconds, or a timedelta, to wait for the first one; 0 returns with what is there as soon as the
                 broker has answered, None waits for ever.
 
         Returns:
@@ -235,6 +237,8 @@ class Consumer(Endpoint):
         """
         if max_messages < 1:
             raise ValueError(f"max_messages={max_messages} is out of range: at least 1.")
+        if isinstance(timeout, timedelta):
+            timeout = timeout.total_seconds()
         self._here()
         at_once = timeout == 0
         if timeout is not None:
@@ -540,7 +544,6 @@ class Consumer(Endpoint):
         check_choice("ack", self.ack, ("after", "on_receive", "manual"))
         check_choice("ordered_by", self.ordered_by, (None, "queue", "partition", "key"))
         check_choice("offset", self.offset, ("earliest", "latest"))
-        check_seconds("connect_timeout", self.connect_timeout)
         check_retry(self.retry)
         if self.features.error_queue:
             self.validate_queue(error_queue_of(self.error_queue, self.queue))

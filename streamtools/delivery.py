@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from streamtools.checks import check_seconds
+from streamtools.checks import Seconds, check_seconds
 from streamtools.errors import DecodeError, text_of
 from streamtools.message import Message
 from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
@@ -57,8 +57,8 @@ class Delivery:
         """The message is done. Returns when the verdict was given to the broker."""
         await self._settle(ACK)
 
-    async def retry(self, delay: float = 0.0) -> None:
-        """Run it again after `delay` seconds, counted as one more attempt.
+    async def retry(self, delay: Seconds = 0.0) -> None:
+        """Run it again after `delay` (seconds, or a timedelta), counted as one more attempt.
 
         Raises:
             ConfigurationError: the delay is negative, or ten years or more.

@@ -11,17 +11,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from inspect import CORO_CREATED, getcoroutinestate
 from types import FunctionType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from streamtools.calling import awaited, check_function, name_of
+from streamtools.calling import awaited, check_function, has_decimals, name_of, own_decimals, within
 from streamtools.cancelling import come_round, is_over
 from streamtools.copies import brief_copy, lesser_copies
 from streamtools.delivery import Delivery, Settlement, current
-from streamtools.errors import ConfigurationError, Drop, HandlerError, SendError, Signal, text_of
+from streamtools.errors import ConfigurationError, DecodeError, Drop, HandlerError, SendError, Signal, text_of
 from streamtools.features import Features
 from streamtools.message import ErrorDetails, Message
 from streamtools.policy import Retry, checked, describe, error_copy, retry_copy
@@ -50,13 +51,22 @@ def check_middleware(given: Any, parameter: str = "middleware") -> list[Middlewa
     Raises:
         ConfigurationError: it is none.
     """
-    if callable(given) or not isinstance(given, Iterable):
-        name = given.__name__ if isinstance(given, type | FunctionType) else repr(given)
-        raise ConfigurationError(f"{parameter}={name} is no list: write {parameter}=[{name}].")
-    layers = list(given)
+    layers = as_list(given, parameter)
     for layer in layers:
         check_function(layer, "middleware", "async def limit(message, call_next): ...", "a message", "call_next")
     return layers
+
+
+def as_list(given: Any, parameter: str) -> list[Middleware]:
+    """The layers in a list of middleware, which may be added to before it is used.
+
+    Raises:
+        ConfigurationError: it is no list.
+    """
+    if callable(given) or not isinstance(given, Iterable):
+        name = given.__name__ if isinstance(given, type | FunctionType) else repr(given)
+        raise ConfigurationError(f"{parameter}={name} is no list: write {parameter}=[{name}].")
+    return list(given)
 
 
 def check_error_handler(handler: object) -> None:
@@ -92,6 +102,18 @@ async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -
                 "further in has run: write return await call_next(message)."
             )
     return result
+
+
+class Again(NamedTuple):
+    """Another run of the same delivery, in its place.
+
+    Attributes:
+        message: as it is given to the handler then.
+        delay: seconds before that.
+    """
+
+    message: Message
+    delay: float
 
 
 class Dispatcher:
@@ -132,6 +154,7 @@ class Dispatcher:
         self._stopping = False
         self._waits: set[asyncio.Event] = set()
         self._on_error = on_error
+        self._decimals = has_decimals()
 
     def stop(self) -> None:
         """Let retries that wait in place be given back at once."""
@@ -154,34 +177,42 @@ class Dispatcher:
                 return Settlement(delivery, RELEASE)
         if message.expired:
             return Settlement(delivery, DROP)
-        token = current.set(delivery)
-        try:
-            return await self._run(delivery, message)
-        finally:
-            current.reset(token)
+        return await self._run(delivery, message)
 
     async def _run(self, delivery: Delivery, message: Message) -> Settlement:
         while True:
-            delivery.outgoing = ()  # an attempt that failed has sent nothing
-            try:
-                if delivery.trouble is not None:
-                    raise delivery.trouble
-                result = await self._handler(message)
-            except BaseException as error:  # SystemExit too: a message must not end the process
-                failure = error
-            else:
-                return Settlement(delivery, ACK, delivery.outgoing, result)
-            ours = delivery.abandoned or is_over()
-            await come_round()
-            if ours:  # then whatever it raised is our doing
+            # What a handler sets, such as a tenant, is neither the next message's nor the next attempt's.
+            context = copy_context()
+            context.run(current.set, delivery)
+            if self._decimals:
+                context.run(own_decimals)
+            found = await within(context, self._attempt(delivery, message))
+            if isinstance(found, Settlement):
+                return found
+            if await self._given_back_within(delivery, found.delay):
                 return Settlement(delivery, RELEASE)
-            verdict = await self.decide(message, failure)
-            if verdict.kind is not Kind.RETRY or not self._in_place:
-                return self.settlement(delivery, message, verdict, failure)
-            self._log(message, failure, verdict)
-            if await self._given_back_within(delivery, verdict.delay):
-                return Settlement(delivery, RELEASE)
-            message = retry_copy(message, self._details(message, failure), 0)
+            message = found.message
+
+    async def _attempt(self, delivery: Delivery, message: Message) -> Settlement | Again:
+        """One run of the handler, and what becomes of it: a settlement, or another run here."""
+        delivery.outgoing = ()  # an attempt that failed has sent nothing
+        try:
+            if delivery.trouble is not None:
+                raise delivery.trouble
+            result = await self._handler(message)
+        except BaseException as error:  # SystemExit too: a message must not end the process
+            failure = error
+        else:
+            return Settlement(delivery, ACK, delivery.outgoing, result)
+        ours = delivery.abandoned or is_over()
+        await come_round()
+        if ours:  # then whatever it raised is our doing
+            return Settlement(delivery, RELEASE)
+        verdict = await self.decide(message, failure)
+        if verdict.kind is not Kind.RETRY or not self._in_place:
+            return self.settlement(delivery, message, verdict, failure)
+        self._log(message, failure, verdict)
+        return Again(retry_copy(message, self._details(message, failure), 0), verdict.delay)
 
     async def decide(self, message: Message, failure: BaseException) -> Verdict:
         """What is to become of a message that failed: as `on_error` says, else by the policy."""
@@ -292,7 +323,7 @@ class Dispatcher:
 
     def _log(self, message: Message, error: BaseException, verdict: Verdict) -> None:
         # A verdict that the handler chose, or a body that is wrong, needs no traceback.
-        trace = None if isinstance(error, Signal | ValueError) else error
+        trace = None if isinstance(error, Signal | DecodeError) else error
         if verdict.kind is Kind.RETRY:
             log.warning(
                 "%s failed on message %s of %r, attempt %d: %s: %s; again in %.3g s.",

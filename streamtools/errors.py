@@ -25,13 +25,22 @@ StreamToolsError
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from difflib import get_close_matches
+from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+
+#: Errors of a group that its text tells of, at most.
+SHOWN: Final = 5
+#: Where files lie whose functions are nobody's own.
+_NOT_THEIRS: Final = (str(Path(asyncio.__file__).parent), str(Path(__file__).parent))
 
 #: Delays are shorter, in seconds: ten years. Times far beyond have no form on the wire.
 LONGEST: Final = 10 * 366 * 86400.0
@@ -184,17 +193,19 @@ class Reject(Signal):
 
 
 class RetryLater(Signal):
-    """Retry this message, after `delay` seconds, or after the policy's own delay when None.
+    """Retry this message, after `delay` (seconds, or a timedelta), or after the policy's own delay when None.
 
     Raises:
         ConfigurationError: the delay is negative, or ten years or more.
     """
 
-    def __init__(self, delay: float | None = None, reason: str = "the handler asked for a retry") -> None:
+    def __init__(self, delay: float | timedelta | None = None, reason: str = "the handler asked for a retry") -> None:
         super().__init__(reason)
+        if isinstance(delay, timedelta):
+            delay = delay.total_seconds()
         if delay is not None and not 0 <= delay < LONGEST:
             raise ConfigurationError(f"RetryLater({delay!r}) is out of range: seconds from 0 to ten years.")
-        self.delay = delay
+        self.delay: float | None = delay
         self.reason = reason
 
 
@@ -203,11 +214,37 @@ class Drop(Signal):
 
 
 def text_of(error: object) -> str:
-    """What it says; an exception whose own text raises, whatever it raises, must not stop its report."""
+    """What it says: of a group what each in it says, and of one that says nothing where it was raised.
+
+    An exception whose own text raises, whatever it raises, must not stop its report.
+    """
     try:
-        return str(error)
+        text = str(error)
     except BaseException as broken:
         return f"(its text could not be read: {type(broken).__name__})"
+    if isinstance(error, BaseExceptionGroup):
+        said = [f"{type(each).__name__}: {text_of(each)}" for each in error.exceptions[:SHOWN]]
+        return "; ".join([f"{text}: {said[0]}", *said[1:]])
+    return text if text or not isinstance(error, BaseException) else _where(error)
+
+
+def _where(error: BaseException) -> str:
+    raised = _own_frame(error)
+    if raised is None:
+        return ""
+    waited = _own_frame(error.__cause__) if error.__cause__ is not None else None
+    waiting = f", while {waited} was waiting" if waited is not None and waited != raised else ""
+    return f"no text; raised in {raised}{waiting}"
+
+
+def _own_frame(error: BaseException) -> str | None:
+    """The user's innermost function in a traceback, in words: not asyncio's, of which a timeout is raised."""
+    frames = [(frame.f_code, line) for frame, line in walk_tb(error.__traceback__)]
+    own = [(code, line) for code, line in frames if not code.co_filename.startswith(_NOT_THEIRS)] or frames
+    if not own:
+        return None
+    code, line = own[-1]
+    return f"{code.co_qualname} ({Path(code.co_filename).name}:{line})"
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -6,13 +6,24 @@ import random
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Final, Never
 
-from streamtools.checks import check_seconds, is_number, is_whole
-from streamtools.errors import LONGEST, ConfigurationError, DecodeError, Drop, Reject, RetryLater, text_of
+from streamtools.checks import Seconds, check_seconds, is_number, is_whole
+from streamtools.errors import (
+    LONGEST,
+    ConfigurationError,
+    DecodeError,
+    Drop,
+    OptionError,
+    Reject,
+    RetryLater,
+    near,
+    text_of,
+)
 from streamtools.message import ErrorDetails, Message
-from streamtools.verdicts import DROP, Verdict
+from streamtools.verdicts import DROP, Kind, Verdict
 
 #: Seconds before the second attempt to reach a broker; doubled each time, up to MAX_BACKOFF.
 BACKOFF: Final = 0.1
@@ -27,31 +38,59 @@ REASON_LIMIT: Final = 2 * 1024
 NAME_LIMIT: Final = 512
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Retry:
     """How often and how soon a failed message is run again.
 
+    Of several errors in one `ExceptionGroup`, as a `TaskGroup` raises it, the gravest counts: one that is to be
+    rejected, then one that is to be retried, with the longest of the delays, then `Drop`.
+
     Parameters:
         retries: runs after the first one; 0 goes straight to the error queue, None never gives up.
-        delay: seconds before the first retry; 0 for none.
+        delay: before the first retry, in seconds or as a timedelta; 0 for none.
         backoff: each further delay is this many times the one before.
-        max_delay: no delay is longer, in seconds.
+        max_delay: no delay is longer, in seconds or as a timedelta.
         jitter: each delay varies by up to this part of itself, so that retries spread out.
         errors: other policies for some errors, by their class: `{TimeoutError: Retry(retries=None, delay=5)}`. The
             nearest class of an error's own line of bases wins.
 
     Raises:
         ConfigurationError: a value is out of its range.
+        OptionError: a parameter that there is not.
     """
 
-    retries: int | None = 5
-    delay: float = 1.0
-    backoff: float = 2.0
-    max_delay: float = 300.0
-    jitter: float = 0.1
-    errors: Mapping[type[BaseException], Retry] = field(default_factory=dict, hash=False)
+    retries: int | None
+    delay: float
+    backoff: float
+    max_delay: float
+    jitter: float
+    errors: Mapping[type[BaseException], Retry] = field(hash=False)
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        retries: int | None = 5,
+        delay: Seconds = 1.0,
+        backoff: float = 2.0,
+        max_delay: Seconds = 300.0,
+        jitter: float = 0.1,
+        errors: Mapping[type[BaseException], Retry] | None = None,
+        **unknown: Never,
+    ) -> None:
+        values = {
+            "retries": retries,
+            "delay": _in_seconds(delay),
+            "backoff": backoff,
+            "max_delay": _in_seconds(max_delay),
+            "jitter": jitter,
+            "errors": {} if errors is None else errors,
+        }
+        for name in unknown:
+            raise OptionError(f"Retry takes no {name!r}. {near(name, values)}")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
         checks = {
             "retries": self.retries is None or (is_whole(self.retries) and self.retries >= 0),
             "delay": is_number(self.delay) and 0 <= self.delay < float("inf"),
@@ -88,17 +127,38 @@ class Retry:
 
     def decide(self, error: BaseException, attempt: int) -> Verdict:
         """The verdict on run number `attempt` that ended with `error`."""
+        if isinstance(error, BaseExceptionGroup) and not self._names(error):
+            return max((self.decide(each, attempt) for each in error.exceptions), key=_gravity)
+        return self._decide(error, attempt)
+
+    def _decide(self, error: BaseException, attempt: int) -> Verdict:
         if isinstance(error, Drop):
             return DROP
         if isinstance(error, Reject | DecodeError):
             return Verdict.reject(text_of(error))
         if (policy := self.of(error)) is not self:
-            return policy.decide(error, attempt)
+            return policy._decide(error, attempt)
         if self.retries is not None and attempt > self.retries:
             return Verdict.reject()
         # A subclass may have forgotten to call its base.
         chosen = getattr(error, "delay", None) if isinstance(error, RetryLater) else None
         return Verdict.retry(self.after(attempt) if chosen is None else chosen)
+
+    def _names(self, group: BaseException) -> bool:
+        """Whether there is a policy for groups like this one as a whole."""
+        return any(issubclass(kind, BaseExceptionGroup) and isinstance(group, kind) for kind in self.errors)
+
+
+def _gravity(verdict: Verdict) -> tuple[int, float, bool]:
+    return _GRAVITY.index(verdict.kind), verdict.delay, bool(verdict.reason)
+
+
+#: Verdicts on the errors of one group, the gravest last.
+_GRAVITY: Final = (Kind.DROP, Kind.RETRY, Kind.REJECT)
+
+
+def _in_seconds(value: Any) -> Any:
+    return value.total_seconds() if isinstance(value, timedelta) else value
 
 
 def checked(verdict: object) -> Verdict:
@@ -112,8 +172,8 @@ def checked(verdict: object) -> Verdict:
         raise TypeError(
             f"An error handler returns a Verdict, such as Verdict.retry(5), not {type(verdict).__name__}."
         )
-    check_seconds("delay", verdict.delay)
-    return verdict
+    delay = check_seconds("delay", verdict.delay)
+    return verdict if delay == verdict.delay else replace(verdict, delay=delay)
 
 
 def _is_policy(kind: object, policy: object) -> bool:

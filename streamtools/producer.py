@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
+
+from pydantic import BaseModel
 
 from streamtools import codec
 from streamtools.cancelling import guard
 from streamtools.checks import (
     Declare,
+    Seconds,
     check_headers,
     check_seconds,
     check_texts,
 )
 from streamtools.endpoint import Endpoint
-from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, FeatureError, SendError
+from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, FeatureError, OptionError, SendError
 from streamtools.message import NO_HEADERS, Draft, Message, ids, setters
 from streamtools.options import SEND_OPTIONS, Options, parameters, read_options
 from streamtools.policy import backoff_within
@@ -121,15 +125,15 @@ class Producer(Endpoint):
         *,
         url: str | ProtocolSettings | None = None,
         declare: Declare = True,
-        send_timeout: float = 30.0,
+        send_timeout: Seconds = 30.0,
         client_id: str | None = None,
         host: str | None = None,
         port: int | None = None,
         **options: Any,
     ) -> None:
         self._set_up(queue, url, declare, client_id, host, port)
-        self.send_timeout = send_timeout
-        if not check_seconds("send_timeout", send_timeout):
+        self.send_timeout: float = check_seconds("send_timeout", send_timeout)
+        if not self.send_timeout:
             raise ConfigurationError("send_timeout=0 leaves no time to send anything.")
         self.options: Options = self._read_options(options, Producer.__init__)
         self._no_options = self.send_options_class()
@@ -156,8 +160,8 @@ class Producer(Endpoint):
         headers: Mapping[str, str] | None = None,
         key: str | bytes | None = None,
         type: str | None = None,  # noqa: A002 - the field's name everywhere
-        delay: float | None = None,
-        ttl: float | None = None,
+        delay: Seconds | None = None,
+        ttl: Seconds | None = None,
         id: str | None = None,  # noqa: A002
         correlation_id: str | None = None,
         reply_to: str | None = None,
@@ -171,8 +175,8 @@ class Producer(Endpoint):
             headers: the user's own, `str -> str`, 64 KiB at most.
             key: messages of one key keep their order for consumers with `ordered_by="key"`.
             type: the name of what the payload is.
-            delay: seconds before it may be received.
-            ttl: seconds after which it is no longer to be handled.
+            delay: seconds, or a timedelta, before it may be received.
+            ttl: seconds, or a timedelta, after which it is no longer to be handled.
             id: its unique id; made when not given. To repeat a send safely, repeat the id.
             correlation_id: common to one conversation.
             reply_to: where a reply is to go.
@@ -201,19 +205,25 @@ class Producer(Endpoint):
         headers: Mapping[str, str] | None = None,
         key: str | bytes | None = None,
         type: str | None = None,  # noqa: A002
-        delay: float | None = None,
-        ttl: float | None = None,
+        delay: Seconds | None = None,
+        ttl: Seconds | None = None,
+        correlation_id: str | None = None,
+        reply_to: str | None = None,
         **options: Any,
     ) -> list[Receipt]:
         """Send many messages in one confirmed batch, in order; parameters as for `send`.
 
         Raises:
             SendError: some are not known to be held; `.refused` and `.unknown` name them by id.
+            TypeError: one payload is given instead of several.
         """
+        _check_several(payloads)
         here = self._here()
-        common = here._common(headers, type=type, key=key, delay=delay, ttl=ttl)
+        common = here._common(
+            headers, type=type, key=key, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
+        )
         batch = here._drafts(payloads, common)
-        return await here._deliver(batch, here._read_send_options(options)) if batch else []
+        return await here._deliver(batch, here._read_send_options(options, Producer.send_many)) if batch else []
 
     async def send_messages(self, batch: Sequence[Message]) -> list[Receipt]:
         """Send messages that are complete already, each to its own `queue`; for copies and bridges.
@@ -293,8 +303,8 @@ class Producer(Endpoint):
         self,
         headers: Mapping[str, str] | None,
         *,
-        delay: float | None,
-        ttl: float | None,
+        delay: Seconds | None,
+        ttl: Seconds | None,
         type: str | None = None,  # noqa: A002
         key: str | bytes | None = None,
         correlation_id: str | None = None,
@@ -369,15 +379,40 @@ class Producer(Endpoint):
             unknown=[m.id for m in batch],
         )
 
-    def _read_send_options(self, given: Mapping[str, Any]) -> Options:
+    def _read_send_options(self, given: Mapping[str, Any], verb: Callable[..., Any] | None = None) -> Options:
         if not given:
             return self._no_options
-        own = parameters(Producer.send)
+        verb = verb or Producer.send
+        owner = f"{type(self).__name__}.{verb.__name__}"
+        if "id" in given and "id" not in parameters(verb):
+            raise OptionError(f"{owner} gives each message an id itself: await send(..., id=...) for each.")
         options, foreign = read_options(
-            self.send_options_class, given, known=SEND_OPTIONS, own=own, owner=f"{type(self).__name__}.send"
+            self.send_options_class, given, known=SEND_OPTIONS, own=parameters(verb), owner=owner
         )
         self._note_ignored(foreign)
         return options
+
+
+def _check_several(payloads: object) -> None:
+    """Several payloads: not one, whose keys, letters or fields would be sent.
+
+    Raises:
+        TypeError: it is one.
+    """
+    record = isinstance(payloads, tuple) and hasattr(payloads, "_fields")
+    if isinstance(payloads, AsyncIterable):
+        how = "collect what comes first, as in send_many([each async for each in payloads])"
+    elif inspect.isawaitable(payloads):
+        how = "await it first"
+    elif isinstance(payloads, Message):
+        how = "a message that is complete goes by send_messages([message])"
+    elif isinstance(payloads, str | bytes | bytearray | memoryview | Mapping | BaseModel) or record:
+        how = "write send(payload), or send_many([payload])"
+    elif not isinstance(payloads, Iterable):
+        how = "write send(payload), or send_many([payload])"
+    else:
+        return
+    raise TypeError(f"send_many() takes a list of payloads, and this is one {type(payloads).__name__}: {how}.")
 
 
 def _places(batch: Sequence[Message]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, Self, runtime_checkable
 
 from streamtools.calling import NOTHING, awaited, check_function
 from streamtools.cancelling import guard
-from streamtools.checks import check_count, check_place, check_seconds
+from streamtools.checks import Seconds, check_count, check_place, check_seconds
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.errors import ConfigurationError, HandlerError
 from streamtools.observability.health import HealthReport, HealthServer, LoopHealth
@@ -166,9 +166,9 @@ class ConsumerRunner:
         host: str | None = None,
         on_startup: Iterable[Hook] = (),
         on_shutdown: Iterable[Hook] = (),
-        shutdown_timeout: float = 30.0,
+        shutdown_timeout: Seconds = 30.0,
         restarts: int = 5,
-        restart_window: float = 60.0,
+        restart_window: Seconds = 60.0,
         health_port: int | None = None,
         health_host: str = "127.0.0.1",
     ) -> None:
@@ -181,10 +181,9 @@ class ConsumerRunner:
         self.host = host
         self.on_startup: list[Hook] = list(on_startup)
         self.on_shutdown: list[Hook] = list(on_shutdown)
-        self.shutdown_timeout = shutdown_timeout
+        self.shutdown_timeout: float = check_seconds("shutdown_timeout", shutdown_timeout)
         check_place(host, port)
         check_place(health_host, health_port)
-        check_seconds("shutdown_timeout", shutdown_timeout)
         self._restarts: int = check_count("restarts", restarts, 0)
         self._window: float = check_seconds("restart_window", restart_window)
         self._health = None if health_port is None else HealthServer(health_host, health_port, self.health)

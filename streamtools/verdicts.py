@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from typing import Self
 
@@ -33,9 +34,9 @@ class Verdict:
     reason: str = ""
 
     @classmethod
-    def retry(cls, delay: float = 0.0) -> Self:
-        """Run the message again, after `delay` seconds."""
-        return cls(Kind.RETRY, delay=delay)
+    def retry(cls, delay: float | timedelta = 0.0) -> Self:
+        """Run the message again, after `delay`: seconds, or a timedelta."""
+        return cls(Kind.RETRY, delay=delay.total_seconds() if isinstance(delay, timedelta) else delay)
 
     @classmethod
     def reject(cls, reason: str = "") -> Self:

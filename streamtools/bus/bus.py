@@ -22,7 +22,7 @@ from streamtools.bus.verbs import Verbs
 from streamtools.checks import check_choice
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery
-from streamtools.dispatch import Dispatcher, check_error_handler, check_middleware
+from streamtools.dispatch import Dispatcher, as_list, check_error_handler, check_middleware
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.options import QUEUE_OPTIONS
@@ -100,9 +100,9 @@ class Bus(Verbs):
         self.queue = queue
         self.mandatory = mandatory
         #: Middleware around every handler, outermost first; add, reorder, replace before it starts.
-        self.incoming: list[Middleware] = check_middleware(incoming, "incoming")
+        self.incoming: list[Middleware] = as_list(incoming, "incoming")
         #: Middleware for everything that is sent, outermost first; likewise.
-        self.outgoing: list[Middleware] = check_middleware(outgoing, "outgoing")
+        self.outgoing: list[Middleware] = as_list(outgoing, "outgoing")
         self.on_error = on_error
         self._url, self._send_timeout = url, send_timeout
         self._options = {**options, "retry": retry, "client_id": client_id}
@@ -353,6 +353,7 @@ class Bus(Verbs):
 
     async def open(self) -> Self:
         """Connect for sending; handlers are not run. Safe to repeat."""
+        check_middleware(self.outgoing, "outgoing")
         await self._sender.open()
         return self
 

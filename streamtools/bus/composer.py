@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from streamtools import codec
 from streamtools.bus.contracts import Command, Contract, Event
 from streamtools.bus.outbox import current_outbox
-from streamtools.checks import check_headers, check_name, check_seconds, check_texts, check_topic
+from streamtools.checks import Seconds, check_headers, check_name, check_seconds, check_texts, check_topic
 from streamtools.delivery import current
 from streamtools.errors import ConfigurationError, FeatureError
 from streamtools.exchange import TOPIC, Exchange
@@ -180,7 +180,7 @@ class Composer:
         type: str | None = None,  # noqa: A002 - the field's name everywhere
         key: str | bytes | None = None,
         delay: float | None = None,
-        ttl: float | None = None,
+        ttl: Seconds | None = None,
         reply_to: str | None = None,
     ) -> Message:
         body, content_type = codec.encode(payload, self._content_type)

@@ -9,6 +9,7 @@ from typing import Any
 from streamtools.binding import RESOLVERS, Resolver
 from streamtools.bus.composer import Composer, seconds_until
 from streamtools.bus.outbox import Outbox, Sent, outbox
+from streamtools.checks import Seconds
 from streamtools.errors import HandlerError
 from streamtools.exchange import Exchange
 from streamtools.message import Message
@@ -62,7 +63,7 @@ class MessageContext:
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
         key: str | bytes | None = None,
-        ttl: float | None = None,
+        ttl: Seconds | None = None,
     ) -> Sent:
         """Send a command; parameters as for `Bus.send`."""
         return self._add(self._composer.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl))
@@ -77,7 +78,7 @@ class MessageContext:
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
         key: str | bytes | None = None,
-        ttl: float | None = None,
+        ttl: Seconds | None = None,
     ) -> Sent:
         """Publish an event; parameters as for `Bus.publish`."""
         must = self._mandatory if mandatory is None else mandatory
@@ -97,7 +98,7 @@ class MessageContext:
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
         key: str | bytes | None = None,
-        ttl: float | None = None,
+        ttl: Seconds | None = None,
     ) -> Sent:
         """Send a command for later; parameters as for `Bus.defer`."""
         delay = seconds_until(delay, at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
@@ -124,3 +124,20 @@ def _version(contract: type, version: int) -> int:
 def contracts_in(annotation: Any) -> tuple[type[Contract], ...]:
     """The contracts that a handler's first parameter names: one, those of a union, or none."""
     return tuple(part for part in parts_of(annotation) if isinstance(part, type) and issubclass(part, Contract))
+
+
+def payload_for(contract: type[Contract], annotation: Any) -> Any:
+    """The contract with what the annotation of a handler says beside it, such as validators.
+
+    Which of a union it is, the name on the wire says: a discriminator is left out.
+    """
+    beside: tuple[Any, ...] = ()
+    while get_origin(annotation) is not None:
+        if get_origin(annotation) is Annotated:
+            beside = (*annotation.__metadata__, *beside)
+            annotation = annotation.__origin__
+            continue
+        parts = [part for part in get_args(annotation) if contracts_in(part) and contract in contracts_in(part)]
+        annotation = parts[0] if parts else None
+    beside = tuple(each for each in beside if getattr(each, "discriminator", None) is None)
+    return Annotated[(contract, *beside)] if beside else contract

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from streamtools.binding import asks_for, hints_of, parts_of, payload_type
-from streamtools.bus.contracts import Command, Contract, Event, contracts_in
+from streamtools.bus.contracts import Command, Contract, Event, contracts_in, payload_for
 from streamtools.calling import check_function, check_handler, name_of, undecorated
 from streamtools.checks import check_topic
+from streamtools.codec import bare
 from streamtools.delivery import Delivery
 from streamtools.errors import ConfigurationError, FeatureError
 from streamtools.exchange import TOPIC, Binding, Exchange
@@ -150,14 +151,16 @@ class Entries:
         if type is not None:
             return self._add(Entry(name, type, contract, function, retry))
         if not contracts:
-            if annotation not in CATCH_ALL and getattr(annotation, "__origin__", None) is not dict:
+            plain = bare(annotation)
+            if plain not in CATCH_ALL and getattr(plain, "__origin__", None) is not dict:
                 raise ConfigurationError(
                     f"The handler {name} wants {annotation!r}, which is neither a Command nor an Event: annotate its "
                     "first parameter with one, with dict to take what has no handler, or give type='...'."
                 )
             return self._add(Entry(name, None, None, function, retry))
         for each in contracts:
-            self._add_contract(each, Entry(name, each.__terms__.name, each, function, retry), exchange)
+            payload = payload_for(each, annotation)
+            self._add_contract(each, Entry(name, each.__terms__.name, payload, function, retry), exchange)
 
     def _registered(self, contract: object, annotation: Any, name: str) -> tuple[type[Contract]]:
         """What a handler is registered for, which its annotation must not contradict."""

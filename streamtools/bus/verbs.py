@@ -14,7 +14,7 @@ from streamtools.bus.dispatch import through
 from streamtools.bus.entries import Entries
 from streamtools.bus.outbox import Outbox, current_outbox, outbox
 from streamtools.bus.requests import Requests, call
-from streamtools.checks import check_seconds
+from streamtools.checks import Seconds, check_seconds
 from streamtools.delivery import current
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import Exchange
@@ -47,7 +47,7 @@ class Verbs:
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
         key: str | bytes | None = None,
-        ttl: float | None = None,
+        ttl: Seconds | None = None,
         immediately: bool = False,
     ) -> Receipt:
         """Send a command to its one owner.
@@ -77,7 +77,7 @@ class Verbs:
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
         key: str | bytes | None = None,
-        ttl: float | None = None,
+        ttl: Seconds | None = None,
         immediately: bool = False,
     ) -> Receipt:
         """Publish an event to every queue that subscribed to its topic; parameters as for `send`, and:
@@ -108,7 +108,7 @@ class Verbs:
         headers: Mapping[str, str] | None = None,
         type: str | None = None,  # noqa: A002
         key: str | bytes | None = None,
-        ttl: float | None = None,
+        ttl: Seconds | None = None,
         immediately: bool = False,
     ) -> Receipt:
         """Send a command that is not to be handled before its time; parameters as for `send`, and:
@@ -155,7 +155,7 @@ class Verbs:
         command: object,
         to: str | None = None,
         *,
-        timeout: float = 5.0,  # noqa: ASYNC109
+        timeout: Seconds = 5.0,  # noqa: ASYNC109
         returns: Any = None,
         exchange: Exchange | None = None,
         headers: Mapping[str, str] | None = None,
@@ -172,8 +172,9 @@ class Verbs:
             RemoteError: the handler failed for good.
             SendError: there is no such queue.
         """
+        timeout = check_seconds("timeout", timeout)
         message = self._composer.command(
-            command, to, exchange, intent="request", headers=headers, type=type, ttl=check_seconds("timeout", timeout)
+            command, to, exchange, intent="request", headers=headers, type=type, ttl=timeout
         )
         if self._sender.features.reply:
             reply = await call(message, timeout, self._send_all)

@@ -447,11 +447,26 @@ def test_what_is_no_middleware_is_refused_at_once(name: str) -> None:
         lambda: ConsumerFactory(url="asyncio://", middleware=given),
         lambda: ConsumerFactory(url="asyncio://").route("orders", middleware=given)(work),
         lambda: Consumer("orders", url="asyncio://")(middleware=given),
-        lambda: Bus("stock", url="asyncio://", incoming=given),
-        lambda: Bus("stock", url="asyncio://", outgoing=given),
     ):
         with pytest.raises(ConfigurationError, match=why):
             make()
+
+
+@pytest.mark.parametrize("name", NO_MIDDLEWARE)
+@pytest.mark.parametrize("parameter", ["incoming", "outgoing"])
+async def test_what_is_no_middleware_of_a_bus_is_refused_as_it_starts(name: str, parameter: str) -> None:
+    given, why = NO_MIDDLEWARE[name]
+
+    async def start() -> None:
+        bus = Bus("stock", url="asyncio://", **{parameter: given})
+        bus.register(CountStock, work)
+        await bus.start()
+
+    with pytest.raises(ConfigurationError, match=why.replace("[", r"\[")):
+        await start()
+    if parameter == "outgoing":
+        with pytest.raises(ConfigurationError, match=why.replace("[", r"\[")):
+            await Bus(url="asyncio://", outgoing=given).start()
 
 
 async def test_an_error_handler_may_be_plain_or_a_lambda() -> None:

@@ -16,7 +16,7 @@ Producer, Consumer, Admin = PRODUCERS["asyncio"], CONSUMER_LOOPS["asyncio"], ADM
 
 async def test_what_is_released_one_by_one_has_its_places_back() -> None:
     async with Producer("orders") as producer, Consumer("orders") as one, Consumer("orders") as two:
-        await producer.send_many("abcdef")
+        await producer.send_many(["a", "b", "c", "d", "e", "f"])
         first, second = await one.receive(3), await two.receive(2)
         for delivery in (second[1], first[0], first[2], second[0], first[1]):
             await delivery.release()
@@ -26,7 +26,7 @@ async def test_what_is_released_one_by_one_has_its_places_back() -> None:
 async def test_an_operator_sees_and_moves_the_messages_of_all_groups() -> None:
     async with Producer("orders") as producer, Admin() as admin:
         async with Consumer("orders", group="billing"), Consumer("orders", group="shipping"):
-            await producer.send_many("ab")
+            await producer.send_many(["a", "b"])
             assert [m.body for m in await admin.peek("orders")] == [b"a", b"b", b"a", b"b"]
             await admin.create("elsewhere")
             assert await admin.move("orders", "elsewhere") == 4

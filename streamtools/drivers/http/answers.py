@@ -123,7 +123,9 @@ def _rejected(settlement: Settlement, message: Message) -> web.Response:
     error = settlement.error
     if isinstance(error, DecodeError):
         return _undecodable(error, message)
-    if isinstance(error, Reject) or error is None:
+    if isinstance(error, BaseExceptionGroup):
+        error = error.subgroup(Reject) and Reject()
+    if isinstance(error, Reject) or settlement.error is None:
         return respond(422, {"error": settlement.verdict.reason, "id": message.id})
     # Not the error's own text: it is the log's, and may hold what no caller is to see.
     return respond(500, {"error": "The handler failed.", "id": message.id, "attempts": message.attempt})
