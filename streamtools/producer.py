@@ -77,9 +77,13 @@ PLACES: Final = 3
 
 
 class Sink(Protocol):
-    """What takes a batch: a driver, or what stands before it."""
+    """What stands before a driver and takes a batch in its place."""
 
     async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None: ...
+
+    def for_producer(self, producer: Producer) -> Sink:
+        """The same before another producer: the twin in a second event loop."""
+        ...
 
 
 class Producer(Endpoint):
@@ -261,6 +265,12 @@ class Producer(Endpoint):
     def _why_unconfirmed(self) -> str:
         """A sentence on why `_send` has not returned in time, as far as is known."""
         return "no confirmation came."
+
+    def _make_twin(self) -> Self:
+        twin = super()._make_twin()
+        if self.translator is not None:
+            twin.translator = self.translator.for_producer(twin)
+        return twin
 
     # --- the way of a message -------------------------------------------------------------------
 

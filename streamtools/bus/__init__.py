@@ -9,6 +9,7 @@ entries.py     handlers by what they handle
 dispatch.py    one delivery to all handlers of its type
 loop.py        the loop of a bus's queue, for a runner
 context.py     what a handler knows and sends
+connections.py what a bus has open in one event loop
 requests.py    who waits for which reply
 pikabus.py     messages as PikaBus services write and read them
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.bus import pikabus
 from streamtools.bus.composer import Composer
+from streamtools.bus.connections import Connections
 from streamtools.bus.context import resolvers
 from streamtools.bus.contracts import Command, Contract
 from streamtools.bus.dispatch import BusDispatch
@@ -24,6 +24,7 @@ from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery
 from streamtools.dispatch import Dispatcher, as_list, check_error_handler, check_middleware
 from streamtools.errors import ConfigurationError
+from streamtools.eventloops import PerLoop
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.options import QUEUE_OPTIONS
 from streamtools.policy import Retry, check_retry
@@ -51,7 +52,8 @@ class Bus(Verbs):
     ConsumerRunner(bus).run()                                # or: async with bus: ... inside a loop
     ```
 
-    Safe to use from many tasks of one event loop at once. Within a handler, and within `transaction()`, what
+    Safe to use from many tasks at once, and in any number of event loops, one after the other or in several threads;
+    its handlers run in one of them at a time. Within a handler, and within `transaction()`, what
     is sent gathers and leaves together at the end; elsewhere it leaves at once.
 
     Parameters:
@@ -75,9 +77,6 @@ class Bus(Verbs):
         ConfigurationError: a name or an option that cannot work.
         FeatureError: the protocol cannot do what is asked.
     """
-
-    _admin: QueueAdmin | None = None
-    _runner: ConsumerRunner | None = None
 
     def __init__(
         self,
@@ -115,9 +114,7 @@ class Bus(Verbs):
         self._composer = Composer(client_id or queue, queue, self._sender, content_type)
         self._subscriptions: dict[Binding, None] = dict.fromkeys(bindings_of(subscriptions, self._topic))
         self._check()
-        self._requests = self._make_requests(url)
-        self._opening_admin, self._turning = asyncio.Lock(), asyncio.Lock()
-        self._pulling: dict[str, Consumer] = {}
+        self._connections = PerLoop(self._make_connections)
 
     def _check(self) -> None:
         """What cannot work is an error now, and not when it is started."""
@@ -244,7 +241,7 @@ class Bus(Verbs):
         """
         self._composer.need_topics()
         bindings = bindings_given(topics, exchange or self._topic)
-        if queue in (None, self.queue) and self._runner is None:
+        if queue in (None, self.queue) and self._connections.here().runner is None:
             await self.declare()
         admin = await self._get_admin()
         for binding in bindings:
@@ -308,15 +305,15 @@ class Bus(Verbs):
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> list[Delivery]:
         """Pull messages by hand, from this bus's own queue or another; as `Consumer.receive`."""
-        name = queue or self._own()
-        if name not in self._pulling:
+        name, pulling = queue or self._own(), self._connections.here().pulling
+        if name not in pulling:
             own = name == self.queue
-            self._pulling[name] = (
+            pulling[name] = (
                 self._make_consumer() if own else self._attended(Consumer(name, url=self._url, declare=False))
             )
             if own:
-                self._pulling[name].bindings = self._bindings()
-        return await self._pulling[name].receive(max_messages, timeout=timeout)
+                pulling[name].bindings = self._bindings()
+        return await pulling[name].receive(max_messages, timeout=timeout)
 
     # --- lifetime -------------------------------------------------------------------------------
 
@@ -326,25 +323,34 @@ class Bus(Verbs):
         Raises:
             ConnectError: the broker cannot be reached, or refuses us.
         """
-        async with self._turning:
-            if self._runner is None:
-                await self._start()
+        here = self._connections.here()
+        async with here.turning:
+            if here.runner is None:
+                here.runner = await self._start()
         return self
 
-    async def _start(self) -> None:
+    async def _start(self) -> ConsumerRunner | None:
         if not self._entries:
             await self.open()
             if self.queue is not None and self.consumer.features.admin:
                 await self.declare()
-            return
-        runner = ConsumerRunner(self)
-        await runner.__aenter__()
-        self._runner = runner
+            return None
+        return await ConsumerRunner(self).__aenter__()
 
     async def stop(self) -> None:
-        """Finish what is in hand and disconnect. Safe to repeat."""
-        async with self._turning:
-            runner, self._runner = self._runner, None
+        """Finish what is in hand and disconnect, in the event loop in which it was started. Safe to repeat.
+
+        Raises:
+            ConfigurationError: it runs in another event loop.
+        """
+        here = self._connections.here()
+        if here.runner is None and any(other.runner is not None for other in self._connections.elsewhere()):
+            raise ConfigurationError(
+                f"{self!r} runs in another event loop: stop it there, as in "
+                "asyncio.run_coroutine_threadsafe(bus.stop(), its_loop)."
+            )
+        async with here.turning:
+            runner, here.runner = here.runner, None
             try:
                 if runner is not None:
                     await runner.__aexit__(None, None, None)
@@ -358,14 +364,8 @@ class Bus(Verbs):
         return self
 
     async def close(self) -> None:
-        """Close all connections of this bus. Safe to repeat."""
-        pulling, self._pulling = self._pulling, {}
-        admin, self._admin = self._admin, None
-        await self._requests.close()
-        for consumer in pulling.values():
-            await consumer.close()
-        if admin is not None:
-            await admin.close()
+        """Close all connections that this bus has in the running event loop. Safe to repeat."""
+        await self._connections.here().close()
         await self._sender.close()
 
     async def __aenter__(self) -> Self:
@@ -425,8 +425,12 @@ class Bus(Verbs):
         name, client_id = self.queue or "streamtools", self._options["client_id"]
         return Producer(name, url=url, declare=False, client_id=client_id, send_timeout=self._send_timeout)
 
-    def _make_requests(self, url: str | ProtocolSettings | None) -> Requests:
-        return Requests(self._options["client_id"] or self.queue or "streamtools", url, self._options, self._style)
+    def _make_connections(self) -> Connections:
+        name = self._options["client_id"] or self.queue or "streamtools"
+        return Connections(Requests(name, self._url, self._options, self._style))
+
+    def _replies(self) -> Requests:
+        return self._connections.here().requests
 
     def _make_consumer(self) -> Consumer:
         return self._attended(Consumer(self._own(), url=self._url, **self._options))
@@ -464,15 +468,21 @@ class Bus(Verbs):
 
     def _note_bindings(self) -> None:
         """Have whoever consumes the queue make the same ones when it connects again."""
-        for consumer in (self.consumer, self._pulling.get(self.queue)) if self.queue is not None else ():
+        if self.queue is None:
+            return
+        pulling = [
+            here.pulling.get(self.queue) for here in [self._connections.here(), *self._connections.elsewhere()]
+        ]
+        for consumer in (self.consumer, *pulling):
             if consumer is not None:
                 consumer.bindings = self._bindings()
 
     async def _get_admin(self) -> QueueAdmin:
-        async with self._opening_admin:
-            if self._admin is None:
-                self._admin = await ADMINS[self._sender.protocol](url=self._url).open()
-            return self._admin
+        here = self._connections.here()
+        async with here.opening_admin:
+            if here.admin is None:
+                here.admin = await ADMINS[self._sender.protocol](url=self._url).open()
+            return here.admin
 
     def __repr__(self) -> str:
         return f"<Bus {self.queue or '(sends only)'} at {self._sender.settings.safe_url}>"

@@ -170,6 +170,10 @@ class Outgoing:
         self._style = style
         self._producer = producer
 
+    def for_producer(self, producer: Producer) -> Outgoing:
+        """The same before another producer."""
+        return Outgoing(self._style, producer)
+
     async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None:
         try:
             return await self._producer._send(await self._style.write_all(batch), options)

@@ -35,7 +35,6 @@ class Verbs:
     outgoing: list[Middleware]
     _composer: Composer
     _entries: Entries
-    _requests: Requests
     _sender: Producer
 
     async def send(
@@ -179,7 +178,7 @@ class Verbs:
         if self._sender.features.reply:
             reply = await call(message, timeout, self._send_all)
         else:
-            reply = await self._requests.ask(message, timeout, self._send_now)
+            reply = await self._replies().ask(message, timeout, self._send_now)
         if returns is None:
             returns = self._entries.contract(reply.type) or Any
         return _decoder(returns)(reply)
@@ -212,6 +211,10 @@ class Verbs:
             await box.send_others()
 
     # --- the way of a message -------------------------------------------------------------------
+
+    def _replies(self) -> Requests:
+        """The requests that wait in the running event loop."""
+        raise NotImplementedError
 
     async def _let_go(self, message: Message, *, immediately: bool) -> Receipt:
         if not immediately and (box := current_outbox()) is not None:

@@ -12,6 +12,7 @@ from streamtools.bus.contracts import Contract
 from streamtools.bus.dispatch import Shared
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Settlement
+from streamtools.eventloops import PerLoop
 from streamtools.exchange import Binding
 from streamtools.message import Message
 
@@ -32,9 +33,7 @@ async def moved(bus: Bus, url: str) -> AsyncIterator[None]:
     instead: dict[str, Any] = {
         "_url": url,
         "_sender": bus._make_sender(url),
-        "_requests": bus._make_requests(url),
-        "_admin": None,
-        "_pulling": {},
+        "_connections": PerLoop(bus._make_connections),
         "start": start,
         "stop": stop,
     }
