@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Final, get_origin
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, Union, get_args, get_origin
 
-from pydantic import InstanceOf, TypeAdapter, ValidationError
-from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
+from pydantic import BaseModel, InstanceOf, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
+from pydantic_core import (
+    PydanticSerializationError,
+    SchemaError,
+    SchemaValidator,
+    from_json,
+    to_json,
+    to_jsonable_python,
+)
 
+from streamtools.bodies import is_known_charset, read_characters, undone
 from streamtools.errors import ConfigurationError, DecodeError, near
 from streamtools.message import Message
 
@@ -18,6 +29,18 @@ BINARY: Final = "application/octet-stream"
 #: Media types whose bodies are read as JSON where they are JSON, else left as bytes: SSI agents' messages are
 #: either, and `curl -d` calls every body a form.
 PERHAPS_JSON: Final = frozenset({"application/ssi-agent-wire", "application/x-www-form-urlencoded"})
+
+#: What secrets are written as.
+MASK: Final = b"*" * 10
+#: Several CloudEvents in one body.
+BATCH: Final = "application/cloudevents-batch+json"
+#: Problems with one body that are listed at most, and those that its text names.
+PROBLEMS: Final = 20
+SHOWN: Final = 5
+#: With more problems than this the first is looked for alone.
+COUNTED: Final = 1000
+#: Characters of a field's name in a problem.
+NAME_SHOWN: Final = 100
 
 #: Turns a message into the payload that a handler asked for.
 Decoder = Callable[[Message], Any]
@@ -59,7 +82,7 @@ def register_codec(
     Raises:
         ConfigurationError: it is no media type, or JSON, which is read straight into a handler's model.
     """
-    media = _media_type(content_type)
+    media = media_type(content_type)
     if "/" not in media or ";" in content_type or media == JSON:
         raise ConfigurationError(f"{content_type!r} is no media type of yours: write one as in 'application/yaml'.")
     _CODECS[media] = Codec(decode, encode)
@@ -76,7 +99,7 @@ def check_content_type(content_type: str | None) -> None:
 
 
 def _encoder(content_type: str) -> Callable[[Any], bytes]:
-    found = _CODECS.get(_media_type(content_type))
+    found = _CODECS.get(media_type(content_type))
     if found is None or found.encode is None:
         raise ConfigurationError(
             f"Nothing encodes {content_type!r}: register_codec({content_type!r}, decode, encode) first. "
@@ -103,15 +126,54 @@ def encode(payload: object, content_type: str | None = None) -> tuple[bytes, str
         return bytes(payload), BINARY
     try:
         if content_type is not None and content_type != JSON:
-            return _encoder(content_type)(to_jsonable_python(payload)), content_type
+            body = _encoder(content_type)(to_jsonable_python(payload))
+            if MASK in body:
+                _check_secrets(payload)
+            return body, content_type
         # Infinity and NaN have no JSON form: as strings they come back as the same float, where
         # the default (null) would lose them.
-        return to_json(payload, inf_nan_mode="strings"), JSON
+        body = to_json(payload, inf_nan_mode="strings")
+        if b"null" in body:
+            # A model has a mode of its own, which is null. Its plain data have ours.
+            body = to_json(to_jsonable_python(payload), inf_nan_mode="strings")
+        if MASK in body:
+            _check_secrets(payload)
+        return body, JSON
     except (PydanticSerializationError, UnicodeEncodeError) as error:
         raise TypeError(
             f"A payload of type {type(payload).__name__} cannot be sent: {error}. "
             "Send a pydantic model, a dataclass, plain JSON data, str or bytes."
         ) from error
+
+
+def _check_secrets(payload: object, place: str = "the payload") -> None:
+    """Nothing in it is hidden behind asterisks, which would arrive instead of the value.
+
+    Raises:
+        TypeError: a `SecretStr`, or the like.
+    """
+    if isinstance(payload, SecretStr | SecretBytes | Secret):
+        raise TypeError(
+            f"{place} is a {type(payload).__name__}, which is written as asterisks: send what "
+            "get_secret_value() gives if it is to travel, or leave the field out (Field(exclude=True))."
+        )
+    for where, part in _parts(payload, place):
+        _check_secrets(part, where)
+
+
+def _parts(payload: object, place: str) -> Iterable[tuple[str, object]]:
+    """What a payload consists of, each with its place in words."""
+    kind = type(payload).__name__
+    if isinstance(payload, BaseModel):
+        sent = (name for name, described in type(payload).model_fields.items() if not described.exclude)
+        return [(f"{kind}.{name}", getattr(payload, name, None)) for name in sent]
+    if is_dataclass(payload):
+        return [(f"{kind}.{part.name}", getattr(payload, part.name, None)) for part in fields(payload)]
+    if isinstance(payload, Mapping):
+        return [(f"{place}[{name!r}]", part) for name, part in payload.items()]
+    if isinstance(payload, list | tuple | set | frozenset):
+        return [(f"an item of {place}", part) for part in payload]
+    return ()
 
 
 def _utf8(text: str) -> bytes:
@@ -122,36 +184,39 @@ def _utf8(text: str) -> bytes:
 
 
 def decode(message: Message) -> Any:
-    """The payload by content type: JSON data, text, or bytes.
+    """The payload by content type: JSON data, text, or bytes; None for a tombstone.
 
     Without a content type, and with one of `PERHAPS_JSON`, a body that is JSON is read as JSON (as
     CloudEvents does), any other is left as bytes.
 
     Raises:
-        DecodeError: the body is not what its content type says.
+        DecodeError: the body is not what its content type or its encoding says.
     """
     if message.body is None:
         return None
-    media = _media_type(message.content_type)
+    body, media = undone(message.body, message.content_encoding), media_type(message.content_type)
     if media in _CODECS:
-        return _decode_by(_CODECS[media], message)
-    if media == JSON or media.endswith("+json"):
-        return _decode_json(message)
+        return _decode_by(_CODECS[media], message, body)
+    if media == BATCH:
+        return _from_json(message, _payloads(message, body))
+    if is_json(media):
+        return _from_json(message, body)
     if media.startswith("text/"):
-        return _decode_text(message)
+        return read_characters(body, _charset(message))
     if media and media not in PERHAPS_JSON:
-        return message.body
+        return body
     try:
-        return from_json(message.body)
+        return from_json(body)
     except ValueError:
-        return message.body
+        return body
 
 
 def decoder(annotation: Any) -> Decoder:
     """The decoder for a handler whose first parameter has this annotation.
 
     `bytes` gets the body untouched, `Message` the envelope, no annotation (or Any, object) the
-    payload by content type, anything else is validated straight from the bytes by pydantic.
+    payload by content type, anything else is validated straight from the bytes by pydantic. Where
+    nothing says that the body is JSON, what takes a text gets the text.
 
     Raises:
         pydantic.PydanticUserError: pydantic cannot validate this annotation.
@@ -164,7 +229,18 @@ def decoder(annotation: Any) -> Decoder:
         return lambda message: message
     if annotation is Any or annotation is object:
         return decode
-    return _validator(TypeAdapter(annotation), annotation)
+    adapter = TypeAdapter(annotation)
+    if _kinds(annotation) - {NoneType} == {bytes}:
+        return _guarded(lambda message: adapter.validate_python(message.body), adapter, annotation)
+    return _guarded(_validator(adapter, annotation), adapter, annotation)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The parts of a union, without what `Annotated` says of them."""
+    annotation = bare(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    return {NoneType if annotation is None else annotation}
 
 
 def bare(annotation: Any) -> Any:
@@ -182,14 +258,7 @@ def _checked(decode: Decoder, plain: Any, annotation: Any) -> Decoder:
     """For what pydantic does not read from the bytes, but checks: `Annotated[bytes, Field(max_length=9)]`."""
     checked: Any = Annotated[(InstanceOf[Message] if plain is Message else Any, *_beside(annotation), None)]
     adapter: TypeAdapter[Any] = TypeAdapter(checked)
-
-    def check(message: Message) -> Any:
-        try:
-            return adapter.validate_python(decode(message))
-        except ValidationError as error:
-            raise _invalid(error, annotation) from error
-
-    return check
+    return _guarded(lambda message: adapter.validate_python(decode(message)), adapter, annotation)
 
 
 def _beside(annotation: Any) -> tuple[Any, ...]:
@@ -200,36 +269,76 @@ def _beside(annotation: Any) -> tuple[Any, ...]:
 
 
 def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
-    validate_json = adapter.validate_json
+    validate_json, others = adapter.validate_json, _validator_of_others(adapter, str in _kinds(annotation))
 
     def validate(message: Message) -> Any:
-        try:
-            if message.body is None:
-                return adapter.validate_python(None)
-            if (content_type := message.content_type) is not None and content_type != JSON:
-                if _CODECS and (found := _CODECS.get(_media_type(content_type))) is not None:
-                    return adapter.validate_python(_decode_by(found, message))
-                if content_type.startswith("text/"):
-                    return _validate_text(adapter, message)
-            return validate_json(message.body)
-        except ValidationError as error:
-            if message.body is None:
-                raise _no_body(annotation) from error
-            raise _invalid(error, annotation) from error
-        except DecodeError:
-            raise
-        except ValueError as error:
-            raise DecodeError(f"The body cannot be decoded: {error}") from error
+        if (body := message.body) is None or message.content_type != JSON or message.content_encoding is not None:
+            return others(message)
+        return validate_json(body)
 
     return validate
 
 
-def _validate_text(adapter: TypeAdapter[Any], message: Message) -> Any:
+def _validator_of_others(adapter: TypeAdapter[Any], takes_text: bool) -> Decoder:
+    """For all that is no plain JSON."""
+
+    def validate(message: Message) -> Any:
+        if message.body is None:
+            return adapter.validate_python(None)
+        body, media = undone(message.body, message.content_encoding), media_type(message.content_type)
+        if media in _CODECS:
+            return adapter.validate_python(_decode_by(_CODECS[media], message, body))
+        if media.startswith("text/"):
+            return _validate_text(adapter, read_characters(body, _charset(message)), body)
+        if media == BATCH:
+            return adapter.validate_json(_payloads(message, body))
+        if is_json(media):
+            return adapter.validate_json(_as_utf8(message, body))
+        return _validate_either(adapter, body, takes_text)
+
+    return validate
+
+
+def _validate_text(adapter: TypeAdapter[Any], text: str, body: bytes) -> Any:
     # "5" sent as text is a str for a handler that wants str, and the number 5 for one that wants int.
     try:
-        return adapter.validate_python(_decode_text(message))
+        return adapter.validate_python(text)
     except ValidationError:
-        return adapter.validate_json(message.body or b"")
+        return adapter.validate_json(body)
+
+
+def _validate_either(adapter: TypeAdapter[Any], body: bytes, takes_text: bool) -> Any:
+    """A body that does not say what it is: JSON, else a text, as Kafka's console producer sends it."""
+    try:
+        return adapter.validate_json(body)
+    except ValidationError as error:
+        if not takes_text and not _is_no_json(error):
+            raise
+        with suppress(ValidationError, UnicodeDecodeError):
+            return adapter.validate_python(body.decode())
+        raise
+
+
+def _is_no_json(error: ValidationError) -> bool:
+    return error.error_count() == 1 and error.errors(include_input=False)[0]["type"] == "json_invalid"
+
+
+def _guarded(decode: Decoder, adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
+    """The same, of which each failure is a DecodeError."""
+
+    def decode_or_say_why(message: Message) -> Any:
+        try:
+            return decode(message)
+        except ValidationError as error:
+            if message.body is None:
+                raise _no_body(annotation) from error
+            raise _invalid(error, adapter, annotation, message) from error
+        except DecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise DecodeError(f"The body cannot be decoded: {error}") from error
+
+    return decode_or_say_why
 
 
 def _body(message: Message) -> bytes:
@@ -239,45 +348,110 @@ def _body(message: Message) -> bytes:
 
 
 def _no_body(annotation: Any) -> DecodeError:
-    name = getattr(bare(annotation), "__name__", str(bare(annotation)))
     return DecodeError(
-        f"The message has no body: it is a tombstone, which says that what its key names is no more. Annotate the "
-        f"handler's parameter with {name} | None to receive it as None."
+        "The message has no body: it is a tombstone, which says that what its key names is no more. Annotate the "
+        f"handler's parameter with {_name(annotation)} | None to receive it as None."
     )
 
 
-def _invalid(error: ValidationError, annotation: Any) -> DecodeError:
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    name = getattr(bare(annotation), "__name__", str(bare(annotation)))
-    first = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in problems[:5])
-    return DecodeError(f"The body is not a valid {name}: {first}", errors=[dict(p) for p in problems])
+# --- what is wrong ----------------------------------------------------------------------------------
 
 
-def _decode_by(codec: Codec, message: Message) -> Any:
+def _invalid(error: ValidationError, adapter: TypeAdapter[Any], annotation: Any, message: Message) -> DecodeError:
+    count = error.error_count()
+    problems = _problems(error) if count <= COUNTED else _first_problems(adapter, message)
+    first = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in problems[:SHOWN])
+    more = f" and {count - min(SHOWN, len(problems)):,} more problems" if count > max(SHOWN, len(problems)) else ""
+    text = f"The body is not a valid {_name(annotation)}: {first}{more}"
+    if media_type(message.content_type) == BATCH:
+        text += ". It is a batch of CloudEvents: annotate list[...], or have the events sent one by one"
+    return DecodeError(text, errors=problems)
+
+
+def _problems(error: ValidationError) -> list[dict[str, Any]]:
+    found = error.errors(include_url=False, include_context=False, include_input=False)[:PROBLEMS]
+    return [{**p, "loc": tuple(_brief(part) for part in p["loc"])} for p in found]
+
+
+def _brief(part: int | str) -> int | str:
+    return part if isinstance(part, int) or len(part) <= NAME_SHOWN else part[:NAME_SHOWN] + "…"
+
+
+def _first_problems(adapter: TypeAdapter[Any], message: Message) -> list[dict[str, Any]]:
+    """The first of very many: to list them all takes seconds, and a gigabyte, for one body of a mebibyte."""
     try:
-        return codec.decode(message.body or b"")
+        SchemaValidator(_failing_fast(adapter.core_schema)).validate_json(message.body or b"")
+    except ValidationError as error:
+        return _problems(error) if error.error_count() <= COUNTED else []
+    except (SchemaError, ValueError, RecursionError):  # a schema that cannot be made so, or a body that is no JSON
+        pass
+    return []
+
+
+def _failing_fast(schema: Any) -> Any:
+    """A core schema whose sequences end at their first item that is wrong."""
+    if isinstance(schema, list):
+        return [_failing_fast(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    copy = {name: _failing_fast(part) for name, part in schema.items()}
+    return {**copy, "fail_fast": True} if schema.get("type") in ("list", "set", "frozenset", "tuple") else copy
+
+
+def _name(annotation: Any) -> str:
+    return getattr(bare(annotation), "__name__", None) or str(bare(annotation))
+
+
+# --- the parts of a body ----------------------------------------------------------------------------
+
+
+def _decode_by(codec: Codec, message: Message, body: bytes) -> Any:
+    try:
+        return codec.decode(body)
     except Exception as error:  # each library has errors of its own
         raise DecodeError(f"The body says {message.content_type} but does not decode: {error}") from error
 
 
-def _decode_json(message: Message) -> Any:
+def _from_json(message: Message, body: bytes) -> Any:
     try:
-        return from_json(message.body or b"")
+        return from_json(_as_utf8(message, body))
     except ValueError as error:
         raise DecodeError(f"The body says {message.content_type} but is not JSON: {error}") from error
 
 
-def _decode_text(message: Message) -> str:
-    try:
-        return (message.body or b"").decode(_charset(message.content_type))
-    except (ValueError, LookupError) as error:  # "undefined" and "\0" are charsets that raise neither of the usual
-        raise DecodeError(f"The body says {message.content_type} but does not decode: {error}") from error
+def _as_utf8(message: Message, body: bytes) -> bytes:
+    """A JSON body of another charset, or with a byte order mark before it, as the standard has it."""
+    charset = _charset(message)
+    if charset not in ("utf-8", "utf8"):
+        return read_characters(body, charset).encode()
+    return body.removeprefix(BOM_UTF8)
 
 
-def _media_type(content_type: str | None) -> str:
+def _payloads(message: Message, body: bytes) -> bytes:
+    """The data of each event of a batch, as one JSON array."""
+    events = _from_json(message, body)
+    if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+        raise DecodeError(f"The body says {message.content_type} and is no array of CloudEvents.")
+    if any("data_base64" in event for event in events):
+        raise DecodeError("An event of the batch has data_base64, which has no place in a list: send it by itself.")
+    return to_json([event.get("data") for event in events], inf_nan_mode="strings")
+
+
+def is_json(content_type: str) -> bool:
+    """Whether bodies of this content type are JSON."""
+    media = media_type(content_type)
+    return media == JSON or media.endswith("+json")
+
+
+def media_type(content_type: str | None) -> str:
+    """A content type without its parameters."""
     return "" if content_type is None else content_type.partition(";")[0].strip().lower()
 
 
-def _charset(content_type: str | None) -> str:
-    _, _, parameters = (content_type or "").lower().partition("charset=")
-    return parameters.partition(";")[0].strip(" \"'") or "utf-8"
+def _charset(message: Message) -> str:
+    """As the content type says; else as the encoding does, where that is a charset, as Celery writes it."""
+    _, _, parameters = (message.content_type or "").lower().partition("charset=")
+    named = parameters.partition(";")[0].strip(" \"'")
+    if not named and message.content_encoding is not None and is_known_charset(message.content_encoding.lower()):
+        return message.content_encoding.lower()
+    return named or "utf-8"

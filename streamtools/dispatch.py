@@ -22,6 +22,7 @@ from streamtools.calling import awaited, check_function, has_decimals, name_of, 
 from streamtools.cancelling import come_round, is_over
 from streamtools.copies import brief_copy, lesser_copies
 from streamtools.delivery import Delivery, Settlement, current
+from streamtools.envelope import unwrapped
 from streamtools.errors import ConfigurationError, DecodeError, Drop, HandlerError, SendError, Signal, text_of
 from streamtools.features import Features
 from streamtools.message import ErrorDetails, Message
@@ -199,7 +200,10 @@ class Dispatcher:
         try:
             if delivery.trouble is not None:
                 raise delivery.trouble
-            result = await self._handler(message)
+            inner = unwrapped(message) if message.enveloped else message
+            if inner is not message and inner.expired:
+                return Settlement(delivery, DROP)
+            result = await self._handler(inner)
         except BaseException as error:  # SystemExit too: a message must not end the process
             failure = error
         else:

@@ -135,6 +135,12 @@ class Message:
         """Its `expires_at` has passed."""
         return self.expires_at is not None and self.expires_at <= time.time()
 
+    @property
+    def enveloped(self) -> bool:
+        """Its body is a CloudEvent with its attributes (structured mode); handlers get what is in it."""
+        content_type = self.content_type
+        return content_type is not None and content_type[:28].lower() == "application/cloudevents+json"
+
     def __hash__(self) -> int:
         """By id: headers are a mapping, which has no hash."""
         return hash(self.id)

@@ -14,6 +14,7 @@ from streamtools.bus.entries import Entries, Entry, of_class
 from streamtools.bus.outbox import Outbox, Send, outbox
 from streamtools.delivery import Delivery, Settlement, current
 from streamtools.dispatch import Dispatcher, chain
+from streamtools.envelope import event_type
 from streamtools.errors import Reject, SendError, near
 from streamtools.message import Message
 from streamtools.policy import describe
@@ -166,7 +167,8 @@ class BusDispatch:
     # --- finding --------------------------------------------------------------------------------
 
     def _find(self, message: Message) -> list[tuple[str, Dispatcher]]:
-        runs = self._runs.get(message.type) or self._runs.get(None)
+        kind = event_type(message) if message.enveloped else message.type
+        runs = self._runs.get(kind) or self._runs.get(None)
         if runs is None:
             return [self._unknown]
         if message.handler is not None and len(runs) > 1:

@@ -181,6 +181,8 @@ def decode_plain(record: Any, place: TopicPartition) -> Message | None:
         len(headers) == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE and headers[0][1]
     ):
         return None
+    if headers and (headers[1][1] or b"")[:23].lower() == b"application/cloudevents":
+        return None
     message = _new(Plain)
     _set_source(message, record if headers else (record, place))
     _set_body(message, record.value)
@@ -195,6 +197,7 @@ class Plain(LazyMessage):
     __slots__ = ()
 
     expired = False  # it has no such time
+    enveloped = False
 
     def _all(self, source: Any) -> dict[str, Any]:
         record, place = source if isinstance(source, tuple) else (source, TopicPartition(self.queue, -1))

@@ -1,0 +1,104 @@
+"""Bodies as they came: content encodings undone up to a limit, characters read by the charsets that are known."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import Final
+
+from streamtools.errors import DecodeError
+
+#: Bytes that a compressed body may have once it is undone; a few bytes can be the whole of a gigabyte.
+INFLATED_LIMIT: Final = 64 * 1024 * 1024
+#: Encodings of one body, one upon the other.
+LAYERS: Final = 3
+#: What other clients write where nothing was done to the body (Celery's: `utf-8`, `binary`).
+_NOTHING_DONE: Final = frozenset({"", "identity", "binary", "8bit", "7bit", "none"})
+#: Charsets that are read in a time that grows with the text, no faster; `punycode` and others of Python's are not.
+_CHARSETS: Final = re.compile(
+    r"utf-?8(-sig)?|(us-?)?ascii|iso-?8859-?\d{1,2}|latin-?\d{1,2}|utf-?(16|32)(-?[bl]e)?"
+    r"|(windows-?|cp)125[0-8]|cp(437|850|852|858|866|932|949|950)|koi8-?[ru]|mac-?roman"
+    r"|shift-?jis|euc-?(jp|kr)|gb2312|gbk|gb18030|big5"
+)
+#: zlib's window bits: gzip's header, zlib's header, none.
+_GZIP, _ZLIB, _RAW = 31, 15, -15
+_GZIP_MAGIC: Final = b"\x1f\x8b"
+
+
+def undone(body: bytes, encoding: str | None) -> bytes:
+    """The body without its content encoding: gzip and deflate are undone, one after the other.
+
+    Parameters:
+        encoding: as the message has it, such as "gzip" or "deflate, gzip"; the last was done last.
+
+    Raises:
+        DecodeError: the encoding is another, the body is not encoded so, or it is over 64 MiB once undone.
+    """
+    if encoding is None:
+        return body
+    names = [name for part in encoding.split(",") if not _is_nothing(name := part.strip().lower())]
+    if len(names) > LAYERS:
+        raise DecodeError(f"The body is encoded {len(names)} times over; {LAYERS} times at most are undone.")
+    for name in reversed(names):
+        body = _undo(body, name)
+    return body
+
+
+def _is_nothing(name: str) -> bool:
+    return name in _NOTHING_DONE or is_known_charset(name)
+
+
+def _undo(body: bytes, name: str) -> bytes:
+    try:
+        if name in ("gzip", "x-gzip"):
+            return _inflate(body, _GZIP)
+        if name == "deflate":
+            try:
+                return _inflate(body, _ZLIB)
+            except zlib.error:  # some send the bare stream (RFC 9110, section 8.4.1.2)
+                return _inflate(body, _RAW)
+    except zlib.error as error:
+        raise DecodeError(f"The body says that it is encoded as {name} and is not: {error}.") from error
+    raise DecodeError(
+        f"The body is encoded as {name[:40]!r} (content_encoding), which is not undone here: gzip and deflate are. "
+        "Annotate the handler's parameter with bytes or Message to decode it there."
+    )
+
+
+def _inflate(body: bytes, window: int) -> bytes:
+    parts: list[bytes] = []
+    room = INFLATED_LIMIT
+    while True:
+        stream = zlib.decompressobj(window)
+        part = stream.decompress(body, room + 1)
+        room -= len(part)
+        if room < 0:
+            raise DecodeError(f"The body is over {INFLATED_LIMIT // 2**20} MiB once it is decompressed.")
+        if not stream.eof:
+            raise DecodeError("The body is compressed and was cut short.")
+        parts.append(part)
+        body = stream.unused_data
+        if window != _GZIP or not body.startswith(_GZIP_MAGIC):  # gzip allows several, one after the other
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def is_known_charset(name: str) -> bool:
+    """Whether texts of this charset are read."""
+    return _CHARSETS.fullmatch(name.replace("_", "-")) is not None
+
+
+def read_characters(body: bytes, charset: str) -> str:
+    """The text of a body.
+
+    Raises:
+        DecodeError: the charset is none that is known, or the body is not of it.
+    """
+    if not is_known_charset(charset):
+        raise DecodeError(
+            f"The body's charset is {charset[:40]!r}, which is not read here: send UTF-8, or annotate the handler's "
+            "parameter with bytes."
+        )
+    try:
+        return body.decode(charset)
+    except (ValueError, LookupError) as error:
+        raise DecodeError(f"The body says that its charset is {charset} and does not decode: {error}") from error
