@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Iterable
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Final, TypeVar
 
 from streamtools.errors import ConnectionLost
 
 T = TypeVar("T")
+
+#: Times that a task which ignores its cancellation is cancelled.
+INSIST: Final = 10
 
 
 def asked_to_stop() -> bool:
@@ -82,6 +86,52 @@ def _cancel_now(task: asyncio.Task[Any]) -> None:
     if not task.done() and task.cancelling():
         task.uncancel()
         task.cancel()
+
+
+class until:  # noqa: N801 - used as `async with until(event):`, as asyncio.timeout is
+    """A block that ends when an event is set, which cancels what the block awaits then; as `asyncio.timeout` does."""
+
+    def __init__(self, event: asyncio.Event) -> None:
+        self._event = event
+        self._limit = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        await self._limit.__aenter__()
+        self._watch = asyncio.create_task(self._event.wait())
+        self._watch.add_done_callback(self._end)
+
+    def _end(self, _: asyncio.Task[Any]) -> None:
+        self._limit.reschedule(asyncio.get_running_loop().time())
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._watch.remove_done_callback(self._end)
+        self._watch.cancel()
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError:
+            return True
+        return False
+
+
+async def end(tasks: Iterable[asyncio.Task[Any]], seconds: float) -> int:
+    """Cancel tasks, and those that go on all the same again and again, but not for ever.
+
+    What is not ended by then is left behind: whoever closes the event loop does not wait for it.
+
+    Returns:
+        The number of those that are left behind.
+    """
+    pending, tries = {task for task in tasks if not task.done()}, 0
+    while pending and tries < INSIST:
+        tries += 1
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=seconds / INSIST)
+    for task in pending:
+        asyncio.tasks._unregister_task(task)  # asyncio.run would wait for it for ever
+    return len(pending)
 
 
 async def guard(work: Awaitable[T]) -> T:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
 
 from streamtools.binding import RESOLVERS, Resolver, compile_handler
 from streamtools.calling import Decorated, check_handler, name_of, undecorated
-from streamtools.cancelling import guard
+from streamtools.cancelling import guard, until
 from streamtools.checks import (
     Declare,
     Seconds,
@@ -302,8 +302,9 @@ class Consumer(Endpoint):
         threads = Threads(self.concurrency, f"streamtools-{self.queue}")
         try:
             dispatch = handler.dispatch(self, threads)
-            await self._connect(time.monotonic() + self.connect_timeout)
-            if on_started is not None:
+            async with until(self._stopping):
+                await self._connect(time.monotonic() + self.connect_timeout)
+            if on_started is not None and not self._stopping.is_set():
                 on_started()
             await self._run(dispatch)
         except ConnectError:
@@ -438,12 +439,14 @@ class Consumer(Endpoint):
                 await self._pause(backoff(attempt))
             attempt += 1
             try:
-                await self._connect(time.monotonic())
+                async with until(self._stopping):
+                    await self._connect(time.monotonic())
             except ConnectError as error:
                 if error.permanent:
                     raise
             else:
-                log.info("%r: connected again.", self)
+                if not self._stopping.is_set():
+                    log.info("%r: connected again.", self)
                 return
 
     async def _pause(self, seconds: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
@@ -60,6 +61,12 @@ class PerLoop(Generic[T]):
         with _moving:
             self._forget()
             return [found for other, found in self._found.items() if other is not loop]
+
+    def everywhere(self) -> list[T]:
+        """The objects of all loops that have not ended; from any thread."""
+        with _moving:
+            self._forget()
+            return [*self._found.values()]
 
     def _forget(self) -> None:
         if self._process != os.getpid():
@@ -145,10 +152,17 @@ def in_its_loop(loop: asyncio.AbstractEventLoop | None, function: Callable[[], A
         running = asyncio.get_running_loop()
     except RuntimeError:
         running = None
-    if loop is None or loop is running or loop.is_closed():
+    if loop is None or loop.is_closed():
         function()
+    elif loop is running:
+        function()
+        loop.call_soon_threadsafe(_wake_up)  # a signal handler may have interrupted its waiting
     else:
         loop.call_soon_threadsafe(function)
+
+
+def _wake_up() -> None:
+    """Nothing: that it is called lets the event loop look at what there is to do."""
 
 
 # --- the end of a loop ------------------------------------------------------------------------------
@@ -176,7 +190,13 @@ class _Ending:
             yield
         finally:
             _Ending.all.pop(self._loop, None)
-            await self._close_all()
+            # asyncio warns of generators that begin now, also those of asynccontextmanager; ours come to their end.
+            hooks = sys.get_asyncgen_hooks()
+            sys.set_asyncgen_hooks(firstiter=None)
+            try:
+                await self._close_all()
+            finally:
+                sys.set_asyncgen_hooks(firstiter=hooks.firstiter)
 
     async def _close_all(self) -> None:
         closing = [asyncio.ensure_future(_close(what)) for what in self.open.values()]

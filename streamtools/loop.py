@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, Literal, Protocol
 
-from streamtools.cancelling import Home, come_round, guard, home
+from streamtools.cancelling import Home, come_round, end, guard, home
 from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import ConnectError, ConnectionLost, QueueError, SendError
 from streamtools.lane import Lane
@@ -40,8 +40,6 @@ REFUSED_MAX_DELAY: Final = 30.0
 OUTLAST: Final = (10.0, 300.0)
 #: Seconds for the last settlements when the loop ends.
 FLUSH: Final = 5.0
-#: Times that a handler which ignores its cancellation is cancelled, within FLUSH.
-INSIST: Final = 10
 #: Verdicts kept over a reconnect, at most.
 FINISHED_LIMIT: Final = 10_000
 
@@ -510,16 +508,8 @@ def _name(message: Message) -> tuple[str, int, str | None]:
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel them, and those that go on all the same again and again, but not for ever."""
-    pending = {task for task in tasks if not task.done()}
-    tries = 0
-    while pending and tries < INSIST:
-        tries += 1
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=FLUSH / INSIST)
-    if pending:
-        log.error("%d handlers ignore that they are cancelled; they are left behind.", len(pending))
+    if left := await end(tasks, FLUSH):
+        log.error("%d handlers ignore that they are cancelled; they are left behind.", left)
 
 
 def _stray() -> ConnectionLost:

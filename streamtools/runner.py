@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
-from types import FrameType, TracebackType
+from contextlib import nullcontext, suppress
+from functools import partial
+from types import TracebackType
 from typing import Any, Final, Protocol, Self, runtime_checkable
 
-from streamtools.calling import NOTHING, awaited, check_function
-from streamtools.cancelling import guard
+from streamtools.calling import NOTHING, awaited, check_function, name_of
+from streamtools.cancelling import end, until
 from streamtools.checks import Seconds, check_count, check_place, check_seconds
 from streamtools.consumer import BoundHandler, Consumer
-from streamtools.errors import ConfigurationError, HandlerError
-from streamtools.observability.health import HealthReport, HealthServer, LoopHealth
-from streamtools.policy import backoff
+from streamtools.ends import Ends, raise_all
+from streamtools.errors import ConfigurationError
+from streamtools.eventloops import PerLoop, in_its_loop
+from streamtools.observability.health import HealthReport, HealthServer
 from streamtools.producer import Producer
 from streamtools.routing import ConsumerFactory
+from streamtools.signals import Interrupted, interrupted_by_signals, stopped_by_signals
+from streamtools.supervisor import Supervisor
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -51,86 +51,32 @@ class Service(Protocol):
 Source = ConsumerFactory | Service | Consumer | BoundHandler | Producer
 #: Seconds that closing connections may take beyond the shutdown deadline.
 CLOSING: Final = 5.0
-#: Seconds within which a repeated signal is the same one.
-SAME_SIGNAL: Final = 0.05
-SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
-class Supervisor:
-    """Runs one handler's loop, and again when it ends by an error, within a budget."""
+class _InLoop:
+    """A runner in one event loop."""
 
-    def __init__(self, handler: BoundHandler, *, restarts: int, window: float) -> None:
-        self.handler = handler
-        self.consumer: Consumer = handler.consumer
-        self.started: asyncio.Event = asyncio.Event()
-        self.restarts: int = 0
-        self.state: str = "starting"
-        self._budget = restarts
-        self._window = window
-        self._recent: deque[float] = deque()
-        self._stopping = False
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.stop: asyncio.Event = asyncio.Event()
+        self.ready: asyncio.Event = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        self.serving = False
+        #: Signals end it.
+        self.signals = False
+        self._deadline: float | None = None
 
-    def stop(self, grace: float) -> None:
-        """Take no more messages in; handlers at work have `grace` seconds."""
-        self._stopping = True
-        if self.state != "dead":  # what has ended is not to be told: it would end at once when it is run again
-            self.state = "draining"
-            self.consumer.stop(grace)
+    def begin(self, *, signals: bool) -> None:
+        """It serves from now on."""
+        self.serving, self.signals, self._deadline = True, signals, None
+        self.stop.clear()
 
-    async def run(self) -> None:
-        """Until stopped.
-
-        Raises:
-            Exception: what ended the loop, when it never started, cannot recover, or the budget is used up.
-        """
-        try:
-            while not self._stopping:
-                await self._run_once()
-        except BaseException as error:
-            self.state = "dead"
-            if isinstance(error, Exception):  # beside a host's own work nobody may await it before the end
-                log.error("The loop of %s cannot go on, and the runner ends: %s", self.handler.name, error)  # noqa: TRY400
-            raise
-        self.state = "stopped"
-
-    async def _run_once(self) -> None:
-        try:
-            await guard(self.consumer.run(self.handler, on_started=self._has_started))
-        except ConfigurationError:
-            raise
-        except Exception as error:
-            if self._stopping or not self.started.is_set() or not self._may_restart():
-                raise
-            self.restarts += 1
-            self.state = "restarting"
-            log.exception("The loop of %s ended: %s. Restarting it.", self.handler.name, error)
-            await asyncio.sleep(backoff(len(self._recent)))
-        else:
-            if not self._stopping:
-                raise HandlerError(f"{self.consumer!r} was closed while the runner was running it.")
-
-    def _has_started(self) -> None:
-        self.state = "running"
-        self.started.set()
-
-    def _may_restart(self) -> bool:
+    def rest(self, shutdown_timeout: float) -> float:
+        """The seconds that are left for the shutdown, which begins with the first call."""
         now = time.monotonic()
-        self._recent.append(now)
-        while self._recent[0] < now - self._window:
-            self._recent.popleft()
-        return len(self._recent) <= self._budget
-
-    def health(self) -> LoopHealth:
-        """How the loop is doing."""
-        progress = self.consumer.progress
-        return LoopHealth(
-            queue=self.consumer.queue,
-            protocol=self.consumer.protocol,
-            state=self.state if self.state != "running" or self.consumer.connected else "reconnecting",
-            progress=None if progress is None else time.monotonic() - progress,
-            restarts=self.restarts,
-            in_flight=self.consumer.in_flight,
-        )
+        if self._deadline is None:
+            self._deadline = now + shutdown_timeout
+        return self._deadline - now
 
 
 class ConsumerRunner:
@@ -188,10 +134,7 @@ class ConsumerRunner:
         self._window: float = check_seconds("restart_window", restart_window)
         self._health = None if health_port is None else HealthServer(health_host, health_port, self.health)
         self._supervisors: list[Supervisor] = []
-        self._stop = asyncio.Event()
-        self._signalled: float | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._ready = asyncio.Event()
+        self._in = PerLoop(_InLoop)
 
     # --- for users ------------------------------------------------------------------------------
 
@@ -201,35 +144,40 @@ class ConsumerRunner:
         Raises:
             Exception: what ended the runner, when it was not a signal; the process then exits with 1.
         """
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(self.serve())
+        with suppress(Interrupted), interrupted_by_signals(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(self._serve_alone())
 
     async def serve(self, *, signals: bool = True) -> None:
         """Run inside a running loop, until a signal, `stop()`, or a failure.
 
         Parameters:
-            signals: end on SIGTERM and SIGINT (in the main thread); the handlers of before are put
-                back. A second signal ends the process at once.
+            signals: end on SIGTERM and SIGINT (in the main thread), from the first moment on; the handlers of
+                before are put back. A second signal ends the process at once. Several runners in one event loop end
+                together.
 
         Raises:
+            ConfigurationError: it runs already, here or in another event loop, or there is nothing to run.
             Exception: what ended the runner, when it was not stopped.
+            ExceptionGroup: several loops, or several hooks, failed.
         """
         if not self._handlers:
             raise ConfigurationError(
                 "There is no handler to run: decorate one with @consumers.route('queue') or @bus.handler."
             )
-        self._stop.clear()
-        self._signalled = None
-        async with AsyncExitStack() as stack:
-            if signals and threading.current_thread() is threading.main_thread():
-                restore = self._catch_signals()
-                stack.callback(restore)
-            await self._enter(stack)
-            await self._supervise()
+        here = self._in.here()
+        if here.serving or any(other.serving for other in self._in.elsewhere()):
+            raise ConfigurationError("This runner runs already: end it first by runner.stop(), or make another one.")
+        here.begin(signals=signals)
+        try:
+            with stopped_by_signals(here.stop.set) if here.signals else nullcontext():
+                await self._serve(here)
+        finally:
+            here.serving = False
 
     def stop(self) -> None:
-        """End `serve()` gracefully. Safe to repeat, and from a signal handler."""
-        self._stop.set()
+        """End `serve()` gracefully. Safe to repeat, from any thread, and from a signal handler."""
+        for here in self._in.everywhere():
+            in_its_loop(here.loop, here.stop.set)
 
     async def ready(self) -> None:
         """Wait until every loop is connected and running.
@@ -237,13 +185,14 @@ class ConsumerRunner:
         Raises:
             Exception: what ended the runner before that.
         """
-        waiting = asyncio.create_task(self._ready.wait())
+        here = self._in.here()
+        waiting = asyncio.create_task(here.ready.wait())
         try:
-            await asyncio.wait({waiting, *([self._task] if self._task else [])}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({waiting, *([here.task] if here.task else [])}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waiting.cancel()
-        if self._task is not None and self._task.done():
-            self._task.result()
+        if here.task is not None and here.task.done():
+            here.task.result()
 
     @property
     def consumers(self) -> list[Consumer]:
@@ -255,12 +204,13 @@ class ConsumerRunner:
         return HealthReport(loops=[supervisor.health() for supervisor in self._supervisors])
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self.serve(signals=False), name="streamtools-runner")
+        here = self._in.here()
+        here.task = asyncio.create_task(self.serve(signals=False), name="streamtools-runner")
         try:
             await self.ready()
         except BaseException:  # nobody will leave a block that was never entered
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            here.task.cancel()
+            await asyncio.wait({here.task})
             raise
         return self
 
@@ -268,46 +218,81 @@ class ConsumerRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        task, self._task = self._task, None
+        here = self._in.here()
+        task, here.task = here.task, None
         if task is not None:
             await task
 
     # --- how it runs ----------------------------------------------------------------------------
 
-    async def _enter(self, stack: AsyncExitStack) -> None:
+    async def _serve_alone(self) -> None:
+        try:
+            await self.serve()
+        finally:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            if left := await end(others, CLOSING):
+                log.error("%d tasks ignore that they are cancelled; they are left behind.", left)
+
+    async def _serve(self, here: _InLoop) -> None:
+        ends, failure = Ends(), None
+        try:
+            async with until(here.stop):
+                await self._enter(here, ends)
+            if not here.stop.is_set():
+                await self._supervise(here)
+        except Interrupted:  # a signal, while a hook blocked the event loop
+            pass
+        except BaseException as error:
+            failure = error
+        here.rest(self.shutdown_timeout)
+        errors = await ends.run()
+        if failure is not None:
+            for further in errors:
+                log.error("While the runner ended: %s", further, exc_info=further)
+            raise failure
+        raise_all(errors, "several things failed while the runner ended")
+
+    async def _enter(self, here: _InLoop, ends: Ends) -> None:
+        for hook in [*self.on_startup, *self.on_shutdown]:
+            check_function(hook, "hook", "async def prepare(): ..., without yield", NOTHING)
         for resource in self._resources:
-            stack.push_async_callback(resource.close)
+            ends.add(f"Closing {resource!r}", resource.close, lambda: CLOSING)
             await resource.open()
-        stack.push_async_callback(_call_all, self.on_shutdown)
-        await _call_all(self.on_startup)
+        for hook in reversed(self.on_shutdown):
+            ends.add(
+                f"The on_shutdown hook {name_of(hook)}",
+                partial(_call, hook, here, interrupted=False),
+                lambda: max(here.rest(self.shutdown_timeout), CLOSING),
+            )
+        for hook in self.on_startup:
+            await _call(hook, here, interrupted=True)
         self._supervisors = [
             Supervisor(handler, restarts=self._restarts, window=self._window) for handler in self._handlers
         ]
         for supervisor in self._supervisors:
             self._place(supervisor.consumer)
         if self._health is not None:
-            stack.push_async_callback(self._health.stop)
+            ends.add("Closing the health endpoints", self._health.stop, lambda: CLOSING)
             await self._health.start()
 
-    async def _supervise(self) -> None:
+    async def _supervise(self, here: _InLoop) -> None:
         loops = [asyncio.create_task(s.run(), name=f"streamtools-{s.consumer.queue}") for s in self._supervisors]
-        stop = asyncio.create_task(self._stop.wait())
-        started = asyncio.create_task(self._announce())
+        stop = asyncio.create_task(here.stop.wait())
+        started = asyncio.create_task(self._announce(here))
         try:
             await asyncio.wait({stop, *loops}, return_when=asyncio.FIRST_COMPLETED)
+            here.rest(self.shutdown_timeout)
             await self._drain(loops)
         finally:
-            for task in (stop, started, *loops):
-                task.cancel()
-            await asyncio.gather(stop, started, *loops, return_exceptions=True)
-            self._ready.clear()
-        _raise_failures(loops)
+            await end([stop, started, *loops], CLOSING)
+            here.ready.clear()
+        raise_all([e for task in loops if (e := _failure(task)) is not None], "several loops ended")
 
-    async def _announce(self) -> None:
+    async def _announce(self, here: _InLoop) -> None:
         for supervisor in self._supervisors:
             await supervisor.started.wait()
         log.info("Running: %s.", ", ".join(s.consumer.queue for s in self._supervisors))
-        self._ready.set()
+        here.ready.set()
 
     async def _drain(self, loops: Sequence[asyncio.Task[None]]) -> None:
         for supervisor in self._supervisors:
@@ -319,30 +304,6 @@ class ConsumerRunner:
     def _place(self, consumer: Consumer) -> None:
         consumer.port = consumer.port if consumer.port is not None else self.port
         consumer.host = consumer.host if consumer.host is not None else self.host
-
-    def _catch_signals(self) -> Callable[[], None]:
-        loop = asyncio.get_running_loop()
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self._on_signal, number)
-
-        def restore() -> None:
-            for number, handler in before.items():
-                loop.remove_signal_handler(number)
-                _set_signal(number, handler)
-
-        return restore
-
-    def _on_signal(self, number: int) -> None:
-        now = time.monotonic()
-        if self._signalled is not None and now - self._signalled < SAME_SIGNAL:
-            return  # one wish to stop, told twice: timeout(1) signals the process and then its group
-        if self._signalled is not None:
-            log.warning("A second signal: ending at once.")
-            os._exit(128 + number)
-        log.info("%s: finishing what is in hand.", signal.Signals(number).name)
-        self._signalled = now
-        self._stop.set()
 
     # --- sources --------------------------------------------------------------------------------
 
@@ -377,25 +338,19 @@ class ConsumerRunner:
                 self._add(consumer)
 
 
-async def _call_all(hooks: Iterable[Hook]) -> None:
-    hooks = list(hooks)
-    for hook in hooks:
-        check_function(hook, "hook", "async def prepare(): ..., without yield", NOTHING)
-    for hook in hooks:
-        await awaited(hook(), ConfigurationError)
+async def _call(hook: Hook, here: _InLoop, *, interrupted: bool) -> None:
+    """Call a hook.
+
+    Parameters:
+        interrupted: the first signal ends one that blocks the event loop; else only the second does.
+    """
+    with interrupted_by_signals(first=interrupted) if here.signals else nullcontext():
+        result = hook()
+    await awaited(result, ConfigurationError)
 
 
-def _raise_failures(loops: Sequence[asyncio.Task[None]]) -> None:
-    errors = [e for task in loops if not task.cancelled() and (e := task.exception()) is not None]
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise BaseExceptionGroup("several loops ended", errors)
-
-
-def _set_signal(number: int, handler: Callable[[int, FrameType | None], Any] | int | None) -> None:
-    if handler is not None:  # None: it was not set from Python, and cannot be set from here
-        signal.signal(number, handler)
+def _failure(task: asyncio.Task[None]) -> BaseException | None:
+    return None if not task.done() or task.cancelled() else task.exception()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from streamtools.installation import install_line
-from streamtools.runner import SAME_SIGNAL
+from streamtools.signals import SAME_SIGNAL
 from tests.cli.conftest import ROOT, Cli, Service, received
 
 Start = Callable[..., Service]

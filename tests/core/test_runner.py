@@ -283,7 +283,7 @@ async def test_a_consumer_closed_by_someone_else_ends_the_runner_loudly(caplog: 
     with pytest.raises(HandlerError, match="was closed while the runner was running it"):
         async with runner:
             await consumers.instances[0].close()
-            await eventually(lambda: runner._task is not None and runner._task.done())
+            await eventually(lambda: (task := runner._in.here().task) is not None and task.done())
             # Now, not only when the host leaves the block.
             assert "cannot go on, and the runner ends" in caplog.text
 

@@ -1,0 +1,60 @@
+"""Ends: what is to be done at the end, whatever of it fails or hangs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+
+class Ends:
+    """What is to be done at the end: what was added last comes first."""
+
+    def __init__(self) -> None:
+        self._ends: list[tuple[str, Callable[[], Awaitable[Any]], Callable[[], float]]] = []
+
+    def add(self, name: str, end: Callable[[], Awaitable[Any]], limit: Callable[[], float]) -> None:
+        """Have something done at the end.
+
+        Parameters:
+            name: what it is, for an error.
+            end: does it.
+            limit: the seconds that it may take, asked when it begins.
+        """
+        self._ends.append((name, end, limit))
+
+    async def run(self) -> list[BaseException]:
+        """Do it all; what failed, or took too long, keeps nothing else from being done."""
+        errors: list[BaseException] = []
+        while self._ends:
+            name, end, limit = self._ends.pop()
+            try:
+                await _within(limit(), name, end)
+            except (Exception, asyncio.CancelledError) as error:
+                errors.append(error)
+        return errors
+
+
+async def _within(seconds: float, name: str, end: Callable[[], Awaitable[Any]]) -> None:
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            await end()
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise TimeoutError(f"{name} did not end within {seconds:.3g} s, and was cancelled.") from error
+
+
+def raise_all(errors: Sequence[BaseException], several: str) -> None:
+    """Raise what failed: one error as it is, several as a group.
+
+    Parameters:
+        several: what a group of them says.
+    """
+    for error in errors:
+        if isinstance(error, asyncio.CancelledError):
+            raise error
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise BaseExceptionGroup(several, errors)
