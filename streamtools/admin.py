@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
 
 from streamtools.checks import check_count, check_name, check_seconds
 from streamtools.delivery import Delivery, Settlement
-from streamtools.errors import ConfigurationError, FeatureError
+from streamtools.errors import ConfigurationError, ConnectError, FeatureError, QueueError, SendError, text_of
 from streamtools.eventloops import LoopBound, at_end, forget
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
@@ -286,8 +286,10 @@ class QueueAdmin(LoopBound):
 
         Raises:
             QueueError: there is no such queue.
-            ConfigurationError: a message does not say where it failed, and no target is given.
-            SendError: a target does not take a message; it stays in `source`.
+            ConfigurationError: messages do not say where they failed, and no target is given.
+            SendError: a target does not take a message.
+
+        What cannot be moved stays in `source`, and is told when all others have moved.
         """
         return await self._here()._settle_where(source, where, limit, progress, lambda m: (self._back(m, target),))
 
@@ -400,19 +402,27 @@ class QueueAdmin(LoopBound):
         waiting = (await self._stats(source)).ready
         number = waiting if limit is None else min(limit, waiting)
         reader = self._reader(source, number)
-        settled = 0
+        settled, left = 0, list[Exception]()
 
         async def settle(batch: Sequence[Delivery]) -> None:
             nonlocal settled
-            chosen = [d for d in batch if where is None or where(d.message)]
-            if chosen:
-                await reader._settle([Settlement(d, ACK, outgoing(d.message)) for d in chosen])
-                settled += len(chosen)
+            settlements = []
+            for delivery in batch:
+                if where is None or where(delivery.message):
+                    try:
+                        settlements.append(Settlement(delivery, ACK, outgoing(delivery.message)))
+                    except ConfigurationError as error:
+                        left.append(error)
+            stay = await _settle_each(reader, settlements)
+            left.extend(stay)
+            settled += len(settlements) - len(stay)
             if progress is not None:
                 progress(settled)
 
         await self._read_from(reader, number, settle)
         await self._returned(source, waiting - settled)
+        if left:
+            raise _stay(source, settled, left)
         return settled
 
     async def _read(self, queue: str, limit: int, use: Callable[[Sequence[Delivery]], Any]) -> None:
@@ -449,3 +459,41 @@ class QueueAdmin(LoopBound):
         deadline = time.monotonic() + SILENCE
         while (await self._stats(queue)).ready < expected and time.monotonic() < deadline:  # noqa: ASYNC110 - see above
             await asyncio.sleep(RETURN_LOOK)
+
+
+async def _settle_each(reader: Reader, settlements: Sequence[Settlement]) -> list[Exception]:
+    """Settle them together, and each by itself where that fails: one must not stop the others.
+
+    Returns:
+        Why some stay where they are.
+
+    Raises:
+        ConnectError: the connection ended.
+        QueueError: about a queue that all of them have to do with.
+    """
+    if not settlements:
+        return []
+    try:
+        await reader._settle(settlements)
+    except ConnectError:
+        raise
+    except Exception as error:
+        targets = {message.queue for settlement in settlements for message in settlement.outgoing}
+        if len(settlements) == 1:
+            return [error]
+        if isinstance(error, QueueError) and len(targets) < 2:
+            raise
+    else:
+        return []
+    return [error for settlement in settlements for error in await _settle_each(reader, [settlement])]
+
+
+def _stay(source: str, moved: int, left: Sequence[Exception]) -> Exception:
+    """The error for messages that could not be moved: of the first one's kind, with a word on all."""
+    reasons = list(dict.fromkeys(text_of(error).rstrip(".") for error in left))
+    more = f", and {len(reasons) - 1} more reasons" if len(reasons) > 1 else ""
+    text = f"{moved:,} moved; {len(left):,} stay in {source!r}: {reasons[0]}{more}."
+    first = left[0]
+    made = type(first)(text) if type(first) in (ConfigurationError, QueueError) else SendError(text)
+    made.__cause__ = first
+    return made

@@ -254,13 +254,23 @@ def check_retry(retry: object) -> None:
 def redrive_copy(message: Message, queue: str | None = None) -> Message:
     """The copy that goes back to work: to `queue`, or to the queue it failed in, as attempt 1.
 
+    Elsewhere than home it keeps why and where it failed, so that from there it can go home.
+
     Raises:
         ConfigurationError: no queue is given and the message does not say where it failed.
     """
-    target = queue or (message.error.queue if message.error is not None else None)
-    if target is None:
-        raise ConfigurationError(f"Message {message.id} does not say which queue it came from; name one with queue=.")
-    return message.replace(queue=target, attempt=1, error=None, deliver_at=None, expires_at=None)
+    home = home_of(message)
+    if (target := queue or home) is None:
+        raise ConfigurationError(
+            f"message {message.id} does not say in which queue it failed: name one to move it to"
+        )
+    error = None if target == home else message.error
+    return message.replace(queue=target, attempt=1, error=error, deliver_at=None, expires_at=None)
+
+
+def home_of(message: Message) -> str | None:
+    """The queue that a message failed in; None where it does not say."""
+    return (message.error.queue or None) if message.error is not None else None
 
 
 def _class_name(error: object) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -106,9 +107,12 @@ def redrive(
     With the same id, body and headers, as attempt 1. Each is held by its queue before it leaves the error
     queue: if this command is killed, one may be put back twice, none is lost.
     """
-    chosen = _choose(ids, filter_)
+    chosen = Movable(_choose(ids, filter_), to)
     if dry_run:
-        _print_dry_run("redriven", _peek(url, queue, LOOK), chosen, limit, json=json)
+        seen = _peek(url, queue, LOOK)
+        chosen.missing = at(url, lambda admin: missing_queues(admin, filter(None, map(chosen.target, seen))))
+        _print_dry_run("redriven", seen, chosen, limit, json=json)
+        chosen.say_what_stays(queue)
         return
 
     from streamtools.redrive import redrive
@@ -118,6 +122,7 @@ def redrive(
 
     number = _with_bar(url, queue, work)
     _print_done("redriven", queue, number, json=json)
+    chosen.say_what_stays(queue)
     _say_what_is_missing(ids, queue, number, limit)
 
 
@@ -186,6 +191,72 @@ def _filter(texts: Sequence[str] | None) -> ErrorFilter:
 def _choose(ids: Sequence[str] | None, texts: Sequence[str] | None) -> Any:
     chosen, wanted = _filter(texts), set(ids or ())
     return (lambda message: message.id in wanted and chosen(message)) if wanted else chosen
+
+
+class Movable:
+    """Chooses the messages that a redrive moves: those that are meant and have somewhere to go; notes the others.
+
+    Parameters:
+        chosen: those that are meant.
+        to: where all of them go; each to the queue that it failed in when None.
+    """
+
+    def __init__(self, chosen: Callable[[Message], bool], to: str | None) -> None:
+        self._chosen = chosen
+        self._to = to
+        #: Queues that are known not to be there.
+        self.missing: frozenset[str] = frozenset()
+        #: Ids of messages that do not say where they failed.
+        self._homeless: list[str] = []
+        #: Queues that are not there, with the number of messages that would go there.
+        self._nowhere: Counter[str] = Counter()
+
+    def target(self, message: Message) -> str | None:
+        """Where it goes; None where it is not meant, or does not say."""
+        from streamtools.policy import home_of
+
+        return (self._to or home_of(message)) if self._chosen(message) else None
+
+    def __call__(self, message: Message) -> bool:
+        target = self.target(message)
+        if target is None:
+            if self._chosen(message):
+                self._homeless.append(message.id)
+            return False
+        if target in self.missing:
+            self._nowhere[target] += 1
+            return False
+        return True
+
+    def say_what_stays(self, queue: str) -> None:
+        """End with 1 where something that is meant stays."""
+        lines = [
+            f"{_of(number, queue)} cannot go: there is no queue {name!r}." for name, number in self._nowhere.items()
+        ]
+        if number := len(self._homeless):
+            shown = ", ".join(self._homeless[:3]) + (", ..." if number > 3 else "")
+            lines.append(
+                f"{_of(number, queue)} cannot go, not saying where it failed ({shown}): name a queue, --to QUEUE."
+            )
+        if lines:
+            output.fail(" ".join(lines))
+
+
+def _of(number: int, queue: str) -> str:
+    return f"{number:,} message{'' if number == 1 else 's'} of {queue}"
+
+
+async def missing_queues(admin: QueueAdmin, names: Iterable[str]) -> frozenset[str]:
+    """Those of these queues that are not there."""
+    from streamtools.errors import QueueError
+
+    missing = set()
+    for name in set(names):
+        try:
+            await admin.stats(name)
+        except QueueError:
+            missing.add(name)
+    return frozenset(missing)
 
 
 def _peek(url: str | None, queue: str, limit: int) -> Sequence[Message]:
@@ -267,7 +338,7 @@ def _print_error(message: Message) -> None:
     if error is not None:
         facts = {
             "failed in": error.queue, "place": error.place, "handler": error.handler,
-            "exception": error.exception, "reason": error.reason,
+            "exception": error.exception, "reason": error.reason, "left out": error.omitted,
             "attempts": error.attempts, "first": _when(error.first_failed), "last": _when(error.last_failed), **facts,
         }  # fmt: skip
     facts |= {f"header {name}": value for name, value in message.headers.items()}

@@ -93,8 +93,12 @@ class Template:
     """
 
     def __init__(self, fields: Mapping[str, Any], *, delay: float, ttl: float | None, raw: bool) -> None:
+        from streamtools.checks import check_seconds
         from streamtools.message import ids
 
+        with plain_errors():
+            check_seconds("--delay", delay)
+            check_seconds("--ttl", ttl or 0.0)
         self._fields = fields
         self._delay = delay
         self._ttl = ttl
@@ -168,7 +172,7 @@ def why_not_json(data: bytes) -> str | None:
     """What is wrong with this JSON; None when nothing is."""
     try:
         json_module.loads(data, parse_constant=_not_json)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return str(error)
     return None
 
@@ -355,8 +359,11 @@ def _body(message: Message) -> dict[str, Any]:
     if message.body is None:
         return {"tombstone": True}
     if (message.content_type or "json").partition(";")[0].endswith("json"):
-        with suppress(ValueError):  # it says JSON and is not: shown as text
-            return {"payload": json_module.loads(message.body, parse_constant=_not_json)}
+        # It says JSON and is not, or is nested so deeply that nothing could write it again: shown as text.
+        with suppress(ValueError, RecursionError):
+            payload = json_module.loads(message.body, parse_constant=_not_json)
+            json_module.dumps(payload, indent=2)
+            return {"payload": payload}
     with suppress(UnicodeDecodeError):
         return {"text": message.body.decode()}
     return {"base64": base64.b64encode(message.body).decode()}
@@ -373,7 +380,7 @@ def body_text(message: Message) -> str:
 
 
 def _show_json(delivery: Delivery) -> None:
-    print(json_module.dumps(as_data(delivery.message), ensure_ascii=False))
+    output.print_json(as_data(delivery.message))
 
 
 def _show(delivery: Delivery) -> None:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import typer
 
+from streamtools.wire import read_text, read_time
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -74,8 +76,8 @@ def print_trace(error: Exception) -> None:
 
 
 def print_json(data: Any) -> None:
-    """One JSON document, on one line."""
-    print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
+    """One JSON document, on one line; lone surrogates as JSON's own escapes."""
+    print(read_text(json.dumps(data, ensure_ascii=False, default=str)), flush=True)
 
 
 def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
@@ -141,6 +143,7 @@ def printable(text: str) -> str:
 
 def moment(seconds: float | None) -> str | None:
     """Seconds since the epoch as RFC 3339 in UTC."""
+    seconds = read_time(seconds)
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if seconds else None
 
 

@@ -547,7 +547,10 @@ class AsyncIOReader(AsyncIOConsumer):
     def _route(self, message: Message, kind: Kind, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
         # Back to the group that it failed in; the others had it.
         found = self._find(message)
-        own = hold.queue if message.queue == self.queue else hold.item.origin
+        origin = hold.item.origin
+        own = hold.queue if message.queue == self.queue else origin
+        if message.error is not None:  # it is put aside, and goes home from there
+            return [(*place, origin) for place in found]
         return [(copy, queue, None) for copy, queue in found if queue is own] or [(*place, None) for place in found]
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+
 import pytest
 
+from streamtools import Message, Producer
 from tests.cli.conftest import Cli, fail_messages, lines, received
 
 
@@ -180,3 +184,79 @@ def test_without_an_error_queue_it_says_where_to_look(cli: Cli) -> None:
 
     assert result.exit_code == 1
     assert "--queue NAME" in result.stderr
+
+
+class TestWhatCannotGoHome:
+    """Messages that do not say where they failed, or whose queue has gone."""
+
+    @pytest.fixture(autouse=True)
+    def _failures(self, url: str, failures: None) -> None:
+        async def put() -> None:
+            async with Producer("error", url=url) as producer:
+                await producer.send("put here by hand", id="lost")
+
+        asyncio.run(put())
+
+    def test_the_others_are_redriven_as_the_dry_run_says(self, cli: Cli) -> None:
+        said = cli("errors", "redrive", "--dry-run")
+        assert (said.exit_code, "5 of 6 messages would be redriven" in said.stdout) == (1, True)
+        assert "--to QUEUE" in said.stderr and "lost" in said.stderr
+
+        done = cli("errors", "redrive")
+
+        assert (done.exit_code, "5 messages of error redriven" in done.stdout) == (1, True)
+        assert "--to QUEUE" in done.stderr and "queue=" not in done.stderr
+        assert (waiting(cli, "error"), waiting(cli, "orders"), waiting(cli, "payments")) == (1, 3, 2)
+        assert cli("errors", "redrive", "--to", "orders").exit_code == 0
+        assert (waiting(cli, "error"), waiting(cli, "orders")) == (0, 4)
+
+    def test_one_queue_that_has_gone_stops_no_other(self, cli: Cli) -> None:
+        cli("queues", "delete", "payments", "--yes")
+
+        said = cli("errors", "redrive", "--dry-run", "--json")
+        assert (said.exit_code, json.loads(said.stdout)["would_be"]) == (1, 3)
+        assert "there is no queue 'payments'" in said.stderr
+
+        done = cli("errors", "redrive")
+
+        assert done.exit_code == 1
+        assert (waiting(cli, "error"), waiting(cli, "orders")) == (3, 3)
+        assert "3 moved; 2 stay in 'error'" in done.stderr
+
+    def test_what_is_parked_keeps_why_it_failed_and_goes_home_from_there(self, cli: Cli) -> None:
+        cli("queues", "create", "parked")
+        assert cli("errors", "redrive", "--filter", "queue=payments", "--to", "parked").exit_code == 0
+        [shown, _] = lines(cli("errors", "show", "--queue", "parked", "--json"))
+        assert (shown["error"]["queue"], shown["error"]["reason"]) == ("payments", "no luck with first")
+
+        assert cli("errors", "redrive", "--queue", "parked").exit_code == 0
+        assert (waiting(cli, "parked"), waiting(cli, "payments")) == (0, 2)
+
+
+NESTED = [b"[" * 900 + b"]" * 900, b"[" * 330 + b"]" * 330]
+DEEP = [b"[" * 100_000, b'{"a":' * 50_000, *NESTED, b"1" * 5000, b'"\\ud800"']
+
+
+@pytest.mark.parametrize("body", DEEP, ids=range(len(DEEP)))
+@pytest.mark.parametrize("command", [("errors", "show", "--queue"), ("receive",), ("errors", "list", "--queue")])
+@pytest.mark.parametrize("form", [(), ("--json",)], ids=["text", "json"])
+def test_a_body_that_nothing_can_read_is_shown(
+    cli: Cli, url: str, body: bytes, command: tuple[str, ...], form: tuple[str, ...]
+) -> None:
+    async def put() -> None:
+        async with Producer("deep", url=url) as producer:
+            message = Message(body=body, queue="deep", id="deep", content_type="application/json")
+            await producer.send_messages([message, message.replace(id="other", body=b'"fine"')])
+
+    asyncio.run(put())
+
+    result = cli(*command, "deep", *form)
+
+    assert (result.exit_code, "fine" in result.stdout or "list" in command) == (0, True)
+
+
+@pytest.mark.parametrize("option", ["--delay", "--ttl"])
+@pytest.mark.parametrize("value", ["inf", "nan", "1e12", "-1"])
+def test_a_time_that_never_comes_is_refused(cli: Cli, option: str, value: str) -> None:
+    result = cli("send", "orders", "{}", option, value)
+    assert result.exit_code != 0 and option in result.stderr and "Traceback" not in result.stderr

@@ -147,6 +147,10 @@ class KafkaReader:
         record = settlement.delivery.token
         items = outgoing(settlement.outgoing, read=record.headers)
         told = header_texts(record.headers, (GROUP, RETRIES))
+        for item, message in zip(items, settlement.outgoing, strict=True):
+            if message.error is not None:  # it is put aside, and goes home from there
+                item.headers += decode_origin(record, _place(record)).headers
+                item.headers += [(name, text.encode()) for name, text in told.items()]
         if GROUP in told and RETRIES in told and await self._reads(told[GROUP], told[RETRIES]):
             origin = decode_origin(record, _place(record))
             back = [i for i, m in zip(items, settlement.outgoing, strict=True) if isinstance(m, Returning)]

@@ -231,8 +231,11 @@ class SQLiteReader(SQLiteConsumer):
 
     def _rows(self, settlement: Settlement, token: Token) -> list[Row]:
         # Back to the group that it failed in; the others had it.
+        # What keeps its error is put aside, and goes home from there.
         return [
             encode(message, lane=token.lane if message.queue == self.queue else token.origin)
+            if message.error is None
+            else encode(message, origin=token.origin)
             for message in settlement.outgoing
         ]
 

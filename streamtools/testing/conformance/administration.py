@@ -123,6 +123,38 @@ class AdministrationCases(Cases):
         assert sorted(m.body or b"" for m in await stage.errors(2)) == [b"a", b"b"]
 
     @needs("admin", "error_queue")
+    async def test_what_is_put_aside_keeps_why_it_failed_and_goes_home_from_there(self, stage: Stage) -> None:
+        admin, errors, aside = await stage.admin(), f"{stage.queue}.error", f"{stage.queue}-aside"
+        await self._reject(stage, ["a"])
+        await eventually(lambda: _is_ready(admin, errors, 1), "the rejected message waits")
+        await admin.create(aside)
+        assert await admin.move(errors, aside) == 1
+        await eventually(lambda: _is_ready(admin, aside, 1), "it waits there")
+        [put] = await admin.peek(aside)
+        assert put.error is not None and (put.error.queue, put.attempt) == (stage.queue, 1)
+        assert await admin.move(aside) == 1
+        inbox = Envelopes()
+        async with stage.running(inbox):
+            [message] = await inbox.holds(1)
+        assert (message.body, message.queue, message.attempt, message.error) == (b"a", stage.queue, 1, None)
+
+    @needs("admin", "error_queue")
+    async def test_one_that_cannot_go_stops_no_other(self, stage: Stage) -> None:
+        admin, errors = await stage.admin(), f"{stage.queue}.error"
+        await self._reject(stage, ["a", "b"])
+        await eventually(lambda: _is_ready(admin, errors, 2), "the rejected messages wait")
+        await stage.send("from elsewhere", by=await stage.producer(errors))
+        await self._reject(stage, ["c"])
+        await eventually(lambda: _is_ready(admin, errors, 4), "all of them wait")
+        with pytest.raises(ConfigurationError, match="3 moved; 1 stay"):
+            await admin.move(errors)
+        inbox = Envelopes()
+        async with stage.running(inbox):
+            await inbox.holds(3)
+        assert sorted(m.body or b"" for m in inbox.items) == [b"a", b"b", b"c"]
+        assert [m.body for m in await stage.errors(1)] == [b"from elsewhere"]
+
+    @needs("admin", "error_queue")
     async def test_a_choice_that_fails_moves_nothing(self, stage: Stage) -> None:
         admin, errors = await stage.admin(), f"{stage.queue}.error"
         await self._reject(stage, ["a", "b"])
