@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
 
+from streamtools.answering import RouteAnswers
 from streamtools.binding import RESOLVERS, Resolver, compile_handler
 from streamtools.calling import Decorated, check_handler, name_of, undecorated
 from streamtools.cancelling import guard, until
@@ -22,7 +23,7 @@ from streamtools.checks import (
     check_seconds,
 )
 from streamtools.delivery import Delivery, Settlement
-from streamtools.dispatch import Dispatcher, chain, check_middleware
+from streamtools.dispatch import Answer, Dispatcher, chain, check_middleware
 from streamtools.endpoint import Endpoint
 from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
 from streamtools.eventloops import in_its_loop
@@ -522,13 +523,20 @@ class Consumer(Endpoint):
         return max(0.0, (self._deadline or time.monotonic()) - time.monotonic())
 
     def dispatcher(
-        self, handler: Handler, name: str, *, retry: Retry | None = None, on_error: ErrorHandler | None = None
+        self,
+        handler: Handler,
+        name: str,
+        *,
+        retry: Retry | None = None,
+        on_error: ErrorHandler | None = None,
+        answer: Answer | None = None,
     ) -> Dispatcher:
         """A compiled handler as a dispatcher, by this consumer's parameters.
 
         Parameters:
             retry: replaces the consumer's policy.
             on_error: decides about failures instead of the policy.
+            answer: answers requests by what the handler returns.
         """
         return Dispatcher(
             handler,
@@ -539,7 +547,17 @@ class Consumer(Endpoint):
             in_place=self.ordered_by is not None,
             features=self.features,
             on_error=on_error,
+            place=self.place,
+            together=self.ack == "after",
+            atomic=self.features.atomic or getattr(self.options, "exactly_once", False),  # nothing has left either
+            answer=answer,
         )
+
+    def _answers(self) -> Answer | None:
+        """What answers requests by what a routed handler returns; None where the answer comes on the same call."""
+        if self.features.reply or self.ack != "after":
+            return None
+        return RouteAnswers(self.place, self.validate_reply, self.client_id)
 
     def _check(self) -> None:
         check_count("prefetch", self.prefetch)
@@ -622,7 +640,8 @@ class BoundHandler(Decorated):
             threads: where a `def` handler runs.
         """
         function = compile_handler(self.function, threads, consumer.resolvers)
-        return consumer.dispatcher(chain(function, check_middleware(consumer.middleware)), self.name)
+        handler = chain(function, check_middleware(consumer.middleware))
+        return consumer.dispatcher(handler, self.name, answer=consumer._answers())
 
     def __repr__(self) -> str:
         return f"<handler {self.name} of {self.consumer!r}>"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from streamtools.envelope import unwrapped
 from streamtools.errors import ConfigurationError, DecodeError, Drop, HandlerError, SendError, Signal, text_of
 from streamtools.features import Features
 from streamtools.message import ErrorDetails, Message
+from streamtools.outbox import Outbox, outbox, send_all
 from streamtools.policy import Retry, checked, describe, error_copy, retry_copy
 from streamtools.types import ErrorHandler, Handler, Middleware
 from streamtools.verdicts import ACK, DROP, RELEASE, Kind, Verdict
@@ -105,6 +106,10 @@ async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -
     return result
 
 
+#: Puts what a handler has returned into its outbox: (outbox, message, result).
+Answer = Callable[[Outbox, Message, Any], None]
+
+
 class Again(NamedTuple):
     """Another run of the same delivery, in its place.
 
@@ -129,6 +134,11 @@ class Dispatcher:
         in_place: retries wait here, holding their place in the order, instead of as copies.
         features: what the protocol can do.
         on_error: decides about failures instead of the policy.
+        place: the consumer's; what a handler sends from there leaves with the acknowledgement.
+        together: it does so; otherwise the message is acknowledged already, or by hand, and all leaves when the
+            handler has succeeded.
+        atomic: of a settlement that is refused nothing has left; otherwise all that the refusal does not name.
+        answer: puts what a handler returns into the outbox, where the message is a request.
     """
 
     def __init__(
@@ -142,6 +152,10 @@ class Dispatcher:
         in_place: bool,
         features: Features,
         on_error: ErrorHandler | None = None,
+        place: object = None,
+        together: bool = True,
+        atomic: bool = False,
+        answer: Answer | None = None,
     ) -> None:
         self._handler = handler
         self._name = name
@@ -156,6 +170,9 @@ class Dispatcher:
         self._waits: set[asyncio.Event] = set()
         self._on_error = on_error
         self._decimals = has_decimals()
+        self._place = place if together else None
+        self._atomic = atomic
+        self._answer = answer
 
     def stop(self) -> None:
         """Let retries that wait in place be given back at once."""
@@ -203,7 +220,7 @@ class Dispatcher:
             inner = unwrapped(message) if message.enveloped else message
             if inner is not message and inner.expired:
                 return Settlement(delivery, DROP)
-            result = await self._handler(inner)
+            result = await self._handle(delivery, inner)
         except BaseException as error:  # SystemExit too: a message must not end the process
             failure = error
         else:
@@ -217,6 +234,21 @@ class Dispatcher:
             return self.settlement(delivery, message, verdict, failure)
         self._log(message, failure, verdict)
         return Again(retry_copy(message, self._details(message, failure), 0), verdict.delay)
+
+    async def _handle(self, delivery: Delivery, message: Message) -> Any:
+        """Run the handler, and let go what it has sent."""
+        box = Outbox(message, self._name)
+        outbox.set(box)
+        try:
+            result = await self._handler(message)
+            if self._answer is not None:
+                self._answer(box, message, result)
+        finally:
+            box.open = False
+        if box:
+            place = None if delivery.settled else self._place
+            delivery.outgoing += tuple(await send_all(box, place))
+        return result
 
     async def decide(self, message: Message, failure: BaseException) -> Verdict:
         """What is to become of a message that failed: as `on_error` says, else by the policy."""
@@ -235,8 +267,29 @@ class Dispatcher:
         return self._retry.decide(failure, message.attempt)
 
     async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
-        """What to do with a settlement whose outgoing messages the broker does not take: insist."""
-        return settlement
+        """What to do with a settlement whose outgoing messages the broker does not take.
+
+        What a handler sent was refused: as if it had raised that, so its message is retried or rejected. Where it was
+        a reply the message is done without. A copy that is refused is insisted on.
+        """
+        named = frozenset((*error.refused, *error.unfit))
+        refused = [m for m in settlement.outgoing if m.id in named]
+        if settlement.verdict.kind is not Kind.ACK or not refused:
+            return settlement
+        message = settlement.delivery.message
+        if all(m.intent == "reply" for m in refused):
+            log.warning("The reply to message %s of %r is not sent: %s", message.id, message.queue, error)
+            rest = self.left(settlement, error)
+            return replace(rest, outgoing=tuple(m for m in rest.outgoing if m.id not in named))
+        return self.settlement(settlement.delivery, message, await self.decide(message, error), error)
+
+    def left(self, settlement: Settlement, error: SendError) -> Settlement:
+        """A settlement without what the broker holds already, where something in it was refused."""
+        if self._atomic or not settlement.outgoing:
+            return settlement
+        named = {*error.refused, *error.unknown}
+        outgoing = tuple(m for m in settlement.outgoing if m.id in named)
+        return settlement if len(outgoing) == len(settlement.outgoing) else replace(settlement, outgoing=outgoing)
 
     def lesser(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
         """Ever smaller forms of a settlement that cannot be performed as it is; the last reject the message.

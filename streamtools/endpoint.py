@@ -90,6 +90,11 @@ class Endpoint(LoopBound):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.queue!r} at {self.settings.safe_url}>"
 
+    @property
+    def place(self) -> object:
+        """The protocol, the address and the style of headers: what leaves here may leave by another of this place."""
+        return self.protocol, self.settings, getattr(getattr(self, "translator", None), "style", None)
+
     # --- for drivers ----------------------------------------------------------------------------
 
     async def _open(self) -> None:
@@ -111,6 +116,15 @@ class Endpoint(LoopBound):
             ConfigurationError: the name cannot be used.
         """
         check_name(queue)
+
+    @classmethod
+    def validate_reply(cls, queue: str) -> None:
+        """Check where a reply is to go, which another program may have chosen.
+
+        Raises:
+            ConfigurationError: that can be no queue.
+        """
+        cls.validate_queue(queue)
 
     # --- connecting -----------------------------------------------------------------------------
 

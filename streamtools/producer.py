@@ -6,8 +6,7 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
 
 from pydantic import BaseModel
@@ -25,6 +24,8 @@ from streamtools.endpoint import Endpoint
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, FeatureError, OptionError, SendError
 from streamtools.message import NO_HEADERS, Draft, Message, ids, setters
 from streamtools.options import SEND_OPTIONS, Options, parameters, read_options
+from streamtools.outbox import Receipt as Receipt
+from streamtools.outbox import current_outbox
 from streamtools.policy import backoff_within
 from streamtools.registry import Registry
 from streamtools.wire import checked_key
@@ -51,25 +52,35 @@ _new: Final = Draft.__new__
 _set_source, _set_body, _set_id, _set_queue = setters("body", "id", "queue")
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What `send` returns: the broker holds the message.
+class Gathering:
+    """A producer's messages in an outbox.
 
-    Awaiting it returns it: with `send(wait=False)`, where a protocol has that, once the broker holds the message.
-
-    Attributes:
-        id: the message's id.
-        queue: where it was sent.
+    Parameters:
+        producer: whose.
+        options: the protocol's own, which no acknowledgement of a consumer carries.
     """
 
-    id: str
-    queue: str
+    def __init__(self, producer: Producer, options: Any = None) -> None:
+        self._producer = producer
+        self._options = options
 
-    def __await__(self) -> Generator[Any, None, Receipt]:
-        return self._confirmed().__await__()
+    @property
+    def place(self) -> object:
+        """The producer's; none with options, which only it knows how to send with."""
+        return self._producer.place if self._options is None else None
 
-    async def _confirmed(self) -> Receipt:
-        return self
+    async def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """As they are."""
+        return messages
+
+    async def send_now(self, messages: Sequence[Message]) -> list[Receipt]:
+        """Send them; returns once they are confirmed.
+
+        Raises:
+            SendError: some were not taken.
+        """
+        options = self._producer._no_options if self._options is None else self._options
+        return await self._producer._deliver(messages, options)
 
 
 #: Queues that an error names at most.
@@ -102,6 +113,8 @@ class Producer(Endpoint):
         client_id: this producer's name, as message source and where the broker shows connections.
         host: used by protocols whose address is a host and port alone (HTTP); accepted by all.
         port: likewise.
+        outbox: within a handler, what is sent gathers and leaves when the handler has succeeded, before its message
+            is acknowledged. Otherwise, and elsewhere, `send` returns once the broker holds the message.
         options: the protocol's own; those of another built-in protocol are ignored with a log line.
 
     Raises:
@@ -133,6 +146,7 @@ class Producer(Endpoint):
         client_id: str | None = None,
         host: str | None = None,
         port: int | None = None,
+        outbox: bool = False,
         **options: Any,
     ) -> None:
         self._set_up(queue, url, declare, client_id, host, port)
@@ -142,6 +156,8 @@ class Producer(Endpoint):
         self.options: Options = self._read_options(options, Producer.__init__)
         self._no_options = self.send_options_class()
         self._new_id = ids()
+        self._outbox = outbox
+        self._gathering = Gathering(self)
 
     # --- for users ------------------------------------------------------------------------------
 
@@ -172,7 +188,10 @@ class Producer(Endpoint):
         tombstone: bool = False,
         **options: Any,
     ) -> Receipt:
-        """Send one message; returns once the broker holds it.
+        """Send one message; returns once the broker holds it, or with `outbox=True` in a handler at once.
+
+        Within a handler its id derives from the message in hand, so that a handler that is run again sends the same
+        ids, and it belongs to the same conversation.
 
         Parameters:
             payload: `str` goes as UTF-8 text, `bytes` untouched, everything else as JSON.
@@ -182,7 +201,7 @@ class Producer(Endpoint):
             delay: seconds, or a timedelta, before it may be received.
             ttl: seconds, or a timedelta, after which it is no longer to be handled.
             id: its unique id; made when not given. To repeat a send safely, repeat the id.
-            correlation_id: common to one conversation.
+            correlation_id: common to one conversation; within a handler that of the message in hand.
             reply_to: where a reply is to go.
             tombstone: with a payload of None and a `key`: what the key names is no more. On Kafka a record without a
                 value; refused where the protocol has nothing of the kind (`Features.tombstones`).
@@ -199,8 +218,7 @@ class Producer(Endpoint):
             headers, type=type, key=key, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
         )
         message = here._tombstone(payload, id, common) if tombstone else here._encode(payload, id, common)
-        receipts = await here._deliver([message], here._read_send_options(options))
-        return receipts[0]
+        return (await here._let_go([message], here._read_send_options(options)))[0]
 
     async def send_many(
         self,
@@ -227,7 +245,7 @@ class Producer(Endpoint):
             headers, type=type, key=key, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
         )
         batch = here._drafts(payloads, common)
-        return await here._deliver(batch, here._read_send_options(options, Producer.send_many)) if batch else []
+        return await here._let_go(batch, here._read_send_options(options, Producer.send_many)) if batch else []
 
     async def send_messages(self, batch: Sequence[Message]) -> list[Receipt]:
         """Send messages that are complete already, each to its own `queue`; for copies and bridges.
@@ -274,10 +292,24 @@ class Producer(Endpoint):
 
     # --- the way of a message -------------------------------------------------------------------
 
+    async def _let_go(self, batch: Sequence[Message], options: Any) -> list[Receipt]:
+        """Send, or have it wait for the handler around this to succeed."""
+        box = current_outbox() if self._outbox else None
+        if box is None:
+            return await self._deliver(batch, options)
+        if not self._connected:  # which makes the queue
+            await self._connect(time.monotonic() + self.send_timeout)
+        sender = self._gathering if options is self._no_options else Gathering(self, options)
+        return [box.add(sender, message).receipt for message in batch]
+
+    def _next_id(self) -> str:
+        box = current_outbox()
+        return (box.id(self.queue) if box is not None else None) or self._new_id()
+
     def _encode(self, payload: object, id: str | None, common: dict[str, Any]) -> Message:  # noqa: A002
         check_texts({"id": id})
         body, content_type = codec.encode(payload)
-        return Message(body=body, content_type=content_type, id=id or self._new_id(), **common)
+        return Message(body=body, content_type=content_type, id=id or self._next_id(), **common)
 
     def _tombstone(self, payload: object, id: str | None, common: dict[str, Any]) -> Message:  # noqa: A002
         if not self.features.tombstones:
@@ -285,7 +317,7 @@ class Producer(Endpoint):
         if payload is not None or common["key"] is None:
             raise ConfigurationError("A tombstone has a key and no payload: send(None, key=..., tombstone=True).")
         check_texts({"id": id})
-        return Message(body=None, id=id or self._new_id(), **common)
+        return Message(body=None, id=id or self._next_id(), **common)
 
     def _no_tombstones(self) -> FeatureError:
         return FeatureError(
@@ -294,7 +326,8 @@ class Producer(Endpoint):
         )
 
     def _drafts(self, payloads: Iterable[object], common: dict[str, Any]) -> list[Message]:
-        encode, new_id, queue = codec.encode, self._new_id, self.queue
+        encode, queue = codec.encode, self.queue
+        new_id = self._new_id if current_outbox() is None else self._next_id
         batch: list[Message] = []
         of_type = None
         for payload in payloads:
@@ -327,6 +360,8 @@ class Producer(Endpoint):
             )
         check_texts({"type": type, "correlation_id": correlation_id, "reply_to": reply_to})
         now = time.time()
+        box = current_outbox()
+        incoming = box.incoming if box is not None else None
         return {
             "queue": self.queue,
             "source": self.client_id,
@@ -336,7 +371,8 @@ class Producer(Endpoint):
             "expires_at": None if ttl is None else now + check_seconds("ttl", ttl),
             "type": type,
             "key": checked_key(key),
-            "correlation_id": correlation_id,
+            "correlation_id": correlation_id or (incoming and (incoming.correlation_id or incoming.id)),
+            "causation_id": incoming and incoming.id,
             "reply_to": reply_to,
         }
 

@@ -22,7 +22,7 @@ from streamtools.bus.verbs import Verbs
 from streamtools.checks import check_choice
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery
-from streamtools.dispatch import Dispatcher, as_list, check_error_handler, check_middleware
+from streamtools.dispatch import Answer, Dispatcher, as_list, check_error_handler, check_middleware
 from streamtools.errors import ConfigurationError
 from streamtools.eventloops import PerLoop
 from streamtools.exchange import TOPIC, Binding, Exchange
@@ -396,8 +396,8 @@ class Bus(Verbs):
     def dispatch(self, consumer: Consumer, threads: Threads) -> BusDispatch:
         """The handlers, compiled for this consumer."""
 
-        def make(handler: Handler, entry: Entry) -> Dispatcher:
-            return consumer.dispatcher(handler, entry.name, retry=entry.retry, on_error=self.on_error)
+        def make(handler: Handler, entry: Entry, answer: Answer | None) -> Dispatcher:
+            return consumer.dispatcher(handler, entry.name, retry=entry.retry, on_error=self.on_error, answer=answer)
 
         check_middleware([*self.incoming, *self.outgoing])
         check_error_handler(self.on_error)
@@ -408,14 +408,12 @@ class Bus(Verbs):
             self._composer,
             make,
             incoming=[*self.incoming, *consumer.middleware],
-            outgoing=self.outgoing,
-            resolvers=resolvers({**self._provided, Bus: self}, self._composer, lambda: self.mandatory),
+            resolvers=resolvers({**self._provided, Bus: self}, self._composer, self, lambda: self.mandatory),
             provided=self._provided,
             threads=threads,
-            send=self._send_all,
+            sender=self,
             together=consumer.ack == "after",
-            # In a transaction of Kafka nothing has left either.
-            atomic=consumer.features.atomic or getattr(consumer.options, "exactly_once", False),
+            calls=consumer.features.reply,
             holds=self._style is not None and consumer.features.delay,
         )
 

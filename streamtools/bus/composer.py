@@ -10,12 +10,12 @@ from typing import Any, Final, Literal
 
 from streamtools import codec
 from streamtools.bus.contracts import Command, Contract, Event
-from streamtools.bus.outbox import current_outbox
 from streamtools.checks import Seconds, check_headers, check_name, check_seconds, check_texts, check_topic
 from streamtools.delivery import current
 from streamtools.errors import ConfigurationError, FeatureError
 from streamtools.exchange import TOPIC, Exchange
 from streamtools.message import NO_HEADERS, Message, ids
+from streamtools.outbox import current_outbox
 from streamtools.producer import Producer
 from streamtools.wire import checked_key
 
@@ -54,6 +54,7 @@ class Composer:
         self.queue = queue
         self._protocol = sender.protocol
         self._features = sender.features
+        self._check_queue = sender.validate_reply
         codec.check_content_type(content_type)
         self._content_type = content_type
         self.new_id: Callable[[], str] = ids()
@@ -124,6 +125,14 @@ class Composer:
         )
         return answer.replace(causation_id=to.id, correlation_id=to.correlation_id or to.id)
 
+    def check_reply(self, to: Message) -> None:
+        """That a message can be replied to: whoever sent it has chosen where to.
+
+        Raises:
+            ConfigurationError: to no queue.
+        """
+        self._check_queue(to.reply_to or "")
+
     # --- the parts ------------------------------------------------------------------------------
 
     def need_topics(self) -> None:
@@ -189,7 +198,7 @@ class Composer:
         incoming, box = _incoming(), current_outbox()
         now = time.time()
         question = f"{queue}\n{type}\n".encode() + body if intent == "request" else b""
-        id = box.id(question) if box is not None else self.new_id()  # noqa: A001
+        id = (box.id(queue, question) if box is not None else None) or self.new_id()  # noqa: A001
         return Message(
             body=body,
             queue=queue,

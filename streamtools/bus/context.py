@@ -8,11 +8,11 @@ from typing import Any
 
 from streamtools.binding import RESOLVERS, Resolver
 from streamtools.bus.composer import Composer, seconds_until
-from streamtools.bus.outbox import Outbox, Sent, outbox
 from streamtools.checks import Seconds
 from streamtools.errors import HandlerError
 from streamtools.exchange import Exchange
 from streamtools.message import Message
+from streamtools.outbox import Outbox, Sender, Sent, outbox
 
 
 class MessageContext:
@@ -26,10 +26,13 @@ class MessageContext:
         message: the whole message.
     """
 
-    __slots__ = ("_composer", "_mandatory", "_outbox", "message")
+    __slots__ = ("_composer", "_mandatory", "_outbox", "_sender", "message")
 
-    def __init__(self, message: Message, composer: Composer, outbox: Outbox | None, *, mandatory: bool) -> None:
+    def __init__(
+        self, message: Message, composer: Composer, sender: Sender, outbox: Outbox | None, *, mandatory: bool
+    ) -> None:
         self.message: Message = message
+        self._sender = sender
         self._composer = composer
         self._outbox = outbox
         self._mandatory = mandatory
@@ -131,22 +134,25 @@ class MessageContext:
             raise HandlerError(
                 "The handler of this context has ended; what is sent after it goes by the bus: await bus.send(...)."
             )
-        return self._outbox.add(message)
+        return self._outbox.add(self._sender, message)
 
     def __repr__(self) -> str:
         return f"<MessageContext of {self.message.id}, attempt {self.attempt}>"
 
 
-def resolvers(provided: Mapping[type, Any], composer: Composer, must: Callable[[], bool]) -> dict[type, Resolver]:
+def resolvers(
+    provided: Mapping[type, Any], composer: Composer, sender: Sender, must: Callable[[], bool]
+) -> dict[type, Resolver]:
     """What further parameters of handlers are filled with, by their types.
 
     Parameters:
         provided: values that are the same for every message.
+        sender: the bus.
         must: whether what nobody subscribed to is an error.
     """
 
     def context(message: Message) -> MessageContext:
-        return MessageContext(message, composer, outbox.get(), mandatory=must())
+        return MessageContext(message, composer, sender, outbox.get(), mandatory=must())
 
     constant = {kind: _constant(value) for kind, value in provided.items()}
     return {**RESOLVERS, **constant, MessageContext: context}

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from streamtools.answering import is_request
 from streamtools.binding import Resolver, compile_handler
 from streamtools.bus.composer import FAILURE, Composer, Failure
 from streamtools.bus.entries import Entries, Entry, of_class
-from streamtools.bus.outbox import Outbox, Send, outbox
-from streamtools.delivery import Delivery, Settlement, current
-from streamtools.dispatch import Dispatcher, chain
+from streamtools.delivery import Delivery, Settlement
+from streamtools.dispatch import Answer, Dispatcher, chain
 from streamtools.envelope import event_type
-from streamtools.errors import Reject, SendError, near
+from streamtools.errors import ConfigurationError, Reject, SendError, near
 from streamtools.message import Message
+from streamtools.outbox import Outbox, Sender
 from streamtools.policy import describe
 from streamtools.threads import Threads
 from streamtools.types import Handler, Middleware
@@ -25,7 +26,7 @@ from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
 log: logging.Logger = logging.getLogger("streamtools")
 
 #: Makes a dispatcher of a compiled handler, for an entry.
-MakeDispatcher = Callable[[Handler, Entry], Dispatcher]
+MakeDispatcher = Callable[[Handler, Entry, Answer | None], Dispatcher]
 
 
 @dataclass(slots=True)
@@ -50,13 +51,12 @@ class BusDispatch:
         composer: makes replies.
         make: compiled handler -> dispatcher.
         incoming: middleware, outermost first.
-        outgoing: middleware for what handlers send.
         resolvers: what further parameters may be annotated with.
         provided: what constructors of handler classes are given.
         threads: where `def` handlers run.
-        send: sends at once, outgoing middleware included.
+        sender: the bus, whose the replies are.
         together: what a handler sends leaves with its acknowledgement; otherwise none follows.
-        atomic: of a settlement that is refused nothing has left; otherwise all that the refusal does not name.
+        calls: who asks has the answer on the same call, so that no message carries it.
         holds: a message that came before its time waits for it: other systems leave that to who receives.
     """
 
@@ -67,32 +67,30 @@ class BusDispatch:
         make: MakeDispatcher,
         *,
         incoming: Sequence[Middleware],
-        outgoing: Sequence[Middleware],
         resolvers: Mapping[type, Resolver],
         provided: Mapping[type, Any],
         threads: Threads,
-        send: Send,
+        sender: Sender,
         together: bool,
-        atomic: bool,
+        calls: bool,
         holds: bool = False,
     ) -> None:
-        self._send = send
+        self._sender = sender
         self._together = together
-        self._atomic = atomic
+        self._calls = calls
         self._holds = holds and together
         self._entries = entries
         self._composer = composer
-        self._outgoing = outgoing
+        answer = None if calls else self._answer
         self._runs: dict[str | None, list[tuple[str, Dispatcher]]] = {}
         for entry in entries:
             function = entry.function
             if isinstance(function, type):
                 function = of_class(function, provided)
             compiled = compile_handler(function, threads, resolvers, entry.payload)
-            handler = self._collecting(chain(compiled, incoming), entry.name)
-            self._runs.setdefault(entry.type, []).append((entry.name, make(handler, entry)))
+            self._runs.setdefault(entry.type, []).append((entry.name, make(chain(compiled, incoming), entry, answer)))
         nobody = Entry("The bus", None, None, self._reject_unknown, None)
-        self._unknown = (nobody.name, make(chain(self._reject_unknown, incoming), nobody))
+        self._unknown = (nobody.name, make(chain(self._reject_unknown, incoming), nobody, answer))
 
     def stop(self) -> None:
         """Let retries that wait in place be given back at once."""
@@ -131,38 +129,23 @@ class BusDispatch:
 
     async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
         """What a handler sent was refused: as if it had raised that, so its message is retried or rejected."""
-        if (without := _without_replies(settlement, error)) is not settlement:
-            return without
-        delivery, refused = settlement.delivery, frozenset(error.refused)
+        delivery = settlement.delivery
         if isinstance(settlement, Shared):
             parts = []
             for name, dispatcher, part in settlement.parts:
-                now = await self._refused(dispatcher, part, refused, error)
+                now = await self._refused(dispatcher, part, error)
                 parts.append(
-                    (name, dispatcher, _addressed(now, name) if now is not part else self._left(part, error))
+                    (name, dispatcher, _addressed(now, name) if now is not part else dispatcher.left(part, error))
                 )
             same = all(new[2] is old[2] for new, old in zip(parts, settlement.parts, strict=True))
             return settlement if same else _merged(delivery, parts)
-        dispatcher = self._find(delivery.message)[0][1]
-        return await self._refused(dispatcher, settlement, refused, error)
+        return await self._refused(self._find(delivery.message)[0][1], settlement, error)
 
-    async def _refused(
-        self, dispatcher: Dispatcher, part: Settlement, refused: frozenset[str], error: SendError
-    ) -> Settlement:
-        if part.verdict.kind is not Kind.ACK or not any(m.id in refused for m in part.outgoing):
-            return part
-        message = part.delivery.message
-        settlement = dispatcher.settlement(part.delivery, message, await dispatcher.decide(message, error), error)
-        await self._answer_failure(settlement)
+    async def _refused(self, dispatcher: Dispatcher, part: Settlement, error: SendError) -> Settlement:
+        settlement = await dispatcher.refused(part, error)
+        if settlement is not part:
+            await self._answer_failure(settlement)
         return settlement
-
-    def _left(self, part: Settlement, error: SendError) -> Settlement:
-        """A handler's part without what the broker holds already, where another's was refused."""
-        if self._atomic or not part.outgoing:
-            return part
-        named = {*error.refused, *error.unknown}
-        outgoing = tuple(m for m in part.outgoing if m.id in named)
-        return part if len(outgoing) == len(part.outgoing) else replace(part, outgoing=outgoing)
 
     # --- finding --------------------------------------------------------------------------------
 
@@ -185,47 +168,31 @@ class BusDispatch:
 
     # --- sending --------------------------------------------------------------------------------
 
-    def _collecting(self, handler: Handler, name: str) -> Handler:
-        """The handler with an outbox around it, whose messages leave with its acknowledgement."""
-        composer = self._composer
-
-        async def handle(message: Message) -> Any:
-            box = Outbox(self._send, composer.new_id, incoming=message, handler=name)
-            token = outbox.set(box)
-            try:
-                result = await handler(message)
-                if message.intent == "request" and message.reply_to is not None and not box.replied:
-                    box.add(composer.reply(message, result))
-            finally:
-                box.open = False
-                outbox.reset(token)
-            await box.send_others()
-            if box.messages:
-                await self._let_go(box.messages)
-            return result
-
-        return handle
-
-    async def _let_go(self, messages: list[Message]) -> None:
-        """What a handler sent: with its acknowledgement, unless that has been given already."""
-        delivery = current.get()
-        if delivery is None or delivery.settled or not self._together:
-            await self._send(messages)
+    def _answer(self, box: Outbox, message: Message, result: Any) -> None:
+        """What a handler returns is the reply to a request, if it has not replied itself."""
+        if box.replied or not is_request(message, result):
+            return
+        try:
+            self._composer.check_reply(message)
+        except ConfigurationError as error:  # by who asked
+            log.warning("Message %s of %r is not answered: %s", message.id, message.queue, error)
         else:
-            delivery.outgoing += tuple(await through(messages, self._outgoing))
+            box.add(self._sender, self._composer.reply(message, result))
 
     async def _answer_failure(self, settlement: Settlement) -> None:
         """A request that failed for good is answered, so that nobody waits for its timeout."""
         message = settlement.delivery.message
         if settlement.verdict.kind is not Kind.REJECT or message.intent != "request" or message.reply_to is None:
             return
+        if self._calls:
+            return
         why = describe(message, settlement.error, reason=settlement.verdict.reason)
         reply = self._composer.reply(message, Failure(why.exception, why.reason), type=FAILURE)
         try:
             if self._together:
-                settlement.outgoing += tuple(await through([reply], self._outgoing))
+                settlement.outgoing += tuple(await self._sender.prepare([reply]))
             else:
-                await self._send([reply])
+                await self._sender.send_now([reply])
         except Exception:  # a middleware's, or the broker's: the message has its verdict all the same
             log.exception("The failure of request %s is not answered.", message.id)
 

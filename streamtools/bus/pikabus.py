@@ -167,21 +167,21 @@ class Outgoing:
     """Between a producer and its driver."""
 
     def __init__(self, style: PikaBus, producer: Producer) -> None:
-        self._style = style
+        self.style = style
         self._producer = producer
 
     def for_producer(self, producer: Producer) -> Outgoing:
         """The same before another producer."""
-        return Outgoing(self._style, producer)
+        return Outgoing(self.style, producer)
 
     async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None:
         try:
-            return await self._producer._send(await self._style.write_all(batch), options)
+            return await self._producer._send(await self.style.write_all(batch), options)
         except SendError as error:
-            again = self._style.forget(batch, error.refused)
+            again = self.style.forget(batch, error.refused)
             if not again or len(again) < len(error.refused) + len(error.unknown):
                 raise
-        await self._producer._send(await self._style.write_all(again), options)
+        await self._producer._send(await self.style.write_all(again), options)
         return None
 
 
@@ -189,7 +189,7 @@ class Incoming:
     """Between a consumer's loop and its driver."""
 
     def __init__(self, style: PikaBus, consumer: Consumer) -> None:
-        self._style = style
+        self.style = style
         self._consumer = consumer
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
@@ -200,18 +200,18 @@ class Incoming:
 
     def _read(self, deliveries: Sequence[Delivery]) -> Sequence[Delivery]:
         for delivery in deliveries:
-            delivery.message = self._style.read(delivery.message)
+            delivery.message = self.style.read(delivery.message)
         return deliveries
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         written = [
-            replace(s, outgoing=tuple(await self._style.write_all(s.outgoing))) if s.outgoing else s
+            replace(s, outgoing=tuple(await self.style.write_all(s.outgoing))) if s.outgoing else s
             for s in settlements
         ]
         try:
             await self._consumer._settle(written)
         except SendError as error:
-            self._style.forget([message for s in settlements for message in s.outgoing], error.refused)
+            self.style.forget([message for s in settlements for message in s.outgoing], error.refused)
             raise
 
     async def _redeclare(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final
@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any, Final
 from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.bus.composer import FAILURE, Failure
-from streamtools.bus.outbox import Send
 from streamtools.bus.pikabus import REPLY_QUEUE, PikaBus
 from streamtools.consumer import Consumer
 from streamtools.errors import Closed, QueueError, RemoteError, RequestTimeout, ResponseError, StreamToolsError
 from streamtools.message import Message
+from streamtools.outbox import Receipt
 from streamtools.policy import Retry
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
+
+#: How a bus sends messages at once.
+SendAll = Callable[[Sequence[Message]], Awaitable[list[Receipt]]]
 
 #: Statuses of a call that its handler was run for.
 ANSWERED: Final = (400, 422, 500)
@@ -159,7 +162,7 @@ class Requests:
                 future.set_exception(error or Closed("The bus was stopped while this reply was awaited."))
 
 
-async def call(message: Message, timeout: float, send: Send) -> Message:  # noqa: ASYNC109
+async def call(message: Message, timeout: float, send: SendAll) -> Message:  # noqa: ASYNC109
     """Ask where the answer comes back on the same call (`Features.reply`): no queue is needed.
 
     Raises:

@@ -12,13 +12,13 @@ from streamtools import codec
 from streamtools.bus.composer import Composer, seconds_until
 from streamtools.bus.dispatch import through
 from streamtools.bus.entries import Entries
-from streamtools.bus.outbox import Outbox, current_outbox, outbox
 from streamtools.bus.requests import Requests, call
 from streamtools.checks import Seconds, check_seconds
 from streamtools.delivery import current
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import Exchange
 from streamtools.message import Message
+from streamtools.outbox import Outbox, current_outbox, outbox, send_all
 from streamtools.producer import Producer, Receipt
 from streamtools.types import Middleware
 
@@ -176,7 +176,7 @@ class Verbs:
             command, to, exchange, intent="request", headers=headers, type=type, ttl=timeout
         )
         if self._sender.features.reply:
-            reply = await call(message, timeout, self._send_all)
+            reply = await call(message, timeout, self.send_now)
         else:
             reply = await self._replies().ask(message, timeout, self._send_now)
         if returns is None:
@@ -196,7 +196,7 @@ class Verbs:
             SendError: some were not taken; the others are held.
         """
         around = current_outbox()
-        box = around.nested() if around is not None else Outbox(self._send_all, self._composer.new_id)
+        box = around.nested() if around is not None else Outbox()
         token = outbox.set(box)
         try:
             yield self
@@ -206,9 +206,7 @@ class Verbs:
         if around is not None:
             around.take(box)
         else:
-            if box.messages:
-                await self._send_all(box.messages)
-            await box.send_others()
+            await send_all(box)
 
     # --- the way of a message -------------------------------------------------------------------
 
@@ -218,15 +216,29 @@ class Verbs:
 
     async def _let_go(self, message: Message, *, immediately: bool) -> Receipt:
         if not immediately and (box := current_outbox()) is not None:
-            return await box.add(message, self._send_all)
+            return await box.add(self, message)
         await self._send_now(message)
         return Receipt(message.id, message.queue)
 
     async def _send_now(self, message: Message) -> None:
-        await self._send_all([message])
+        await self.send_now([message])
 
-    async def _send_all(self, messages: Sequence[Message]) -> list[Receipt]:
-        return await self._sender.send_messages(await through(messages, self.outgoing))
+    @property
+    def place(self) -> object:
+        """Where its messages leave: a consumer of the same place carries what its handler sends."""
+        return self._sender.place
+
+    async def prepare(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages as the outgoing middleware lets them go."""
+        return await through(messages, self.outgoing)
+
+    async def send_now(self, messages: Sequence[Message]) -> list[Receipt]:
+        """Send complete messages, outgoing middleware included; returns once they are confirmed.
+
+        Raises:
+            SendError: some were not taken.
+        """
+        return await self._sender.send_messages(await self.prepare(messages))
 
 
 @lru_cache(maxsize=256)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
+from streamtools.checks import check_name
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement, goes_last
 from streamtools.drivers.rabbitmq import properties
@@ -385,6 +386,10 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     def validate_queue(cls, queue: str) -> None:
         super().validate_queue(queue)
         check_rabbitmq_name(queue)
+
+    @classmethod
+    def validate_reply(cls, queue: str) -> None:
+        check_name(queue)  # the broker names its own reply queues amq.gen-... and amq.rabbitmq.reply-to...
 
 
 #: Seconds for what is under way to a consumer that stops; other consumers may take what it waits for.

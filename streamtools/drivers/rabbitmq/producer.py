@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from streamtools.checks import check_name
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.link import Link, open_link
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
@@ -86,3 +87,7 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
     def validate_queue(cls, queue: str) -> None:
         super().validate_queue(queue)
         check_rabbitmq_name(queue)
+
+    @classmethod
+    def validate_reply(cls, queue: str) -> None:
+        check_name(queue)  # the broker names its own reply queues amq.gen-... and amq.rabbitmq.reply-to...

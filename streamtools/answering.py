@@ -1,0 +1,77 @@
+"""Answers of routed handlers: what one returns, to whoever asked with the reply-to property of its protocol."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from streamtools import codec
+from streamtools.errors import ConfigurationError
+from streamtools.message import Message
+from streamtools.outbox import Outbox
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+
+def is_request(message: Message, result: Any) -> bool:
+    """Whether what a handler returned is to be sent to who asked.
+
+    A bus says that it asks, and waits for an answer of nothing too. Other programs give no intent: a reply-to alone
+    makes theirs a request, which a value answers.
+    """
+    if message.reply_to is None:
+        return False
+    return message.intent == "request" or (message.intent is None and result is not None)
+
+
+class RouteAnswers:
+    """Puts what a routed handler returns into its outbox, where the message is a request.
+
+    Whoever sent the message has chosen where the answer goes: to a queue only, and nothing of it fails the handler.
+
+    Parameters:
+        place: the consumer's, which carries the answer with its acknowledgement.
+        check: raises for what is no queue's name.
+        source: who answers.
+    """
+
+    def __init__(self, place: object, check: Callable[[str], None], source: str | None) -> None:
+        self.place = place
+        self._check = check
+        self._source = source
+
+    def __call__(self, box: Outbox, message: Message, result: Any) -> None:
+        """Answer, or say why it cannot be."""
+        if box.replied or not is_request(message, result):
+            return
+        try:
+            box.add(self, self._reply(box, message, result))
+        except (ConfigurationError, TypeError) as error:
+            log.warning("Message %s of %r is not answered: %s", message.id, message.queue, error)
+
+    def _reply(self, box: Outbox, message: Message, result: Any) -> Message:
+        target = message.reply_to or ""
+        self._check(target)
+        body, content_type = codec.encode(result)
+        return Message(
+            body=body,
+            queue=target,
+            id=box.id(target) or message.id,
+            mandatory=False,  # nobody may be waiting any more
+            source=self._source,
+            time=time.time(),
+            content_type=content_type,
+            correlation_id=message.correlation_id or message.id,
+            causation_id=message.id,
+            intent="reply",
+        )
+
+    async def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """As they are."""
+        return messages
+
+    async def send_now(self, messages: Sequence[Message]) -> None:
+        """Only an acknowledgement carries an answer, and it has been given by hand."""
+        log.warning("The answer to message %s is not sent: it was settled by hand.", messages[0].causation_id)

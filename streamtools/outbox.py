@@ -1,0 +1,169 @@
+"""Outbox: messages that wait for the handler, or the block, around them to succeed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final, Protocol
+
+from streamtools.message import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What `send` returns: the broker holds the message.
+
+    Awaiting it returns it: with `send(wait=False)`, where a protocol has that, once the broker holds the message.
+
+    Attributes:
+        id: the message's id.
+        queue: where it was sent.
+    """
+
+    id: str
+    queue: str
+
+    def __await__(self) -> Generator[Any, None, Receipt]:
+        return self._confirmed().__await__()
+
+    async def _confirmed(self) -> Receipt:
+        return self
+
+
+class Sender(Protocol):
+    """Whose messages gather: a bus's, or a producer's."""
+
+    @property
+    def place(self) -> object:
+        """Where its messages leave: a consumer of the same place carries them with its acknowledgement."""
+
+    async def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Messages as a consumer is to carry them."""
+
+    async def send_now(self, messages: Sequence[Message]) -> Any:
+        """Send them, and return once they are confirmed."""
+
+
+class Outbox:
+    """What was sent so far, in order; nothing has left yet.
+
+    Parameters:
+        incoming: the message being handled; None in a transaction outside any handler.
+        handler: the name of the handler at work.
+    """
+
+    __slots__ = ("_gathered", "_handler", "_numbers", "incoming", "open", "replied")
+
+    def __init__(self, incoming: Message | None = None, handler: str = "") -> None:
+        self.incoming = incoming
+        #: Once the handler, or the block, has ended nothing gathers here any more.
+        self.open: bool = True
+        #: The handler has given its reply itself.
+        self.replied: bool = False
+        self._handler = handler
+        # Both are made when they are needed: most handlers send nothing.
+        self._gathered: list[tuple[Sender, Message]] | None = None
+        self._numbers: Counter[str] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._gathered)
+
+    def add(self, sender: Sender, message: Message) -> Sent:
+        """Keep a message until the handler succeeds."""
+        if self._gathered is None:
+            self._gathered = []
+        self._gathered.append((sender, message))
+        return Sent(message)
+
+    def nested(self) -> Outbox:
+        """One for a transaction inside this one; numbers go on here."""
+        inner = Outbox(self.incoming, self._handler)
+        if self._numbers is None:
+            self._numbers = Counter()
+        inner._numbers = self._numbers
+        return inner
+
+    def take(self, inner: Outbox) -> None:
+        """Have what a transaction inside this one has gathered."""
+        for sender, message in inner._gathered or ():
+            self.add(sender, message)
+        self.replied = self.replied or inner.replied
+
+    def by_sender(self) -> list[tuple[Sender, list[Message]]]:
+        """What has gathered, by who sends it."""
+        found: dict[int, tuple[Sender, list[Message]]] = {}
+        for sender, message in self._gathered or ():
+            found.setdefault(id(sender), (sender, []))[1].append(message)
+        return list(found.values())
+
+    def id(self, queue: str, question: bytes = b"") -> str | None:
+        """The id for the next message to this queue; None outside any handler.
+
+        It derives from the incoming message's, so that what a handler sends has the same ids when it is run again,
+        and whoever receives it twice can tell: it is the handler's first message to this queue, or the second ...
+
+        Parameters:
+            question: what a request asks: a late reply to it is not for another question, which the next run
+                may ask in its place.
+        """
+        if self.incoming is None:
+            return None
+        if self._numbers is None:
+            self._numbers = Counter()
+        self._numbers[queue] += 1
+        incoming = self.incoming
+        seed = f"{incoming.id}\n{incoming.queue}\n{self._handler}\n{queue}\n{self._numbers[queue]}\n"
+        return blake2b(seed.encode("utf-8", "surrogatepass") + question, digest_size=16).hexdigest()
+
+
+class Sent:
+    """A message that is in the outbox; awaiting it gives its receipt at once.
+
+    So a handler may write `await context.publish(...)`, and a plain `def` handler `context.publish(...)`.
+    """
+
+    __slots__ = ("receipt",)
+
+    def __init__(self, message: Message) -> None:
+        self.receipt: Receipt = Receipt(message.id, message.queue)
+
+    def __await__(self) -> Generator[None, None, Receipt]:
+        return self.receipt
+        yield
+
+    def __repr__(self) -> str:
+        return f"<Sent {self.receipt.id} to {self.receipt.queue!r}, when the handler has succeeded>"
+
+
+#: The outbox of the handler, or the transaction, that this task is in.
+outbox: Final[ContextVar[Outbox | None]] = ContextVar("streamtools_outbox", default=None)
+
+
+def current_outbox() -> Outbox | None:
+    """The open outbox around this code; None where messages leave at once."""
+    found = outbox.get()
+    return found if found is not None and found.open else None
+
+
+async def send_all(box: Outbox, place: object = None) -> list[Message]:
+    """Let go what has gathered; what a consumer of this place carries is returned instead.
+
+    Parameters:
+        place: None where everything leaves now.
+
+    Raises:
+        SendError: some were not taken.
+    """
+    carried: list[Message] = []
+    others: list[tuple[Sender, list[Message]]] = []
+    for sender, messages in box.by_sender():
+        if place is not None and sender.place == place:
+            carried += await sender.prepare(messages)
+        else:
+            others.append((sender, messages))
+    for sender, messages in others:
+        await sender.send_now(messages)
+    return carried
