@@ -249,9 +249,7 @@ class QueueAdmin(LoopBound):
         return await self._here()._cancel(queue, id)
 
     async def peek(self, queue: str, limit: int = 10) -> Sequence[Message]:
-        """The first messages that wait, left where they are.
-
-        Where the broker counts what goes back to it, as RabbitMQ does, looking counts as a delivery.
+        """The first messages that wait, left where they are, as they are.
 
         Raises:
             QueueError: there is no such queue.
@@ -387,6 +385,10 @@ class QueueAdmin(LoopBound):
     def _reader(self, queue: str, prefetch: int) -> Reader:
         """A consumer of this queue that declares nothing and can hold `prefetch` deliveries in hand."""
         raise TypeError(f"{type(self).__name__} does not say how: write its _reader().")
+
+    def _viewer(self, queue: str, most: int) -> Reader | None:
+        """What shows up to `most` messages as they come and leaves them; None where a consumer that closes does."""
+        return None
 
     # --- shared by peek, move and discard -------------------------------------------------------
 

@@ -20,6 +20,7 @@ from streamtools.cli.session import Json, Url, address, drive, plain_errors
 from streamtools.wire import key_text
 
 if TYPE_CHECKING:
+    from streamtools.admin import Reader
     from streamtools.delivery import Delivery
     from streamtools.message import Message
     from streamtools.producer import Producer
@@ -260,8 +261,8 @@ def receive(
     """Show messages. They stay in the queue, unless --ack.
 
     Without --ack the messages are only looked at: they go back when the command ends, in their order, and
-    until then no consumer has them. On RabbitMQ looking counts as a delivery. With --ack each is acknowledged
-    once it has been printed, and is then gone.
+    until then no consumer has them. With --ack each is acknowledged once it has been printed, and is then
+    gone.
     """
     limit = maximum if maximum is not None or follow else SHOWN
     show = _show_json if json else _show
@@ -290,6 +291,7 @@ class Viewer:
     def __init__(
         self, queue: str, url: str, limit: int | None, show: Callable[[Delivery], None], *, ack: bool
     ) -> None:
+        from streamtools.admin import QueueAdmin
         from streamtools.consumer import Consumer
 
         self._queue = queue
@@ -300,6 +302,9 @@ class Viewer:
         self._most = limit if ack else min(limit or HOLD, HOLD)
         self._prefetch = min(self._most or BATCH, HOLD)
         self._consumer = Consumer(queue, url=url, declare=False, prefetch=self._prefetch)
+        self._source: Reader = self._consumer
+        if not ack and self._consumer.features.admin:
+            self._source = QueueAdmin(url=url)._viewer(queue, self._most or HOLD) or self._consumer
         self._shown = 0
 
     @property
@@ -309,14 +314,17 @@ class Viewer:
 
     async def run(self, timeout: float | None) -> None:
         """Until as many as wanted are shown, or none came for `timeout` seconds."""
-        async with self._consumer:
+        await self._source.open()
+        try:
             while (room := self._room()) > 0:
-                batch = await self._consumer.receive(room, timeout=timeout)
+                batch = await self._source.receive(room, timeout=timeout)
                 if not batch:
                     break
                 await self._take(batch)
-            if not self._ack and self._shown == HOLD != self._limit:
-                output.note(f"note: {HOLD:,} are held, no more can be looked at once; take them out with --ack.")
+        finally:
+            await self._source.close()
+        if not self._ack and self._shown == HOLD != self._limit:
+            output.note(f"note: {HOLD:,} are held, no more can be looked at once; take them out with --ack.")
 
     def _room(self) -> int:
         left = self._prefetch if self._most is None else self._most - self._shown

@@ -12,8 +12,8 @@ from aiormq.exceptions import ChannelNotFoundEntity
 
 from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.rabbitmq import errors
-from streamtools.drivers.rabbitmq.consumer import RabbitMQConsumer
 from streamtools.drivers.rabbitmq.link import Link, open_link
+from streamtools.drivers.rabbitmq.reader import RabbitMQReader
 from streamtools.drivers.rabbitmq.topology import MakingOptions, Topology, error_queue, missing, work_queue
 from streamtools.errors import ConnectError, StreamToolsError
 from streamtools.exchange import Binding
@@ -24,13 +24,6 @@ from streamtools.settings import RabbitMQSettings
 #: Seconds for one answer of the management API.
 TIMEOUT: Final = 10.0
 PORT: Final = 15672
-
-
-class RabbitMQReader(RabbitMQConsumer):
-    """Holds many messages in hand at once, unsettled; begins with all it may hold."""
-
-    cautious = False
-    drops_expired: ClassVar[bool] = False
 
 
 class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
@@ -94,10 +87,11 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
     async def _unbind(self, queue: str, binding: Binding) -> None:
         await Topology(await self._get_link()).unbind(queue, binding)
 
+    def _viewer(self, queue: str, most: int) -> Reader:
+        return self._reader(queue, most)
+
     def _reader(self, queue: str, prefetch: int) -> Reader:
-        return RabbitMQReader(
-            queue, url=self.settings, prefetch=max(1, prefetch), declare=False, client_id=self.client_id
-        )
+        return RabbitMQReader(queue, self.settings, most=prefetch, client_id=self.client_id)
 
     async def _request(self, queue: str, method: str) -> Any:
         link = await self._get_link()

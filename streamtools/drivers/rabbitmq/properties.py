@@ -340,3 +340,38 @@ _REASONS: Final = {
     "maxlen": "the queue was full (maxlen)",
     "delivery_limit": "it was redelivered more often than the queue allows (delivery_limit)",
 }
+
+
+# --- what is published again as it came -----------------------------------------------------------------
+
+
+def without_counts(data: bytes, *, user: str | None = None, routed: bool = True) -> bytes:
+    """A content header for publishing the same message again: without what the broker has written into it.
+
+    Parameters:
+        data: flags and values, as they came.
+        user: who publishes; the broker refuses a message that names somebody else (user_id).
+        routed: keep CC, by which the broker would route copies.
+    """
+    dropped = {DELIVERY_COUNT.encode(), ACQUIRED_COUNT.encode()} | (set() if routed else {b"CC"})
+    flags = SHORT.unpack_from(data)[0]
+    parts: list[bytes] = []
+    for flag, how, _, start, end in places(data):
+        part = data[start:end]
+        if flag == USER_ID and part[1:] != (user or "").encode():
+            flags &= ~flag
+            continue
+        if how == "table":
+            table = _kept(part[4:], dropped)
+            if not table:
+                flags &= ~flag
+                continue
+            part = LONG.pack(len(table)) + table
+        parts.append(part)
+    return SHORT.pack(flags) + b"".join(parts)
+
+
+def _kept(table: bytes, dropped: set[bytes]) -> bytes:
+    return b"".join(
+        table[start:end] for start, value, end in field_entries(table) if table[start + 1 : value] not in dropped
+    )

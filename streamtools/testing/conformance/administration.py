@@ -73,6 +73,22 @@ class AdministrationCases(Cases):
         for delivery in taken:
             await delivery.ack()
 
+    @needs("admin")
+    async def test_looking_thirty_times_changes_nothing(self, stage: Stage) -> None:
+        admin = await stage.admin()
+        await stage.send_many(range(12), headers={"x": "y"})
+        await eventually(lambda: _is_ready(admin, stage.queue, 12), "12 messages wait")
+        first = await admin.peek(stage.queue, 12)
+        for _ in range(30):
+            assert await admin.peek(stage.queue, 5) == first[:5]
+            assert (await admin.stats(stage.queue)).ready == 12
+        taken = await stage.take(await stage.consumer(prefetch=12), 12)
+        assert [delivery.message for delivery in taken] == first
+        assert {delivery.message.attempt for delivery in taken} == {1}
+        assert all(delivery.count <= 1 for delivery in taken)
+        for delivery in taken:
+            await delivery.ack()
+
     @needs("admin", "error_queue")
     async def test_a_redriven_message_is_as_it_was_and_counts_from_one(self, stage: Stage) -> None:
         admin, errors = await stage.admin(), f"{stage.queue}.error"

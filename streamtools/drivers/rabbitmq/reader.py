@@ -1,0 +1,319 @@
+"""RabbitMQReader: looks at a queue's messages, and leaves the queue as it was.
+
+A classic queue takes back what was looked at as if nothing had been: to its place, uncounted. A quorum queue counts
+each message that comes back, in whatever way (basic.nack, basic.recover, a channel or a connection that ends), and
+moves or drops it after its delivery limit, which is 20 by default from RabbitMQ 4 on. So nothing goes back there: the
+reader takes all that is in the queue, publishes a copy of each, byte for byte and in order, waits until the broker
+holds them, and then acknowledges what it took. docs/adr/021 says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from streamtools.delivery import Delivery, Settlement
+from streamtools.drivers.rabbitmq import properties
+from streamtools.drivers.rabbitmq.holding import LOCKED, NOT_FOUND, Held, HoldingChannel
+from streamtools.drivers.rabbitmq.link import Link, open_link
+from streamtools.drivers.rabbitmq.outlet import Outlet
+from streamtools.drivers.rabbitmq.publisher import Limits
+from streamtools.drivers.rabbitmq.putback import PutBack
+from streamtools.drivers.rabbitmq.topology import Topology, missing
+from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
+from streamtools.message import ids
+from streamtools.settings import RabbitMQSettings
+
+#: Messages asked for first; then nine times as many as have come.
+FIRST: Final = 10
+GROWTH: Final = 9
+#: Messages, and bytes in them, in hand at once; a queue that holds more is gone through in parts.
+MOST: Final = 10_000
+MOST_BYTES: Final = 64 * 1024 * 1024
+#: Seconds of silence after which a queue is taken to hold no more for us.
+SILENCE: Final = 1.0
+#: Seconds between two looks at whether a message is back in its queue.
+BACK_POLL: Final = 0.002
+#: Seconds between two looks into an empty queue.
+POLL: Final = 0.1
+
+
+class RabbitMQReader:
+    """Holds messages in hand while they are looked at; those that are not settled stay in the queue, as they were.
+
+    Parameters:
+        most: messages that are looked at, at most.
+    """
+
+    def __init__(self, queue: str, settings: RabbitMQSettings, *, most: int, client_id: str | None) -> None:
+        self._queue = queue
+        self._settings = settings
+        self._most = max(1, most)
+        self._name = client_id or f"streamtools look at {queue}"
+        self._new_id = ids()
+        self._link: Link | None = None
+        self._out_link: Link | None = None
+        self._outlet: Outlet | None = None
+        self._putback: PutBack | None = None
+        self._channel: HoldingChannel | None = None
+        #: What was taken, in the queue's order, and how many of them were handed out.
+        self._held: list[Held] = []
+        self._seen = 0
+        #: Whether the queue counts what comes back; None while that is not known.
+        self._counts: bool | None = None
+        #: The queue has a single active consumer: a second one of ours would get nothing.
+        self._alone = False
+        #: The first message was given back to find out.
+        self._gave_back = False
+        #: Deliveries that were asked for and have not come.
+        self._due = 0
+
+    # --- for the admin ------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, and wait until nobody else looks at the queue.
+
+        Raises:
+            QueueError: another look has not ended, or what is looked at could not be put back.
+        """
+        self._link = link = await open_link(self._settings, self._name)
+        try:
+            self._putback = PutBack(link, self._queue, self._settings.username)
+            await self._putback.open()
+            self._channel = await HoldingChannel.open(link, self._queue)
+        except BaseException:
+            await self._disconnect()
+            raise
+
+    async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]:
+        """The next messages, as soon as one is there; none when none came within `timeout` seconds.
+
+        Parameters:
+            timeout: None waits for ever.
+        """
+        wanted = min(max_messages, self._most - self._seen)
+        if wanted > 0 and len(self._held) == self._seen:
+            deadline = math.inf if timeout is None else time.monotonic() + timeout
+            while not await self._take(wanted, deadline):
+                if time.monotonic() + POLL > deadline:
+                    return []
+                await asyncio.sleep(POLL)
+        new = self._held[self._seen : self._seen + max(0, wanted)]
+        self._seen += len(new)
+        return [self._delivery(held) for held in new]
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        refused: SendError | None = None
+        outgoing = [message for s in settlements for message in s.outgoing]
+        if outgoing:
+            try:
+                await (await self._get_outlet()).publish(outgoing)
+            except SendError as error:
+                refused = error
+        unsent = frozenset(refused.refused if refused else ())
+        done = [s.delivery.token for s in settlements if not any(m.id in unsent for m in s.outgoing)]
+        if self._channel is not None:
+            self._channel.acknowledge(done)
+        if refused is not None:
+            raise refused
+
+    async def _stop(self) -> None:
+        # The channel of a quorum queue has 32 acknowledgements under way at a time and forgets the others when it is
+        # closed; the answer to a cancel comes behind them.
+        if self._channel is not None and self._channel.error is None:
+            await self._channel.cancel()
+
+    async def close(self) -> None:
+        """Put everything that is not settled back, and disconnect.
+
+        Raises:
+            QueueError: the broker did not take the copies; what was in hand goes back to the queue, which counts it.
+        """
+        try:
+            if self._channel is not None and self._channel.error is None:
+                await self._leave(self._channel)
+        finally:
+            await self._disconnect()
+
+    # --- taking -------------------------------------------------------------------------------------
+
+    def _delivery(self, held: Held) -> Delivery:
+        message, count = properties.decode(
+            held.data, held.body, self._queue, self._new_id, redelivered=held.redelivered
+        )
+        return Delivery(message, held, count or int(held.redelivered))
+
+    async def _take(self, number: int, deadline: float) -> bool:
+        """Take up to so many more in hand, as soon as one has come; False: the queue is empty, ask again later."""
+        # An answer to basic.get is always waited for, so that it cannot be taken for that to a later one.
+        if self._counts is None:
+            await self._find_out()
+        elif self._counts:
+            await self._ask(number)
+            await self._opened().arrival(None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+            self._drain(self._opened())
+        else:
+            self._held += await self._get(number)
+        return len(self._held) > self._seen
+
+    async def _get(self, number: int) -> list[Held]:
+        """So many messages, or as many as are there. No consumer comes or goes: some queues end with their last."""
+        channel = self._opened()
+        channel.get(number)
+        found: list[Held] = []
+        for _ in range(number):
+            await channel.arrival()
+            if (held := channel.buffer.popleft()) is not None:
+                found.append(held)
+        return found
+
+    async def _ask(self, number: int) -> None:
+        """Have more delivered once all has come that was asked for: while one consumer has room, the order holds."""
+        if self._due <= 0:
+            self._due = MOST if self._alone else min(number, max(FIRST, GROWTH * len(self._held)))
+            await self._opened().consume(self._due)
+
+    def _drain(self, channel: HoldingChannel) -> None:
+        new = [held for held in channel.buffer if held is not None]
+        channel.buffer.clear()
+        self._due -= len(new)
+        self._held += new
+
+    async def _find_out(self) -> None:
+        """Take the first message, and see whether the queue counts what comes back.
+
+        A quorum queue of RabbitMQ 3 writes the count on what basic.get takes, and one with a single active consumer
+        gives nothing out so. Else the message goes back once: then there is a count on it, or there never is.
+        """
+        channel = self._opened()
+        try:
+            first = await self._get(1)
+        except ConnectionLost:
+            await self._reopen(channel)
+            return
+        if first and not _is_counted(first[0]) and not first[0].redelivered:
+            await self._give_back_at_the_front(channel)
+            first = await self._get(1)
+        if first:
+            # One that was never delivered before is another, so somebody has ours: then it may be counted.
+            self._counts = _is_counted(first[0]) or not first[0].redelivered
+            self._held += first
+
+    async def _give_back_at_the_front(self, channel: HoldingChannel) -> None:
+        """Close the channel: by basic.nack a quorum queue without a limit takes a message back at its end."""
+        self._gave_back = True
+        ready = await self._ready()
+        await channel.close()
+        self._channel = await HoldingChannel.open(self._opened_link(), self._queue)
+        deadline = time.monotonic() + SILENCE
+        while await self._ready() <= ready and time.monotonic() < deadline:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(BACK_POLL)
+
+    async def _reopen(self, channel: HoldingChannel) -> None:
+        if channel.code == NOT_FOUND:
+            raise missing(self._queue, self._opened_link().where)
+        if channel.code != LOCKED:
+            raise QueueError(f"The queue {self._queue!r} cannot be looked at: {channel.error}")
+        self._counts = self._alone = True
+        self._channel = await HoldingChannel.open(self._opened_link(), self._queue)
+
+    def _opened(self) -> HoldingChannel:
+        if self._channel is None:
+            raise Closed(f"The look at {self._queue!r} was closed.")
+        return self._channel
+
+    def _opened_link(self) -> Link:
+        if self._link is None:
+            raise Closed(f"The look at {self._queue!r} was closed.")
+        return self._link
+
+    async def _get_outlet(self) -> Outlet:
+        if self._outlet is None or self._outlet.error is not None:
+            if self._out_link is not None:
+                await self._out_link.close()
+            self._out_link = await open_link(self._settings, f"{self._name} (publishing)")
+            self._outlet = await Outlet.open(self._out_link, Limits())
+        return self._outlet
+
+    # --- leaving it as it was -----------------------------------------------------------------------
+
+    async def _leave(self, channel: HoldingChannel) -> None:
+        """Have the queue hold again, in its order, what is not settled."""
+        if not self._counts:
+            await channel.close()
+            return
+        while self._alone and await self._ready() and await channel.arrival(SILENCE):
+            self._drain(channel)
+        await channel.cancel()
+        self._drain(channel)
+        left = [held for held in self._held if not held.settled]
+        self._held = []
+        if not left:
+            return
+        total = len(left) + await self._ready()
+        if _bytes(left) > MOST_BYTES or total > MOST:
+            await self._leave_in_parts(channel, left, total)
+            return
+        left += await self._rest(total - len(left), MOST_BYTES - _bytes(left))
+        await self._put_back(left)
+
+    async def _leave_in_parts(self, channel: HoldingChannel, left: list[Held], total: int) -> None:
+        """The queue holds more than we want to have in hand.
+
+        So what was never looked at before goes back, and is counted once. What was is copied, with all that is behind
+        it, part by part: after as many as there were, the queue has its order again.
+        """
+        if not self._gave_back and not any(_count(held) for held in left):
+            await channel.close()
+            return
+        while left:
+            await self._put_back(left)
+            total -= len(left)
+            left = await self._rest(min(total, MOST), MOST_BYTES)
+
+    async def _put_back(self, left: Sequence[Held]) -> None:
+        if self._putback is not None:
+            await self._putback.put(left)
+
+    async def _rest(self, number: int, room: int) -> list[Held]:
+        """Up to so many messages that are still in the queue, and about as many bytes, by a channel of their own."""
+        found: list[Held] = []
+        if number <= 0 or room <= 0:
+            return found
+        channel = await HoldingChannel.open(self._opened_link(), self._queue)
+        due = 0
+        while len(found) < number and _bytes(found) < room:
+            if due <= 0:
+                fit = room // (_bytes(found) // len(found) + 1) - len(found) if found else FIRST
+                due = min(number - len(found), max(1, fit), max(FIRST, GROWTH * len(found)))
+                await channel.consume(due)
+            if not await channel.arrival(SILENCE):
+                break  # somebody else has them
+            due -= len(channel.buffer)
+            found += [held for held in channel.buffer if held is not None]
+            channel.buffer.clear()
+        await channel.cancel()
+        return found + [held for held in channel.buffer if held is not None]
+
+    async def _ready(self) -> int:
+        return (await Topology(self._opened_link()).count(self._queue))[0]
+
+    async def _disconnect(self) -> None:
+        links, self._link, self._out_link = (self._link, self._out_link), None, None
+        self._channel = self._outlet = self._putback = None
+        await asyncio.gather(*(link.close() for link in links if link is not None))
+
+
+def _is_counted(held: Held) -> bool:
+    return properties.DELIVERY_COUNT.encode() in held.data or properties.ACQUIRED_COUNT.encode() in held.data
+
+
+def _count(held: Held) -> int:
+    return properties.decode(held.data, b"", "", str, redelivered=held.redelivered)[1]
+
+
+def _bytes(held: Sequence[Held]) -> int:
+    return sum(len(one.data) + len(one.body) for one in held)
