@@ -135,7 +135,7 @@ class HoldingChannel(HotChannel):
 
     # --- what arrives -------------------------------------------------------------------------------
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is None:
             self.code = closing_code(why)
             self.error: ConnectionLost | None = lost(self._link.where, why)
@@ -254,7 +254,7 @@ class CopyChannel(HotChannel):
         """It reached no queue, though the broker confirms it."""
         self.unroutable += 1
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is None:
             self.code = closing_code(why)
             self.error: ConnectionLost | None = lost(self._link.where, why)
