@@ -39,22 +39,22 @@ def run(
     _log_to_stderr(log_level, workers > 1 or reload or parent is not None)
     if workers > 1 or reload:
         raise typer.Exit(_run_workers(target, workers, log_level, reload=reload))
-    if parent is not None:
-        from streamtools.cli.workers import end_with_parent
-
-        end_with_parent(parent)
-    _run_here(target, shared=shared)
+    _run_here(target, parent, shared=shared)
 
 
-def _run_here(target: str, *, shared: bool) -> None:
+def _run_here(target: str, parent: int | None, *, shared: bool) -> None:
+    from streamtools.cli.health import ToParent
     from streamtools.cli.loading import check_shared, load
     from streamtools.signals import Interrupted, interrupted_by_signals
 
     # The signals count from here on: importing the service may take its time.
     with suppress(Interrupted), interrupted_by_signals(), service_errors():
+        watcher = None if parent is None else ToParent(parent)
         runner = load(target)
         if shared:
             check_shared(runner)
+        if watcher is not None:
+            runner.report_to(watcher.endpoint)
         runner.run()
 
 
