@@ -68,7 +68,8 @@ class Sharing(Generic[T]):
             await asyncio.wait({entry.opening})
             return Lease(self, entry, entry.opening.result())
         except BaseException:
-            self._leave(entry)
+            if (closing := self._leave(entry)) is not None:
+                await asyncio.wait({closing})  # leave nothing half open behind
             raise
 
     def _is_over(self, entry: _Entry[T]) -> bool:

@@ -43,10 +43,6 @@ class TestSQLite(ConformanceSuite):
     def url(self, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/queues.db"
 
-    @pytest.fixture
-    def kill_url(self, url: str) -> str:
-        return f"{url}?lease=1"
-
 
 class TestHTTP(ConformanceSuite):
     protocol = "http"
@@ -63,10 +59,6 @@ class TestRabbitMQ(ConformanceSuite):
     @pytest.fixture
     def url(self, rabbitmq_vhost: RabbitMQAddress) -> RabbitMQSettings:
         return RabbitMQSettings.from_url(f"{rabbitmq_vhost.url}?management_url={rabbitmq_vhost.management_url}")
-
-    @pytest.fixture
-    def kill_url(self, rabbitmq_vhost: RabbitMQAddress) -> str:
-        return rabbitmq_vhost.url
 
 
 class TestRabbitMQCut(ConnectionCases):
@@ -95,10 +87,6 @@ class TestKafka(ConformanceSuite):
     @pytest.fixture
     def url(self, kafka: KafkaAddress) -> str:
         return kafka.url
-
-    @pytest.fixture
-    def kill_url(self, url: str) -> str:
-        return f"{url}?session_timeout=3"
 
 
 class ExactlyOnce(Stage):

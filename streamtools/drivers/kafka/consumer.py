@@ -110,9 +110,8 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         )
         self._membership = membership
         self._outbox = Outbox(
-            self.settings, self._name, membership, queue=self.queue, retry_topic=self.retry_topic, tiers=self._tiers,
-            sender_id=self.client_id,
-        )  # fmt: skip
+            self.settings, self._name, membership, queue=self.queue, retry_topic=self.retry_topic, tiers=self._tiers
+        )
         try:
             await membership.join()
         except BaseException:

@@ -12,7 +12,8 @@ from aiormq.exceptions import ChannelNotFoundEntity
 
 from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.rabbitmq import errors
-from streamtools.drivers.rabbitmq.link import Link, open_link
+from streamtools.drivers.rabbitmq.connections import Place, Receiving, receiving
+from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.reader import RabbitMQReader
 from streamtools.drivers.rabbitmq.topology import MakingOptions, Topology, error_queue, missing, work_queue
 from streamtools.errors import ConnectError, StreamToolsError
@@ -34,21 +35,21 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
 
     settings_class: ClassVar[type[RabbitMQSettings]] = RabbitMQSettings
     settings: RabbitMQSettings
-    _link: Link | None = None
+    _place: Place[Receiving] | None = None
 
     async def _open(self) -> None:
         await self._get_link()
 
     async def _close(self) -> None:
-        link, self._link = self._link, None
-        if link is not None:
-            await link.close()
+        place, self._place = self._place, None
+        if place is not None:
+            await place.release()
 
     async def _get_link(self) -> Link:
-        if self._link is None or self._link.lost is not None:
+        if self._place is None or self._place.link.lost is not None:
             await self._close()
-            self._link = await open_link(self.settings, self.client_id or "streamtools admin")
-        return self._link
+            self._place = await receiving(self.settings, self.client_id)
+        return self._place.link
 
     async def _list(self) -> Sequence[QueueInfo]:
         path = f"queues/{quote(self.settings.vhost, safe='')}?disable_stats=false&enable_queue_totals=true"

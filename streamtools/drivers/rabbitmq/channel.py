@@ -40,6 +40,8 @@ class HotChannel:
         self.number = number
         #: Why the channel is of no use any more.
         self.error: ConnectionLost | None = None
+        #: The broker has closed it.
+        self.closed = False
         self._method = 0
         self._tag = 0
         self._redelivered = False
@@ -62,8 +64,12 @@ class HotChannel:
     def confirm(self, tag: int, *, multiple: bool, held: bool) -> None:
         """The broker holds what was published under `tag`, or does not."""
 
-    def fail(self, why: str) -> None:
-        """The channel has ended."""
+    def fail(self, why: str, *, connection: bool = False) -> None:
+        """The channel has ended, or the whole connection."""
+
+    def refuse(self, code: int, text: str) -> None:
+        """The broker has closed the channel."""
+        self.fail(f"the broker closed it: {code} {text}")
 
     def frame(self, kind: int, data: bytes, start: int, stop: int) -> bool:
         """Take one frame, whose payload is `data[start:stop]`; False leaves it to the library."""
@@ -112,8 +118,8 @@ class HotChannel:
         if method == frames.CANCEL:
             self.fail("it cancelled the consumer: the queue was deleted, or moved to another node")
         elif method == frames.CHANNEL_CLOSE:
-            code, text = frames.close_reason(data, start + 4)
-            self.fail(f"it closed the channel: {code} {text}")
+            self.closed = True
+            self.refuse(*frames.close_reason(data, start + 4))
         return False
 
     def _complete(self, body: bytes) -> None:
@@ -150,6 +156,10 @@ class FrameReader(asyncio.StreamReaderProtocol):
         self.said: str = ""
         #: Why the broker does not take messages now ("low on memory"); empty while it does.
         self.blocked: str = ""
+
+    def attached(self) -> list[HotChannel]:
+        """The channels whose frames are read here."""
+        return list(self._channels.values())
 
     def attach(self, channel: HotChannel) -> None:
         """Read this channel's frames here."""
@@ -203,6 +213,8 @@ class FrameReader(asyncio.StreamReaderProtocol):
                 self._pass(data[position:stop])
             elif not channel.frame(kind, data, position + 7, stop - 1):
                 self._pass(data[position:stop])
+                if channel.closed:  # what was on its way goes nowhere, until the number is another's
+                    self._channels[number] = HotChannel(number)
             position = stop
         self._rest = data[position:]
 

@@ -1,37 +1,43 @@
-"""RabbitMQConsumer: receives one queue over one connection, publishes what it sends on over another."""
+"""RabbitMQConsumer: receives one queue over the connection that receives, sends on over the one that sends."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
 from streamtools.checks import check_name
 from streamtools.consumer import Consumer
-from streamtools.delivery import Delivery, Settlement, goes_last
+from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq import properties
+from streamtools.drivers.rabbitmq.batch import Limits
+from streamtools.drivers.rabbitmq.connections import Place, Receiving, Sending, receiving, sending
+from streamtools.drivers.rabbitmq.copies import send_before_settling, unsent
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.intake import Intake, Raw
-from streamtools.drivers.rabbitmq.link import CLOSE_TIMEOUT, Link, open_link
+from streamtools.drivers.rabbitmq.link import CLOSE_TIMEOUT
 from streamtools.drivers.rabbitmq.lock import OrderLock
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.drivers.rabbitmq.outlet import Outlet
-from streamtools.drivers.rabbitmq.publisher import Limits
 from streamtools.drivers.rabbitmq.topology import (
     ACTIVE,
+    STREAM,
     QueueOptions,
     Topology,
     error_queue,
     missing,
     work_queue,
 )
-from streamtools.errors import Closed, ConnectionLost, QueueError, SendError, StreamToolsError
+from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError, StreamToolsError
 from streamtools.loop import SUSPECT
-from streamtools.message import Message, ids
+from streamtools.message import ids
 from streamtools.pace import Pace
 from streamtools.settings import RabbitMQSettings
 from streamtools.verdicts import Kind
+
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds that deferred messages gather for, at most; the chain that held them makes them late by as much again.
 GATHERING: Final = 0.05
@@ -39,6 +45,8 @@ GATHERING: Final = 0.05
 ALONE: Final = 5.0
 #: Seconds between two looks at a queue from which nothing comes.
 IDLE: Final = 30.0
+#: A header that deliveries of a stream have, and no others.
+STREAM_OFFSET: Final = b"\x0fx-stream-offset"
 #: What settles a delivery: the channel that it came on, and its tag there.
 Token = tuple[Intake, int]
 
@@ -58,15 +66,18 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     options: QueueOptions
     #: Takes one message at a time first; an admin's reader holds many at once instead.
     cautious = True
-    _link: Link | None = None
+    _place: Place[Receiving] | None = None
     _intake: Intake | None = None
-    _out_link: Link | None = None
+    _out_place: Place[Sending] | None = None
     _outlet: Outlet | None = None
+    _lock: OrderLock | None = None
     _turning: asyncio.Task[None] | None = None
     _widening: asyncio.Task[None] | None = None
     _watching: asyncio.Task[None] | None = None
     #: A channel was given up because nothing came from it, and nothing has come since.
     _in_vain = False
+    #: The first delivery of the channel was looked at.
+    _looked = False
     #: Nothing is taken in any more, by a stop or a cancellation; the channel is about to be closed.
     _ending = False
     #: Until then what was handed over last has nothing beside it, on the loop's clock.
@@ -85,26 +96,25 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     async def _open(self) -> None:
         await self._close()
-        link = await open_link(self.settings, self.client_id or f"streamtools consumer of {self.queue}")
-        self._link = link
+        self._place = place = await receiving(self.settings, self.client_id)
         try:
-            alone = await self._declare(Topology(link))
-            self._intake = await Intake.open(link, self.queue)
+            alone = await self._declare(Topology(place.link))
+            self._intake = await Intake.open(place.link, self.queue, self.client_id or "streamtools")
             self._narrow = self.cautious and self.prefetch > 1
-            self._widen_after = self._ending = False
+            self._widen_after = self._ending = self._looked = False
             self._calm.clear()
             if self.ordered_by is None or alone:
                 await self._intake.consume(1 if self._narrow else self.prefetch)
                 self._watching = self._beside(self._watch_silence, self._intake)
             else:
-                lock = OrderLock(link, self.queue)
-                self._turning = self._beside(self._take_turn, self._intake, lock)
+                self._lock = OrderLock(place.link, self.queue)
+                self._turning = self._beside(self._take_turn, self._intake, self._lock)
         except BaseException:
             await self._close()
             raise
 
     async def _declare(self, topology: Topology) -> bool:
-        """Declare what is to be; True when the broker itself lets one consumer at a time receive."""
+        """Declare what is to be; True when one consumer at a time receives without our doing."""
         name = self.error_queue.replace("{queue}", self.queue)
         declare = self.declare if self.options.error_declare is None else self.options.error_declare
         is_new = self.declare is not False and not await topology.exists(self.queue)
@@ -115,14 +125,26 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         wanted = work_queue(self.queue, self.options, name, single_active=ordered)
         queue = await topology.declare(wanted, self.declare)
         for binding in self.bindings:
-            await topology.bind(self.queue, binding)
+            await topology.bind(self.queue, binding, self.declare)
         if not ordered:
             return False
-        return queue.arguments.get(ACTIVE) is True if is_new else await topology.is_single_active(queue)
+        if is_new:
+            return queue.arguments.get(ACTIVE) is True
+        if await topology.is_single_active(queue):
+            return True
+        if self.declare is False:  # nor the lock, which is a queue, too
+            self._warn_of_order()
+        return self.declare is False
+
+    def _warn_of_order(self) -> None:
+        log.warning(
+            "The queue %r has no %s, and with declare=False we make no lock either: run one consumer of it only, "
+            "or give it that argument.", self.queue, ACTIVE,
+        )  # fmt: skip
 
     async def _redeclare(self) -> None:
-        if self._link is not None:
-            await self._declare(Topology(self._link))
+        if self._place is not None:
+            await self._declare(Topology(self._place.link))
 
     # --- receiving ----------------------------------------------------------------------------------
 
@@ -136,6 +158,9 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
                 raise Closed(f"{self!r} was closed while it waited for messages.")
             if not await self._arrival(intake) or (self._narrow and self._begins_to_widen(intake)):
                 continue
+            if not self._looked:
+                self._looked = True
+                self._check_no_stream(intake.buffer[0])
             self._alone_until = asyncio.get_running_loop().time() + ALONE
             buffer = intake.buffer
             taken = [self._delivery(intake, buffer.popleft()) for _ in range(min(limit, len(buffer)))]
@@ -148,15 +173,16 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         So do a handler that gathers several before it settles them, and a loop that holds a message back whose
         copy the broker refuses: with one message at a time they would wait for ever.
         """
-        if not self._narrow or self.ordered_by is not None or intake.buffer or not intake.in_hand:
+        is_narrow = self._narrow or self._widen_after
+        if not is_narrow or self.ordered_by is not None or intake.buffer or not intake.in_hand:
             await intake.arrival()
             return True
         try:
             async with asyncio.timeout_at(self._alone_until):
                 await intake.arrival()
         except TimeoutError:
-            self._narrow = False
-            self._widening = self._beside(self._consume_anew, intake)
+            self._narrow = self._widen_after = False
+            self._widening = self._beside(self._widen, intake)
             return False
         return True
 
@@ -166,7 +192,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         if singly and all(delivery.message.deliver_at is not None for delivery in taken):
             self._pace.woke(len(taken))
             if wait := self._pace.wait():
-                intake.link.rest(wait)
+                intake.rest(wait)
         else:
             self._pace.forget()
 
@@ -174,7 +200,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         """Take the whole prefetch from now on, if a message above suspicion has come.
 
         It is handed over only then: were it settled before, the broker would deliver the next to the
-        consumer that is about to be cancelled, and take it back behind later ones (seen on 3.10).
+        consumer that is about to be cancelled, and may take it back behind later ones (seen on 3.10).
         """
         if self._delivery(intake, intake.buffer[0]).count >= SUSPECT:
             return False
@@ -184,8 +210,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             # handled first, alone, and the rest is taken once it is done.
             self._widen_after = True
             return False
-        self._widening = self._beside(self._consume_anew, intake)
+        self._widening = self._beside(self._widen_if_alone, intake)
         return True
+
+    def _check_no_stream(self, raw: Raw) -> None:
+        if STREAM_OFFSET in raw[2]:
+            raise QueueError(f"The queue {self.queue!r} cannot be consumed: {STREAM}.")
 
     def _delivery(self, intake: Intake, raw: Raw) -> Delivery:
         tag, redelivered, data, body = raw
@@ -194,10 +224,17 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             count = 1
         return Delivery(message, (intake, tag), count)
 
-    async def _consume_anew(self, intake: Intake, acks: Sequence[int] = (), releases: Sequence[int] = ()) -> None:
-        await intake.cancel()
-        intake.settle(acks, releases)
-        await intake.consume(self.prefetch)
+    async def _widen_if_alone(self, intake: Intake) -> None:
+        """Where others consume, too, the queue may have a single active consumer: not another one now."""
+        _, consumers = await Topology(intake.link).count(self.queue)
+        if consumers > 1:
+            self._widen_after = True
+        else:
+            await self._widen(intake)
+
+    async def _widen(self, intake: Intake, acks: Sequence[int] = ()) -> None:
+        await intake.widen(self.prefetch)
+        intake.settle(acks)
 
     async def _take_turn(self, intake: Intake, lock: OrderLock) -> None:
         await lock.acquire()
@@ -237,7 +274,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         try:
             await work(intake, *arguments)
         except StreamToolsError as error:
-            intake.fail(str(error))
+            intake.end(error)
 
     # --- settling -----------------------------------------------------------------------------------
 
@@ -257,18 +294,16 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             raise refused
 
     async def _publish(self, settlements: Sequence[Settlement]) -> tuple[list[Settlement], SendError | None]:
-        """Those of which the broker holds all that was to be sent, and what it says of the others."""
-        outlet = await self._get_outlet()
-        first = [m for s in settlements for m in s.outgoing if not goes_last(m, s)]
-        held, refused = await _publish(outlet, first, settlements)
-        if last := [m for s in held for m in s.outgoing if goes_last(m, s)]:
-            held, more = await _publish(outlet, last, held)
-            refused = refused or more  # the others are tried again, and then say so themselves
-        if refused is not None:
-            kept = {id(s) for s in held}
-            unsent = [m.id for s in settlements if id(s) not in kept for m in s.outgoing if goes_last(m, s)]
-            refused.unknown = (*refused.unknown, *unsent)
-        return held, refused
+        """Those of which the broker holds all that was to be sent, and what is said of the others.
+
+        Trouble of the connection that sends is no trouble of this one: what could not be sent is tried again.
+        """
+        try:
+            outlet = await self._get_outlet()
+        except ConnectError as error:
+            outgoing = [m for s in settlements for m in s.outgoing]
+            return unsent(settlements, outgoing, error)
+        return await send_before_settling(outlet, settlements)
 
     def _sort(self, settlements: Sequence[Settlement]) -> tuple[list[Settlement], int]:
         """Those that are to be settled here and now, and how many of another connection are left."""
@@ -295,9 +330,9 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         # While stopping, what goes back stays with us until the channel is closed; see `_stop`.
         held = self._ending or self._stopping.is_set()
         releases = [s.delivery.token[1] for s in settlements if s.verdict.kind is release and not held]
-        if self._widen_after and not held:
+        if self._widen_after and acks and not releases and not held:
             self._widen_after = False
-            self._widening = self._beside(self._consume_anew, intake, acks, releases)
+            self._widening = self._beside(self._widen, intake, acks)
             await asyncio.wait({self._widening})
             intake.check()
         else:
@@ -305,15 +340,20 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         await intake.link.drain()
 
     async def _get_outlet(self) -> Outlet:
-        """What publishes, on a connection of its own: a broker that blocks publishers still takes acks."""
+        """What publishes, on the connection that sends: a broker that blocks it still takes acknowledgements."""
         async with self._outlet_lock:
             if self._outlet is not None and self._outlet.error is None:
                 return self._outlet
-            if self._out_link is not None:
-                await self._out_link.close()
-            name = f"{self.client_id or f'streamtools consumer of {self.queue}'} (publishing)"
-            self._out_link = await open_link(self.settings, name)
-            self._outlet = await Outlet.open(self._out_link, self._limits)
+            place, self._out_place, self._outlet = self._out_place, None, None
+            if place is not None:
+                await place.release()
+            home = self._place
+            place = await sending(self.settings, self.client_id)
+            if home is None or self._place is not home:
+                await place.release()
+                raise ConnectionLost(f"{self!r} was closed meanwhile.")
+            self._out_place = place
+            self._outlet = Outlet(place.shared, self._limits, declares=self.declare is True)
             return self._outlet
 
     # --- the end ------------------------------------------------------------------------------------
@@ -329,7 +369,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             self._calm.set()
 
     async def _take_no_more(self, intake: Intake) -> None:
-        wide = 1 if self._narrow else self.prefetch
+        wide = 1 if self._narrow or self._widen_after else self.prefetch
         self._narrow = False
         if self._turning is not None:
             await _ended(self._turning, 0)
@@ -361,18 +401,37 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         self._calm.set()
         beside = [task for task in (self._turning, self._widening, self._watching) if task is not None]
         self._turning = self._widening = self._watching = None
-        link, self._link = self._link, None
-        out_link, self._out_link = self._out_link, None
+        place, self._place = self._place, None
+        out_place, self._out_place = self._out_place, None
         intake, self._intake = self._intake, None
-        self._outlet = None
-        if intake is not None:
-            await self._last_acknowledgements(intake)
-            intake.fail("it was closed by us")
-            if self.ordered_by is not None:
-                await intake.close()  # before the lock goes: the next must find what we held
-        await asyncio.gather(*(end.close() for end in (link, out_link) if end is not None))
-        for task in beside:
-            await _ended(task, 0)
+        outlet, self._outlet = self._outlet, None
+        lock, self._lock = self._lock, None
+        if outlet is not None:
+            outlet.close()
+        try:
+            await self._let_go(intake, beside)
+            if lock is not None:
+                await lock.release()  # now: the next must find what we held
+            if place is not None and self._closed and self.options.exclusive:
+                await Topology(place.link).delete_unused(self.queue)
+        finally:
+            await asyncio.gather(*(one.release() for one in (place, out_place) if one is not None))
+
+    async def _let_go(self, intake: Intake | None, beside: Sequence[asyncio.Task[None]]) -> None:
+        """Close the channel, whoever cancels us meanwhile; others go on using its connection."""
+        closing: set[asyncio.Task[None]] = set()
+        try:
+            if intake is not None:
+                await self._last_acknowledgements(intake)
+        finally:
+            for task in beside:
+                task.cancel()
+            if intake is not None:
+                closing = {intake.discard()}
+        if beside:
+            await asyncio.wait(beside)
+        if closing and intake is not None and intake.link.lost is None:
+            await asyncio.wait(closing, timeout=CLOSE_TIMEOUT)
 
     async def _last_acknowledgements(self, intake: Intake) -> None:
         # The channel of a quorum queue has 32 acknowledgements under way at a time, and forgets the
@@ -406,20 +465,3 @@ async def _ended(task: asyncio.Task[None], timeout: float) -> None:
         await asyncio.wait({task}, timeout=timeout)
     task.cancel()
     await asyncio.wait({task})
-
-
-async def _publish(
-    outlet: Outlet, messages: Sequence[Message], settlements: Sequence[Settlement]
-) -> tuple[list[Settlement], SendError | None]:
-    """Those of which none was refused, and the refusal."""
-    try:
-        if messages:
-            await outlet.publish(messages)
-    except SendError as error:
-        return _held(settlements, frozenset(error.refused)), error
-    return list(settlements), None
-
-
-def _held(settlements: Sequence[Settlement], refused: frozenset[str]) -> list[Settlement]:
-    """Those of which the broker holds all that was to be sent."""
-    return [s for s in settlements if not any(m.id in refused for m in s.outgoing)]

@@ -1,10 +1,15 @@
-"""The one place where errors of the client library become ours. Each keeps its cause."""
+"""The one place where errors of the client library become ours, and where is decided which of them pass.
+
+What passes is a `ConnectError`: base classes try again, within the time they have, with a back-off, and say so once.
+What does not is a `QueueError`, or a `ConnectError` with permanent=True. Each keeps its cause.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import ssl
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from aiormq.exceptions import (
@@ -31,7 +36,62 @@ CLIENT_ERRORS: Final[tuple[type[BaseException], ...]] = (
     OSError,
     RuntimeError,
     asyncio.InvalidStateError,
+    StopAsyncIteration,  # what aiormq raises when a connection ends before a whole frame has come
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """A kind of refusal.
+
+    Attributes:
+        code: the broker's reply code.
+        words: what stands in its text; empty for any other text with this code.
+        passes: trying again can help.
+        meaning: what it is, as the documentation shows it.
+    """
+
+    code: int
+    words: str
+    passes: bool
+    meaning: str
+
+
+#: What the broker can answer, while connecting, opening a channel, declaring, publishing or consuming: the first row
+#: that fits decides. A code that is not here passes.
+TROUBLES: Final = (
+    Trouble(320, "", True, "the broker shuts down, or an operator closed the connection"),
+    Trouble(403, "in exclusive use", True, "another client is the only one that may consume this queue"),
+    Trouble(403, "", False, "a wrong password, or a permission that is missing"),
+    Trouble(404, "down or inaccessible", True, "the node of a classic queue is down, or the queue is being made"),
+    Trouble(404, "", False, "there is no such queue or exchange"),
+    Trouble(405, "", True, "a queue is exclusive to a connection, which may have ended unnoticed"),
+    Trouble(406, "delivery acknowledgement", True, "a handler took longer than the broker's `consumer_timeout`"),
+    Trouble(406, "unknown delivery tag", True, "the channel and the broker disagree on what was delivered"),
+    Trouble(406, "", False, "a queue that differs from what is asked, a body over `max_message_size`, a limit"),
+    Trouble(504, "", True, "a channel that the broker does not know (any more)"),
+    Trouble(506, "", True, "the broker lacks resources"),
+    Trouble(530, "limit", True, "a virtual host, a user or a node has as many connections or channels as it may"),
+    Trouble(530, "is down", True, "the virtual host is being started"),
+    Trouble(530, "", False, "no such virtual host, or no permission for it"),
+    Trouble(540, "", False, "a kind of queue that does not do this"),
+    Trouble(541, "", True, "an error inside the broker, or a virtual host that is being started"),
+)
+#: The code of each of the library's exceptions for a channel; they do not tell it.
+_CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
+    (ChannelAccessRefused, 403),
+    (ChannelNotFoundEntity, 404),
+    (ChannelLockedResource, 405),
+    (ChannelPreconditionFailed, 406),
+)
+
+
+def trouble(code: int, text: str) -> Trouble:
+    """What this answer of the broker means."""
+    found = (row for row in TROUBLES if row.code == code and row.words in text)
+    return next(found, Trouble(code, "", True, "not known here"))
+
+
 #: "inequivalent arg 'durable' for queue 'q' in vhost '/': received 'false' but current is 'true'"
 _DIFFERENCE: Final = re.compile(
     r"inequivalent arg '(?P<name>[^']+)'.*: received (?P<asked>.*) but current is (?P<current>.*)$"
@@ -86,37 +146,62 @@ def connect_error(error: BaseException, settings: RabbitMQSettings, where: str, 
 _TLS_REFUSALS: Final = ("WRONG_VERSION_NUMBER", "TLSV13_ALERT_CERTIFICATE_REQUIRED", "TLSV1_ALERT_UNKNOWN_CA")
 
 
-def _refused(text: str, settings: RabbitMQSettings, where: str) -> ConnectError:
+def _refused(said: str, settings: RabbitMQSettings, where: str) -> ConnectError:
+    number, _, text = said.partition(" ")
+    kind = trouble(int(number), text)
+    if kind.words == "limit":
+        return ConnectError(
+            f"RabbitMQ at {where} lets no further connection of the user {settings.username!r} into the virtual host "
+            f"{settings.vhost!r}: {text}. A process has two for each address. Raise the limit (rabbitmqctl "
+            "set_vhost_limits, set_user_limits), or end other clients."
+        )
     if "not found" in text and "vhost" in text:
         return ConnectError(
             f"RabbitMQ at {where} has no virtual host {settings.vhost!r}. Make it: rabbitmqctl add_vhost "
             f"{settings.vhost}. Or name another behind the last / of the URL, or in RMQ_VHOST.",
             permanent=True,
         )
-    if "refused for user" in text and "is down" not in text:
+    if "refused for user" in text and not kind.passes:
         return ConnectError(
             f"RabbitMQ at {where} does not let the user {settings.username!r} into the virtual host "
             f"{settings.vhost!r}. Allow it: rabbitmqctl set_permissions -p {settings.vhost} {settings.username} "
             "'.*' '.*' '.*'",
             permanent=True,
         )
-    return ConnectError(f"RabbitMQ at {where} closed the connection while it was opened: {text}")
+    return ConnectError(
+        f"RabbitMQ at {where} closed the connection while it was opened: {said}", permanent=not kind.passes
+    )
 
 
 def lost(where: str, why: str) -> ConnectionLost:
-    """The connection, or a channel of it, has ended."""
+    """The connection has ended."""
     return ConnectionLost(f"The connection to RabbitMQ at {where} has ended: {why.rstrip('.')}.")
+
+
+def channel_lost(where: str, why: str) -> ConnectionLost:
+    """A channel has ended; its connection, and others' channels, have not."""
+    return ConnectionLost(f"A channel of RabbitMQ at {where} has ended: {why.rstrip('.')}.")
 
 
 def channel_error(error: BaseException, where: str) -> StreamToolsError:
     """What a failed request on a channel means where nothing better is known."""
-    if isinstance(error, ChannelAccessRefused):
-        return QueueError(f"RabbitMQ at {where} does not allow it: {plain(error)}")
-    if isinstance(error, ChannelNotFoundEntity | ChannelPreconditionFailed | ChannelLockedResource):
-        return QueueError(f"RabbitMQ at {where} refuses: {plain(error)}")
-    if isinstance(error, ChannelClosed) and error.args and error.args[0]:
-        return lost(where, f"it closed a channel: {plain(error)}")
-    return lost(where, plain(error))
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), 0)
+    text = plain(error)
+    if not code and isinstance(error, ChannelClosed) and len(error.args) > 1 and isinstance(error.args[0], int):
+        code = error.args[0]
+    if not code:
+        return lost(where, text)
+    kind = trouble(code, text)
+    if kind.passes:
+        return ConnectError(f"RabbitMQ at {where} cannot do it now ({kind.meaning}): {text}.")
+    if code == 403:
+        return QueueError(f"RabbitMQ at {where} does not allow it: {text}")
+    return QueueError(f"RabbitMQ at {where} refuses: {text}")
+
+
+def is_missing(error: ChannelNotFoundEntity) -> bool:
+    """There is no such thing; else it is there, and its node is down."""
+    return not trouble(404, plain(error)).passes
 
 
 def difference(error: ChannelPreconditionFailed) -> tuple[str, str, str] | None:

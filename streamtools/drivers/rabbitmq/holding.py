@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from aiormq.abc import AbstractChannel
 
 from streamtools.drivers.rabbitmq import frames
 from streamtools.drivers.rabbitmq.channel import HotChannel
-from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, lost
+from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, lost
 from streamtools.drivers.rabbitmq.frames import END, HEAD, LONG, LONGLONG, METHOD
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.errors import ConnectionLost, StreamToolsError
@@ -30,7 +29,6 @@ _MANDATORY: Final = b"\x01"
 NOT_FOUND: Final = 404
 LOCKED: Final = 405
 REFUSED: Final = 403
-_CODE: Final = re.compile(r"it closed the channel: (\d+)")
 #: Messages written before the socket is waited for.
 PIECE: Final = 100
 
@@ -135,10 +133,13 @@ class HoldingChannel(HotChannel):
 
     # --- what arrives -------------------------------------------------------------------------------
 
+    def refuse(self, code: int, text: str) -> None:
+        self.code = code
+        super().refuse(code, text)
+
     def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is None:
-            self.code = closing_code(why)
-            self.error: ConnectionLost | None = lost(self._link.where, why)
+            self.error: ConnectionLost | None = (lost if connection else channel_lost)(self._link.where, why)
         self._arrived.set()
 
     def _take_method(self, data: bytes, start: int) -> bool:
@@ -254,17 +255,14 @@ class CopyChannel(HotChannel):
         """It reached no queue, though the broker confirms it."""
         self.unroutable += 1
 
+    def refuse(self, code: int, text: str) -> None:
+        self.code = code
+        super().refuse(code, text)
+
     def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is None:
-            self.code = closing_code(why)
-            self.error: ConnectionLost | None = lost(self._link.where, why)
+            self.error: ConnectionLost | None = (lost if connection else channel_lost)(self._link.where, why)
         self._answered.set()
-
-
-def closing_code(why: str) -> int:
-    """The code in the words of a channel's end; 0 when the broker gave none."""
-    found = _CODE.search(why)
-    return int(found[1]) if found else 0
 
 
 def _short(data: bytes, start: int) -> tuple[bytes, int]:

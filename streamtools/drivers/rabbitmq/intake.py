@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable
-from contextlib import suppress
 from itertools import count
 
 from aiormq.abc import AbstractChannel
@@ -13,13 +12,15 @@ from aiormq.exceptions import ChannelNotFoundEntity
 
 from streamtools.drivers.rabbitmq import frames
 from streamtools.drivers.rabbitmq.channel import HotChannel
-from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, lost
-from streamtools.drivers.rabbitmq.link import CLOSE_TIMEOUT, Link
+from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, is_missing, lost
+from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.topology import missing
-from streamtools.errors import ConnectionLost, StreamToolsError
+from streamtools.errors import ConnectionLost, QueueError, StreamToolsError
 
 #: The largest prefetch that basic.qos can say; 0 stands for no limit.
 PREFETCH_MAX = 65_535
+#: Bytes of a consumer's name in its tag, at most; AMQP takes 255 with the number behind it.
+NAME_MAX = 200
 
 #: A delivery as it arrived: tag, redelivered, properties, body.
 Raw = tuple[int, bool, bytes, bytes]
@@ -32,17 +33,22 @@ class Intake(HotChannel):
         link: the connection.
         channel: the library's channel, opened without confirms.
         queue: the queue's name.
+        name: what the broker shows the consumer as.
     """
 
-    def __init__(self, link: Link, channel: AbstractChannel, queue: str) -> None:
+    def __init__(self, link: Link, channel: AbstractChannel, queue: str, name: str) -> None:
         super().__init__(channel.number)
         self.link = link
         self.queue = queue
+        self._name = name.encode()[:NAME_MAX].decode(errors="ignore")
         self.buffer: deque[Raw] = deque()
         self._channel = channel
-        self._consumer_tag: str | None = None
+        self._consumer_tags: list[str] = []
         self._numbers = count(1)
         self._waiter: asyncio.Future[None] | None = None
+        self._wrong: QueueError | None = None
+        #: What arrives gathers, and nobody is woken for it.
+        self._resting = False
         self._loop = asyncio.get_running_loop()
         #: Every tag below is settled; of those above, these are.
         self._low = 1
@@ -50,68 +56,98 @@ class Intake(HotChannel):
         self._high = 0
 
     @classmethod
-    async def open(cls, link: Link, queue: str) -> Intake:
+    async def open(cls, link: Link, queue: str, name: str = "streamtools") -> Intake:
         """Open a channel; nothing is received before `consume()`."""
-        intake = cls(link, await link.channel(confirms=False), queue)
+        intake = cls(link, await link.channel(confirms=False), queue, name)
         link.attach(intake)
         return intake
 
     # --- the consumer -------------------------------------------------------------------------------
 
     async def consume(self, prefetch: int) -> None:
-        """Have the broker deliver, with at most `prefetch` in hand.
+        """Have the broker deliver, with at most `prefetch` in hand, beside what it delivers already.
 
         Raises:
-            QueueError: there is no such queue, or it is exclusive to another connection.
-            ConnectionLost: the connection has ended.
+            QueueError: there is no such queue, or we may not read it.
+            ConnectError: its node is down, or another client is its only consumer for now.
+            ConnectionLost: the channel or the connection has ended.
         """
         limit = prefetch if prefetch <= PREFETCH_MAX else 0
+        # Named by us, before the answer: the first delivery may be settled before that is seen.
+        tag = f"{self._name}-{next(self._numbers)}"
+        self._consumer_tags.append(tag)
         try:
             await self.link.call(self._channel.basic_qos(prefetch_count=limit))
-            # Named by us, before the answer: the first delivery may be settled before that is seen.
-            self._consumer_tag = tag = f"streamtools-{next(self._numbers)}"
             consume = self._channel.basic_consume(self.queue, _never, consumer_tag=tag)
             await self.link.call(consume, f"the request to consume {self.queue!r}, which may have no leader,")
-        except ChannelNotFoundEntity as error:
-            raise missing(self.queue, self.link.where) from error
-        except StreamToolsError:
-            raise
-        except CLIENT_ERRORS as error:
-            raise channel_error(error, self.link.where) from error
+        except BaseException as error:
+            raise self._ended_by(error) from error
+
+    async def widen(self, prefetch: int) -> None:
+        """Have up to `prefetch` in hand from now on; what is in hand stays so.
+
+        The broker has a limit for each consumer, which cannot be changed. So a second consumer takes the place of the
+        first, and comes before that goes: the queue is never without one, and one that ends with its last consumer
+        goes on.
+
+        Raises:
+            ConnectionLost: the channel or the connection has ended.
+        """
+        first = list(self._consumer_tags)
+        await self.consume(prefetch)
+        await self._cancel(first)
 
     async def cancel(self) -> None:
         """Have the broker deliver no more; what is in hand stays so.
 
         Raises:
-            ConnectionLost: the connection has ended.
+            ConnectionLost: the channel or the connection has ended.
         """
-        tag, self._consumer_tag = self._consumer_tag, None
-        if tag is None or self.error is not None:
-            return
-        try:
-            await self.link.call(self._channel.basic_cancel(tag))
-        except StreamToolsError:
-            raise
-        except CLIENT_ERRORS as error:
-            raise channel_error(error, self.link.where) from error
+        await self._cancel(list(self._consumer_tags))
 
-    async def close(self) -> None:
-        """Close the channel, if the broker answers in time: what is not settled is then back in the queue."""
-        with suppress(*CLIENT_ERRORS, TimeoutError):  # else it goes back with the connection
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self.link.call(self._channel.close())
+    async def _cancel(self, tags: list[str]) -> None:
+        for tag in tags:
+            self._consumer_tags.remove(tag)
+            if self.error is not None:
+                continue
+            try:
+                await self.link.call(self._channel.basic_cancel(tag))
+            except BaseException as error:
+                raise self._ended_by(error) from error
+
+    def _ended_by(self, error: BaseException) -> BaseException:
+        """What to raise for it; the library closes a channel whose request it gives up."""
+        if isinstance(error, ChannelNotFoundEntity) and is_missing(error):
+            return missing(self.queue, self.link.where)
+        if isinstance(error, StreamToolsError) or not isinstance(error, CLIENT_ERRORS):
+            self.fail("a request was given up")
+            return error
+        return channel_error(error, self.link.where)
+
+    def discard(self) -> asyncio.Task[None]:
+        """Begin to close the channel, which goes on whoever waits; what is not settled goes back to the queue."""
+        self.fail("it was closed by us")
+        return self.link.discard(self, self._channel)
 
     # --- what arrives -------------------------------------------------------------------------------
 
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         self._high = tag
         self.buffer.append((tag, redelivered, properties, body))
-        if self._waiter is not None:
+        if self._waiter is not None and not self._resting:
             self._wake()
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is None:
-            self.error: ConnectionLost | None = lost(self.link.where, why)
+            self.error: ConnectionLost | None = (lost if connection else channel_lost)(self.link.where, why)
+        self._wake()
+
+    def end(self, error: StreamToolsError) -> None:
+        """What was done beside receiving has failed."""
+        if isinstance(error, QueueError):
+            self._wrong = error
+        if self.error is None:
+            self.error = ConnectionLost(str(error))
         self._wake()
 
     async def arrival(self) -> None:
@@ -120,7 +156,7 @@ class Intake(HotChannel):
         Raises:
             ConnectionLost: the channel has ended; what is in the buffer is the broker's again.
         """
-        while not self.buffer and self.error is None:
+        while (not self.buffer or self._resting) and self.error is None:
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
@@ -128,8 +164,20 @@ class Intake(HotChannel):
                 self._waiter = None
         self.check()
 
+    def rest(self, seconds: float) -> None:
+        """Let what arrives gather for so long: nobody is woken for it."""
+        self._resting = True
+        self._loop.call_later(seconds, self._end_rest)
+
+    def _end_rest(self) -> None:
+        self._resting = False
+        if self.buffer:
+            self._wake()
+
     def check(self) -> None:
-        """Raise ConnectionLost when the channel has ended."""
+        """Raise ConnectionLost when the channel has ended, and what is wrong with the queue if that is known."""
+        if self._wrong is not None:
+            raise QueueError(str(self._wrong)) from self._wrong
         if self.error is not None:
             raise ConnectionLost(str(self.error))
 
@@ -165,7 +213,7 @@ class Intake(HotChannel):
         out = self._ack(done) if done else []
         if back := sorted(tag for tag in set(releases) if not self.is_settled(tag)):
             out += self._release(back)
-        if out:
+        if out and self.error is None:  # else its number may be another's
             self.link.write(b"".join(out))
 
     def _ack(self, tags: list[int]) -> list[bytes]:

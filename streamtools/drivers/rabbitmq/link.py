@@ -8,16 +8,17 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import Any, Final, TypeVar
 
 import aio_pika
-from aiormq.abc import AbstractChannel
+from aiormq.abc import AbstractChannel, AbstractConnection
 from aiormq.connection import TransportFactory
 from yarl import URL
 
 from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.rabbitmq.channel import FrameReader, HotChannel
-from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, connect_error, lost
+from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, connect_error, lost
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost
 from streamtools.settings import RabbitMQSettings
 
@@ -27,6 +28,12 @@ T = TypeVar("T")
 CLOSE_TIMEOUT: Final = 2.0
 #: Seconds for the answer to one request, unless the broker has blocked the connection.
 CALL_TIMEOUT: Final = 30.0
+#: Channels of one connection, where the broker names no limit (channel_max 0).
+CHANNEL_MAX: Final = 65_535
+#: Channels for declarations at once: a queue that gives no answer holds one of them up, not the others.
+DECLARING: Final = 16
+#: Channels for declarations that are kept open.
+IDLE: Final = 2
 #: A broker that names no limit (frame_max 0) takes frames of any size; this is what RabbitMQ proposes.
 FRAME_MAX: Final = 131_072
 
@@ -62,13 +69,16 @@ class _Connection(aio_pika.Connection):
 
 
 class Link:
-    """An open connection. Once `lost` is set it is of no use any more.
+    """An open connection, which many share: what happens to one channel is no matter to the others.
+
+    Once `lost` is set it is of no use any more.
 
     Attributes:
         lost: why it has ended; None while it is up.
         another: makes a second connection of the same kind.
         gone: a future that is done once it has ended.
         frame_max: the largest frame that the broker takes, in bytes.
+        channel_max: the most channels that it may have.
     """
 
     def __init__(self, where: str, heartbeat: int, another: Callable[[], Awaitable[Link]]) -> None:
@@ -78,18 +88,25 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = self._loop.create_future()
         self._heartbeat = heartbeat
-        self._hot: list[HotChannel] = []
         self._watch: asyncio.TimerHandle | None = None
         self._closing = False
         reader = asyncio.StreamReader(loop=self._loop)
         self._frames = FrameReader(reader, self.lose, self._loop)
         self._reader = reader
         self._connection: _Connection | None = None
-        self._declaring: aio_pika.abc.AbstractChannel | None = None
-        self._declaring_lock = asyncio.Lock()
+        self._library: AbstractConnection | None = None
+        #: The channel that was opened last.
+        self._number = 0
+        #: Numbers of channels that are being opened.
+        self._opening: set[int] = set()
+        self._users = 0
+        #: Locks of those who share the connection, by name.
+        self.locks: dict[str, asyncio.Lock] = {}
+        self._idle: list[AbstractChannel] = []
         #: Tasks that end by themselves, referenced until then.
         self._kept: set[asyncio.Task[Any]] = set()
         self.frame_max: int = FRAME_MAX
+        self.channel_max: int = CHANNEL_MAX
 
     async def connect(
         self, settings: RabbitMQSettings, host: str, port: int, context: ssl.SSLContext | None, name: str
@@ -109,8 +126,12 @@ class Link:
             await connection.close()
             raise
         self._connection = connection
-        tune = connection.transport.connection.connection_tune if connection.transport else None
+        assert connection.transport is not None  # it is connected
+        self._library = connection.transport.connection
+        tune = self._library.connection_tune
         self.frame_max = getattr(tune, "frame_max", 0) or FRAME_MAX
+        self.channel_max = getattr(tune, "channel_max", 0) or CHANNEL_MAX
+        self._declaring = asyncio.Semaphore(max(1, min(DECLARING, self.channel_max // 8)))
         if self._heartbeat:
             self._watch = self._loop.call_later(self._heartbeat / 2, self._check_life)
 
@@ -127,13 +148,13 @@ class Link:
     # --- requests -----------------------------------------------------------------------------------
 
     async def call(self, request: Awaitable[T], what: str = "a request") -> T:
-        """Await a request of the client library, but no longer than the connection lives.
+        """Await a request of the client library on one channel, but no longer than the connection lives.
 
         Parameters:
             what: names it, if it has no answer.
 
         Raises:
-            ConnectionLost: the connection has ended.
+            ConnectionLost: the connection has ended, or there was no answer: the channel is of no use any more.
             aiormq.AMQPError: what the broker answered.
         """
         task = asyncio.ensure_future(request)
@@ -144,8 +165,7 @@ class Link:
             while not done:
                 done, _ = await asyncio.wait(ends, timeout=CALL_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
                 if not done and not self.blocked:
-                    self.lose(f"{what} had no answer for {CALL_TIMEOUT:g} s")
-                    self._transport.abort()
+                    self._no_answer(f"{what} had no answer for {CALL_TIMEOUT:g} s")
         except BaseException:
             task.cancel()
             raise
@@ -154,41 +174,83 @@ class Link:
             raise self.loss()
         return task.result()
 
+    def _no_answer(self, why: str) -> None:
+        if self._heartbeat and self.lost is None:  # the connection itself is watched: it is the channel, or its queue
+            raise channel_lost(self.where, why)
+        self.lose(why)
+        self._transport.abort()
+
     async def channel(self, *, confirms: bool) -> AbstractChannel:
-        """Open a channel for the hot path."""
-        channel = await self._open_channel(confirms)
-        return await channel.get_underlay_channel()
+        """Open a channel.
+
+        Raises:
+            ConnectError: the connection has ended, or has all the channels that the broker lets it have.
+        """
+        if self.lost is not None or self._library is None:
+            raise self.loss()
+        number = self._free_number()
+        self._opening.add(number)
+        try:
+            return await self.call(self._library.channel(number, publisher_confirms=confirms), "opening a channel")
+        except ConnectError:
+            raise
+        except CLIENT_ERRORS as error:
+            raise channel_error(error, self.where) from error
+        finally:
+            self._opening.discard(number)
+
+    def _free_number(self) -> int:
+        # The library would count on past the broker's limit, which ends the connection.
+        assert self._library is not None
+        taken = self._library.channels.keys() | self._opening
+        # One that was just given up comes last: the goodbye to it may not have left yet.
+        for number in chain(range(self._number + 1, self.channel_max + 1), range(1, self._number + 1)):
+            if number not in taken:
+                self._number = number
+                return number
+        raise ConnectError(
+            f"RabbitMQ at {self.where} lets a connection have {self.channel_max} channels (channel_max), and all of "
+            "them are in use. Raise it in rabbitmq.conf, or use fewer consumers and producers in one process."
+        )
+
+    def join(self) -> bool:
+        """Count one more consumer or producer that has a channel here; False when there is no room for it."""
+        # What is left is for declarations, and for channels that replace others.
+        if self._users >= max(1, self.channel_max * 3 // 4):
+            return False
+        self._users += 1
+        return True
+
+    def leave(self) -> None:
+        """Count one less."""
+        self._users -= 1
 
     @asynccontextmanager
     async def declaring(self) -> AsyncIterator[AbstractChannel]:
-        """The channel for declarations, one user at a time; a fresh one when the last ended in an error.
+        """A channel for declarations, for one user at a time; one whose request has failed is not used again.
 
         Raises:
             ConnectionLost: the connection has ended.
         """
-        async with self._declaring_lock:
-            if self._declaring is None or self._declaring.is_closed:
-                self._declaring = await self._open_channel(confirms=False)
-            channel = await self._declaring.get_underlay_channel()
+        if self.lost is not None:
+            raise self.loss()
+        async with self._declaring:
+            channel = self._idle.pop() if self._idle else None
+            if channel is None or channel.is_closed:
+                channel = await self.channel(confirms=False)
             try:
                 yield channel
             except BaseException:
-                self._declaring = None
-                if not channel.is_closed:
-                    self._keep(channel.close())
+                self._drop(channel)
                 raise
+            if len(self._idle) < IDLE and not channel.is_closed:
+                self._idle.append(channel)
+            else:
+                self._drop(channel)
 
-    async def _open_channel(self, confirms: bool) -> aio_pika.abc.AbstractChannel:
-        if self.lost is not None or self._connection is None:
-            raise self.loss()
-        channel = self._connection.channel(publisher_confirms=confirms)
-        try:
-            await self.call(channel.initialize())
-        except CLIENT_ERRORS as error:
-            if isinstance(error, ConnectError):
-                raise
-            raise channel_error(error, self.where) from error
-        return channel
+    def _drop(self, channel: AbstractChannel) -> None:
+        if not channel.is_closed:
+            self._keep(channel.close())
 
     def _keep(self, work: Any) -> asyncio.Task[Any]:
         task = self._loop.create_task(work)
@@ -201,35 +263,25 @@ class Link:
 
     def attach(self, channel: HotChannel) -> None:
         """Read this channel's frames here, and tell it when the connection ends."""
-        self._hot.append(channel)
         self._frames.attach(channel)
         if self.lost is not None:
-            channel.fail(str(self.lost))
+            channel.fail("it was cut", connection=True)
 
-    def discard(self, channel: HotChannel, library: AbstractChannel) -> None:
-        """Close a channel that nobody uses any more."""
-        self._hot.remove(channel)
-        self._keep(self._discard(channel, library))
+    def discard(self, channel: HotChannel, library: AbstractChannel) -> asyncio.Task[None]:
+        """Close a channel that nobody uses any more, in a task that goes on whoever waits for it."""
+        return self._keep(self._discard(channel, library))
 
     async def _discard(self, channel: HotChannel, library: AbstractChannel) -> None:
         # Attached until it is closed: a late confirm is no business of the library's.
-        await library.close()
-        self._frames.detach(channel)
+        try:
+            if not channel.closed:  # else the library, which may not have seen it yet, says so a second time
+                await library.close()
+        finally:
+            self._frames.detach(channel)
 
     def write(self, data: bytes) -> None:
         """Send whole frames."""
         self._transport.write(data)
-
-    def rest(self, seconds: float) -> None:
-        """Read nothing for so long: what arrives gathers in the socket, and is read at once."""
-        if self._transport.is_closing():
-            return
-        self._transport.pause_reading()
-        self._loop.call_later(seconds, self._read_on)
-
-    def _read_on(self) -> None:
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
 
     async def drain(self) -> None:
         """Wait while the socket takes no more.
@@ -255,8 +307,8 @@ class Link:
         self.lost = lost(self.where, "it was closed by us" if self._closing else why)
         if not self.gone.done():
             self.gone.set_result(None)
-        for channel in self._hot:
-            channel.fail(why)
+        for channel in self._frames.attached():
+            channel.fail(why, connection=True)
 
     def _check_life(self) -> None:
         silence = self._loop.time() - self._frames.heard

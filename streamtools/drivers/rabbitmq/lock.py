@@ -3,12 +3,14 @@
 A queue declared without x-single-active-consumer cannot become one, and quorum queues take no notice of an
 exclusive consumer (seen on RabbitMQ 3.10: a second one is let in). What every broker does keep is an
 exclusive queue: it belongs to one connection and ends with it. So the consumer of an ordered queue holds an
-empty exclusive queue as its lock, on the connection that it consumes on.
+empty exclusive queue as its lock, on the connection that it consumes on. Among those that share the connection a
+lock of asyncio decides who that is.
 """
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Final
 
@@ -24,23 +26,39 @@ POLL: Final = 1.0
 
 
 class OrderLock:
-    """Held from `acquire()` until the connection ends."""
+    """Held from `acquire()` until `release()`, or until the connection ends."""
 
     def __init__(self, link: Link, queue: str) -> None:
         self._link = link
         name = PREFIX + queue
         fits = len(name.encode()) <= 255
+        self._held = False
         self.name: str = name if fits else PREFIX + blake2b(queue.encode(), digest_size=16).hexdigest()
 
     async def acquire(self) -> None:
-        """Wait until no other connection holds it.
+        """Wait until nobody else holds it.
 
         Raises:
             ConnectionLost: the connection has ended.
         """
+        self._near = self._link.locks.setdefault(self.name, asyncio.Lock())
+        await self._near.acquire()
+        self._held = True
         # An exclusive queue sends no word when it ends, so there is nothing to wait for but the time.
         while not await self._try():  # noqa: ASYNC110
             await asyncio.sleep(POLL)
+
+    async def release(self) -> None:
+        """Let another have it. Safe to repeat, and while `acquire()` waits (cancel that first)."""
+        if not self._held:
+            return
+        self._held = False
+        try:
+            with suppress(StreamToolsError, *CLIENT_ERRORS):  # else it ends with the connection
+                async with self._link.declaring() as channel:
+                    await self._link.call(channel.queue_delete(self.name))
+        finally:
+            self._near.release()
 
     async def _try(self) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Publishing over one connection, on a fresh channel once a queue has said no, or nothing for long."""
+"""Publishing over the connection that sends: on a fresh channel once one has ended, or a queue has said no."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Final
 
+from streamtools.drivers.rabbitmq.batch import Batch, Limits
+from streamtools.drivers.rabbitmq.connections import Sending
 from streamtools.drivers.rabbitmq.frames import NeverSent
 from streamtools.drivers.rabbitmq.link import Link
-from streamtools.drivers.rabbitmq.publisher import Limits, Publisher
-from streamtools.errors import ConnectionLost, SendError
+from streamtools.drivers.rabbitmq.publisher import Publisher
+from streamtools.drivers.rabbitmq.topology import Topology
+from streamtools.errors import ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
 
 #: Seconds between tries of what a queue did not take; the last one again and again.
@@ -19,72 +22,188 @@ DELAYS: Final = (0.05, 0.15, 0.5, 1.5)
 
 
 class Outlet:
-    """Publishes over one connection, and again what a queue did not take.
+    """Publishes for one consumer or producer, and again what a queue did not take.
 
     A quorum queue without a leader for a moment (just declared, or the leader's node has gone) says no in the
     same way as one that is full. And a channel whose first message met it so is told no for ever after, while
     another channel of the same connection is not (seen on 3.10): hence each try has a new one.
 
+    A message that the broker does not let us send ends its channel. Who it was is found by sending one by one.
+
     Parameters:
+        sending: the connection, and what is known of it.
+        limits: what the broker is known to take.
         patience: seconds for which what a queue has not taken is tried again.
+        declares: exchanges that are missing are made.
     """
 
-    def __init__(self, link: Link, publisher: Publisher, limits: Limits, patience: float) -> None:
-        self._link = link
-        self._publisher = publisher
+    def __init__(
+        self, sending: Sending, limits: Limits, *, patience: float = sum(DELAYS), declares: bool = True
+    ) -> None:
+        self._sending = sending
+        self._link: Link = sending.link
         self._limits = limits
         self._patience = patience
+        self._declares = declares
+        self._publisher: Publisher | None = None
         self._renewing = asyncio.Lock()
-
-    @classmethod
-    async def open(cls, link: Link, limits: Limits, *, patience: float = sum(DELAYS)) -> Outlet:
-        """Open a channel for publishing on this connection."""
-        return cls(link, await Publisher.open(link, limits), limits, patience)
 
     @property
     def error(self) -> ConnectionLost | None:
-        """Why it is of no use any more."""
-        return self._publisher.error
+        """Why it is of no use any more: its connection has ended."""
+        return self._link.lost
+
+    async def open(self) -> None:
+        """Open the channel now, instead of with the first message."""
+        await self._channel()
+
+    def close(self) -> None:
+        """Let go of the channel; who is publishing on it is told."""
+        publisher, self._publisher = self._publisher, None
+        if publisher is not None:
+            publisher.fail("it was closed by us")
+            publisher.retire()
 
     async def publish(self, messages: Sequence[Message]) -> None:
         """Return when the broker holds all of them, each in the queue that it names.
 
         Raises:
             SendError: naming those it does not take; it holds the others.
-            ConnectionLost: the connection ended; nothing is known of what was not confirmed.
+            ConnectError: the connection has ended, or something that was needed is out of reach for a while.
         """
         begun = time.monotonic()
-        publisher = self._publisher
-        if publisher.stuck:
-            publisher = await self._renew(publisher)
-        refused, nacked = await publisher.publish(messages)
+        refused: dict[str, str] = {}
+        batch, publisher = await self._first(messages, refused)
+        doubtful = set(batch.doubtful)
         # A no may be long in coming, and then some tries are due all the same.
         deadline = max(begun + self._patience, time.monotonic() + min(self._patience, sum(DELAYS)))
         for delay in chain(DELAYS, repeat(DELAYS[-1])):
-            if not nacked or time.monotonic() + delay > deadline:
+            if not batch.again or time.monotonic() + delay > deadline:
                 break
             await asyncio.sleep(delay)
-            publisher = await self._renew(publisher)
-            more, nacked = await publisher.publish([m for m in messages if m.id in nacked])
-            refused |= more
-        if refused or nacked:
-            raise _refusal(messages, refused | nacked)
+            left = [m for m in messages if m.id in batch.again]
+            if batch.suspects:
+                batch = await self._one_by_one(left, batch, refused)
+            else:
+                publisher = await self._channel(newer_than=publisher)
+                batch = await self._publish(publisher, left, refused)
+            doubtful |= batch.doubtful
+        if refused or batch.again:
+            raise _refusal(messages, refused, batch.again, doubtful)
 
-    async def _renew(self, publisher: Publisher) -> Publisher:
-        """A channel that is newer than this one; the old one is closed when nobody uses it any more."""
-        async with self._renewing:
-            if self._publisher is publisher:
-                self._publisher = await Publisher.open(self._link, self._limits, after=publisher)
+    async def _first(self, messages: Sequence[Message], refused: dict[str, str]) -> tuple[Batch, Publisher]:
+        if any(message.exchange is not None for message in messages):
+            return await self._try_routes(messages, refused)
+        publisher = await self._usable()
+        return await self._publish(publisher, messages, refused), publisher
+
+    async def _usable(self) -> Publisher:
+        publisher = self._publisher
+        if publisher is None or publisher.error is not None or publisher.stuck:
+            return await self._channel(newer_than=publisher)
+        return publisher
+
+    async def _publish(self, publisher: Publisher, messages: Sequence[Message], refused: dict[str, str]) -> Batch:
+        batch = await publisher.publish(messages)
+        if batch.unrouted:
+            await self._look_for_queues(messages, batch)
+        refused |= batch.refused
+        return batch
+
+    async def _look_for_queues(self, messages: Sequence[Message], batch: Batch) -> None:
+        """A classic queue whose node is down takes nothing, as one that is not there; but it comes back."""
+        topology = Topology(self._link)
+        for queue in dict.fromkeys(m.queue for m in messages if m.id in batch.unrouted):
+            try:
+                found, why = await topology.exists(queue), "It is there again."
+            except ConnectionLost:
+                raise
+            except ConnectError as error:
+                found, why = True, str(error)
+            if found:
+                for message in messages:
+                    if message.queue == queue and message.id in batch.unrouted:
+                        del batch.refused[message.id]
+                        batch.nacked[message.id] = why
+
+    # --- what the broker may not let us send ------------------------------------------------------
+
+    async def _try_routes(self, messages: Sequence[Message], refused: dict[str, str]) -> tuple[Batch, Publisher]:
+        """Publish in order; the first message to each topic of an exchange over a channel of its own."""
+        outcome, before, now = _nothing(), list[Message](), time.time()
+        for message in messages:
+            exchange = message.exchange
+            goes_now = message.deliver_at is None or message.deliver_at <= now
+            if exchange is None or not goes_now or self._sending.is_tried(exchange.name, message.queue):
+                before.append(message)
+                continue
+            if before:
+                outcome.take_over(await self._publish(await self._usable(), before, refused))
+                before = []
+            outcome.take_over(await self._alone(message, refused))
+        publisher = await self._usable()
+        if before:
+            outcome.take_over(await self._publish(publisher, before, refused))
+        return outcome, publisher
+
+    async def _one_by_one(self, messages: Sequence[Message], batch: Batch, refused: dict[str, str]) -> Batch:
+        """Send those again with which a channel has ended: who ends another one, alone, is refused."""
+        outcome = _nothing()
+        for message in messages:
+            if message.id in batch.suspects:
+                outcome.take_over(await self._alone(message, refused))
+            else:
+                outcome.nacked[message.id] = batch.again[message.id]
+        return outcome
+
+    async def _alone(self, message: Message, refused: dict[str, str]) -> Batch:
+        async with self._sending.trying:
+            publisher = await Publisher.open(self._sending, self._limits, declares=self._declares)
+            try:
+                batch = await publisher.publish([message])
+            finally:
                 publisher.retire()
+        if batch.unrouted:
+            await self._look_for_queues([message], batch)
+        if batch.suspects:
+            batch.judge(message.id)
+        elif message.exchange is not None and not batch.refused.keys() - batch.unrouted:
+            self._sending.note_tried(message.exchange.name, message.queue)
+        refused |= batch.refused
+        return batch
+
+    # --- channels -----------------------------------------------------------------------------------
+
+    async def _channel(self, newer_than: Publisher | None = None) -> Publisher:
+        """The channel, or one that is newer than this one; the old one is closed when nobody uses it any more."""
+        publisher = self._publisher
+        if publisher is not None and publisher is not newer_than and publisher.error is None:
+            return publisher
+        async with self._renewing:
+            publisher = self._publisher
+            if publisher is None or publisher is newer_than or publisher.error is not None:
+                self._publisher = await Publisher.open(self._sending, self._limits, declares=self._declares)
+                if publisher is not None:
+                    publisher.retire()
+            assert self._publisher is not None
             return self._publisher
 
 
-def _refusal(messages: Sequence[Message], refused: dict[str, str]) -> SendError:
-    reasons = list(dict.fromkeys(refused.values()))
+def _refusal(
+    messages: Sequence[Message], refused: dict[str, str], again: dict[str, str], doubtful: set[str]
+) -> SendError:
+    said = refused | again
+    reasons = list(dict.fromkeys(said.values()))
     text = " ".join(reasons[:3]) + (f" And {len(reasons) - 3} more." if len(reasons) > 3 else "")
-    count = f"{len(refused)} of {len(messages)} messages: " if len(messages) > 1 else ""
+    count = f"{len(said)} of {len(messages)} messages: " if len(messages) > 1 else ""
+    unknown = again.keys() & doubtful
     return SendError(
         count + text,
-        refused=[m.id for m in messages if m.id in refused],
+        refused=[m.id for m in messages if m.id in said and m.id not in unknown],
+        unknown=[m.id for m in messages if m.id in unknown],
         unfit=[id_ for id_, why in refused.items() if isinstance(why, NeverSent)],
     )
+
+
+def _nothing() -> Batch:
+    return Batch(asyncio.get_running_loop().create_future())

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from streamtools.checks import check_name
+from streamtools.drivers.rabbitmq.batch import Limits
+from streamtools.drivers.rabbitmq.connections import Place, Sending, receiving, sending
 from streamtools.drivers.rabbitmq.features import FEATURES
-from streamtools.drivers.rabbitmq.link import Link, open_link
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.drivers.rabbitmq.outlet import Outlet
-from streamtools.drivers.rabbitmq.publisher import Limits
 from streamtools.drivers.rabbitmq.topology import (
     MakingOptions,
     Topology,
@@ -32,7 +32,7 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
     options_class: ClassVar[type[MakingOptions]] = MakingOptions
     settings: RabbitMQSettings
     options: MakingOptions
-    _link: Link | None = None
+    _place: Place[Sending] | None = None
     _outlet: Outlet | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,15 +41,26 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
 
     async def _open(self) -> None:
         await self._close()
-        link = await open_link(self.settings, self.client_id or f"streamtools producer of {self.queue}")
-        self._link = link
+        self._place = place = await sending(self.settings, self.client_id)
         try:
-            await self._declare(Topology(link))
             # The base gives up after send_timeout without knowing why; so be earlier and say it.
-            self._outlet = await Outlet.open(link, self._limits, patience=self.send_timeout * 0.9)
+            outlet = Outlet(place.shared, self._limits, patience=self.send_timeout * 0.9)
+            if place.link.blocked:  # it answers no request, either, until it takes messages again
+                await self._declare_elsewhere()
+            else:
+                await self._declare(Topology(place.link))
+                await outlet.open()
+            self._outlet = outlet
         except BaseException:
             await self._close()
             raise
+
+    async def _declare_elsewhere(self) -> None:
+        place = await receiving(self.settings, self.client_id)
+        try:
+            await self._declare(Topology(place.link))
+        finally:
+            await place.release()
 
     async def _declare(self, topology: Topology) -> None:
         if self.declare is False:
@@ -70,18 +81,23 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
             if self._closed:
                 raise Closed(f"{self!r} was closed; call open() to use it again.")
             raise ConnectionLost(f"{self!r} is not connected.")
+        if (lost := self._outlet.error) is not None:
+            raise ConnectionLost(str(lost))
         await self._outlet.publish(batch)
         return None
 
     def _why_unconfirmed(self) -> str:
-        if self._link is not None and self._link.blocked:
-            return f"the broker takes no messages now ({self._link.blocked}): rabbitmq-diagnostics alarms."
+        if self._place is not None and (why := self._place.link.blocked):
+            return f"the broker takes no messages now ({why}): rabbitmq-diagnostics alarms."
         return super()._why_unconfirmed()
 
     async def _close(self) -> None:
-        link, self._link, self._outlet = self._link, None, None
-        if link is not None:
-            await link.close()
+        outlet, self._outlet = self._outlet, None
+        place, self._place = self._place, None
+        if outlet is not None:
+            outlet.close()
+        if place is not None:
+            await place.release()
 
     @classmethod
     def validate_queue(cls, queue: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,14 +17,16 @@ from typing import Final
 from aiormq.abc import AbstractChannel
 
 from streamtools.drivers.rabbitmq import frames, properties
+from streamtools.drivers.rabbitmq.batch import EXCHANGE, Batch, Limits
 from streamtools.drivers.rabbitmq.channel import HotChannel
+from streamtools.drivers.rabbitmq.connections import Sending
 from streamtools.drivers.rabbitmq.delay import PREFIX, DelayChain
-from streamtools.drivers.rabbitmq.errors import lost
+from streamtools.drivers.rabbitmq.errors import channel_lost, lost, trouble
 from streamtools.drivers.rabbitmq.frames import NeverSent, Unsendable
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.topology import Topology
-from streamtools.errors import ConfigurationError, ConnectionLost, StreamToolsError
-from streamtools.exchange import Exchange, no_subscriber
+from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, StreamToolsError
+from streamtools.exchange import no_subscriber
 from streamtools.message import Message, ids
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -49,82 +50,35 @@ ASKED: Final = 50
 ASK_AGAIN: Final = (15.0, 300.0)
 #: Routes remembered with their encoded frames.
 ROUTES: Final = 1000
-#: Bytes that RabbitMQ 3.8 to 3.13 takes in one body (max_message_size); 4.0 takes 16 MiB by default.
-BODY_MAX: Final = 128 * 1024 * 1024
-#: "message size 20000000 is larger than configured max size 16777216"
-_TOO_LARGE: Final = re.compile(r"message size \d+ .*max size (\d+)")
-
-
-class Limits:
-    """What the broker was found to take; kept over reconnects.
-
-    Attributes:
-        body: bytes in one body, at most.
-    """
-
-    def __init__(self) -> None:
-        self.body: int = BODY_MAX
-
-    def learn(self, why: str) -> None:
-        """Read a channel's end: a body over the limit ends it, and must not be sent again."""
-        if found := _TOO_LARGE.search(why):
-            self.body = min(self.body, int(found[1]))
-
-
-class Batch:
-    """What one call publishes, until all of it is confirmed."""
-
-    __slots__ = ("future", "left", "nacked", "refused", "spans", "ways", "words")
-
-    def __init__(self, future: asyncio.Future[None]) -> None:
-        self.future: asyncio.Future[None] = future
-        self.left: int = 0
-        #: Message id -> why AMQP cannot carry it, or the broker cannot route it.
-        self.refused: dict[str, str] = {}
-        #: Message id -> why its queue did not take it.
-        self.nacked: dict[str, str] = {}
-        #: (first tag, messages) of what was written.
-        self.spans: list[tuple[int, list[Message]]] = []
-        #: id(message) -> the last word of its route through the delay chain, of those due later.
-        self.words: dict[int, str] = {}
-        #: id(message) -> the level of the delay chain that it was sent to, and its routing key.
-        self.ways: dict[int, tuple[str, str]] = {}
-
-    def message(self, tag: int) -> Message:
-        """The message that was written under this tag."""
-        return next(m[tag - first] for first, m in self.spans if first <= tag < first + len(m))
-
-    def settle_if_done(self) -> None:
-        """Wake the caller when nothing is outstanding."""
-        if self.left == 0 and not self.future.done():
-            self.future.set_result(None)
 
 
 class Publisher(HotChannel):
     """A channel in confirm mode.
 
     Parameters:
-        link: the connection.
+        sending: the connection, and what is known of it.
         channel: the library's channel, opened with confirms.
         limits: what the broker is known to take.
-        after: the channel before it on this connection, whose knowledge of what stands it takes over.
+        declares: exchanges that are missing are made.
     """
 
-    def __init__(self, link: Link, channel: AbstractChannel, limits: Limits, after: Publisher | None = None) -> None:
+    def __init__(self, sending: Sending, channel: AbstractChannel, limits: Limits, *, declares: bool = True) -> None:
         super().__init__(channel.number)
-        self._link = link
+        self._sending = sending
+        self._link: Link = sending.link
         self._channel = channel
         self._limits = limits
-        self._delay: DelayChain = DelayChain(link) if after is None else after._delay
+        self._declares = declares
+        self._delay: DelayChain = sending.chain
         self._next = 1
         self._low = 1
         self._pending: dict[int, Batch] = {}
         self._returned: set[tuple[str, str]] = set()
         self._routes: dict[tuple[str, str], bytes] = {}
-        self._topology = Topology(link)
-        self._exchanges: set[Exchange] = set() if after is None else after._exchanges
+        self._topology = Topology(sending.link)
         self._users = 0
         self._retired = False
+        self._discarded = False
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._new_id = ids()
         self._out: list[bytes] = []
@@ -141,14 +95,14 @@ class Publisher(HotChannel):
         self.stuck: bool = False
 
     @classmethod
-    async def open(cls, link: Link, limits: Limits, *, after: Publisher | None = None) -> Publisher:
+    async def open(cls, sending: Sending, limits: Limits, *, declares: bool = True) -> Publisher:
         """Open a channel for publishing on this connection."""
-        publisher = cls(link, await link.channel(confirms=True), limits, after)
-        link.attach(publisher)
+        publisher = cls(sending, await sending.link.channel(confirms=True), limits, declares=declares)
+        sending.link.attach(publisher)
         return publisher
 
-    async def publish(self, messages: Sequence[Message]) -> tuple[dict[str, str], dict[str, str]]:
-        """Publish once; ids with reasons of what cannot be sent, and of what the broker did not take just now.
+    async def publish(self, messages: Sequence[Message]) -> Batch:
+        """Publish once; what cannot be sent, and what the broker did not take just now, stands in the batch.
 
         Raises:
             ConnectionLost: the connection ended; nothing is known of what was not confirmed.
@@ -166,12 +120,13 @@ class Publisher(HotChannel):
         self._close_if_done()
 
     def _close_if_done(self) -> None:
-        if self._retired and self._users == 0 and self.error is None:
+        if self._retired and self._users == 0 and not self._discarded:
+            self._discarded = True
             self._watch_no_more()
-            self.error: ConnectionLost | None = lost(self._link.where, "its channel was replaced")
+            self.error = self.error or channel_lost(self._link.where, "it was replaced")
             self._link.discard(self, self._channel)
 
-    async def _publish(self, messages: Sequence[Message]) -> tuple[dict[str, str], dict[str, str]]:
+    async def _publish(self, messages: Sequence[Message]) -> Batch:
         batch = Batch(self._loop.create_future())
         # Held open by one until all is written: confirms may come before the last chunk is.
         batch.left = 1
@@ -180,16 +135,17 @@ class Publisher(HotChannel):
             await self._exchanges_of(chunk, batch)
             await self._prepare_delays(chunk, batch)
             await self._room()
-            if self.stuck:
+            if self.stuck or self.closed:
+                why = str(self.error) if self.closed else self._silence
                 left = (m.id for m in messages[start:] if m.id not in batch.refused)
-                batch.nacked.update(dict.fromkeys(left, self._silence))
+                batch.nacked.update(dict.fromkeys(left, why))
                 break
             self._write(chunk, batch)
             await self._link.drain()
         batch.left -= 1
         batch.settle_if_done()
         await batch.future
-        return batch.refused, batch.nacked
+        return batch
 
     # --- writing ------------------------------------------------------------------------------------
 
@@ -206,25 +162,29 @@ class Publisher(HotChannel):
         self._check()
 
     def _check(self) -> None:
-        if self.error is not None:
+        if self.error is not None and not self.closed:
             raise ConnectionLost(str(self.error))
 
     async def _exchanges_of(self, chunk: Sequence[Message], batch: Batch) -> None:
         """Make the exchanges that are not known to be there: a message to one that is missing ends the channel."""
         for message in chunk:
-            if message.exchange is None or message.exchange in self._exchanges:
+            if message.exchange is None or message.exchange in self._sending.exchanges:
                 continue
             try:
-                await self._topology.declare_exchange(message.exchange)
+                await self._topology.declare_exchange(message.exchange, self._declares)
             except ConfigurationError as error:
                 batch.refused[message.id] = str(error)
+            except ConnectionLost:
+                raise
+            except ConnectError as error:
+                batch.nacked[message.id] = str(error)
             else:
-                self._exchanges.add(message.exchange)
+                self._sending.exchanges.add(message.exchange)
 
     async def _prepare_delays(self, chunk: Sequence[Message], batch: Batch) -> None:
         now = time.time()
         for message in chunk:
-            if message.deliver_at is None or message.deliver_at <= now or message.id in batch.refused:
+            if message.deliver_at is None or message.deliver_at <= now or batch.is_held_back(message):
                 continue
             try:
                 batch.words[id(message)] = await self._delay.prepare(message, now)
@@ -232,13 +192,17 @@ class Publisher(HotChannel):
                 batch.refused[message.id] = str(error)
             except Unsendable as error:
                 batch.refused[message.id] = NeverSent(f"Message {message.id} cannot be sent: {error}")
+            except ConnectionLost:
+                raise
+            except ConnectError as error:
+                batch.nacked[message.id] = str(error)
 
     def _write(self, chunk: Sequence[Message], batch: Batch) -> None:
         self._check()
         out: list[bytes] = []
         written: list[Message] = []
         for message in chunk:
-            if message.id in batch.refused:
+            if batch.is_held_back(message):
                 continue
             try:
                 out.append(self._encode(message, batch))
@@ -353,7 +317,8 @@ class Publisher(HotChannel):
         except (StreamToolsError, TimeoutError):
             return  # it is not only ours; at the next look it is tried again
         try:
-            held = await asyncio.gather(*(self._ask(link, tag) for tag in places.values()))
+            other = Sending(link)
+            held = await asyncio.gather(*(self._ask(other, tag) for tag in places.values()))
             await asyncio.sleep(GRACE)
             if not (link.lost or link.blocked or self._link.blocked):
                 self._learn(dict(zip(places.items(), held, strict=True)))
@@ -376,7 +341,7 @@ class Publisher(HotChannel):
                 self._link.where, ", ".join(map(repr, answering[:5])), ", ..." if answering[5:] else "",
             )  # fmt: skip
 
-    async def _ask(self, link: Link, tag: int) -> bool | None:
+    async def _ask(self, other: Sending, tag: int) -> bool | None:
         """Whether the broker holds a copy of this message; None: it gives no answer."""
         batch = self._pending.get(tag)
         if batch is None:
@@ -387,13 +352,13 @@ class Publisher(HotChannel):
             copy.ways[id(message)] = batch.ways[id(message)]
         try:
             async with asyncio.timeout(TRIAL):
-                publisher = await Publisher.open(link, self._limits)
+                publisher = await Publisher.open(other, self._limits)
                 publisher._write([message], copy)
                 publisher._watch_no_more()  # it is we who wait for it
                 await copy.future
         except (StreamToolsError, TimeoutError):
             return None
-        return not copy.refused and not copy.nacked
+        return not copy.refused and not copy.again
 
     def _note_silence(self, place: str, message: Message, batch: Batch) -> None:
         _, waited = self._ask_at.get(place, (0.0, 0.0))
@@ -447,6 +412,8 @@ class Publisher(HotChannel):
             self._returned.discard((message.id, message.queue))
             if message.mandatory:
                 batch.refused[message.id] = self._unrouted(message)
+                if message.exchange is None:
+                    batch.unrouted.add(message.id)
         elif message.deliver_at is not None and (back := self._back_from_chain(message)) is not None:
             self._returned.discard(back)
             self._delay.forget()  # so that the next try makes it anew
@@ -477,18 +444,51 @@ class Publisher(HotChannel):
         message, _ = properties.decode(properties_, body, "", self._new_id)
         self._returned.add((message.id, routing_key))
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is not None:
             return
         self._watch_no_more()
-        self._limits.learn(why)
-        self.error = lost(self._link.where, why)
+        make = lost if connection else channel_lost
+        self.error = make(self._link.where, why)
         for batch in dict.fromkeys(self._pending.values()):
             if not batch.future.done():
-                batch.future.set_exception(lost(self._link.where, why))
+                batch.future.set_exception(make(self._link.where, why))
                 batch.future.exception()  # its caller may have been cancelled
         self._pending.clear()
         self._wake(len(self._waiting))
+
+    def refuse(self, code: int, text: str) -> None:
+        """One message has ended the channel, and nothing is known of the others that are not confirmed."""
+        if self.error is not None:
+            return
+        self._watch_no_more()
+        self._limits.learn(text)
+        kind = trouble(code, text)
+        self.error = channel_lost(self._link.where, f"{code} {text}")
+        why = f"RabbitMQ at {self._link.where} {'cannot take it now' if kind.passes else 'refuses it'}: {text}."
+        pending, self._pending = self._pending, {}
+        meant = {tag for tag, batch in pending.items() if batch.is_meant(text, batch.message(tag), self._limits)}
+        if code == 404:
+            self._forget(text)
+        for tag, batch in pending.items():
+            id_ = batch.message(tag).id
+            if tag not in meant:
+                batch.doubt(id_, why, alone=not meant)
+            elif kind.passes or code == 404:
+                batch.nacked[id_] = why
+            else:
+                batch.refused[id_] = why if EXCHANGE.search(text) else NeverSent(why)
+            batch.left -= 1
+        for batch in dict.fromkeys(pending.values()):
+            batch.passes = kind.passes
+            batch.settle_if_done()
+        self._wake(len(self._waiting))
+
+    def _forget(self, text: str) -> None:
+        """An exchange is gone: it is looked for, and made, before the next message."""
+        if named := EXCHANGE.search(text):
+            self._sending.forget(named["name"])
+            self._delay.forget()
 
 
 def _place(message: Message, batch: Batch) -> tuple[str, bool]:

@@ -17,10 +17,11 @@ from typing import Final
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq import properties
+from streamtools.drivers.rabbitmq.batch import Limits
+from streamtools.drivers.rabbitmq.connections import Sending
 from streamtools.drivers.rabbitmq.holding import LOCKED, NOT_FOUND, Held, HoldingChannel
 from streamtools.drivers.rabbitmq.link import Link, open_link
 from streamtools.drivers.rabbitmq.outlet import Outlet
-from streamtools.drivers.rabbitmq.publisher import Limits
 from streamtools.drivers.rabbitmq.putback import PutBack
 from streamtools.drivers.rabbitmq.topology import Topology, missing
 from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
@@ -235,7 +236,7 @@ class RabbitMQReader:
             if self._out_link is not None:
                 await self._out_link.close()
             self._out_link = await open_link(self._settings, f"{self._name} (publishing)")
-            self._outlet = await Outlet.open(self._out_link, Limits())
+            self._outlet = Outlet(Sending(self._out_link), Limits())
         return self._outlet
 
     # --- leaving it as it was -----------------------------------------------------------------------

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal
 
-from aiormq.exceptions import ChannelLockedResource, ChannelNotFoundEntity, ChannelPreconditionFailed
+from aiormq.exceptions import (
+    ChannelAccessRefused,
+    ChannelLockedResource,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+)
 from pydantic import BeforeValidator, field_validator, model_validator
 
 from streamtools.checks import Declare, check_declare
@@ -14,12 +21,19 @@ from streamtools.drivers.rabbitmq import errors
 from streamtools.drivers.rabbitmq.delay import SAFE, UNDELIVERABLE, declare_undeliverable
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
-from streamtools.errors import QueueError, StreamToolsError
-from streamtools.exchange import Binding, Exchange
+from streamtools.errors import ConnectError, QueueError, StreamToolsError
+from streamtools.exchange import TYPES, Binding, Exchange, another_type
 from streamtools.options import Options
+
+log: logging.Logger = logging.getLogger("streamtools")
 
 QueueType = Literal["quorum", "classic"]
 ACTIVE: Final = "x-single-active-consumer"
+#: Why there is nothing for streams.
+STREAM: Final = (
+    "a stream is no queue: what is acknowledged stays in it, and comes again to whoever reads it anew. Write "
+    'queue_type="quorum", or bind a queue of yours to the exchange that the stream has its messages of'
+)
 #: Arguments that a queue may differ in before we give up comparing it.
 MOST_DIFFERENCES: Final = 20
 #: What the broker compares that is no argument.
@@ -61,6 +75,8 @@ class QueueOptions(Options):
                 'a quorum queue is durable, not exclusive, and not deleted by itself; write queue_type="classic"'
             )
         for name, mapping in (("arguments", self.arguments), ("error_arguments", self.error_arguments)):
+            if (mapping or {}).get("x-queue-type") == "stream":
+                raise ValueError(f"{name}: {STREAM}")
             if "x-delivery-limit" in (mapping or {}):
                 raise ValueError(
                     f"{name}: x-delivery-limit would let the broker drop or move messages by a count of its own "
@@ -135,6 +151,8 @@ def error_queue(name: str, options: QueueOptions) -> Queue:
 
 
 def _kind(options: QueueOptions) -> str:
+    if isinstance(given := (options.arguments or {}).get("x-queue-type"), str):
+        return given
     if options.queue_type is not None:
         return options.queue_type
     return "classic" if options.exclusive or options.auto_delete or not options.durable else "quorum"
@@ -203,49 +221,85 @@ class Topology:
             return await self._make(queue)
         return await self._make(queue) if queue.explicit else replace(queue, arguments={})
 
+    async def delete_unused(self, name: str) -> None:
+        """Delete a queue unless somebody consumes it."""
+        with suppress(StreamToolsError, *errors.CLIENT_ERRORS):
+            async with self._link.declaring() as channel:
+                await self._link.call(channel.queue_delete(name, if_unused=True))
+
     async def declare_error_queue(self, queue: Queue, declare: Declare) -> None:
         """Declare or check an error queue, and what stands behind it."""
         if declare is True and await self._passive(queue.name) is None:
-            await self._mapped(declare_undeliverable(self._link))
+            async with self._link.declaring() as channel:
+                await self._mapped(declare_undeliverable(self._link, channel))
         await self.declare(queue, declare)
 
-    async def declare_exchange(self, exchange: Exchange) -> None:
-        """Make a durable exchange if it is missing.
+    async def declare_exchange(self, exchange: Exchange, declare: Declare = True) -> None:
+        """Make a durable exchange if it is missing; one that is there is used as it is.
 
         Raises:
-            QueueError: it is there with another type.
+            QueueError: it is there with another type, or it is missing and not to be made.
         """
+        if await self._has_exchange(exchange.name):
+            if declare is True:
+                await self._compare_type(exchange)
+        elif declare is True:
+            await self._make_exchange(exchange)
+        else:
+            raise QueueError(
+                f"There is no exchange {exchange.name!r} at {self._link.where}. Make it, or use declare=True to "
+                "have it made."
+            )
+
+    async def _has_exchange(self, name: str) -> bool:
         try:
             async with self._link.declaring() as channel:
-                await self._link.call(
-                    channel.exchange_declare(exchange.name, exchange_type=exchange.type, durable=True)
-                )
+                await self._link.call(channel.exchange_declare(name, passive=True))
+        except ChannelNotFoundEntity:
+            return False
+        except StreamToolsError:
+            raise
+        except errors.CLIENT_ERRORS as error:
+            raise errors.channel_error(error, self._link.where) from error
+        return True
+
+    async def _make_exchange(self, exchange: Exchange) -> None:
+        async with self._link.declaring() as channel:
+            await self._mapped(self._link.call(_exchange_declaration(channel, exchange)))
+
+    async def _compare_type(self, exchange: Exchange) -> None:
+        """Of an exchange that is there: it is durable or not, has arguments or none, as its owner likes."""
+        try:
+            async with self._link.declaring() as channel:
+                await self._link.call(_exchange_declaration(channel, exchange))
+        except ChannelAccessRefused:
+            return  # we may not make any, so we cannot compare
         except ChannelPreconditionFailed as error:
-            raise QueueError(
-                f"RabbitMQ at {self._link.where} does not make the exchange {exchange.name!r} of type "
-                f"{exchange.type!r}: {errors.plain(error)}. Use it as it is (Exchange(name, type=...)), or choose "
-                "another name."
-            ) from error
+            name, _, current = errors.difference(error) or ("", "", "")
+            if name == "type" and (found := errors.value(current)) in TYPES:
+                raise another_type(exchange, str(found)) from error
         except StreamToolsError:
             raise
         except errors.CLIENT_ERRORS as error:
             raise errors.channel_error(error, self._link.where) from error
 
-    async def bind(self, queue: str, binding: Binding) -> None:
-        """Give a queue the messages of a topic; safe to repeat.
+    async def bind(self, queue: str, binding: Binding, declare: Declare = True) -> None:
+        """Give a queue the messages of a topic; safe to repeat. Nothing is done with declare=False.
 
         Raises:
             QueueError: there is no such queue, or the exchange has another type.
         """
-        await self.declare_exchange(binding.exchange)
+        if declare is False:
+            return
+        await self.declare_exchange(binding.exchange, declare)
         try:
             async with self._link.declaring() as channel:
                 await self._link.call(channel.queue_bind(queue, binding.exchange.name, binding.topic))
-        except ChannelNotFoundEntity as error:
-            raise missing(queue, self._link.where) from error
         except StreamToolsError:
             raise
         except errors.CLIENT_ERRORS as error:
+            if isinstance(error, ChannelNotFoundEntity) and errors.is_missing(error):
+                raise missing(queue, self._link.where) from error
             raise errors.channel_error(error, self._link.where) from error
 
     async def unbind(self, queue: str, binding: Binding) -> None:
@@ -254,25 +308,37 @@ class Topology:
             await self._mapped(self._link.call(channel.queue_unbind(queue, binding.exchange.name, binding.topic)))
 
     async def is_single_active(self, queue: Queue) -> bool:
-        """An existing queue hands its messages to one consumer at a time."""
+        """An existing queue hands its messages to one consumer at a time, or we may not look whether it does."""
         probe = replace(queue, arguments={**SAFE, ACTIVE: True}, explicit=frozenset())
-        return (await self._make(probe)).arguments.get(ACTIVE) is True
+        if not await self.exists(queue.name):
+            raise missing(queue.name, self._link.where)
+        try:
+            return (await self._make(probe)).arguments.get(ACTIVE) is True
+        except QueueError as error:
+            if not isinstance(error.__cause__, ChannelAccessRefused):
+                raise
+            log.info(
+                "We may not look whether the queue %r has %s. It should: else each process that consumes it has "
+                "an order of its own.", queue.name, ACTIVE,
+            )  # fmt: skip
+            return True
 
     async def _passive(self, name: str) -> tuple[int, int] | None:
         check_rabbitmq_name(name)
         try:
             async with self._link.declaring() as channel:
                 answer = await self._link.call(channel.queue_declare(name, passive=True))
-        except ChannelNotFoundEntity:
-            return None
         except ChannelLockedResource as error:
-            raise QueueError(
-                f"The queue {name!r} is exclusive to another connection. Choose another name, or make it without "
+            raise ConnectError(
+                f"The queue {name!r} is exclusive to another connection. If that is one of ours which has ended, "
+                "RabbitMQ notes it after two heartbeats at the latest; else choose another name, or make it without "
                 "exclusive=True."
             ) from error
         except StreamToolsError:
             raise
         except errors.CLIENT_ERRORS as error:
+            if isinstance(error, ChannelNotFoundEntity) and errors.is_missing(error):
+                return None
             raise errors.channel_error(error, self._link.where) from error
         return answer.message_count or 0, answer.consumer_count or 0
 
@@ -301,6 +367,10 @@ class Topology:
             raise
         except errors.CLIENT_ERRORS as error:
             raise errors.channel_error(error, self._link.where) from error
+
+
+def _exchange_declaration(channel: Any, exchange: Exchange) -> Any:
+    return channel.exchange_declare(exchange.name, exchange_type=exchange.type, durable=True)
 
 
 def _declaration(channel: Any, queue: Queue) -> Any:

@@ -173,16 +173,6 @@ async def test_a_port_that_speaks_something_else_fails_in_time() -> None:
     server.close()
 
 
-async def test_connections_bear_the_clients_name(rabbitmq_vhost: RabbitMQAddress) -> None:
-    async with RabbitMQProducer("orders", url=rabbitmq_vhost.url, client_id="shop-7") as producer:
-        link = producer._link
-        assert link is not None
-        assert link._connection is not None
-        transport = link._connection.transport
-        assert transport is not None
-        assert "shop-7" in str(transport.connection._client_properties(**{"connection_name": "shop-7"}))
-
-
 async def test_a_connection_that_hangs_is_given_up_after_two_heartbeats(rabbitmq_vhost: RabbitMQAddress) -> None:
     settings = _parts(rabbitmq_vhost)
     host, port = settings.addresses[0]

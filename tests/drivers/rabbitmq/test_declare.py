@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from aiormq.exceptions import ChannelNotFoundEntity
 
 from streamtools import Bus
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
-from streamtools.errors import ConfigurationError, QueueError
+from streamtools.errors import ConfigurationError, ConnectError, QueueError
 from tests.brokers.address import RabbitMQAddress
 from tests.drivers.rabbitmq.conftest import take
 
@@ -148,12 +149,30 @@ async def test_a_queue_that_ends_with_its_consumer_is_classic(consumer: Any, rab
     assert row["auto_delete"]
 
 
-async def test_an_exclusive_queue_of_another_connection_is_named(consumer: Any, url: str) -> None:
-    await consumer(exclusive=True)
+async def test_an_exclusive_queue_of_another_connection_is_waited_for_and_named(
+    foreign: AbstractChannel, url: str
+) -> None:
+    await foreign.queue_declare("orders", exclusive=True)
 
-    with pytest.raises(QueueError, match="exclusive to another connection"):
-        async with RabbitMQConsumer("orders", url=url):
+    with pytest.raises(ConnectError, match="exclusive to another connection"):
+        async with RabbitMQConsumer("orders", url=url, connect_timeout=0.5):
             pass
+    waiting = asyncio.create_task(RabbitMQConsumer("orders", url=url, exclusive=True).open())
+    await foreign.queue_delete("orders")
+    await (await waiting).close()
+
+
+async def test_an_exclusive_queue_ends_with_its_consumer_though_the_connection_does_not(
+    consumer: Any, producer: Any, foreign: AbstractChannel
+) -> None:
+    await producer("other")
+    receiver = await consumer(exclusive=True)
+    await consumer("another")
+
+    await receiver.close()
+
+    with pytest.raises(ChannelNotFoundEntity):
+        await foreign.queue_declare("orders", passive=True)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from streamtools.delivery import Settlement
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
 from streamtools.drivers.rabbitmq import consumer as driver
 from streamtools.drivers.rabbitmq.consumer import GATHERING
-from streamtools.drivers.rabbitmq.link import Link
+from streamtools.drivers.rabbitmq.intake import Intake
 from streamtools.errors import ConnectionLost, SendError
 from streamtools.message import Message
 from streamtools.verdicts import ACK, RELEASE
@@ -305,13 +305,13 @@ async def test_deferred_messages_that_come_one_by_one_gather_and_others_do_not(
     if tls and address.tls_url is None:
         pytest.skip("STREAMTOOLS_TEST_RABBITMQ_TLS_URL is not set")
     rests: list[float] = []
-    rest = Link.rest
+    rest = Intake.rest
 
-    def count(link: Link, seconds: float) -> None:
+    def count(intake: Intake, seconds: float) -> None:
         rests.append(seconds)
-        rest(link, seconds)
+        rest(intake, seconds)
 
-    monkeypatch.setattr(Link, "rest", count)
+    monkeypatch.setattr(Intake, "rest", count)
     monkeypatch.setattr(pace, "CREDIT", 0.0)
     receiver = await consumer(url=secure if tls else address.url)
 

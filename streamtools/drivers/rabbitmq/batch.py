@@ -1,0 +1,123 @@
+"""What one call publishes, and what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Final
+
+from streamtools.message import Message
+
+#: Bytes that RabbitMQ 3.8 to 3.13 takes in one body (max_message_size); 4.0 takes 16 MiB by default.
+BODY_MAX: Final = 128 * 1024 * 1024
+#: "message size 20000000 is larger than configured max size 16777216"
+_TOO_LARGE: Final = re.compile(r"message size \d+ .*max size (\d+)")
+
+#: "access to topic 'a.b' in exchange 'shop' in vhost '/' refused", "no exchange 'shop' in vhost '/'"
+EXCHANGE: Final = re.compile(r"(?:topic '(?P<topic>[^']*)' in )?exchange '(?P<name>[^']*)'")
+#: What the broker calls the default exchange.
+DEFAULT: Final = "amq.default"
+
+
+class Limits:
+    """What the broker was found to take; kept over reconnects.
+
+    Attributes:
+        body: bytes in one body, at most.
+    """
+
+    def __init__(self) -> None:
+        self.body: int = BODY_MAX
+
+    def learn(self, why: str) -> None:
+        """Read a channel's end: a body over the limit ends it, and must not be sent again."""
+        if found := _TOO_LARGE.search(why):
+            self.body = min(self.body, int(found[1]))
+
+
+class Batch:
+    """What one call publishes, until all of it is confirmed."""
+
+    __slots__ = (
+        "doubtful", "future", "left", "nacked", "passes", "refused", "spans", "suspects", "unrouted", "ways", "words"
+    )  # fmt: skip
+
+    def __init__(self, future: asyncio.Future[None]) -> None:
+        self.future: asyncio.Future[None] = future
+        self.left: int = 0
+        #: Message id -> why AMQP cannot carry it, or the broker does not route or allow it.
+        self.refused: dict[str, str] = {}
+        #: Ids of those refused that reached no queue.
+        self.unrouted: set[str] = set()
+        #: Message id -> why its queue did not take it.
+        self.nacked: dict[str, str] = {}
+        #: Message id -> why a channel ended that it was sent over; one of them may have ended it.
+        self.suspects: dict[str, str] = {}
+        #: What ended the channel is something that passes.
+        self.passes: bool = False
+        #: Ids of those that the broker may hold.
+        self.doubtful: set[str] = set()
+        #: (first tag, messages) of what was written.
+        self.spans: list[tuple[int, list[Message]]] = []
+        #: id(message) -> the last word of its route through the delay chain, of those due later.
+        self.words: dict[int, str] = {}
+        #: id(message) -> the level of the delay chain that it was sent to, and its routing key.
+        self.ways: dict[int, tuple[str, str]] = {}
+
+    @property
+    def again(self) -> dict[str, str]:
+        """Message id -> why it is to be sent again."""
+        return self.nacked | self.suspects if self.suspects else self.nacked
+
+    def is_held_back(self, message: Message) -> bool:
+        """It is not written, as something that it needs is not there."""
+        return message.id in self.refused or message.id in self.nacked
+
+    def message(self, tag: int) -> Message:
+        """The message that was written under this tag."""
+        return next(m[tag - first] for first, m in self.spans if first <= tag < first + len(m))
+
+    def doubt(self, id_: str, why: str, *, alone: bool) -> None:
+        """A channel has ended, and with it the confirmation of this message.
+
+        Parameters:
+            alone: it may be the one that ended the channel.
+        """
+        self.doubtful.add(id_)
+        if alone:
+            self.suspects[id_] = why
+        else:
+            self.nacked[id_] = why
+
+    def is_meant(self, text: str, message: Message, limits: Limits) -> bool:
+        """The broker ended a channel because of this message, as its words say.
+
+        Parameters:
+            limits: what has been learned from them already.
+        """
+        if (named := EXCHANGE.search(text)) is None:
+            return len(message.body or b"") > limits.body
+        if self.ways and id(message) in self.ways:
+            return named["name"] == self.ways[id(message)][0]
+        exchange = DEFAULT if message.exchange is None else message.exchange.name
+        return named["name"] == exchange and named["topic"] in (None, message.queue)
+
+    def judge(self, id_: str) -> None:
+        """This message has ended a channel on which it was alone."""
+        why = self.suspects.pop(id_)
+        if self.passes:
+            self.nacked[id_] = why
+        else:
+            self.refused[id_] = why
+            self.doubtful.discard(id_)
+
+    def take_over(self, other: Batch) -> None:
+        """Add what became of another part of the same call."""
+        self.nacked |= other.nacked
+        self.suspects |= other.suspects
+        self.doubtful |= other.doubtful
+
+    def settle_if_done(self) -> None:
+        """Wake the caller when nothing is outstanding."""
+        if self.left == 0 and not self.future.done():
+            self.future.set_result(None)

@@ -1,0 +1,55 @@
+"""Copies and other messages that leave before the delivery that they are of is acknowledged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamtools.delivery import Settlement, goes_last
+from streamtools.drivers.rabbitmq.outlet import Outlet
+from streamtools.errors import ConnectError, SendError
+from streamtools.message import Message
+
+
+async def send_before_settling(
+    outlet: Outlet, settlements: Sequence[Settlement]
+) -> tuple[list[Settlement], SendError | None]:
+    """Those of which the broker holds all that was to be sent, and what it says of the others."""
+    first = [m for s in settlements for m in s.outgoing if not goes_last(m, s)]
+    held, refused = await _publish(outlet, first, settlements)
+    if last := [m for s in held for m in s.outgoing if goes_last(m, s)]:
+        held, more = await _publish(outlet, last, held)
+        refused = refused or more  # the others are tried again, and then say so themselves
+    if refused is not None:
+        kept = {id(s) for s in held}
+        unsent = [m.id for s in settlements if id(s) not in kept for m in s.outgoing if goes_last(m, s)]
+        refused.unknown = (*refused.unknown, *unsent)
+    return held, refused
+
+
+async def _publish(
+    outlet: Outlet, messages: Sequence[Message], settlements: Sequence[Settlement]
+) -> tuple[list[Settlement], SendError | None]:
+    """Those of which none was refused, and the refusal."""
+    try:
+        if messages:
+            await outlet.publish(messages)
+    except SendError as error:
+        return _held(settlements, frozenset((*error.refused, *error.unknown))), error
+    except ConnectError as error:
+        return unsent(settlements, messages, error)
+    return list(settlements), None
+
+
+def unsent(
+    settlements: Sequence[Settlement], messages: Sequence[Message], error: ConnectError
+) -> tuple[list[Settlement], SendError]:
+    """The connection that sends has ended, or cannot be had."""
+    ids_ = [message.id for message in messages]
+    refusal = SendError(str(error), unknown=ids_)
+    refusal.__cause__ = error
+    return _held(settlements, frozenset(ids_)), refusal
+
+
+def _held(settlements: Sequence[Settlement], refused: frozenset[str]) -> list[Settlement]:
+    """Those of which the broker holds all that was to be sent."""
+    return [s for s in settlements if not any(m.id in refused for m in s.outgoing)]
