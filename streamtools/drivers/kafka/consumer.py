@@ -229,7 +229,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         arrived, offsets, pending, place = track.arrived, track.offsets, track.offsets.pending, track.partition
         decode = _none if track.is_retry else decode_plain
         while arrived and len(batch) < limit:
-            for record in arrived[0]:
+            for record in arrived[0].records:
                 offset = record.offset
                 if offset < offsets.next:
                     # The log was cut (an unclean election, a topic made anew): our bookkeeping means other messages.

@@ -8,9 +8,10 @@ results give out, instead of a list of records, a Fetched.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, dropwhile
-from typing import Any
+from typing import Any, Final, cast
 
 from aiokafka import errors as kafka
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
@@ -18,20 +19,57 @@ from aiokafka.record.control_record import ABORT_MARKER, ControlRecord
 
 from streamtools.drivers.kafka import unpacking
 
+#: Bytes of a record beside its key and value, about.
+OVERHEAD: Final = 50
+
 
 class Fetched:
     """Records of one partition that came with one request.
 
+    A batch is unpacked when its first record is asked for, and let go behind its last one: what was compressed may be
+    a hundred times as large.
+
     Attributes:
         records: each as it was parsed (offset, timestamp in ms, key, value, headers), parsed as it is asked for.
         end: the offset after the last.
-        size: bytes of all.
+        size: bytes of all, as they came.
+        unpacked: bytes of the batch that is being read, about; 0 where it was not compressed.
     """
+
+    __slots__ = ("end", "records", "size", "unpacked")
 
     def __init__(self, records: Iterator[Any], end: int, size: int) -> None:
         self.records: Iterator[Any] = records
         self.end: int = end
         self.size: int = size
+        self.unpacked: int = 0
+
+    @classmethod
+    def of(cls, batches: Iterator[Any], start: int, end: int, size: int) -> Fetched:
+        """Those of these batches, from `start` on."""
+        fetched = cls(iter(()), end, size)
+        parsed = chain.from_iterable(map(fetched._unpack, batches))
+        # The first batch may begin before what was asked for.
+        fetched.records = dropwhile(lambda record: record.offset < start, parsed)
+        return fetched
+
+    @property
+    def held(self) -> int:
+        """Bytes that are in memory for it."""
+        return self.size + self.unpacked
+
+    def _unpack(self, batch: Any) -> Iterable[Any]:
+        self.unpacked = 0
+        if not getattr(batch, "compression_type", 0):  # the oldest formats do not tell
+            return cast(Iterable[Any], batch)
+        records = iter(batch)
+        first = next(records, None)
+        if first is None:
+            return ()
+        # The library does not tell; its records are about alike.
+        length = OVERHEAD + len(first.value or b"") + len(first.key or b"")
+        self.unpacked = length * (batch.next_offset - batch.base_offset)
+        return chain((first,), records)
 
 
 class Buffers(unpacking.Buffers):
@@ -51,7 +89,7 @@ def _take(result: FetchResult) -> Fetched | None:
     records = result._partition_records
     memory = records._records
     size, end = memory.size_in_bytes(), records.next_fetch_offset
-    batches = []
+    batches: deque[Any] = deque()
     while memory.has_next():
         batch = memory.next_batch()
         if not batch.validate_crc():
@@ -59,16 +97,15 @@ def _take(result: FetchResult) -> Fetched | None:
         batches.append(batch)
         end = max(end, batch.next_offset)
     start = records.next_fetch_offset
-    parsed = chain.from_iterable(_committed(records, batches))
     result._assignment.state_value(partition).consumed_to(end)
     result._partition_records = None
-    # The first batch may begin before what was asked for.
-    return Fetched(dropwhile(lambda record: record.offset < start, parsed), end, size)
+    return Fetched.of(_committed(records, batches), start, end, size)
 
 
-def _committed(records: PartitionRecords, batches: Iterable[Any]) -> Iterator[Any]:
+def _committed(records: PartitionRecords, batches: deque[Any]) -> Iterator[Any]:
     """Those of which a reader is to see the records: as the library's own parser has it, for read_committed."""
-    for batch in batches:
+    while batches:
+        batch = batches.popleft()  # and let go of with the next one
         control, producer = batch.is_control_batch, batch.producer_id
         if producer is not None:
             records._consume_aborted_up_to(batch.base_offset)

@@ -24,6 +24,8 @@ FETCH_MS: Final = 1000
 #: Records of a partition that wait here, and bytes of them, from which on it is paused if handlers are slow.
 HIGH: Final = 3000
 HIGH_BYTES: Final = 4 * 1024 * 1024
+#: Bytes of batches that were compressed and are being read, from which on no further partition's batch is unpacked.
+UNPACKED: Final = 16 * 1024 * 1024
 #: Records that wait in all; with fewer the next are fetched at once.
 LOW: Final = 1500
 #: Seconds after which the library's buffer is emptied even so.
@@ -69,6 +71,8 @@ class Intake:
     def tracks(self) -> list[Track]:
         """Those with something to take; each time another one is the first."""
         ready = [track for track in self._membership.tracks.values() if track.arrived]
+        if sum(track.unpacked for track in ready) >= UNPACKED:
+            ready = [track for track in ready if track.unpacked]
         if len(ready) > 1:
             self._turn = (self._turn + 1) % len(ready)
             ready = ready[self._turn :] + ready[: self._turn]

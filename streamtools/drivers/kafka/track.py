@@ -84,9 +84,8 @@ class Track:
         self.is_retry: bool = is_retry
         self.kept: int = offsets.next
         self.settling: int = 0
-        self.arrived: deque[Iterator[Any]] = deque()
+        self.arrived: deque[Fetched] = deque()
         self._end = offsets.next
-        self._mean = 0.0
         self.shelf: list[tuple[float, Any]] = []
         self.shelf_bytes: int = 0
         self.full: bool = False
@@ -105,16 +104,15 @@ class Track:
 
     def arrive(self, fetched: Fetched) -> None:
         """Keep what was read."""
-        self.arrived.append(fetched.records)
-        self._mean = fetched.size / max(1, fetched.end - self._end)
+        self.arrived.append(fetched)
         self._end = fetched.end
 
     def take_over(self, record: Any, other: Track) -> None:
         """Go on with this record, and what had arrived behind it; and with what makes transactions."""
         self.transactional, other.transactional = other.transactional, None
-        self.arrived.append(iter((record,)))
+        self.arrived.append(Fetched(iter((record,)), record.offset + 1, 0))
         self.arrived.extend(other.arrived)
-        self._end, self._mean = other._end, other._mean
+        self._end = other._end
 
     @property
     def waiting(self) -> int:
@@ -122,9 +120,14 @@ class Track:
         return max(0, self._end - self.offsets.next) if self.arrived else 0
 
     @property
-    def waiting_bytes(self) -> float:
-        """Bytes of the records that wait here, about."""
-        return self.waiting * self._mean
+    def waiting_bytes(self) -> int:
+        """Bytes that are in memory for the records that wait here."""
+        return sum(fetched.held for fetched in self.arrived)
+
+    @property
+    def unpacked(self) -> int:
+        """Bytes of the batch that is being read, where it was compressed."""
+        return self.arrived[0].unpacked if self.arrived else 0
 
     def hold(self, until: float, record: Any) -> None:
         """Keep a record until its time; equal ones stay in their order."""

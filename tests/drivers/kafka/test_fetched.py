@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,9 @@ from hypothesis import strategies as st
 
 from streamtools.drivers.kafka.ages import _first_time
 from streamtools.drivers.kafka.fetched import Buffers, Fetched
+from streamtools.drivers.kafka.intake import UNPACKED, Intake
+from streamtools.drivers.kafka.offsets import Offsets
+from streamtools.drivers.kafka.track import Track
 from streamtools.drivers.kafka.unpacking import Answers, Records
 
 PLACE = TopicPartition("t", 0)
@@ -282,3 +286,60 @@ def packed(data: bytes, codec: int) -> bytes:
     changed[ATTRIBUTES + 1] |= codec
     struct.pack_into(">I", changed, CRC, calc_crc32c(bytes(changed[ATTRIBUTES:])))
     return bytes(changed)
+
+
+# --- how much of it is in memory ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", [GZIP, SNAPPY, LZ4, ZSTD])
+def test_one_batch_is_unpacked_at_a_time_and_let_go_behind_its_last_record(codec: int) -> None:
+    """A million bytes in each of ten batches, that come as a few thousand."""
+    batches, records, size = 10, 100, 10_000
+    data = b""
+    for n in range(batches):
+        builder = DefaultRecordBatchBuilder(2, codec, False, NOBODY, 0, 0, 1 << 24)
+        for at in range(records):
+            assert builder.append(at, timestamp=1, key=None, value=b"x" * size, headers=[]) is not None
+        built = builder.build()
+        struct.pack_into(">q", built, 0, n * records)
+        data += built
+    result = FetchResult(PLACE, assignment=State(0), partition_records=parsed(data, [], 0), backoff=0)
+    fetched = buffers(result, data)[PLACE].getall(None)
+    assert fetched.held == fetched.size == len(data)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        found = 0
+        for record in fetched.records:
+            found += 1
+            assert record.offset == found - 1
+            assert records * size <= fetched.unpacked <= 1.2 * records * size
+            assert fetched.held == len(data) + fetched.unpacked
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert found == batches * records
+    # One that is read and one that is being unpacked, each as compressed and as unpacked bytes.
+    assert peak < 4 * records * size
+
+
+def test_what_was_not_compressed_counts_once() -> None:
+    _, _, fetched = taken(Batch(0, 5, [0, 1, 2, 3, 4]).data, [], 0)
+    assert fetched.held == fetched.size
+
+
+async def test_no_further_partition_is_unpacked_while_much_is_unpacked() -> None:
+    tracks = {}
+    for number in range(4):
+        place = TopicPartition("t", number)
+        tracks[place] = track = Track(place, Offsets(0))
+        track.arrive(Fetched(iter(()), 10, 100))
+    intake = Intake.__new__(Intake)
+    intake._membership, intake._turn = SimpleNamespace(tracks=tracks), 0
+    first, second, third, _ = tracks.values()
+    first.arrived[0].unpacked = UNPACKED - 1
+    assert len(intake.tracks()) == 4
+    second.arrived[0].unpacked = 1
+    assert {id(track) for track in intake.tracks()} == {id(first), id(second)}
+    assert first.waiting_bytes == 100 + UNPACKED - 1 and third.waiting_bytes == 100
