@@ -25,14 +25,20 @@ _GZIP, _ZLIB, _RAW = 31, 15, -15
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 
 
-def undone(body: bytes, encoding: str | None) -> bytes:
+class TooLarge(DecodeError):
+    """A compressed body is larger than it may be, once it is undone."""
+
+
+def undone(body: bytes, encoding: str | None, limit: int = INFLATED_LIMIT) -> bytes:
     """The body without its content encoding: gzip and deflate are undone, one after the other.
 
     Parameters:
         encoding: as the message has it, such as "gzip" or "deflate, gzip"; the last was done last.
+        limit: bytes that the body may have once it is undone.
 
     Raises:
-        DecodeError: the encoding is another, the body is not encoded so, or it is over 64 MiB once undone.
+        DecodeError: the encoding is another, or the body is not encoded so.
+        TooLarge: it is over the limit.
     """
     if encoding is None:
         return body
@@ -40,7 +46,7 @@ def undone(body: bytes, encoding: str | None) -> bytes:
     if len(names) > LAYERS:
         raise DecodeError(f"The body is encoded {len(names)} times over; {LAYERS} times at most are undone.")
     for name in reversed(names):
-        body = _undo(body, name)
+        body = _undo(body, name, limit)
     return body
 
 
@@ -48,15 +54,21 @@ def _is_nothing(name: str) -> bool:
     return name in _NOTHING_DONE or is_known_charset(name)
 
 
-def _undo(body: bytes, name: str) -> bytes:
+def is_undone(encoding: str) -> bool:
+    """Whether `undone` knows each of these encodings."""
+    names = [part.strip().lower() for part in encoding.split(",")]
+    return all(name in ("gzip", "x-gzip", "deflate") or _is_nothing(name) for name in names)
+
+
+def _undo(body: bytes, name: str, limit: int) -> bytes:
     try:
         if name in ("gzip", "x-gzip"):
-            return _inflate(body, _GZIP)
+            return _inflate(body, _GZIP, limit)
         if name == "deflate":
             try:
-                return _inflate(body, _ZLIB)
+                return _inflate(body, _ZLIB, limit)
             except zlib.error:  # some send the bare stream (RFC 9110, section 8.4.1.2)
-                return _inflate(body, _RAW)
+                return _inflate(body, _RAW, limit)
     except zlib.error as error:
         raise DecodeError(f"The body says that it is encoded as {name} and is not: {error}.") from error
     raise DecodeError(
@@ -65,15 +77,15 @@ def _undo(body: bytes, name: str) -> bytes:
     )
 
 
-def _inflate(body: bytes, window: int) -> bytes:
+def _inflate(body: bytes, window: int, limit: int) -> bytes:
     parts: list[bytes] = []
-    room = INFLATED_LIMIT
+    room = limit
     while True:
         stream = zlib.decompressobj(window)
         part = stream.decompress(body, room + 1)
         room -= len(part)
         if room < 0:
-            raise DecodeError(f"The body is over {INFLATED_LIMIT // 2**20} MiB once it is decompressed.")
+            raise TooLarge(f"The body is over {limit:,} bytes once it is decompressed.")
         if not stream.eof:
             raise DecodeError("The body is compressed and was cut short.")
         parts.append(part)

@@ -21,6 +21,7 @@ from pydantic_core import (
 
 from streamtools.bodies import is_known_charset, read_characters, undone
 from streamtools.errors import ConfigurationError, DecodeError, near
+from streamtools.forms import FORM, is_form, read_form, validate_form
 from streamtools.message import Message
 
 JSON: Final = "application/json"
@@ -28,7 +29,7 @@ TEXT: Final = "text/plain; charset=utf-8"
 BINARY: Final = "application/octet-stream"
 #: Media types whose bodies are read as JSON where they are JSON, else left as bytes: SSI agents' messages are
 #: either, and `curl -d` calls every body a form.
-PERHAPS_JSON: Final = frozenset({"application/ssi-agent-wire", "application/x-www-form-urlencoded"})
+PERHAPS_JSON: Final = frozenset({"application/ssi-agent-wire", FORM})
 
 #: What secrets are written as.
 MASK: Final = b"*" * 10
@@ -187,7 +188,7 @@ def decode(message: Message) -> Any:
     """The payload by content type: JSON data, text, or bytes; None for a tombstone.
 
     Without a content type, and with one of `PERHAPS_JSON`, a body that is JSON is read as JSON (as
-    CloudEvents does), any other is left as bytes.
+    CloudEvents does), a form is a mapping of texts, any other is left as bytes.
 
     Raises:
         DecodeError: the body is not what its content type or its encoding says.
@@ -208,7 +209,7 @@ def decode(message: Message) -> Any:
     try:
         return from_json(body)
     except ValueError:
-        return body
+        return _from_form(body) if media == FORM and is_form(body) else body
 
 
 def decoder(annotation: Any) -> Decoder:
@@ -294,6 +295,13 @@ def _validator_of_others(adapter: TypeAdapter[Any], takes_text: bool) -> Decoder
             return adapter.validate_json(_payloads(message, body))
         if is_json(media):
             return adapter.validate_json(_as_utf8(message, body))
+        if media == FORM and not takes_text and is_form(body):
+            return validate_form(adapter, body)
+        if media.startswith("multipart/"):
+            raise DecodeError(
+                f"The body is {media}, which is not taken apart here: annotate the handler's parameter with bytes or "
+                "Message to do it there, or have it sent as JSON or as a plain form."
+            )
         return _validate_either(adapter, body, takes_text)
 
     return validate
@@ -425,6 +433,13 @@ def _as_utf8(message: Message, body: bytes) -> bytes:
     if charset not in ("utf-8", "utf8"):
         return read_characters(body, charset).encode()
     return body.removeprefix(BOM_UTF8)
+
+
+def _from_form(body: bytes) -> Any:
+    try:
+        return read_form(body)
+    except ValueError:  # bytes that are no text
+        return body
 
 
 def _payloads(message: Message, body: bytes) -> bytes:

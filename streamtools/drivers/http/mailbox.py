@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import string
 from collections import deque
-from collections.abc import Mapping
-from typing import Any, Final
-from urllib.parse import parse_qsl, quote
+from typing import Final
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError, HttpVersion11
-from pydantic_core import to_json
 
-from streamtools import codec
+from streamtools.bodies import TooLarge, is_undone, undone
 from streamtools.checks import HEADERS_LIMIT
 from streamtools.drivers.http import answers
 from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers
 from streamtools.drivers.http.options import QUERY_METHODS
+from streamtools.errors import DecodeError
+from streamtools.forms import FORM, read_pairs, write_form
 from streamtools.message import NO_HEADERS, Message, ids
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Encodings that aiohttp has undone before we see the body.
-DECODED: Final = frozenset({"gzip", "deflate", "br", "zstd", "identity"})
 #: Bodies that arrive piece by piece at once; further requests are told to come again.
 READERS: Final = 1000
 BUSY: Final = "Too many requests wait here; send the message again."
@@ -213,13 +209,23 @@ class Mailbox:
         fields, headers = decode_headers(request.raw_headers)
         if sum(len(n) + len(v) for n, v in headers.items()) > HEADERS_LIMIT:
             raise Refused(answers.problem(431, f"The headers are over {HEADERS_LIMIT} bytes."))
-        if fields.get("content_encoding", "").lower() in DECODED:
-            del fields["content_encoding"]
+        encoding = fields.get("content_encoding")
         if not body and self.method in QUERY_METHODS:
             body = _query(request.raw_path)
-            fields["content_type"] = codec.JSON
+            fields |= {"content_type": FORM, "content_encoding": None}
+        elif encoding is not None and is_undone(encoding):
+            body = self._undone(body, encoding)
+            del fields["content_encoding"]
         fields["id"] = fields.get("id") or self._new_id()
         return Message(body=body, queue=self._queue, headers=headers or NO_HEADERS, **fields)
+
+    def _undone(self, body: bytes, encoding: str) -> bytes:
+        try:
+            return undone(body, encoding, self._max_body)
+        except TooLarge:
+            raise self._too_large() from None
+        except DecodeError as error:
+            raise Refused(answers.problem(400, str(error))) from error
 
 
 def attempt_of(request: web.BaseRequest) -> str:
@@ -235,15 +241,8 @@ def _send_back(call: Call) -> None:
 
 
 def _query(raw_path: str) -> bytes:
-    text = raw_path.partition("#")[0].partition("?")[2]
+    query = raw_path.partition("#")[0].partition("?")[2]
     try:
-        # Some clients leave characters beyond ASCII as they are.
-        text = quote(text.encode("utf-8", "surrogateescape"), safe=string.printable)
-        pairs = parse_qsl(text, keep_blank_values=True, errors="strict")
+        return write_form(read_pairs(query.encode("utf-8", "surrogateescape")))
     except ValueError as error:
         raise Refused(answers.problem(400, "The query is not percent-encoded UTF-8.")) from error
-    query: dict[str, Any] = {}
-    for name, value in pairs:
-        query.setdefault(name, []).append(value)
-    flat: Mapping[str, Any] = {n: v[0] if len(v) == 1 else v for n, v in query.items()}
-    return to_json(flat)

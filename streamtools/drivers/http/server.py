@@ -148,6 +148,7 @@ class SharedServer:
         self._http = web.Server(
             self._handle,
             request_factory=_make_request,
+            auto_decompress=False,  # the mailbox does: aiohttp takes a body that was cut short for whole
             access_log=None,
             logger=_Quiet(),
             max_line_size=MAX_LINE,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.http import HTTPConsumer
@@ -18,7 +20,7 @@ from streamtools.message import Message
 from streamtools.policy import Retry
 from streamtools.settings import HTTPSettings
 from streamtools.verdicts import ACK
-from tests.drivers.http.conftest import QUICK, request, serving, talk
+from tests.drivers.http.conftest import QUICK, producer_to, request, serving, talk
 
 
 class Order(BaseModel):
@@ -333,3 +335,165 @@ async def test_head_is_a_wrong_method_where_get_is() -> None:
         writer.write(request("HEAD"))
         assert (await reader.read()).startswith(b"HTTP/1.1 405")
         writer.close()
+
+
+@dataclass
+class Search:
+    q: str
+    tags: list[str]
+    limit: int = 10
+    exact: bool = False
+
+
+class Alternatives(BaseModel):
+    a: list[int] | None = None
+    b: set[str] = set()
+    c: tuple[str, ...] = ()
+    d: Sequence[str] = ()
+    e: list[int] | int | None = None
+    f: frozenset[int] = Field(default=frozenset(), alias="of")
+    g: str | list[str] | None = None
+
+
+async def shown(msg: Search) -> Any:
+    return [msg.q, msg.tags, msg.limit, msg.exact]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("q=a&tags=x", ["a", ["x"], 10, False]),
+        ("q=a&tags=x&tags=y&limit=5&exact=true", ["a", ["x", "y"], 5, True]),
+        ("q=%C3%BC&tags=&tags=%26&limit=+7", ["ü", ["", "&"], 7, False]),
+        ("tags=1&q=1", ["1", ["1"], 10, False]),
+    ],
+)
+async def test_a_query_and_a_form_are_read_as_the_handler_asks_for(query: str, expected: Any) -> None:
+    async with serving(shown, method="GET") as get, serving(shown, "forms") as post:
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        assert (await talk(get, request("GET", f"/orders?{query}"))).json() == expected
+        assert (await talk(post, request("POST", "/forms", query.encode(), **form))).json() == expected
+
+
+async def test_one_value_is_a_list_of_one_in_whatever_annotation_asks_for_one() -> None:
+    async def dumped(msg: Alternatives) -> Any:
+        return msg.model_dump(mode="json", exclude_unset=True)
+
+    async with serving(dumped, method="GET") as consumer:
+        reply = await talk(consumer, request("GET", "/orders?a=1&b=x&c=y&d=z&e=5&of=7&g=t"))
+        assert reply.json() == {"a": [1], "b": ["x"], "c": ["y"], "d": ["z"], "e": 5, "f": [7], "g": "t"}
+        assert (await talk(consumer, request("GET", "/orders?a=x"))).status == 422
+
+
+async def test_what_does_not_fit_a_query_is_422_with_the_field() -> None:
+    async with serving(shown, method="GET") as consumer:
+        missing = await talk(consumer, request("GET", "/orders?tags=x"))
+        twice = await talk(consumer, request("GET", "/orders?q=a&q=b&tags=x"))
+    assert (missing.status, missing.json()["errors"][0]["loc"]) == (422, ["q"])
+    assert (twice.status, twice.json()["errors"][0]["loc"]) == (422, ["q"])
+
+
+@pytest.mark.parametrize("tags", [["x"], ["x", "y"], [], [""]])
+async def test_a_list_from_our_own_producer_arrives_as_a_list(tags: list[str]) -> None:
+    async with serving(shown, method="GET") as consumer, producer_to(consumer) as producer:
+        assert (await producer.send({"q": "a", "tags": tags})).json() == ["a", tags, 10, False]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"a=1&b=2&b=3&c=&d=%C3%BC+x", {"a": "1", "b": ["2", "3"], "c": "", "d": "ü x"}),
+        (b"name=John Smith&note=a=b", {"name": "John Smith", "note": "a=b"}),
+        (b'{"a": 1}', {"a": 1}),
+        (b"5", 5),
+        (b"", {}),
+    ],
+)
+async def test_a_form_is_a_mapping_and_json_that_is_called_one_is_json(body: bytes, expected: Any) -> None:
+    async with serving(echo) as consumer:
+        reply = await talk(consumer, request(body=body, Content_Type="application/x-www-form-urlencoded"))
+    assert (reply.status, reply.json()) == (200, expected)
+
+
+@pytest.mark.parametrize("body", [b"plain text", b'<a href="x=1"/>', b"key: a=b\n", b"\xff=\xfe", b"a=%ff"])
+async def test_a_body_that_is_called_a_form_and_is_none_stays_as_it_is(body: bytes) -> None:
+    async with serving(echo) as consumer:
+        reply = await talk(consumer, request(body=body, Content_Type="application/x-www-form-urlencoded"))
+    assert (reply.status, reply.body) == (200, body)
+
+
+async def test_a_multipart_body_is_for_bytes_and_for_others_an_error_that_says_so() -> None:
+    async def size(msg: bytes) -> int:
+        return len(msg)
+
+    body = b'--b\r\nContent-Disposition: form-data; name="q"\r\n\r\na\r\n--b--\r\n'
+    sent = request("POST", "/raw", body, Content_Type="multipart/form-data; boundary=b")
+    async with serving(size, "raw") as raw:
+        assert (await talk(raw, sent)).json() == len(body)
+    async with serving(shown, "raw") as model:
+        reply = await talk(model, sent)
+    assert reply.status == 400
+    assert "multipart/form-data, which is not taken apart" in reply.json()["error"]
+
+
+ZIPPED = gzip.compress(b'{"a": ' + b"1" * 500 + b"}")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip", "deflate"])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_compressed_body_that_was_cut_short_is_400(encoding: str, chunked: bool) -> None:
+    whole = zlib.compress(b'{"a": ' + b"1" * 500 + b"}") if encoding == "deflate" else ZIPPED
+    async with serving(echo) as consumer:
+        for end in (1, 4, 9, len(whole) // 2, len(whole)):
+            body = whole[: len(whole) - end]
+            sent = request(body=body, Content_Encoding=encoding)
+            if chunked:
+                pieces = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n"
+                head = (
+                    f"POST /orders HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Encoding: {encoding}"
+                )
+                sent = head.encode() + b"\r\n\r\n" + pieces
+            assert (await talk(consumer, sent)).status == 400, end
+        assert (await talk(consumer, request(body=whole, Content_Encoding=encoding))).status == 200
+
+
+async def test_a_compressed_body_is_undone_for_every_handler_up_to_the_limit() -> None:
+    async def size(msg: bytes) -> int:
+        return len(msg)
+
+    async with serving(size, max_body=1000) as consumer:
+        ok = await talk(consumer, request(body=gzip.compress(b"x" * 1000), Content_Encoding="gzip"))
+        twice = gzip.compress(gzip.compress(b"x" * 1000))
+        layers = await talk(consumer, request(body=twice, Content_Encoding="gzip, gzip"))
+        large = await talk(consumer, request(body=gzip.compress(b"x" * 1001), Content_Encoding="gzip"))
+        bomb = await talk(consumer, request(body=gzip.compress(b"x" * 500_000), Content_Encoding="gzip"))
+        other = await talk(consumer, request(body=b"x" * 10, Content_Encoding="br"))
+    assert [ok.json(), layers.json(), other.json()] == [1000, 1000, 10]
+    assert [large.status, bomb.status] == [413, 413]
+
+
+async def test_an_encoding_that_is_not_undone_is_named() -> None:
+    async with serving(shown) as consumer:
+        reply = await talk(consumer, request(body=b"x", Content_Encoding="br"))
+    assert (reply.status, "'br'" in reply.json()["error"]) == (400, True)
+
+
+async def test_cloudevents_in_structured_mode_are_unwrapped() -> None:
+    async def seen(msg: Message) -> Any:
+        return [msg.id, msg.type, msg.source, msg.headers.get("ce-region"), json.loads(msg.body or b"")]
+
+    event = {"specversion": "1.0", "id": "7", "type": "a.b", "source": "/s", "region": "eu", "data": {"q": 1}}
+    sent = request(body=json.dumps(event).encode(), Content_Type="application/cloudevents+json; charset=utf-8")
+    async with serving(seen) as consumer:
+        assert (await talk(consumer, sent)).json() == ["7", "a.b", "/s", "eu", {"q": 1}]
+    async with serving(echo) as consumer:
+        assert (await talk(consumer, sent)).json() == {"q": 1}
+        bad = await talk(consumer, request(body=b'{"a": 1}', Content_Type="application/cloudevents+json"))
+        assert (bad.status, "no CloudEvent" in bad.json()["error"]) == (400, True)
+
+
+async def test_cloudevents_in_a_batch_are_a_list_of_their_data() -> None:
+    batch = [{"specversion": "1.0", "id": str(n), "type": "t", "source": "s", "data": n} for n in range(3)]
+    async with serving(echo) as consumer:
+        sent = request(body=json.dumps(batch).encode(), Content_Type="application/cloudevents-batch+json")
+        assert (await talk(consumer, sent)).json() == [0, 1, 2]

@@ -1,0 +1,74 @@
+"""Forms: bodies of `application/x-www-form-urlencoded`, and queries, which are written the same way."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterable
+from typing import Any, Final
+from urllib.parse import parse_qsl, quote, urlencode
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+FORM: Final = "application/x-www-form-urlencoded"
+
+#: `curl -d` calls every body a form: one has a name first, which no XML, YAML or plain text begins with.
+_FORM: Final = re.compile(rb"[^\s<>\"{}=]*=")
+#: Problems that are none where one value stands for a list of one.
+_LISTS: Final = frozenset({"list_type", "tuple_type", "set_type", "frozen_set_type", "iterable_type", "sequence_str"})
+
+
+def is_form(body: bytes) -> bool:
+    """Whether a body that is called a form looks like one."""
+    return not body or _FORM.match(body) is not None
+
+
+def read_form(body: bytes) -> dict[str, str | list[str]]:
+    """The fields by name; those of a name that comes several times are a list.
+
+    Raises:
+        ValueError: it is not percent-encoded UTF-8.
+    """
+    return _by_name(read_pairs(body))
+
+
+def read_pairs(body: bytes) -> list[tuple[str, str]]:
+    """The fields in order.
+
+    Raises:
+        ValueError: it is not percent-encoded UTF-8.
+    """
+    # Some programs leave characters beyond ASCII as they are.
+    return parse_qsl(quote(body, safe=string.printable), keep_blank_values=True, errors="strict")
+
+
+def write_form(pairs: Iterable[tuple[str, str]]) -> bytes:
+    """Fields as a form; names and values that need it are percent-encoded."""
+    return urlencode(list(pairs)).encode()
+
+
+def validate_form(adapter: TypeAdapter[Any], body: bytes) -> Any:
+    """The fields as a handler's annotation has them; a single one is a list of one where a list is asked for.
+
+    Raises:
+        ValidationError: they do not fit.
+        ValueError: it is not percent-encoded UTF-8.
+    """
+    fields: dict[str, Any] = read_form(body)
+    try:
+        return adapter.validate_json(to_json(fields))
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        names = {p["loc"][0] for p in problems if p["loc"] and p["type"] in _LISTS}
+        single = {name: [value] for name, value in fields.items() if name in names and isinstance(value, str)}
+        if not single:
+            raise
+        return adapter.validate_json(to_json(fields | single))
+
+
+def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, str | list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in pairs:
+        found.setdefault(name, []).append(value)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
