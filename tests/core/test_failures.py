@@ -220,7 +220,7 @@ async def several() -> Any:
     + [(Order(id=1), r"\[payload\]"), (Row((1,)), r"\[payload\]"), (5, r"\[payload\]"), (None, r"\[payload\]")]
     + [(memoryview(b"a"), r"\[payload\]"), (bytearray(b"a"), r"\[payload\]"), (several(), "async for")]
     + [(Message(body=b"", queue="q", id="1"), "send_messages")],
-    ids=str,
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
 )
 async def test_one_payload_is_not_taken_for_many(payloads: Any, how: str) -> None:
     async with Producer("orders", url="asyncio://one") as producer:

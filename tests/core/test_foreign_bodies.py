@@ -124,7 +124,9 @@ def test_an_encoding_that_is_not_undone_is_named(encoding: str, annotation: Any)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-@pytest.mark.parametrize("body", [b"", b"no such", gzip.compress(b"x" * 99)[:-9], zlib.compress(b"x" * 99)[:-5]])
+@pytest.mark.parametrize(
+    "body", [b"", b"no such", gzip.compress(b"x" * 99, mtime=0)[:-9], zlib.compress(b"x" * 99)[:-5]]
+)
 def test_a_body_that_is_not_compressed_as_it_says_or_cut_short_is_refused(encoding: str, body: bytes) -> None:
     with pytest.raises(DecodeError, match=r"encoded as|cut short"):
         codec.decode(message(body, codec.TEXT, encoding))
