@@ -150,6 +150,17 @@ def rewind(producer: Any, topic: str, partition: int, number: int) -> None:
     producer._txn_manager._sequence_numbers[TopicPartition(topic, partition)] = number
 
 
+def drop_unread(client: Any) -> None:
+    """Close the connections of a client whose answers nobody reads any more, so that it makes others.
+
+    When an event loop ends, asyncio cancels every task, those of the library among them. It would wait for answers
+    over these connections for as long as for a broker that is away.
+    """
+    for conn in [*client._client._conns.values()]:
+        if conn._read_task is not None and conn._read_task.done():
+            conn.close()
+
+
 async def dropped(consumer: Any) -> None:
     """End what is left of a consumer of the library whose `stop()` did not come to its end, or was not called."""
     consumer._closed = True

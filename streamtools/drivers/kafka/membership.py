@@ -19,7 +19,7 @@ from aiokafka import errors as kafka
 from aiokafka.structs import OffsetAndMetadata
 
 from streamtools.drivers.kafka import static_names
-from streamtools.drivers.kafka.client import CLOSE_TIMEOUT, connection, dropped, started, stopped
+from streamtools.drivers.kafka.client import CLOSE_TIMEOUT, connection, drop_unread, dropped, started, stopped
 from streamtools.drivers.kafka.coordinator import Coordinator, Place
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, TROUBLE, client_error, plain
 from streamtools.drivers.kafka.offsets import METADATA_LIMIT, Offsets, Run
@@ -320,6 +320,7 @@ class Membership:
     async def _go(self) -> None:
         # A broker that is away is not waited for, and neither are the members whom a member that joins waits for.
         is_reached = self.reach is not None and self.reach.up
+        drop_unread(self.consumer)
         if self._place is not None and is_reached:
             try:
                 async with asyncio.timeout(CLOSE_TIMEOUT):
