@@ -385,7 +385,7 @@ class Loop:
                 self._fail(ConnectionLost(f"{self._left} deliveries cannot be settled in any form."), [])
 
     async def _insist(self, one: OneSettlement) -> None:
-        delay = REFUSED_DELAY
+        delay, said = REFUSED_DELAY, ""
         while True:
             try:
                 await guard(self._source._redeclare())  # the error queue may have been deleted
@@ -394,7 +394,9 @@ class Loop:
                 raise
             except (SendError, QueueError) as error:
                 message = one.settlement.delivery.message
-                log.error("Message %s of %r is held back: %s", message.id, message.queue, error)  # noqa: TRY400
+                level = logging.DEBUG if str(error) == said else logging.ERROR
+                log.log(level, "Message %s of %r is held back: %s", message.id, message.queue, error)
+                said = str(error)
                 if await self._stops_within(delay):
                     self._held -= 1
                     return self._give_back([one.settlement.delivery])

@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from hashlib import blake2b
 from math import ceil
 from typing import Any, Final
 
 from aiormq.abc import AbstractChannel
-from aiormq.exceptions import ChannelLockedResource, ChannelNotFoundEntity
+from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ChannelNotFoundEntity
 
-from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
+from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, is_missing
 from streamtools.drivers.rabbitmq.frames import Unsendable
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
@@ -128,6 +130,8 @@ class DelayChain:
         self._targets: dict[str, float] = {}
         #: Level -> until when it is avoided.
         self._avoided: dict[int, float] = {}
+        #: We may make queues and exchanges here, as far as is known; else those that stand are used.
+        self._may_make = True
         self._lock = asyncio.Lock()
         self._time = asyncio.get_running_loop().time
 
@@ -215,9 +219,12 @@ class DelayChain:
         """The queue from which what is due goes to an exchange, which is there."""
         name = f"{PREFIX}.to.{target[1:]}"
         onwards = {"x-dead-letter-exchange": exchange.name, "x-dead-letter-routing-key": topic}
-        async with self._link.declaring() as channel:
-            arguments = {**SAFE, "x-message-ttl": 1, **onwards}
+        arguments = {**SAFE, "x-message-ttl": 1, **onwards}
+
+        async def make(channel: AbstractChannel) -> None:
             await self._link.call(channel.queue_declare(name, durable=True, arguments=arguments))
+
+        await self._make(make, queues=(name,))
         return name
 
     async def _look_for(self, queue: str) -> None:
@@ -231,6 +238,8 @@ class DelayChain:
                 "Use Retry(delay=0), or a queue that is not exclusive."
             ) from None
         except ChannelNotFoundEntity as error:
+            if not is_missing(error):
+                raise channel_error(error, self._link.where) from error
             raise QueueError(
                 f"There is no queue {queue!r} at {self._link.where}. Open a consumer of it first, or a producer with "
                 "declare=True."
@@ -242,13 +251,43 @@ class DelayChain:
             levels, self._levels = max(levels, self._levels), 0
         if levels <= self._levels:
             return
-        async with self._link.declaring() as channel:
-            if self._levels == 0:
-                await self._declare_end(channel)
-                self._renew_at = self._time() + RENEW
-            for level in range(self._levels, levels):
-                await self._declare_level(channel, level)
-                self._levels = level + 1
+        if self._levels == 0:
+            await self._make(self._declare_end, queues=(UNDELIVERABLE,), exchanges=(UNDELIVERABLE, OUT))
+            self._renew_at = self._time() + RENEW
+        for level in range(self._levels, levels):
+            name = level_name(level)
+            await self._make(partial(self._declare_level, level=level), queues=(name,), exchanges=(name,))
+            self._levels = level + 1
+
+    async def _make(
+        self,
+        make: Callable[[AbstractChannel], Awaitable[None]],
+        *,
+        queues: Sequence[str] = (),
+        exchanges: Sequence[str] = (),
+    ) -> None:
+        """Declare a part of the chain; without the permission to, see that it stands."""
+        if self._may_make:
+            try:
+                async with self._link.declaring() as channel:
+                    return await make(channel)
+            except ChannelAccessRefused:
+                self._may_make = False
+        try:
+            async with self._link.declaring() as channel:
+                for name in queues:
+                    await self._link.call(channel.queue_declare(name, passive=True))
+                for name in exchanges:
+                    await self._link.call(channel.exchange_declare(name, passive=True))
+        except ChannelNotFoundEntity as error:
+            if not is_missing(error):
+                raise
+            raise QueueError(
+                f"A part of the chain that holds delayed messages is missing at {self._link.where} "
+                f"({', '.join(dict.fromkeys((*queues, *exchanges)))}), and this user may not make it. Have another "
+                "user send one message with a delay as long, or allow it: rabbitmqctl set_permissions with a "
+                f"configure pattern that takes {PREFIX}.* and {UNDELIVERABLE}."
+            ) from error
 
     async def _declare_end(self, channel: AbstractChannel) -> None:
         call = self._link.call
