@@ -94,6 +94,7 @@ class Message:
         reply_to: where a reply is to go.
         intent: `command` or `event`, or None.
         handler: the one handler that is to run it, where several would; on copies for a retry.
+        topic: what it was published under, for a subscriber of `orders.*`; None for what was sent to a queue.
         key: messages of one key stay in order where the consumer asks for it; bytes where it is no plain UTF-8 text.
         headers: the user's own, `str -> str`, never mixed with ours.
         attempt: which run this is; 1 at first.
@@ -118,6 +119,7 @@ class Message:
     reply_to: str | None = None
     intent: str | None = None
     handler: str | None = None
+    topic: str | None = None
     key: str | bytes | None = None
     # Not in the repr: a webhook's authorization stands there.
     headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS, repr=False)

@@ -31,6 +31,7 @@ TEXT: Final = {
     "reply_to": "replyto",
     "intent": "intent",
     "handler": "handler",
+    "topic": "topic",
     "key": "partitionkey",
 }
 #: A key that is no text, in base64; instead of `partitionkey`.

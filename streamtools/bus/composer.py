@@ -12,7 +12,7 @@ from streamtools import codec
 from streamtools.bus.contracts import Command, Contract, Event
 from streamtools.checks import Seconds, check_headers, check_name, check_seconds, check_texts, check_topic
 from streamtools.delivery import current
-from streamtools.errors import ConfigurationError, FeatureError
+from streamtools.errors import ConfigurationError, FeatureError, OptionError, near
 from streamtools.exchange import TOPIC, Exchange
 from streamtools.message import NO_HEADERS, Message, ids
 from streamtools.outbox import current_outbox
@@ -214,6 +214,7 @@ class Composer:
             causation_id=incoming.id if incoming is not None else None,
             reply_to=reply_to or self.queue,
             intent=intent,
+            topic=queue if intent == "event" else None,
             key=checked_key(key),
             headers=check_headers(headers) if headers else NO_HEADERS,
             deliver_at=now + check_seconds("delay", delay) if delay else None,
@@ -249,3 +250,24 @@ def seconds_until(delay: timedelta | float | None, at: datetime | None) -> float
     if at.tzinfo is None:
         raise ConfigurationError(f"at={at!r} has no time zone: datetime.now(UTC) + timedelta(...).")
     return max(0.0, (at - datetime.now(UTC)).total_seconds())
+
+
+#: What each of the verbs takes, for the error about what it does not take.
+TAKES: Final = {
+    "send": ("to", "exchange", "headers", "type", "key", "ttl", "immediately"),
+    "publish": ("topic", "exchange", "mandatory", "headers", "type", "key", "ttl", "immediately"),
+}
+
+
+def refuse(verb: str, unknown: Mapping[str, object]) -> None:
+    """Name what a verb does not take, and what does.
+
+    Raises:
+        OptionError: there is such a parameter.
+    """
+    for name in unknown:
+        if name in ("delay", "at"):
+            raise OptionError(f"{verb}() takes no {name}=, since it sends at once: await defer(command, {name}=...).")
+        if name in ("correlation_id", "id", "reply_to"):
+            raise OptionError(f"{verb}() takes no {name}=: the bus sets it. A Producer's send() takes what you give.")
+        raise OptionError(f"{verb}() takes no {name!r}. {near(name, TAKES[verb])}")

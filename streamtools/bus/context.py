@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Never
 
 from streamtools.binding import RESOLVERS, Resolver
-from streamtools.bus.composer import Composer, seconds_until
+from streamtools.bus.composer import Composer, refuse, seconds_until
 from streamtools.checks import Seconds
 from streamtools.errors import HandlerError
 from streamtools.exchange import Exchange
@@ -67,8 +67,10 @@ class MessageContext:
         type: str | None = None,  # noqa: A002
         key: str | bytes | None = None,
         ttl: Seconds | None = None,
+        **unknown: Never,
     ) -> Sent:
         """Send a command; parameters as for `Bus.send`."""
+        refuse("send", unknown)
         return self._add(self._composer.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl))
 
     def publish(
@@ -82,8 +84,10 @@ class MessageContext:
         type: str | None = None,  # noqa: A002
         key: str | bytes | None = None,
         ttl: Seconds | None = None,
+        **unknown: Never,
     ) -> Sent:
         """Publish an event; parameters as for `Bus.publish`."""
+        refuse("publish", unknown)
         must = self._mandatory if mandatory is None else mandatory
         message = self._composer.event(
             event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Never, Self
 
 from streamtools import codec
-from streamtools.bus.composer import Composer, seconds_until
+from streamtools.bus.composer import Composer, refuse, seconds_until
 from streamtools.bus.dispatch import through
 from streamtools.bus.entries import Entries
 from streamtools.bus.requests import Requests, call
@@ -48,6 +48,7 @@ class Verbs:
         key: str | bytes | None = None,
         ttl: Seconds | None = None,
         immediately: bool = False,
+        **unknown: Never,
     ) -> Receipt:
         """Send a command to its one owner.
 
@@ -63,6 +64,7 @@ class Verbs:
             SendError: there is no such queue, or it was not confirmed in time.
             ConfigurationError: it is an event, or it is not known where it goes.
         """
+        refuse("send", unknown)
         message = self._composer.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl)
         return await self._let_go(message, immediately=immediately)
 
@@ -78,6 +80,7 @@ class Verbs:
         key: str | bytes | None = None,
         ttl: Seconds | None = None,
         immediately: bool = False,
+        **unknown: Never,
     ) -> Receipt:
         """Publish an event to every queue that subscribed to its topic; parameters as for `send`, and:
 
@@ -90,6 +93,7 @@ class Verbs:
             SendError: nobody subscribed, or it was not confirmed in time.
             ConfigurationError: it is a command, or its topic is not known.
         """
+        refuse("publish", unknown)
         must = self.mandatory if mandatory is None else mandatory
         message = self._composer.event(
             event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl

@@ -21,6 +21,7 @@ from streamtools import (
     RequestTimeout,
     SendError,
 )
+from streamtools.errors import OptionError
 from streamtools.testing.waiting import eventually, reaches
 from tests.brokers.address import RabbitMQAddress
 from tests.bus.conftest import MakeBus
@@ -484,3 +485,29 @@ async def test_many_tasks_send_at_once(make: MakeBus) -> None:
     await asyncio.gather(*(bus.send(Bill(id=n)) for n in range(300)))
     await reaches(seen, 300)
     assert len({message.id for message in seen}) == 300
+
+
+async def test_a_parameter_that_a_verb_does_not_have_names_what_does() -> None:
+    bus, heard = Bus("orders", url="asyncio://"), []
+
+    @bus.handler
+    def place(command: PlaceOrder, context: MessageContext) -> None:
+        for call in (
+            lambda: context.send(command, delay=5),  # type: ignore[arg-type]
+            lambda: context.publish(OrderPlaced(id=1), delay=5),  # type: ignore[arg-type]
+        ):
+            with pytest.raises(TypeError, match=r"await defer\(command, delay=...\)"):
+                call()
+        heard.append(command.id)
+
+    for call, why in (
+        (lambda: bus.send(PlaceOrder(id=1), delay=5), r"send\(\) takes no delay=.*defer"),  # type: ignore[arg-type]
+        (lambda: bus.publish(OrderPlaced(id=1), at=5), r"publish\(\) takes no at=.*defer"),  # type: ignore[arg-type]
+        (lambda: bus.send(PlaceOrder(id=1), correlation_id="x"), "the bus sets it"),  # type: ignore[arg-type]
+        (lambda: bus.send(PlaceOrder(id=1), header={}), "Did you mean 'headers'"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(OptionError, match=why):
+            await call()
+    async with bus:
+        await bus.send(PlaceOrder(id=1))
+        await eventually(lambda: heard == [1])

@@ -45,6 +45,8 @@ class HotChannel:
         self._method = 0
         self._tag = 0
         self._redelivered = False
+        #: What the message was published under, where it came by an exchange.
+        self.topic: str | None = None
         self._routing_key = ""
         self._properties = b""
         self._parts: list[bytes] = []
@@ -104,6 +106,7 @@ class HotChannel:
             position = start + 5 + data[start + 4]  # behind the consumer tag
             (self._tag,) = LONGLONG.unpack_from(data, position)
             self._redelivered = data[position + 8] & 1 == 1
+            self.topic = frames.delivered_topic(data, position + 9)
             self._method = method
             return True
         if method in (frames.ACK, frames.NACK):

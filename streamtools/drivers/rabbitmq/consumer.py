@@ -218,8 +218,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             raise QueueError(f"The queue {self.queue!r} cannot be consumed: {STREAM}.")
 
     def _delivery(self, intake: Intake, raw: Raw) -> Delivery:
-        tag, redelivered, data, body = raw
-        message, count = properties.decode(data, body, self.queue, self._new_id, redelivered=redelivered)
+        tag, redelivered, data, body, topic = raw
+        message, count = properties.decode(data, body, self.queue, self._new_id, topic=topic, redelivered=redelivered)
         if redelivered and count < 1:
             count = 1
         return Delivery(message, (intake, tag), count)

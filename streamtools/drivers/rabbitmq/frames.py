@@ -38,6 +38,9 @@ DELIVER: Final = 60 << 16 | 60
 ACK: Final = 60 << 16 | 80
 NACK: Final = 60 << 16 | 120
 
+#: How the names of exchanges begin that a message only passes through.
+OWN_EXCHANGES: Final = b"streamtools.delay."
+
 _PUBLISH: Final = Struct(">HHH")
 _CONTENT: Final = Struct(">BHIHHQ")
 _SETTLE: Final = Struct(">BHIIQBB")
@@ -114,6 +117,20 @@ def ack_frame(channel: int, tag: int, *, multiple: bool) -> bytes:
 def release_frame(channel: int, tag: int) -> bytes:
     """A whole basic.nack frame that gives one delivery back to its queue."""
     return _SETTLE.pack(METHOD, channel, 13, NACK, tag, _REQUEUE, END)
+
+
+def delivered_topic(data: bytes, start: int) -> str | None:
+    """The routing key of a basic.deliver, where it came by an exchange; not what came by our own, of a delay.
+
+    Parameters:
+        start: where the exchange stands.
+    """
+    if not data[start]:
+        return None
+    key = start + 1 + data[start]
+    if data.startswith(OWN_EXCHANGES, start + 1, key):
+        return None
+    return data[key + 1 : key + 1 + data[key]].decode("utf-8", "backslashreplace") or None
 
 
 def returned_key(data: bytes, start: int) -> str:

@@ -22,8 +22,8 @@ PREFETCH_MAX = 65_535
 #: Bytes of a consumer's name in its tag, at most; AMQP takes 255 with the number behind it.
 NAME_MAX = 200
 
-#: A delivery as it arrived: tag, redelivered, properties, body.
-Raw = tuple[int, bool, bytes, bytes]
+#: A delivery as it arrived: tag, redelivered, properties, body, and the topic where it came by an exchange.
+Raw = tuple[int, bool, bytes, bytes, str | None]
 
 
 class Intake(HotChannel):
@@ -133,7 +133,7 @@ class Intake(HotChannel):
 
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         self._high = tag
-        self.buffer.append((tag, redelivered, properties, body))
+        self.buffer.append((tag, redelivered, properties, body, self.topic))
         if self._waiter is not None and not self._resting:
             self._wake()
 

@@ -169,6 +169,7 @@ def _has_more(message: Message) -> bool:
         or message.error is not None
         or message.key is not None
         or message.handler is not None
+        or message.topic is not None
         or message.version is not None
         or message.intent is not None
         or message.causation_id is not None
@@ -190,7 +191,13 @@ def _longstr(value: str) -> bytes:
 
 
 def decode(
-    data: bytes, body: bytes, queue: str, new_id: Callable[[], str], *, redelivered: bool = True
+    data: bytes,
+    body: bytes,
+    queue: str,
+    new_id: Callable[[], str],
+    *,
+    topic: str | None = None,
+    redelivered: bool = True,
 ) -> tuple[Message, int]:
     """The message, and the broker's delivery count (0 where it sent none).
 
@@ -200,6 +207,7 @@ def decode(
     Parameters:
         data: flags and values of the content header.
         new_id: gives an id to a message that came without one.
+        topic: what another program published it under; ours say so themselves, and go on saying it on their copies.
         redelivered: the broker has delivered it before. Else a count in its headers is one that was copied along with
             them from another queue, and is not believed.
     """
@@ -211,6 +219,8 @@ def decode(
         fields["error"] = error
     if not fields.get("id"):
         fields["id"] = new_id()
+    if topic is not None:
+        fields.setdefault("topic", topic)
     message = Message(body=body, queue=queue, headers=headers or NO_HEADERS, **fields)
     return message, count if redelivered else 0
 
