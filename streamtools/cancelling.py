@@ -124,13 +124,16 @@ async def end(tasks: Iterable[asyncio.Task[Any]], seconds: float) -> int:
         The number of those that are left behind.
     """
     pending, tries = {task for task in tasks if not task.done()}, 0
-    while pending and tries < INSIST:
-        tries += 1
+    try:
+        while pending and tries < INSIST:
+            tries += 1
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=seconds / INSIST)
+    finally:
         for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=seconds / INSIST)
-    for task in pending:
-        asyncio.tasks._unregister_task(task)  # asyncio.run would wait for it for ever
+            if not task.done():
+                asyncio.tasks._unregister_task(task)  # asyncio.run would wait for it for ever
     return len(pending)
 
 

@@ -40,6 +40,8 @@ REFUSED_MAX_DELAY: Final = 30.0
 OUTLAST: Final = (10.0, 300.0)
 #: Seconds for the last settlements when the loop ends.
 FLUSH: Final = 5.0
+#: Seconds for which tasks that ignore their cancellation are cancelled again; less than a runner waits for a loop.
+INSIST: Final = 3.0
 #: Verdicts kept over a reconnect, at most.
 FINISHED_LIMIT: Final = 10_000
 
@@ -510,7 +512,7 @@ def _name(message: Message) -> tuple[str, int, str | None]:
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    if left := await end(tasks, FLUSH):
+    if left := await end(tasks, INSIST):
         log.error("%d handlers ignore that they are cancelled; they are left behind.", left)
 
 

@@ -47,6 +47,16 @@ class Service(Protocol):
     def resources(self) -> Sequence[Resource]: ...
 
 
+class Endpoint(Protocol):
+    """Where the health of a runner is asked for."""
+
+    host: str
+    port: int
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+
 #: What a runner takes.
 Source = ConsumerFactory | Service | Consumer | BoundHandler | Producer
 #: Seconds that closing connections may take beyond the shutdown deadline.
@@ -132,7 +142,9 @@ class ConsumerRunner:
         check_place(health_host, health_port)
         self._restarts: int = check_count("restarts", restarts, 0)
         self._window: float = check_seconds("restart_window", restart_window)
-        self._health = None if health_port is None else HealthServer(health_host, health_port, self.health)
+        self._health: Endpoint | None = None
+        if health_port is not None:
+            self._health = HealthServer(health_host, health_port, self.health)
         self._supervisors: list[Supervisor] = []
         self._in = PerLoop(_InLoop)
 
@@ -193,6 +205,15 @@ class ConsumerRunner:
             waiting.cancel()
         if here.task is not None and here.task.done():
             here.task.result()
+
+    def report_to(self, make: Callable[[str, int, Callable[[], HealthReport]], Endpoint]) -> None:
+        """Have something else than a port of this process tell how it is, where a `health_port` was asked for.
+
+        Parameters:
+            make: what is started and stopped instead, of host, port and report.
+        """
+        if self._health is not None:
+            self._health = make(self._health.host, self._health.port, self.health)
 
     @property
     def consumers(self) -> list[Consumer]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from streamtools.cli.output import FAILED, USAGE, fail
+from streamtools.cli.output import USAGE, fail
 from streamtools.cli.session import Url, export, service_errors
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -38,24 +39,23 @@ def run(
     _log_to_stderr(log_level, workers > 1 or reload or parent is not None)
     if workers > 1 or reload:
         raise typer.Exit(_run_workers(target, workers, log_level, reload=reload))
-    if parent is not None:
-        from streamtools.cli.workers import end_with_parent
-
-        end_with_parent(parent)
-    _run_here(target, shared=shared)
+    _run_here(target, parent, shared=shared)
 
 
-def _run_here(target: str, *, shared: bool) -> None:
+def _run_here(target: str, parent: int | None, *, shared: bool) -> None:
+    from streamtools.cli.health import ToParent
     from streamtools.cli.loading import check_shared, load
+    from streamtools.signals import Interrupted, interrupted_by_signals
 
-    try:
-        with service_errors():
-            runner = load(target)
-            if shared:
-                check_shared(runner)
-            runner.run()
-    except KeyboardInterrupt:
-        raise typer.Exit(FAILED) from None  # while the service's module was still being imported
+    # The signals count from here on: importing the service may take its time.
+    with suppress(Interrupted), interrupted_by_signals(), service_errors():
+        watcher = None if parent is None else ToParent(parent)
+        runner = load(target)
+        if shared:
+            check_shared(runner)
+        if watcher is not None:
+            runner.report_to(watcher.endpoint)
+        runner.run()
 
 
 def _run_workers(target: str, number: int, log_level: str, *, reload: bool) -> int:

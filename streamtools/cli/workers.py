@@ -6,13 +6,13 @@ import asyncio
 import logging
 import os
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from streamtools.cli.health import Address, ToWorker, WorkerHealth, WorkersHealth
 from streamtools.cli.output import FAILED, USAGE
 from streamtools.errors import StreamToolsError
 from streamtools.policy import backoff
@@ -35,28 +35,38 @@ class Worker:
 
     Parameters:
         number: its number, from 0 on, which it reads in STREAMTOOLS_WORKER.
-        command: what to start.
-        pass_fds: file descriptors that it inherits.
+        command: what to start; `--parent FD` is added.
+        told: called when a process says where its health is to be asked for.
     """
 
-    def __init__(self, number: int, command: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
+    def __init__(self, number: int, command: Sequence[str], told: Callable[[Address], None]) -> None:
         self.number = number
+        self.address: Address | None = None
         self._command = command
-        self._pass_fds = tuple(pass_fds)
+        self._told = told
+        self._link: ToWorker | None = None
+        #: The process of now has said where it is to be asked, and has not begun to end.
+        self._answers = False
+        self._stops = False
         self._deaths: deque[float] = deque()
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         """Start the process."""
+        self._answers = self._stops = False
+        link = self._link = ToWorker(self._is_told)
         # A process group of its own: Ctrl-C at the terminal must reach a worker once, from us, because a
         # second signal ends it at once.
         self.process = await asyncio.create_subprocess_exec(
             *self._command,
+            "--parent",
+            str(link.descriptor),
             stdin=asyncio.subprocess.DEVNULL,
-            pass_fds=self._pass_fds,
+            pass_fds=(link.descriptor,),
             process_group=0,
             env={**os.environ, WORKER_VARIABLE: str(self.number)},
         )
+        await link.begin()
         log.info("Worker %d is process %d.", self.number, self.process.pid)
 
     def signal(self, number: int) -> None:
@@ -67,7 +77,28 @@ class Worker:
 
     async def ended(self) -> int:
         """Wait for the process; its exit code, negative for a signal."""
-        return await self.process.wait() if self.process is not None else 0
+        code = await self.process.wait() if self.process is not None else 0
+        if self._link is not None:
+            await self._link.close()
+        return code
+
+    async def health(self) -> WorkerHealth:
+        """How it is."""
+        process, link = self.process, self._link
+        if process is None or process.returncode is not None or link is None:
+            return WorkerHealth(worker=self.number, pid=None, state="dead", live=True, ready=False)
+        if not self._answers:
+            state = "stopping" if self._stops else "starting"
+            return WorkerHealth(worker=self.number, pid=process.pid, state=state, live=True, ready=False)
+        if (report := await link.ask()) is None:
+            return WorkerHealth(worker=self.number, pid=process.pid, state="silent", live=False, ready=False)
+        return WorkerHealth(worker=self.number, pid=process.pid, state="running", **report)
+
+    def _is_told(self, address: Address | None) -> None:
+        self._answers, self._stops = address is not None, address is None
+        if address is not None:
+            self.address = address
+            self._told(address)
 
     def pause(self) -> float | None:
         """The seconds to wait before it is started again; None when that was done too often."""
@@ -85,7 +116,7 @@ class Workers:
     that, or when one ends by wrong usage, all are ended. SIGTERM and SIGINT are passed on.
 
     Parameters:
-        command: the worker's command line; `--parent FD` is added, a pipe that closes when we end.
+        command: the worker's command line.
         number: how many.
         changes: yields the name of a changed file, upon which the workers are replaced; one that dies then
             waits for the next change.
@@ -95,10 +126,10 @@ class Workers:
         self, command: Sequence[str], number: int, changes: Callable[[], AsyncIterator[str]] | None = None
     ) -> None:
         self._changes = changes
-        # Nothing is ever written to it: a worker that reads its end knows that we are gone, even by kill -9.
-        self._read, self._write = os.pipe()
-        line = [*command, "--parent", str(self._read)]
-        self._workers = [Worker(n, line, [self._read]) for n in range(number)]
+        self._workers = [Worker(n, command, self._listen) for n in range(number)]
+        self._health = WorkersHealth(self._workers)
+        self._listening: set[asyncio.Task[None]] = set()
+        self._trouble: asyncio.Future[None] | None = None
         self._stop = asyncio.Event()
         self._generation = 0
         #: Set, and replaced by a new one, when a file changes; set for good when we stop.
@@ -114,8 +145,18 @@ class Workers:
         finally:
             for number in SIGNALS:
                 loop.remove_signal_handler(number)
-            os.close(self._read)
-            os.close(self._write)
+            await self._health.stop()
+
+    def _listen(self, address: Address) -> None:
+        task = asyncio.create_task(self._health.serve(address), name="streamtools-health")
+        self._listening.add(task)
+        task.add_done_callback(self._listens)
+
+    def _listens(self, task: asyncio.Task[None]) -> None:
+        self._listening.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self._trouble is not None and not self._trouble.done():
+            self._trouble.set_exception(WorkersEnded(str(error)) if isinstance(error, StreamToolsError) else error)
 
     def _end(self) -> None:
         # A second signal goes on too: it ends the workers at once.
@@ -129,14 +170,16 @@ class Workers:
 
     async def _supervise(self) -> int:
         watching = [asyncio.create_task(self._watch(worker)) for worker in self._workers]
-        others: list[asyncio.Task[Any]] = [asyncio.create_task(self._stop.wait())]
+        self._trouble = asyncio.get_running_loop().create_future()
+        others: list[asyncio.Future[Any]] = [self._trouble, asyncio.create_task(self._stop.wait())]
         if self._changes is not None:
             others.append(asyncio.create_task(self._replace(self._changes())))
         await asyncio.wait({*watching, *others}, return_when=asyncio.FIRST_COMPLETED)
         if not self._stop.is_set():  # a signal has ended them already, and a second one would not be gentle
             self._end()
         results = await asyncio.gather(*watching, return_exceptions=True)
-        others[-1].cancel()
+        for other in others:
+            other.cancel()
         endings = await asyncio.gather(*others, return_exceptions=True)
         return _exit_code([*results, *(e for e in endings if isinstance(e, Exception))])
 
@@ -196,13 +239,3 @@ def _exit_code(results: Sequence[int | BaseException]) -> int:
     if USAGE in codes:
         return USAGE
     return FAILED if any(code not in (0, -signal.SIGTERM) for code in codes) else 0
-
-
-def end_with_parent(descriptor: int) -> None:
-    """End this process gracefully when the other end of a pipe closes: whoever watched over it is gone."""
-
-    def wait() -> None:
-        os.read(descriptor, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, name="streamtools-parent", daemon=True).start()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from streamtools.errors import ConfigurationError, ConnectError
 from streamtools.installation import install_line
@@ -55,6 +55,16 @@ class HealthReport:
         return {"live": self.live, "ready": self.ready, "loops": [asdict(loop) for loop in self.loops]}
 
 
+class Report(Protocol):
+    """What health endpoints tell."""
+
+    @property
+    def live(self) -> bool: ...
+    @property
+    def ready(self) -> bool: ...
+    def as_dict(self) -> dict[str, Any]: ...
+
+
 class HealthServer:
     """Serves `GET /health/live` and `/health/ready` (200 or 503) and `/health` (JSON).
 
@@ -64,7 +74,7 @@ class HealthServer:
         report: called for each request.
     """
 
-    def __init__(self, host: str, port: int, report: Callable[[], HealthReport]) -> None:
+    def __init__(self, host: str, port: int, report: Callable[[], Report | Awaitable[Report]]) -> None:
         self.host = host
         self.port: int = port
         self._report = report
@@ -104,11 +114,12 @@ class HealthServer:
         if runner is not None:
             await runner.cleanup()
 
-    def _handler(self, fine: Callable[[HealthReport], bool]) -> Callable[[Any], Any]:
+    def _handler(self, fine: Callable[[Report], bool]) -> Callable[[Any], Any]:
         from aiohttp import web  # noqa: PLC0415
 
         async def answer(request: web.Request) -> web.Response:
-            report = self._report()
+            found = self._report()
+            report = await found if isinstance(found, Awaitable) else found
             return web.json_response(report.as_dict(), status=200 if fine(report) else 503)
 
         return answer

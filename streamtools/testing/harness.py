@@ -16,7 +16,7 @@ from streamtools import codec
 from streamtools.admin import QueueAdmin
 from streamtools.bus import Bus
 from streamtools.consumer import Consumer
-from streamtools.delivery import Settlement
+from streamtools.delivery import Settlement, current
 from streamtools.dispatch import Dispatcher
 from streamtools.errors import Closed, ConfigurationError, DecodeError, near
 from streamtools.message import Message
@@ -30,6 +30,10 @@ from streamtools.verdicts import Kind, Verdict
 
 #: Seconds that `settled` waits.
 TIMEOUT: Final = 10.0
+#: Times in a chain that what handlers defer comes at once; what a handler defers for ever is only kept after that.
+DEFERRALS: Final = 10
+#: Attempts that come at once; further ones keep to their delay, so that what is retried for ever does not spin.
+AT_ONCE: Final = 100
 _names = count()
 
 
@@ -55,7 +59,8 @@ class Harness:
 
     Parameters:
         sources: factories, single routed handlers, buses.
-        delays: keep to the delays of retries and of `send(delay=)`; else all comes at once.
+        delays: keep to the delays of retries and of `send(delay=)`; else all comes at once: a hundred attempts, and
+            what handlers defer ten times in a chain. What a handler defers to itself for ever stays in `deferred`.
         timeout: seconds that `settled` waits.
 
     Raises:
@@ -76,6 +81,8 @@ class Harness:
         self._tasks: list[asyncio.Task[None]] = []
         self._handled: list[tuple[Message, Any]] = []
         self._sent: list[Message] = []
+        #: How often a message, and what has caused it, was deferred; by its id.
+        self._deferrals: dict[str, int] = {}
         #: Messages as they were run again, in order; `.attempt` counts, `.error` says why.
         self.retried: list[Message] = []
         #: Messages as they stand in the error queue; `.error` says why.
@@ -209,16 +216,26 @@ class Harness:
         if self._consumers:
             producer = self._producer(self._consumers[0].consumer.queue)
             await producer._open()
-            for message in self._leaving(batch):
+            delivery = current.get()
+            for message in self._leaving(batch, delivery.message if delivery is not None else None):
                 await producer._send([message], None)
         return [Receipt(message.id, message.queue) for message in batch]
 
-    def _leaving(self, batch: Iterable[Message]) -> list[Message]:
+    def _leaving(self, batch: Iterable[Message], cause: Message | None) -> list[Message]:
         """Messages as they go on here, each awaited where it is to be handled."""
-        leaving = [m.replace(mandatory=False, deliver_at=m.deliver_at if self._delays else None) for m in batch]
+        going = [m for m in batch if self._delays or self._deferred(m, cause) <= DEFERRALS]
+        leaving = [m.replace(mandatory=False, deliver_at=m.deliver_at if self._delays else None) for m in going]
         for message in leaving:
             self._expect(message)
         return leaving
+
+    def _deferred(self, message: Message, cause: Message | None) -> int:
+        times = self._deferrals.get(cause.id, 0) if cause is not None else 0
+        if message.deliver_at is not None:
+            times += 1
+        if times:
+            self._deferrals[message.id] = times
+        return times
 
     def _expect(self, message: Message) -> None:
         for watched in self._consumers:
@@ -298,8 +315,8 @@ class _Watched:
             copies, sent = _apart(settlement)
             self._harness._sent += sent
             if not self._harness._delays:
-                copies = [m.replace(deliver_at=None) for m in copies]
-            settlement.outgoing = (*copies, *self._harness._leaving(sent))
+                copies = [m if m.attempt > AT_ONCE else m.replace(deliver_at=None) for m in copies]
+            settlement.outgoing = (*copies, *self._harness._leaving(sent, settlement.delivery.message))
         await self._settle(settlements)
         for settlement in settlements:
             self._note(settlement)
@@ -330,7 +347,7 @@ class _AtOnce(Retry):
 
     def decide(self, error: BaseException, attempt: int) -> Verdict:
         verdict = super().decide(error, attempt)
-        return Verdict.retry(0) if verdict.kind is Kind.RETRY else verdict
+        return Verdict.retry(0) if verdict.kind is Kind.RETRY and attempt <= AT_ONCE else verdict
 
 
 def _at_once(retry: Retry) -> Retry:

@@ -201,8 +201,10 @@ class RabbitMQNode(Node):
         self.ctl(
             "eval",
             f"{{ok, {{_, Consumers}}, _}} = ra:leader_query({server}, fun rabbit_fifo:query_consumers/1), "
-            f"[{{ok, _, _}} = ra:process_command({server}, rabbit_fifo:make_checkout(Id, cancel, #{{}})) "
-            "|| Id <- maps:keys(Consumers)].",
+            # The keys are (tag, pid) on 3.x, numbers on 4.x; the values begin with pid and tag on both.
+            f"[{{ok, _, _}} = ra:process_command({server}, "
+            "rabbit_fifo:make_checkout({element(2, C), element(1, C)}, cancel, #{})) "
+            "|| C <- maps:values(Consumers)].",
         )
 
     def wait_saved(self, timeout: float = 30) -> None:

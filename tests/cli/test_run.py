@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
 
 import pytest
 
 from streamtools.installation import install_line
 from streamtools.signals import SAME_SIGNAL
+from tests.brokers.processes import free_ports
 from tests.cli.conftest import ROOT, Cli, Service, received
 
 Start = Callable[..., Service]
@@ -228,6 +235,112 @@ class TestWorkers:
 
         assert running.wait() == 2
         assert "starting it again" not in running.output
+
+
+def health(port: int, path: str = "") -> tuple[int, dict[str, Any]]:
+    """The status and the report; status 0 while nobody listens."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/health{path}", timeout=30) as answer:  # noqa: S310
+            return answer.status, json.load(answer)
+    except HTTPError as error:
+        return error.code, json.load(error)
+    except (URLError, ConnectionError):
+        return 0, {}
+
+
+def _is_ready(port: int) -> bool:
+    return health(port, "/ready")[0] == 200
+
+
+@pytest.fixture
+def port(service: None, tmp_path: Path) -> int:
+    """The service's health port."""
+    port = free_ports(1)[0]
+    module = tmp_path / "shop" / "service.py"
+    module.write_text(SERVICE.replace("on_startup=[up])", f"on_startup=[up], health_port={port})"))
+    return port
+
+
+@pytest.mark.usefixtures("service")
+class TestHealth:
+    def test_of_all_workers_is_told_at_one_port(self, start: Start, port: int) -> None:
+        running = start("run", "shop.service:runner", "--workers", "3")
+        running.wait_until(lambda: health(port, "/ready")[0] == 200)
+
+        status, report = health(port)
+
+        assert status == 200
+        assert [worker["worker"] for worker in report["workers"]] == [0, 1, 2]
+        assert {worker["state"] for worker in report["workers"]} == {"running"}
+        assert [(loop["worker"], loop["queue"]) for loop in report["loops"]] == [(n, "orders") for n in range(3)]
+        assert health(port, "/live")[0] == 200
+        assert running.end() == 0
+        assert health(port) == (0, {})
+
+    def test_a_worker_that_died_is_not_ready_until_its_successor_is(self, start: Start, port: int) -> None:
+        running = start("run", "shop.service:runner", "--workers", "2")
+        running.wait_until(lambda: health(port, "/ready")[0] == 200)
+        victim = health(port)[1]["workers"][1]["pid"]
+
+        os.kill(victim, signal.SIGKILL)
+
+        running.wait_until(lambda: health(port, "/ready")[0] == 503)
+        assert health(port, "/live")[0] == 200
+        running.wait_until(lambda: health(port, "/ready")[0] == 200)
+        assert health(port)[1]["workers"][1]["pid"] != victim
+        assert running.end() == 0
+
+    def test_a_worker_that_stands_still_is_not_live(self, start: Start, port: int) -> None:
+        running = start("run", "shop.service:runner", "--workers", "2")
+        running.wait_until(lambda: health(port, "/ready")[0] == 200)
+        victim = health(port)[1]["workers"][0]["pid"]
+
+        os.kill(victim, signal.SIGSTOP)
+        try:
+            assert health(port, "/ready")[0] == health(port, "/live")[0] == 503
+            assert [worker["state"] for worker in health(port)[1]["workers"]] == ["silent", "running"]
+        finally:
+            os.kill(victim, signal.SIGCONT)
+
+        running.wait_until(lambda: health(port, "/ready")[0] == 200)
+        assert running.end() == 0
+
+    def test_a_worker_whose_start_hangs_is_not_ready(self, start: Start, port: int, tmp_path: Path) -> None:
+        module = tmp_path / "shop" / "service.py"
+        hangs = "import time\n\ndef up():\n    time.sleep(600 * (os.environ['STREAMTOOLS_WORKER'] == '1'))\n"
+        module.write_text(module.read_text().replace("def up():", f"{hangs}\ndef _():"))
+        running = start("run", "shop.service:runner", "--workers", "2")
+
+        running.wait_until(lambda: health(port)[0] == 200)
+        running.wait_until(lambda: health(port)[1]["workers"][0]["ready"])
+
+        assert health(port, "/ready")[0] == 503
+        assert health(port)[1]["workers"][1]["state"] == "starting"
+        assert running.end() == 0
+
+    def test_of_a_worker_that_is_started_anew_at_each_change(self, start: Start, port: int) -> None:
+        running = start("run", "shop.service:runner", "--reload")
+        running.wait_until(lambda: health(port, "/ready")[0] == 200)
+        assert running.end() == 0
+
+    def test_workers_that_name_ports_of_their_own_have_them(self, start: Start, port: int, tmp_path: Path) -> None:
+        module, ports = tmp_path / "shop" / "service.py", free_ports(2)
+        own = f"health_port={ports}[int(os.environ['STREAMTOOLS_WORKER'])]"
+        module.write_text(module.read_text().replace(f"health_port={port}", own))
+        running = start("run", "shop.service:runner", "--workers", "2")
+
+        for number, own_port in enumerate(ports):
+            running.wait_until(partial(_is_ready, own_port))
+            assert [worker["worker"] for worker in health(own_port)[1]["workers"]] == [number]
+        assert running.end() == 0
+
+    def test_a_port_that_is_taken_ends_the_command_with_1(self, start: Start, port: int) -> None:
+        with socket.create_server(("127.0.0.1", port)):
+            running = start("run", "shop.service:runner", "--workers", "2")
+
+            assert running.wait() == 1
+        assert f"cannot listen on 127.0.0.1:{port}" in running.output
+        assert "Traceback" not in running.output
 
 
 @pytest.mark.usefixtures("service")

@@ -13,6 +13,7 @@ from streamtools import (
     HTTP,
     PRODUCERS,
     RABBITMQ,
+    Bus,
     ConfigurationError,
     ConsumerFactory,
     Delivery,
@@ -244,3 +245,71 @@ def test_what_is_no_handler_is_refused_with_what_to_do_instead() -> None:
         ConfigurationError, match="factories, routed handlers and buses, and <AsyncIOProducer .* is none"
     ):
         Harness(Producer("orders", url="asyncio://"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by", ["producer", "outbox", "bus"])
+async def test_a_handler_that_defers_to_itself_does_not_spin(by: str) -> None:
+    factory, bus = ConsumerFactory(url="asyncio://"), Bus("polls", url="asyncio://")
+    producer = Producer("polls", url="asyncio://", outbox=by == "outbox")
+
+    async def poll(msg: dict[str, int]) -> None:
+        again = {"n": msg["n"] + 1}
+        await (bus.defer(again, delay=60, to="polls") if by == "bus" else producer.send(again, delay=60))
+
+    if by == "bus":
+        bus.handler(poll)
+    else:
+        factory.route("polls")(poll)
+    async with Harness(bus if by == "bus" else factory) as service:
+        await service.send("polls", {"n": 0})
+        await service.settled()
+        handled, deferred = service.handled("polls"), service.deferred("polls")
+    assert [each["n"] for each in handled] == list(range(11))
+    assert deferred[-1] == {"n": 11}, "the last one is kept, and not run"
+
+
+async def test_a_chain_of_deferred_messages_comes_to_its_end() -> None:
+    factory = ConsumerFactory(url="asyncio://")
+    producer = Producer("steps", url="asyncio://")
+
+    @factory.route("steps")
+    async def step(msg: int) -> None:
+        if msg < 5:
+            await producer.send(msg + 1, delay=3600)
+
+    async with Harness(factory) as service:
+        for _ in range(3):
+            await service.send("steps", 0)
+        await service.settled()
+        assert sorted(service.handled("steps")) == sorted([0, 1, 2, 3, 4, 5] * 3)
+
+
+async def test_what_is_retried_for_ever_does_not_spin() -> None:
+    runs: list[int] = []
+    factory = ConsumerFactory(url="asyncio://", retry=Retry(retries=None, delay=60))
+
+    @factory.route("orders")
+    async def handle(msg: int) -> None:
+        runs.append(msg)
+        raise RuntimeError("never")
+
+    async with Harness(factory, timeout=1) as service:
+        await service.send("orders", 1)
+        with pytest.raises(TimeoutError, match="Not settled"):
+            await service.settled()
+    assert len(runs) == 101
+
+
+async def test_what_is_handled_is_counted_once_its_coroutine_has_run() -> None:
+    done: list[int] = []
+
+    async def work(msg: int) -> None:
+        await asyncio.sleep(0.01)
+        done.append(msg)
+
+    factory = ConsumerFactory(url="asyncio://")
+    factory.route("orders")(lambda msg: work(msg))  # noqa: PLW0108
+    async with Harness(factory) as service:
+        await service.send("orders", 1)
+        await service.settled()
+        assert service.handled("orders") == done == [1]

@@ -388,7 +388,7 @@ async def test_a_handler_that_ignores_its_cancellation_does_not_keep_the_loop(ti
 async def test_a_handler_that_nothing_ends_is_left_behind(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loop_module, "FLUSH", 0.05)
+    monkeypatch.setattr(loop_module, "INSIST", 0.05)
     source, entered, over = Script(delivery(0)), asyncio.Event(), asyncio.Event()
 
     async def handle(message: Message) -> Any:

@@ -43,6 +43,10 @@ class TestSQLite(ConformanceSuite):
     def url(self, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/queues.db"
 
+    @pytest.fixture
+    def kill_url(self, url: str) -> str:
+        return f"{url}?lease=1"
+
 
 class TestHTTP(ConformanceSuite):
     protocol = "http"
@@ -59,6 +63,10 @@ class TestRabbitMQ(ConformanceSuite):
     @pytest.fixture
     def url(self, rabbitmq_vhost: RabbitMQAddress) -> RabbitMQSettings:
         return RabbitMQSettings.from_url(f"{rabbitmq_vhost.url}?management_url={rabbitmq_vhost.management_url}")
+
+    @pytest.fixture
+    def kill_url(self, rabbitmq_vhost: RabbitMQAddress) -> str:
+        return rabbitmq_vhost.url
 
 
 class TestRabbitMQCut(ConnectionCases):
@@ -87,6 +95,10 @@ class TestKafka(ConformanceSuite):
     @pytest.fixture
     def url(self, kafka: KafkaAddress) -> str:
         return kafka.url
+
+    @pytest.fixture
+    def kill_url(self, url: str) -> str:
+        return f"{url}?session_timeout=3"
 
 
 class ExactlyOnce(Stage):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol
@@ -13,6 +13,7 @@ from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.conn import create_conn
 from aiokafka.protocol.metadata import MetadataRequest
+from aiokafka.structs import PartitionMetadata
 
 from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error, connect_error
@@ -135,6 +136,18 @@ async def abandoned(producer: Any) -> None:
     producer._closed = True
     if sender is not None:
         await asyncio.wait({sender}, timeout=CLOSE_TIMEOUT)
+
+
+def learn(cluster: Any, topic: str, partitions: Iterable[Any]) -> None:
+    """Tell a client of the library who leads the partitions of a topic, as a broker has answered.
+
+    By itself it asks for all of its topics, for each that is new, and those who wait for theirs stand in a line.
+    """
+    known = cluster._partitions[topic] = {}
+    for error, number, leader, replicas, in_sync, *_ in partitions:
+        known[number] = PartitionMetadata(topic, number, leader, replicas, in_sync, error)
+        if leader >= 0:
+            cluster._broker_partitions[leader].add(TopicPartition(topic, number))
 
 
 def next_number(producer: Any, topic: str, partition: int) -> int:

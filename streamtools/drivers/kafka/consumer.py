@@ -110,8 +110,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         )
         self._membership = membership
         self._outbox = Outbox(
-            self.settings, self._name, membership, queue=self.queue, retry_topic=self.retry_topic, tiers=self._tiers
-        )
+            self.settings, self._name, membership, queue=self.queue, retry_topic=self.retry_topic, tiers=self._tiers,
+            sender_id=self.client_id,
+        )  # fmt: skip
         try:
             await membership.join()
         except BaseException:

@@ -13,8 +13,8 @@ from streamtools.delivery import Settlement, goes_last
 from streamtools.drivers.kafka.membership import Membership
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
 from streamtools.drivers.kafka.outgoing import refused as refused_error
-from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import GROUP, QUEUE, RETRIES, Header, decode_origin, header_texts, now_ms
+from streamtools.drivers.kafka.sending import Sender
 from streamtools.drivers.kafka.tiers import tier_of
 from streamtools.drivers.kafka.track import Track, delivery_of
 from streamtools.drivers.kafka.transactions import Transactional, opened
@@ -34,6 +34,7 @@ class Outbox:
         queue: the consumer's own.
         retry_topic: where retries of the group wait.
         tiers: the partitions of that topic; 0 where it does not exist.
+        sender_id: the name by which it shares the client that sends plainly.
     """
 
     def __init__(
@@ -45,14 +46,16 @@ class Outbox:
         queue: str,
         retry_topic: str,
         tiers: int,
+        sender_id: str | None = None,
     ) -> None:
         self._settings = settings
+        self._sender_id = sender_id
         self._client_id = f"{client_id}-publishing"
         self._membership = membership
         self._queue = queue
         self._retry_topic = retry_topic
         self._tiers = tiers
-        self._publisher: Publisher | None = None
+        self._sender: Sender | None = None
         self._opening = asyncio.Lock()
         self._transactionals: set[Transactional] = set()
         self._closed = False
@@ -82,7 +85,7 @@ class Outbox:
         copies = [(s, self._copy(s, m)) for s in mine for m in s.outgoing if goes_last(m, s) is last]
         try:
             if copies:
-                await (await self._get_publisher()).publish([item for _, item in copies])
+                await (await self._get_sender()).publish([item for _, item in copies])
         except SendError as error:
             refused = {id(s) for s, item in copies if item.error is not None}
             return [s for s in mine if id(s) not in refused], error
@@ -101,23 +104,23 @@ class Outbox:
                 copies = [self._waiting(track, record, message) for record, message in own]
                 await self._transact(track, {record.offset for record, _ in own}, copies)
             return
-        await (await self._get_publisher()).publish([self._waiting(*each) for each in batch])
+        await (await self._get_sender()).publish([self._waiting(*each) for each in batch])
         for track, record, _ in batch:
             track.offsets.finish(record.offset)
 
-    async def _get_publisher(self) -> Publisher:
+    async def _get_sender(self) -> Sender:
         async with self._opening:
             if self._closed:
                 raise Closed("The consumer was closed.")
-            if self._publisher is None:
-                publisher = Publisher(self._settings, self._client_id, room=COPY_ROOM)
+            if self._sender is None:
+                sender = Sender(self._settings, self._sender_id, room=COPY_ROOM)
                 try:
-                    await publisher.open()
+                    await sender.open()
                 except BaseException:
-                    await publisher.close()
+                    await sender.close()
                     raise
-                self._publisher = publisher
-            return self._publisher
+                self._sender = sender
+            return self._sender
 
     # --- in transactions --------------------------------------------------------------------------
 
@@ -231,11 +234,11 @@ class Outbox:
     async def close(self) -> None:
         """Let go of everything."""
         self._closed = True
-        publisher, self._publisher = self._publisher, None
+        sender, self._sender = self._sender, None
         ends = [one.close() for one in self._transactionals]
         self._transactionals.clear()
-        if publisher is not None:
-            ends.append(publisher.close())
+        if sender is not None:
+            ends.append(sender.close())
         await asyncio.gather(*ends)
 
     # --- copies -----------------------------------------------------------------------------------

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from aiokafka.partitioner import murmur2
 
 from streamtools.drivers.kafka.bindings import Bindings
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, Unfit, client_error
+from streamtools.drivers.kafka.errors import TROUBLE, Unfit, client_error
 from streamtools.drivers.kafka.outgoing import Outgoing
-from streamtools.drivers.kafka.topics import Topics
+from streamtools.drivers.kafka.topics import Seen, Topics
 from streamtools.errors import SendError, StreamToolsError
 from streamtools.exchange import no_subscriber
 from streamtools.settings import KafkaSettings
@@ -24,19 +25,17 @@ LOOK_AGAIN: Final = 1.0
 
 
 class Partitions:
-    """The topics that are known to exist, and where in them a message belongs.
+    """The topics that are known to exist, and where in them a message belongs."""
 
-    Parameters:
-        limit: bytes of a message at most.
-    """
-
-    def __init__(self, settings: KafkaSettings, limit: int) -> None:
+    def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
-        self._limit = limit
         self._counts: dict[str, int] = {}
         self._looked = 0.0
         self._turn: dict[str, int] = {}
-        self._looking = asyncio.Lock()
+        #: Topics that are being looked for; each future has the number of partitions, or what is wrong.
+        self._looking: dict[str, asyncio.Future[int | StreamToolsError]] = {}
+        self._next: list[str] = []  # of these, those that are not asked for yet
+        self._tasks: set[asyncio.Task[None]] = set()
         self._bindings = Bindings(settings)
 
     async def know(
@@ -52,7 +51,10 @@ class Partitions:
         unbound: dict[str, StreamToolsError] = {}
         if any(item.exchange is not None for item in batch):
             batch, unbound = await self._spread(batch, producer)
-        missing = await self._find({item.topic for item in batch}.difference(unbound), producer)
+        topics = {item.topic for item in batch}
+        if topics <= self._counts.keys():
+            return batch, unbound
+        missing = await self._find(topics.difference(unbound), producer)
         if missing:
             batch = [item for item in batch if item.mandatory or item.topic not in missing]
         return batch, {**missing, **unbound}
@@ -85,21 +87,77 @@ class Partitions:
         unknown = set(topics).difference(self._counts)
         if not unknown:
             return {}
-        async with self._looking:  # thousands may send at once before the first of them knows the topic
-            return await self._look(unknown.difference(self._counts), producer)
+        # Thousands may send at once before the first of them knows the topic; none waits for another's.
+        asked = {topic: self._looking.get(topic) or self._look_for(topic, producer) for topic in unknown}
+        await asyncio.wait(asked.values())
+        found = {topic: future.result() for topic, future in asked.items()}
+        return {topic: trouble for topic, trouble in found.items() if isinstance(trouble, StreamToolsError)}
 
-    async def _look(self, topics: Iterable[str], producer: Any) -> dict[str, StreamToolsError]:
-        missing: dict[str, StreamToolsError] = {}
-        for topic in topics:
+    def _look_for(self, topic: str, producer: Any) -> asyncio.Future[int | StreamToolsError]:
+        future = self._looking[topic] = asyncio.get_running_loop().create_future()
+        self._next.append(topic)
+        if len(self._next) == 1:
+            self._begin(self._look(producer))
+        return future
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="streamtools-topics")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _look(self, producer: Any) -> None:
+        """Ask for all that are wanted by now, with one request."""
+        await asyncio.sleep(0)
+        topics, self._next = self._next, []
+        async with self._answering(topics):
             looks = Topics(producer.client, self._settings)
-            if topic not in await looks.find([topic]):
-                missing[topic] = looks.missing(topic)
-                continue
-            try:
-                self._counts[topic] = len(await producer.partitions_for(topic))
-            except CLIENT_ERRORS as error:
-                raise client_error(error, self._settings) from error
-        return missing
+            found = await looks.glance(topics)
+            self._tell(found, producer)
+            if missing := [topic for topic in topics if topic not in found]:
+                self._begin(self._look_elsewhere(missing, looks, producer))
+
+    async def _look_elsewhere(self, topics: list[str], looks: Topics, producer: Any) -> None:
+        """Ask all brokers for what one does not know, while the others are sent to."""
+        async with self._answering(topics):
+            found = await looks.look(topics)
+            self._tell(found, producer)
+            for topic in topics:
+                if topic not in found:
+                    self._answer(topic, looks.missing(topic))
+
+    def _tell(self, found: Mapping[str, Seen], producer: Any) -> None:
+        producer.client._topics.update(found)
+        for topic, seen in found.items():
+            if seen.error or seen.partitions:
+                self._answer(topic, seen.error or seen.partitions)
+            else:
+                self._begin(self._wait_for(topic, producer))
+
+    async def _wait_for(self, topic: str, producer: Any) -> None:
+        """It exists, and no broker knows its partitions yet."""
+        async with self._answering([topic]):
+            self._answer(topic, len(await producer.partitions_for(topic)))
+
+    @asynccontextmanager
+    async def _answering(self, topics: Iterable[str]) -> AsyncIterator[None]:
+        """Whoever waits for one of these topics is told what ends the work."""
+        try:
+            yield
+        except BaseException as error:
+            lost = client_error(error, self._settings)
+            lost.__cause__ = error
+            for topic in topics:
+                if (future := self._looking.pop(topic, None)) is not None and not future.done():
+                    future.set_exception(lost)
+                    future.exception()  # looked at: whoever waits gets it all the same
+            if not isinstance(error, TROUBLE):
+                raise
+
+    def _answer(self, topic: str, answer: int | StreamToolsError) -> None:
+        if isinstance(answer, int):
+            self._counts[topic] = answer
+        if (future := self._looking.pop(topic, None)) is not None and not future.done():
+            future.set_result(answer)
 
     def _look_again(self, cluster: Any) -> None:
         """Partitions may be added at any time, and all who send have to agree on where a key belongs."""
@@ -112,9 +170,13 @@ class Partitions:
         """Look for it again before the next message goes there."""
         self._counts.pop(topic, None)
 
-    def trouble(self, item: Outgoing) -> SendError | None:
-        """Why this one cannot go to its topic."""
-        if item.size > self._limit:
+    def trouble(self, item: Outgoing, limit: int) -> SendError | None:
+        """Why this one cannot go to its topic.
+
+        Parameters:
+            limit: bytes of a message at most.
+        """
+        if item.size > limit:
             return Unfit(
                 f"it has {item.size} bytes, over max_message={self._settings.max_message}; put less into it, or "
                 "raise KAFKA_MAX_MESSAGE and the topic's max.message.bytes"

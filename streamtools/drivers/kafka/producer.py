@@ -16,8 +16,8 @@ from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name
 from streamtools.drivers.kafka.options import ProducerOptions, SendOptions, is_async
 from streamtools.drivers.kafka.outgoing import outgoing
-from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import Placed
+from streamtools.drivers.kafka.sending import Sender
 from streamtools.drivers.kafka.topics import Topic
 from streamtools.drivers.kafka.track import KafkaDelivery
 from streamtools.drivers.kafka.transactions import Transactional, opened, same_kafka
@@ -67,7 +67,7 @@ class KafkaProducer(Producer, protocol="kafka"):
     send_options_class: ClassVar[type[SendOptions]] = SendOptions
     settings: KafkaSettings
     options: ProducerOptions
-    _publisher: Publisher | None = None
+    _sender: Sender | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -102,18 +102,18 @@ class KafkaProducer(Producer, protocol="kafka"):
 
     async def _open(self) -> None:
         await self._close()
-        publisher = Publisher(self.settings, self.client_id or f"streamtools-{self.queue}")
+        sender = Sender(self.settings, self.client_id)
         try:
-            topics = await publisher.open()
+            topics = await sender.open()
             if self.declare is not False:
                 topic = Topic(
                     name=self.queue, partitions=self.options.partitions, replication=self.options.replication
                 )
                 await topics.declare([topic], self.declare)
         except BaseException:
-            await publisher.close()
+            await sender.close()
             raise
-        self._publisher = publisher
+        self._sender = sender
 
     async def _send(self, batch: Sequence[Message], options: SendOptions) -> Sequence[Receipt] | None:
         batch = _placed(batch, options)
@@ -124,20 +124,20 @@ class KafkaProducer(Producer, protocol="kafka"):
             return await transaction.send(batch)
         if not self._waits(options):
             return await self._send_later(batch, options)
-        if self._publisher is None:
+        if self._sender is None:
             if self._closed:
                 raise Closed(f"{self!r} was closed; call open() to use it again.")
             raise ConnectionLost(f"{self!r} is not connected.")
         items = outgoing(batch)
-        await self._publisher.publish(items)
+        await self._sender.publish(items)
         return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
 
     async def _close(self) -> None:
-        publisher, self._publisher = self._publisher, None
+        sender, self._sender = self._sender, None
         idle, self._idle = self._idle, []
         ends = [one.close() for one in idle]
-        if publisher is not None:
-            ends.append(publisher.close())
+        if sender is not None:
+            ends.append(sender.close())
         await asyncio.gather(*ends)
 
     @classmethod

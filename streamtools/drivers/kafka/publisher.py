@@ -20,7 +20,7 @@ from aiokafka import errors as kafka
 from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.kafka.client import abandoned, connection, next_number, rewind, started, stopped
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, RECORD_REFUSALS, REFUSALS, client_error, plain
-from streamtools.drivers.kafka.outgoing import Outgoing, Portions, append, refused
+from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, Portions, append
 from streamtools.drivers.kafka.partitions import Partitions
 from streamtools.drivers.kafka.reach import Reach
 from streamtools.drivers.kafka.topics import Topics
@@ -33,6 +33,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 BATCH: Final = 512 * 1024
 #: Bytes that wait unconfirmed at most; senders wait for room beyond.
 UNCONFIRMED: Final = 64 * 1024 * 1024
+CLOSED: Final = "The producer was closed; call open() to use it again."
 #: Seconds before a batch is tried again with a new producer.
 PAUSE: Final = 0.05
 
@@ -42,12 +43,14 @@ class Pending:
 
     Attributes:
         future: ends when all are confirmed, or each of the others has failed.
+        room: of whoever sends them.
         given_up: nobody waits any more; what was not handed to Kafka yet is forgotten.
     """
 
-    __slots__ = ("failed", "future", "given_up", "remaining", "unknown")
+    __slots__ = ("failed", "future", "given_up", "remaining", "room", "unknown")
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, room: Room) -> None:
+        self.room: Room = room
         self.remaining: int = number
         self.failed: dict[str, BaseException] = {}
         self.unknown: dict[str, BaseException] = {}
@@ -64,6 +67,42 @@ class Pending:
         if not self.future.done():
             self.future.set_exception(error)
             self.future.exception()  # looked at: whoever waits gets it all the same
+
+
+class Room:
+    """Bytes that one sender may have unconfirmed; it waits for room beyond."""
+
+    def __init__(self, limit: int = UNCONFIRMED) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def is_short_of(self, size: int) -> bool:
+        """There is no room for so many bytes; what is larger than all of it has it alone."""
+        return self._taken > 0 and self._taken + size > self._limit
+
+    async def wait_for(self, size: int) -> None:
+        """Return when there is room for so many bytes."""
+        while self.is_short_of(size):
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            await waiter
+
+    def take(self, size: int) -> None:
+        """So many bytes wait."""
+        self._taken += size
+
+    def free(self, size: int) -> None:
+        """So many bytes wait no more."""
+        self._taken -= size
+        while self._waiting and self._taken < self._limit // 2:
+            _wake(self._waiting.popleft())
+
+    def clear(self) -> None:
+        """Nobody is to wait any more."""
+        self._taken = 0
+        while self._waiting:
+            _wake(self._waiting.popleft())
 
 
 class Lane:
@@ -116,7 +155,7 @@ class Lane:
         while number:
             item = waiting[0]
             if item.pending.given_up:
-                self._publisher.freed(waiting.popleft().size)
+                item.pending.room.free(waiting.popleft().size)
             elif not append(add, item):
                 break
             elif item.error is None:
@@ -129,19 +168,20 @@ class Lane:
         return batch, builder
 
     def _confirm(self, batch: list[Outgoing], offset: int) -> None:
-        partition, size = self.partition, 0
-        pending, number = batch[0].pending, 0
+        partition = self.partition
+        pending, number, size = batch[0].pending, 0, 0
         for item in batch:
             item.partition = partition
             item.offset = offset if offset >= 0 else None
             offset += 1
-            size += item.size
             if item.pending is not pending:  # they come in runs
+                pending.room.free(size)
                 pending.done(number)
-                pending, number = item.pending, 0
+                pending, number, size = item.pending, 0, 0
             number += 1
+            size += item.size
+        pending.room.free(size)
         pending.done(number)
-        self._publisher.freed(size)
 
     async def _failed(self, batch: list[Outgoing], producer: Any, number: int, error: BaseException) -> None:
         if isinstance(error, REFUSALS):
@@ -173,76 +213,73 @@ class Lane:
 
     def _refuse(self, batch: list[Outgoing], error: BaseException) -> None:
         for item in batch:
-            self._publisher.freed(item.size)
+            item.pending.room.free(item.size)
             item.refuse(error)
             item.pending.failed[item.id] = error
             item.pending.done()
 
     def _fail(self, batch: Sequence[Outgoing], error: BaseException) -> None:
         for item in batch:
-            self._publisher.freed(item.size)
+            item.pending.room.free(item.size)
             item.pending.fail(error)
 
 
 class Publisher:
     """Sends records over one idempotent producer, which is made anew after each failure.
 
+    All who send to one Kafka share it, each by a `Sender`.
+
     Parameters:
         settings: where.
         client_id: as the broker shows it.
-        room: bytes that a message may have beyond `max_message`.
     """
 
-    def __init__(self, settings: KafkaSettings, client_id: str, *, room: int = 0) -> None:
+    def __init__(self, settings: KafkaSettings, client_id: str) -> None:
         self.settings: KafkaSettings = settings
         self._client_id = client_id
         self._producer: Any = None
         self._lanes: dict[tuple[str, int], Lane] = {}
-        self._limit = settings.max_message + room
-        self._partitions = Partitions(settings, self._limit)
-        self._unconfirmed = 0
-        self._room: deque[asyncio.Future[None]] = deque()
+        self._partitions = Partitions(settings)
         self._renewing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
+        self._failed = False  # to connect anew
         self._closed = False
 
-    async def open(self) -> Topics:
-        """Connect; what looks at topics over the same connection.
+    async def open(self) -> None:
+        """Connect; at once where that was done, and the last attempt to connect anew did not fail.
 
         Raises:
             ConnectError: no broker lets us in.
         """
-        self._producer = await self._new_producer()
+        async with self._renewing:
+            if self._producer is None or self._failed:
+                failed, self._producer = self._producer, await self._new_producer()
+                if failed is not None:
+                    self._retire_later(failed)
+
+    @property
+    def topics(self) -> Topics:
+        """What looks at topics over the same connection."""
         return Topics(self._producer.client, self.settings)
 
-    async def publish(self, batch: Sequence[Outgoing]) -> None:
-        """Return when all are confirmed.
+    async def submit(self, batch: Sequence[Outgoing], room: Room, limit: int) -> Pending:
+        """Hand them over in order, once there is room; returns before they are confirmed.
 
-        Raises:
-            SendError: naming those that Kafka refuses; the others of the batch are confirmed.
-            ConnectError: the connection ended, and no new one can be made.
+        Parameters:
+            room: of whoever sends them.
+            limit: bytes of a message at most.
         """
-        pending = await self.submit(batch)
-        try:
-            await pending.future
-        finally:
-            pending.given_up = True
-        if pending.failed:
-            raise refused(pending.failed, self.settings)
-
-    async def submit(self, batch: Sequence[Outgoing]) -> Pending:
-        """Hand them over in order, once there is room; returns before they are confirmed."""
         producer = await self.producer()
         if producer is None:
-            raise Closed("The producer was closed; call open() to use it again.")
+            raise Closed(CLOSED)
         batch, missing = await self._partitions.know(batch, producer)
-        pending = Pending(len(batch))
-        size = sum(item.size for item in batch)
-        while self._unconfirmed > 0 and self._unconfirmed + size > UNCONFIRMED:
-            await self._wait_for_room()
+        size = sum([item.size for item in batch])
+        if room.is_short_of(size):
+            await room.wait_for(size)
         if self._closed:
-            raise Closed("The producer was closed; call open() to use it again.")
-        self._hand_over(batch, pending, missing)
+            raise Closed(CLOSED)
+        pending = Pending(len(batch), room)
+        self._hand_over(batch, pending, missing, limit)
         if not batch:
             pending.done()  # it may reach nobody, and did not
         return pending
@@ -258,8 +295,6 @@ class Publisher:
         for lane in self._lanes.values():
             lane._fail(list(lane.waiting), error)
             lane.waiting.clear()
-        while self._room:
-            _wake(self._room.popleft())
         producer, self._producer = self._producer, None
         for task in list(self._retiring):
             task.cancel()
@@ -274,14 +309,14 @@ class Publisher:
         self._partitions.forget(topic)
 
     def _hand_over(
-        self, batch: Sequence[Outgoing], pending: Pending, missing: Mapping[str, StreamToolsError]
+        self, batch: Sequence[Outgoing], pending: Pending, missing: Mapping[str, StreamToolsError], limit: int
     ) -> None:
         trouble_of, choose = self._partitions.trouble, self._partitions.choose
         lane: Lane | None = None
         size = 0
         for item in batch:
             item.pending = pending
-            trouble = missing.get(item.topic) or trouble_of(item) if missing else trouble_of(item)
+            trouble = missing.get(item.topic) or trouble_of(item, limit) if missing else trouble_of(item, limit)
             if trouble is not None:
                 item.refuse(trouble)
                 pending.failed[item.id] = trouble
@@ -292,7 +327,7 @@ class Publisher:
                 lane = self._lane(item.topic, partition)
             lane.waiting.append(item)
             size += item.size
-        self._unconfirmed += size
+        pending.room.take(size)
 
     def _lane(self, topic: str, partition: int) -> Lane:
         lane = self._lanes.get((topic, partition))
@@ -306,8 +341,10 @@ class Publisher:
 
     async def producer(self) -> Any:
         """The producer to use now; None after the end."""
-        async with self._renewing:
-            return self._producer
+        if self._renewing.locked():
+            async with self._renewing:
+                pass
+        return self._producer
 
     async def renew(self, failed: Any) -> None:
         """Use a new producer instead of `failed`, which ends once its last batches have."""
@@ -315,9 +352,12 @@ class Publisher:
             if self._producer is not failed or self._closed:
                 return
             self._producer = await self._new_producer()
-            task = asyncio.create_task(self._retire(failed))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._retire_later(failed)
+
+    def _retire_later(self, producer: Any) -> None:
+        task = asyncio.create_task(self._retire(producer))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     async def _retire(self, producer: Any) -> None:
         try:
@@ -330,24 +370,13 @@ class Publisher:
             **await connection(self.settings, self._client_id),
             enable_idempotence=True,
             max_batch_size=BATCH,
-            max_request_size=self._limit,
+            max_request_size=self.settings.max_message + COPY_ROOM,
         )
         Reach(producer.client, f"Producer {self._client_id}", self.settings)
+        self._failed = True
         await started(producer, self.settings)
+        self._failed = False
         return producer
-
-    # --- bounds -----------------------------------------------------------------------------------
-
-    async def _wait_for_room(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._room.append(waiter)
-        await waiter
-
-    def freed(self, size: int) -> None:
-        """So many bytes wait no more."""
-        self._unconfirmed -= size
-        while self._room and self._unconfirmed < UNCONFIRMED // 2:
-            _wake(self._room.popleft())
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -19,7 +19,6 @@ from streamtools.drivers.kafka.groups import Groups, Progress, busy
 from streamtools.drivers.kafka.names import reader_of
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
-from streamtools.drivers.kafka.publisher import Publisher
 from streamtools.drivers.kafka.records import (
     GROUP,
     QUEUE,
@@ -30,6 +29,7 @@ from streamtools.drivers.kafka.records import (
     now_ms,
     read_record,
 )
+from streamtools.drivers.kafka.sending import Sender
 from streamtools.drivers.kafka.unpacking import Answers, Buffers
 from streamtools.errors import SendError
 from streamtools.message import Message
@@ -68,7 +68,7 @@ class KafkaReader:
         self._records: dict[TopicPartition, dict[int, Any]] = {}  # taken and not finished
         self._there: dict[tuple[str, str], bool] = {}  # whether groups and their topics for retries are
         self._consumer: Any = None
-        self._publisher: Publisher | None = None
+        self._sender: Sender | None = None
 
     async def open(self) -> None:
         """Find out what waits."""
@@ -112,10 +112,10 @@ class KafkaReader:
     async def close(self) -> None:
         """Let go; nothing that was not settled has changed."""
         consumer, self._consumer = self._consumer, None
-        publisher, self._publisher = self._publisher, None
+        sender, self._sender = self._sender, None
         try:
-            if publisher is not None:
-                await publisher.close()
+            if sender is not None:
+                await sender.close()
         finally:
             if consumer is not None:
                 await stopped(consumer)
@@ -130,11 +130,11 @@ class KafkaReader:
             QueueError: the group has consumers.
             SendError: a message was refused; it and nothing else stays.
         """
-        publisher = await self._opened()
+        sender = await self._opened()
         batch = [item for settlement in settlements for item in await self._copies(settlement)]
         try:
             if batch:
-                await publisher.publish(batch)
+                await sender.publish(batch)
         except SendError as error:
             lost = {*error.refused, *error.unknown}
             await self._finish([s for s in settlements if not lost.intersection(m.id for m in s.outgoing)])
@@ -166,15 +166,15 @@ class KafkaReader:
             self._there[group, topic] = known
         return self._there[group, topic]
 
-    async def _opened(self) -> Publisher:
-        if self._publisher is None:
+    async def _opened(self) -> Sender:
+        if self._sender is None:
             # Before anything is sent: what cannot be committed would be sent again each time.
             if (await self._groups.describe(self._group)).active:
                 raise busy(self._group, self._settings)
-            publisher = Publisher(self._settings, self._client_id, room=COPY_ROOM)
-            await publisher.open()
-            self._publisher = publisher
-        return self._publisher
+            sender = Sender(self._settings, self._client_id, room=COPY_ROOM)
+            await sender.open()
+            self._sender = sender
+        return self._sender
 
     async def _unread(self) -> list[TopicPartition]:
         """Partitions with something before the end that was found at the beginning."""
@@ -218,9 +218,9 @@ class KafkaReader:
         written once more at the end, as they are, and finished where they were.
         """
         offsets, left = self._offsets[partition], self._records[partition]
-        if offsets.commit()[2] or self._publisher is None:
+        if offsets.commit()[2] or self._sender is None:
             return
-        await self._publisher.publish([_again(record) for record in left.values()])
+        await self._sender.publish([_again(record) for record in left.values()])
         for offset in list(left):
             offsets.finish(offset)
         left.clear()

@@ -14,9 +14,9 @@ from aiokafka.protocol.admin import CreateTopicsRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from streamtools.checks import Declare
-from streamtools.drivers.kafka.client import connection, diagnose, stopped
+from streamtools.drivers.kafka.client import connection, diagnose, learn, stopped
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error, plain
-from streamtools.errors import ConnectError, QueueError
+from streamtools.errors import ConnectError, QueueError, StreamToolsError
 from streamtools.settings import KafkaSettings
 
 if TYPE_CHECKING:
@@ -44,6 +44,21 @@ class Topic:
     config: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A topic that exists.
+
+    Attributes:
+        partitions: how many it has; 0 where no broker knows yet.
+        leaderless: one of them has no leader at present.
+        error: why it is of no use to us.
+    """
+
+    partitions: int
+    leaderless: bool = False
+    error: StreamToolsError | None = None
+
+
 class Topics:
     """Looks and makes over a client of the library that is connected."""
 
@@ -58,8 +73,16 @@ class Topics:
 
     async def find(self, names: Iterable[str]) -> dict[str, int]:
         """Those that exist, with their number of partitions; 0 as long as one has no leader."""
+        found = await self.look(names)
+        for seen in found.values():
+            if seen.error is not None:
+                raise seen.error
+        return {name: 0 if seen.leaderless else seen.partitions for name, seen in found.items()}
+
+    async def look(self, names: Iterable[str]) -> dict[str, Seen]:
+        """Those that exist, asked for with one request; the client knows from then on who leads them."""
         wanted = list(names)
-        found = self._read(await self._ask(_question(wanted)))
+        found = await self.glance(wanted)
         for broker in self._client.cluster.brokers():
             # What was just made is known to one broker a moment before it is to the next.
             if missing := [name for name in wanted if name not in found]:
@@ -68,16 +91,20 @@ class Topics:
                         found |= self._read(await self._client.send(broker.nodeId, _question(missing)))
         return found
 
-    def _read(self, response: Any) -> dict[str, int]:
+    async def glance(self, names: Iterable[str]) -> dict[str, Seen]:
+        """The same by one broker's word, who may not know yet what was just made."""
+        return self._read(await self._ask(_question(list(names))))
+
+    def _read(self, response: Any) -> dict[str, Seen]:
         found = {}
         for error_code, name, _internal, partitions in response.topics:
             error = kafka.for_code(error_code)
             if error is kafka.NoError:
-                found[name] = len(partitions) if all(p[2] >= 0 for p in partitions) else 0
+                found[name] = Seen(len(partitions), leaderless=any(p[2] < 0 for p in partitions))
+                learn(self._client.cluster, name, partitions)
             elif error not in (kafka.UnknownTopicOrPartitionError, kafka.InvalidTopicError):
-                if not error.retriable:
-                    raise client_error(error(name), self._settings)
-                found[name] = 0  # it exists, without a leader as yet
+                trouble = None if error.retriable else client_error(error(name), self._settings)
+                found[name] = Seen(0, leaderless=True, error=trouble)
         return found
 
     async def declare(self, topics: Iterable[Topic], declare: Declare) -> dict[str, int]:

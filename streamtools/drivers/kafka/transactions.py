@@ -84,7 +84,7 @@ class Transactional:
         self._client_id = client_id
         self._identity = identity
         self._limit = settings.max_message + COPY_ROOM
-        self._partitions = Partitions(settings, self._limit)
+        self._partitions = Partitions(settings)
         self._producer: Any = None
         #: It has failed in a way that leaves the fate of its transaction open, or was fenced off.
         self.broken: bool = False
@@ -124,7 +124,7 @@ class Transactional:
         failed: dict[str, BaseException] = {}
         lanes: dict[tuple[str, int], list[Outgoing]] = {}
         for item in batch:
-            trouble = missing.get(item.topic) or self._partitions.trouble(item)
+            trouble = missing.get(item.topic) or self._partitions.trouble(item, self._limit)
             if trouble is None:
                 lanes.setdefault((item.topic, self._partitions.choose(item)), []).append(item)
             else:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from math import ceil
@@ -252,6 +253,8 @@ class DelayChain:
         if levels <= self._levels:
             return
         if self._levels == 0:
+            with suppress(ChannelAccessRefused):  # what is missing then is found out below
+                await declare_undeliverable(self._link)
             await self._make(self._declare_end, queues=(UNDELIVERABLE,), exchanges=(UNDELIVERABLE, OUT))
             self._renew_at = self._time() + RENEW
         for level in range(self._levels, levels):
@@ -291,7 +294,6 @@ class DelayChain:
 
     async def _declare_end(self, channel: AbstractChannel) -> None:
         call = self._link.call
-        await declare_undeliverable(self._link, channel)
         await call(channel.exchange_declare(UNDELIVERABLE, exchange_type="fanout", durable=True))
         await call(channel.queue_bind(UNDELIVERABLE, UNDELIVERABLE))
         await call(
@@ -311,6 +313,21 @@ class DelayChain:
         await call(channel.exchange_bind(below, name, f"{place}0.#"))
 
 
-async def declare_undeliverable(link: Link, channel: AbstractChannel) -> None:
-    """The queue where messages wait that would have nowhere else to go."""
-    await link.call(channel.queue_declare(UNDELIVERABLE, durable=True, arguments={"x-queue-type": "quorum"}))
+async def declare_undeliverable(link: Link) -> None:
+    """The queue where messages wait that would have nowhere else to go; as it is, where it stands.
+
+    From RabbitMQ 4 on a quorum queue without an argument drops what was delivered more than 20 times.
+    """
+    try:
+        async with link.declaring() as channel:
+            await link.call(channel.queue_declare(UNDELIVERABLE, passive=True))
+    except ChannelNotFoundEntity:
+        async with link.declaring() as channel:
+            arguments = {"x-queue-type": "quorum", **_without_limit(channel)}
+            await link.call(channel.queue_declare(UNDELIVERABLE, durable=True, arguments=arguments))
+
+
+def _without_limit(channel: AbstractChannel) -> dict[str, Any]:
+    """The argument that lifts the delivery limit; on RabbitMQ 3, which has none by default, it would drop all."""
+    version = str(channel.connection.server_properties.get("version", ""))
+    return {} if version.partition(".")[0] in ("", "3") else {"x-delivery-limit": -1}

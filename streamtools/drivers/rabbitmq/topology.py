@@ -230,8 +230,7 @@ class Topology:
     async def declare_error_queue(self, queue: Queue, declare: Declare) -> None:
         """Declare or check an error queue, and what stands behind it."""
         if declare is True and await self._passive(queue.name) is None:
-            async with self._link.declaring() as channel:
-                await self._mapped(declare_undeliverable(self._link, channel))
+            await self._mapped(declare_undeliverable(self._link))
         await self.declare(queue, declare)
 
     async def declare_exchange(self, exchange: Exchange, declare: Declare = True) -> None:

@@ -12,6 +12,7 @@ from streamtools.drivers.sqlite.consumer import SQLiteReader
 from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.files import Moved
 from streamtools.drivers.sqlite.producer import bind, declare
+from streamtools.drivers.sqlite.schema import NoRoom
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConnectError, QueueError
 from streamtools.exchange import Binding
@@ -20,6 +21,8 @@ from streamtools.settings import SQLiteSettings
 
 #: Messages deleted in one transaction, so that others have their turn.
 PURGE: Final = 5000
+#: Bytes that each of them has written, about.
+PAGES: Final = 512
 
 
 class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
@@ -74,10 +77,18 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
 
     async def _purge(self, queue: str) -> int:
         last = await self._call(last_id, queue)
-        number = 0
-        while more := await self._call(forget, (queue, last), full=True):
+        number, most = 0, PURGE
+        while True:
+            try:
+                more = await self._call(forget, (queue, last, most), full=True, moved=most * PAGES)
+            except NoRoom:  # for that many at once
+                if most == 1:
+                    raise
+                most = max(1, most // 8)
+                continue
+            if not more:
+                return number
             number += more
-        return number
 
     async def _stats(self, queue: str) -> QueueInfo:
         ready, delayed, in_hand, oldest = await self._call(numbers, queue)
@@ -96,14 +107,14 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
     def _reader(self, queue: str, prefetch: int) -> Reader:
         return SQLiteReader(queue, url=self.settings, prefetch=max(1, prefetch), declare=False)
 
-    async def _call(self, run: Any, argument: Any, *, full: bool = False) -> Any:
+    async def _call(self, run: Any, argument: Any, *, full: bool = False, moved: int = 0) -> Any:
         name = argument[0] if isinstance(argument, tuple) else argument
         wanted = f"queue {name!r}"
         try:
-            found = await (await self._connect(wanted)).call(run, argument, full=full)
+            found = await (await self._connect(wanted)).call(run, argument, full=full, moved=moved)
         except Moved:  # nothing was done: ask the file that is there now
             await self._leave()
-            found = await (await self._connect(wanted)).call(run, argument, full=full)
+            found = await (await self._connect(wanted)).call(run, argument, full=full, moved=moved)
         if found is None:
             raise QueueError(f"There is no {wanted} in {self.settings.path}.")
         return found
@@ -121,9 +132,9 @@ def last_id(tables: Tables, arguments: Sequence[str]) -> list[int | None]:
     return [last if tables.has_queue(queue) else None for queue in arguments]
 
 
-def forget(tables: Tables, arguments: Sequence[tuple[str, int]]) -> list[int]:
-    """Delete some of what waits in each queue up to a row id; how many."""
-    return [sum(tables.forget(lane, last, PURGE) for lane in tables.lanes(queue)) for queue, last in arguments]
+def forget(tables: Tables, arguments: Sequence[tuple[str, int, int]]) -> list[int]:
+    """Delete some of what waits in each queue up to a row id, in each lane so many at most; how many."""
+    return [sum(tables.forget(lane, last, most) for lane in tables.lanes(queue)) for queue, last, most in arguments]
 
 
 def drop(tables: Tables, arguments: Sequence[str]) -> list[bool]:

@@ -42,11 +42,15 @@ class Verdicts:
         acks: row ids to delete, by claim.
         releases: row ids to give back, by claim.
         moves: (row id, claim, what goes out first).
+        new: bytes of what handlers send.
+        moved: bytes of copies for a retry or the error queue, which take the place of what they are of.
     """
 
     acks: dict[int, list[int]] = field(default_factory=dict)
     releases: dict[int, list[int]] = field(default_factory=dict)
     moves: list[tuple[int, int, list[Row]]] = field(default_factory=list)
+    new: int = 0
+    moved: int = 0
 
     def all(self) -> Iterator[tuple[int, int]]:
         """(claim, row id) of all that are done with."""
@@ -164,8 +168,11 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
             return  # closed: all that was in hand has gone back
         verdicts = self._verdicts(settlements)
         try:
-            refused = await self._session.call(settle, verdicts, full=bool(verdicts.moves))
+            full = bool(verdicts.moves)
+            refused = await self._session.call(settle, verdicts, full=full, new=verdicts.new, moved=verdicts.moved)
         except NoRoom as error:
+            if len(settlements) > 1:  # a few at a time take less
+                return await self._settle_halves(settlements)
             if not verdicts.moves:
                 raise
             raise SendError(str(error), refused=[row.id for _, _, rows in verdicts.moves for row in rows]) from error
@@ -179,6 +186,17 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         if refused:
             raise missing(refused)
 
+    async def _settle_halves(self, settlements: Sequence[Settlement]) -> None:
+        middle = len(settlements) // 2
+        refused: list[SendError] = []
+        for half in (settlements[:middle], settlements[middle:]):
+            try:
+                await self._settle(half)
+            except SendError as error:
+                refused.append(error)
+        if refused:
+            raise SendError(str(refused[0]), refused=[each for error in refused for each in error.refused])
+
     def _verdicts(self, settlements: Sequence[Settlement]) -> Verdicts:
         verdicts = Verdicts()
         for settlement in settlements:
@@ -186,7 +204,13 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
             if settlement.verdict.kind is Kind.RELEASE:
                 verdicts.releases.setdefault(token.claim, []).append(token.id)
             elif settlement.outgoing:
-                verdicts.moves.append((token.id, token.claim, self._rows(settlement, token)))
+                rows = self._rows(settlement, token)
+                verdicts.moves.append((token.id, token.claim, rows))
+                size = sum(row.size for row in rows)
+                if settlement.verdict.kind is Kind.ACK:
+                    verdicts.new += size
+                else:
+                    verdicts.moved += size
             else:
                 verdicts.acks.setdefault(token.claim, []).append(token.id)
         return verdicts

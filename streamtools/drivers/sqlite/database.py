@@ -209,19 +209,24 @@ class Session:
         """The file cannot be used by this session any more."""
         return self._database.gone
 
-    async def call(self, run: Run, argument: Any, *, full: bool, patience: float | None = None) -> Any:
+    async def call(
+        self, run: Run, argument: Any, *, full: bool, patience: float | None = None, new: int = 0, moved: int = 0
+    ) -> Any:
         """Have something done in a transaction, together with what else is asked meanwhile.
 
         Parameters:
             full: return when it is on the disk, not only in the operating system's hands.
             patience: seconds to wait for another process's lock; `busy_timeout` when None.
+            new: bytes of messages that are sent.
+            moved: bytes of what else is written, about, where it is much; there must be room for either.
 
         Raises:
+            NoRoom: there is none.
             ConnectionLost: it was not done.
             Closed: the session was closed before it was done; it may be done all the same.
         """
         patience = self._database.settings.busy_timeout if patience is None else patience
-        return await self._ask(Job(run, argument, full, patience))
+        return await self._ask(Job(run, argument, full, patience, new, moved))
 
     async def claim(self, holder: Holder, limit: int, *, once: bool = False) -> Claimed | None:
         """Wait for messages and take them into hand. When cancelled, nothing stays in hand.

@@ -63,7 +63,8 @@ class SQLiteProducer(Producer, protocol="sqlite"):
         patience = min(self.settings.busy_timeout, self.send_timeout * 0.9)
         try:
             rows = [encode(message) for message in batch]
-            refused = await self._session.call(insert, rows, full=True, patience=patience)
+            size = sum(row.size for row in rows)
+            refused = await self._session.call(insert, rows, full=True, patience=patience, new=size)
         except NoRoom as error:
             raise SendError(str(error), refused=[m.id for m in batch]) from error
         except (sqlite3.Error, ValueError, OverflowError) as error:

@@ -24,6 +24,8 @@ class Job:
         argument: for `run`.
         full: it must be on the disk before it counts as done.
         patience: seconds to wait for a lock on the file.
+        new: bytes of messages that are sent.
+        moved: bytes of what else is written, about, where it is much.
         future: where the result goes; of the event loop, which alone touches it.
         cancelled: nobody waits for it any more.
     """
@@ -32,6 +34,8 @@ class Job:
     argument: Any
     full: bool
     patience: float
+    new: int = 0
+    moved: int = 0
     future: Any = None
     cancelled: bool = False
 

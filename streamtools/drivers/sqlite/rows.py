@@ -52,6 +52,11 @@ class Row:
     lane: int | None = None
     clash: str | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        return len(self.body) + len(self.meta)
+
 
 def encode(message: Message, *, lane: int | None = None, origin: int | None = None) -> Row:
     """The row of a message.

@@ -217,7 +217,9 @@ def is_busy(error: BaseException) -> bool:
 
 def is_fatal(error: BaseException) -> bool:
     """The connection cannot go on: the disk or the file itself is in trouble."""
-    return isinstance(error, sqlite3.Error) and (_code(error) == sqlite3.SQLITE_IOERR or _code(error) in _PERMANENT)
+    if not isinstance(error, sqlite3.Error) or is_full(error):
+        return False
+    return _code(error) == sqlite3.SQLITE_IOERR or _code(error) in _PERMANENT
 
 
 def is_too_big(error: BaseException) -> bool:
@@ -236,12 +238,24 @@ def explain(error: BaseException, path: str) -> StreamToolsError:
         code = sqlite3.SQLITE_PERM
     if code in _PERMANENT:
         return ConnectError(_PERMANENT[code].format(path=path, error=error), permanent=True)
-    if code == sqlite3.SQLITE_FULL:
-        return NoRoom(
-            f"There is no room for {path} to grow, so nothing was written: df -h {Path(path).parent}. "
-            "It goes on when there is room."
-        )
+    if is_full(error):
+        return no_room(path)
     return ConnectionLost(f"{path} could not be read or written: {error}.")
+
+
+def no_room(path: str) -> NoRoom:
+    """The error for a disk that is full."""
+    return NoRoom(
+        f"There is no room for {path} to grow, so nothing was written: df -h {Path(path).parent}. "
+        "It goes on when there is room; what waits can be handled and purged meanwhile."
+    )
+
+
+def is_full(error: BaseException) -> bool:
+    """The disk is full, be it for the file, its log or its index in shared memory."""
+    return isinstance(error, sqlite3.Error) and (
+        _code(error) == sqlite3.SQLITE_FULL or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHMSIZE
+    )
 
 
 def locked(path: str, seconds: float) -> str:

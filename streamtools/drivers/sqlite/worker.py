@@ -28,6 +28,7 @@ from typing import Any, Final
 from streamtools.drivers.sqlite import schema
 from streamtools.drivers.sqlite.files import Files, Moved
 from streamtools.drivers.sqlite.requests import Holder, Job, Outcome, Run, Waiter
+from streamtools.drivers.sqlite.room import Room
 from streamtools.drivers.sqlite.rows import Claimed
 from streamtools.drivers.sqlite.tables import CLAIM_BYTES, Tables
 from streamtools.errors import ConnectError, ConnectionLost
@@ -145,6 +146,8 @@ class Worker:
                     raise ConnectError(schema.locked(self._path, time.monotonic() - started)) from error
                 self._halt.wait(random.uniform(0.5, 1) * LOCK_MAX_DELAY)  # noqa: S311
         self._tables = Tables(connection)
+        self._room = Room(self._path, connection.execute)
+        self._room.reserve()
         self._files = Files(self._path)
         return connection
 
@@ -341,8 +344,11 @@ class Worker:
 
     # --- transactions ---------------------------------------------------------------------------
 
-    def _transaction(self, jobs: list[Job], waiters: list[Waiter], *, full: bool) -> None:
+    def _transaction(self, jobs: list[Job], waiters: list[Waiter], *, full: bool, again: bool = False) -> None:
+        new, moved = sum(job.new for job in jobs), sum(job.moved for job in jobs)
         try:
+            if new or moved:
+                self._room.check(new, moved)
             if not self._begin(jobs, waiters, "FULL" if full else "NORMAL"):
                 return
             before = self._connection.total_changes
@@ -354,7 +360,9 @@ class Worker:
             self._tables.run("COMMIT")
         except Exception as error:
             self._roll_back()
-            if len(jobs) + len(waiters) == 1 or _is_fatal(error):
+            if schema.is_full(error) and self._room.make() and not new and not again:
+                self._transaction(jobs, waiters, full=full, again=True)
+            elif len(jobs) + len(waiters) == 1 or _is_fatal(error):
                 self._fail(error, jobs, waiters)
             else:
                 self._one_by_one(jobs, waiters, full=full)

@@ -13,9 +13,11 @@ class TestSQLite(ConformanceSuite):
 
 The driver's `Features` steer it: a case that means nothing for a protocol is skipped, saying which
 feature excludes it. Each case has a queue name of its own, so one broker may serve all of them. Where the
-broker's connections can be cut, a fixture `cut` lets the suite do so. Only real brokers prove anything.
+broker's connections can be cut, a fixture `cut` lets the suite do so. A process that has messages in hand is killed
+with -9: a fixture `kill_url` says where they come back soon. Only real brokers prove anything.
 
-    sending.py · receiving.py · handling.py · failing.py · ordering.py · administration.py · topics.py   the cases
+    sending.py · receiving.py · handling.py · failing.py · ordering.py · killed.py · administration.py · topics.py
+                  the cases
     stage.py      what a case opens, sends and receives with
     cases.py      fixtures, and what Features exclude
     payloads.py   what is sent
@@ -26,6 +28,7 @@ from __future__ import annotations
 from streamtools.testing.conformance.administration import AdministrationCases
 from streamtools.testing.conformance.failing import FailingCases
 from streamtools.testing.conformance.handling import HandlingCases
+from streamtools.testing.conformance.killed import KilledCases
 from streamtools.testing.conformance.ordering import ConnectionCases, GroupCases, OrderingCases
 from streamtools.testing.conformance.receiving import ReceivingCases
 from streamtools.testing.conformance.sending import SendingCases
@@ -42,6 +45,7 @@ class ConformanceSuite(
     OrderingCases,
     GroupCases,
     ConnectionCases,
+    KilledCases,
     AdministrationCases,
     TopicCases,
 ):

@@ -147,7 +147,7 @@ class OfflineOutbox(Outbox):
 
     broker: Broker
 
-    async def _get_publisher(self) -> Any:
+    async def _get_sender(self) -> Any:
         return self.broker
 
     async def _get_transactional(self, track: Track) -> Any:

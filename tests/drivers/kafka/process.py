@@ -48,5 +48,18 @@ async def exactly(bootstrap: str, queue: str, out: str, history: str) -> None:
         await consumer.run(handle, on_started=lambda: write(f"up {name} - 0"))
 
 
+async def plainly(bootstrap: str, queue: str, history: str) -> None:
+    """Handle each number, one after the other."""
+    write, name = writer(history), os.getpid()
+    consumer = KafkaConsumer(queue, url=settings(bootstrap), error_queue="{queue}.error", revoke_timeout=5)
+
+    @consumer()
+    async def handle(msg: int) -> None:
+        await asyncio.sleep(0.02)
+        write(f"handled {name} - {msg}")
+
+    await consumer.run(handle, on_started=lambda: write(f"up {name} - 0"))
+
+
 if __name__ == "__main__":
-    asyncio.run({"exactly": exactly}[sys.argv[1]](*sys.argv[2:]))
+    asyncio.run({"exactly": exactly, "plainly": plainly}[sys.argv[1]](*sys.argv[2:]))

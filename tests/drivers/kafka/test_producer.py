@@ -12,7 +12,7 @@ import pytest
 from streamtools import ConfigurationError, ConnectError, KafkaSettings, Message, QueueError, SendError
 from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
 from streamtools.drivers.kafka.producer import KafkaReceipt
-from streamtools.drivers.kafka.topics import Topic, Topics, topics_at
+from streamtools.drivers.kafka.topics import Seen, Topic, Topics, topics_at
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import kafka_tool
@@ -214,14 +214,15 @@ async def test_thousands_of_first_sends_at_once_ask_for_the_topic_once(
     producer: MakeProducer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    find = Topics.find
+    glance = Topics.glance
 
-    async def counted(topics: Topics, names: Iterable[str]) -> dict[str, int]:
+    async def counted(topics: Topics, names: Iterable[str]) -> dict[str, Seen]:
+        names = list(names)
         asked.extend(names)
-        return await find(topics, names)
+        return await glance(topics, names)
 
     sender = await producer()
-    monkeypatch.setattr(Topics, "find", counted)
+    monkeypatch.setattr(Topics, "glance", counted)
     receipts = await asyncio.gather(*(sender.send(n) for n in range(5000)))
     assert len(receipts) == 5000 and asked == [sender.queue]
 

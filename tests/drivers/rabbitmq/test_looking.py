@@ -422,3 +422,27 @@ async def test_a_thousand_looks_at_a_thousand_failed_messages(foreign: AbstractC
     found = await contents(foreign, "failed")
     assert [body for body, *_ in found] == [b"%d" % n for n in range(number)]
     assert {count for _, _, count, *_ in found} == {0}
+
+
+async def test_the_queue_of_what_has_nowhere_to_go_forgets_nothing(
+    url: str, foreign: AbstractChannel, admin: QueueAdmin
+) -> None:
+    async with RabbitMQConsumer("orders", url=url):  # makes all of them
+        pass
+    await foreign.basic_publish(b"kept", routing_key="streamtools.undeliverable")
+
+    for _ in range(LOOKS):  # each of which the broker counts
+        await wait_until(lambda: _holds(admin, "streamtools.undeliverable", 1))
+        got = await foreign.basic_get("streamtools.undeliverable")
+        await foreign.basic_nack(got.delivery.delivery_tag or 0, requeue=True)
+
+    await wait_until(lambda: _holds(admin, "streamtools.undeliverable", 1))
+    assert [m.body for m in await admin.peek("streamtools.undeliverable")] == [b"kept"]
+
+
+async def test_one_that_stands_as_it_was_made_before_is_used(url: str, foreign: AbstractChannel) -> None:
+    quorum: FieldTable = {"x-queue-type": "quorum"}
+    await foreign.queue_declare("streamtools.undeliverable", durable=True, arguments=quorum)
+
+    async with RabbitMQConsumer("orders", url=url), RabbitMQProducer("orders", url=url) as producer:
+        await producer.send(1, delay=0.1)

@@ -1,0 +1,95 @@
+"""Leaving in the middle of whatever: a consumer that is asked to end does so within two seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from streamtools.drivers.kafka import KafkaConsumer
+from streamtools.testing import eventually
+from tests.brokers.kafka.address import KafkaAddress
+from tests.brokers.kafka.node import KafkaNode
+from tests.drivers.kafka.conftest import MakeProducer, Running
+
+#: Seconds within which it ends, on a busy machine.
+SOON = 3.0
+
+
+@asynccontextmanager
+async def joining(consumer: KafkaConsumer) -> AsyncIterator[asyncio.Task[object]]:
+    """A consumer that waits for its group, and is cancelled at the end."""
+    task = asyncio.create_task(consumer.open())
+    await eventually(lambda: task.done() or _asks(consumer))
+    yield task
+    task.cancel()
+    async with asyncio.timeout(SOON):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+def _asks(consumer: KafkaConsumer) -> bool:
+    membership = consumer._membership
+    return membership is not None and membership.coordinator is not None
+
+
+@pytest.mark.real_kafka("members that wait for others")
+async def test_a_consumer_that_joins_while_another_is_slow_to_let_go_ends_at_once(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def handle(msg: int) -> None:
+        begun.set()
+        await go.wait()
+
+    async with running(handle) as other:
+        await (await producer()).send(1)
+        await begun.wait()
+        generation = other._membership.coordinator.place.generation
+        consumer = KafkaConsumer(queue, url=kafka.url)
+        async with joining(consumer) as task:
+            await eventually(lambda: bool(other._membership.tracks) and _going(other))
+            assert not task.done()
+        go.set()
+        # Nobody waits for the one that went: the other has its partitions again long before a session would end.
+        async with asyncio.timeout(SOON):
+            await eventually(lambda: bool(other._membership.tracks) and not _going(other))
+        assert other._membership.coordinator.place.generation > generation
+
+
+def _going(consumer: KafkaConsumer) -> bool:
+    return any(track.going for track in consumer._membership.tracks.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_a_consumer_whose_broker_dies_while_it_joins_ends_at_once(own_kafka: KafkaNode, queue: str) -> None:
+    first = await KafkaConsumer(queue, url=own_kafka.url).open()
+    try:
+        async with joining(KafkaConsumer(queue, url=own_kafka.url)):
+            await asyncio.to_thread(own_kafka.kill)
+        async with asyncio.timeout(SOON):
+            await first.close()
+    finally:
+        await asyncio.to_thread(own_kafka.start)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_a_consumer_whose_broker_freezes_ends_soon(own_kafka: KafkaNode, queue: str) -> None:
+    first = await KafkaConsumer(queue, url=own_kafka.url).open()
+    own_kafka.freeze()
+    try:
+        opening = asyncio.create_task(KafkaConsumer(queue, url=own_kafka.url).open())
+        await asyncio.sleep(0.5)  # wherever it is by then: it has no answer yet
+        opening.cancel()
+        async with asyncio.timeout(SOON):
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+        async with asyncio.timeout(3 * SOON):
+            await first.close()
+    finally:
+        own_kafka.thaw()

@@ -1,0 +1,226 @@
+"""A place in a group that is lost, kept, or claimed by two."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+
+from streamtools import ConnectError, QueueAdmin
+from streamtools.consumer import BoundHandler
+from streamtools.drivers.kafka import KafkaConsumer, static_names
+from streamtools.settings import WORKER_VARIABLE, KafkaSettings
+from streamtools.testing import eventually
+from tests.brokers.kafka.address import KafkaAddress
+from tests.drivers.kafka.conftest import MakeProducer, Running
+from tests.drivers.kafka.process import SESSION
+from tests.drivers.kafka.test_chaos import events, workers
+
+pytestmark = pytest.mark.real_kafka("members that lose their place")
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks_the_loop() -> None:
+    """The history of a process is read between the looks of `eventually`, which counts as ours."""
+
+
+@pytest.fixture
+async def commits(kafka: KafkaAddress, queue: str) -> Any:
+    """What the group of the queue has committed, asked from outside."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    await admin.start()
+
+    async def read() -> dict[int, int]:
+        found = await admin.list_consumer_group_offsets(queue)
+        return {place.partition: commit.offset for place, commit in found.items() if place.topic == queue}
+
+    yield read
+    await admin.close()
+
+
+def quick(kafka: KafkaAddress) -> KafkaSettings:
+    return KafkaSettings(host=kafka.bootstrap, session_timeout=SESSION)
+
+
+# --- losing it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_a_process_that_was_stopped_beyond_its_session_never_moves_the_group_backwards(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, tmp_path: Path, commits: Any
+) -> None:
+    history, number = tmp_path / "history", 300
+    sender = await producer(partitions=1)
+    await sender.send_many(range(number))
+    seen: list[int] = []
+
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+
+    def by_sleeper() -> list[int]:
+        return [int(number) for what, _, _, number in events(history) if what == "handled"]
+
+    async with workers() as start:
+        sleeper = await start("plainly", kafka.bootstrap, queue, str(history))
+        await eventually(lambda: len(by_sleeper()) > 10, timeout=60)
+        os.kill(sleeper.pid, signal.SIGSTOP)
+        async with running(handle, url=quick(kafka)):
+            await eventually(lambda: bool(seen) and max(seen) == number - 1, timeout=60)
+        assert await commits() == {0: number}
+        before = len(by_sleeper())
+        os.kill(sleeper.pid, signal.SIGCONT)
+        await sender.send(number)
+        while number not in by_sleeper():
+            assert (await commits())[0] >= number
+            await asyncio.sleep(0.01)
+        await eventually(lambda: _is(commits, {0: number + 1}))
+    assert len(by_sleeper()) - before <= 3, "the one in hand, and those that were handed over already"
+
+
+async def _is(commits: Any, expected: dict[int, int]) -> bool:
+    return bool(await commits() == expected)
+
+
+async def test_what_a_member_finished_before_it_lost_its_place_is_not_handled_again(
+    kafka: KafkaAddress,
+    producer: MakeProducer,
+    running: Running,
+    queue: str,
+    commits: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("streamtools.drivers.kafka.membership.COMMIT_AGE", 600)
+    seen: list[int] = []
+    slow = asyncio.Event()
+
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+        if msg == 3:
+            await slow.wait()
+
+    sender = await producer(partitions=1)
+    async with running(handle, concurrency=4, url=quick(kafka)) as consumer:
+        await sender.send_many(range(10))
+        await eventually(lambda: len(seen) == 10)
+        track = consumer._membership.tracks[next(p for p in consumer._membership.tracks if p.topic == queue)]
+        await consumer._membership.coordinator.leave()  # as the broker does it, unheard by the library
+        await eventually(lambda: track.going)
+        slow.set()
+        await eventually(lambda: track.gone)
+        await sender.send(10)
+        await eventually(lambda: 10 in seen)
+    assert seen == list(range(11))
+    assert await commits() == {0: 11}
+
+
+async def test_what_an_operator_moved_backwards_meanwhile_is_handled_again(
+    kafka: KafkaAddress,
+    producer: MakeProducer,
+    running: Running,
+    admin: QueueAdmin,
+    queue: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+
+    sender = await producer(partitions=1)
+    async with running(handle, url=quick(kafka)) as consumer:
+        await sender.send_many(range(5))
+        await eventually(lambda: len(seen) == 5)
+        await consumer._membership.commit()
+        monkeypatch.setattr("streamtools.drivers.kafka.membership.COMMIT_AGE", 600)
+        await sender.send_many(range(5, 10))
+        await eventually(lambda: len(seen) == 10)
+        await consumer._membership.coordinator.leave()
+        await admin.seek(queue, "beginning", group=queue)
+        await eventually(lambda: len(seen) == 20)
+    assert seen == [*range(10), *range(10)]
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_each_consumer_of_a_process_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WORKER_VARIABLE, raising=False)
+    first, second, elsewhere = (static_names.take("kafka://a", g, "one") for g in ("g", "g", "h"))
+    assert (first, second, elsewhere) == ("one", "one.consumer-2", "one")
+    monkeypatch.setenv(WORKER_VARIABLE, "1")
+    third, fourth = (static_names.take("kafka://a", "g", "one") for _ in range(2))
+    assert (third, fourth) == ("one.worker-1", "one.worker-1.consumer-2")
+    monkeypatch.delenv(WORKER_VARIABLE)
+    static_names.release("kafka://a", "g", first)
+    assert static_names.take("kafka://a", "g", "one") == first
+    for group, name in [("g", first), ("g", second), ("h", elsewhere), ("g", third), ("g", fourth)]:
+        static_names.release("kafka://a", group, name)
+
+
+async def test_two_consumers_of_a_process_share_a_group_though_their_static_id_is_the_same(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    seen: list[int] = []
+
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+
+    other = f"{queue}-other"
+    options = {"group": queue, "static_id": "one", "url": quick(kafka)}
+    await producer(other)
+    async with (
+        running(handle, **options) as first,
+        running(handle, **options) as second,
+        running(handle, other, **options) as third,
+    ):
+        sender, further = await producer(), await producer(other)
+        for number in range(50):
+            await sender.send(number)
+            await further.send(1000 + number)
+        await eventually(lambda: len(seen) >= 100)
+        found = {c._membership.coordinator.place.generation for c in (first, second, third)}
+        await asyncio.sleep(SESSION)  # several heartbeats of each
+        again = {c._membership.coordinator.place.generation for c in (first, second, third)}
+    assert sorted(seen) == [*range(50), *range(1000, 1050)]
+    assert len(found) == 1 and found == again
+
+
+async def test_a_consumer_whose_name_another_process_takes_over_ends_and_says_so(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(static_names, "take", lambda _address, _group, name: name)  # as another process would
+    seen: list[tuple[str, int]] = []
+
+    async def handle(msg: int) -> None:
+        seen.append(("second", msg))
+
+    options = {"static_id": "one", "url": quick(kafka)}
+    consumer = KafkaConsumer(queue, error_queue="{queue}.error", **options)
+    started = asyncio.Event()
+
+    async def first(msg: int) -> None:
+        seen.append(("first", msg))
+
+    task = asyncio.create_task(consumer.run(BoundHandler(consumer, first), on_started=started.set))
+    await started.wait()
+    sender = await producer()
+    await sender.send(1)
+    await eventually(lambda: seen == [("first", 1)])
+    async with running(handle, **options) as second:
+        with pytest.raises(ConnectError) as caught:
+            async with asyncio.timeout(30):
+                await task
+        assert caught.value.permanent
+        for word in ("'one'", repr(queue), "static_id=", "Another consumer"):
+            assert word in str(caught.value)
+        generation = second._membership.coordinator.place.generation
+        await sender.send(2)
+        await eventually(lambda: ("second", 2) in seen)
+        await asyncio.sleep(SESSION)
+        assert second._membership.coordinator.place.generation == generation

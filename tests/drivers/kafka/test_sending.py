@@ -1,0 +1,179 @@
+"""One producing client for all who send, and first messages to many topics."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from streamtools import KafkaSettings, Message, QueueAdmin, QueueError, Retry
+from streamtools.consumer import BoundHandler
+from streamtools.drivers.kafka import KafkaConsumer, KafkaProducer, publisher
+from streamtools.drivers.kafka.outgoing import outgoing
+from streamtools.drivers.kafka.sending import _PUBLISHERS, Sender
+from streamtools.drivers.kafka.topics import Topic, topics_at
+from streamtools.errors import Closed, SendError
+from streamtools.testing import eventually
+from tests.brokers.kafka.address import KafkaAddress
+from tests.drivers.kafka.conftest import MakeProducer, records
+
+pytestmark = pytest.mark.real_kafka("making topics")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The producing clients that were made."""
+    found: list[Any] = []
+    original = publisher.AIOKafkaProducer
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        found.append(original(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(publisher, "AIOKafkaProducer", make)
+    return found
+
+
+async def test_producers_and_the_retries_of_consumers_share_one_client_and_the_last_closes_it(
+    kafka: KafkaAddress, queue: str, made: list[Any]
+) -> None:
+    producers = [KafkaProducer(f"{queue}.{n % 3}", url=kafka.url) for n in range(50)]
+    consumers = [
+        KafkaConsumer(f"{queue}.{n}", url=kafka.url, error_queue=f"{queue}.error", retry=Retry(retries=0))
+        for n in range(3)
+    ]
+
+    async def fail(msg: int) -> None:
+        raise ValueError("never")
+
+    tasks = [asyncio.create_task(consumer.run(BoundHandler(consumer, fail))) for consumer in consumers]
+    await asyncio.gather(*(producer.open() for producer in producers))
+    await asyncio.gather(*(producer.send(n) for n, producer in enumerate(producers)))
+
+    async def all_failed() -> bool:
+        return len(await records(kafka, f"{queue}.error")) == 50
+
+    await eventually(all_failed, timeout=60)
+    for consumer in consumers:
+        consumer.stop(10)
+    await asyncio.gather(*tasks)
+    for producer in producers[1:]:
+        await producer.close()
+    assert len(made) == 1
+    await producers[0].send("still open")
+    await producers[0].close()
+    assert _PUBLISHERS._shelf(asyncio.get_running_loop()) == {} and made[0]._closed
+
+
+async def test_another_client_id_and_other_settings_have_a_client_of_their_own(
+    kafka: KafkaAddress, producer: MakeProducer, made: list[Any]
+) -> None:
+    settings = KafkaSettings.from_url(kafka.url)
+    for options in ({}, {"client_id": "shop"}, {"url": settings.model_copy(update={"max_message": 5000})}, {}):
+        await producer(**options)
+    assert [one.client._client_id for one in made] == ["streamtools", "shop", "streamtools"]
+
+
+async def test_what_one_has_closed_fails_and_the_others_go_on(kafka: KafkaAddress, queue: str) -> None:
+    settings = KafkaSettings.from_url(kafka.url)
+    one, two = Sender(settings, None), Sender(settings, None)
+    async with AsyncExitStack() as stack:
+        for sender in (one, two):
+            stack.push_async_callback(sender.close)
+            topics = await sender.open()
+        await topics.declare([Topic(name=queue, partitions=1)], True)
+        confirmed = asyncio.Event()
+        producer = one._lease.value._producer  # type: ignore[union-attr]
+        send = producer.send_batch
+
+        async def slow(*args: Any, **kwargs: Any) -> Any:
+            await confirmed.wait()
+            return await send(*args, **kwargs)
+
+        producer.send_batch = slow
+        first = asyncio.create_task(one.publish(outgoing([Message(body=b"1", queue=queue, id="1")] * 1000)))
+        second = asyncio.create_task(two.publish(outgoing([Message(body=b"2", queue=queue, id="2")] * 1000)))
+        await eventually(lambda: one._pending and two._pending)
+        await one.close()
+        with pytest.raises(Closed):
+            await first
+        confirmed.set()
+        await second
+        with pytest.raises(Closed):
+            await one.publish(outgoing([Message(body=b"1", queue=queue, id="1")]))
+    assert sum(record.value == b"2" for record in await records(kafka, queue)) == 1000
+
+
+def test_one_event_loop_after_another_sends(kafka: KafkaAddress, queue: str) -> None:
+    sender = KafkaProducer(queue, url=kafka.url)
+
+    async def use(number: int) -> int | None:
+        async with sender:
+            offset: int | None = (await sender.send(number)).offset  # type: ignore[attr-defined]
+            return offset
+
+    assert [asyncio.run(use(number)) for number in range(3)] == [0, 1, 2]
+
+
+# --- first messages to many topics ----------------------------------------------------------------
+
+
+@pytest.fixture
+async def many(kafka: KafkaAddress, admin: QueueAdmin) -> AsyncIterator[list[str]]:
+    """Topics that are new."""
+    names = [f"many-{secrets.token_hex(4)}.{n}" for n in range(300)]
+    async with topics_at(KafkaSettings.from_url(kafka.url), "test") as topics:
+        await topics.declare([Topic(name=name, partitions=1) for name in names], True)
+    yield names
+    for name in names:
+        await admin._cluster.delete_topic(name)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["each at once", "one after the other", "in one batch"])
+async def test_first_messages_to_hundreds_of_topics_take_seconds(
+    producer: MakeProducer, many: list[str], how: str
+) -> None:
+    sender = await producer(declare=False)
+    batch = [Message(body=b"x", queue=name, id=name) for name in many]
+    begun = time.monotonic()
+    if how == "each at once":
+        await asyncio.gather(*(sender.send_messages([message]) for message in batch))
+    elif how == "in one batch":
+        await sender.send_messages(batch)
+    else:
+        for message in batch:
+            await sender.send_messages([message])
+    took = time.monotonic() - begun
+    print(f"\n{len(batch)} topics, {how}: {took:.2f} s")
+    assert took < 10  # 15 s at 50 ms each
+
+
+async def test_nobody_waits_for_anothers_missing_topic(
+    producer: MakeProducer, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = await producer()
+    await sender.send("first")
+    sender._sender._lease.value.forget(queue)
+    found = asyncio.Event()
+    cluster = sender._sender._lease.value._producer.client
+    send = cluster.send
+
+    async def slow(node: Any, request: Any, **options: Any) -> Any:
+        if getattr(request, "_topics", None) == [f"{queue}.missing"]:
+            await found.wait()
+        return await send(node, request, **options)
+
+    monkeypatch.setattr(cluster, "send", slow)
+    waiting = asyncio.create_task(sender.send_messages([Message(body=b"x", queue=f"{queue}.missing", id="1")]))
+    await eventually(lambda: sender._sender._lease.value._partitions._looking)
+    async with asyncio.timeout(5):
+        await sender.send("second")
+    assert not waiting.done()
+    found.set()
+    with pytest.raises((QueueError, SendError), match="There is no topic"):
+        await waiting
