@@ -150,6 +150,12 @@ def learn(cluster: Any, topic: str, partitions: Iterable[Any]) -> None:
             cluster._broker_partitions[leader].add(TopicPartition(topic, number))
 
 
+def fail_batches(producer: Any, topic: str, partition: int, error: Exception) -> None:
+    """End what a producer of the library has not sent to a partition; what is on its way is not there."""
+    for batch in producer._message_accumulator._batches.pop(TopicPartition(topic, partition), ()):
+        batch.failure(error)
+
+
 def next_number(producer: Any, topic: str, partition: int) -> int:
     """The number of the next message of a partition, by which Kafka knows one that comes twice."""
     return int(producer._txn_manager.sequence_number(TopicPartition(topic, partition)))

@@ -54,7 +54,18 @@ REFUSALS: Final[tuple[type[Exception], ...]] = (
     kafka.PolicyViolationError,
     kafka.InvalidRequiredAcksError,
 )
+#: A transaction was ended before its commit: its time was over, or another has taken its id over.
+_UNDONE: Final[tuple[type[Exception], ...]] = (
+    kafka.ProducerFenced,
+    kafka.InvalidProducerEpoch,
+    kafka.InvalidTxnState,
+    kafka.InvalidProducerIdMapping,
+)
 _TOO_LARGE: Final[tuple[type[Exception], ...]] = (kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError)
+
+
+class Missing(QueueError):
+    """There is no such topic, or not any more."""
 
 
 class Unfit(SendError):
@@ -135,6 +146,11 @@ def refusal(error: BaseException, settings: KafkaSettings) -> StreamToolsError:
     if isinstance(error, kafka.BrokerResponseError) and not error.retriable:
         return QueueError(f"{settings.safe_url} refuses it: {plain(error).rstrip('.')}.")
     return client_error(error, settings)
+
+
+def was_undone(error: BaseException) -> bool:
+    """A transaction is known not to have taken place: Kafka has ended it, or another owner has."""
+    return isinstance(error.__cause__, _UNDONE)
 
 
 def is_too_large(error: BaseException) -> bool:

@@ -30,6 +30,7 @@ class Partitions:
     def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
         self._counts: dict[str, int] = {}
+        self._had: dict[str, int] = {}  # the same of those that were forgotten
         self._looked = 0.0
         self._turn: dict[str, int] = {}
         #: Topics that are being looked for; each future has the number of partitions, or what is wrong.
@@ -166,9 +167,20 @@ class Partitions:
             if partitions := cluster.partitions_for_topic(topic):
                 self._counts[topic] = len(partitions)
 
+    async def close(self) -> None:
+        """Look for nothing any more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     def forget(self, topic: str) -> None:
         """Look for it again before the next message goes there."""
-        self._counts.pop(topic, None)
+        if (count := self._counts.pop(topic, None)) is not None:
+            self._had[topic] = count
+
+    def count(self, topic: str) -> int | None:
+        """How many partitions it has, or had when it was last seen."""
+        return self._counts.get(topic) or self._had.get(topic)
 
     def trouble(self, item: Outgoing, limit: int) -> SendError | None:
         """Why this one cannot go to its topic.

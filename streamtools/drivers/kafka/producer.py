@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -12,15 +13,16 @@ from secrets import token_hex
 from typing import Any, ClassVar, Final
 
 from streamtools.delivery import Delivery, current
+from streamtools.drivers.kafka.errors import Missing, was_undone
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name
 from streamtools.drivers.kafka.options import ProducerOptions, SendOptions, is_async
-from streamtools.drivers.kafka.outgoing import outgoing
+from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
 from streamtools.drivers.kafka.records import Placed
 from streamtools.drivers.kafka.sending import Sender
 from streamtools.drivers.kafka.topics import Topic
 from streamtools.drivers.kafka.track import KafkaDelivery
-from streamtools.drivers.kafka.transactions import Transactional, opened, same_kafka
+from streamtools.drivers.kafka.transactions import TIMEOUT, Transactional, opened, same_kafka
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError, StreamToolsError
 from streamtools.message import Message, sets_slots
 from streamtools.producer import Producer, Receipt
@@ -106,10 +108,7 @@ class KafkaProducer(Producer, protocol="kafka"):
         try:
             topics = await sender.open()
             if self.declare is not False:
-                topic = Topic(
-                    name=self.queue, partitions=self.options.partitions, replication=self.options.replication
-                )
-                await topics.declare([topic], self.declare)
+                await topics.declare([self._topic(self.options.partitions)], self.declare)
         except BaseException:
             await sender.close()
             raise
@@ -129,8 +128,40 @@ class KafkaProducer(Producer, protocol="kafka"):
                 raise Closed(f"{self!r} was closed; call open() to use it again.")
             raise ConnectionLost(f"{self!r} is not connected.")
         items = outgoing(batch)
-        await self._sender.publish(items)
+        try:
+            await self._sender.publish(items)
+        except SendError:
+            again = self._lost_with_topic(items)
+            if not again:
+                raise
+            await self._make_again(self._sender)
+            await self._sender.publish(again)
         return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
+
+    def _lost_with_topic(self, items: Sequence[Outgoing]) -> list[Outgoing]:
+        """Those refused because our own topic was deleted while we use it, if that is all that was refused."""
+        refused = [item for item in items if item.error is not None]
+        ours = all(item.topic == self.queue and isinstance(item.error, Missing) for item in refused)
+        if self.declare is not True or not ours:
+            return []
+        for item in refused:
+            item.error = None
+        return refused
+
+    async def _make_again(self, sender: Sender) -> None:
+        count = self.options.partitions or sender.partitions(self.queue)
+        if await sender.make(self._topic(count)):
+            log.warning(
+                "%r: the topic was deleted while it was in use, with all that it held. Made again, partitions=%s.",
+                self,
+                count,
+            )
+
+    def _topic(self, partitions: int | None) -> Topic:
+        return Topic(name=self.queue, partitions=partitions, replication=self.options.replication)
+
+    def _why_unconfirmed(self) -> str:
+        return self._sender.what_it_waits_for() if self._sender is not None else super()._why_unconfirmed()
 
     async def _close(self) -> None:
         sender, self._sender = self._sender, None
@@ -246,10 +277,12 @@ class Transaction:
         self._lock = asyncio.Lock()  # many tasks may send in it
         self._sent: list[str] = []
         self._failure: SendError | None = None
+        self._begun = 0.0
 
     async def begin(self) -> None:
         """Begin."""
         await self.transactional.begin()
+        self._begun = time.monotonic()
 
     async def send(self, batch: Sequence[Message]) -> list[Receipt]:
         """Send as part of it; a failure makes the whole fail, whether who sends goes on or not."""
@@ -261,7 +294,8 @@ class Transaction:
                 self._failure = self._failure or error
                 raise
             except ConnectError as error:
-                self._failure = SendError(f"The transaction is off: {error}", refused=[m.id for m in batch])
+                why = self._why(error)
+                self._failure = SendError(f"The transaction is off: {why}", refused=[m.id for m in batch])
                 raise self._failure from error
         self._sent += [m.id for m in batch]
         return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
@@ -273,10 +307,23 @@ class Transaction:
         try:
             await self.transactional.commit()
         except ConnectError as error:
+            if was_undone(error):
+                raise SendError(
+                    f"A transaction of {len(self._sent)} messages is off: {self._why(error)}", refused=self._sent
+                ) from error
             raise SendError(
                 f"It is not known whether a transaction of {len(self._sent)} messages took place: {error}",
                 unknown=self._sent,
             ) from error
+
+    def _why(self, error: ConnectError) -> str:
+        took = time.monotonic() - self._begun
+        if took < TIMEOUT or not was_undone(error):
+            return str(error)
+        return (
+            f"it took {took:.0f} s, and Kafka undoes one that takes longer than {TIMEOUT:g} s. Nothing of it was "
+            "sent: do what takes long before it begins."
+        )
 
     async def abort(self) -> None:
         """Forget it."""

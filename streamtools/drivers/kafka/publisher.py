@@ -12,19 +12,36 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
 from aiokafka import errors as kafka
 
 from streamtools.cancelling import asked_to_stop
-from streamtools.drivers.kafka.client import abandoned, connection, next_number, rewind, started, stopped
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, RECORD_REFUSALS, REFUSALS, client_error, plain
+from streamtools.drivers.kafka.client import (
+    abandoned,
+    connection,
+    fail_batches,
+    next_number,
+    rewind,
+    started,
+    stopped,
+)
+from streamtools.drivers.kafka.errors import (
+    CLIENT_ERRORS,
+    RECORD_REFUSALS,
+    REFUSALS,
+    TROUBLE,
+    Missing,
+    client_error,
+    plain,
+)
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, Portions, append
 from streamtools.drivers.kafka.partitions import Partitions
 from streamtools.drivers.kafka.reach import Reach
-from streamtools.drivers.kafka.topics import Topics
-from streamtools.errors import Closed, StreamToolsError
+from streamtools.drivers.kafka.topics import Topic, Topics
+from streamtools.errors import Closed, ConnectError, StreamToolsError
 from streamtools.settings import KafkaSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -34,6 +51,8 @@ BATCH: Final = 512 * 1024
 #: Bytes that wait unconfirmed at most; senders wait for room beyond.
 UNCONFIRMED: Final = 64 * 1024 * 1024
 CLOSED: Final = "The producer was closed; call open() to use it again."
+#: Seconds without a confirmation after which it is looked at whether the topic is still there.
+LATE: Final = 2.0
 #: Seconds before a batch is tried again with a new producer.
 PAUSE: Final = 0.05
 
@@ -115,6 +134,7 @@ class Lane:
         self.topic: str = topic
         self.partition: int = partition
         self._portions = Portions()
+        self._watch: asyncio.Task[None] | None = None
 
     def wake(self) -> None:
         """Send what waits, until nothing does."""
@@ -129,9 +149,10 @@ class Lane:
             if not batch:
                 continue
             number = next_number(producer, self.topic, self.partition)
+            producer.client._topics.add(self.topic)  # a new one knows of none
             try:
                 future = await producer.send_batch(builder, self.topic, partition=self.partition)
-                offset = (await future).offset
+                offset = (await self._in_time(future, producer)).offset
             except asyncio.CancelledError:
                 if asked_to_stop():
                     self._fail(batch, Closed("The producer was closed while this was sent."))
@@ -146,6 +167,31 @@ class Lane:
                 raise
             else:
                 self._confirm(batch, offset)
+
+    async def _in_time(self, future: asyncio.Future[Any], producer: Any) -> Any:
+        """What comes of it; whether the topic is still there is looked at when that takes long."""
+        timer = asyncio.get_running_loop().call_later(LATE, self._wonder, future, producer)
+        try:
+            return await future
+        finally:
+            timer.cancel()
+            if self._watch is not None:
+                self._watch.cancel()
+                self._watch = None
+
+    def _wonder(self, future: asyncio.Future[Any], producer: Any) -> None:
+        self._watch = asyncio.create_task(self._look_after(future, producer), name="streamtools-late")
+
+    async def _look_after(self, future: asyncio.Future[Any], producer: Any) -> None:
+        """The library sends to a topic that was deleted for ever, and to the next one of that name: end that."""
+        looks = Topics(producer.client, self._publisher.settings)
+        pause = LATE
+        while not future.done():
+            with suppress(*TROUBLE):  # nothing is known while no broker answers
+                if self.topic not in await looks.look([self.topic]):
+                    pause = PAUSE  # it may be on its way just now, and then comes back to where it can be ended
+                    fail_batches(producer, self.topic, self.partition, kafka.UnknownTopicOrPartitionError())
+            await asyncio.sleep(pause)
 
     def _build(self, producer: Any) -> tuple[list[Outgoing], Any]:
         builder = producer.create_batch()
@@ -192,11 +238,20 @@ class Lane:
         elif isinstance(error, REFUSALS):
             self._refuse(batch, error)
         elif isinstance(error, kafka.UnknownTopicOrPartitionError):
-            self._publisher.forget(self.topic)
-            self._refuse(batch, error)
+            self._publisher.partitions.forget(self.topic)
+            waiting = [*batch, *self.waiting]
+            self.waiting.clear()
+            self._refuse(waiting, self._deleted())
             await self._publisher.renew(producer)
         else:
             await self._again(batch, producer, error)
+
+    def _deleted(self) -> Missing:
+        count = self._publisher.partitions.count(self.topic)
+        return Missing(
+            f"the topic {self.topic!r} was deleted while messages were sent to it. Make it again, as it was: "
+            f"streamtools queues create {self.topic} --partitions {count}"
+        )
 
     async def _again(self, batch: list[Outgoing], producer: Any, error: BaseException) -> None:
         """Send it once more, before all others, by a new producer, as long as somebody waits for it."""
@@ -238,9 +293,11 @@ class Publisher:
         self.settings: KafkaSettings = settings
         self._client_id = client_id
         self._producer: Any = None
+        self._reach: Reach | None = None
         self._lanes: dict[tuple[str, int], Lane] = {}
-        self._partitions = Partitions(settings)
+        self.partitions: Partitions = Partitions(settings)
         self._renewing = asyncio.Lock()
+        self._making = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self._failed = False  # to connect anew
         self._closed = False
@@ -257,6 +314,40 @@ class Publisher:
                 if failed is not None:
                     self._retire_later(failed)
 
+    def what_it_waits_for(self) -> str:
+        """A sentence on why something is not confirmed, as far as is known."""
+        if self._reach is None or not self._reach.up:
+            return f"no broker answers at {self.settings.safe_url}."
+        partitions = self._producer.client.cluster._partitions
+        for (topic, number), lane in self._lanes.items():
+            seen = partitions.get(topic, {}).get(number)
+            if lane.task is None or lane.task.done() or seen is None:
+                continue
+            if seen.leader < 0:
+                return f"partition {number} of {topic!r} has no leader."
+            if len(seen.isr) < len(seen.replicas):
+                return (
+                    f"of the {len(seen.replicas)} replicas of partition {number} of {topic!r} {len(seen.isr)} are in "
+                    "sync, and the topic may want more (min.insync.replicas)."
+                )
+        return "no confirmation came, though a broker is connected."
+
+    async def make(self, topic: Topic) -> bool:
+        """Make a topic that was deleted while it was in use; False where it is there again."""
+        async with self._making:  # many find out at once
+            while True:
+                producer = await self.producer()
+                looks = Topics(producer.client, self.settings)
+                try:
+                    if topic.name in await looks.look([topic.name]):
+                        return False
+                    await looks.declare([topic], True)
+                except ConnectError:
+                    if producer is self._producer:
+                        raise
+                else:
+                    return True
+
     @property
     def topics(self) -> Topics:
         """What looks at topics over the same connection."""
@@ -272,7 +363,7 @@ class Publisher:
         producer = await self.producer()
         if producer is None:
             raise Closed(CLOSED)
-        batch, missing = await self._partitions.know(batch, producer)
+        batch, missing = await self.partitions.know(batch, producer)
         size = sum([item.size for item in batch])
         if room.is_short_of(size):
             await room.wait_for(size)
@@ -290,7 +381,7 @@ class Publisher:
         tasks = [lane.task for lane in self._lanes.values() if lane.task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, self.partitions.close(), return_exceptions=True)
         error = Closed("The producer was closed before this was confirmed.")
         for lane in self._lanes.values():
             lane._fail(list(lane.waiting), error)
@@ -304,14 +395,10 @@ class Publisher:
 
     # --- lanes --------------------------------------------------------------------------------------
 
-    def forget(self, topic: str) -> None:
-        """Look for it again before the next message goes there."""
-        self._partitions.forget(topic)
-
     def _hand_over(
         self, batch: Sequence[Outgoing], pending: Pending, missing: Mapping[str, StreamToolsError], limit: int
     ) -> None:
-        trouble_of, choose = self._partitions.trouble, self._partitions.choose
+        trouble_of, choose = self.partitions.trouble, self.partitions.choose
         lane: Lane | None = None
         size = 0
         for item in batch:
@@ -372,7 +459,7 @@ class Publisher:
             max_batch_size=BATCH,
             max_request_size=self.settings.max_message + COPY_ROOM,
         )
-        Reach(producer.client, f"Producer {self._client_id}", self.settings)
+        self._reach = Reach(producer.client, f"Producer {self._client_id}", self.settings)
         self._failed = True
         await started(producer, self.settings)
         self._failed = False

@@ -19,6 +19,7 @@ from streamtools.drivers.kafka.groups import Groups, Progress, busy
 from streamtools.drivers.kafka.names import reader_of
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
+from streamtools.drivers.kafka.reach import make_no_topics
 from streamtools.drivers.kafka.records import (
     GROUP,
     QUEUE,
@@ -82,6 +83,7 @@ class KafkaReader:
             auto_offset_reset="earliest",
             isolation_level="read_committed",
         )
+        make_no_topics(consumer._client)
         answers = Answers(consumer._client)
         await started(consumer, self._settings)
         self._consumer = consumer

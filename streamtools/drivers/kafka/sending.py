@@ -11,7 +11,7 @@ from typing import Final
 
 from streamtools.drivers.kafka.outgoing import Outgoing, refused
 from streamtools.drivers.kafka.publisher import CLOSED, Pending, Publisher, Room
-from streamtools.drivers.kafka.topics import Topics
+from streamtools.drivers.kafka.topics import Topic, Topics
 from streamtools.errors import Closed
 from streamtools.settings import KafkaSettings
 from streamtools.sharing import Lease, Sharing
@@ -73,6 +73,20 @@ class Sender:
             self._pending.discard(pending)
         if pending.failed:
             raise refused(pending.failed, self._settings)
+
+    def what_it_waits_for(self) -> str:
+        """A sentence on why something is not confirmed, as far as is known."""
+        return self._lease.value.what_it_waits_for() if self._lease is not None else "it is not connected."
+
+    def partitions(self, topic: str) -> int | None:
+        """How many partitions it has, or had when it was last seen."""
+        return self._lease.value.partitions.count(topic) if self._lease is not None else None
+
+    async def make(self, topic: Topic) -> bool:
+        """Make a topic that was deleted while it was in use; False where it is there again."""
+        if self._lease is None:
+            raise Closed(CLOSED)
+        return await self._lease.value.make(topic)
 
     async def close(self) -> None:
         """Let go; what is not confirmed by then fails. Safe to repeat."""

@@ -15,7 +15,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 
 from streamtools.checks import Declare
 from streamtools.drivers.kafka.client import connection, diagnose, learn, stopped
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error, plain
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, Missing, client_error, plain
 from streamtools.errors import ConnectError, QueueError, StreamToolsError
 from streamtools.settings import KafkaSettings
 
@@ -122,9 +122,9 @@ class Topics:
             await self._create(missing)
         return await self._wait(list(wanted), found)
 
-    def missing(self, name: str) -> QueueError:
+    def missing(self, name: str) -> Missing:
         """The error for a topic that does not exist."""
-        return QueueError(
+        return Missing(
             f"There is no topic {name!r} at {self._settings.safe_url}. Make it: streamtools queues create {name}. Or "
             "use declare=True to have it made."
         )
@@ -169,7 +169,7 @@ class Topics:
             try:
                 return await self._client.send(node, request)
             except CLIENT_ERRORS as error:
-                if attempt == 3:
+                if attempt == 3 or self._client._sync_task is None:  # it was closed, and knows of no metadata again
                     raise client_error(error, self._settings) from error
                 await self._client.force_metadata_update()
         raise AssertionError("not reached")

@@ -22,6 +22,7 @@ from streamtools.drivers.kafka.errors import CLIENT_ERRORS, RECORD_REFUSALS, REF
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, Portions, append, refused
 from streamtools.drivers.kafka.partitions import Partitions
 from streamtools.drivers.kafka.publisher import BATCH
+from streamtools.drivers.kafka.reach import make_no_topics
 from streamtools.errors import ConnectionLost, StreamToolsError
 from streamtools.settings import KafkaSettings
 
@@ -102,6 +103,7 @@ class Transactional:
             max_batch_size=BATCH,
             max_request_size=self._limit,
         )
+        make_no_topics(producer.client)
         if self._identity is not None:
             # The library then takes the id as its own instead of taking it over once more: another owner may
             # have done that meanwhile, and must not be fenced off by us.
@@ -157,6 +159,7 @@ class Transactional:
     async def close(self) -> None:
         """Let go at once; a transaction that is open is aborted by Kafka."""
         producer, self._producer = self._producer, None
+        await self._partitions.close()
         if producer is not None:
             await abandoned(producer)
 

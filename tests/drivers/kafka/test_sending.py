@@ -158,7 +158,7 @@ async def test_nobody_waits_for_anothers_missing_topic(
 ) -> None:
     sender = await producer()
     await sender.send("first")
-    sender._sender._lease.value.forget(queue)
+    sender._sender._lease.value.partitions.forget(queue)
     found = asyncio.Event()
     cluster = sender._sender._lease.value._producer.client
     send = cluster.send
@@ -170,10 +170,57 @@ async def test_nobody_waits_for_anothers_missing_topic(
 
     monkeypatch.setattr(cluster, "send", slow)
     waiting = asyncio.create_task(sender.send_messages([Message(body=b"x", queue=f"{queue}.missing", id="1")]))
-    await eventually(lambda: sender._sender._lease.value._partitions._looking)
+    await eventually(lambda: sender._sender._lease.value.partitions._looking)
     async with asyncio.timeout(5):
         await sender.send("second")
     assert not waiting.done()
     found.set()
     with pytest.raises((QueueError, SendError), match="There is no topic"):
         await waiting
+
+
+# --- a topic that goes ----------------------------------------------------------------------------
+
+
+async def partitions(kafka: KafkaAddress, topic: str) -> int | None:
+    """How many it has; None where there is no such topic."""
+    async with topics_at(KafkaSettings.from_url(kafka.url), "test") as topics:
+        return (await topics.find([topic])).get(topic)
+
+
+async def test_a_topic_that_is_deleted_in_use_is_named_and_nobody_brings_it_back(
+    kafka: KafkaAddress, admin: QueueAdmin, producer: MakeProducer, queue: str
+) -> None:
+    await admin.create(queue, partitions=4)
+    sender, other = await producer(declare=False), await producer(f"{queue}.other", declare=False)
+    await admin.create(other.queue)
+    await sender.send("before")
+    await admin.delete(queue)
+    begun = time.monotonic()
+    ends = await asyncio.gather(*(sender.send(n) for n in range(20)), return_exceptions=True)
+    for end in ends:
+        assert isinstance(end, SendError) and len(end.refused) == 1 and end.unknown == ()
+        assert f"'{queue}' was deleted" in str(end) and "--partitions 4" in str(end)
+    assert time.monotonic() - begun < 20
+    await other.send("goes on")
+    client = sender._sender._lease.value._producer.client
+    client._topics.add(queue)
+    await client.force_metadata_update()
+    assert await partitions(kafka, queue) is None
+    with pytest.raises(SendError, match="There is no topic"):
+        await sender.send("still")
+    await admin.create(queue, partitions=2)
+    await sender.send("after")
+
+
+async def test_a_producer_makes_its_own_topic_again_as_it_was(
+    kafka: KafkaAddress, admin: QueueAdmin, producer: MakeProducer, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await admin.create(queue, partitions=4)
+    sender = await producer()
+    await sender.send("before")
+    await admin.delete(queue)
+    await asyncio.gather(*(sender.send(n, key=f"{n}") for n in range(100)))
+    assert await partitions(kafka, queue) == 4
+    assert sorted(int(record.value) for record in await records(kafka, queue)) == list(range(100))
+    assert "was deleted while it was in use" in caplog.text and "partitions=4" in caplog.text

@@ -249,3 +249,27 @@ async def test_a_group_that_stands_behind_the_end_of_its_log_begins_anew(
         await sender.send(10)
         await eventually(lambda: _numbers(kafka, out.queue, 11))
     assert [int(v) for v in await visible(kafka, out.queue)] == list(range(11))
+
+
+@pytest.mark.slow
+async def test_a_transaction_that_takes_too_long_says_so_and_nothing_of_it_is_visible(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("transactions", "producer"):
+        monkeypatch.setattr(f"streamtools.drivers.kafka.{module}.TIMEOUT", 2.0)
+    sender = await producer()
+    await sender.send("outside")
+
+    async def is_undone() -> bool:
+        return await _is_quiet(kafka, queue)
+
+    with pytest.raises(SendError, match=r"longer than 2 s.*Nothing of it was sent") as caught:
+        async with sender.transaction():
+            await sender.send("inside", id="1")
+            assert not await is_undone()
+            await eventually(is_undone, timeout=60)
+    assert caught.value.refused == ("1",) and caught.value.unknown == ()
+    assert await visible_now(kafka, queue) == [b"outside"]
+    async with sender.transaction():
+        await sender.send("after")
+    assert await visible(kafka, queue) == [b"outside", b"after"]
