@@ -45,6 +45,8 @@ class Proxy:
         self.accepted = 0
         self._server: asyncio.Server | None = None
         self._links: dict[asyncio.Task[None], Writers | None] = {}
+        #: Connections to the target whose client was broken off.
+        self._abandoned: list[asyncio.StreamWriter] = []
         self._flowing = asyncio.Event()
         self._flowing.set()
 
@@ -80,12 +82,24 @@ class Proxy:
         """Break every connection off (RST), as a crashed peer or a firewall does; new ones are welcome."""
         await self._end_links(reset=True)
 
+    async def abandon(self) -> None:
+        """Break the client's side off (RST), and leave the target's open: the target does not know for now."""
+        for task, writers in dict(self._links).items():
+            if writers is not None:
+                self._abandoned.append(writers[1])
+                _finish(writers[0], reset=True)
+            task.cancel()
+        await asyncio.gather(*self._links, return_exceptions=True)
+
     async def down(self) -> None:
         """Stop listening and break every connection: new ones are refused. Safe to repeat."""
         if self._server is not None:
             self._server.close()
             self._server = None
         await self._end_links(reset=True)
+        abandoned, self._abandoned = self._abandoned, []
+        for writer in abandoned:
+            _finish(writer, reset=True)
 
     async def restore(self) -> None:
         """Undo whatever was done: listen again on the same port, forward, without a hang. Safe to repeat."""
@@ -119,7 +133,7 @@ class Proxy:
                 group.create_task(self._pump(reader, target_writer))
                 group.create_task(self._pump(target_reader, writer))
         finally:
-            await _close(writer, target_writer)
+            await _close(writer, *(() if target_writer in self._abandoned else (target_writer,)))
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Forward one direction to its end, and pass the end on: the other direction may go on."""

@@ -74,7 +74,6 @@ TROUBLES: Final = (
     Trouble(530, "limit", True, "a virtual host, a user or a node has as many connections or channels as it may"),
     Trouble(530, "is down", True, "the virtual host is being started"),
     Trouble(530, "", False, "no such virtual host, or no permission for it"),
-    Trouble(540, "", False, "a kind of queue that does not do this"),
     Trouble(541, "", True, "an error inside the broker, or a virtual host that is being started"),
 )
 #: The code of each of the library's exceptions for a channel; they do not tell it.

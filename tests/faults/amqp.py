@@ -1,0 +1,149 @@
+"""A broker that says no as a test wants it to: it speaks AMQP 0-9-1 to the client, and holds nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Any, Final, Self
+
+import pamqp.commands as spec
+import pamqp.frame
+from pamqp.body import ContentBody
+from pamqp.header import ContentHeader, ProtocolHeader
+from pamqp.heartbeat import Heartbeat
+
+#: Codes that close a channel (specification 0-9-1, section 1.2: soft errors); all others close the connection.
+SOFT: Final = (311, 312, 313, 403, 404, 405, 406)
+#: The answer to each request.
+ANSWERS: Final[dict[str, Any]] = {
+    "Connection.StartOk": lambda _: spec.Connection.Tune(2047, 131_072, 0),
+    "Connection.Open": lambda _: spec.Connection.OpenOk(),
+    "Connection.Close": lambda _: spec.Connection.CloseOk(),
+    "Channel.Open": lambda _: spec.Channel.OpenOk(),
+    "Channel.Close": lambda _: spec.Channel.CloseOk(),
+    "Confirm.Select": lambda _: spec.Confirm.SelectOk(),
+    "Queue.Declare": lambda frame: spec.Queue.DeclareOk(frame.queue, 0, 0),
+    "Queue.Bind": lambda _: spec.Queue.BindOk(),
+    "Exchange.Declare": lambda _: spec.Exchange.DeclareOk(),
+    "Basic.Qos": lambda _: spec.Basic.QosOk(),
+    "Basic.Consume": lambda frame: spec.Basic.ConsumeOk(frame.consumer_tag),
+    "Basic.Cancel": lambda frame: spec.Basic.CancelOk(frame.consumer_tag),
+}
+
+
+class RefusingBroker:
+    """Takes everything, but for one request that it refuses some times.
+
+    Parameters:
+        at: the request, as "Queue.Declare".
+        code, text: its answer.
+        times: how often.
+
+    Attributes:
+        refused: how often it has said no.
+        held: bodies that it took.
+        connections: how many were made.
+    """
+
+    def __init__(self, at: str, code: int, text: str, *, times: int) -> None:
+        self._at, self._code, self._text, self._times = at, code, text, times
+        self.refused = 0
+        self.held: list[bytes] = []
+        self.connections = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        assert self._server is not None
+        return f"amqp://guest:guest@127.0.0.1:{self._server.sockets[0].getsockname()[1]}/%2F"
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections += 1
+        try:
+            await _Peer(self, reader, writer).run()
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client has gone, or the test is over
+        finally:
+            writer.transport.abort()
+            self._tasks.discard(task)
+
+    def answer(self, frame: Any) -> Any:
+        """What it says to this request; None for nothing."""
+        if frame.name == self._at and self.refused < self._times:
+            self.refused += 1
+            close = spec.Channel.Close if self._code in SOFT else spec.Connection.Close
+            return close(self._code, self._text, 0, 0)
+        make = ANSWERS.get(frame.name)
+        return make(frame) if make is not None else None
+
+
+class _Peer:
+    """One connection."""
+
+    def __init__(self, broker: RefusingBroker, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._broker, self._reader, self._writer = broker, reader, writer
+        self._publishing: dict[int, Any] = {}
+        self._tags: dict[int, int] = {}
+        self._closed: set[int] = set()
+
+    async def run(self) -> None:
+        """Answer until the client goes."""
+        await self._reader.readexactly(8)
+        self._say(0, spec.Connection.Start(0, 9, {"capabilities": {"publisher_confirms": True, "basic.nack": True}}))
+        while True:
+            head = await self._reader.readexactly(7)
+            size = int.from_bytes(head[3:7], "big")
+            _, channel, frame = pamqp.frame.unmarshal(head + await self._reader.readexactly(size + 1))
+            self._take(channel, frame)
+
+    def _take(self, channel: int, frame: Any) -> None:
+        if isinstance(frame, Heartbeat | ProtocolHeader):
+            return
+        if channel in self._closed:
+            if frame.name == "Channel.CloseOk":
+                self._closed.discard(channel)
+                self._tags.pop(channel, None)
+            return
+        if isinstance(frame, ContentHeader):
+            if frame.body_size == 0:
+                self._published(channel, b"")
+        elif isinstance(frame, ContentBody):
+            self._published(channel, frame.value)
+        elif frame.name == "Basic.Publish":
+            self._publishing[channel] = frame
+        elif (answer := self._broker.answer(frame)) is not None:
+            self._say(channel, answer)
+
+    def _published(self, channel: int, body: bytes) -> None:
+        refusal = self._broker.answer(self._publishing.pop(channel))
+        if refusal is not None:
+            self._say(channel, refusal)
+            return
+        self._broker.held.append(body)
+        tag = self._tags[channel] = self._tags.get(channel, 0) + 1
+        self._say(channel, spec.Basic.Ack(tag))
+
+    def _say(self, channel: int, frame: Any) -> None:
+        if frame.name == "Channel.Close":
+            self._closed.add(channel)
+        elif frame.name == "Connection.Close":
+            channel = 0
+        self._writer.write(pamqp.frame.marshal(frame, channel))
