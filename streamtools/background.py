@@ -10,6 +10,8 @@ from collections.abc import Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, Final, TypeVar
 
+from streamtools.cancelling import end
+
 T = TypeVar("T")
 
 #: Seconds in which the loop's thread ends when the interpreter does.
@@ -20,10 +22,14 @@ class BackgroundLoop:
     """An event loop in a daemon thread, begun with the first coroutine; begun anew in a forked process."""
 
     def __init__(self) -> None:
+        self._begin()
+        if hasattr(os, "register_at_fork"):  # the lock may be held by a thread that is not in the child
+            os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._process = 0
 
     def start(self, work: Coroutine[Any, Any, T]) -> Work[T]:
         """Begin to run a coroutine; safe from any thread."""
@@ -44,10 +50,8 @@ class BackgroundLoop:
 
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
-            alive = self._thread is not None and self._thread.is_alive() and self._process == os.getpid()
-            if self._loop is None or not alive:
+            if self._loop is None or self._thread is None or not self._thread.is_alive():
                 self._loop = asyncio.new_event_loop()
-                self._process = os.getpid()
                 self._thread = threading.Thread(
                     target=_run, args=(self._loop,), name="streamtools-background", daemon=True
                 )
@@ -99,6 +103,8 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
+        loop.run_until_complete(end(asyncio.all_tasks(loop), ENDING / 2))
+        loop.run_until_complete(loop.shutdown_asyncgens())  # closes what is open
     finally:
         loop.close()
 
@@ -117,7 +123,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
     ```python
     run(bus.start())
-    run(bus.publish(OrderPlaced(id=1)))     # a bus belongs to the loop that it was started on
+    run(bus.publish(OrderPlaced(id=1)))     # a bus is stopped on the loop that it was started on
     ```
 
     Raises:

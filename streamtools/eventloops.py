@@ -22,9 +22,18 @@ log: logging.Logger = logging.getLogger("streamtools")
 CLOSING: Final = 5.0
 
 #: Held while an object moves from one loop to another: threads may use it at once.
-_moving: Final = threading.RLock()
+_moving = threading.RLock()
 #: What a parent process had connected, kept in its forked child: collecting it there could harm the parent.
 _forked: Final[list[Any]] = []
+
+
+def _renew_lock() -> None:
+    global _moving  # noqa: PLW0603 - a thread that is not in the forked child may hold it
+    _moving = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Closable(Protocol):

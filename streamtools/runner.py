@@ -23,6 +23,7 @@ from streamtools.producer import Producer
 from streamtools.routing import ConsumerFactory
 from streamtools.signals import Interrupted, interrupted_by_signals, stopped_by_signals
 from streamtools.supervisor import Supervisor
+from streamtools.threads import DefaultThreads
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -59,6 +60,8 @@ class Endpoint(Protocol):
 
 #: What a runner takes.
 Source = ConsumerFactory | Service | Consumer | BoundHandler | Producer
+#: Threads for `asyncio.to_thread` at most.
+THREADS: Final = 32
 #: Seconds that closing connections may take beyond the shutdown deadline.
 CLOSING: Final = 5.0
 
@@ -157,6 +160,7 @@ class ConsumerRunner:
             Exception: what ended the runner, when it was not a signal; the process then exits with 1.
         """
         with suppress(Interrupted), interrupted_by_signals(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.get_loop().set_default_executor(DefaultThreads(THREADS, CLOSING))
             runner.run(self._serve_alone())
 
     async def serve(self, *, signals: bool = True) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
@@ -55,3 +55,37 @@ class Threads(Executor):
                     future.set_exception(error)
             del item, future, work
             self._idle.release()
+
+
+class DefaultThreads(ThreadPoolExecutor):
+    """What `asyncio.to_thread` runs in, in an event loop of our own: its end waits for a while, not for ever.
+
+    asyncio takes no other class for it, and so it is one of these; but the threads are ours.
+
+    Parameters:
+        number: threads at most.
+        patience: seconds for work under way when it ends.
+    """
+
+    def __init__(self, number: int, patience: float) -> None:
+        super().__init__(number)
+        self._pool = Threads(number, "streamtools-default")
+        self._patience = patience
+        self._under_way: set[Future[Any]] = set()
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run `fn` in a thread."""
+        future = self._pool.submit(fn, *args, **kwargs)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let each thread end after its present work; waits for that, but not for ever. Safe to repeat."""
+        self._pool.shutdown()
+        if wait:
+            _wait_for([*self._under_way], self._patience)
+
+
+def _wait_for(work: list[Future[Any]], seconds: float) -> None:
+    wait(work, timeout=seconds)

@@ -207,7 +207,7 @@ async def _ignore(msg: Any) -> None: ...
 # --- handlers that hang -----------------------------------------------------------------------------
 
 STUBBORN = """
-import asyncio, os, sys
+import asyncio, os, sys, time
 from streamtools import ConsumerFactory, ConsumerRunner, Producer
 
 how, deed = sys.argv[1:]
@@ -219,6 +219,8 @@ async def handle(msg):
     if deed == "task":
         asyncio.create_task(never())
         return
+    if deed == "thread":
+        await asyncio.to_thread(time.sleep, 600)
     await never()
 
 async def never():
@@ -240,16 +242,16 @@ os.write(1, b"ended\\n")
 """
 
 
-@pytest.mark.parametrize(("how", "deed"), [("run", "handler"), ("serve", "handler"), ("run", "task")])
-async def test_a_handler_that_swallows_its_cancellation_keeps_no_process_alive(
-    tmp_path: Path, how: str, deed: str
-) -> None:
+@pytest.mark.parametrize(
+    ("how", "deed"), [("run", "handler"), ("serve", "handler"), ("run", "task"), ("run", "thread")]
+)
+async def test_a_handler_that_nothing_ends_keeps_no_process_alive(tmp_path: Path, how: str, deed: str) -> None:
     with process(tmp_path, STUBBORN, how, deed) as running:
         await said(running, "begun")
         code, output, errors, took = await ends(running, signal.SIGTERM)
     assert (code, took < 20) == (0, True), (took, errors)
     assert output.splitlines() == ["ended"]
-    assert "left behind" in errors
+    assert "left behind" in errors or deed == "thread"
 
 
 # --- several runners --------------------------------------------------------------------------------

@@ -100,3 +100,51 @@ def test_a_script_ends_without_a_word_about_its_loop() -> None:
         timeout=60,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
+
+
+def test_what_is_open_on_it_is_closed_when_the_interpreter_ends(tmp_path: Path) -> None:
+    script = """
+from streamtools import Consumer, Producer, background
+producer, consumer = Producer("orders", url=URL), Consumer("orders", url=URL)
+background.run(producer.send("x"))
+print(len(background.run(consumer.receive(5, timeout=30))))
+"""
+    url = f"sqlite:///{tmp_path}/orders.db"
+    for number in (1, 2):  # what was in hand is there at once, before a lease has run out
+        ended = subprocess.run(
+            [sys.executable, "-X", "dev", "-W", "error", "-c", f"URL = {url!r}\n{script}"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{number}\n", "")
+
+
+def test_a_child_that_is_forked_while_other_threads_send_has_a_loop_of_its_own(tmp_path: Path) -> None:
+    script = """
+import os, threading
+from streamtools import background
+stop = threading.Event()
+
+async def here():
+    return os.getpid()
+
+def work():
+    while not stop.is_set():
+        background.run(here())
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for _ in range(20):
+    if (child := os.fork()) == 0:
+        os._exit(background.run(here()) != os.getpid())
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+for thread in threads:
+    thread.join()
+print("done")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
