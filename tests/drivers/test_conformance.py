@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from streamtools.settings import KafkaSettings, RabbitMQSettings
 from streamtools.testing import ConformanceSuite
 from streamtools.testing.conformance import ConnectionCases
 from streamtools.testing.conformance.failing import FailingCases
+from streamtools.testing.conformance.foreign import Letter
 from streamtools.testing.conformance.handling import HandlingCases
 from streamtools.testing.conformance.ordering import GroupCases, OrderingCases
 from streamtools.testing.conformance.stage import Stage
@@ -25,6 +27,7 @@ from tests.brokers.kafka.configuration import PROTOCOLS, new_member
 from tests.brokers.kafka.node import KafkaNode
 from tests.brokers.processes import free_ports
 from tests.conftest import IN_CI
+from tests.drivers import foreign
 from tests.faults.proxy import Proxy
 
 
@@ -34,6 +37,13 @@ class TestAsyncIO(ConformanceSuite):
     @pytest.fixture
     def url(self) -> str:
         return "asyncio://"
+
+    foreign = foreign.ASYNCIO
+
+    async def publish_foreign(self, stage: Stage, letters: Sequence[Letter]) -> Collection[int]:
+        producer = await stage.producer()
+        await producer.send_messages([foreign.message_of(stage.queue, letter) for letter in letters])
+        return ()
 
 
 class TestSQLite(ConformanceSuite):
@@ -46,6 +56,15 @@ class TestSQLite(ConformanceSuite):
     @pytest.fixture
     def kill_url(self, url: str) -> str:
         return f"{url}?lease=1"
+
+    foreign = foreign.SQLITE
+
+    async def publish_foreign(self, stage: Stage, letters: Sequence[Letter]) -> Collection[int]:
+        path = str(stage.url).removeprefix("sqlite://")
+        return await asyncio.to_thread(foreign.insert_into_sqlite, path, stage.queue, letters)
+
+    async def look_at_foreign(self, stage: Stage, queue: str) -> None:
+        await foreign.type_commands(str(stage.url), queue)
 
 
 class TestHTTP(ConformanceSuite):
@@ -67,6 +86,19 @@ class TestRabbitMQ(ConformanceSuite):
     @pytest.fixture
     def kill_url(self, rabbitmq_vhost: RabbitMQAddress) -> str:
         return rabbitmq_vhost.url
+
+    foreign = foreign.RABBITMQ
+
+    @pytest.fixture(autouse=True)
+    def _addresses(self, rabbitmq_vhost: RabbitMQAddress) -> None:
+        self._amqp = rabbitmq_vhost.url
+        self._whole = f"{rabbitmq_vhost.url}?management_url={rabbitmq_vhost.management_url}"
+
+    async def publish_foreign(self, stage: Stage, letters: Sequence[Letter]) -> Collection[int]:
+        return await foreign.publish_to_rabbitmq(self._amqp, stage.queue, letters)
+
+    async def look_at_foreign(self, stage: Stage, queue: str) -> None:
+        await foreign.type_commands(self._whole, queue)
 
 
 class TestRabbitMQCut(ConnectionCases):
@@ -99,6 +131,14 @@ class TestKafka(ConformanceSuite):
     @pytest.fixture
     def kill_url(self, url: str) -> str:
         return f"{url}?session_timeout=3"
+
+    foreign = foreign.KAFKA
+
+    async def publish_foreign(self, stage: Stage, letters: Sequence[Letter]) -> Collection[int]:
+        return await foreign.publish_to_kafka(urlsplit(str(stage.url)).netloc, stage.queue, letters)
+
+    async def look_at_foreign(self, stage: Stage, queue: str) -> None:
+        await foreign.type_commands(str(stage.url), queue)
 
 
 class ExactlyOnce(Stage):

@@ -146,8 +146,10 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         if self._holder.alone and taken.counts[0] >= SUSPECT:
             self._isolate(taken.ids[0])
         return [
-            Delivery(message, Token(row, taken.claim, taken.lane, origin), count)
-            for (message, origin), row, count in zip(taken.messages(self.queue), taken.ids, taken.counts, strict=True)
+            Delivery(message, Token(row, taken.claim, taken.lane, origin), count, trouble)
+            for (message, trouble, origin), row, count in zip(
+                taken.messages(self.queue), taken.ids, taken.counts, strict=True
+            )
         ]
 
     def _isolate(self, row: int) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pydantic_core import from_json, to_json
 
+from streamtools.delivery import unreadable
+from streamtools.errors import DecodeError
 from streamtools.exchange import Exchange
 from streamtools.message import ErrorDetails, Message
+from streamtools.wire import MOST, read_text, read_time
 
 #: Fields of Message that are kept in `meta`, where they are set; the body has its own column and
 #: the queue is the lane's.
@@ -102,7 +105,8 @@ class Claimed:
         ids: row ids.
         counts: deliveries before without a verdict.
         sizes: lengths of the bodies.
-        meta: a JSON array.
+        parts: lengths of the metadata, as a JSON array.
+        meta: that of all, JSON each, with a comma between.
         bodies: all bodies, one after the other.
     """
 
@@ -111,29 +115,118 @@ class Claimed:
     ids: list[int]
     counts: list[int]
     sizes: list[int]
-    meta: str
+    parts: str
+    meta: bytes
     bodies: bytes
 
     def keep(self, number: int) -> None:
         """Let go of all but the first `number`. The ids are in order; so is the rest."""
         del self.ids[number:], self.counts[number:]
 
-    def messages(self, queue: str) -> Iterator[tuple[Message, int | None]]:
-        """Each message, and the lane that it failed in, if it did."""
+    def messages(self, queue: str) -> Iterator[tuple[Message, DecodeError | None, int | None]]:
+        """Each message, what is wrong with it, and the lane that it failed in, if it did."""
         end = 0
         bodies = self.bodies
-        for fields, size, _ in zip(from_json(self.meta), self.sizes, self.ids):  # noqa: B905 - ids may be fewer
+        for row, fields, size in zip(self.ids, self._fields(), self.sizes):  # noqa: B905 - ids may be fewer
             start, end = end, end + size
-            yield _message(queue, fields, bodies[start:end])
+            body = bodies[start:end]
+            try:
+                message, lane, trouble = *_message(queue, row, fields, body), None
+            except Exception as error:  # whatever is wrong in it, it is this message's alone
+                name, place = _name(queue, row), f"row {row} of {queue!r}"
+                message, trouble = unreadable(error, body=body, queue=queue, id=name, place=place)
+                lane = None
+            yield message, trouble, lane
+
+    def _fields(self) -> Sequence[Any]:
+        """The metadata of each: a dict, or the bytes of what is none."""
+        number = len(self.sizes)
+        try:
+            found = from_json(b"[%b]" % self.meta)
+        except ValueError:
+            found = []
+        if len(found) == number:
+            return found  # type: ignore[no-any-return]
+        # One that is no JSON, which somebody else has written, makes the array none.
+        place, each = 0, []
+        for size in from_json(self.parts):
+            each.append(_alone(self.meta[place : place + size]))
+            place += size + 1
+        return each
 
 
-def _message(queue: str, fields: dict[str, Any], body: bytes) -> tuple[Message, int | None]:
-    origin = fields.pop(ORIGIN, None)
+def _alone(meta: bytes) -> Any:
+    try:
+        return from_json(meta)
+    except ValueError:
+        return meta
+
+
+def _message(queue: str, row: int, fields: Any, body: bytes) -> tuple[Message, int | None]:
+    """The message of a row, and the lane that it failed in, if it did.
+
+    Raises:
+        ValueError: the metadata are no JSON object.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"its meta is no JSON object: {fields!r:.80}")
+    found: dict[str, Any] = {}
+    for field, value in fields.items():
+        read = _READ.get(field)
+        if read is not None and (value := read(value)) is not None:
+            found[field] = value
+    if "id" not in found:
+        found["id"] = _name(queue, row)
     if KEY_BYTES in fields:
-        fields["key"] = b64decode(fields.pop(KEY_BYTES))
-    if "error" in fields:
-        fields["error"] = ErrorDetails(**fields["error"])
-    return Message(body=body, queue=queue, **fields), origin
+        found["key"] = b64decode(fields[KEY_BYTES])
+    origin = fields.get(ORIGIN)
+    return Message(body=body, queue=queue, **found), origin if isinstance(origin, int) else None
+
+
+def _name(queue: str, row: int) -> str:
+    """The id of a message that came without one."""
+    return f"{queue}-{row}"
+
+
+def _text(value: object) -> str | None:
+    return read_text(value) if isinstance(value, str) and value else None
+
+
+def _some_text(value: object) -> str | None:
+    return read_text(value) if isinstance(value, str) else None
+
+
+def _count(value: object) -> int | None:
+    return max(0, min(value, MOST)) if type(value) is int else None
+
+
+def _attempt(value: object) -> int:
+    return max(1, _count(value) or 1)
+
+
+def _headers(value: object) -> dict[str, str] | None:
+    if not isinstance(value, dict):
+        return None
+    return {read_text(name): read_text(text) for name, text in value.items() if isinstance(text, str)}
+
+
+def _error(value: object) -> ErrorDetails | None:
+    if not isinstance(value, dict) or not isinstance(value.get("queue"), str):
+        return None
+    read = {name: _READ_ERROR[name](part) for name, part in value.items() if name in _READ_ERROR}
+    return ErrorDetails(**{name: part for name, part in read.items() if part is not None})
+
+
+#: How each field is read; what is none of its kind is left out.
+_READ: Final[dict[str, Callable[[object], Any]]] = {
+    **dict.fromkeys(FIELDS, _some_text),
+    **dict.fromkeys(("time", "deliver_at", "expires_at"), read_time),
+    "id": _text, "version": _count, "attempt": _attempt, "headers": _headers, "error": _error,
+}  # fmt: skip
+_READ_ERROR: Final[dict[str, Callable[[object], Any]]] = {
+    **dict.fromkeys(("queue", "handler", "exception", "reason", "traceback", "place", "omitted"), _some_text),
+    "attempts": _count, "first_failed": read_time, "last_failed": read_time,
+}  # fmt: skip
 
 
 def ids_json(ids: Sequence[int]) -> str:

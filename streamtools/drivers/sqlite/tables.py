@@ -44,8 +44,9 @@ def candidates(ordered_by: str | None) -> str:
     """The statement that reads what can be claimed, as one row."""
     return (
         "SELECT json_group_array(id), json_group_array(count), json_group_array(size), "
-        "'[' || group_concat(meta) || ']', CAST(group_concat(body, '') AS BLOB) FROM ("
-        "SELECT r.id, r.count, length(m.body) AS size, m.meta, m.body "
+        "json_group_array(length(CAST(meta AS BLOB))), CAST(group_concat(meta) AS BLOB), "
+        "CAST(group_concat(body, '') AS BLOB) FROM ("
+        "SELECT r.id, r.count, length(CAST(m.body AS BLOB)) AS size, m.meta, m.body "
         "FROM ready r CROSS JOIN messages m ON m.id = r.id "
         f"WHERE r.lane = :lane {ALLOWED[ordered_by]} ORDER BY r.id LIMIT :limit)"
     )
@@ -303,7 +304,7 @@ class Tables:
         while True:
             given = {"lane": lane, "claim": claim, "limit": limit}
             try:
-                ids, counts, sizes, meta, bodies = self.run(CANDIDATES[ordered_by], given).fetchone()
+                ids, counts, sizes, parts, meta, bodies = self.run(CANDIDATES[ordered_by], given).fetchone()
             except (sqlite3.Error, OverflowError, MemoryError) as error:
                 if limit == 1 or not schema.is_too_big(error):
                     raise
@@ -311,7 +312,9 @@ class Tables:
                 continue
             if meta is None:
                 return None
-            return Claimed(claim, lane, from_json(ids), from_json(counts), from_json(sizes), meta, bodies or b"")
+            return Claimed(
+                claim, lane, from_json(ids), from_json(counts), from_json(sizes), parts, meta, bodies or b""
+            )
 
     def _ripen(self, lane: int, now: float) -> None:
         last = self.run(
