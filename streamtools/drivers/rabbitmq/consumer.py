@@ -80,6 +80,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     _looked = False
     #: Nothing is taken in any more, by a stop or a cancellation; the channel is about to be closed.
     _ending = False
+    #: The queue counts deliveries, as far as is known; else a count in a header was copied along by somebody.
+    _is_counted = True
     #: Until then what was handed over last has nothing beside it, on the loop's clock.
     _alone_until = 0.0
 
@@ -124,6 +126,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         ordered = self.ordered_by is not None
         wanted = work_queue(self.queue, self.options, name, single_active=ordered)
         queue = await topology.declare(wanted, self.declare)
+        self._is_counted = queue.arguments.get("x-queue-type") != "classic"
         for binding in self.bindings:
             await topology.bind(self.queue, binding, self.declare)
         if not ordered:
@@ -219,8 +222,10 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     def _delivery(self, intake: Intake, raw: Raw) -> Delivery:
         tag, redelivered, data, body, topic = raw
-        message, count = properties.decode(data, body, self.queue, self._new_id, topic=topic, redelivered=redelivered)
+        is_counted = redelivered and self._is_counted
+        message, count = properties.decode(data, body, self.queue, self._new_id, topic=topic, redelivered=is_counted)
         if redelivered and count < 1:
+            self._is_counted = False  # a quorum queue writes a count on whatever it delivers again
             count = 1
         return Delivery(message, (intake, tag), count)
 

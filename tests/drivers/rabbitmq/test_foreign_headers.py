@@ -1,0 +1,120 @@
+"""What other programs put beside a body, on the real broker: it costs the message itself at most."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import pytest
+from aiormq.abc import AbstractChannel
+
+from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer
+from streamtools.drivers.rabbitmq.holding import CopyChannel
+from streamtools.drivers.rabbitmq.link import open_link
+from streamtools.message import Message
+from streamtools.policy import Retry
+from streamtools.settings import RabbitMQSettings
+from tests.drivers.rabbitmq.test_fields import entry, header, nested, sized, text
+from tests.faults.waiting import wait_until
+
+pytestmark = pytest.mark.rabbitmq
+
+#: Publishes (content header, body) as they are.
+Publish = Callable[[Sequence[tuple[bytes, bytes]]], Awaitable[None]]
+
+ENTRIES: dict[str, list[bytes]] = {
+    "a time of before 1970": [entry(b"when", b"T" + (-86400).to_bytes(8, signed=True)), entry(b"a", text("b"))],
+    "a nested time of before 1970": [entry(b"in", sized(b"F", entry(b"t", b"T" + b"\xff" * 8)))],
+    "a thousand arrays": [entry(b"deep", nested(1000))],
+    "an expiry in milliseconds": [entry(b"streamtools-expirytime", text("1700000000000"))],
+    "a delivery count of seven": [entry(b"x-delivery-count", b"I\x00\x00\x00\x07")],
+    "a delivery count of a broker's": [entry(b"x-delivery-count", b"l" + (7).to_bytes(8))],
+    "counts and markers of elsewhere": [
+        entry(b"x-acquired-count", b"l" + (9).to_bytes(8)), entry(b"x-first-death-queue", text("orders")),
+        entry(b"x-death", text("no list")), entry(b"streamtools-attempt", text("1")),
+    ],
+    "a name of no UTF-8": [entry(b"\xff" * 100, text("x"))],
+    "a name of 255 bytes": [entry(b"n" * 255, text("x"))],
+    "130,500 bytes of headers": [entry(b"large", text(b"v" * 130_500))],
+    "5,000 headers": [entry(b"h%d" % number, text("v" * 10)) for number in range(5000)],
+    "values of no UTF-8": [entry(b"v", text(b"\xff\xfe"))],
+}  # fmt: skip
+#: Each with an id and a type that are no UTF-8.
+STRANGE: dict[str, bytes] = {
+    kind: header(*entries, id=b"\xff%d" % number, type=b"\xed\xa0\x80")
+    for number, (kind, entries) in enumerate(ENTRIES.items())
+}
+
+
+@pytest.fixture
+async def publish(url: str) -> AsyncIterator[Publish]:
+    link = await open_link(RabbitMQSettings.from_url(url), "another program")
+    channel = await CopyChannel.open(link)
+
+    async def publish_(messages: Sequence[tuple[bytes, bytes]]) -> None:
+        await channel.publish([("", b"orders", data, body) for data, body in messages], 10)
+        assert channel.error is None
+        assert channel.unroutable == 0
+
+    yield publish_
+    await link.close()
+
+
+@pytest.mark.parametrize("queue_type", ["quorum", "classic"])
+async def test_a_failing_message_goes_to_the_error_queue_with_its_body_and_holds_up_nothing(
+    url: str, publish: Publish, queue_type: str
+) -> None:
+    handled: list[bytes] = []
+    consumer = RabbitMQConsumer("orders", url=url, queue_type=queue_type, retry=Retry(retries=1, delay=0.1))
+
+    @consumer()
+    async def handle(message: Message) -> None:
+        handled.append(message.body or b"")
+        if message.body != b"plain":
+            raise ValueError("no")
+
+    plain = (b"\0\0", b"plain")
+    async with consumer, RabbitMQAdmin(url=url) as admin:
+        loop = asyncio.create_task(handle())
+        for kind, data in STRANGE.items():
+            await publish([(data, kind.encode()), plain])
+
+        async def all_failed() -> bool:
+            return (await admin.stats("error")).ready == len(STRANGE)
+
+        await wait_until(all_failed)
+        failed = await admin.peek("error", 100)
+        loop.cancel()
+        await asyncio.wait({loop})
+
+    assert {message.body for message in failed} == {kind.encode() for kind in STRANGE}
+    assert {message.error.queue for message in failed if message.error} == {"orders"}
+    assert {message.error.attempts for message in failed if message.error} == {2}
+    assert handled.count(b"plain") == len(STRANGE)
+
+
+@pytest.mark.parametrize("queue_type", ["quorum", "classic"])
+async def test_a_copied_count_is_not_believed_when_the_message_comes_again(
+    url: str, publish: Publish, queue_type: str
+) -> None:
+    first = RabbitMQConsumer("orders", url=url, queue_type=queue_type)
+    async with first:
+        await publish([(STRANGE["a delivery count of a broker's"], b"1")])
+        [delivery] = await first.receive(timeout=10)
+        assert delivery.count == 0
+
+    async with RabbitMQConsumer("orders", url=url, queue_type=queue_type) as second:
+        [delivery] = await second.receive(timeout=10)
+        assert delivery.count == 1
+        await delivery.ack()
+
+
+async def test_what_others_wrote_is_looked_at_and_stays(url: str, foreign: AbstractChannel, publish: Publish) -> None:
+    await foreign.queue_declare("orders", durable=True, arguments={"x-queue-type": "quorum"})
+    await publish([(data, kind.encode()) for kind, data in STRANGE.items()])
+
+    async with RabbitMQAdmin(url=url) as admin:
+        for _ in range(25):
+            seen = await admin.peek("orders", 100)
+            assert [message.body for message in seen] == [kind.encode() for kind in STRANGE]
+            assert all(message.headers for message in seen if message.body == b"a thousand arrays")
