@@ -79,8 +79,8 @@ class Gathering:
         Raises:
             SendError: some were not taken.
         """
-        options = self._producer._no_options if self._options is None else self._options
-        return await self._producer._deliver(messages, options)
+        here = self._producer._here()  # a handler in a thread may have given them in another event loop
+        return await here._deliver(messages, here._no_options if self._options is None else self._options)
 
 
 #: Queues that an error names at most.

@@ -367,6 +367,30 @@ class TestInThreads:
 
         asyncio.run(serve())
 
+    @pytest.mark.parametrize("outbox", [False, True])
+    def test_a_def_handler_sends_by_a_loop_of_its_thread(self, url: str, queue: str, outbox: bool) -> None:
+        consumers, seen = ConsumerFactory(url=url), list[int]()
+        producer = Producer(queue, url=url)
+        others = Producer(f"{queue}-others", url=url, outbox=outbox)
+
+        @consumers.route(queue)
+        def handle(msg: int) -> None:
+            asyncio.run(_send(others, msg))
+
+        @consumers.route(f"{queue}-others")
+        async def other(msg: int) -> None:
+            seen.append(msg)
+
+        async def serve(expected: int) -> None:
+            async with ConsumerRunner(consumers):
+                for number in range(3):
+                    await producer.send(number)
+                await reaches(seen, expected)
+
+        for expected in (3, 6):
+            asyncio.run(serve(expected))
+        assert sorted(seen) == [0, 0, 1, 1, 2, 2]
+
     def test_a_consumer_that_runs_in_another_loop_says_so_at_once(self, url: str, queue: str) -> None:
         consumer, seen = Consumer(queue, url=url), list[int]()
 
