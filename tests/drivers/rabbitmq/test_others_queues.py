@@ -1,0 +1,201 @@
+"""Queues and exchanges of others, as they are: with their ends, their single consumer, their arguments."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from aiormq.abc import AbstractChannel
+
+from streamtools import Binding, Bus, Command, ConsumerFactory, ConsumerRunner, Exchange
+from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
+from streamtools.errors import ConfigurationError, QueueError, SendError
+from tests.brokers.address import RabbitMQAddress
+from tests.drivers.rabbitmq.conftest import take
+from tests.faults.waiting import wait_until
+
+
+class Count(Command, name="others.Count"):
+    """Something to handle."""
+
+    id: int
+
+
+def _names(address: RabbitMQAddress, kind: str) -> set[str]:
+    rows = address.manage("GET", f"{kind}/{address.url.rpartition('/')[2]}")
+    return {row["name"] for row in rows if row["name"] and not row["name"].startswith("amq.")}
+
+
+# --- queues that end with their last consumer ---------------------------------------------------
+
+
+async def test_a_route_of_a_queue_that_ends_with_its_last_consumer_handles_everything(url: str) -> None:
+    handled: list[int] = []
+    consumers = ConsumerFactory("rabbitmq", url=url)
+
+    @consumers.route("orders", auto_delete=True)
+    async def handle(message: int) -> None:
+        handled.append(message)
+
+    runner = ConsumerRunner(consumers)
+    running = asyncio.create_task(runner.serve())
+    await wait_until(lambda: consumers.instances[0].connected)
+    async with RabbitMQProducer("orders", url=url, auto_delete=True) as producer:
+        for number in range(5):
+            await producer.send(number)
+        await wait_until(lambda: handled == list(range(5)))
+        await producer.send_many(range(5, 300))
+        await wait_until(lambda: handled == list(range(300)))
+    runner.stop()
+    await running
+
+
+@pytest.mark.parametrize("arguments", [{}, {"x-single-active-consumer": True}, {"x-expires": 60_000}])
+async def test_a_foreign_queue_that_ends_with_its_last_consumer_goes_on(
+    foreign: AbstractChannel, consumer: Any, arguments: dict[str, Any]
+) -> None:
+    await foreign.queue_declare("orders", auto_delete=True, arguments=arguments)
+    receiver = await consumer()
+    for number in range(50):
+        await foreign.basic_publish(str(number).encode(), routing_key="orders")
+        (delivery,) = await take(receiver, 1)
+        assert delivery.message.body == str(number).encode()
+        await delivery.ack()
+
+
+async def test_a_bus_on_a_queue_that_ends_with_its_last_consumer(url: str) -> None:
+    handled: list[int] = []
+    bus = Bus("orders", url=url, auto_delete=True)
+
+    @bus.handler
+    async def count(command: Count) -> None:
+        handled.append(command.id)
+
+    async with bus:
+        await bus.start()
+        for number in range(50):
+            await bus.send(Count(id=number), to="orders")
+        await wait_until(lambda: handled == list(range(50)))
+
+
+@pytest.mark.parametrize("options", [{"exclusive": True}, {"exclusive": True, "auto_delete": True, "durable": False}])
+async def test_an_exclusive_queue_takes_its_whole_prefetch(consumer: Any, url: str, options: dict[str, Any]) -> None:
+    receiver = await consumer(prefetch=20, **options)
+    async with RabbitMQProducer("orders", url=url, declare=False) as producer:
+        await producer.send_many(range(40))
+    assert len(await take(receiver, 20)) == 20
+
+
+# --- one consumer at a time -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["quorum", "classic"])
+async def test_a_foreign_queue_with_a_single_active_consumer_keeps_its_order_beside_a_standby(
+    foreign: AbstractChannel, url: str, kind: str
+) -> None:
+    arguments = {"x-single-active-consumer": True, "x-queue-type": kind}
+    await foreign.queue_declare("orders", durable=True, arguments=arguments)
+    handled: list[int] = []
+    consumers = [RabbitMQConsumer("orders", url=url) for _ in range(3)]
+
+    async def take_one(message: int) -> None:
+        handled.append(message)
+        await asyncio.sleep(0.002)
+        assert handled[-1] == message  # nobody else has begun another meanwhile
+
+    running = [asyncio.create_task(consumer()(take_one)()) for consumer in consumers]
+    await wait_until(lambda: all(consumer.connected for consumer in consumers))
+    async with RabbitMQProducer("orders", url=url, declare=False) as producer:
+        await producer.send_many(range(300))
+    await wait_until(lambda: len(handled) >= 300)
+    assert handled == list(range(300))
+    for consumer in consumers:
+        consumer.stop()
+    await asyncio.gather(*running)
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+async def test_a_stream_is_refused_with_the_reason(foreign: AbstractChannel, url: str) -> None:
+    await foreign.queue_declare("orders", durable=True, arguments={"x-queue-type": "stream"})
+    consumer = RabbitMQConsumer("orders", url=url)
+
+    @consumer()
+    async def handle(message: bytes) -> None: ...
+
+    running = asyncio.create_task(handle())
+    await wait_until(lambda: consumer.connected or running.done())
+    while not running.done():
+        await foreign.basic_publish(b"x", routing_key="orders")
+        await asyncio.wait([running], timeout=0.1)
+    with pytest.raises(QueueError, match="a stream is no queue"):
+        await running
+
+
+def test_a_stream_is_not_made() -> None:
+    with pytest.raises(ConfigurationError, match="a stream is no queue"):
+        RabbitMQConsumer("orders", url="amqp://localhost", arguments={"x-queue-type": "stream"})
+
+
+# --- exchanges ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"durable": False},
+        {"durable": True, "arguments": {"alternate-exchange": "amq.fanout"}},
+        {"durable": True, "auto_delete": True},
+        {"durable": True, "exchange_type": "headers"},
+    ],
+)
+async def test_an_exchange_of_others_is_used_as_it_is(
+    foreign: AbstractChannel, consumer: Any, url: str, made: dict[str, Any]
+) -> None:
+    await foreign.exchange_declare("shop", **{"exchange_type": "topic", **made})
+    receiver = await consumer(bindings=[Binding("a.*", Exchange("shop"))])
+    async with Bus(None, url=url) as bus:
+        await bus.publish({"id": 1}, "a.b", exchange=Exchange("shop"))
+    assert (await take(receiver, 1))[0].message.body == b'{"id":1}'
+
+
+async def test_an_internal_exchange_is_bound_to_and_says_that_it_takes_nothing(
+    foreign: AbstractChannel, consumer: Any, url: str
+) -> None:
+    await foreign.exchange_declare("inner", exchange_type="topic", durable=True, internal=True)
+    await foreign.exchange_declare("outer", exchange_type="topic", durable=True)
+    await foreign.exchange_bind("inner", "outer", "#")
+    receiver = await consumer(bindings=[Binding("a.*", Exchange("inner"))])
+    async with Bus(None, url=url) as bus:
+        with pytest.raises(SendError, match="internal exchange 'inner'"):
+            await bus.publish({}, "a.b", exchange=Exchange("inner"))
+        await bus.publish({"id": 1}, "a.b", exchange=Exchange("outer"))
+    assert await take(receiver, 1)
+
+
+# --- nothing is declared ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ordered_by", [None, "queue", "key"])
+async def test_with_declare_false_nothing_is_made(
+    rabbitmq_vhost: RabbitMQAddress, foreign: AbstractChannel, ordered_by: Any
+) -> None:
+    options: dict[str, Any] = {
+        "url": rabbitmq_vhost.url,
+        "declare": False,
+        "ordered_by": ordered_by,
+        "bindings": [Binding("a", Exchange("shop"))],
+    }
+    with pytest.raises(QueueError, match="no queue 'orders'"):
+        await RabbitMQConsumer("orders", **options).open()
+    assert _names(rabbitmq_vhost, "queues") == _names(rabbitmq_vhost, "exchanges") == set()
+
+    await foreign.queue_declare("orders", durable=True)
+    async with RabbitMQConsumer("orders", **options) as receiver:
+        await foreign.basic_publish(b"x", routing_key="orders")
+        (delivery,) = await receiver.receive(timeout=20)
+        await delivery.ack()
+        assert _names(rabbitmq_vhost, "queues") == {"orders"}
+        assert _names(rabbitmq_vhost, "exchanges") == set()
