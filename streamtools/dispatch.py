@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from streamtools.calling import awaited, check_function, has_decimals, name_of, own_decimals, within
 from streamtools.cancelling import come_round, is_over
+from streamtools.codec import JSON
 from streamtools.copies import brief_copy, lesser_copies
 from streamtools.delivery import Delivery, Settlement, current
 from streamtools.envelope import unwrapped
@@ -195,17 +196,10 @@ class Dispatcher:
                 return Settlement(delivery, RELEASE)
         if message.expired:
             return Settlement(delivery, DROP)
-        return await self._run(delivery, message)
-
-    async def _run(self, delivery: Delivery, message: Message) -> Settlement:
         while True:
             # What a handler sets, such as a tenant, is neither the next message's nor the next attempt's.
-            context = copy_context()
-            context.run(current.set, delivery)
-            if self._decimals:
-                context.run(own_decimals)
-            found = await within(context, self._attempt(delivery, message))
-            if isinstance(found, Settlement):
+            found = await within(copy_context(), self._attempt(delivery, message))
+            if not isinstance(found, Again):
                 return found
             if await self._given_back_within(delivery, found.delay):
                 return Settlement(delivery, RELEASE)
@@ -213,14 +207,26 @@ class Dispatcher:
 
     async def _attempt(self, delivery: Delivery, message: Message) -> Settlement | Again:
         """One run of the handler, and what becomes of it: a settlement, or another run here."""
+        current.set(delivery)
+        if self._decimals:
+            own_decimals()
         delivery.outgoing = ()  # an attempt that failed has sent nothing
         try:
             if delivery.trouble is not None:
                 raise delivery.trouble
-            inner = unwrapped(message) if message.enveloped else message
+            inner = unwrapped(message) if message.content_type != JSON and message.enveloped else message
             if inner is not message and inner.expired:
                 return Settlement(delivery, DROP)
-            result = await self._handle(delivery, inner)
+            box = Outbox(inner, self._name)
+            outbox.set(box)
+            try:
+                result = await self._handler(inner)
+                if inner.reply_to is not None and self._answer is not None:
+                    self._answer(box, inner, result)
+            finally:
+                box.open = False
+            if box.gathered:
+                delivery.outgoing += tuple(await send_all(box, None if delivery.settled else self._place))
         except BaseException as error:  # SystemExit too: a message must not end the process
             failure = error
         else:
@@ -234,21 +240,6 @@ class Dispatcher:
             return self.settlement(delivery, message, verdict, failure)
         self._log(message, failure, verdict)
         return Again(retry_copy(message, self._details(message, failure), 0), verdict.delay)
-
-    async def _handle(self, delivery: Delivery, message: Message) -> Any:
-        """Run the handler, and let go what it has sent."""
-        box = Outbox(message, self._name)
-        outbox.set(box)
-        try:
-            result = await self._handler(message)
-            if self._answer is not None:
-                self._answer(box, message, result)
-        finally:
-            box.open = False
-        if box:
-            place = None if delivery.settled else self._place
-            delivery.outgoing += tuple(await send_all(box, place))
-        return result
 
     async def decide(self, message: Message, failure: BaseException) -> Verdict:
         """What is to become of a message that failed: as `on_error` says, else by the policy."""

@@ -55,27 +55,23 @@ class Outbox:
         handler: the name of the handler at work.
     """
 
-    __slots__ = ("_gathered", "_handler", "_numbers", "incoming", "open", "replied")
+    # Made when they are needed: there is an outbox for each message, and most handlers send nothing.
+    gathered: Sequence[tuple[Sender, Message]] = ()
+    _numbers: Counter[str] | None = None
+    #: Once the handler, or the block, has ended nothing gathers here any more.
+    open: bool = True
+    #: The handler has given its reply itself.
+    replied: bool = False
 
     def __init__(self, incoming: Message | None = None, handler: str = "") -> None:
         self.incoming = incoming
-        #: Once the handler, or the block, has ended nothing gathers here any more.
-        self.open: bool = True
-        #: The handler has given its reply itself.
-        self.replied: bool = False
         self._handler = handler
-        # Both are made when they are needed: most handlers send nothing.
-        self._gathered: list[tuple[Sender, Message]] | None = None
-        self._numbers: Counter[str] | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self._gathered)
 
     def add(self, sender: Sender, message: Message) -> Sent:
         """Keep a message until the handler succeeds."""
-        if self._gathered is None:
-            self._gathered = []
-        self._gathered.append((sender, message))
+        if not isinstance(self.gathered, list):
+            self.gathered = []
+        self.gathered.append((sender, message))
         return Sent(message)
 
     def nested(self) -> Outbox:
@@ -88,14 +84,14 @@ class Outbox:
 
     def take(self, inner: Outbox) -> None:
         """Have what a transaction inside this one has gathered."""
-        for sender, message in inner._gathered or ():
+        for sender, message in inner.gathered:
             self.add(sender, message)
         self.replied = self.replied or inner.replied
 
     def by_sender(self) -> list[tuple[Sender, list[Message]]]:
         """What has gathered, by who sends it."""
         found: dict[int, tuple[Sender, list[Message]]] = {}
-        for sender, message in self._gathered or ():
+        for sender, message in self.gathered:
             found.setdefault(id(sender), (sender, []))[1].append(message)
         return list(found.values())
 
