@@ -1,30 +1,74 @@
-"""Messages to rows and back."""
+"""Messages to rows and back.
+
+Other programs may have written any row: each is read for itself, and what is wrong in one is that one's alone.
+"""
 
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from pydantic_core import from_json, to_json
+from pydantic_core import CoreSchema, SchemaValidator, ValidationError, core_schema, from_json, to_json
 
-from streamtools.delivery import unreadable
+from streamtools.delivery import read_message
 from streamtools.errors import DecodeError
 from streamtools.exchange import Exchange
 from streamtools.message import ErrorDetails, Message
-from streamtools.wire import MOST, read_text, read_time
+from streamtools.wire import FIRST, LAST, MOST
 
 #: Fields of Message that are kept in `meta`, where they are set; the body has its own column and
 #: the queue is the lane's.
 FIELDS: Final = (
     "id", "type", "source", "time", "content_type", "content_encoding", "correlation_id", "causation_id",
-    "reply_to", "intent", "key", "handler", "topic", "version", "deliver_at", "expires_at",
+    "reply_to", "intent", "key", "handler", "version", "deliver_at", "expires_at",
 )  # fmt: skip
 #: In `meta` instead of the key, where it is no text: the key in base64.
 KEY_BYTES: Final = "key_bytes"
 #: In `meta` beside them: the lane that a message in an error queue failed in, for its way back.
 ORIGIN: Final = "origin"
+#: Stands between the `meta` of rows that are read together: no JSON has it.
+BETWEEN: Final = "\x1e"
+_BETWEEN: Final = BETWEEN.encode()
+#: Instead of it each row stands in an array of its own, and on a line of its own: neither the end of a string that is
+#: missing in one nor a bracket too many reaches into the next without being seen.
+_BROKEN_ARRAYS: Final = b"],\n["
+
+
+def _object(fields: Mapping[str, CoreSchema]) -> CoreSchema:
+    return core_schema.typed_dict_schema(
+        {n: core_schema.typed_dict_field(kind, required=n in ("id", "queue")) for n, kind in fields.items()}
+    )
+
+
+_TEXT: Final = core_schema.str_schema(strict=True)
+_TIME: Final = core_schema.float_schema(strict=True, ge=FIRST, le=LAST, allow_inf_nan=False)
+_COUNT: Final = core_schema.int_schema(strict=True, ge=0, le=MOST)
+_BASE64: Final = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
+#: ErrorDetails as `meta` has them.
+_ERROR_FIELDS: Final[Mapping[str, CoreSchema]] = {
+    **dict.fromkeys(("queue", "handler", "exception", "reason", "traceback", "omitted", "place"), _TEXT),
+    **dict.fromkeys(("first_failed", "last_failed"), _TIME),
+    "attempts": _COUNT,
+}
+_TIMES: Final = frozenset({"time", "deliver_at", "expires_at", "first_failed", "last_failed"})
+#: `meta` as we write it.
+_META_FIELDS: Final[Mapping[str, CoreSchema]] = {
+    **dict.fromkeys(FIELDS, _TEXT),
+    **dict.fromkeys(("time", "deliver_at", "expires_at"), _TIME),
+    **dict.fromkeys(("version", ORIGIN), _COUNT),
+    "id": core_schema.str_schema(strict=True, min_length=1),
+    "attempt": core_schema.int_schema(strict=True, ge=1, le=MOST),
+    KEY_BYTES: core_schema.str_schema(strict=True, pattern=f"^{_BASE64}$"),
+    "headers": core_schema.dict_schema(_TEXT, _TEXT),
+    "error": _object(_ERROR_FIELDS),
+}
+#: All rows of a claim at once: as fast as reading them as plain data.
+_METAS: Final = SchemaValidator(
+    core_schema.list_schema(core_schema.tuple_schema([_object(_META_FIELDS)], strict=False))
+)
 
 
 @dataclass(slots=True)
@@ -105,8 +149,7 @@ class Claimed:
         ids: row ids.
         counts: deliveries before without a verdict.
         sizes: lengths of the bodies.
-        parts: lengths of the metadata, as a JSON array.
-        meta: that of all, JSON each, with a comma between.
+        meta: JSON of each, with BETWEEN between them.
         bodies: all bodies, one after the other.
     """
 
@@ -115,7 +158,6 @@ class Claimed:
     ids: list[int]
     counts: list[int]
     sizes: list[int]
-    parts: str
     meta: bytes
     bodies: bytes
 
@@ -124,109 +166,69 @@ class Claimed:
         del self.ids[number:], self.counts[number:]
 
     def messages(self, queue: str) -> Iterator[tuple[Message, DecodeError | None, int | None]]:
-        """Each message, what is wrong with it, and the lane that it failed in, if it did."""
+        """Each message, what is wrong with it, if anything is, and the lane that it failed in, if it did."""
         end = 0
         bodies = self.bodies
-        for row, fields, size in zip(self.ids, self._fields(), self.sizes):  # noqa: B905 - ids may be fewer
+        for meta, size, row in zip(self._metas(), self.sizes, self.ids):  # noqa: B905 - ids may be fewer
             start, end = end, end + size
             body = bodies[start:end]
-            try:
-                message, lane, trouble = *_message(queue, row, fields, body), None
-            except Exception as error:  # whatever is wrong in it, it is this message's alone
-                name, place = _name(queue, row), f"row {row} of {queue!r}"
-                message, trouble = unreadable(error, body=body, queue=queue, id=name, place=place)
-                lane = None
-            yield message, trouble, lane
+            if isinstance(meta, bytes):
+                yield _read_one(queue, meta, body, row)
+            else:
+                message, origin = _message(queue, meta, body)
+                yield message, None, origin
 
-    def _fields(self) -> Sequence[Any]:
-        """The metadata of each: a dict, or the bytes of what is none."""
-        number = len(self.sizes)
+    def _metas(self) -> Sequence[Any]:
+        """The `meta` of each row: read, or where one of them is odd, all as bytes."""
         try:
-            found = from_json(b"[%b]" % self.meta)
+            found = _METAS.validate_json(b"[[" + self.meta.replace(_BETWEEN, _BROKEN_ARRAYS) + b"]]")
+            if len(found) == len(self.sizes):
+                return [meta for (meta,) in found]
         except ValueError:
-            found = []
-        if len(found) == number:
-            return found  # type: ignore[no-any-return]
-        # One that is no JSON, which somebody else has written, makes the array none.
-        place, each = 0, []
-        for size in from_json(self.parts):
-            each.append(_alone(self.meta[place : place + size]))
-            place += size + 1
-        return each
+            pass
+        return self.meta.split(_BETWEEN)
 
 
-def _alone(meta: bytes) -> Any:
-    try:
-        return from_json(meta)
-    except ValueError:
-        return meta
-
-
-def _message(queue: str, row: int, fields: Any, body: bytes) -> tuple[Message, int | None]:
-    """The message of a row, and the lane that it failed in, if it did.
-
-    Raises:
-        ValueError: the metadata are no JSON object.
-    """
-    if not isinstance(fields, dict):
-        raise ValueError(f"its meta is no JSON object: {fields!r:.80}")
-    found: dict[str, Any] = {}
-    for field, value in fields.items():
-        read = _READ.get(field)
-        if read is not None and (value := read(value)) is not None:
-            found[field] = value
-    if "id" not in found:
-        found["id"] = _name(queue, row)
+def _message(queue: str, fields: Any, body: bytes) -> tuple[Message, int | None]:
+    origin = fields.pop(ORIGIN, None)
     if KEY_BYTES in fields:
-        found["key"] = b64decode(fields[KEY_BYTES])
-    origin = fields.get(ORIGIN)
-    return Message(body=body, queue=queue, **found), origin if isinstance(origin, int) else None
+        fields["key"] = b64decode(fields.pop(KEY_BYTES))
+    if "error" in fields:
+        fields["error"] = ErrorDetails(**fields["error"])
+    return Message(body=body, queue=queue, **fields), origin
 
 
-def _name(queue: str, row: int) -> str:
-    """The id of a message that came without one."""
-    return f"{queue}-{row}"
+def _read_one(queue: str, meta: bytes, body: bytes, row: int) -> tuple[Message, DecodeError | None, int | None]:
+    id_, place = f"{queue}-{row}", f"row {row} of {queue!r}"
+    origin: int | None = None
+
+    def read() -> Message:
+        nonlocal origin
+        fields = _readable(from_json(meta), _META_FIELDS)
+        fields.setdefault("id", id_)
+        message, origin = _message(queue, fields, body)
+        return message
+
+    message, trouble = read_message(read, body=body, queue=queue, id=id_, place=place)
+    return message, trouble, origin
 
 
-def _text(value: object) -> str | None:
-    return read_text(value) if isinstance(value, str) and value else None
-
-
-def _some_text(value: object) -> str | None:
-    return read_text(value) if isinstance(value, str) else None
-
-
-def _count(value: object) -> int | None:
-    return max(0, min(value, MOST)) if type(value) is int else None
-
-
-def _attempt(value: object) -> int:
-    return max(1, _count(value) or 1)
-
-
-def _headers(value: object) -> dict[str, str] | None:
-    if not isinstance(value, dict):
-        return None
-    return {read_text(name): read_text(text) for name, text in value.items() if isinstance(text, str)}
-
-
-def _error(value: object) -> ErrorDetails | None:
-    if not isinstance(value, dict) or not isinstance(value.get("queue"), str):
-        return None
-    read = {name: _READ_ERROR[name](part) for name, part in value.items() if name in _READ_ERROR}
-    return ErrorDetails(**{name: part for name, part in read.items() if part is not None})
-
-
-#: How each field is read; what is none of its kind is left out.
-_READ: Final[dict[str, Callable[[object], Any]]] = {
-    **dict.fromkeys(FIELDS, _some_text),
-    **dict.fromkeys(("time", "deliver_at", "expires_at"), read_time),
-    "id": _text, "version": _count, "attempt": _attempt, "headers": _headers, "error": _error,
-}  # fmt: skip
-_READ_ERROR: Final[dict[str, Callable[[object], Any]]] = {
-    **dict.fromkeys(("queue", "handler", "exception", "reason", "traceback", "place", "omitted"), _some_text),
-    "attempts": _count, "first_failed": read_time, "last_failed": read_time,
-}  # fmt: skip
+def _readable(given: Any, fields: Mapping[str, CoreSchema]) -> dict[str, Any]:
+    """What stands in `meta` as it should; what does not is left out, as on other protocols."""
+    if not isinstance(given, dict):
+        raise TypeError(f"its meta is no JSON object but {type(given).__name__}")
+    found: dict[str, Any] = {}
+    for name, kind in fields.items():
+        value = given.get(name)
+        if name == "headers" and isinstance(value, dict):
+            value = {header: text for header, text in value.items() if isinstance(text, str)}
+        elif name == "error" and isinstance(value, dict):
+            value = _readable(value, _ERROR_FIELDS)
+        elif type(value) is int and name not in _TIMES:
+            value = min(value, MOST)
+        with suppress(ValidationError):
+            found[name] = SchemaValidator(kind).validate_python(value)
+    return found
 
 
 def ids_json(ids: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, QueueError, StreamToolsError
+from streamtools.wire import read_text
 
 #: Marks a file as ours (`PRAGMA application_id`): "strm" in ASCII.
 APPLICATION: Final = 0x7374726D
@@ -144,6 +145,7 @@ def connect(path: str) -> sqlite3.Connection:
         )
     # timeout=0: SQLite would sleep by itself, deaf to a close; the database thread waits instead.
     connection = sqlite3.connect(path, timeout=0, isolation_level=None, cached_statements=256)
+    connection.text_factory = read_text  # texts that other programs wrote need not be any
     try:
         _prepare(connection, path)
     except BaseException:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from pydantic_core import from_json, to_json
@@ -17,6 +18,7 @@ from pydantic_core import from_json, to_json
 from streamtools.drivers.sqlite import schema
 from streamtools.drivers.sqlite.rows import Claimed, Row, ids_json
 from streamtools.exchange import Binding, Exchange
+from streamtools.wire import read_time
 
 #: Rows in one INSERT; each size is one prepared statement, the last one padded.
 CHUNKS: Final = (1, 16, 256)
@@ -44,23 +46,39 @@ def candidates(ordered_by: str | None) -> str:
     """The statement that reads what can be claimed, as one row."""
     return (
         "SELECT json_group_array(id), json_group_array(count), json_group_array(size), "
-        "json_group_array(length(CAST(meta AS BLOB))), CAST(group_concat(meta) AS BLOB), "
-        "CAST(group_concat(body, '') AS BLOB) FROM ("
-        "SELECT r.id, r.count, length(CAST(m.body AS BLOB)) AS size, m.meta, m.body "
+        "CAST(group_concat(meta, char(30)) AS BLOB), CAST(group_concat(body, '') AS BLOB) FROM ("
+        # As what they should be: other programs may have written anything.
+        "SELECT r.id, CAST(r.count AS INTEGER) AS count, length(CAST(m.body AS BLOB)) AS size, "
+        "replace(m.meta, char(30), '') AS meta, m.body "
         "FROM ready r CROSS JOIN messages m ON m.id = r.id "
         f"WHERE r.lane = :lane {ALLOWED[ordered_by]} ORDER BY r.id LIMIT :limit)"
     )
 
 
+#: A time that comes: no text, which is greater than any number, and not the end of all days.
+TIME: Final = "{} < 9e18"
+
+
 def _look(ordered_by: str | None) -> str:
     return (
         f"SELECT EXISTS (SELECT 1 FROM ready r WHERE r.lane = :lane {ALLOWED[ordered_by]}), "
-        "(SELECT min(due) FROM later WHERE lane = :lane), EXISTS (SELECT 1 FROM lanes WHERE id = :lane)"
+        f"(SELECT min(due) FROM later WHERE lane = :lane AND {TIME.format('due')}), "
+        "EXISTS (SELECT 1 FROM lanes WHERE id = :lane)"
     )
 
 
 CANDIDATES: Final = {ordered_by: candidates(ordered_by) for ordered_by in ALLOWED}
 LOOK: Final = {ordered_by: _look(ordered_by) for ordered_by in ALLOWED}
+
+
+def of_meta(name: str, *types: str) -> str:
+    """The expression for a field of a message's `meta`; NULL where it is not of these types, or `meta` is no JSON."""
+    meta, path = "CAST(m.meta AS TEXT)", f"'$.{name}'"
+    wanted = ", ".join(f"'{each}'" for each in types)
+    return (
+        f"CASE WHEN json_valid({meta}) THEN CASE WHEN json_type({meta}, {path}) IN ({wanted}) "
+        f"THEN json_extract({meta}, {path}) END END"
+    )
 
 
 def _insert(rows: int) -> str:
@@ -181,7 +199,7 @@ class Tables:
         given = {"lanes": to_json(self.lanes(queue)).decode(), "id": id, "now": now}
         found = self.value(
             "SELECT json_group_array(m.id) FROM json_each(:lanes) n JOIN later l ON l.lane = n.value "
-            "CROSS JOIN messages m ON m.id = l.id WHERE l.due > :now AND json_extract(m.meta, '$.id') = :id",
+            f"CROSS JOIN messages m ON m.id = l.id WHERE l.due > :now AND {of_meta('id', 'text')} = :id",
             given,
         )
         self.run(f"DELETE FROM messages WHERE id IN {_IDS}", {"ids": found})
@@ -204,7 +222,8 @@ class Tables:
         self._bindings = {}
         found = self.run("SELECT b.exchange, b.type, b.topic, q.name FROM bindings b JOIN queues q ON q.id = b.queue")
         for name, kind, topic, queue in found.fetchall():
-            self._bindings.setdefault(name, []).append((Exchange(name, kind), topic, queue))
+            with suppress(ValueError, TypeError):  # none of ours
+                self._bindings.setdefault(name, []).append((Exchange(name, kind), topic, queue))
         self._generation = generation
 
     # --- in -------------------------------------------------------------------------------------
@@ -229,7 +248,11 @@ class Tables:
         return {id(row) for row in rows if not self._targets(row) and (row.mandatory or row.clash)}
 
     def _take_ids(self, number: int) -> int:
-        statement = "UPDATE sequence SET last = last + ? RETURNING last, generation"
+        # Rows that another program has written may have had the next ids.
+        statement = (
+            "UPDATE sequence SET last = ? + "
+            "max(last, coalesce((SELECT max(id) FROM messages WHERE id < 1 << 62), 0)) RETURNING last, generation"
+        )
         ((last, generation),) = self.run(statement, (number,)).fetchall()
         if generation != self._generation:
             self._read_lanes(generation)
@@ -296,7 +319,10 @@ class Tables:
         given = {"lane": lane, "claim": claim, "ids": ids_json(taken.ids), "last": taken.ids[-1]}
         # All that is ready up to the last one, unless keys were left out between.
         which = f"id IN {_IDS}" if ordered_by == "key" else "id <= :last"
-        self.run(f"INSERT INTO held SELECT id, :claim, lane, count FROM ready WHERE lane = :lane AND {which}", given)
+        self.run(
+            f"INSERT OR REPLACE INTO held SELECT id, :claim, lane, count FROM ready WHERE lane = :lane AND {which}",
+            given,
+        )
         self.run(f"DELETE FROM ready WHERE lane = :lane AND {which}", given)
         return taken
 
@@ -304,7 +330,7 @@ class Tables:
         while True:
             given = {"lane": lane, "claim": claim, "limit": limit}
             try:
-                ids, counts, sizes, parts, meta, bodies = self.run(CANDIDATES[ordered_by], given).fetchone()
+                ids, counts, sizes, meta, bodies = self.run(CANDIDATES[ordered_by], given).fetchone()
             except (sqlite3.Error, OverflowError, MemoryError) as error:
                 if limit == 1 or not schema.is_too_big(error):
                     raise
@@ -312,9 +338,7 @@ class Tables:
                 continue
             if meta is None:
                 return None
-            return Claimed(
-                claim, lane, from_json(ids), from_json(counts), from_json(sizes), parts, meta, bodies or b""
-            )
+            return Claimed(claim, lane, from_json(ids), from_json(counts), from_json(sizes), meta, bodies or b"")
 
     def _ripen(self, lane: int, now: float) -> None:
         last = self.run(
@@ -326,8 +350,8 @@ class Tables:
             return
         given = (lane, *last[0])
         self.run(
-            "INSERT INTO ready SELECT l.lane, l.id, 0, m.key FROM later l CROSS JOIN messages m ON m.id = l.id "
-            "WHERE l.lane = ? AND (l.due, l.id) <= (?, ?)",
+            "INSERT OR IGNORE INTO ready SELECT l.lane, l.id, 0, m.key FROM later l "
+            "CROSS JOIN messages m ON m.id = l.id WHERE l.lane = ? AND (l.due, l.id) <= (?, ?)",
             given,
         )
         self.run("DELETE FROM later WHERE lane = ? AND (due, id) <= (?, ?)", given)
@@ -350,7 +374,7 @@ class Tables:
         given = {"claim": claim, "count": count, "ids": "[]" if ids is None else ids_json(ids)}
         which = "" if ids is None else f"AND h.id IN {_IDS}"
         self.run(
-            "INSERT INTO ready SELECT h.lane, h.id, h.count + :count, m.key FROM held h "
+            "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + :count, m.key FROM held h "
             f"CROSS JOIN messages m ON m.id = h.id WHERE h.claim = :claim {which}",
             given,
         )
@@ -382,7 +406,7 @@ class Tables:
 
     def next_expiry(self) -> float | None:
         """When the first lease ends."""
-        expires = self.value("SELECT min(expires) FROM claims")
+        expires = self.value(f"SELECT min(expires) FROM claims WHERE {TIME.format('expires')}")
         return None if expires is None else float(expires)
 
     def expire(self, now: float) -> int:
@@ -392,10 +416,12 @@ class Tables:
             number += self.put_back(claim, count=1)
             self.run("DELETE FROM claims WHERE id = ?", (claim,))
         # What is held under no lease at all nothing else would ever bring back.
-        orphans = "SELECT json_group_array(DISTINCT claim) FROM held WHERE claim NOT IN (SELECT id FROM claims)"
-        for claim in from_json(self.value(orphans)):
-            number += self.put_back(claim, count=1)
-        return number
+        orphans = "h.claim NOT IN (SELECT id FROM claims)"
+        self.run(
+            "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + 1, m.key FROM held h "
+            f"CROSS JOIN messages m ON m.id = h.id WHERE {orphans}"
+        )
+        return number + self.run(f"DELETE FROM held AS h WHERE {orphans}").rowcount
 
     # --- numbers --------------------------------------------------------------------------------
 
@@ -408,11 +434,11 @@ class Tables:
             f"(SELECT count(*) FROM later WHERE {among} AND due <= :now), "
             f"(SELECT count(*) FROM later WHERE {among} AND due > :now), "
             f"(SELECT count(*) FROM held WHERE {among}), "
-            "(SELECT min(json_extract(m.meta, '$.time')) FROM json_each(:ids) l CROSS JOIN messages m "
+            f"(SELECT min({of_meta('time', 'integer', 'real')}) FROM json_each(:ids) l CROSS JOIN messages m "
             "ON m.id = (SELECT min(r.id) FROM ready r WHERE r.lane = l.value))",
             {"ids": ids, "now": now},
         ).fetchone()
-        return ready + due, delayed, in_hand, oldest
+        return ready + due, delayed, in_hand, read_time(oldest)
 
 
 def _cut(counts: Sequence[int]) -> int | None:
