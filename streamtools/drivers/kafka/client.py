@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import Any, Final, Protocol
 
 from aiokafka import TopicPartition
@@ -131,7 +132,11 @@ async def abandoned(producer: Any) -> None:
     with suppress(*CLIENT_ERRORS):  # a TimeoutError is an OSError
         async with asyncio.timeout(CLOSE_TIMEOUT):
             await producer.client.close()
-    # Whoever waits for a batch, the library's own flush among them, is told.
+    # Whoever waits for a batch, the library's own flush among them, is told; and where nobody does, nobody warns.
+    accumulator = producer._message_accumulator
+    for batch in (*accumulator._pending_batches, *chain.from_iterable(accumulator._batches.values())):
+        for future in (batch.future, batch._drain_waiter):
+            future.add_done_callback(_look_at)
     producer._message_accumulator.fail_all(kafka.ProducerClosed())
     producer._closed = True
     if sender is not None:
@@ -153,7 +158,13 @@ def learn(cluster: Any, topic: str, partitions: Iterable[Any]) -> None:
 def fail_batches(producer: Any, topic: str, partition: int, error: Exception) -> None:
     """End what a producer of the library has not sent to a partition; what is on its way is not there."""
     for batch in producer._message_accumulator._batches.pop(TopicPartition(topic, partition), ()):
+        batch._drain_waiter.add_done_callback(_look_at)
         batch.failure(error)
+
+
+def _look_at(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 def next_number(producer: Any, topic: str, partition: int) -> int:

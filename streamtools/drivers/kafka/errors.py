@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Mapping
+from enum import Enum
 from typing import Final
 
 from aiokafka import errors as kafka
@@ -35,32 +37,81 @@ CLIENT_ERRORS: Final[tuple[type[Exception], ...]] = (
 )
 #: Those, and what we have made of them.
 TROUBLE: Final[tuple[type[Exception], ...]] = (*CLIENT_ERRORS, StreamToolsError)
+
+
+class Fate(Enum):
+    """What becomes of what a broker has answered so."""
+
+    AGAIN = "passes: it is tried again, by a new client where need be, until `send_timeout` or a stop"
+    RECORD = "that one message is refused; the others of its batch are taken"
+    TOPIC = "the messages to that topic are refused"
+    UNDONE = "the transaction has not taken place; a consumer reads its messages anew"
+    FOR_GOOD = "an error at once: trying again cannot help"
+
+
+#: The brokers' answers by name (kafka.apache.org/protocol, "Error Codes"), what they mean here, and what to do.
+#: What is not listed passes.
+FATES: Final[Mapping[str, tuple[type[Exception], Fate, str]]] = {
+    "MESSAGE_TOO_LARGE": (kafka.MessageSizeTooLargeError, Fate.RECORD, "put less into it; see max.message.bytes"),
+    "RECORD_LIST_TOO_LARGE": (kafka.RecordListTooLargeError, Fate.RECORD, "the same, and segment.bytes"),
+    "INVALID_TIMESTAMP": (kafka.InvalidTimestampError, Fate.RECORD, "see message.timestamp.*.max.ms, and the clock"),
+    "INVALID_RECORD": (_InvalidRecordError, Fate.RECORD, "a compacted topic wants a key"),
+    "CORRUPT_MESSAGE": (kafka.CorruptRecordException, Fate.RECORD, "a compacted topic wants a key (old brokers)"),
+    "UNSUPPORTED_FOR_MESSAGE_FORMAT": (
+        kafka.UnsupportedForMessageFormatError, Fate.RECORD, "raise the topic's message.format.version",
+    ),
+    "INVALID_TOPIC_EXCEPTION": (kafka.InvalidTopicError, Fate.TOPIC, "send to another topic"),
+    "TOPIC_AUTHORIZATION_FAILED": (kafka.TopicAuthorizationFailedError, Fate.TOPIC, "allow the user to write to it"),
+    "POLICY_VIOLATION": (kafka.PolicyViolationError, Fate.TOPIC, "ask who runs the brokers for their policy"),
+    "INVALID_REQUIRED_ACKS": (kafka.InvalidRequiredAcksError, Fate.TOPIC, "the brokers must take acks=all"),
+    "INVALID_PRODUCER_EPOCH": (kafka.InvalidProducerEpoch, Fate.UNDONE, "another has its id, or its time was over"),
+    "INVALID_TXN_STATE": (kafka.InvalidTxnState, Fate.UNDONE, "its time was over"),
+    "INVALID_PRODUCER_ID_MAPPING": (kafka.InvalidProducerIdMapping, Fate.UNDONE, "its id was not used for days"),
+    "SASL_AUTHENTICATION_FAILED": (kafka.SaslAuthenticationFailed, Fate.FOR_GOOD, "check user and password"),
+    "UNSUPPORTED_SASL_MECHANISM": (kafka.UnsupportedSaslMechanismError, Fate.FOR_GOOD, "name another with ?sasl="),
+    "ILLEGAL_SASL_STATE": (kafka.IllegalSaslStateError, Fate.FOR_GOOD, "check ?sasl= and the port"),
+    "CLUSTER_AUTHORIZATION_FAILED": (
+        kafka.ClusterAuthorizationFailedError, Fate.FOR_GOOD, "allow the user IDEMPOTENT_WRITE on the cluster",
+    ),
+    "TRANSACTIONAL_ID_AUTHORIZATION_FAILED": (
+        kafka.TransactionalIdAuthorizationFailed, Fate.FOR_GOOD, "allow the user to write to the transactional id",
+    ),
+    "GROUP_AUTHORIZATION_FAILED": (kafka.GroupAuthorizationFailedError, Fate.FOR_GOOD, "allow the user READ on it"),
+    "INCONSISTENT_GROUP_PROTOCOL": (
+        kafka.InconsistentGroupProtocolError, Fate.FOR_GOOD, "another program's group has this name: choose another",
+    ),
+    "INVALID_SESSION_TIMEOUT": (
+        kafka.InvalidSessionTimeoutError, Fate.FOR_GOOD, "see the brokers' group.*.session.timeout.ms",
+    ),
+    "UNSUPPORTED_VERSION": (kafka.UnsupportedVersionError, Fate.FOR_GOOD, "Kafka 2.1 or later is wanted"),
+    "NOT_LEADER_OR_FOLLOWER": (kafka.NotLeaderForPartitionError, Fate.AGAIN, ""),
+    "LEADER_NOT_AVAILABLE": (kafka.LeaderNotAvailableError, Fate.AGAIN, ""),
+    "NOT_ENOUGH_REPLICAS": (kafka.NotEnoughReplicasError, Fate.AGAIN, "bring back the brokers that are away"),
+    "NOT_ENOUGH_REPLICAS_AFTER_APPEND": (kafka.NotEnoughReplicasAfterAppendError, Fate.AGAIN, "the same"),
+    "REQUEST_TIMED_OUT": (kafka.RequestTimedOutError, Fate.AGAIN, ""),
+    "OUT_OF_ORDER_SEQUENCE_NUMBER": (kafka.OutOfOrderSequenceNumber, Fate.AGAIN, ""),
+    "COORDINATOR_NOT_AVAILABLE": (kafka.CoordinatorNotAvailableError, Fate.AGAIN, ""),
+    "NOT_COORDINATOR": (kafka.NotCoordinatorError, Fate.AGAIN, ""),
+    "COORDINATOR_LOAD_IN_PROGRESS": (kafka.CoordinatorLoadInProgressError, Fate.AGAIN, ""),
+    "CONCURRENT_TRANSACTIONS": (kafka.ConcurrentTransactions, Fate.AGAIN, ""),
+    "KAFKA_STORAGE_ERROR": (kafka.KafkaStorageError, Fate.AGAIN, "see the broker's disks"),
+}  # fmt: skip
+
+
+def _with(*fates: Fate) -> tuple[type[Exception], ...]:
+    return tuple(error for error, fate, _ in FATES.values() if fate in fates)
+
+
 #: The broker takes no part of such a batch for the sake of some record in it: the others are taken without that one.
-RECORD_REFUSALS: Final[tuple[type[Exception], ...]] = (
-    kafka.MessageSizeTooLargeError,
-    kafka.RecordListTooLargeError,
-    kafka.InvalidTimestampError,
-    kafka.UnsupportedForMessageFormatError,
-    kafka.CorruptRecordException,
-    _InvalidRecordError,
-)
+RECORD_REFUSALS: Final = _with(Fate.RECORD)
 #: The broker takes no part of such a batch, whoever sends it again.
-REFUSALS: Final[tuple[type[Exception], ...]] = (
-    *RECORD_REFUSALS,
-    kafka.InvalidTopicError,
-    kafka.TopicAuthorizationFailedError,
+REFUSALS: Final = (
+    *_with(Fate.RECORD, Fate.TOPIC),
     kafka.ClusterAuthorizationFailedError,
     kafka.TransactionalIdAuthorizationFailed,
-    kafka.PolicyViolationError,
-    kafka.InvalidRequiredAcksError,
 )
-#: A transaction was ended before its commit: its time was over, or another has taken its id over.
-_UNDONE: Final[tuple[type[Exception], ...]] = (
-    kafka.ProducerFenced,
-    kafka.InvalidProducerEpoch,
-    kafka.InvalidTxnState,
-    kafka.InvalidProducerIdMapping,
-)
+_UNDONE: Final = (*_with(Fate.UNDONE), kafka.ProducerFenced)  # the library's own word for a wrong epoch
+_FOR_GOOD: Final = _with(Fate.FOR_GOOD)
 _TOO_LARGE: Final[tuple[type[Exception], ...]] = (kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError)
 
 
@@ -136,8 +187,11 @@ def client_error(error: BaseException, settings: KafkaSettings) -> StreamToolsEr
         return QueueError(f"{where} does not allow it: group {plain(error)} (GROUP_AUTHORIZATION_FAILED).")
     if isinstance(error, kafka.UnknownTopicOrPartitionError):
         return QueueError(f"{where} has no such topic or partition: {plain(error)}.")
-    if isinstance(error, kafka.InconsistentGroupProtocolError | kafka.InvalidSessionTimeoutError):
-        return ConnectError(f"{where} does not let us into the group: {plain(error)}.", permanent=True)
+    if isinstance(error, kafka.IncompatibleBrokerVersion):
+        return ConnectError(f"{where} is too old: {plain(error).rstrip('.')}.", permanent=True)
+    if isinstance(error, _FOR_GOOD):
+        name, help_ = next((name, text) for name, (kind, _, text) in FATES.items() if isinstance(error, kind))
+        return ConnectError(f"{where} refuses it ({name}): {help_}. {plain(error)}", permanent=True)
     return ConnectionLost(f"The connection to {where} has ended: {plain(error).rstrip('.')}.")
 
 

@@ -53,8 +53,9 @@ UNCONFIRMED: Final = 64 * 1024 * 1024
 CLOSED: Final = "The producer was closed; call open() to use it again."
 #: Seconds without a confirmation after which it is looked at whether the topic is still there.
 LATE: Final = 2.0
-#: Seconds before a batch is tried again with a new producer.
+#: Seconds before a batch is tried again with a new producer; doubled each time, up to the most of it.
 PAUSE: Final = 0.05
+LONGEST: Final = 1.0
 
 
 class Pending:
@@ -135,6 +136,7 @@ class Lane:
         self.partition: int = partition
         self._portions = Portions()
         self._watch: asyncio.Task[None] | None = None
+        self._failures = 0  # since the last confirmation
 
     def wake(self) -> None:
         """Send what waits, until nothing does."""
@@ -214,7 +216,7 @@ class Lane:
         return batch, builder
 
     def _confirm(self, batch: list[Outgoing], offset: int) -> None:
-        partition = self.partition
+        partition, self._failures = self.partition, 0
         pending, number, size = batch[0].pending, 0, 0
         for item in batch:
             item.partition = partition
@@ -255,7 +257,10 @@ class Lane:
 
     async def _again(self, batch: list[Outgoing], producer: Any, error: BaseException) -> None:
         """Send it once more, before all others, by a new producer, as long as somebody waits for it."""
-        log.warning("A batch of %d for %s-%d is sent again: %s", len(batch), self.topic, self.partition, plain(error))
+        level = logging.WARNING if not self._failures else logging.DEBUG  # said once
+        log.log(
+            level, "A batch of %d for %s-%d is sent again: %s", len(batch), self.topic, self.partition, plain(error)
+        )
         self.waiting.extendleft(reversed(batch))
         try:
             await self._publisher.renew(producer)
@@ -264,7 +269,8 @@ class Lane:
             self.waiting.clear()
             self._fail(failed, trouble)
             return
-        await asyncio.sleep(PAUSE)
+        await asyncio.sleep(min(PAUSE * 2**self._failures, LONGEST))
+        self._failures = min(self._failures + 1, 10)
 
     def _refuse(self, batch: list[Outgoing], error: BaseException) -> None:
         for item in batch:
