@@ -36,6 +36,7 @@ from streamtools.settling import Dispatch, OneSettlement
 from streamtools.threads import Threads
 from streamtools.types import ErrorHandler, Handler, Middleware
 from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
+from streamtools.watch import watched
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -422,7 +423,8 @@ class Consumer(Endpoint):
         )  # fmt: skip
         watch = asyncio.create_task(self._watch(dispatch))
         try:
-            await self._loop.run(self._stopping, self._grace)
+            with watched():
+                await self._loop.run(self._stopping, self._grace)
         except ConnectError as error:
             if error.permanent:
                 raise

@@ -425,9 +425,16 @@ class Membership:
                     self._settings.safe_url,
                     self.limit,
                 )
-            except kafka.CommitFailedError as error:
+            except kafka.CommitFailedError:
                 # Someone else may have the partitions by now. What is finished is told when we have them again.
-                log.info("Group %s: %s", self._terms.group, plain(error))
+                log.warning(
+                    "Group %s: this member has lost its place: it sent no heartbeat for session_timeout=%g s, or "
+                    "took longer than revoke_timeout=%g s to let partitions go. It joins anew; messages that it had "
+                    "in hand may be handled twice.",
+                    self._terms.group,
+                    self._settings.session_timeout,
+                    self._terms.deadline,
+                )
                 return
             except CLIENT_ERRORS as error:
                 raise client_error(error, self._settings) from error
