@@ -115,7 +115,7 @@ def check_handler(function: object) -> None:
         ConfigurationError: it cannot be one.
     """
     if isinstance(function, classmethod | staticmethod):
-        return  # bound when its class is there
+        function = function.__func__  # it is bound when its class is there
     check_function(
         function,
         "handler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -86,6 +87,11 @@ def register_codec(
     media = media_type(content_type)
     if "/" not in media or ";" in content_type or media == JSON:
         raise ConfigurationError(f"{content_type!r} is no media type of yours: write one as in 'application/yaml'.")
+    for function in (decode, encode):
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise ConfigurationError(
+                f"{function.__name__} of {content_type!r} is to return the value itself: write it as a plain def."
+            )
     _CODECS[media] = Codec(decode, encode)
 
 

@@ -610,6 +610,12 @@ class BoundHandler(Decorated):
         self.__module__ = function.__module__
         self.__wrapped__ = function
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Its class is there: what is a method of the class can be bound to it."""
+        for each in self.all:
+            if isinstance(each.function, classmethod):
+                each.function = each.function.__get__(None, owner)
+
     def __get__(self, instance: object, owner: type | None = None) -> BoundHandler:
         if instance is None:
             return self

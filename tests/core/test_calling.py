@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 from pydantic import BaseModel
 
-from streamtools import Consumer, ConsumerFactory, ConsumerRunner, Message, Producer
+from streamtools import Consumer, ConsumerFactory, ConsumerRunner, Message, Producer, Retry, register_codec
 from streamtools.binding import compile_handler
 from streamtools.bus import Bus, Command
 from streamtools.errors import ConfigurationError, HandlerError, Reject
@@ -518,3 +519,72 @@ async def test_whatever_a_hook_returns_is_awaited_and_what_is_none_is_refused() 
         with pytest.raises(ConfigurationError, match=re.escape(why)):
             async with ConsumerRunner(factory, on_startup=[prepare, hook]):  # type: ignore[list-item]
                 raise AssertionError("it must not come this far")
+
+
+async def test_methods_of_the_class_are_handlers() -> None:
+    factory = ConsumerFactory(url="asyncio://")
+
+    class Service:
+        @factory.route("a")
+        @factory.route("b")
+        @classmethod
+        async def of_class(cls, msg: int) -> str:
+            return f"{cls.__name__} {msg}"
+
+        @factory.route("c")
+        @staticmethod
+        async def static(msg: int) -> int:
+            return msg
+
+    async with Harness(factory) as service:
+        for queue in "abc":
+            await service.send(queue, 1)
+        await service.settled()
+        assert [service.results(queue) for queue in "abc"] == [["Service 1"], ["Service 1"], [1]]
+    assert await Service.of_class(5) == "Service 5"
+    assert await Service().static(6) == 6
+
+
+def test_a_class_method_that_generates_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="is an async generator"):
+
+        class _Service:
+            @ConsumerFactory(url="asyncio://").route("a")
+            @classmethod
+            async def of_class(cls, msg: int) -> AsyncIterator[int]:
+                yield msg
+
+
+async def test_a_mock_is_a_handler() -> None:
+    for mock, result in ((MagicMock(return_value=5), 5), (AsyncMock(return_value=6), 6)):
+        factory = ConsumerFactory(url="asyncio://")
+        factory.route("orders")(mock)
+        async with Harness(factory) as service:
+            await service.send("orders", 1)
+            await service.settled()
+            assert service.results("orders") == [result]
+        mock.assert_called_once_with(1)
+
+
+async def test_an_async_handler_that_returns_a_generator_is_rejected() -> None:
+    async def handle(msg: int) -> Any:
+        return async_generator(msg)
+
+    async def layer(message: Message, call_next: Handler) -> Any:
+        return (each for each in [await call_next(message)])
+
+    for middleware, function in (([], handle), ([layer], work)):
+        factory = ConsumerFactory(url="asyncio://", middleware=middleware, retry=Retry(retries=0))
+        factory.route("orders")(function)
+        async with Harness(factory) as service:
+            await service.send("orders", 1)
+            await service.settled()
+            assert (service.handled(), len(service.rejected)) == ([], 1)
+
+
+async def test_a_codec_that_would_have_to_be_awaited_is_refused() -> None:
+    async def decode(body: bytes) -> Any:
+        return body
+
+    with pytest.raises(ConfigurationError, match="decode of 'application/x-async' is to return the value itself"):
+        register_codec("application/x-async", decode)
