@@ -41,6 +41,7 @@ class Held:
         exchange: where it was published to.
         key: its routing key.
         data: flags and values of its content header.
+        topic: its routing key as a text, where it came by an exchange that is not ours.
         settled: it is acknowledged.
     """
 
@@ -51,6 +52,7 @@ class Held:
     key: bytes
     data: bytes
     body: bytes
+    topic: str | None = None
     settled: bool = False
 
 
@@ -152,6 +154,7 @@ class HoldingChannel(HotChannel):
         position = start + 4 if method == GET_OK else start + 5 + data[start + 4]
         (self._tag,) = LONGLONG.unpack_from(data, position)
         self._redelivered = data[position + 8] & 1 == 1
+        self.topic = frames.delivered_topic(data, position + 9)
         self._exchange, position = _short(data, position + 9)
         self._key, _ = _short(data, position)
         self._method = method
@@ -160,15 +163,22 @@ class HoldingChannel(HotChannel):
     def _complete(self, body: bytes) -> None:
         self._method = 0
         data, self._properties = self._properties, b""
-        self._arrive(Held(self, self._tag, self._redelivered, self._exchange, self._key, data, body))
+        self._arrive(Held(self, self._tag, self._redelivered, self._exchange, self._key, data, body, self.topic))
 
     def _arrive(self, held: Held | None) -> None:
         self.buffer.append(held)
         self._arrived.set()
 
     async def _call(self, request: object) -> None:
+        # The library closes a channel whose request is cancelled; what is in hand would go back, and be counted.
+        asked = asyncio.ensure_future(self._link.call(cast("asyncio.Future[object]", request)))
         try:
-            await self._link.call(cast("asyncio.Future[object]", request))
+            await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            await asyncio.wait({asked})
+            if not asked.cancelled():
+                asked.exception()
+            raise
         except StreamToolsError:
             raise
         except CLIENT_ERRORS as error:

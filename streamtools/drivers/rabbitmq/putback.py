@@ -12,6 +12,7 @@ from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 
 from streamtools.drivers.rabbitmq import properties
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
+from streamtools.drivers.rabbitmq.frames import OWN_EXCHANGES
 from streamtools.drivers.rabbitmq.holding import REFUSED, CopyChannel, Held, HoldingChannel
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.errors import ConnectionLost, QueueError, StreamToolsError
@@ -99,11 +100,12 @@ class PutBack:
     async def _copy(self, held: Held) -> tuple[str, bytes, bytes, bytes]:
         """Exchange, routing key, content header and body.
 
-        What came by another way than the queue's own name goes by an exchange of ours, which is bound to this queue
-        alone: so it keeps its routing key, and CC routes it nowhere else.
+        What came by an exchange of the user's goes by one of ours, which is bound to this queue alone: so it keeps
+        its routing key, and CC routes it nowhere else.
         """
         queue = self._queue.encode()
-        if (held.exchange, held.key) != (b"", queue) or b"\x02CC" in held.data:
+        came_by_theirs = held.exchange and not held.exchange.startswith(OWN_EXCHANGES)
+        if came_by_theirs or b"\x02CC" in held.data:
             if self._detour is None:
                 self._detour = await self._make_detour()
             if self._detour:

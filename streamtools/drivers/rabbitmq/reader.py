@@ -143,7 +143,7 @@ class RabbitMQReader:
 
     def _delivery(self, held: Held) -> Delivery:
         message, count = properties.decode(
-            held.data, held.body, self._queue, self._new_id, redelivered=held.redelivered
+            held.data, held.body, self._queue, self._new_id, topic=held.topic, redelivered=held.redelivered
         )
         return Delivery(message, held, count or int(held.redelivered))
 
@@ -243,7 +243,7 @@ class RabbitMQReader:
 
     async def _leave(self, channel: HoldingChannel) -> None:
         """Have the queue hold again, in its order, what is not settled."""
-        if not self._counts:
+        if self._counts is False:
             await channel.close()
             return
         while self._alone and await self._ready() and await channel.arrival(SILENCE):

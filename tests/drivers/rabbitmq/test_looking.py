@@ -322,6 +322,44 @@ async def test_to_be_killed_while_looking_loses_nothing(foreign: AbstractChannel
     assert set(bodies) == {b"%d" % number for number in range(200)}
 
 
+async def test_to_end_receive_by_ctrl_c_changes_nothing(foreign: AbstractChannel, url: str) -> None:
+    await fill(foreign, "followed", 5, QUEUES["quorum with a limit"])
+    for number in range(5):
+        command = ("-m", "streamtools", "receive", "followed", "--follow", "--json", "--url", url)
+        process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
+        assert process.stdout is not None
+        for _ in range(5 + number):
+            assert await asyncio.wait_for(process.stdout.readline(), 20)
+        await foreign.basic_publish(b"more", routing_key="followed")
+        assert await asyncio.wait_for(process.stdout.readline(), 20)
+        process.send_signal(signal.SIGINT)  # it is asking for more just now
+        await process.wait()
+
+    found = await contents(foreign, "followed")
+    assert [body for body, *_ in found] == [*(b"%d" % number for number in range(5)), *[b"more"] * 5]
+    assert {count for _, _, count, *_ in found} == {0}
+
+
+async def test_a_topic_is_kept_and_the_way_of_a_delay_is_none(
+    foreign: AbstractChannel, url: str, admin: QueueAdmin
+) -> None:
+    async with RabbitMQConsumer("orders", url=url) as consumer, RabbitMQProducer("orders", url=url) as producer:
+        await producer.send("delayed", delay=0.1)
+        await foreign.queue_bind("orders", "amq.topic", "shop.#")
+        [delivery] = await consumer.receive(timeout=10)  # held until then
+        before = delivery.message.topic
+        await delivery.release()
+    await foreign.basic_publish(b"event", exchange="amq.topic", routing_key="shop.placed")
+    await wait_until(lambda: _holds(admin, "orders", 2))
+    for _ in range(3):
+        seen = await admin.peek("orders")
+        assert {(m.body, m.topic) for m in seen} == {(b"delayed", before), (b"event", "shop.placed")}
+
+    async with RabbitMQConsumer("orders", url=url, prefetch=2) as consumer:
+        taken = [*await consumer.receive(2, timeout=10), *await consumer.receive(1, timeout=2)]
+        assert {(d.message.body, d.message.topic) for d in taken} == {(b"delayed", before), (b"event", "shop.placed")}
+
+
 async def test_cc_routes_a_message_nowhere_again(foreign: AbstractChannel, admin: QueueAdmin) -> None:
     for name in ("to", "copy"):
         await foreign.queue_declare(name, durable=True, arguments=QUEUES["quorum with a limit"])
