@@ -8,7 +8,7 @@ import sqlite3
 import struct
 from collections.abc import Collection, Sequence
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from aiokafka import AIOKafkaProducer
 from hypothesis import strategies as st
@@ -362,6 +362,61 @@ def insert_into_sqlite(path: str, queue: str, letters: Sequence[Letter]) -> Coll
             database.execute("INSERT INTO ready VALUES (?, ?, 0, ?)", (lane, number, key))
     database.close()
     return ()
+
+
+# --- HTTP ------------------------------------------------------------------------------------------
+
+#: Values that HTTP lets through: no line ends, no NUL.
+HTTP_VALUES: Final = (
+    CONTENT_TYPES.map(lambda value: value.encode("latin-1", "replace"))
+    | TIMES.map(lambda value: value.encode("latin-1", "replace").translate(None, b"\0\r\n"))
+    | st.sampled_from([b"\xff\xfe", b"%ff", b"%", b"a%20b", b"request", b"http://127.0.0.1:1/x", b"1", b"0", b"-5"])
+    | st.binary(max_size=12).map(lambda value: bytes(byte for byte in value if byte >= 32 and byte != 127))
+)
+HTTP_NAMES: Final = st.sampled_from(
+    [b"ce-id", b"ce-type", b"ce-source", b"ce-time", b"ce-subject", b"CE-Region", b"ce-correlationid", b"ce-replyto"]
+    + [b"ce-intent", b"ce-partitionkey", b"ce-partitionkeybytes", b"ce-attempt", b"ce-dataversion", b"ce-errorqueue"]
+    + [b"ce-errorfirst", b"ce-errormessage", b"ce-handler", b"ce-specversion", b"ce-datacontenttype", b"Content-Type"]
+    + [b"X-A", b"x-a", b"X-Forwarded-For", b"Cookie", b"Accept", b"streamtools-headers", b"traceparent", b"Expect"]
+)
+#: Names that may stand in a request once.
+_ONCE: Final = frozenset({b"content-type"})
+HTTP: Final = st.tuples(st.lists(st.tuples(HTTP_NAMES, HTTP_VALUES), max_size=8), st.booleans())
+
+
+async def post_to_http(url: str, queue: str, letters: Sequence[Letter]) -> Collection[int]:
+    """Send requests byte by byte, some in chunks; those that were not answered 2xx were not taken."""
+    address = urlsplit(url)
+    slots = asyncio.Semaphore(20)
+
+    async def post(letter: Letter) -> bool:
+        async with slots:
+            reader, writer = await asyncio.open_connection(address.hostname, address.port)
+            writer.write(_request(queue, letter))
+            async with asyncio.timeout(30):
+                status = (await reader.readline()).split()[1]
+            writer.close()
+            return status.startswith(b"2")
+
+    taken = await asyncio.gather(*(post(letter) for letter in letters))
+    return [letter.number for letter, was_taken in zip(letters, taken, strict=True) if not was_taken]
+
+
+def _request(queue: str, letter: Letter) -> bytes:
+    headers, chunked = letter.beside
+    body = letter.body or b""
+    lines = [b"POST /%b HTTP/1.1" % quote(queue).encode(), b"Host: x", b"Connection: close"]
+    seen: set[bytes] = set()
+    for name, value in headers:
+        if name.lower() not in _ONCE or name.lower() not in seen:
+            lines.append(name + b": " + value)
+        seen.add(name.lower())
+    if chunked:
+        lines.append(b"Transfer-Encoding: chunked")
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    else:
+        lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
 # --- in-process -----------------------------------------------------------------------------------

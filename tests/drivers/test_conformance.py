@@ -75,6 +75,11 @@ class TestHTTP(ConformanceSuite):
         with socket.create_server(("127.0.0.1", 0)) as free:
             return f"http://127.0.0.1:{free.getsockname()[1]}"
 
+    foreign = foreign.HTTP
+
+    async def publish_foreign(self, stage: Stage, letters: Sequence[Letter]) -> Collection[int]:
+        return await foreign.post_to_http(str(stage.url), stage.queue, letters)
+
 
 class TestRabbitMQ(ConformanceSuite):
     protocol = "rabbitmq"
