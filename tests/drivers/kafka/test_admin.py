@@ -408,3 +408,22 @@ async def test_an_admin_goes_on_when_a_partitions_leader_is_killed(kafka_cluster
         await admin.alter(queue, partitions=2, retention=3600)
         found = await admin.describe(queue)
         assert (found.partitions, found.replication, found.retention) == (2, 3, 3600)
+
+
+async def test_looking_200_times_changes_nothing_and_disturbs_nobody(
+    kafka: KafkaAddress, admin: QueueAdmin, producer: MakeProducer, queue: str
+) -> None:
+    await admin.create(queue, partitions=3)
+    await (await producer()).send_many([str(n) for n in range(60)])
+    async with member(kafka, f"{queue}.other", queue) as other:
+        found = await other.getmany(timeout_ms=5000, max_records=10)
+        await other.commit()
+        generation = other._coordinator.generation
+        before = await admin.groups(queue)
+        first = [message.body for message in await admin.peek(queue, limit=100)]
+        for _ in range(199):
+            assert [message.body for message in await admin.peek(queue, limit=100)] == first
+        assert (await admin.stats(queue)).ready == len(first) == 60
+        assert found and await admin.groups(queue) == before and other._coordinator.generation == generation
+    assert [group.name for group in before] == [f"{queue}.other"]
+    assert len(await records(kafka, queue)) == 60

@@ -1,0 +1,120 @@
+"""The least that a user must be allowed, as docs/protocols/kafka.md tells it: with just these all works."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from streamtools import ConnectError, Reject, Retry, SendError
+from streamtools.consumer import BoundHandler
+from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer, KafkaProducer
+from streamtools.testing import eventually
+from tests.brokers.kafka.node import KafkaNode
+from tests.drivers.kafka.conftest import records
+
+pytestmark = [pytest.mark.real_kafka("permissions"), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[KafkaNode]:
+    """A node that allows its own tools everything, and the user `tester` nothing but what a test allows."""
+    node = KafkaNode(
+        config={
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users": "User:ANONYMOUS",
+            "auto.create.topics.enable": "false",
+        }
+    )
+    node.start()
+    yield node
+    node.close()
+
+
+#: Gives the user a right: what it is on, its name, and the operations.
+Allow = Callable[..., None]
+
+
+@pytest.fixture
+def allow(strict: KafkaNode) -> Allow:
+    def allow(kind: str, name: str, *operations: str) -> None:
+        each = [word for operation in operations for word in ("--operation", operation)]
+        strict.tool("kafka-acls", "--add", "--allow-principal", "User:tester", *each, f"--{kind}", name)
+
+    return allow
+
+
+@pytest.fixture
+def url(strict: KafkaNode) -> str:
+    address = strict.address
+    assert address.sasl_url is not None and address.username is not None and address.password is not None
+    user = f"{quote(address.username, safe='')}:{quote(address.password, safe='')}"
+    return address.sasl_url.replace("kafka://", f"kafka://{user}@")
+
+
+async def made(strict: KafkaNode, *topics: str) -> None:
+    async with KafkaAdmin(url=strict.url) as admin:
+        for topic in topics:
+            await admin.create(topic, partitions=2)
+
+
+async def test_sending_wants_write_on_the_topic_and_its_refusal_names_it(
+    strict: KafkaNode, allow: Allow, url: str, queue: str
+) -> None:
+    await made(strict, queue, f"{queue}.other")
+    await asyncio.to_thread(allow, "topic", queue, "Write")
+    async with KafkaProducer(queue, url=url, declare=False) as producer:
+        await producer.send("x")
+        async with KafkaProducer(f"{queue}.other", url=url, declare=False) as other:
+            ends = await asyncio.gather(other.send("no"), producer.send("y"), return_exceptions=True)
+    assert isinstance(ends[0], SendError) and "TOPIC_AUTHORIZATION_FAILED" in str(ends[0])
+    assert sorted(record.value for record in await records(strict.address, queue)) == [b"x", b"y"]
+
+
+async def test_handling_wants_read_on_topic_and_group_and_write_where_copies_go(
+    strict: KafkaNode, allow: Allow, url: str, queue: str
+) -> None:
+    await made(strict, queue, f"{queue}.error", f"{queue}.retry")
+    await asyncio.to_thread(allow, "topic", queue, "Read")
+    await asyncio.to_thread(allow, "topic", f"{queue}.retry", "Read", "Write")
+    await asyncio.to_thread(allow, "topic", f"{queue}.error", "Write")
+    await asyncio.to_thread(allow, "group", queue, "Read")
+    runs: list[str] = []
+
+    async def handle(msg: str) -> None:
+        runs.append(msg)
+        if len(runs) == 1:
+            raise ConnectionError("once more")
+        raise Reject("never")
+
+    consumer = KafkaConsumer(queue, url=url, declare=False, error_queue="{queue}.error", retry=Retry(delay=0.05))
+    task = asyncio.create_task(consumer.run(BoundHandler(consumer, handle)))
+    async with KafkaProducer(queue, url=strict.url, declare=False) as producer:
+        await producer.send("x")
+
+    async def rejected() -> Any:
+        return await records(strict.address, f"{queue}.error")
+
+    await eventually(rejected, timeout=60)
+    consumer.stop(10)
+    await task
+    assert runs == ["x", "x"]
+
+
+async def test_a_transaction_wants_write_on_its_id_and_says_so(
+    strict: KafkaNode, allow: Allow, url: str, queue: str
+) -> None:
+    await made(strict, queue)
+    await asyncio.to_thread(allow, "topic", queue, "Write")
+    async with KafkaProducer(queue, url=url, declare=False) as producer:
+        with pytest.raises(ConnectError, match="TRANSACTIONAL_ID_AUTHORIZATION_FAILED") as caught:
+            async with producer.transaction():
+                await producer.send("no")
+        assert caught.value.permanent
+        await asyncio.to_thread(allow, "transactional-id", "*", "Write")
+        async with producer.transaction():
+            await producer.send("x")
+    assert [r.value for r in await records(strict.address, queue, committed=True)] == [b"x"]
