@@ -16,7 +16,7 @@ from streamtools.settings import KafkaSettings, RabbitMQSettings
 from streamtools.testing import ConformanceSuite
 from streamtools.testing.conformance import ConnectionCases
 from streamtools.testing.conformance.failing import FailingCases
-from streamtools.testing.conformance.foreign import Letter
+from streamtools.testing.conformance.foreign import ForeignCases, Letter
 from streamtools.testing.conformance.handling import HandlingCases
 from streamtools.testing.conformance.ordering import GroupCases, OrderingCases
 from streamtools.testing.conformance.stage import Stage
@@ -125,8 +125,20 @@ class TestRabbitMQCut(ConnectionCases):
         return fault
 
 
+class ForeignRecords(ForeignCases):
+    """Records that another program produces."""
+
+    foreign = foreign.KAFKA
+
+    async def publish_foreign(self, stage: Stage, letters: Sequence[Letter]) -> Collection[int]:
+        return await foreign.publish_to_kafka(urlsplit(str(stage.url)).netloc, stage.queue, letters)
+
+    async def look_at_foreign(self, stage: Stage, queue: str) -> None:
+        await foreign.type_commands(str(stage.url), queue)
+
+
 @pytest.mark.real_kafka("making topics, groups that are shared out")
-class TestKafka(ConformanceSuite):
+class TestKafka(ForeignRecords, ConformanceSuite):
     protocol = "kafka"
 
     @pytest.fixture
@@ -136,14 +148,6 @@ class TestKafka(ConformanceSuite):
     @pytest.fixture
     def kill_url(self, url: str) -> str:
         return f"{url}?session_timeout=3"
-
-    foreign = foreign.KAFKA
-
-    async def publish_foreign(self, stage: Stage, letters: Sequence[Letter]) -> Collection[int]:
-        return await foreign.publish_to_kafka(urlsplit(str(stage.url)).netloc, stage.queue, letters)
-
-    async def look_at_foreign(self, stage: Stage, queue: str) -> None:
-        await foreign.type_commands(str(stage.url), queue)
 
 
 class ExactlyOnce(Stage):
@@ -155,7 +159,7 @@ class ExactlyOnce(Stage):
 
 @pytest.mark.slow
 @pytest.mark.real_kafka("transactions")
-class TestKafkaExactlyOnce(HandlingCases, FailingCases, OrderingCases, GroupCases):
+class TestKafkaExactlyOnce(ForeignRecords, HandlingCases, FailingCases, OrderingCases, GroupCases):
     protocol = "kafka"
 
     @pytest.fixture
