@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import count
 
 from aiormq.abc import AbstractChannel
-from aiormq.exceptions import ChannelNotFoundEntity
+from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
 
 from streamtools.drivers.rabbitmq import frames
 from streamtools.drivers.rabbitmq.channel import HotChannel
@@ -144,8 +144,8 @@ class Intake(HotChannel):
 
     def end(self, error: StreamToolsError) -> None:
         """What was done beside receiving has failed."""
-        if isinstance(error, QueueError):
-            self._wrong = error
+        if isinstance(error, QueueError) and isinstance(error.__cause__, ChannelAccessRefused):
+            self._wrong = error  # a queue that is missing is made anew instead
         if self.error is None:
             self.error = ConnectionLost(str(error))
         self._wake()

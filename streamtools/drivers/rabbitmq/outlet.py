@@ -72,8 +72,31 @@ class Outlet:
             ConnectError: the connection has ended, or something that was needed is out of reach for a while.
         """
         begun = time.monotonic()
+        publisher = self._publisher
+        if publisher is None or publisher.error is not None or publisher.stuck or _has_exchange(messages):
+            return await self._insist(messages, begun)
+        batch = await publisher.publish(messages)
+        if batch.refused or batch.nacked or batch.suspects:
+            await self._insist(messages, begun, batch, publisher)
+        return None
+
+    async def _insist(
+        self,
+        messages: Sequence[Message],
+        begun: float,
+        batch: Batch | None = None,
+        publisher: Publisher | None = None,
+    ) -> None:
+        """Publish what has not been, and again what was not taken.
+
+        Parameters:
+            batch: what became of them so far, over this publisher.
+        """
         refused: dict[str, str] = {}
-        batch, publisher = await self._first(messages, refused)
+        if batch is None or publisher is None:
+            batch, publisher = await self._first(messages, refused)
+        else:
+            await self._note(messages, batch, refused)
         doubtful = set(batch.doubtful)
         # A no may be long in coming, and then some tries are due all the same.
         deadline = max(begun + self._patience, time.monotonic() + min(self._patience, sum(DELAYS)))
@@ -92,7 +115,7 @@ class Outlet:
             raise _refusal(messages, refused, batch.again, doubtful)
 
     async def _first(self, messages: Sequence[Message], refused: dict[str, str]) -> tuple[Batch, Publisher]:
-        if any(message.exchange is not None for message in messages):
+        if _has_exchange(messages):
             return await self._try_routes(messages, refused)
         publisher = await self._usable()
         return await self._publish(publisher, messages, refused), publisher
@@ -105,10 +128,13 @@ class Outlet:
 
     async def _publish(self, publisher: Publisher, messages: Sequence[Message], refused: dict[str, str]) -> Batch:
         batch = await publisher.publish(messages)
+        await self._note(messages, batch, refused)
+        return batch
+
+    async def _note(self, messages: Sequence[Message], batch: Batch, refused: dict[str, str]) -> None:
         if batch.unrouted:
             await self._look_for_queues(messages, batch)
         refused |= batch.refused
-        return batch
 
     async def _look_for_queues(self, messages: Sequence[Message], batch: Batch) -> None:
         """A classic queue whose node is down takes nothing, as one that is not there; but it comes back."""
@@ -203,6 +229,13 @@ def _refusal(
         unknown=[m.id for m in messages if m.id in unknown],
         unfit=[id_ for id_, why in refused.items() if isinstance(why, NeverSent)],
     )
+
+
+def _has_exchange(messages: Sequence[Message]) -> bool:
+    for message in messages:  # not any(): most often there is one, and a generator costs more than that
+        if message.exchange is not None:  # noqa: SIM110
+            return True
+    return False
 
 
 def _nothing() -> Batch:

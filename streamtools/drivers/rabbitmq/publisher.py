@@ -201,8 +201,9 @@ class Publisher(HotChannel):
         self._check()
         out: list[bytes] = []
         written: list[Message] = []
+        is_part = bool(batch.refused or batch.nacked)
         for message in chunk:
-            if batch.is_held_back(message):
+            if is_part and batch.is_held_back(message):
                 continue
             try:
                 out.append(self._encode(message, batch))
