@@ -26,6 +26,7 @@ from streamtools.drivers.http.options import (
     is_url,
 )
 from streamtools.drivers.http.tls import client_context
+from streamtools.drivers.http.troubles import passes
 from streamtools.errors import (
     Closed,
     ConfigurationError,
@@ -47,8 +48,6 @@ CONNECTIONS: Final = 1000
 CONNECT_TIMEOUT: Final = 10.0
 #: The longest header of an answer, in bytes.
 MAX_FIELD: Final = 64 * 1024
-#: Answers after which the message is sent again: it was not handled, or no one knows.
-RESENT: Final = frozenset({502, 503, 504})
 #: Seconds before `send_timeout` is over at which we say so ourselves: we know more than the base.
 MARGIN: Final = 0.05
 #: The most of an answer that an error's text quotes, in characters.
@@ -110,11 +109,11 @@ class HTTPProducer(Producer, protocol="http"):
     1000 connections serves all tasks; a batch goes one message after the other, in order. `declare`
     has no meaning here.
 
-    A request is sent again, with the same `ce-id`, when the connection fails and after 502, 503 and
-    504 (as late as Retry-After says), until `send_timeout` is over. A connection that fails while the
-    answer is awaited leaves open whether the request was handled: the receiver may see one `ce-id`
-    twice, and a handler that must not act twice remembers the ids it has handled. Other errors raise
-    at once, as does an answer that takes longer than the settings' `timeout`.
+    A request is sent again, with the same `ce-id`, when the connection fails, after 408, 425, 502, 503 and
+    504, and after 429 and any 5xx that say when (as late as Retry-After says), until `send_timeout` is over. A
+    connection that fails while the answer is awaited leaves open whether the request was handled: the
+    receiver may see one `ce-id` twice, and a handler that must not act twice remembers the ids it has
+    handled. Other errors raise at once, as does an answer that takes longer than the settings' `timeout`.
 
     Parameters beyond those of `Producer`:
         method: for every send that does not say ("POST").
@@ -214,7 +213,7 @@ class HTTPProducer(Producer, protocol="http"):
                 sending.receipts[position] = await self._call(message, request, sending.deadline)
             except ResponseError as error:
                 sending.refusals[position] = error
-                if error.status in RESENT:  # the time is over, for those behind it too
+                if passes(error.status, error.headers):  # the time is over, for those behind it too
                     error.refused = _not_held(batch, sending, position)
                     raise
             except SendError as error:
@@ -243,7 +242,7 @@ class HTTPProducer(Producer, protocol="http"):
             failures += 1
             # Spread out: those refused together would come again together.
             delay = _retry_after(headers) * random.uniform(1, 1.25) or backoff(failures)  # noqa: S311
-            if status not in RESENT or time.monotonic() + delay >= deadline:
+            if not passes(status, headers) or time.monotonic() + delay >= deadline:
                 raise _response_error(message, request, status, headers, body)
             if status == 503:
                 request.attempt = _next_attempt(headers, request.attempt)
@@ -331,7 +330,7 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         return float(text)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return 0.0
 
 

@@ -238,7 +238,7 @@ def explain(error: BaseException, path: str) -> StreamToolsError:
     code = _code(error) if isinstance(error, sqlite3.Error) else -1
     if isinstance(error, PermissionError):
         code = sqlite3.SQLITE_PERM
-    if code in _PERMANENT:
+    if code in _PERMANENT and getattr(error, "sqlite_errorcode", 0) not in _PASSING:
         return ConnectError(_PERMANENT[code].format(path=path, error=error), permanent=True)
     if is_full(error):
         return no_room(path)
@@ -272,6 +272,11 @@ def _code(error: sqlite3.Error) -> int:
     return int(getattr(error, "sqlite_errorcode", -1) or -1) & 0xFF
 
 
+#: What passes, though its kind does not: the file was moved away, or another process is making it usable again.
+_PASSING: Final = frozenset(
+    {sqlite3.SQLITE_READONLY_DBMOVED, sqlite3.SQLITE_READONLY_RECOVERY, sqlite3.SQLITE_READONLY_CANTLOCK}
+)
+#: What is for good; all else passes: another's lock, a full disk, an error of the disk, a file that is another now.
 _PERMANENT: Final = {
     sqlite3.SQLITE_NOTADB: "{path} is not a SQLite file. Name another file, or move this one away.",
     sqlite3.SQLITE_CORRUPT: "{path} is damaged ({error}). Stop all that use it, then save what can be read: "

@@ -13,7 +13,8 @@ import pytest
 from aiohttp import web
 
 from streamtools.drivers.http import HTTPProducer
-from streamtools.errors import Closed, ResponseError, SendError
+from streamtools.drivers.http.troubles import PASSING
+from streamtools.errors import Closed, ResponseError, SendError, StreamToolsError
 from streamtools.message import Message
 from streamtools.policy import Retry
 from streamtools.settings import HTTPSettings
@@ -66,13 +67,63 @@ async def test_no_retries_means_500_at_once() -> None:
     assert handler.attempts == [1]
 
 
-@pytest.mark.parametrize("status", [502, 503, 504])
-async def test_a_gateways_errors_are_tried_again_with_the_same_id(status: int) -> None:
+@pytest.mark.parametrize("status", sorted(PASSING))
+async def test_a_status_that_passes_is_tried_again_with_the_same_id(status: int) -> None:
     async with peer(lambda n: web.Response(status=status if n < 3 else 200)) as it:
         async with HTTPProducer("orders", port=it.port) as producer:
             await producer.send(1)
     assert len(it.ids) == 1
     assert it.attempts == (["1", "2", "3"] if status == 503 else ["1", "1", "1"])
+
+
+@pytest.mark.parametrize("status", [429, 500, 501, 507, 599])
+async def test_another_status_passes_where_it_says_when(status: int) -> None:
+    async with peer(lambda n: web.Response(status=status if n < 2 else 200, headers={"Retry-After": "0"})) as it:
+        async with HTTPProducer("orders", port=it.port) as producer:
+            await producer.send(1)
+    assert (len(it.asked), len(it.ids)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "status", [301, 400, 401, 403, 404, 405, 409, 410, 413, 415, 422, 429, 431, 451, 500, 501, 505]
+)
+async def test_a_status_that_is_for_good_is_an_error_at_once(status: int) -> None:
+    async with peer(lambda n: web.Response(status=status)) as it:
+        async with HTTPProducer("orders", port=it.port) as producer:
+            with pytest.raises(ResponseError) as caught:
+                await producer.send(1)
+    assert (caught.value.status, len(it.asked)) == (status, 1)
+
+
+async def test_a_4xx_is_for_good_even_where_it_says_when() -> None:
+    async with peer(lambda n: web.Response(status=404, headers={"Retry-After": "0"})) as it:
+        async with HTTPProducer("orders", port=it.port) as producer:
+            with pytest.raises(ResponseError):
+                await producer.send(1)
+    assert len(it.asked) == 1
+
+
+async def test_a_port_that_refuses_is_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    async with HTTPProducer("orders", port=port, send_timeout=20) as producer:
+        sending = asyncio.create_task(producer.send(1))
+        await wait_until(lambda: not producer._connected)
+        async with peer(lambda n: web.Response(), port):
+            await sending
+
+
+async def test_a_name_that_is_not_found_is_an_error_once_the_time_is_over() -> None:
+    async with HTTPProducer("orders", url="http://nowhere.invalid:1", send_timeout=0.5) as producer:
+        with pytest.raises(SendError, match="cannot connect"):
+            await producer.send(1)
+
+
+async def test_a_side_that_speaks_no_tls_is_an_error_at_once() -> None:
+    async with peer(lambda n: web.Response()) as it:
+        async with HTTPProducer("orders", url=f"https://127.0.0.1:{it.port}", send_timeout=20) as producer:
+            with pytest.raises(StreamToolsError, match="TLS failed"):
+                await asyncio.wait_for(producer.send(1), 10)
 
 
 async def test_an_answer_that_says_no_handler_saw_it_costs_no_attempt() -> None:

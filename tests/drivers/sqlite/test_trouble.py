@@ -14,7 +14,7 @@ import pytest
 
 from streamtools.delivery import Settlement
 from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProducer
-from streamtools.drivers.sqlite.schema import VERSION
+from streamtools.drivers.sqlite.schema import VERSION, NoRoom, explain
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, SendError
 from streamtools.settings import SQLiteSettings
@@ -258,3 +258,19 @@ async def test_a_file_that_was_moved_away_is_not_written_to_any_more(url: str, p
             await consumer._settle([Settlement(old, ACK)])
         await producer.send("new")
         assert await drain(consumer) == [b"new"]
+
+
+FOR_GOOD = ["NOTADB", "CORRUPT", "CORRUPT_VTAB", "READONLY", "READONLY_DIRECTORY", "CANTOPEN", "CANTOPEN_ISDIR"]
+FOR_GOOD += ["PERM", "AUTH"]
+PASSING = ["BUSY", "BUSY_RECOVERY", "BUSY_SNAPSHOT", "LOCKED", "FULL", "IOERR", "IOERR_WRITE", "IOERR_FSYNC"]
+PASSING += ["IOERR_SHMSIZE", "PROTOCOL", "NOMEM", "INTERRUPT", "READONLY_DBMOVED", "READONLY_RECOVERY"]
+
+
+@pytest.mark.parametrize("name", FOR_GOOD + PASSING)
+def test_each_trouble_of_sqlite_passes_or_is_for_good(name: str) -> None:
+    error = sqlite3.OperationalError(name)
+    error.sqlite_errorcode = getattr(sqlite3, f"SQLITE_{name}")
+    found = explain(error, "/a/b.db")
+    assert isinstance(found, ConnectError) and "/a/b.db" in str(found)
+    assert found.permanent is (name in FOR_GOOD)
+    assert isinstance(found, NoRoom) is (name in ("FULL", "IOERR_SHMSIZE"))
