@@ -48,14 +48,15 @@ class PutBack:
         self._detour: str | None = None
 
     async def open(self) -> None:
-        """Wait until nobody else looks at the queue, and make sure that copies can be published.
+        """Make sure that copies can be published, and wait until nobody else looks at the queue.
 
         Raises:
             QueueError: another look has not ended, or we may not publish.
         """
-        await self._lock()
         self._copies = await CopyChannel.open(self._link)
         await self._try_publishing(self._copies)
+        # Afterwards: while an alarm lasts, the broker does not see that a connection that has published is gone.
+        await self._lock()
 
     async def put(self, held: Sequence[Held]) -> None:
         """Publish these in order, and acknowledge those that the broker holds then.
@@ -156,10 +157,11 @@ class PutBack:
         return True
 
     async def _try_publishing(self, copies: CopyChannel) -> None:
-        """Publish one message that reaches no queue: to be refused later would be too late."""
+        """Publish two messages that reach no queue: to be refused later would be too late."""
         nowhere = (PREFIX + secrets.token_hex(8)).encode()
         try:
-            await copies.publish([("", nowhere, b"\0\0", b"")], TRIAL_TIMEOUT)
+            for _ in range(2):  # while an alarm lasts, the first one of a connection is taken, and no other
+                await copies.publish([("", nowhere, b"\0\0", b"")], TRIAL_TIMEOUT)
         except TimeoutError:
             why = self._link.blocked or "no answer"
             raise QueueError(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import aiormq
 import pytest
 from aiormq.abc import AbstractChannel
 from pamqp import commands
@@ -21,6 +22,7 @@ from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, Rabbit
 from streamtools.errors import QueueError, Reject
 from streamtools.loop import SUSPECT
 from tests.brokers.address import ROOT, RabbitMQAddress
+from tests.brokers.rabbitmq import RabbitMQNode
 from tests.cli.conftest import Cli
 from tests.cli.conftest import cli as cli  # noqa: PLC0414 - a fixture
 from tests.faults.waiting import wait_until
@@ -484,3 +486,23 @@ async def test_one_that_stands_as_it_was_made_before_is_used(url: str, foreign: 
 
     async with RabbitMQConsumer("orders", url=url), RabbitMQProducer("orders", url=url) as producer:
         await producer.send(1, delay=0.1)
+
+
+async def test_while_the_broker_takes_no_messages_a_look_says_so_and_counts_nothing(
+    own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(putback, "TRIAL_TIMEOUT", 1.0)
+    async with RabbitMQProducer("orders", url=own_rabbitmq.url) as producer:
+        await producer.send_many(range(3))
+    async with RabbitMQAdmin(url=own_rabbitmq.url) as admin:
+        await asyncio.to_thread(own_rabbitmq.raise_alarm)
+        try:
+            for _ in range(3):
+                with pytest.raises(QueueError, match="takes no messages now"):
+                    await admin.peek("orders")
+        finally:
+            await asyncio.to_thread(own_rabbitmq.clear_alarm)
+        assert [message.body for message in await admin.peek("orders")] == [b"0", b"1", b"2"]
+    connection = await aiormq.connect(own_rabbitmq.url)
+    assert {count for _, _, count, *_ in await contents(await connection.channel(), "orders")} == {0}
+    await connection.close()
