@@ -117,7 +117,7 @@ class _Watch:
                 watched = list(self._watched.values())
             # This thread may be late itself. If the process did not work meanwhile, it was stopped; else something
             # has kept the interpreter to itself since, as a regular expression does.
-            stopped = now - last > 2 * INTERVAL and work - worked < (now - last) / 2
+            stopped = now - last > 2 * INTERVAL and work - worked < (now - last) / 10
             for one in watched:
                 if stopped:
                     one.forgive(now)

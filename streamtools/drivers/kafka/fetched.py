@@ -31,15 +31,17 @@ class Fetched:
 
     Attributes:
         records: each as it was parsed (offset, timestamp in ms, key, value, headers), parsed as it is asked for.
+        start: the offset that was asked for.
         end: the offset after the last.
         size: bytes of all, as they came.
         unpacked: bytes of the batch that is being read, about; 0 where it was not compressed.
     """
 
-    __slots__ = ("end", "records", "size", "unpacked")
+    __slots__ = ("end", "records", "size", "start", "unpacked")
 
-    def __init__(self, records: Iterator[Any], end: int, size: int) -> None:
+    def __init__(self, records: Iterator[Any], end: int, size: int, *, start: int = 0) -> None:
         self.records: Iterator[Any] = records
+        self.start: int = start
         self.end: int = end
         self.size: int = size
         self.unpacked: int = 0
@@ -47,7 +49,7 @@ class Fetched:
     @classmethod
     def of(cls, batches: Iterator[Any], start: int, end: int, size: int) -> Fetched:
         """Those of these batches, from `start` on."""
-        fetched = cls(iter(()), end, size)
+        fetched = cls(iter(()), end, size, start=start)
         parsed = chain.from_iterable(map(fetched._unpack, batches))
         # The first batch may begin before what was asked for.
         fetched.records = dropwhile(lambda record: record.offset < start, parsed)

@@ -128,6 +128,7 @@ class Intake:
         for track in self._membership.tracks.values():
             if not (track.arrived or track.going):
                 position = self._membership.position(track.partition)
+                track.reach(position)
                 if track.offsets.pass_over(position):
                     self._membership.finished()
 

@@ -341,7 +341,12 @@ class Membership:
     def restart(self, track: Track, record: Any) -> None:
         """Begin this partition anew with `record`: what its log held there before is no more."""
         offset = record.offset
-        log.warning("%r: the log begins anew at offset %d.", track, offset)
+        log.warning(
+            "The log of topic %r, partition %d, was cut or made anew: offset %d is no more. Going on at %d.",
+            *track.partition,
+            track.offsets.next,
+            offset,
+        )
         track.gone = True
         if self._terms.exactly_once and (track.settling or track.offsets.pending):
             # A transaction may be open; the next member ends it, and then nothing is at work.

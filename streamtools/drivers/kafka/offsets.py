@@ -109,6 +109,11 @@ class Offsets:
         text, whole = encode(start, self._finished(start, pending), limit)
         return start, text, whole
 
+    def unfinished(self, first: int, end: int) -> int:
+        """How many offsets from `first` to before `end`, which were not taken, nobody had finished."""
+        done = sum(max(0, min(end, last) - max(first, begin)) for begin, last in self._ahead)
+        return end - first - done
+
     @property
     def finished(self) -> list[Run]:
         """All that is finished, from the start on."""

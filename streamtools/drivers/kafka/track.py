@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final, cast
@@ -17,6 +18,8 @@ from streamtools.drivers.kafka.transactions import Identity, Transactional
 from streamtools.errors import DecodeError
 from streamtools.message import Message
 from streamtools.settings import KafkaSettings
+
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: Records of one tier that wait in memory for their time, and bytes of them; the rest waits at the broker.
 SHELF: Final = 200
@@ -104,8 +107,26 @@ class Track:
 
     def arrive(self, fetched: Fetched) -> None:
         """Keep what was read."""
+        self.reach(fetched.start)
         self.arrived.append(fetched)
         self._end = fetched.end
+
+    def reach(self, offset: int) -> None:
+        """What is read next begins here. Where that is behind the end of what was read, the rest is no more."""
+        first, self._end = self._end, max(offset, self._end)
+        if offset > first and self.offsets.unfinished(first, offset):
+            topic, partition = self.partition
+            log.warning(
+                "Kafka has deleted messages that were not read yet: topic %r, partition %d, from offset %d to %d. "
+                "Going on at %d. They were older or more than the topic keeps, or somebody has deleted them: keep "
+                "more (`streamtools queues alter %s --retention 30d`), or read faster.",
+                topic,
+                partition,
+                first,
+                offset - 1,
+                offset,
+                topic,
+            )
 
     def take_over(self, record: Any, other: Track) -> None:
         """Go on with this record, and what had arrived behind it; and with what makes transactions."""
