@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 from streamtools import Bus, Consumer, ConsumerFactory, ConsumerRunner, Message, Producer, Retry
 from streamtools.errors import SendError
 from streamtools.testing.waiting import eventually
-from tests.bus.conftest import SOON, MakeBus
+from tests.brokers.kafka.node import KafkaNode
+from tests.bus.conftest import NO_RETRY, SOON, MakeBus
 from tests.bus.contracts import OrderPlaced, PlaceOrder
 
 SINK = "sink"
@@ -261,6 +264,139 @@ async def test_handlers_of_one_name_at_two_queues_send_under_two_ids(url: str, m
         await make("asks").publish(OrderPlaced(id=1))
         found = await waiting(SINK, 2)
     assert len({m.id for m in found}) == 2
+
+
+@pytest.mark.usefixtures("sink")
+async def test_a_retry_in_its_place_sends_nothing_twice(
+    url: str, make: MakeBus, waiting: Any, nothing_waits: Any
+) -> None:
+    bus, out, fails = make("orders"), Producer(SINK, url=url, outbox=True), Fails()
+
+    async def send(msg: Any) -> None:
+        await out.send("by the producer")
+        await bus.send({"n": 1}, SINK)
+        fails()
+
+    async with out, routed(url, send, ordered_by="queue"), Producer("work", url=url) as producer:
+        await producer.send(1)
+        found = await waiting(SINK, 2)
+        await nothing_waits(SINK)
+    assert sorted(m.body for m in found) == [b"by the producer", b'{"n":1}'] and fails.runs == 3
+
+
+@pytest.mark.usefixtures("sink")
+async def test_what_is_deferred_in_a_route_comes_when_its_time_has_come(
+    url: str, make: MakeBus, waiting: Any
+) -> None:
+    bus, out = make("orders"), Producer(SINK, url=url, outbox=True)
+
+    async def send(msg: Any) -> None:
+        await out.send("by the producer", delay=0.3)
+        await bus.defer({"n": 1}, delay=0.3, to=SINK)
+
+    async with out, routed(url, send), Producer("work", url=url) as producer:
+        before = time.time()
+        await producer.send(1)
+        found = await waiting(SINK, 2)
+    assert sorted(m.body for m in found) == [b"by the producer", b'{"n":1}'] and time.time() - before >= 0.3
+
+
+async def test_exactly_once_carries_what_a_route_sends(own_kafka: KafkaNode) -> None:
+    url, fails = own_kafka.address.url, Fails()
+    async with Bus("exact-sink", url=url) as sink:
+        await sink.declare()
+    bus, out = Bus("exact-orders", url=url), Producer("exact-sink", url=url, outbox=True)
+    plain = Producer("exact-sink", url=url)
+
+    async def send(msg: Any) -> None:
+        await out.send("outbox")
+        await plain.send("plain")
+        await bus.send({"n": 1}, "exact-sink")
+        fails()
+
+    async with bus, out, plain, routed(url, send, exactly_once=True), Producer("work", url=url) as producer:
+        await producer.send(1)
+        async with Consumer("exact-sink", url=url) as consumer:
+            found: list[bytes | None] = []
+            while len(found) < 3:
+                taken = await consumer.receive(10, timeout=30)
+                assert taken, found
+                found += [delivery.message.body for delivery in taken]
+            assert await consumer.receive(timeout=1) == []
+    assert sorted(map(str, found)) == sorted(map(str, [b"outbox", b"plain", b'{"n":1}']))
+
+
+async def test_a_bus_with_other_headers_writes_them_from_a_route_too() -> None:
+    url = "asyncio://styled"
+    bus, fails = Bus("far", url=url, header_style="pikabus"), Fails()
+
+    async def send(msg: Any) -> None:
+        await bus.send({"n": 1}, "far")
+        fails()
+
+    async with bus, routed(url, send), Producer("work", url=url) as producer, Consumer("far", url=url) as far:
+        await producer.send(1)
+        [delivery] = await far.receive(timeout=20)
+        assert delivery.message.headers["PikaBus.MessageId"] == delivery.message.id
+        assert await far.receive(timeout=0) == []
+
+
+async def test_an_http_route_sends_what_it_gathered_before_it_answers(tmp_path: Path) -> None:
+    far = f"sqlite:///{tmp_path}/far.db"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    bus, out = Bus("far", url=far), Producer("far", url=far, outbox=True)
+    await bus.declare()
+    left = [True]
+
+    async def send(msg: Any) -> str:
+        await bus.send({"n": 1}, "far")
+        await out.send("by the producer")
+        if left.pop() if left else False:
+            raise RuntimeError("not yet")
+        return "done"
+
+    async with (
+        bus,
+        out,
+        routed(url, send),
+        Producer("work", url=url) as producer,
+        Consumer("far", url=far) as consumer,
+    ):
+        await producer.send(1)
+        found = [d.message.body for _ in range(2) for d in await consumer.receive(timeout=20)]
+        assert await consumer.receive(timeout=0) == []
+    assert sorted(map(str, found)) == sorted(map(str, [b'{"n":1}', b"by the producer"]))
+
+
+async def test_over_http_nothing_that_stands_in_a_request_is_called_with_the_answer() -> None:
+    called: list[bytes] = []
+
+    async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        called.append(await reader.read(1))
+        writer.close()
+
+    victim = await asyncio.start_server(note, "127.0.0.1", 0)
+    port = victim.sockets[0].getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    bus = Bus("orders", url=url, retry=NO_RETRY)
+
+    @bus.handler
+    async def take(msg: dict[str, Any]) -> int:
+        if msg:
+            raise RuntimeError("secret")
+        return 5
+
+    async with bus, Producer("orders", url=url) as producer, victim:
+        for body in (b"{}", b'{"n":1}'):
+            message = Message(
+                body=body, queue="orders", id="1", content_type="application/json", intent="request",
+                reply_to=f"http://127.0.0.1:{port}/any?x=1",
+            )  # fmt: skip
+            with suppress(SendError):
+                await producer.send_messages([message])
+    assert called == []
 
 
 # --- answers --------------------------------------------------------------------------------------
