@@ -23,7 +23,7 @@ from streamtools.wire import FIRST, LAST, MOST
 #: the queue is the lane's.
 FIELDS: Final = (
     "id", "type", "source", "time", "content_type", "content_encoding", "correlation_id", "causation_id",
-    "reply_to", "intent", "key", "handler", "version", "deliver_at", "expires_at",
+    "reply_to", "intent", "key", "handler", "topic", "version", "deliver_at", "expires_at",
 )  # fmt: skip
 #: In `meta` instead of the key, where it is no text: the key in base64.
 KEY_BYTES: Final = "key_bytes"
