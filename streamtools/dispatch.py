@@ -300,7 +300,8 @@ class Dispatcher:
         own = [m for m in settlement.outgoing if m.id == delivery.message.id]
         others = tuple(m for m in settlement.outgoing if m.id != delivery.message.id and m.id not in unfit)
         if unfit and delivery.message.id not in unfit:
-            yield replace(settlement, outgoing=(*own, *others))
+            whole = replace(settlement, outgoing=(*own, *others))
+            yield self.left(whole, error) if isinstance(error, SendError) else whole
         if own:
             yield replace(settlement, outgoing=(*map(brief_copy, own), *others))
         rejection = Settlement(delivery, Verdict.reject(reason), error=settlement.error or error)

@@ -129,6 +129,8 @@ class BusDispatch:
 
     async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
         """What a handler sent was refused: as if it had raised that, so its message is retried or rejected."""
+        if (without := self._without_replies(settlement, error)) is not settlement:
+            return without
         delivery = settlement.delivery
         if isinstance(settlement, Shared):
             parts = []
@@ -140,6 +142,21 @@ class BusDispatch:
             same = all(new[2] is old[2] for new, old in zip(parts, settlement.parts, strict=True))
             return settlement if same else _merged(delivery, parts)
         return await self._refused(self._find(delivery.message)[0][1], settlement, error)
+
+    def _without_replies(self, settlement: Settlement, error: SendError) -> Settlement:
+        """The same without the replies that can never be sent, and without what the broker holds already.
+
+        Who asked has given an address that is none: that is no failure of the handler.
+        """
+        lost = frozenset(m.id for m in settlement.outgoing if m.intent == "reply" and m.id in error.unfit)
+        if not lost:
+            return settlement
+        message = settlement.delivery.message
+        log.warning("The reply to message %s of %r is not sent: %s", message.id, message.queue, error)
+        if isinstance(settlement, Shared):
+            parts = [(name, to, _without(to.left(part, error), lost)) for name, to, part in settlement.parts]
+            return _merged(settlement.delivery, parts)
+        return _without(self._find(message)[0][1].left(settlement, error), lost)
 
     async def _refused(self, dispatcher: Dispatcher, part: Settlement, error: SendError) -> Settlement:
         settlement = await dispatcher.refused(part, error)
@@ -187,12 +204,15 @@ class BusDispatch:
         if self._calls:
             return
         why = describe(message, settlement.error, reason=settlement.verdict.reason)
-        reply = self._composer.reply(message, Failure(why.exception, why.reason), type=FAILURE)
         try:
+            self._composer.check_reply(message)
+            reply = self._composer.reply(message, Failure(why.exception, why.reason), type=FAILURE)
             if self._together:
                 settlement.outgoing += tuple(await self._sender.prepare([reply]))
             else:
                 await self._sender.send_now([reply])
+        except ConfigurationError as error:  # by who asked
+            log.warning("The failure of request %s of %r is not answered: %s", message.id, message.queue, error)
         except Exception:  # a middleware's, or the broker's: the message has its verdict all the same
             log.exception("The failure of request %s is not answered.", message.id)
 
@@ -210,22 +230,6 @@ async def through(messages: Sequence[Message], outgoing: Sequence[Middleware]) -
     for message in messages:
         await way(message)
     return let_go
-
-
-def _without_replies(settlement: Settlement, error: SendError) -> Settlement:
-    """The same without the replies that can never be sent: who asked has given an address that is none.
-
-    That is no failure of the handler, and the message is done all the same.
-    """
-    lost = frozenset(m.id for m in settlement.outgoing if m.intent == "reply" and m.id in error.unfit)
-    if not lost:
-        return settlement
-    delivery = settlement.delivery
-    log.warning("The reply to message %s of %r is not sent: %s", delivery.message.id, delivery.message.queue, error)
-    if isinstance(settlement, Shared):
-        parts = [(name, dispatcher, _without(part, lost)) for name, dispatcher, part in settlement.parts]
-        return _merged(delivery, parts)
-    return _without(settlement, lost)
 
 
 def _without(settlement: Settlement, lost: frozenset[str]) -> Settlement:

@@ -12,9 +12,10 @@ from aiokafka.partitioner import murmur2
 
 from streamtools.drivers.kafka.bindings import Bindings
 from streamtools.drivers.kafka.errors import TROUBLE, Unfit, client_error
+from streamtools.drivers.kafka.names import check_kafka_name
 from streamtools.drivers.kafka.outgoing import Outgoing
 from streamtools.drivers.kafka.topics import Seen, Topics
-from streamtools.errors import SendError, StreamToolsError
+from streamtools.errors import ConfigurationError, SendError, StreamToolsError
 from streamtools.exchange import no_subscriber
 from streamtools.settings import KafkaSettings
 
@@ -88,11 +89,15 @@ class Partitions:
         unknown = set(topics).difference(self._counts)
         if not unknown:
             return {}
+        # To ask for a name that can be none ends the connection: another program may have sent it as an address.
+        wrong = {topic: error for topic in unknown if (error := _never(topic)) is not None}
         # Thousands may send at once before the first of them knows the topic; none waits for another's.
-        asked = {topic: self._looking.get(topic) or self._look_for(topic, producer) for topic in unknown}
+        asked = {t: self._looking.get(t) or self._look_for(t, producer) for t in unknown if t not in wrong}
+        if not asked:
+            return wrong
         await asyncio.wait(asked.values())
         found = {topic: future.result() for topic, future in asked.items()}
-        return {topic: trouble for topic, trouble in found.items() if isinstance(trouble, StreamToolsError)}
+        return {**wrong, **{t: trouble for t, trouble in found.items() if isinstance(trouble, StreamToolsError)}}
 
     def _look_for(self, topic: str, producer: Any) -> asyncio.Future[int | StreamToolsError]:
         future = self._looking[topic] = asyncio.get_running_loop().create_future()
@@ -209,3 +214,12 @@ class Partitions:
         # Messages without a key stay together for a while, so that batches fill (KIP-480).
         so_far = self._turn[item.topic] = self._turn.get(item.topic, 0) + item.size
         return so_far // STICKY % count
+
+
+def _never(topic: str) -> StreamToolsError | None:
+    """Why there can be no topic of this name; None where there can."""
+    try:
+        check_kafka_name(topic)
+    except ConfigurationError as error:
+        return Unfit(str(error))
+    return None
