@@ -38,6 +38,7 @@ class RefusingBroker:
         at: the request, as "Queue.Declare".
         code, text: its answer.
         times: how often.
+        unroutable: messages that are given back first, as by a queue that cannot be reached.
 
     Attributes:
         refused: how often it has said no.
@@ -45,8 +46,9 @@ class RefusingBroker:
         connections: how many were made.
     """
 
-    def __init__(self, at: str, code: int, text: str, *, times: int) -> None:
+    def __init__(self, at: str, code: int, text: str, *, times: int, unroutable: int = 0) -> None:
         self._at, self._code, self._text, self._times = at, code, text, times
+        self.unroutable = unroutable
         self.refused = 0
         self.held: list[bytes] = []
         self.connections = 0
@@ -101,6 +103,7 @@ class _Peer:
     def __init__(self, broker: RefusingBroker, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._broker, self._reader, self._writer = broker, reader, writer
         self._publishing: dict[int, Any] = {}
+        self._headers: dict[int, ContentHeader] = {}
         self._tags: dict[int, int] = {}
         self._closed: set[int] = set()
 
@@ -123,6 +126,7 @@ class _Peer:
                 self._tags.pop(channel, None)
             return
         if isinstance(frame, ContentHeader):
+            self._headers[channel] = frame
             if frame.body_size == 0:
                 self._published(channel, b"")
         elif isinstance(frame, ContentBody):
@@ -133,11 +137,18 @@ class _Peer:
             self._say(channel, answer)
 
     def _published(self, channel: int, body: bytes) -> None:
-        refusal = self._broker.answer(self._publishing.pop(channel))
+        publish = self._publishing.pop(channel)
+        refusal = self._broker.answer(publish)
         if refusal is not None:
             self._say(channel, refusal)
             return
-        self._broker.held.append(body)
+        if self._broker.unroutable > 0:
+            self._broker.unroutable -= 1
+            self._say(channel, spec.Basic.Return(312, "NO_ROUTE", publish.exchange, publish.routing_key))
+            for part in (self._headers[channel], ContentBody(body)):
+                self._writer.write(pamqp.frame.marshal(part, channel))
+        else:
+            self._broker.held.append(body)
         tag = self._tags[channel] = self._tags.get(channel, 0) + 1
         self._say(channel, spec.Basic.Ack(tag))
 

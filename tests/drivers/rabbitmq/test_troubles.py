@@ -102,6 +102,30 @@ async def test_what_does_not_pass_is_an_error_at_once(code: int, text: str, stag
         assert broker.held == []
 
 
+async def test_a_message_to_a_classic_queue_whose_node_is_down_waits_for_it() -> None:
+    text = "NOT_FOUND - home node 'rabbit@b' of durable queue 'orders' in vhost '/' is down or inaccessible"
+    async with (
+        RefusingBroker(DECLARE, 404, text, times=2, unroutable=3) as broker,
+        RabbitMQProducer("orders", url=broker.url, declare=False) as producer,
+    ):
+        await producer.send(b"x")
+        assert broker.held == [b"x"]
+        assert broker.refused == 2
+        assert producer._opened == 1
+
+
+async def test_a_message_to_a_queue_that_is_not_there_is_refused_at_once() -> None:
+    text = "NOT_FOUND - no queue 'orders' in vhost '/'"
+    async with (
+        RefusingBroker(DECLARE, 404, text, times=9, unroutable=9) as broker,
+        RabbitMQProducer("orders", url=broker.url, declare=False) as producer,
+    ):
+        with pytest.raises(SendError, match="no queue 'orders'") as caught:
+            await producer.send(b"x", id="1")
+        assert caught.value.refused == ("1",)
+        assert broker.held == []
+
+
 def test_the_page_shows_the_table_as_it_is() -> None:
     page = PAGE.read_text()
     for row in TROUBLES:
