@@ -144,7 +144,7 @@ class Service:
 
     def wait(self) -> int:
         """Wait for the end; the exit code."""
-        return self.process.wait(30)
+        return self.process.wait(60)
 
 
 @pytest.fixture
