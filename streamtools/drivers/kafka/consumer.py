@@ -71,6 +71,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         self._given_group: str | None = self.group
         self._apply_options()
         self._wake: asyncio.Future[None] | None = None
+        self._partitions: dict[str, int] = {}  # of each topic
 
     def _apply_options(self) -> None:
         options = self.options
@@ -106,8 +107,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         self._settled = asyncio.Event()
         retries = await self._declare()
         membership = Membership(
-            self.settings, self._terms(retries), self._name, changed=self._wake_up, drained=self._drained
-        )
+            self.settings, self._terms(retries), self._name, changed=self._wake_up, drained=self._drained,
+            partitions=self._partitions,
+        )  # fmt: skip
         self._membership = membership
         self._outbox = Outbox(
             self.settings, self._name, membership, queue=self.queue, retry_topic=self.retry_topic, tiers=self._tiers,

@@ -79,6 +79,7 @@ class Membership:
     Parameters:
         changed: called whenever a partition comes or goes, or the membership fails.
         drained: called before partitions go; returns once nothing of them is at work, or at the deadline.
+        partitions: how many each topic had, as an earlier member of the same consumer knew; it is kept up to date.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Membership:
         *,
         changed: Callable[[], None],
         drained: Callable[[Collection[Track]], Awaitable[None]],
+        partitions: dict[str, int] | None = None,
     ) -> None:
+        self._partitions = {} if partitions is None else partitions
         self._settings = settings
         self._terms = terms
         self._client_id = client_id
@@ -186,6 +189,7 @@ class Membership:
 
     async def _begin(self, assigned: list[TopicPartition]) -> None:
         self.consumer.pause(*assigned)  # nothing is read before we know where
+        self._compare_topics()
         coordinator = self._get_coordinator()
         self._place = coordinator.place
         # What others have begun is ended first: else it could still change what is committed.
@@ -210,6 +214,30 @@ class Membership:
             self.consumer.seek(partition, offset)
         self.tracks = tracks
         self.consumer.resume(*assigned)
+
+    def _compare_topics(self) -> None:
+        """A topic that was deleted in use comes back with as many partitions as the broker gives by itself."""
+        for topic in self.consumer.subscription():
+            now, before = len(self.consumer.partitions_for_topic(topic) or ()), self._partitions.get(topic, 0)
+            if before and not now:
+                log.warning(
+                    "The topic %r at %s was deleted while it was read; it is read again once there is one.",
+                    topic,
+                    self._settings.safe_url,
+                )
+            elif now < before:
+                log.warning(
+                    "The topic %r at %s was deleted and made anew while it was read: it has %d partition(s) instead "
+                    "of %d. What was in it is gone. To have as many again: streamtools queues alter %s "
+                    "--partitions %d",
+                    topic,
+                    self._settings.safe_url,
+                    now,
+                    before,
+                    topic,
+                    before,
+                )
+            self._partitions[topic] = now or before
 
     def _get_coordinator(self) -> Coordinator:
         if self.coordinator is None:

@@ -13,7 +13,7 @@ from streamtools.drivers.kafka.offsets import Offsets, encode
 from streamtools.drivers.kafka.track import Track
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
-from tests.drivers.kafka.conftest import MakeProducer, Running
+from tests.drivers.kafka.conftest import MakeProducer, Running, Tool
 
 PLACE = TopicPartition("orders", 3)
 
@@ -73,3 +73,29 @@ def test_what_others_had_finished_is_not_missed(caplog: pytest.LogCaptureFixture
         track.arrive(Fetched(iter(()), 50, 1, start=40))
     [line] = told(caplog)
     assert "topic 'orders', partition 3, from offset 30 to 39." in line
+
+
+@pytest.mark.real_kafka("deleting topics")
+async def test_a_topic_that_comes_back_with_fewer_partitions_is_told(
+    kafka: KafkaAddress,
+    producer: MakeProducer,
+    running: Running,
+    tool: Tool,
+    queue: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("streamtools.drivers.kafka.client.METADATA_AGE", 0.5)
+    seen: list[int] = []
+
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+
+    await producer(partitions=4)
+    async with running(handle):
+        await tool("kafka-topics", "--delete", "--topic", queue)
+        await eventually(lambda: any("was deleted while it was read" in r.getMessage() for r in caplog.records))
+        await (await producer(partitions=1)).send(1)
+        await eventually(lambda: seen == [1])
+    [line] = [r.getMessage() for r in caplog.records if "made anew while it was read" in r.getMessage()]
+    assert repr(queue) in line and "instead of 4" in line and f"alter {queue} --partitions 4" in line
