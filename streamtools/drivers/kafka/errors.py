@@ -190,8 +190,7 @@ def client_error(error: BaseException, settings: KafkaSettings) -> StreamToolsEr
     if isinstance(error, kafka.IncompatibleBrokerVersion):
         return ConnectError(f"{where} is too old: {plain(error).rstrip('.')}.", permanent=True)
     if isinstance(error, _FOR_GOOD):
-        name, help_ = next((name, text) for name, (kind, _, text) in FATES.items() if isinstance(error, kind))
-        return ConnectError(f"{where} refuses it ({name}): {help_}. {plain(error)}", permanent=True)
+        return ConnectError(f"{where} refuses it: {explained(error)}.", permanent=True)
     return ConnectionLost(f"The connection to {where} has ended: {plain(error).rstrip('.')}.")
 
 
@@ -215,6 +214,14 @@ def is_too_large(error: BaseException) -> bool:
 def is_unfit(error: BaseException) -> bool:
     """The broker never takes such a record, whoever sends it and when."""
     return isinstance(error, (*RECORD_REFUSALS, Unfit))
+
+
+def explained(error: BaseException) -> str:
+    """A broker's answer by its name, with what helps; other errors in their own words."""
+    for name, (kind, _, help_) in FATES.items():
+        if isinstance(error, kind) and help_:
+            return f"{name}: {help_} ({plain(error).rstrip('.')})"
+    return plain(error)
 
 
 def plain(error: BaseException) -> str:

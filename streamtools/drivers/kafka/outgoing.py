@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from aiokafka import errors as kafka
 
-from streamtools.drivers.kafka.errors import Unfit, is_too_large, is_unfit, plain, wants_key
+from streamtools.drivers.kafka.errors import Unfit, explained, is_too_large, is_unfit, wants_key
 from streamtools.drivers.kafka.records import ID, Header, Placed, encode_headers, encode_key, timestamp
 from streamtools.errors import SendError, StreamToolsError
 from streamtools.exchange import Exchange
@@ -173,7 +173,7 @@ def _why(error: BaseException) -> str:
         )
     if wants_key(error):
         return "the topic does not take it (INVALID_RECORD); a compacted one wants a key: send(key=...)"
-    return plain(error)
+    return explained(error)
 
 
 #: Adds a record to a batch; None when it has no room there.

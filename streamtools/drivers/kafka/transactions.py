@@ -15,6 +15,7 @@ from typing import Any, Final
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.client import ConnectionGroup, CoordinationType
+from aiokafka.producer.transaction_manager import TransactionState
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
 from streamtools.drivers.kafka.client import abandoned, connection, next_number, rewind, started
@@ -84,6 +85,7 @@ class Transactional:
         self._id = transactional_id
         self._client_id = client_id
         self._identity = identity
+        self._own = identity is None  # nobody else ever has this id
         self._limit = settings.max_message + COPY_ROOM
         self._partitions = Partitions(settings)
         self._producer: Any = None
@@ -151,10 +153,22 @@ class Transactional:
 
     async def abort(self) -> None:
         """Forget all of it; where that fails, Kafka does it when the id is taken over, or after `TIMEOUT`."""
+        forgotten = self._producer._txn_manager.state == TransactionState.ABORTABLE_ERROR
         try:
             await self._do(self._producer.abort_transaction())
+            if forgotten and self._own:
+                await self._undo()
         except StreamToolsError:
             self.broken = True
+
+    async def _undo(self) -> None:
+        """Have Kafka abort what the library has forgotten.
+
+        Where one topic may not be written to, the library forgets the others, too, and aborts nothing: what was sent
+        to them would be committed with the next transaction. Kafka aborts it when the id is taken over.
+        """
+        self.broken = True
+        await self._do(fence(self._producer.client, self._id, timeout=self._settings.request_timeout))
 
     async def close(self) -> None:
         """Let go at once; a transaction that is open is aborted by Kafka."""

@@ -118,3 +118,23 @@ async def test_a_transaction_wants_write_on_its_id_and_says_so(
         async with producer.transaction():
             await producer.send("x")
     assert [r.value for r in await records(strict.address, queue, committed=True)] == [b"x"]
+
+
+async def test_in_a_transaction_a_topic_that_may_not_be_written_to_is_named_too(
+    strict: KafkaNode, allow: Allow, url: str, queue: str
+) -> None:
+    await made(strict, queue, f"{queue}.other")
+    await asyncio.to_thread(allow, "topic", queue, "Write")
+    await asyncio.to_thread(allow, "topic", f"{queue}.other", "Describe")
+    await asyncio.to_thread(allow, "transactional-id", "*", "Write")
+    async with KafkaProducer(queue, url=url, declare=False) as producer:
+        other = KafkaProducer(f"{queue}.other", url=url, declare=False)
+        async with other, asyncio.timeout(15):
+            with pytest.raises(SendError, match="TOPIC_AUTHORIZATION_FAILED") as caught:
+                async with producer.transaction():
+                    await producer.send("x", id="1")
+                    await other.send("no", id="2")
+            assert caught.value.refused == ("2",)
+            async with producer.transaction():
+                await producer.send("y")
+    assert [r.value for r in await records(strict.address, queue, committed=True)] == [b"y"]
