@@ -24,6 +24,7 @@ from streamtools.drivers.rabbitmq.outlet import Outlet
 from streamtools.drivers.rabbitmq.topology import (
     ACTIVE,
     STREAM,
+    Queue,
     QueueOptions,
     Topology,
     error_queue,
@@ -70,6 +71,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     _intake: Intake | None = None
     _out_place: Place[Sending] | None = None
     _outlet: Outlet | None = None
+    #: As it was declared.
+    _queue: Queue
     _lock: OrderLock | None = None
     _turning: asyncio.Task[None] | None = None
     _widening: asyncio.Task[None] | None = None
@@ -125,7 +128,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         await topology.declare_error_queue(error_queue(name, self.options), declare)
         ordered = self.ordered_by is not None
         wanted = work_queue(self.queue, self.options, name, single_active=ordered)
-        queue = await topology.declare(wanted, self.declare)
+        queue = self._queue = await topology.declare(wanted, self.declare)
         self._is_counted = queue.arguments.get("x-queue-type") != "classic"
         for binding in self.bindings:
             await topology.bind(self.queue, binding, self.declare)
@@ -230,9 +233,10 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         return Delivery(message, (intake, tag), count)
 
     async def _widen_if_alone(self, intake: Intake) -> None:
-        """Where others consume, too, the queue may have a single active consumer: not another one now."""
-        _, consumers = await Topology(intake.link).count(self.queue)
-        if consumers > 1:
+        """Where others consume a queue with a single active consumer, that would not be the second one of ours."""
+        topology = Topology(intake.link)
+        _, consumers = await topology.count(self.queue)
+        if consumers > 1 and (self.declare is False or await topology.is_single_active(self._queue)):
             self._widen_after = True
         else:
             await self._widen(intake)
