@@ -261,7 +261,8 @@ def receive(
     """Show messages. They stay in the queue, unless --ack.
 
     Without --ack the messages are only looked at: they go back when the command ends, in their order, and
-    until then no consumer has them. With --ack each is acknowledged once it has been printed, and is then
+    until then no consumer has them. On Kafka they are read beside the group, whose consumers go on with
+    them meanwhile. With --ack each is acknowledged once it has been printed, and is then
     gone.
     """
     limit = maximum if maximum is not None or follow else SHOWN

@@ -9,8 +9,9 @@ import signal
 from collections.abc import Callable
 
 import pytest
+from typer.testing import Result
 
-from streamtools import Producer
+from streamtools import Consumer, Producer, QueueAdmin
 from streamtools.cli import output
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import group_rows, kafka_tool
@@ -203,3 +204,45 @@ def test_records_as_no_client_writes_them_are_shown_and_sent_back(
     assert lines(cli("errors", "redrive", *errors, "--json")) == [{"redriven": MANY + 2}]
     back = {message.key: message.body for message in received(url, failed)}
     assert (back[b"\x00\x00\x00*"], back[b"\xff\xfe"]) == (b"\xff", None)
+
+
+def test_receive_without_ack_looks_beside_a_group_that_is_at_work(
+    cli: Cli, queue: str, kafka: KafkaAddress, url: str
+) -> None:
+    async def look() -> Result:
+        async with Consumer(queue, url=url, declare=False) as consumer, QueueAdmin(url=url) as admin:
+            held = await consumer.receive(10, timeout=20)
+            while len(held) < 10:
+                held += await consumer.receive(10 - len(held), timeout=20)
+            before = await admin.groups(queue)
+            shown = await asyncio.to_thread(cli, "receive", queue, "--json")
+            assert await admin.groups(queue) == before
+            await asyncio.gather(*(delivery.ack() for delivery in held))  # it still holds them
+            return shown
+
+    assert [message["text"] for message in lines(asyncio.run(look()))] == ["x"] * 10
+    assert group_rows(kafka.bootstrap, queue, queue) == {0: (5, 5, 0), 1: (5, 5, 0)}
+    assert lines(cli("receive", queue, "--json", "--timeout", "0")) == []
+
+
+def test_receive_without_ack_makes_no_group_and_moves_none(cli: Cli, queue: str, kafka: KafkaAddress) -> None:
+    for _ in range(3):
+        assert len(lines(cli("receive", queue, "--json", "--timeout", "0"))) == 10
+    assert group_rows(kafka.bootstrap, queue, queue) == {}
+
+
+def test_receive_without_ack_follows_what_arrives(
+    cli: Cli, queue: str, kafka: KafkaAddress, start: Callable[..., Service]
+) -> None:
+    service = start("receive", queue, "--follow", "--json")
+    service.wait_until(lambda: service.output.count('"text": "x"') == 10)
+    cli("send", queue, "new")
+    service.wait_until(lambda: '"text": "new"' in service.output)
+    assert service.end() == 0
+    assert group_rows(kafka.bootstrap, queue, queue) == {}
+
+
+def test_receive_of_a_topic_that_is_not_there_says_so(cli: Cli, url: str) -> None:
+    refused = cli("receive", "nowhere", "--timeout", "0")
+    assert refused.exit_code == 1
+    assert "There is no topic 'nowhere'" in refused.stderr

@@ -21,7 +21,7 @@ from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster, TopicSt
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Commit, Groups, Membership, Progress, busy
 from streamtools.drivers.kafka.names import BINDINGS, RETRY, check_kafka_name, is_retry_topic, reader_of
-from streamtools.drivers.kafka.reader import KafkaReader, Returning
+from streamtools.drivers.kafka.reader import KafkaReader, KafkaViewer, Returning
 from streamtools.drivers.kafka.topics import Topic, Topics
 from streamtools.errors import ConfigurationError, ConnectError, QueueError
 from streamtools.exchange import Binding
@@ -235,6 +235,9 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
 
     def _reader(self, queue: str, prefetch: int) -> Reader:
         return KafkaReader(queue, self._connected(), self.settings, client_id=self.client_id)
+
+    def _viewer(self, queue: str, most: int) -> Reader:
+        return KafkaViewer(queue, self.settings, client_id=self.client_id)
 
     async def _infos(self, topics: Mapping[str, TopicState]) -> list[QueueInfo]:
         """The numbers of each topic; those of the retry topic of its own group are with it."""

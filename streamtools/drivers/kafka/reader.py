@@ -1,12 +1,17 @@
-"""KafkaReader: what waits for a group, read from outside it, for `peek`, `move` and `discard`."""
+"""KafkaReader: what waits for a group, read from outside it, for `peek`, `move` and `discard`.
+
+KafkaViewer shows it, and what arrives, to those who only look.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka import errors as kafka
@@ -31,10 +36,14 @@ from streamtools.drivers.kafka.records import (
     read_record,
 )
 from streamtools.drivers.kafka.sending import Sender
+from streamtools.drivers.kafka.topics import Topics
 from streamtools.drivers.kafka.unpacking import Answers, Buffers
 from streamtools.errors import SendError
 from streamtools.message import Message
 from streamtools.settings import KafkaSettings
+
+#: Seconds in which a first fetch has surely found what is there.
+FETCH: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +74,7 @@ class KafkaReader:
         self._settings = settings
         self._client_id = client_id or "streamtools-admin"
         self._offsets: dict[TopicPartition, Offsets] = {}
-        self._ends: dict[TopicPartition, int] = {}
+        self._ends: dict[TopicPartition, float] = {}
         self._records: dict[TopicPartition, dict[int, Any]] = {}  # taken and not finished
         self._there: dict[tuple[str, str], bool] = {}  # whether groups and their topics for retries are
         self._consumer: Any = None
@@ -73,10 +82,16 @@ class KafkaReader:
 
     async def open(self) -> None:
         """Find out what waits."""
-        topic = (await self._cluster.topics([self._queue]))[self._queue]
+        with self._plain_errors():
+            await self._open()
+
+    async def _open(self) -> None:
+        topic = (await self._cluster.topics([self._queue])).get(self._queue)
+        if topic is None:
+            raise Topics(self._cluster.client, self._settings).missing(self._queue)
         commits = await self._groups.committed(self._group, topic.partitions)
         begins = await self._cluster.offsets(topic.partitions, EARLIEST)
-        self._ends = await self._cluster.offsets(topic.partitions, LATEST)
+        ends = await self._cluster.offsets(topic.partitions, LATEST)
         consumer = AIOKafkaConsumer(
             **await connection(self._settings, self._client_id),
             enable_auto_commit=False,
@@ -90,7 +105,8 @@ class KafkaReader:
         consumer._fetcher._records = Buffers(consumer._fetcher._records, answers)
         consumer.assign(topic.partitions)
         for partition in topic.partitions:
-            progress = Progress(begins[partition], self._ends[partition], commits.get(partition))
+            progress = Progress(begins[partition], ends[partition], commits.get(partition))
+            self._ends[partition] = self._end(ends[partition])
             self._offsets[partition] = Offsets(progress.start, progress.metadata)
             self._records[partition] = {}
             consumer.seek(partition, progress.start)
@@ -103,7 +119,8 @@ class KafkaReader:
             rest = 1.0 if deadline is None else deadline - loop.time()
             if rest <= 0:
                 break
-            found = await self._consumer.getmany(*unread, timeout_ms=int(1000 * rest), max_records=max_messages)
+            with self._plain_errors():
+                found = await self._consumer.getmany(*unread, timeout_ms=int(1000 * rest), max_records=max_messages)
             # Each partition's records stay in their order, whatever their times.
             records = heapq.merge(*found.values(), key=lambda record: record.timestamp or 0)
             taken = [self._take(record) for record in records]
@@ -144,6 +161,17 @@ class KafkaReader:
         await self._finish(settlements)
 
     # --- how --------------------------------------------------------------------------------------
+
+    def _end(self, found: int) -> float:
+        """Where reading a partition stops."""
+        return found
+
+    @contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except CLIENT_ERRORS as error:
+            raise refusal(error, self._settings) from error
 
     async def _copies(self, settlement: Settlement) -> list[Outgoing]:
         record = settlement.delivery.token
@@ -226,6 +254,47 @@ class KafkaReader:
         for offset in list(left):
             offsets.finish(offset)
         left.clear()
+
+
+class KafkaViewer(KafkaReader):
+    """Shows what waits for a topic's group, and then what arrives; joins no group and moves none.
+
+    Parameters:
+        queue: the topic.
+        settings: of its connections.
+        client_id: as the broker shows them.
+    """
+
+    def __init__(self, queue: str, settings: KafkaSettings, *, client_id: str | None) -> None:
+        super().__init__(queue, Cluster(settings, client_id or "streamtools-admin"), settings, client_id=client_id)
+
+    async def open(self) -> None:
+        """Connect, and find out what waits.
+
+        Raises:
+            ConnectError: no broker lets us in.
+            QueueError: there is no such topic, or it may not be read.
+        """
+        await self._cluster.open()
+        try:
+            await super().open()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]:
+        """The next that wait or arrive; none when there were none for `timeout` seconds."""
+        return await super().receive(max_messages, timeout=None if timeout is None else max(timeout, FETCH))
+
+    async def close(self) -> None:
+        """Let go; nothing has changed."""
+        try:
+            await super().close()
+        finally:
+            await self._cluster.stop()
+
+    def _end(self, found: int) -> float:
+        return math.inf
 
 
 def _again(record: Any) -> Outgoing:
