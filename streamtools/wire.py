@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 
 from streamtools.checks import check_texts
@@ -70,6 +70,8 @@ def from_rfc3339(text: str) -> float | None:
 
     None, too, for a time that could not be written again: see `read_time`.
     """
+    if text[10:11] == "." and (seconds := read_time(text)) is not None:
+        return seconds  # 1700000000.000000, as AMQP has it: no date has that form, and to try one takes longer
     try:
         moment = datetime.fromisoformat(text)
         return read_time((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
@@ -89,7 +91,7 @@ def read_time(value: object) -> float | None:
         seconds = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return None
-    return seconds if math.isfinite(seconds) and FIRST <= seconds <= LAST else None
+    return seconds if FIRST <= seconds <= LAST else None  # neither NaN nor infinity is
 
 
 def read_text(value: str | bytes) -> str:
@@ -173,12 +175,31 @@ def _encode_error(error: ErrorDetails, prefix: str) -> dict[str, str]:
 
 def decode_meta(meta: Mapping[str, str], *, prefix: str = "") -> dict[str, Any]:
     """The fields for `Message(...)` that stand in `meta`; what is malformed there is left out."""
-    fields: dict[str, Any] = {f: read_text(meta[prefix + n]) for f, n in TEXT.items() if prefix + n in meta}
+    texts, times = _by_name(prefix)
+    fields: dict[str, Any] = {}
+    others = False
+    for name, text in meta.items():  # most messages have one or two of the names
+        if (field := texts.get(name)) is not None:
+            fields[field] = read_text(text)
+        elif (field := times.get(name)) is None:
+            others = True
+        elif text and (seconds := from_rfc3339(text)) is not None:
+            fields[field] = seconds
+    if others:
+        fields.update(_decode_others(meta, prefix))
+    return fields
+
+
+@lru_cache(maxsize=16)
+def _by_name(prefix: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Texts and times: name on the wire -> field of Message."""
+    return {prefix + n: f for f, n in TEXT.items()}, {prefix + n: f for f, n in TIMES.items()}
+
+
+def _decode_others(meta: Mapping[str, str], prefix: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
     if (key := _key_bytes(meta.get(prefix + KEY_BYTES))) is not None:
         fields["key"] = key
-    for field, name in TIMES.items():
-        if (text := meta.get(prefix + name)) and (seconds := from_rfc3339(text)) is not None:
-            fields[field] = seconds
     if (attempt := _count(meta.get(prefix + ATTEMPT))) is not None:
         fields["attempt"] = max(1, attempt)
     if (version := _count(meta.get(prefix + VERSION))) is not None:

@@ -42,7 +42,7 @@ _NUMBERS: Final[dict[int, struct.Struct]] = {
         "l": ">q", "L": ">q", "f": ">f", "d": ">d", "T": ">q", "D": ">Bi",
     }.items()
 }  # fmt: skip
-_STRING, _BYTES, _TABLE, _ARRAY, _VOID, _TIME, _DECIMAL = b"SxFAVTD"
+STRING, _BYTES, _TABLE, _ARRAY, _VOID, _TIME, _DECIMAL = b"SxFAVTD"
 
 
 def entries(table: bytes) -> Iterator[tuple[int, int, int]]:
@@ -54,15 +54,19 @@ def entries(table: bytes) -> Iterator[tuple[int, int, int]]:
     position, end = 0, len(table)
     while position < end:
         value = position + 1 + table[position]
-        stop = _stop(table, value) if value < end else end + 1
+        stop = end_of(table, value) if value < end else end + 1
         if stop > end:
             raise ValueError(f"the table ends within the value at {value}")
         yield position, value, stop
         position = stop
 
 
-def _stop(data: bytes, start: int) -> int:
-    """Where the value that begins here ends."""
+def end_of(data: bytes, start: int) -> int:
+    """Where the value that begins here, with its letter, ends; behind the data where it is cut off.
+
+    Raises:
+        ValueError: there is no such letter.
+    """
     letter = data[start]
     if letter in _SIZED:
         if start + 5 > len(data):
@@ -77,7 +81,10 @@ def _stop(data: bytes, start: int) -> int:
 
 def name_text(data: bytes) -> str:
     """A header's name as text that can be written again: what is too long for a name ends in a hash of it."""
-    name = data.decode("utf-8", "backslashreplace")
+    try:
+        return data.decode()  # its length stands in one octet
+    except UnicodeDecodeError:
+        name = data.decode("utf-8", "backslashreplace")
     if len(name.encode()) <= LONGEST_NAME:
         return name
     kept = name.encode()[: LONGEST_NAME - 2 * HASH - 1].decode("utf-8", "ignore")
@@ -90,7 +97,7 @@ def value(data: bytes, start: int, stop: int, depth: int = 0) -> object:
     What is malformed within an array or a table is left out there.
     """
     letter = data[start]
-    if letter == _STRING:
+    if letter == STRING:
         return data[start + 5 : stop].decode("utf-8", "backslashreplace")
     if letter == _BYTES:
         return data[start + 5 : stop]
@@ -126,7 +133,7 @@ def _array(data: bytes, depth: int) -> list[object]:
 def _values(data: bytes) -> Iterator[tuple[int, int]]:
     position = 0
     while position < len(data):
-        stop = _stop(data, position)
+        stop = end_of(data, position)
         if stop > len(data):
             raise ValueError(f"the array ends within the value at {position}")
         yield position, stop

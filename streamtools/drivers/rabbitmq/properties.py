@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from streamtools import wire
-from streamtools.drivers.rabbitmq.fields import as_text, name_text
+from streamtools.drivers.rabbitmq.fields import STRING, as_text, end_of, name_text
 from streamtools.drivers.rabbitmq.fields import entries as field_entries
 from streamtools.drivers.rabbitmq.fields import value as field_value
 from streamtools.drivers.rabbitmq.frames import LONG, LONGLONG, SHORT, Unsendable, shortstr
@@ -232,17 +232,34 @@ def _layout(flags: int) -> tuple[tuple[int, str, str], ...]:
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The native properties by our field names, and the headers still encoded; up to where it is malformed."""
+    """The native properties by our field names, and the headers still encoded; up to where it is malformed.
+
+    It goes the way of `places`, without a generator: it does so for every message that is received.
+    """
     fields: dict[str, Any] = {}
     table = b""
-    for _, how, name, start, end in places(data):
-        if how == "text":
-            if name:
-                fields[name] = data[start + 1 : end].decode("utf-8", "backslashreplace")
-        elif how == "table":
-            table = data[start + 4 : end]
-        elif how == "time" and (seconds := wire.read_time(LONGLONG.unpack_from(data, start)[0])) is not None:
-            fields[name] = seconds
+    end, size = 2, len(data)
+    try:
+        for _, how, name in _layout(*SHORT.unpack_from(data)):
+            start = end
+            if how == "text":
+                end = start + 1 + data[start]
+                if name and end <= size:
+                    fields[name] = data[start + 1 : end].decode("utf-8", "backslashreplace")
+            elif how == "table":
+                end = start + 4 + LONG.unpack_from(data, start)[0]
+                if end <= size:
+                    table = data[start + 4 : end]
+            elif how == "octet":
+                end = start + 1
+            else:
+                end = start + 8
+                if (seconds := wire.read_time(LONGLONG.unpack_from(data, start)[0])) is not None:
+                    fields[name] = seconds
+            if end > size:
+                break
+    except (IndexError, struct.error):
+        pass
     return fields, table
 
 
@@ -270,47 +287,42 @@ def places(data: bytes) -> Iterator[tuple[int, str, str, int, int]]:
 
 
 def _sort(table: bytes) -> tuple[dict[str, str], dict[str, str], int, object]:
-    """The user's headers, ours, the delivery count, and x-death."""
+    """The user's headers, ours, the delivery count, and x-death; up to the first entry whose end cannot be known."""
     headers: dict[str, str] = {}
     ours: dict[str, str] = {}
-    count, deaths = 0, None
-    for name, value in _fields(table):
-        if name.startswith(PREFIX):
-            if name.startswith(ESCAPE):
-                headers[name[len(ESCAPE) :]] = as_text(value)
-            else:
-                ours[name] = as_text(value)
-        elif name.lower() in BROKER_HEADERS:
-            if name == DELIVERY_COUNT and isinstance(value, int) and not isinstance(value, bool):
-                count = max(0, value)
-            elif name == "x-death":
-                deaths = value
-        else:
-            headers[name] = value if isinstance(value, str) else as_text(value)
-    return headers, ours, count, deaths
-
-
-def _fields(table: bytes) -> Iterator[tuple[str, object]]:
-    """Names and values, up to the first entry whose end cannot be known."""
+    others: dict[str, object] = {}
     position, end = 0, len(table)
     try:
         while position < end:
             start = position + 1
             begin = start + table[position]
-            if table[begin] == 0x53:  # "S", a long string: what nearly every header is
-                stop = begin + 5 + LONG.unpack_from(table, begin + 1)[0]
-            else:
-                _, _, stop = next(field_entries(table[position:]))
-                stop += position
-            if stop > end:
-                return
+            is_text = table[begin] == STRING  # as nearly every header is
+            position = begin + 5 + LONG.unpack_from(table, begin + 1)[0] if is_text else end_of(table, begin)
+            if position > end:
+                break
             name = name_text(table[start:begin])
-            # To decode the deaths of a message that was only delayed would take longer than all else.
-            if name != "x-death" or not _only_delayed(table[begin + 5 : stop]):
-                yield name, field_value(table, begin, stop)
-            position = stop
+            if is_text:
+                value: object = table[begin + 5 : position].decode("utf-8", "backslashreplace")
+            elif name == "x-death" and _only_delayed(table[begin + 5 : position]):
+                continue  # to decode the deaths of a message that was only delayed would take longer than all else
+            else:
+                value = field_value(table, begin, position)
+            if name.startswith(PREFIX):
+                if name.startswith(ESCAPE):
+                    headers[name[len(ESCAPE) :]] = as_text(value)
+                else:
+                    ours[name] = as_text(value)
+            elif name.lower() in BROKER_HEADERS:
+                others[name] = value
+            else:
+                headers[name] = as_text(value)
     except (IndexError, ValueError, struct.error):
-        return
+        pass
+    return headers, ours, _count(others.get(DELIVERY_COUNT)), others.get("x-death")
+
+
+def _count(value: object) -> int:
+    return max(0, value) if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def _only_delayed(array: bytes) -> bool:
