@@ -51,6 +51,8 @@ GROUP: Final = "streamtools-group"
 RETRIES: Final = "streamtools-retries"
 #: Where a failed message was read first.
 ORIGIN: Final = ("streamtools-origin-topic", "streamtools-origin-partition", "streamtools-origin-offset")
+#: Digits of the greatest offset, 2**63 - 1.
+LONGEST_NUMBER: Final = 19
 #: Seconds by which a message's time may differ from now and still be the record's own timestamp. A copy of
 #: an older message keeps its time in a header: by the record's, Kafka decides when to forget it.
 RECENT: Final = 1.0
@@ -238,9 +240,14 @@ def told_origin(record: Any) -> Origin | None:
     """The same, if the record tells it: then it is a copy."""
     found = header_texts(record.headers, ORIGIN)
     topic, partition, offset = (found.get(name, "") for name in ORIGIN)
-    if topic and partition.isdecimal() and offset.isdecimal():
+    if topic and _is_number(partition) and _is_number(offset):
         return Origin(topic, int(partition), int(offset))
     return None
+
+
+def _is_number(text: str) -> bool:
+    """It is one that Kafka can have counted: others may write digits of any script and number."""
+    return text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER
 
 
 def _place(record: Any) -> str:

@@ -11,6 +11,7 @@ from confluent_kafka import Producer as Confluent
 
 from streamtools import QueueAdmin, Retry
 from streamtools.drivers.kafka import KafkaConsumer
+from streamtools.drivers.kafka.records import ORIGIN
 from streamtools.message import Message
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
@@ -145,6 +146,28 @@ async def test_a_record_with_header_names_of_any_bytes_costs_itself_alone(
     assert (failed.key, failed.value) == (b"k", b"1")
     headers = [h for h in failed.headers if h[0] in (r"\xff\xfename", "twice", "null")]
     assert headers == [(r"\xff\xfename", b"\xff"), ("twice", b"1"), ("twice", b"\xf0"), ("null", None)]
+
+
+@pytest.mark.parametrize("number", [b"9" * 5000, "\u0663".encode() * 30, b"-1", b"1_0", b""])
+async def test_a_place_that_a_copy_cannot_come_from_costs_its_record_alone(
+    kafka: KafkaAddress, admin: QueueAdmin, running: Running, queue: str, number: bytes
+) -> None:
+    await admin.create(queue, partitions=1)
+    place = [(name, b"0") for name in ORIGIN[:2]] + [(ORIGIN[2], number)]
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap) as other:
+        for n in range(3):
+            await other.send_and_wait(queue, b"%d" % n, headers=place if n == 1 else [])
+
+    async def handle(body: bytes) -> None:
+        raise ConnectionError("not for this one")
+
+    async with running(handle, retry=Retry(retries=1, delay=0.1)):
+        async with asyncio.timeout(30):
+            while len(failed := await records(kafka, f"{queue}.error")) < 3:
+                await asyncio.sleep(0.1)
+    assert sorted(record.value for record in failed) == [b"0", b"1", b"2"]
+    assert {dict(record.headers)[ORIGIN[2]] for record in failed} == {b"0", b"1", b"2"}
+    assert await admin.move(f"{queue}.error", queue) == 3
 
 
 async def test_operators_look_at_it_and_move_it_too(
