@@ -11,10 +11,10 @@ import contextlib
 import contextvars
 import decimal
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Executor
 from functools import partial
-from types import AsyncGeneratorType, GeneratorType, NoneType, coroutine
+from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType, MethodType, NoneType, coroutine
 from typing import Any, Final, TypeVar
 
 from streamtools.errors import ConfigurationError, HandlerError
@@ -24,9 +24,7 @@ T = TypeVar("T")
 #: For what is called without arguments.
 NOTHING: Final = "nothing"
 #: Types of results that are surely no awaitables; asking all others costs some time.
-PLAIN: Final = frozenset({NoneType, bool, int, float, str, bytes, dict, list, tuple, set})
-#: Results of which nothing has run yet when they are returned.
-_LAZY: Final = (GeneratorType, AsyncGeneratorType, map, filter)
+PLAIN: Final = frozenset({NoneType, bool, int, float, str, bytes})
 #: What can be awaited may come to something that can be awaited, so often.
 _DEPTH: Final = 16
 
@@ -41,6 +39,12 @@ async def _empty_async() -> Any:
     yield
 
 
+#: The classes of what such functions return.
+_MADE: Final = (type(_empty()), type(_empty_async()))
+#: Results of which nothing has run yet when they are returned: whatever is to be gone through, entered, or called.
+_LAZY: Final = (Iterator, AsyncGeneratorType, *_MADE, FunctionType, MethodType, partial)
+#: Results in which coroutines may be left, of which nothing has run either.
+_GROUPS: Final = frozenset({list, tuple, set, dict})
 #: The code of every function that @contextmanager or @asynccontextmanager has made.
 _CONTEXT_MANAGERS: Final = frozenset({_empty.__code__, _empty_async.__code__})
 
@@ -178,12 +182,33 @@ async def awaited(value: Any, refusal: type[Exception] = HandlerError) -> Any:
 
 
 def _check_result(value: Any, refusal: type[Exception]) -> None:
-    if isinstance(value, _LAZY):
+    if type(value) in _GROUPS:
+        _check_group(value, refusal)
+    elif isinstance(value, _LAZY):
         if isinstance(value, GeneratorType):
             value.close()
+        kind: type = type(value)
         raise refusal(
-            f"A {type(value).__name__} was returned, of which nothing has run: go through it before you return, "
-            "as in return [x async for x in values] or return list(values)."
+            f"A {kind.__name__.removeprefix('_')} was returned, of which nothing has run: {_advice(value)}."
+        )
+
+
+def _advice(value: Any) -> str:
+    if isinstance(value, Iterator | AsyncGeneratorType):
+        return "go through it before you return, as in return [x async for x in values] or return list(values)"
+    if isinstance(value, _MADE):
+        return "enter it, by with or async with"
+    return "call it before you return. Where a decorator takes arguments, it is to be written with parentheses"
+
+
+def _check_group(value: Any, refusal: type[Exception]) -> None:
+    left = [each for each in (value.values() if type(value) is dict else value) if type(each) is CoroutineType]
+    for each in left:
+        each.close()
+    if left:
+        raise refusal(
+            f"A {type(value).__name__} was returned with a coroutine in it, of which nothing has run: await it "
+            "before you return, as in return await asyncio.gather(*coroutines)."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 import traceback
@@ -24,6 +25,8 @@ from streamtools.errors import (
 )
 from streamtools.message import ErrorDetails, Message
 from streamtools.verdicts import DROP, Kind, Verdict
+
+log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds before the second attempt to reach a broker; doubled each time, up to MAX_BACKOFF.
 BACKOFF: Final = 0.1
@@ -140,8 +143,7 @@ class Retry:
             return policy._decide(error, attempt)
         if self.retries is not None and attempt > self.retries:
             return Verdict.reject()
-        # A subclass may have forgotten to call its base.
-        chosen = getattr(error, "delay", None) if isinstance(error, RetryLater) else None
+        chosen = _chosen_delay(error) if isinstance(error, RetryLater) else None
         return Verdict.retry(self.after(attempt) if chosen is None else chosen)
 
     def _names(self, group: BaseException) -> bool:
@@ -155,6 +157,16 @@ def _gravity(verdict: Verdict) -> tuple[int, float, bool]:
 
 #: Verdicts on the errors of one group, the gravest last.
 _GRAVITY: Final = (Kind.DROP, Kind.RETRY, Kind.REJECT)
+
+
+def _chosen_delay(error: RetryLater) -> float | None:
+    """What it asks for; None for the policy's own. A subclass may not have called its base, or set anything."""
+    delay = getattr(error, "delay", None)
+    try:
+        return None if delay is None else check_seconds("delay", delay)
+    except ConfigurationError as wrong:
+        log.warning("%s has a delay that is none: %s", type(error).__qualname__, wrong)
+        return None
 
 
 def _in_seconds(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import re
 import threading
 import types
@@ -41,6 +42,16 @@ class CountStock(Command):
 async def work(msg: Any) -> str:
     await asyncio.sleep(0)
     return f"did {msg}"
+
+
+@contextmanager
+def context_manager(msg: Any) -> Iterator[Any]:
+    yield msg
+
+
+@asynccontextmanager
+async def async_context_manager(msg: Any) -> AsyncIterator[Any]:
+    yield msg
 
 
 def forwards(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -282,8 +293,13 @@ def test_a_class_whose_handle_generates_is_refused() -> None:
 @pytest.mark.parametrize(
     "function",
     [lambda msg: generator(msg), lambda msg: async_generator(msg), lambda msg: map(work, [msg])]  # noqa: PLW0108
-    + [lambda msg: (each for each in [msg])],
-    ids=["generator", "async generator", "map", "expression"],
+    + [lambda msg: (each for each in [msg])]
+    + [lambda msg: zip([msg], strict=True), lambda msg: itertools.chain([msg])]
+    + [lambda msg: context_manager(msg), lambda msg: async_context_manager(msg)]
+    + [lambda msg: [work(msg), work(msg)], lambda msg: {"first": work(msg)}, lambda msg: (msg, work(msg))]
+    + [lambda msg: functools.partial(work, msg), lambda msg: work],
+    ids=["generator", "async generator", "map", "expression", "zip", "chain", "context manager"]
+    + ["async context manager", "list", "dict", "tuple", "partial", "function"],
 )
 async def test_a_result_of_which_nothing_has_run_is_rejected_and_never_acknowledged(
     function: Callable[..., Any],
@@ -297,6 +313,41 @@ async def test_a_result_of_which_nothing_has_run_is_rejected_and_never_acknowled
         assert service.handled() == []
     assert rejected.error is not None
     assert "of which nothing has run" in rejected.error.reason
+
+
+async def test_a_decorator_without_its_parentheses_is_told_and_loses_no_message() -> None:
+    def repeated(times: int = 3) -> Any:
+        def decorate(function: Any) -> Any:
+            @functools.wraps(function)
+            async def inner(*args: Any) -> Any:
+                return [await function(*args) for _ in range(times)]
+
+            return inner
+
+        return decorate
+
+    factory = ConsumerFactory(url="asyncio://", retry=Retry(retries=0))
+
+    @factory.route("orders")
+    @repeated
+    async def handle(msg: int) -> None: ...
+
+    async with Harness(factory) as service:
+        await service.send("orders", 1)
+        await service.settled()
+        [rejected] = service.rejected
+    assert rejected.error is not None
+    assert "written with parentheses" in rejected.error.reason
+
+
+@pytest.mark.parametrize("result", [[], [1, 2], {"a": 1}, (1,), {1}, object()])
+async def test_results_in_which_nothing_waits_are_results(result: Any) -> None:
+    factory = ConsumerFactory(url="asyncio://")
+    factory.route("orders")(lambda msg: result)
+    async with Harness(factory) as service:
+        await service.send("orders", 1)
+        await service.settled()
+        assert service.results("orders") == [result]
 
 
 # --- decorators one over the other ----------------------------------------------------------------

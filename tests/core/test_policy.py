@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
@@ -162,7 +163,7 @@ def test_the_first_failure_is_kept_through_retries() -> None:
 
 def test_a_message_that_does_not_say_where_it_failed_needs_a_target() -> None:
     message = Message(body=b"", queue="error", id="1")
-    with pytest.raises(ConfigurationError, match="queue="):
+    with pytest.raises(ConfigurationError, match="name one to move it to"):
         redrive_copy(message)
     assert redrive_copy(message, "orders").queue == "orders"
 
@@ -206,3 +207,25 @@ class TestPoliciesByError:
 
     def test_a_policy_has_a_hash(self) -> None:
         assert len({self.policy, self.policy}) == 1
+
+
+@pytest.mark.parametrize("delay", ["soon", float("nan"), float("inf"), -5, object(), True])
+def test_a_delay_that_is_none_falls_back_to_the_policy_and_is_told(
+    delay: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = RetryLater()
+    error.delay = delay  # type: ignore[assignment]  # as a subclass sets it that does not call its base
+
+    assert Retry(delay=7, jitter=0).decide(error, 1) == Verdict.retry(7)
+    assert "a delay that is none" in caplog.text
+
+
+def test_the_delay_of_a_subclass_may_be_a_timedelta() -> None:
+    class Later(RetryLater):
+        def __init__(self) -> None:
+            self.delay = timedelta(seconds=9)  # type: ignore[assignment]
+
+    group = ExceptionGroup("several", [Later(), RetryLater(2)])
+
+    assert Retry().decide(Later(), 1) == Verdict.retry(9)
+    assert Retry().decide(group, 1) == Verdict.retry(9)

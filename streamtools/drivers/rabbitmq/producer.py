@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from aiormq.exceptions import ChannelLockedResource
+
 from streamtools.checks import check_name
 from streamtools.drivers.rabbitmq.batch import Limits
 from streamtools.drivers.rabbitmq.connections import Place, Sending, receiving, sending
@@ -17,7 +19,7 @@ from streamtools.drivers.rabbitmq.topology import (
     error_queue,
     work_queue,
 )
-from streamtools.errors import Closed, ConnectionLost
+from streamtools.errors import Closed, ConnectError, ConnectionLost
 from streamtools.message import Message
 from streamtools.options import Options
 from streamtools.producer import Producer, Receipt
@@ -65,6 +67,14 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
     async def _declare(self, topology: Topology) -> None:
         if self.declare is False:
             return
+        try:
+            await self._make_or_check(topology)
+        except ConnectError as error:
+            # It is there, for a consumer's connection alone, which may be our own; sending to it is free to all.
+            if not isinstance(error.__cause__, ChannelLockedResource):
+                raise
+
+    async def _make_or_check(self, topology: Topology) -> None:
         name = self.options.error_queue_of(self.queue)
         queue = work_queue(self.queue, self.options, name)
         # What stands is taken as it is, but for what was asked for by name: its consumers say what it should be.
