@@ -92,7 +92,7 @@ async def test_a_producer_sends_to_an_exclusive_queue_of_its_own_process(
     consumer: Any, url: str, options: dict[str, Any]
 ) -> None:
     receiver = await consumer(exclusive=True)
-    async with RabbitMQProducer("orders", url=url, connect_timeout=1, **options) as producer:
+    async with RabbitMQProducer("orders", url=url, send_timeout=5, **options) as producer:
         await producer.send(1)
     (delivery,) = await take(receiver, 1)
     assert delivery.message.body == b"1"
