@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -213,7 +213,7 @@ def decode(message: Message) -> Any:
     if media and media not in PERHAPS_JSON:
         return body
     try:
-        return from_json(body)
+        return from_json(body.removeprefix(BOM_UTF8))
     except ValueError:
         return _from_form(body) if media == FORM and is_form(body) else body
 
@@ -281,7 +281,12 @@ def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
     def validate(message: Message) -> Any:
         if (body := message.body) is None or message.content_type != JSON or message.content_encoding is not None:
             return others(message)
-        return validate_json(body)
+        try:
+            return validate_json(body)
+        except ValidationError:
+            if body.startswith(BOM_UTF8):
+                return others(message)
+            raise
 
     return validate
 
@@ -324,7 +329,7 @@ def _validate_text(adapter: TypeAdapter[Any], text: str, body: bytes) -> Any:
 def _validate_either(adapter: TypeAdapter[Any], body: bytes, takes_text: bool) -> Any:
     """A body that does not say what it is: JSON, else a text, as Kafka's console producer sends it."""
     try:
-        return adapter.validate_json(body)
+        return adapter.validate_json(body.removeprefix(BOM_UTF8))
     except ValidationError as error:
         if not takes_text and not _is_no_json(error):
             raise
@@ -379,7 +384,23 @@ def _invalid(error: ValidationError, adapter: TypeAdapter[Any], annotation: Any,
     text = f"The body is not a valid {_name(annotation)}: {first}{more}"
     if media_type(message.content_type) == BATCH:
         text += ". It is a batch of CloudEvents: annotate list[...], or have the events sent one by one"
+    elif _is_no_json(error):
+        text += _no_json(message)
     return DecodeError(text, errors=problems)
+
+
+def _no_json(message: Message) -> str:
+    """What the body is instead of JSON, where it shows or is said."""
+    body = message.body or b""
+    if body.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in body[:4]:
+        return ". It looks like UTF-16 or binary: have it sent as UTF-8, or with a charset in its content type"
+    media = media_type(message.content_type)
+    if media and media not in PERHAPS_JSON and not media.startswith("text/") and not is_json(media):
+        return (
+            f". Its content type is {message.content_type!r}, which nothing reads here: register_codec({media!r}, "
+            "...), or annotate the handler's parameter with bytes or Message"
+        )
+    return ""
 
 
 def _problems(error: ValidationError) -> list[dict[str, Any]]:

@@ -95,6 +95,33 @@ def test_a_json_body_may_begin_with_a_byte_order_mark_or_be_of_another_charset()
     assert decode(message('{"id": 1, "note": "ü"}'.encode("utf-16"), "application/json; charset=utf-16")).note == "ü"
 
 
+@pytest.mark.parametrize("content_type", [codec.JSON, None, "application/vnd.order+json", "application/octet-stream"])
+def test_a_byte_order_mark_before_json_is_no_part_of_it(content_type: str | None) -> None:
+    marked = message(b'\xef\xbb\xbf{"id": 1}', content_type)
+    assert codec.decoder(Order)(marked) == Order(id=1)
+    assert content_type == "application/octet-stream" or codec.decode(marked) == {"id": 1}
+
+
+def test_a_body_with_a_byte_order_mark_that_is_wrong_says_what_is_wrong_with_it() -> None:
+    with pytest.raises(DecodeError, match="id: Field required"):
+        codec.decoder(Order)(message(b"\xef\xbb\xbf{}", codec.JSON))
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "words"),
+    [
+        (b"<order/>", "application/xml", "Its content type is 'application/xml'.*register_codec"),
+        (b"\x82\xa2id\x01", "application/msgpack", "Its content type is 'application/msgpack'"),
+        ('{"id": 1}'.encode("utf-16"), codec.JSON, "looks like UTF-16"),
+        ('{"id": 1}'.encode("utf-16-le"), None, "looks like UTF-16"),
+        ('{"id": 1}'.encode("utf-32"), codec.JSON, "looks like UTF-16"),
+    ],
+)
+def test_what_a_body_is_instead_of_json_is_said(body: bytes, content_type: str | None, words: str) -> None:
+    with pytest.raises(DecodeError, match=words):
+        codec.decoder(Order)(message(body, content_type))
+
+
 # --- content encodings ----------------------------------------------------------------------------
 
 ENCODERS = {
