@@ -153,10 +153,13 @@ class Model:
         moved = [(lane, entry) for lane, entry in self.all_ready(queue)[:limit] if where(entry)]
         for lane, entry in moved:
             self.take(lane, [entry])
-            goal = target or (entry.error or ("", "", 0))[0]
+            home = (entry.error or ("", "", 0))[0]
+            goal = target or home
             back = lane if goal == queue else entry.origin
             back = back if back in self.topics[goal] else None
-            fresh = replace(entry, attempt=1, due=0, expires=None, error=None, count=0, origin=None)
+            # Elsewhere than home it keeps where it failed, for its way from there.
+            way = {} if goal != home and entry.error else {"error": None, "origin": None}
+            fresh = replace(entry, attempt=1, due=0, expires=None, count=0, **way)
             self.publish(goal, fresh, back)
         return len(moved)
 
