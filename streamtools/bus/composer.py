@@ -253,7 +253,7 @@ def seconds_until(delay: timedelta | float | None, at: datetime | None) -> float
 
 
 #: What each of the verbs takes, for the error about what it does not take.
-TAKES: Final = {
+TAKES: Final[dict[str, tuple[str, ...]]] = {
     "send": ("to", "exchange", "headers", "type", "key", "ttl", "immediately"),
     "publish": ("topic", "exchange", "mandatory", "headers", "type", "key", "ttl", "immediately"),
 }

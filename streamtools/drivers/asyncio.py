@@ -298,7 +298,7 @@ class Broker:
     _all: ClassVar[dict[tuple[int, str], Broker]] = {}
 
     def __init__(self, maxsize: int) -> None:
-        self.lock = RLock()
+        self.lock: RLock = RLock()
         self.topics: dict[str, Topic] = {}
         #: Exchange name -> its bindings with their queues, in the order made.
         self.bindings: dict[str, dict[tuple[Binding, str], None]] = {}

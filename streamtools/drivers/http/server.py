@@ -32,7 +32,7 @@ LINGER: Final = 3.0
 #: Seconds that the last answers have to go out when the server ends; for each of two steps.
 CLOSING: Final = 1.0
 #: In place of a target that cannot be read.
-ROOT: Final = URL("/")
+ROOT: Final[URL] = URL("/")
 #: Connections that wait to be accepted.
 BACKLOG: Final = 1024
 

@@ -105,7 +105,7 @@ def _with(*fates: Fate) -> tuple[type[Exception], ...]:
 #: The broker takes no part of such a batch for the sake of some record in it: the others are taken without that one.
 RECORD_REFUSALS: Final = _with(Fate.RECORD)
 #: The broker takes no part of such a batch, whoever sends it again.
-REFUSALS: Final = (
+REFUSALS: Final[tuple[type[Exception], ...]] = (
     *_with(Fate.RECORD, Fate.TOPIC),
     kafka.ClusterAuthorizationFailedError,
     kafka.TransactionalIdAuthorizationFailed,

@@ -16,8 +16,8 @@ from typing import Any
 from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
-#: Commits of some partitions, by which a group begins.
-Commits = Mapping[TopicPartition, OffsetAndMetadata]
+#: Commits of some partitions, by which a group begins: TopicPartition -> OffsetAndMetadata, without their types.
+Commits = Mapping[Any, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

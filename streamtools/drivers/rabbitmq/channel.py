@@ -41,7 +41,7 @@ class HotChannel:
         #: Why the channel is of no use any more.
         self.error: ConnectionLost | None = None
         #: The broker has closed it.
-        self.closed = False
+        self.closed: bool = False
         self._method = 0
         self._tag = 0
         self._redelivered = False

@@ -47,7 +47,7 @@ class Sending:
         self.link = link
         self.chain: DelayChain = DelayChain(link)
         self.exchanges: set[Exchange] = set()
-        self.trying = Semaphore(TRYING)
+        self.trying: Semaphore = Semaphore(TRYING)
         self._tried: dict[str, set[str]] = {}
 
     def is_tried(self, exchange: str, topic: str) -> bool:

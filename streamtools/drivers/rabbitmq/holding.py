@@ -68,7 +68,7 @@ class HoldingChannel(HotChannel):
         self._consumers: list[str] = []
         self._exchange = self._key = b""
         #: The broker's code when it closed the channel; 0 when it did not.
-        self.code = 0
+        self.code: int = 0
         #: What has arrived and was not taken out yet; None for "the queue is empty".
         self.buffer: deque[Held | None] = deque()
 
@@ -154,7 +154,7 @@ class HoldingChannel(HotChannel):
         position = start + 4 if method == GET_OK else start + 5 + data[start + 4]
         (self._tag,) = LONGLONG.unpack_from(data, position)
         self._redelivered = data[position + 8] & 1 == 1
-        self.topic = frames.delivered_topic(data, position + 9)
+        self.topic: str | None = frames.delivered_topic(data, position + 9)
         self._exchange, position = _short(data, position + 9)
         self._key, _ = _short(data, position)
         self._method = method
@@ -198,9 +198,9 @@ class CopyChannel(HotChannel):
         self._refused: set[int] = set()
         self._answered = asyncio.Event()
         #: Messages that reached no queue.
-        self.unroutable = 0
+        self.unroutable: int = 0
         #: The broker's code when it closed the channel; 0 when it did not.
-        self.code = 0
+        self.code: int = 0
 
     @classmethod
     async def open(cls, link: Link) -> CopyChannel:

@@ -465,7 +465,7 @@ class Publisher(HotChannel):
         self._watch_no_more()
         self._limits.learn(text)
         kind = trouble(code, text)
-        self.error = channel_lost(self._link.where, f"{code} {text}")
+        self.error: ConnectionLost | None = channel_lost(self._link.where, f"{code} {text}")
         why = f"RabbitMQ at {self._link.where} {'cannot take it now' if kind.passes else 'refuses it'}: {text}."
         pending, self._pending = self._pending, {}
         meant = {tag for tag, batch in pending.items() if batch.is_meant(text, batch.message(tag), self._limits)}

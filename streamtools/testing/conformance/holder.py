@@ -37,7 +37,12 @@ async def hold(protocol: str, url: str, queue: str, number: int, how: str) -> No
     await asyncio.Event().wait()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Hold what the command line says."""
     module, *words = sys.argv[1:]
     importlib.import_module(module)
     asyncio.run(hold(words[0], words[1], words[2], int(words[3]), words[4]))
+
+
+if __name__ == "__main__":
+    main()
