@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import NoReturn, Protocol, TypeVar
 
@@ -106,6 +107,14 @@ def nothing_blocks_the_loop() -> Iterator[BlockBuster]:
             function.can_block_in("streamtools/registry.py", {"_load"})
             function.can_block_in("streamtools/installation.py", {"install_line"})  # for an error that ends the start
         yield watch
+
+
+@pytest.fixture(autouse=True)
+def in_process_queues_are_new() -> Iterator[None]:
+    """In-process queues belong to the process: what a test leaves there would meet the next one."""
+    yield
+    if (driver := sys.modules.get("streamtools.drivers.asyncio")) is not None:
+        driver.Broker._all.clear()
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,11 @@ async def test_a_coroutine_in_a_context_of_its_own_is_cancelled_and_closed_like_
             ended.append(tenant.get())
 
     tenant.set("acme")
-    task = asyncio.create_task(within(copy_context(), work()))  # type: ignore[arg-type]
+
+    async def handle() -> None:
+        await within(copy_context(), work())
+
+    task = asyncio.create_task(handle())
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
