@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -37,6 +37,7 @@ class Partitions:
         #: Topics that are being looked for; each future has the number of partitions, or what is wrong.
         self._looking: dict[str, asyncio.Future[int | StreamToolsError]] = {}
         self._next: list[str] = []  # of these, those that are not asked for yet
+        self._least: dict[str, int] = {}  # of these, the partitions that those which were known should have by now
         self._tasks: set[asyncio.Task[None]] = set()
         self._bindings = Bindings(settings)
 
@@ -53,10 +54,15 @@ class Partitions:
         unbound: dict[str, StreamToolsError] = {}
         if any(item.exchange is not None for item in batch):
             batch, unbound = await self._spread(batch, producer)
-        topics = {item.topic for item in batch}
-        if topics <= self._counts.keys():
+        topics, counts = {item.topic for item in batch}, self._counts
+        known = topics <= counts.keys()
+        # Partitions may have been added since, or the topic made anew.
+        beyond = [i for i in batch if i.partition is not None and i.partition >= counts.get(i.topic, i.partition + 1)]
+        if known and not beyond:
             return batch, unbound
-        missing = await self._find(topics.difference(unbound), producer)
+        for item in beyond:
+            self._least[item.topic] = max(self._least.get(item.topic, 0), (item.partition or 0) + 1)
+        missing = await self._find(topics.difference(unbound), producer, anew={item.topic for item in beyond})
         if missing:
             batch = [item for item in batch if item.mandatory or item.topic not in missing]
         return batch, {**missing, **unbound}
@@ -85,8 +91,11 @@ class Partitions:
             spread += [item.to(queue) for queue in queues]
         return spread, unbound
 
-    async def _find(self, topics: Iterable[str], producer: Any) -> dict[str, StreamToolsError]:
-        unknown = set(topics).difference(self._counts)
+    async def _find(
+        self, topics: Iterable[str], producer: Any, *, anew: Collection[str] = ()
+    ) -> dict[str, StreamToolsError]:
+        """Ask for those that are not known, and anew for some that are; an error for each that is not there."""
+        unknown = set(topics).difference(self._counts).union(anew)
         if not unknown:
             return {}
         # To ask for a name that can be none ends the connection: another program may have sent it as an address.
@@ -118,14 +127,15 @@ class Partitions:
         async with self._answering(topics):
             looks = Topics(producer.client, self._settings)
             found = await looks.glance(topics)
-            self._tell(found, producer)
-            if missing := [topic for topic in topics if topic not in found]:
+            missing = [t for t in topics if t not in found or found[t].is_short_of(self._least.get(t, 0))]
+            self._tell({topic: seen for topic, seen in found.items() if topic not in missing}, producer)
+            if missing:
                 self._begin(self._look_elsewhere(missing, looks, producer))
 
     async def _look_elsewhere(self, topics: list[str], looks: Topics, producer: Any) -> None:
         """Ask all brokers for what one does not know, while the others are sent to."""
         async with self._answering(topics):
-            found = await looks.look(topics)
+            found = await looks.look(topics, self._least)
             self._tell(found, producer)
             for topic in topics:
                 if topic not in found:
@@ -153,6 +163,7 @@ class Partitions:
             lost = client_error(error, self._settings)
             lost.__cause__ = error
             for topic in topics:
+                self._least.pop(topic, None)
                 if (future := self._looking.pop(topic, None)) is not None and not future.done():
                     future.set_exception(lost)
                     future.exception()  # looked at: whoever waits gets it all the same
@@ -162,6 +173,9 @@ class Partitions:
     def _answer(self, topic: str, answer: int | StreamToolsError) -> None:
         if isinstance(answer, int):
             self._counts[topic] = answer
+        else:
+            self.forget(topic)
+        self._least.pop(topic, None)
         if (future := self._looking.pop(topic, None)) is not None and not future.done():
             future.set_result(answer)
 

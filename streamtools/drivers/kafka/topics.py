@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka import errors as kafka
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 LOOK: Final = 0.05
 #: "As the broker does by default", in a request to make a topic (KIP-464).
 DEFAULT: Final = -1
+#: No topic needs to have more partitions than it has.
+NO_LEAST: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,10 @@ class Seen:
     leaderless: bool = False
     error: StreamToolsError | None = None
 
+    def is_short_of(self, partitions: int) -> bool:
+        """It has fewer than so many, as far as this broker knows."""
+        return self.error is None and self.partitions < partitions
+
 
 class Topics:
     """Looks and makes over a client of the library that is connected."""
@@ -79,13 +86,18 @@ class Topics:
                 raise seen.error
         return {name: 0 if seen.leaderless else seen.partitions for name, seen in found.items()}
 
-    async def look(self, names: Iterable[str]) -> dict[str, Seen]:
-        """Those that exist, asked for with one request; the client knows from then on who leads them."""
+    async def look(self, names: Iterable[str], least: Mapping[str, int] = NO_LEAST) -> dict[str, Seen]:
+        """Those that exist, asked for with one request; the client knows from then on who leads them.
+
+        Parameters:
+            names: the topics.
+            least: the partitions that some should have; all brokers are asked for one that has fewer.
+        """
         wanted = list(names)
         found = await self.glance(wanted)
         for broker in self._client.cluster.brokers():
             # What was just made is known to one broker a moment before it is to the next.
-            if missing := [name for name in wanted if name not in found]:
+            if missing := [n for n in wanted if n not in found or found[n].is_short_of(least.get(n, 0))]:
                 with suppress(*CLIENT_ERRORS):  # a TimeoutError is an OSError
                     async with asyncio.timeout(self._settings.connect_timeout):
                         found |= self._read(await self._client.send(broker.nodeId, _question(missing)))

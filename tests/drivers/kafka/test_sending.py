@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ from streamtools.consumer import BoundHandler
 from streamtools.drivers.kafka import KafkaConsumer, KafkaProducer, publisher
 from streamtools.drivers.kafka.outgoing import outgoing
 from streamtools.drivers.kafka.sending import _PUBLISHERS, Sender
-from streamtools.drivers.kafka.topics import Topic, topics_at
+from streamtools.drivers.kafka.topics import Topic, Topics, topics_at
 from streamtools.errors import Closed, SendError
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
@@ -224,3 +224,25 @@ async def test_a_producer_makes_its_own_topic_again_as_it_was(
     assert await partitions(kafka, queue) == 4
     assert sorted(int(record.value) for record in await records(kafka, queue)) == list(range(100))
     assert "was deleted while it was in use" in caplog.text and "partitions=4" in caplog.text
+
+
+async def test_a_partition_that_is_not_known_is_asked_for_once_for_all_who_send_to_it(
+    producer: MakeProducer, admin: QueueAdmin, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = await producer()
+    await sender.send("old")
+    await admin.alter(queue, partitions=2)
+    asked, glance = [], Topics.glance
+
+    async def count(self: Topics, names: Iterable[str]) -> Any:
+        asked.append(list(names))
+        return await glance(self, asked[-1])
+
+    monkeypatch.setattr(Topics, "glance", count)
+    await asyncio.gather(*(sender.send(str(n), partition=1) for n in range(20)))
+    assert asked == [[queue]]
+    await sender.send("known", partition=1)
+    assert asked == [[queue]]
+    with pytest.raises(SendError, match="partitions 0 to 1 and no 2"):
+        await sender.send_many(["a", "b"], partition=2)
+    assert asked == [[queue]] * 3  # of one broker, and of all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,11 @@ class Brokers:
 
     def __init__(self, views: dict[int, dict[str, tuple[int, list[Any]]]]) -> None:
         self._views = views
-        self.cluster = SimpleNamespace(brokers=lambda: [SimpleNamespace(nodeId=node) for node in views])
+        self.cluster = SimpleNamespace(
+            brokers=lambda: [SimpleNamespace(nodeId=node) for node in views],
+            _partitions={},
+            _broker_partitions=defaultdict(set),
+        )
         self.asked: list[int] = []
 
     def get_random_node(self) -> int:
@@ -55,3 +60,12 @@ async def test_a_topic_that_is_known_everywhere_costs_one_question() -> None:
 
 async def test_a_topic_without_a_leader_exists_and_has_no_partitions_yet() -> None:
     assert await find(Brokers({1: {"orders": (NOT_READY, [])}}), "orders") == {"orders": 0}
+
+
+async def test_partitions_that_one_broker_does_not_know_yet_are_asked_for_elsewhere() -> None:
+    old, new = {"orders": (KNOWN, [PARTITION])}, {"orders": (KNOWN, [PARTITION, (0, 1, 1, [1], [1])])}
+    brokers = Brokers({1: old, 2: new, 3: old})
+    found = await Topics(brokers, KafkaSettings(host="h")).look(["orders"], {"orders": 2})
+    assert found["orders"].partitions == 2
+    assert brokers.asked == [1, 1, 2]
+    assert set(brokers.cluster._partitions["orders"]) == {0, 1}
