@@ -150,7 +150,9 @@ class Machine(Queues):
                 case "later":
                     raise RetryLater(STEP, "later")
 
-        running = asyncio.create_task(consumer.run(handler))
+        started = asyncio.Event()  # a consumer that is stopped before has joined no group
+        running = asyncio.create_task(consumer.run(handler, on_started=started.set))
+        await eventually(lambda: started.is_set() or running.done(), "its start", timeout=DEADLINE)
         await eventually(lambda: len(handled) >= number or running.done(), f"{number} runs", timeout=DEADLINE)
         await self._settled(consumer)
         consumer.stop()
