@@ -16,6 +16,7 @@ import typer
 from streamtools.address import URL_VARIABLE
 from streamtools.cli import output
 from streamtools.cli.session import Json, Url, address, drive, safe_address, source
+from streamtools.installation import DISTRIBUTION
 
 if TYPE_CHECKING:
     from streamtools.features import Features
@@ -95,7 +96,7 @@ class Doctor:
 
     def _software(self) -> None:
         python = ".".join(map(str, sys.version_info[:3]))
-        self._add("streamtools", "ok", f"{_version('streamtools') or 'not installed as a package'}, Python {python}")
+        self._add("streamtools", "ok", f"{_version(DISTRIBUTION) or 'not installed as a package'}, Python {python}")
         found = [f"{name} {number}" for name in COMMON if (number := _version(name))]
         self._add("libraries", "ok", ", ".join(found))
 
