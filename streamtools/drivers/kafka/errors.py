@@ -40,12 +40,12 @@ TROUBLE: Final[tuple[type[Exception], ...]] = (*CLIENT_ERRORS, StreamToolsError)
 
 
 class Fate(Enum):
-    """What becomes of what a broker has answered so."""
+    """What follows from an error that a broker answers."""
 
     AGAIN = "passes: it is tried again, by a new client where need be, until `send_timeout` or a stop"
     RECORD = "that one message is refused; the others of its batch are taken"
     TOPIC = "the messages to that topic are refused"
-    UNDONE = "the transaction has not taken place; a consumer reads its messages anew"
+    UNDONE = "the transaction was aborted; a consumer reads its messages again"
     FOR_GOOD = "an error at once: trying again cannot help"
 
 
@@ -64,8 +64,8 @@ FATES: Final[Mapping[str, tuple[type[Exception], Fate, str]]] = {
     "TOPIC_AUTHORIZATION_FAILED": (kafka.TopicAuthorizationFailedError, Fate.TOPIC, "allow the user to write to it"),
     "POLICY_VIOLATION": (kafka.PolicyViolationError, Fate.TOPIC, "ask who runs the brokers for their policy"),
     "INVALID_REQUIRED_ACKS": (kafka.InvalidRequiredAcksError, Fate.TOPIC, "the brokers must take acks=all"),
-    "INVALID_PRODUCER_EPOCH": (kafka.InvalidProducerEpoch, Fate.UNDONE, "another has its id, or its time was over"),
-    "INVALID_TXN_STATE": (kafka.InvalidTxnState, Fate.UNDONE, "its time was over"),
+    "INVALID_PRODUCER_EPOCH": (kafka.InvalidProducerEpoch, Fate.UNDONE, "another has its id, or it took too long"),
+    "INVALID_TXN_STATE": (kafka.InvalidTxnState, Fate.UNDONE, "it took too long"),
     "INVALID_PRODUCER_ID_MAPPING": (kafka.InvalidProducerIdMapping, Fate.UNDONE, "its id was not used for days"),
     "SASL_AUTHENTICATION_FAILED": (kafka.SaslAuthenticationFailed, Fate.FOR_GOOD, "check user and password"),
     "UNSUPPORTED_SASL_MECHANISM": (kafka.UnsupportedSaslMechanismError, Fate.FOR_GOOD, "name another with ?sasl="),
@@ -83,7 +83,7 @@ FATES: Final[Mapping[str, tuple[type[Exception], Fate, str]]] = {
     "INVALID_SESSION_TIMEOUT": (
         kafka.InvalidSessionTimeoutError, Fate.FOR_GOOD, "see the brokers' group.*.session.timeout.ms",
     ),
-    "UNSUPPORTED_VERSION": (kafka.UnsupportedVersionError, Fate.FOR_GOOD, "Kafka 2.1 or later is wanted"),
+    "UNSUPPORTED_VERSION": (kafka.UnsupportedVersionError, Fate.FOR_GOOD, "Kafka 2.1 or later is needed"),
     "NOT_LEADER_OR_FOLLOWER": (kafka.NotLeaderForPartitionError, Fate.AGAIN, ""),
     "LEADER_NOT_AVAILABLE": (kafka.LeaderNotAvailableError, Fate.AGAIN, ""),
     "NOT_ENOUGH_REPLICAS": (kafka.NotEnoughReplicasError, Fate.AGAIN, "bring back the brokers that are away"),
@@ -102,7 +102,7 @@ def _with(*fates: Fate) -> tuple[type[Exception], ...]:
     return tuple(error for error, fate, _ in FATES.values() if fate in fates)
 
 
-#: The broker takes no part of such a batch for the sake of some record in it: the others are taken without that one.
+#: The broker refuses a whole batch for one of its records; the others are accepted without that one.
 RECORD_REFUSALS: Final = _with(Fate.RECORD)
 #: The broker takes no part of such a batch, whoever sends it again.
 REFUSALS: Final[tuple[type[Exception], ...]] = (
@@ -120,7 +120,7 @@ class Missing(QueueError):
 
 
 class Unfit(SendError):
-    """A record that is not even handed to Kafka: too large, or nothing that can be written."""
+    """A record that is never handed to Kafka: it is too large, or cannot be written."""
 
 
 def wants_key(error: BaseException) -> bool:
@@ -202,7 +202,7 @@ def refusal(error: BaseException, settings: KafkaSettings) -> StreamToolsError:
 
 
 def was_undone(error: BaseException) -> bool:
-    """A transaction is known not to have taken place: Kafka has ended it, or another owner has."""
+    """A transaction is known to be aborted: by Kafka, or by another owner of its id."""
     return isinstance(error.__cause__, _UNDONE)
 
 

@@ -1,7 +1,7 @@
-"""The one place where errors of the client library become ours, and where is decided which of them pass.
+"""The one place that turns errors of the client library into ours, and decides which of them pass.
 
-What passes is a `ConnectError`: base classes try again, within the time they have, with a back-off, and say so once.
-What does not is a `QueueError`, or a `ConnectError` with permanent=True. Each keeps its cause.
+An error that passes is a `ConnectError`: the base classes try again with a back-off, within their time, and log once.
+Any other error is a `QueueError`, or a `ConnectError` with permanent=True. Each keeps its cause.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ TROUBLES: Final = (
     Trouble(405, "", True, "a queue is exclusive to a connection, which may have ended unnoticed"),
     Trouble(406, "delivery acknowledgement", True, "a handler took longer than the broker's `consumer_timeout`"),
     Trouble(406, "unknown delivery tag", True, "the channel and the broker disagree on what was delivered"),
-    Trouble(406, "", False, "a queue that differs from what is asked, a body over `max_message_size`, a limit"),
+    Trouble(406, "", False, "a queue that differs from its declaration, a body over `max_message_size`, a limit"),
     Trouble(504, "", True, "a channel that the broker does not know (any more)"),
     Trouble(506, "", True, "the broker lacks resources"),
     Trouble(530, "limit", True, "a virtual host, a user or a node has as many connections or channels as it may"),
@@ -150,7 +150,7 @@ def _refused(said: str, settings: RabbitMQSettings, where: str) -> ConnectError:
     kind = trouble(int(number), text)
     if kind.words == "limit":
         return ConnectError(
-            f"RabbitMQ at {where} lets no further connection of the user {settings.username!r} into the virtual host "
+            f"RabbitMQ at {where} allows no further connection of the user {settings.username!r} to the virtual host "
             f"{settings.vhost!r}: {text}. A process has two for each address. Raise the limit (rabbitmqctl "
             "set_vhost_limits, set_user_limits), or end other clients."
         )

@@ -252,7 +252,7 @@ async def test_a_limit_of_connections_is_named_and_waited_for(rabbitmq_vhost: Ra
     limit = f"vhost-limits/{vhost}" if whose == "virtual host" else f"user-limits/{user}"
     address.manage("PUT", f"{limit}/max-connections", {"value": 0})
     try:
-        with pytest.raises(ConnectError, match=r"lets no further connection.*limit \(0\).*rabbitmqctl") as caught:
+        with pytest.raises(ConnectError, match=r"allows no further connection.*limit \(0\).*rabbitmqctl") as caught:
             await RabbitMQConsumer("orders", url=url, connect_timeout=1).open()
         assert not caught.value.permanent
         opening = asyncio.create_task(RabbitMQConsumer("orders", url=url).open())
