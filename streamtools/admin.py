@@ -287,7 +287,7 @@ class QueueAdmin(LoopBound):
             ConfigurationError: messages do not say where they failed, and no target is given.
             SendError: a target does not take a message.
 
-        What cannot be moved stays in `source`, and is told when all others have moved.
+        Messages that cannot be moved stay in `source`; the error about them is raised after all others have moved.
         """
         return await self._here()._settle_where(source, where, limit, progress, lambda m: (self._back(m, target),))
 
@@ -464,14 +464,14 @@ class QueueAdmin(LoopBound):
 
 
 async def _settle_each(reader: Reader, settlements: Sequence[Settlement]) -> list[Exception]:
-    """Settle them together, and each by itself where that fails: one must not stop the others.
+    """Settle them together; if that fails, each by itself, so that one does not stop the others.
 
     Returns:
-        Why some stay where they are.
+        Why some messages stay where they are.
 
     Raises:
         ConnectError: the connection ended.
-        QueueError: about a queue that all of them have to do with.
+        QueueError: a queue that concerns all of them is missing or differs.
     """
     if not settlements:
         return []
@@ -491,7 +491,7 @@ async def _settle_each(reader: Reader, settlements: Sequence[Settlement]) -> lis
 
 
 def _stay(source: str, moved: int, left: Sequence[Exception]) -> Exception:
-    """The error for messages that could not be moved: of the first one's kind, with a word on all."""
+    """The error for messages that could not be moved: of the type of the first error, with a summary of all."""
     reasons = list(dict.fromkeys(text_of(error).rstrip(".") for error in left))
     more = f", and {len(reasons) - 1} more reasons" if len(reasons) > 1 else ""
     text = f"{moved:,} moved; {len(left):,} stay in {source!r}: {reasons[0]}{more}."

@@ -1,4 +1,4 @@
-"""Answers of routed handlers: what one returns, to whoever asked with the reply-to property of its protocol."""
+"""Answers of routed handlers: sends what a handler returns to the reply-to address of its message."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 
 def is_request(message: Message, result: Any) -> bool:
-    """Whether what a handler returned is to be sent to who asked.
+    """Whether a handler's result is to be sent to the requester.
 
-    A bus says that it asks, and waits for an answer of nothing too. Other programs give no intent: a reply-to alone
-    makes theirs a request, which a value answers.
+    A bus marks its requests, and waits for an answer of None as well. Other programs give no intent: their
+    message with a reply-to is a request, and only a value answers it.
     """
     if message.reply_to is None:
         return False
@@ -27,13 +27,13 @@ def is_request(message: Message, result: Any) -> bool:
 
 
 class RouteAnswers:
-    """Puts what a routed handler returns into its outbox, where the message is a request.
+    """Puts the result of a routed handler into its outbox if the message is a request.
 
-    Whoever sent the message has chosen where the answer goes: to a queue only, and nothing of it fails the handler.
+    The sender of the message chose the address. It has to be a queue, and a wrong one does not fail the handler.
 
     Parameters:
         place: the consumer's, which carries the answer with its acknowledgement.
-        check: raises for what is no queue's name.
+        check: raises if a text is not a queue's name.
         source: who answers.
     """
 
@@ -43,7 +43,7 @@ class RouteAnswers:
         self._source = source
 
     def __call__(self, box: Outbox, message: Message, result: Any) -> None:
-        """Answer, or say why it cannot be."""
+        """Answer, or log why that is not possible."""
         if box.replied or not is_request(message, result):
             return
         try:
@@ -73,5 +73,5 @@ class RouteAnswers:
         return messages
 
     async def send_now(self, messages: Sequence[Message]) -> None:
-        """Only an acknowledgement carries an answer, and it has been given by hand."""
+        """Not sent: only an acknowledgement carries an answer, and the handler has settled the message itself."""
         log.warning("The answer to message %s is not sent: it was settled by hand.", messages[0].causation_id)

@@ -123,7 +123,7 @@ def payload_type(function: Callable[..., Any]) -> Any:
 
 
 def _annotation(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Any:
-    """What a parameter is annotated with, and constrained to: `msg: int = Field(gt=10)` says both."""
+    """The annotation of a parameter with its constraints: `msg: int = Field(gt=10)` has both."""
     annotation = hints.get(parameter.name, Any)
     return Annotated[annotation, parameter.default] if isinstance(parameter.default, FieldInfo) else annotation
 

@@ -1,4 +1,4 @@
-"""Bodies as they came: content encodings undone up to a limit, characters read by the charsets that are known."""
+"""Raw bodies: decompresses content encodings up to a limit, and decodes text of known charsets."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Final
 
 from streamtools.errors import DecodeError
 
-#: Bytes that a compressed body may have once it is undone; a few bytes can be the whole of a gigabyte.
+#: Bytes that a body may have once it is decompressed; a few bytes can unpack to a gigabyte.
 INFLATED_LIMIT: Final = 64 * 1024 * 1024
-#: Encodings of one body, one upon the other.
+#: Most encodings that one body may have, one upon the other.
 LAYERS: Final = 3
-#: What other clients write where nothing was done to the body (Celery's: `utf-8`, `binary`).
+#: Names that other clients write when the body is not encoded (Celery: `utf-8`, `binary`).
 _NOTHING_DONE: Final = frozenset({"", "identity", "binary", "8bit", "7bit", "none"})
-#: Charsets that are read in a time that grows with the text, no faster; `punycode` and others of Python's are not.
+#: Charsets that decode in linear time; Python's `punycode` and some others do not.
 _CHARSETS: Final = re.compile(
     r"utf-?8(-sig)?|(us-?)?ascii|iso-?8859-?\d{1,2}|latin-?\d{1,2}|utf-?(16|32)(-?[bl]e)?"
     r"|(windows-?|cp)125[0-8]|cp(437|850|852|858|866|932|949|950)|koi8-?[ru]|mac-?roman"
@@ -26,25 +26,25 @@ _GZIP_MAGIC: Final = b"\x1f\x8b"
 
 
 class TooLarge(DecodeError):
-    """A compressed body is larger than it may be, once it is undone."""
+    """A body is larger than it may be once it is decompressed."""
 
 
 def undone(body: bytes, encoding: str | None, limit: int = INFLATED_LIMIT) -> bytes:
-    """The body without its content encoding: gzip and deflate are undone, one after the other.
+    """The body without its content encodings: gzip and deflate are decompressed, one after the other.
 
     Parameters:
-        encoding: as the message has it, such as "gzip" or "deflate, gzip"; the last was done last.
-        limit: bytes that the body may have once it is undone.
+        encoding: as the message has it, such as "gzip" or "deflate, gzip"; the last one was applied last.
+        limit: bytes that the body may have once it is decompressed.
 
     Raises:
-        DecodeError: the encoding is another, or the body is not encoded so.
+        DecodeError: the encoding is not supported, or the body is not encoded that way.
         TooLarge: it is over the limit.
     """
     if encoding is None:
         return body
     names = [name for part in encoding.split(",") if not _is_nothing(name := part.strip().lower())]
     if len(names) > LAYERS:
-        raise DecodeError(f"The body is encoded {len(names)} times over; {LAYERS} times at most are undone.")
+        raise DecodeError(f"The body has {len(names)} content encodings; at most {LAYERS} are decoded.")
     for name in reversed(names):
         body = _undo(body, name, limit)
     return body
@@ -70,9 +70,9 @@ def _undo(body: bytes, name: str, limit: int) -> bytes:
             except zlib.error:  # some send the bare stream (RFC 9110, section 8.4.1.2)
                 return _inflate(body, _RAW, limit)
     except zlib.error as error:
-        raise DecodeError(f"The body says that it is encoded as {name} and is not: {error}.") from error
+        raise DecodeError(f"The content encoding is {name}, but the body is not {name}: {error}.") from error
     raise DecodeError(
-        f"The body is encoded as {name[:40]!r} (content_encoding), which is not undone here: gzip and deflate are. "
+        f"The body is encoded as {name[:40]!r} (content_encoding), which is not supported: gzip and deflate are. "
         "Annotate the handler's parameter with bytes or Message to decode it there."
     )
 
@@ -95,7 +95,7 @@ def _inflate(body: bytes, window: int, limit: int) -> bytes:
 
 
 def is_known_charset(name: str) -> bool:
-    """Whether texts of this charset are read."""
+    """Whether this charset is supported."""
     return _CHARSETS.fullmatch(name.replace("_", "-")) is not None
 
 
@@ -103,14 +103,14 @@ def read_characters(body: bytes, charset: str) -> str:
     """The text of a body.
 
     Raises:
-        DecodeError: the charset is none that is known, or the body is not of it.
+        DecodeError: the charset is not supported, or the body does not decode.
     """
     if not is_known_charset(charset):
         raise DecodeError(
-            f"The body's charset is {charset[:40]!r}, which is not read here: send UTF-8, or annotate the handler's "
+            f"The body's charset is {charset[:40]!r}, which is not supported: send UTF-8, or annotate the handler's "
             "parameter with bytes."
         )
     try:
         return body.decode(charset)
     except (ValueError, LookupError) as error:
-        raise DecodeError(f"The body says that its charset is {charset} and does not decode: {error}") from error
+        raise DecodeError(f"The body's charset is {charset}, but the body does not decode: {error}") from error

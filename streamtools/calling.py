@@ -1,6 +1,6 @@
 """Calling users' functions: handlers, middleware, error handlers, hooks, callbacks.
 
-One place says what cannot be one, before the first message, and one place awaits what comes out of it.
+This module refuses functions that cannot work before the first message, and awaits whatever they return.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 #: For what is called without arguments.
 NOTHING: Final = "nothing"
-#: Types of results that are surely no awaitables; asking all others costs some time.
+#: Types of results that cannot be awaited; checking all others takes some time.
 PLAIN: Final = frozenset({NoneType, bool, int, float, str, bytes})
-#: What can be awaited may come to something that can be awaited, so often.
+#: How often an awaitable may return another awaitable.
 _DEPTH: Final = 16
 
 
@@ -50,14 +50,14 @@ _CONTEXT_MANAGERS: Final = frozenset({_empty.__code__, _empty_async.__code__})
 
 
 class Decorated:
-    """A decorated handler: further decorators, and the bus, take the function that it is for."""
+    """A decorated handler: further decorators, and the bus, use the function inside it."""
 
     #: The function that was decorated.
     function: Callable[..., Any]
 
 
 def undecorated(function: Any) -> Any:
-    """The user's own function, where a decorated handler is decorated again."""
+    """The user's own function, without the handlers that decorators have made of it."""
     while isinstance(function, Decorated):
         function = function.function
     return function
@@ -77,7 +77,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling it gives a coroutine, as far as can be seen; it runs in the event loop then."""
+    """Whether calling it visibly gives a coroutine; then it runs in the event loop."""
     function = unbound(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
@@ -86,15 +86,15 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def check_function(function: object, what: str, write: str, *arguments: str) -> None:
-    """Something that runs when it is called.
+    """Check that a function runs when it is called.
 
     Parameters:
         what: what it is to be, such as "handler".
         write: the line to type instead.
-        arguments: what it is called with, in words; NOTHING for a call without any; none leaves that to others.
+        arguments: what it is called with, in words; NOTHING for a call without any; omitted: not checked.
 
     Raises:
-        ConfigurationError: it cannot be called, it is a class, or calling it would run nothing of it.
+        ConfigurationError: it cannot be called, it is a class, or a call would run none of its code.
     """
     inner = unbound(function)
     if not callable(inner):
@@ -105,7 +105,7 @@ def check_function(function: object, what: str, write: str, *arguments: str) -> 
             f"The {what} {name} is a class, and calling it would only make an object: write {write}"
         )
     if why := _runs_nothing(inner):
-        raise ConfigurationError(f"The {what} {name} {why}, so calling it runs nothing of it: write {write}")
+        raise ConfigurationError(f"The {what} {name} {why}, so a call runs none of its code: write {write}")
     if arguments and not _takes(function, len(arguments) if arguments != (NOTHING,) else 0):
         raise ConfigurationError(
             f"The {what} {name} is to be called with {' and '.join(arguments)}, which it does not take: write {write}"
@@ -113,13 +113,13 @@ def check_function(function: object, what: str, write: str, *arguments: str) -> 
 
 
 def check_handler(function: object) -> None:
-    """A function that can be a handler; its parameters are looked at when it is compiled.
+    """Check that a function can be a handler; its parameters are checked later, when it is compiled.
 
     Raises:
         ConfigurationError: it cannot be one.
     """
     if isinstance(function, classmethod | staticmethod):
-        function = function.__func__  # it is bound when its class is there
+        function = function.__func__  # it is bound once its class exists
     check_function(
         function,
         "handler",
@@ -128,7 +128,7 @@ def check_handler(function: object) -> None:
 
 
 def _runs_nothing(function: Any) -> str:
-    """Why calling it would run nothing of it; empty where it runs."""
+    """Why a call would run none of its code; empty if it runs."""
     if not inspect.isroutine(function):
         function = getattr(function, "__call__", function)  # noqa: B004
     code = getattr(getattr(function, "__func__", function), "__code__", None)
@@ -150,7 +150,7 @@ def _takes(function: Any, arguments: int) -> bool:
         inspect.signature(function).bind(*[None] * arguments)
     except TypeError:
         return False
-    except ValueError:  # a builtin that does not tell what it takes
+    except ValueError:  # a builtin without a signature
         return True
     return True
 
@@ -159,12 +159,12 @@ def _takes(function: Any, arguments: int) -> bool:
 
 
 async def awaited(value: Any, refusal: type[Exception] = HandlerError) -> Any:
-    """What a function has returned; where that can be awaited, what it comes to.
+    """The result of a function; if that can be awaited, the result of awaiting it.
 
-    A wrapper, a lambda or a forgotten `await` returns a coroutine of which nothing has run.
+    A wrapper, a lambda or a forgotten `await` returns a coroutine that has not run.
 
     Parameters:
-        refusal: what is raised about a result that nobody runs, such as a generator.
+        refusal: the error for a result that nobody runs, such as a generator.
     """
     for _ in range(_DEPTH):
         if type(value) in PLAIN:
@@ -175,10 +175,10 @@ async def awaited(value: Any, refusal: type[Exception] = HandlerError) -> Any:
             _check_result(value, refusal)
             return value
         outcome = await value
-        if outcome is value:  # a receipt, which is there already
+        if outcome is value:  # it awaits to itself: a receipt
             return value
         value = outcome
-    raise refusal(f"What was returned is to be awaited again and again: {value!r}.")
+    raise refusal(f"The result is an awaitable that gives another awaitable without end: {value!r}.")
 
 
 def _check_result(value: Any, refusal: type[Exception]) -> None:
@@ -195,7 +195,7 @@ def _check_result(value: Any, refusal: type[Exception]) -> None:
 
 def _advice(value: Any) -> str:
     if isinstance(value, Iterator | AsyncGeneratorType):
-        return "go through it before you return, as in return [x async for x in values] or return list(values)"
+        return "collect its items before you return, as in return [x async for x in values] or return list(values)"
     if isinstance(value, _MADE):
         return "enter it, by with or async with"
     return "call it before you return. Where a decorator takes arguments, it is to be written with parentheses"
@@ -213,9 +213,9 @@ def _check_group(value: Any, refusal: type[Exception]) -> None:
 
 
 def in_thread(function: Callable[..., Any], executor: Executor | None) -> Callable[..., Awaitable[Any]]:
-    """The function as `async def`: it runs in a thread, and what can be awaited of it in the event loop.
+    """The function as `async def`: it runs in a thread; if its result can be awaited, that runs in the event loop.
 
-    Both see the caller's context variables, and the latter those that the thread has set.
+    Both see the caller's context variables, and the result also sees those that the thread has set.
 
     Parameters:
         executor: whose threads; the loop's default when None.
@@ -238,7 +238,7 @@ def in_thread(function: Callable[..., Any], executor: Executor | None) -> Callab
 def within(context: contextvars.Context, work: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
     """Await a coroutine in this task, with context variables of its own.
 
-    A task of its own would do the same, and cost ten times as much.
+    A separate task would do the same at ten times the cost.
     """
     run = context.run
     try:
@@ -252,7 +252,7 @@ def within(context: contextvars.Context, work: Coroutine[Any, Any, T]) -> Genera
                 raise
             except BaseException as error:
                 failure = error
-            # Outside of the `except`: what the coroutine raises next is not to be taken for a consequence of this.
+            # Outside of the `except`: else this error would become the context of what the coroutine raises next.
             waits_for = run(work.send, value) if failure is None else run(work.throw, failure)
     except StopIteration as end:
         result: T = end.value
@@ -260,12 +260,12 @@ def within(context: contextvars.Context, work: Coroutine[Any, Any, T]) -> Genera
 
 
 def has_decimals() -> bool:
-    """Whether this context has a context of decimals already; what comes of it shares the same one."""
+    """Whether this context has a decimal context already; copies of it share the same one."""
     return any(isinstance(value, decimal.Context) for value in contextvars.copy_context().values())
 
 
 def own_decimals() -> None:
-    """Have a context of decimals for this context alone: `decimal.getcontext().prec = 5` changes it where it is."""
+    """Give this context a decimal context of its own: `decimal.getcontext().prec = 5` changes it in place."""
     decimal.setcontext(decimal.getcontext().copy())
 
 

@@ -89,7 +89,7 @@ def _cancel_now(task: asyncio.Task[Any]) -> None:
 
 
 class until:  # noqa: N801 - used as `async with until(event):`, as asyncio.timeout is
-    """A block that ends when an event is set, which cancels what the block awaits then; as `asyncio.timeout` does."""
+    """A block that is cancelled when an event is set; it works like `asyncio.timeout`."""
 
     def __init__(self, event: asyncio.Event) -> None:
         self._event = event
@@ -116,9 +116,9 @@ class until:  # noqa: N801 - used as `async with until(event):`, as asyncio.time
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]], seconds: float) -> int:
-    """Cancel tasks, and those that go on all the same again and again, but not for ever.
+    """Cancel tasks, and cancel those that go on several times more.
 
-    What is not ended by then is left behind: whoever closes the event loop does not wait for it.
+    A task that still goes on is left behind: closing the event loop does not wait for it.
 
     Returns:
         The number of those that are left behind.

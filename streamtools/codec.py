@@ -35,14 +35,14 @@ PERHAPS_JSON: Final = frozenset({"application/ssi-agent-wire", FORM})
 
 #: What goes untouched.
 _BYTES_LIKE: Final = (bytes, bytearray, memoryview)
-#: What secrets are written as.
+#: The text that pydantic writes for secrets.
 MASK: Final = b"*" * 10
 #: Several CloudEvents in one body.
 BATCH: Final = "application/cloudevents-batch+json"
-#: Problems with one body that are listed at most, and those that its text names.
+#: Problems with one body: how many are listed, and how many the error's text names.
 PROBLEMS: Final = 20
 SHOWN: Final = 5
-#: With more problems than this the first is looked for alone.
+#: With more problems than this, only the first is looked for.
 COUNTED: Final = 1000
 #: Characters of a field's name in a problem.
 NAME_SHOWN: Final = 100
@@ -145,7 +145,7 @@ def encode(payload: object, content_type: str | None = None) -> tuple[bytes, str
         # the default (null) would lose them.
         body = to_json(payload, inf_nan_mode="strings")
         if body.find(b"null") >= 0:  # which takes half the time of `in`
-            # A model has a mode of its own, which is null. Its plain data have ours.
+            # A model serializes NaN in a mode of its own, as null. Its plain data use our mode.
             body = to_json(to_jsonable_python(payload), inf_nan_mode="strings")
         if body.find(MASK) >= 0:
             _check_secrets(payload)
@@ -158,7 +158,7 @@ def encode(payload: object, content_type: str | None = None) -> tuple[bytes, str
 
 
 def _check_secrets(payload: object, place: str = "the payload") -> None:
-    """Nothing in it is hidden behind asterisks, which would arrive instead of the value.
+    """Check that no secret is in it: the receiver would get asterisks instead of the value.
 
     Raises:
         TypeError: a `SecretStr`, or the like.
@@ -166,14 +166,14 @@ def _check_secrets(payload: object, place: str = "the payload") -> None:
     if isinstance(payload, SecretStr | SecretBytes | Secret):
         raise TypeError(
             f"{place} is a {type(payload).__name__}, which is written as asterisks: send what "
-            "get_secret_value() gives if it is to travel, or leave the field out (Field(exclude=True))."
+            "get_secret_value() returns if the receiver needs it, or leave the field out (Field(exclude=True))."
         )
     for where, part in _parts(payload, place):
         _check_secrets(part, where)
 
 
 def _parts(payload: object, place: str) -> Iterable[tuple[str, object]]:
-    """What a payload consists of, each with its place in words."""
+    """The parts of a payload, each with its place in words."""
     kind = type(payload).__name__
     if isinstance(payload, BaseModel):
         sent = (name for name, described in type(payload).model_fields.items() if not described.exclude)
@@ -257,7 +257,7 @@ def decoder(annotation: Any) -> Decoder:
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The parts of a union, without what `Annotated` says of them."""
+    """The parts of a union, without the metadata of `Annotated`."""
     annotation = bare(annotation)
     if get_origin(annotation) in (Union, UnionType):
         return {kind for part in get_args(annotation) for kind in _kinds(part)}
@@ -276,7 +276,7 @@ def bare(annotation: Any) -> Any:
 
 
 def _checked(decode: Decoder, plain: Any, annotation: Any) -> Decoder:
-    """For what pydantic does not read from the bytes, but checks: `Annotated[bytes, Field(max_length=9)]`."""
+    """For annotations that pydantic checks, but does not read from JSON: `Annotated[bytes, Field(max_length=9)]`."""
     checked: Any = Annotated[(InstanceOf[Message] if plain is Message else Any, *_beside(annotation), None)]
     adapter: TypeAdapter[Any] = TypeAdapter(checked)
     return _guarded(lambda message: adapter.validate_python(decode(message)), adapter, annotation)
@@ -306,7 +306,7 @@ def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
 
 
 def _validator_of_others(adapter: TypeAdapter[Any], takes_text: bool) -> Decoder:
-    """For all that is no plain JSON."""
+    """For all bodies that are not plain JSON."""
 
     def validate(message: Message) -> Any:
         if message.body is None:
@@ -324,8 +324,8 @@ def _validator_of_others(adapter: TypeAdapter[Any], takes_text: bool) -> Decoder
             return validate_form(adapter, body)
         if media.startswith("multipart/"):
             raise DecodeError(
-                f"The body is {media}, which is not taken apart here: annotate the handler's parameter with bytes or "
-                "Message to do it there, or have it sent as JSON or as a plain form."
+                f"The body is {media}, which is not parsed here: annotate the handler's parameter with bytes or "
+                "Message to parse it yourself, or have it sent as JSON or as a plain form."
             )
         return _validate_either(adapter, body, takes_text)
 
@@ -357,7 +357,7 @@ def _is_no_json(error: ValidationError) -> bool:
 
 
 def _guarded(decode: Decoder, adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
-    """The same, of which each failure is a DecodeError."""
+    """The same; each failure is a DecodeError."""
 
     def decode_or_say_why(message: Message) -> Any:
         try:
@@ -382,7 +382,7 @@ def _body(message: Message) -> bytes:
 
 def _no_body(annotation: Any) -> DecodeError:
     return DecodeError(
-        "The message has no body: it is a tombstone, which says that what its key names is no more. Annotate the "
+        "The message has no body: it is a tombstone, which says that what its key names was deleted. Annotate the "
         f"handler's parameter with {_name(annotation)} | None to receive it as None."
     )
 
@@ -427,12 +427,12 @@ def _brief(part: int | str) -> int | str:
 
 
 def _first_problems(adapter: TypeAdapter[Any], message: Message) -> list[dict[str, Any]]:
-    """The first of very many: to list them all takes seconds, and a gigabyte, for one body of a mebibyte."""
+    """The first of very many problems: listing all takes seconds, and a gigabyte, for one body of a mebibyte."""
     try:
         SchemaValidator(_failing_fast(adapter.core_schema)).validate_json(message.body or b"")
     except ValidationError as error:
         return _problems(error) if error.error_count() <= COUNTED else []
-    except (SchemaError, ValueError, RecursionError):  # a schema that cannot be made so, or a body that is no JSON
+    except (SchemaError, ValueError, RecursionError):  # the schema cannot be changed so, or the body is not JSON
         pass
     return []
 
@@ -487,9 +487,9 @@ def _payloads(message: Message, body: bytes) -> bytes:
     """The data of each event of a batch, as one JSON array."""
     events = _from_json(message, body)
     if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
-        raise DecodeError(f"The body says {message.content_type} and is no array of CloudEvents.")
+        raise DecodeError(f"The content type is {message.content_type}, but the body is not an array of CloudEvents.")
     if any("data_base64" in event for event in events):
-        raise DecodeError("An event of the batch has data_base64, which has no place in a list: send it by itself.")
+        raise DecodeError("An event of the batch has data_base64, which a JSON list cannot hold: send it by itself.")
     return to_json([event.get("data") for event in events], inf_nan_mode="strings")
 
 
@@ -506,7 +506,7 @@ def media_type(content_type: str | None) -> str:
 
 
 def _charset(message: Message) -> str:
-    """As the content type says; else as the encoding does, where that is a charset, as Celery writes it."""
+    """The charset of the content type; else the content encoding if that is a charset, as Celery writes it."""
     _, _, parameters = (message.content_type or "").lower().partition("charset=")
     named = parameters.partition(";")[0].strip(" \"'")
     if not named and message.content_encoding is not None and is_known_charset(message.content_encoding.lower()):

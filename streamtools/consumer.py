@@ -511,7 +511,7 @@ class Consumer(Endpoint):
             log.warning("%r: closing what is left: %s", self, trouble)
 
     def _in_second_loop(self, loop: asyncio.AbstractEventLoop) -> Self:
-        """It may go to a second event loop as long as it does nothing in the first: its messages are there."""
+        """It may move to a second event loop only while it is idle in the first, where its messages are."""
         if self._running or self._connected or self._opening.locked() or self._pulling.locked():
             raise ConfigurationError(
                 f"{self!r} is in use in another event loop: make another consumer for this one, or end it there "
@@ -538,7 +538,7 @@ class Consumer(Endpoint):
         Parameters:
             retry: replaces the consumer's policy.
             on_error: decides about failures instead of the policy.
-            answer: answers requests by what the handler returns.
+            answer: answers requests with the handler's result.
         """
         return Dispatcher(
             handler,
@@ -556,7 +556,7 @@ class Consumer(Endpoint):
         )
 
     def _answers(self) -> Answer | None:
-        """What answers requests by what a routed handler returns; None where the answer comes on the same call."""
+        """Answers requests with the result of a routed handler; None if the answer comes on the same call."""
         if self.features.reply or self.ack != "after":
             return None
         return RouteAnswers(self.place, self.validate_reply, self.client_id)
@@ -588,7 +588,7 @@ class BoundHandler(Decorated):
 
     Attributes:
         function: the function that was decorated.
-        stacked: where that is decorated several times, the handlers further in, each with its own queue.
+        stacked: if it was decorated several times, the inner handlers, each with its own queue.
     """
 
     stacked: tuple[BoundHandler, ...] = ()
@@ -611,7 +611,7 @@ class BoundHandler(Decorated):
         self.__wrapped__ = function
 
     def __set_name__(self, owner: type, name: str) -> None:
-        """Its class is there: what is a method of the class can be bound to it."""
+        """Called once its class exists: a method can then be bound to it."""
         for each in self.all:
             if isinstance(each.function, classmethod):
                 each.function = each.function.__get__(None, owner)
@@ -630,7 +630,7 @@ class BoundHandler(Decorated):
 
     @property
     def all(self) -> tuple[BoundHandler, ...]:
-        """This one, and those of the same function further in."""
+        """This handler, and the inner ones of the same function."""
         return self, *self.stacked
 
     async def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""Smaller copies of a message whose own metadata no broker takes: the body stays whole, what is left out is named."""
+"""Smaller copies of a message whose metadata no broker accepts: the body stays whole, the copy says what it lacks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ NAMED: Final = 5
 
 
 def brief_copy(message: Message) -> Message:
-    """All of the message, but no more than a few words on why it failed."""
+    """The whole message with a short reason of its failure."""
     return message.replace(error=_error(message, [], TEXT_LIMIT))
 
 
 def lesser_copies(message: Message) -> Iterator[Message]:
-    """Copies with ever less beside the body: short texts and headers alone; then no more than the body and its error.
+    """Copies with less and less metadata: first short texts and headers only; then the body and its error only.
 
-    What each leaves out stands in its `error.omitted`.
+    `error.omitted` of each says what it lacks.
     """
     yield _copy(message, TEXT_LIMIT, _short_headers, KEY_LIMIT)
     yield _copy(message, 0, lambda headers: {}, 0)
@@ -47,7 +47,7 @@ def _copy(
     fields: dict[str, Any] = {}
     for name in TEXT:
         value = getattr(message, name)
-        # What the copy is found and delivered by stays, as far as any wire carries it.
+        # The fields by which the copy is found and delivered stay, as far as every protocol carries them.
         limit = max(text_limit, TEXT_LIMIT) if name in ("id", "handler") else text_limit
         limit = key_limit if name == "key" else limit
         if value is not None and not _fits(value, limit):
@@ -69,7 +69,7 @@ def _copy(
 
 
 def _short_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Those that any wire carries, from the first on, while there is room."""
+    """The headers that every protocol carries, from the first on, while there is room."""
     chosen: dict[str, str] = {}
     room = HEADERS_LIMIT
     for name, value in headers.items():

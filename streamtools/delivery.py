@@ -140,20 +140,20 @@ def read_message(
     id: str,
     place: str,  # noqa: A002
 ) -> tuple[Message, DecodeError | None]:
-    """The message that a driver decodes, or the bare body with what is wrong with it; never an exception.
+    """The decoded message and None, or the bare body and what is wrong with it; it never raises.
 
-    `Delivery(message, ..., trouble=trouble)` is then rejected unread, with its body, and everything else goes on.
+    `Delivery(message, ..., trouble=trouble)` is then rejected unread, with its body; no other message is affected.
 
     Parameters:
         decode: makes the message of `parts`.
         body: as it came, for a message that cannot be decoded.
         queue: where it came from.
-        id: the id that such a message is to have; one that names its place is found again.
-        place: where it stands, in words: a partition and an offset, a delivery's number.
+        id: the id for a message that cannot be decoded; name its place, so that a repeat has the same id.
+        place: where it is, in words: a partition and an offset, a delivery's number.
     """
     try:
         return decode(*parts), None
-    except Exception as error:  # whatever is wrong in it, it is this message's alone
+    except Exception as error:  # it affects this message only
         return unreadable(error, body=body, queue=queue, id=id, place=place)
 
 

@@ -46,13 +46,13 @@ def chain(handler: Handler, middleware: Sequence[Middleware]) -> Handler:
 
 
 def check_middleware(given: Any, parameter: str = "middleware") -> list[Middleware]:
-    """A list of middleware, each of which can be called with a message and what lies further in.
+    """Check a list of middleware: each is called with a message and `call_next`.
 
     Parameters:
-        parameter: what it was given as.
+        parameter: the name of the parameter that it was given as.
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: it is not such a list.
     """
     layers = as_list(given, parameter)
     for layer in layers:
@@ -68,7 +68,7 @@ def as_list(given: Any, parameter: str) -> list[Middleware]:
     """
     if callable(given) or not isinstance(given, Iterable):
         name = given.__name__ if isinstance(given, type | FunctionType) else repr(given)
-        raise ConfigurationError(f"{parameter}={name} is no list: write {parameter}=[{name}].")
+        raise ConfigurationError(f"{parameter}={name} is not a list: write {parameter}=[{name}].")
     return list(given)
 
 
@@ -101,8 +101,8 @@ async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -
         if getattr(work, "cr_frame", None) is not None and getcoroutinestate(work) == CORO_CREATED:
             work.close()
             raise HandlerError(
-                f"The middleware {name_of(layer)} calls call_next(message) and does not wait for it, so nothing "
-                "further in has run: write return await call_next(message)."
+                f"The middleware {name_of(layer)} calls call_next(message) and does not wait for it, so what follows "
+                "in the chain has not run: write return await call_next(message)."
             )
     return result
 
@@ -135,11 +135,11 @@ class Dispatcher:
         in_place: retries wait here, holding their place in the order, instead of as copies.
         features: what the protocol can do.
         on_error: decides about failures instead of the policy.
-        place: the consumer's; what a handler sends from there leaves with the acknowledgement.
-        together: it does so; otherwise the message is acknowledged already, or by hand, and all leaves when the
-            handler has succeeded.
-        atomic: of a settlement that is refused nothing has left; otherwise all that the refusal does not name.
-        answer: puts what a handler returns into the outbox, where the message is a request.
+        place: the consumer's; messages that a handler sends from the same place leave with the acknowledgement.
+        together: they do so; otherwise the message is acknowledged before, or by hand, and everything leaves when
+            the handler has succeeded.
+        atomic: if a settlement is refused, nothing of it has left; otherwise all that the refusal does not name has.
+        answer: puts the handler's result into the outbox if the message is a request.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Dispatcher:
         if message.expired:
             return Settlement(delivery, DROP)
         while True:
-            # What a handler sets, such as a tenant, is neither the next message's nor the next attempt's.
+            # What a handler sets, such as a tenant, must not reach the next message or the next attempt.
             found = await within(copy_context(), self._attempt(delivery, message))
             if not isinstance(found, Again):
                 return found
@@ -258,10 +258,10 @@ class Dispatcher:
         return self._retry.decide(failure, message.attempt)
 
     async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
-        """What to do with a settlement whose outgoing messages the broker does not take.
+        """What to do with a settlement whose outgoing messages the broker refuses.
 
-        What a handler sent was refused: as if it had raised that, so its message is retried or rejected. Where it was
-        a reply the message is done without. A copy that is refused is insisted on.
+        If a message that a handler sent was refused, the handler has failed with that error: its message is retried
+        or rejected. A refused reply is left out. A refused copy is tried again.
         """
         named = frozenset((*error.refused, *error.unfit))
         refused = [m for m in settlement.outgoing if m.id in named]
@@ -275,7 +275,7 @@ class Dispatcher:
         return self.settlement(settlement.delivery, message, await self.decide(message, error), error)
 
     def left(self, settlement: Settlement, error: SendError) -> Settlement:
-        """A settlement without what the broker holds already, where something in it was refused."""
+        """A partly refused settlement without the messages that the broker holds already."""
         if self._atomic or not settlement.outgoing:
             return settlement
         named = {*error.refused, *error.unknown}
@@ -283,10 +283,10 @@ class Dispatcher:
         return settlement if len(outgoing) == len(settlement.outgoing) else replace(settlement, outgoing=outgoing)
 
     def lesser(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
-        """Ever smaller forms of a settlement that cannot be performed as it is; the last reject the message.
+        """Ever smaller forms of a settlement that cannot be performed as it is; the last ones reject the message.
 
-        The body is whole in each, and what is left out stands in `ErrorDetails.omitted`. A handler never runs on less
-        than its sender gave it: a copy that lacks more than the words on its failure goes to the error queue.
+        Each has the whole body, and `ErrorDetails.omitted` says what it lacks. A handler never runs with less than
+        its sender gave: a copy that lacks more than the details of its failure goes to the error queue.
 
         Parameters:
             error: why it cannot be.
@@ -314,7 +314,7 @@ class Dispatcher:
             yield replace(rejection, outgoing=least)
 
     def _rejected(self, copy: Message, message: Message) -> Message:
-        """A copy that was for a retry, as one for the error queue."""
+        """The copy for a retry, changed to one for the error queue."""
         if copy.queue != message.queue:
             return copy
         target = self._error_queue.replace("{queue}", message.queue)

@@ -68,10 +68,10 @@ class Endpoint(LoopBound):
         return await self.open()
 
     async def close(self) -> None:
-        """Close the connection. Safe to repeat, and while something is under way (which then raises).
+        """Close the connection. Safe to repeat; operations that are under way raise.
 
-        What is used in several event loops has a connection in each: this closes the one of the running loop. When a
-        loop ends, what is still open there is closed.
+        An object that is used in several event loops has a connection in each: this closes the running loop's.
+        When a loop ends, its connection is closed.
         """
         here = self._here()
         here._closed = True
@@ -122,7 +122,7 @@ class Endpoint(LoopBound):
         """Check where a reply is to go, which another program may have chosen.
 
         Raises:
-            ConfigurationError: that can be no queue.
+            ConfigurationError: it cannot be a queue.
         """
         cls.validate_queue(queue)
 

@@ -1,4 +1,4 @@
-"""Ends: what is to be done at the end, whatever of it fails or hangs."""
+"""Ends: actions for the end; all are done, even if some of them fail or hang."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Ends:
-    """What is to be done at the end: what was added last comes first."""
+    """Actions for the end; the last one added is done first."""
 
     def __init__(self) -> None:
         self._ends: list[tuple[str, Callable[[], Awaitable[Any]], Callable[[], float]]] = []
@@ -24,7 +24,7 @@ class Ends:
         self._ends.append((name, end, limit))
 
     async def run(self) -> list[BaseException]:
-        """Do it all; what failed, or took too long, keeps nothing else from being done."""
+        """Do all of them, even if one fails or takes too long; collect the errors."""
         errors: list[BaseException] = []
         while self._ends:
             name, end, limit = self._ends.pop()

@@ -1,4 +1,4 @@
-"""Structured CloudEvents: a message whose body is the event with its attributes, as JSON.
+"""Structured CloudEvents: messages whose body holds the event and its attributes as JSON.
 
 A producer that speaks CloudEvents 1.0 in structured mode (`application/cloudevents+json`) puts id, type, source and
 time into the body, beside the data. Its handler gets the message as if it had come in binary mode: the attributes as
@@ -18,14 +18,14 @@ from streamtools.errors import DecodeError
 from streamtools.message import Message
 from streamtools.wire import decode_meta, read_text
 
-#: Before the name of a header that holds an attribute which is no field of Message, as on HTTP.
+#: Prefix of a header for an attribute that has no field in Message; the same as on HTTP.
 PREFIX: Final = "ce-"
-#: Fields that an envelope sets; how often a message was run, and why it failed, is not its sender's to say.
+#: Fields that an envelope sets; the sender must not set the attempt and the failure of a message.
 FIELDS: Final = frozenset(
     {"id", "type", "source", "time", "content_type", "correlation_id", "causation_id", "reply_to", "intent", "key"}
     | {"version", "expires_at"}
 )
-#: Attributes that are no one's header.
+#: Attributes that do not become headers.
 _NO_HEADERS: Final = frozenset({"specversion", "data", "data_base64", "datacontentencoding"})
 
 
@@ -69,12 +69,12 @@ def event_data(event: dict[str, Any]) -> tuple[bytes | None, str | None]:
         try:
             return base64.b64decode(encoded, validate=True), content_type or codec.BINARY
         except ValueError as error:
-            raise DecodeError(f"The CloudEvent's data_base64 is no base64: {error}.") from error
+            raise DecodeError(f"The CloudEvent's data_base64 is not base64: {error}.") from error
     if "data" not in event:
         return None, content_type
     data = event["data"]
     if isinstance(data, str) and content_type is not None and not codec.is_json(content_type):
-        # A text of characters by now, whatever charset it would have had in a body.
+        # It is text already; the charset applied only to a body of bytes.
         return read_text(data).encode(), f"{codec.media_type(content_type)}; charset=utf-8"
     return to_json(data, inf_nan_mode="strings"), content_type or codec.JSON
 
@@ -83,11 +83,11 @@ def _event(message: Message) -> dict[str, Any]:
     try:
         event = from_json(undone(message.body or b"", message.content_encoding))
     except ValueError as error:
-        raise DecodeError(f"The body says {message.content_type} and is not JSON: {error}") from error
+        raise DecodeError(f"The content type is {message.content_type}, but the body is not JSON: {error}") from error
     if not isinstance(event, dict) or not isinstance(event.get("specversion"), str):
         raise DecodeError(
-            f"The body says {message.content_type} and is no CloudEvent: an object with specversion, id, source and "
-            "type, and the payload in data."
+            f"The content type is {message.content_type}, but the body is not a CloudEvent: an object with "
+            "specversion, id, source and type, and the payload in data."
         )
     return event
 

@@ -37,7 +37,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Closable(Protocol):
-    """What is closed when its event loop ends."""
+    """An object that is closed when its event loop ends."""
 
     async def close(self) -> None: ...
 
@@ -119,7 +119,7 @@ class LoopBound:
         return self
 
     def _in_second_loop(self, loop: asyncio.AbstractEventLoop) -> Self:
-        """What is used in a second loop, while the first one has not ended: a twin with connections of its own."""
+        """The object for a second loop, while the first one has not ended: a twin with connections of its own."""
         if self._twins is None:
             self._twins = PerLoop(self._make_twin)
         return self._twins.here()
@@ -135,7 +135,7 @@ class LoopBound:
         self._at, self._process = loop, os.getpid()
 
     def _begin_anew(self) -> None:
-        """Make what the constructor makes once more; nothing of the loop that has ended is awaited."""
+        """Run the constructor again; nothing of the loop that has ended is awaited."""
         public, kept = self._public(), {"_arguments": self._arguments, "_twins": self._twins}
         arguments, options = self._arguments
         if self._process == os.getpid():
@@ -149,7 +149,7 @@ class LoopBound:
         vars(self).update({**kept, **public})
 
     def _abandon(self) -> None:
-        """Give back what can be given back without awaiting: the loop has ended before this was closed."""
+        """Release what can be released without awaiting: the loop ended before this was closed."""
 
     def _public(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -171,7 +171,7 @@ def in_its_loop(loop: asyncio.AbstractEventLoop | None, function: Callable[[], A
 
 
 def _wake_up() -> None:
-    """Nothing: that it is called lets the event loop look at what there is to do."""
+    """Do nothing: the call itself makes the event loop look at its queue."""
 
 
 # --- the end of a loop ------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def _wake_up() -> None:
 class _Ending:
     """What is to be closed at the end of one event loop."""
 
-    #: By loop; each takes itself out at its end.
+    #: By loop; each removes itself at its end.
     all: Final[dict[asyncio.AbstractEventLoop, _Ending]] = {}
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -224,7 +224,7 @@ async def _close(what: Closable) -> None:
     try:
         await what.close()
     except Exception as error:
-        log.warning("%r: closing it as its event loop ended: %s", what, error)
+        log.warning("%r: closing it at the end of its event loop failed: %s", what, error)
 
 
 def at_end(what: Closable) -> None:
@@ -239,7 +239,7 @@ def at_end(what: Closable) -> None:
 
 
 def forget(what: Closable) -> None:
-    """It is closed, or has nothing open: the end of the running event loop has nothing to do with it."""
+    """Leave it out at the end of the running event loop: it is closed, or has nothing open."""
     ending = _Ending.all.get(asyncio.get_running_loop())
     if ending is not None:
         ending.open.pop(id(what), None)

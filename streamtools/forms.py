@@ -13,9 +13,9 @@ from pydantic_core import to_json
 
 FORM: Final = "application/x-www-form-urlencoded"
 
-#: `curl -d` calls every body a form: one has a name first, which no XML, YAML or plain text begins with.
+#: `curl -d` calls every body a form. A real one begins with a name and "="; XML, YAML and plain text do not.
 _FORM: Final = re.compile(rb"[^\s<>\"{}=]*=")
-#: Problems that are none where one value stands for a list of one.
+#: Problems to ignore where one value stands for a list of one.
 _LISTS: Final = frozenset({"list_type", "tuple_type", "set_type", "frozen_set_type", "iterable_type", "sequence_str"})
 
 
@@ -49,7 +49,7 @@ def write_form(pairs: Iterable[tuple[str, str]]) -> bytes:
 
 
 def validate_form(adapter: TypeAdapter[Any], body: bytes) -> Any:
-    """The fields as a handler's annotation has them; a single one is a list of one where a list is asked for.
+    """The fields validated by a handler's annotation; a single value is a list of one where a list is expected.
 
     Raises:
         ValidationError: they do not fit.

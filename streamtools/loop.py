@@ -299,7 +299,7 @@ class Loop:
             return await self._dispatch(delivery)
         except asyncio.CancelledError:  # by `abandon()`, or by our end
             return Settlement(delivery, RELEASE)
-        except Exception as error:  # on the way to or from its handler; that one's own have their verdict
+        except Exception as error:  # before or after its handler; the handler's own errors have a verdict
             log.exception("%r could not be handled; it is rejected.", delivery)
             return next(self._dispatch.lesser(Settlement(delivery, ACK), error))
         finally:
@@ -357,17 +357,17 @@ class Loop:
             if isinstance(error, SendError | QueueError):
                 log.error("The broker refused what is to be sent before settling: %s", error)  # noqa: TRY400
             else:
-                log.exception("%d deliveries could not be settled together; each is by itself.", len(batch))
+                log.exception("%d deliveries could not be settled together; each is settled by itself.", len(batch))
             for settlement in batch:
                 self._keep(self._settle_alone(settlement, error if isinstance(error, SendError) else None))
         else:
             self._done(len(batch))
 
     async def _settle_alone(self, settlement: Settlement, refusal: SendError | None) -> None:
-        """Try again until the broker takes it, or we stop: a message is never let go, and none waits behind it.
+        """Try again until the broker accepts it, or we stop: the message is not given up, and none waits behind it.
 
         Parameters:
-            refusal: why it was not settled with others; it may name others alone.
+            refusal: why the batch was refused; it may concern other deliveries only.
         """
         one = OneSettlement(self._source._settle, self._dispatch, settlement)
         try:

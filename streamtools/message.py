@@ -55,7 +55,7 @@ class ErrorDetails:
         first_failed: when it first failed, in seconds since the epoch.
         last_failed: when it last failed, in seconds since the epoch.
         place: where in `queue` it was first, in words, where messages have places (Kafka). It does not travel.
-        omitted: what this copy had to leave out, because the broker did not take it, in words.
+        omitted: what this copy lacks, in words, because the broker did not accept it.
     """
 
     queue: str
@@ -76,7 +76,7 @@ class Message:
     """One message: the body, which is the payload alone, and the metadata beside it.
 
     Attributes:
-        body: the payload's bytes; None is a tombstone, which says that what its key names is no more (where
+        body: the payload's bytes; None is a tombstone, which says that what its key names was deleted (only with
             `Features.tombstones`).
         queue: where the message goes, or where it was received; a topic, where `exchange` is set.
         id: unique; kept through every retry, delay, error queue and redrive.
@@ -94,7 +94,7 @@ class Message:
         reply_to: where a reply is to go.
         intent: `command` or `event`, or None.
         handler: the one handler that is to run it, where several would; on copies for a retry.
-        topic: what it was published under, for a subscriber of `orders.*`; None for what was sent to a queue.
+        topic: the topic that it was published to, for a subscriber of `orders.*`; None if it was sent to a queue.
         key: messages of one key stay in order where the consumer asks for it; bytes where it is no plain UTF-8 text.
         headers: the user's own, `str -> str`, never mixed with ours.
         attempt: which run this is; 1 at first.
@@ -139,7 +139,7 @@ class Message:
 
     @property
     def enveloped(self) -> bool:
-        """Its body is a CloudEvent with its attributes (structured mode); handlers get what is in it."""
+        """Its body is a CloudEvent with its attributes (structured mode); handlers get the event in it."""
         content_type = self.content_type
         return content_type is not None and content_type[:28].lower() == "application/cloudevents+json"
 

@@ -34,7 +34,7 @@ class Receipt:
 
 
 class Sender(Protocol):
-    """Whose messages gather: a bus's, or a producer's."""
+    """A bus or a producer whose messages wait in an outbox."""
 
     @property
     def place(self) -> object:
@@ -48,7 +48,7 @@ class Sender(Protocol):
 
 
 class Outbox:
-    """What was sent so far, in order; nothing has left yet.
+    """The messages that were sent so far, in order; none has left yet.
 
     Parameters:
         incoming: the message being handled; None in a transaction outside any handler.
@@ -58,7 +58,7 @@ class Outbox:
     # Made when they are needed: there is an outbox for each message, and most handlers send nothing.
     gathered: Sequence[tuple[Sender, Message]] = ()
     _numbers: Counter[str] | None = None
-    #: Once the handler, or the block, has ended nothing gathers here any more.
+    #: The handler, or the block, has ended: no further message is added.
     open: bool = True
     #: The handler has given its reply itself.
     replied: bool = False
@@ -75,7 +75,7 @@ class Outbox:
         return Sent(message)
 
     def nested(self) -> Outbox:
-        """One for a transaction inside this one; numbers go on here."""
+        """An outbox for a transaction inside this one; the numbers of ids go on."""
         inner = Outbox(self.incoming, self._handler)
         if self._numbers is None:
             self._numbers = Counter()
@@ -83,13 +83,13 @@ class Outbox:
         return inner
 
     def take(self, inner: Outbox) -> None:
-        """Have what a transaction inside this one has gathered."""
+        """Add the messages of a transaction inside this one."""
         for sender, message in inner.gathered:
             self.add(sender, message)
         self.replied = self.replied or inner.replied
 
     def by_sender(self) -> list[tuple[Sender, list[Message]]]:
-        """What has gathered, by who sends it."""
+        """The waiting messages, by sender."""
         found: dict[int, tuple[Sender, list[Message]]] = {}
         for sender, message in self.gathered:
             found.setdefault(id(sender), (sender, []))[1].append(message)
@@ -98,12 +98,12 @@ class Outbox:
     def id(self, queue: str, question: bytes = b"") -> str | None:
         """The id for the next message to this queue; None outside any handler.
 
-        It derives from the incoming message's, so that what a handler sends has the same ids when it is run again,
-        and whoever receives it twice can tell: it is the handler's first message to this queue, or the second ...
+        It derives from the incoming message's id and from the number of the message to this queue. So a handler that
+        is run again sends the same ids, and a receiver can detect the repeat.
 
         Parameters:
-            question: what a request asks: a late reply to it is not for another question, which the next run
-                may ask in its place.
+            question: the body of a request: it is part of the id, so that a late reply is not taken for the answer
+                to a different request of the next run.
         """
         if self.incoming is None:
             return None
@@ -145,10 +145,10 @@ def current_outbox() -> Outbox | None:
 
 
 async def send_all(box: Outbox, place: object = None) -> list[Message]:
-    """Let go what has gathered; what a consumer of this place carries is returned instead.
+    """Send the waiting messages; those that a consumer of this place carries are returned instead.
 
     Parameters:
-        place: None where everything leaves now.
+        place: None if everything leaves now.
 
     Raises:
         SendError: some were not taken.

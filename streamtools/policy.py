@@ -45,8 +45,8 @@ NAME_LIMIT: Final = 512
 class Retry:
     """How often and how soon a failed message is run again.
 
-    Of several errors in one `ExceptionGroup`, as a `TaskGroup` raises it, the gravest counts: one that is to be
-    rejected, then one that is to be retried, with the longest of the delays, then `Drop`.
+    Of several errors in one `ExceptionGroup`, as a `TaskGroup` raises it, the gravest decides: one that rejects, else
+    one that retries (with the longest of the delays), else `Drop`.
 
     Parameters:
         retries: runs after the first one; 0 goes straight to the error queue, None never gives up.
@@ -59,7 +59,7 @@ class Retry:
 
     Raises:
         ConfigurationError: a value is out of its range.
-        OptionError: a parameter that there is not.
+        OptionError: an unknown parameter.
     """
 
     retries: int | None
@@ -266,7 +266,7 @@ def check_retry(retry: object) -> None:
 def redrive_copy(message: Message, queue: str | None = None) -> Message:
     """The copy that goes back to work: to `queue`, or to the queue it failed in, as attempt 1.
 
-    Elsewhere than home it keeps why and where it failed, so that from there it can go home.
+    In another queue than its own it keeps its failure and its origin, so that it can be redriven from there.
 
     Raises:
         ConfigurationError: no queue is given and the message does not say where it failed.

@@ -322,7 +322,7 @@ class Producer(Endpoint):
     def _no_tombstones(self) -> FeatureError:
         return FeatureError(
             f"{self.protocol!r} carries no tombstones (messages without a body): send a payload that says that the "
-            "key is no more. kafka:// has them."
+            "key was deleted. kafka:// carries them."
         )
 
     def _drafts(self, payloads: Iterable[object], common: dict[str, Any]) -> list[Message]:
@@ -447,7 +447,7 @@ def _check_several(payloads: object) -> None:
     """
     record = isinstance(payloads, tuple) and hasattr(payloads, "_fields")
     if isinstance(payloads, AsyncIterable):
-        how = "collect what comes first, as in send_many([each async for each in payloads])"
+        how = "collect the payloads first, as in send_many([each async for each in payloads])"
     elif inspect.isawaitable(payloads):
         how = "await it first"
     elif isinstance(payloads, Message):

@@ -46,7 +46,7 @@ async def acknowledge(settle: Settle, batch: Sequence[Delivery]) -> None:
     except ConnectError:
         raise
     except Exception:
-        log.exception("%d deliveries could not be acknowledged together; each is by itself.", len(batch))
+        log.exception("%d deliveries could not be acknowledged together; each is acknowledged by itself.", len(batch))
     for settlement in settlements:
         try:
             await guard(settle([settlement]))
@@ -112,7 +112,7 @@ class OneSettlement:
         try:
             instead = await self._dispatch.refused(self.settlement, error)
         except Exception:  # a bug, or a middleware's failure: the message keeps the verdict that it has
-            log.exception("What is to become of %r could not be decided.", self.settlement.delivery)
+            log.exception("No new verdict could be decided for %r; it keeps its first one.", self.settlement.delivery)
             return False
         changed = instead is not self.settlement
         if changed:
@@ -137,6 +137,6 @@ class OneSettlement:
         delivery = self.settlement.delivery
         trace = None if isinstance(error, SendError) else error
         log.error(
-            "%r cannot be settled as it is, so that its copy goes with less beside its body: %s: %s",
+            "%r cannot be settled as it is, so its copy is sent with less metadata: %s: %s",
             delivery, type(error).__name__, text_of(error), exc_info=trace,
         )  # fmt: skip

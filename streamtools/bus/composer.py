@@ -126,10 +126,10 @@ class Composer:
         return answer.replace(causation_id=to.id, correlation_id=to.correlation_id or to.id)
 
     def check_reply(self, to: Message) -> None:
-        """That a message can be replied to: whoever sent it has chosen where to.
+        """Check that a message can be replied to: its sender chose the address.
 
         Raises:
-            ConfigurationError: to no queue.
+            ConfigurationError: the address is not a queue.
         """
         self._check_queue(to.reply_to or "")
 
@@ -252,7 +252,7 @@ def seconds_until(delay: timedelta | float | None, at: datetime | None) -> float
     return max(0.0, (at - datetime.now(UTC)).total_seconds())
 
 
-#: What each of the verbs takes, for the error about what it does not take.
+#: The parameters of each verb, for the error about an unknown one.
 TAKES: Final[dict[str, tuple[str, ...]]] = {
     "send": ("to", "exchange", "headers", "type", "key", "ttl", "immediately"),
     "publish": ("topic", "exchange", "mandatory", "headers", "type", "key", "ttl", "immediately"),
@@ -260,7 +260,7 @@ TAKES: Final[dict[str, tuple[str, ...]]] = {
 
 
 def refuse(verb: str, unknown: Mapping[str, object]) -> None:
-    """Name what a verb does not take, and what does.
+    """Raise the error for a parameter that a verb does not have, and name what to use.
 
     Raises:
         OptionError: there is such a parameter.

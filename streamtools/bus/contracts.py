@@ -127,9 +127,9 @@ def contracts_in(annotation: Any) -> tuple[type[Contract], ...]:
 
 
 def payload_for(contract: type[Contract], annotation: Any) -> Any:
-    """The contract with what the annotation of a handler says beside it, such as validators.
+    """The contract with what a handler's annotation adds to it, such as validators.
 
-    Which of a union it is, the name on the wire says: a discriminator is left out.
+    A discriminator is left out: the name on the wire selects the member of a union.
     """
     beside: tuple[Any, ...] = ()
     while get_origin(annotation) is not None:

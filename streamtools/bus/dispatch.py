@@ -54,9 +54,9 @@ class BusDispatch:
         resolvers: what further parameters may be annotated with.
         provided: what constructors of handler classes are given.
         threads: where `def` handlers run.
-        sender: the bus, whose the replies are.
+        sender: the bus, which sends the replies.
         together: what a handler sends leaves with its acknowledgement; otherwise none follows.
-        calls: who asks has the answer on the same call, so that no message carries it.
+        calls: the answer goes out on the same call, and not as a message (HTTP).
         holds: a message that came before its time waits for it: other systems leave that to who receives.
     """
 
@@ -146,7 +146,7 @@ class BusDispatch:
     def _without_replies(self, settlement: Settlement, error: SendError) -> Settlement:
         """The same without the replies that can never be sent, and without what the broker holds already.
 
-        Who asked has given an address that is none: that is no failure of the handler.
+        The requester gave an invalid address: that is not a failure of the handler.
         """
         lost = frozenset(m.id for m in settlement.outgoing if m.intent == "reply" and m.id in error.unfit)
         if not lost:

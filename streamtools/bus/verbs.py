@@ -229,11 +229,11 @@ class Verbs:
 
     @property
     def place(self) -> object:
-        """Where its messages leave: a consumer of the same place carries what its handler sends."""
+        """The place where its messages leave: a consumer of the same place settles them with its own message."""
         return self._sender.place
 
     async def prepare(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages as the outgoing middleware lets them go."""
+        """The messages after the outgoing middleware."""
         return await through(messages, self.outgoing)
 
     async def send_now(self, messages: Sequence[Message]) -> list[Receipt]:

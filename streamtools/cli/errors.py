@@ -194,7 +194,7 @@ def _choose(ids: Sequence[str] | None, texts: Sequence[str] | None) -> Any:
 
 
 class Movable:
-    """Chooses the messages that a redrive moves: those that are meant and have somewhere to go; notes the others.
+    """Chooses the messages that a redrive moves: those that were selected and have a target; it notes the others.
 
     Parameters:
         chosen: those that are meant.
@@ -212,7 +212,7 @@ class Movable:
         self._nowhere: Counter[str] = Counter()
 
     def target(self, message: Message) -> str | None:
-        """Where it goes; None where it is not meant, or does not say."""
+        """Its target; None if it was not selected, or its queue is unknown."""
         from streamtools.policy import home_of
 
         return (self._to or home_of(message)) if self._chosen(message) else None
@@ -229,14 +229,14 @@ class Movable:
         return True
 
     def say_what_stays(self, queue: str) -> None:
-        """End with 1 where something that is meant stays."""
+        """End with exit code 1 if a selected message stays."""
         lines = [
-            f"{_of(number, queue)} cannot go: there is no queue {name!r}." for name, number in self._nowhere.items()
+            f"{_of(number, queue)} cannot move: there is no queue {name!r}." for name, number in self._nowhere.items()
         ]
         if number := len(self._homeless):
             shown = ", ".join(self._homeless[:3]) + (", ..." if number > 3 else "")
             lines.append(
-                f"{_of(number, queue)} cannot go, not saying where it failed ({shown}): name a queue, --to QUEUE."
+                f"{_of(number, queue)} cannot move: unknown where it failed ({shown}). Name a queue: --to QUEUE."
             )
         if lines:
             output.fail(" ".join(lines))

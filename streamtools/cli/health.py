@@ -1,12 +1,12 @@
-"""Health of several workers at one port: the process that watches them serves it, and asks them.
+"""The health of several workers at one port: their parent process serves it, and asks the workers.
 
-Between it and each worker there is a socket pair. Lines of JSON go over it:
+A socket pair connects it with each worker. Lines of JSON go over it:
 
-    worker -> parent   {"address": ["127.0.0.1", 8080]}    where the service wants to be asked; null when it ends
+    worker -> parent   {"address": ["127.0.0.1", 8080]}    where the service wants its health port; null when it ends
     parent -> worker   {"ask": 7}
     worker -> parent   {"ask": 7, "report": {...}}          as HealthReport.as_dict()
 
-A worker whose end of it closes knows that its parent is gone, even by kill -9.
+When its end is closed, a worker knows that its parent has ended, even by kill -9.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Address = tuple[str, int]
 
 
 class ToParent:
-    """A worker's end: it answers its parent, and ends this process when the parent is gone.
+    """A worker's end: it answers its parent, and ends this process when the parent has ended.
 
     Parameters:
         descriptor: of the socket that the parent has handed down.
@@ -43,12 +43,12 @@ class ToParent:
         threading.Thread(target=self._listen, name="streamtools-parent", daemon=True).start()
 
     def endpoint(self, host: str, port: int, report: Callable[[], HealthReport]) -> _Endpoint:
-        """What stands for a port of this worker's own."""
+        """The replacement of a port of this worker's own."""
         self._endpoint = _Endpoint(self, host, port, report)
         return self._endpoint
 
     def tell(self, what: dict[str, Any]) -> None:
-        """Send a line; nobody may be there to read it."""
+        """Send a line; the parent may have ended."""
         try:
             self._socket.sendall(json.dumps(what).encode() + b"\n")
         except OSError:
@@ -63,7 +63,7 @@ class ToParent:
 
 
 class _Endpoint:
-    """Stands in a runner for the server of its health endpoints."""
+    """Takes the place of the health server in a runner."""
 
     def __init__(self, parent: ToParent, host: str, port: int, report: Callable[[], HealthReport]) -> None:
         self.host = host
@@ -83,7 +83,7 @@ class _Endpoint:
         self._parent.tell({"address": None})
 
     def asked(self, number: int) -> None:
-        """Answer, out of the event loop: one that stands still is to be noticed."""
+        """Answer from the event loop, so that a blocked one is noticed."""
         if (loop := self._loop) is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self._answer, number)
 
@@ -108,7 +108,7 @@ class ToWorker:
         self._writer: asyncio.StreamWriter | None = None
 
     async def begin(self) -> None:
-        """Read what the worker says, which has its end by now."""
+        """Read what the worker says; it has its end by now."""
         self._theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=self._ours)
         self._reading = asyncio.create_task(self._read(reader), name="streamtools-worker-health")
@@ -138,7 +138,7 @@ class ToWorker:
             self._asked.pop(number, None)
 
     async def close(self) -> None:
-        """Let go of it. Safe to repeat."""
+        """Close this end. Safe to repeat."""
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.wait({self._reading})
@@ -175,7 +175,7 @@ class WorkersReport:
 
     @property
     def live(self) -> bool:
-        """Every worker that runs answers, and none has a dead loop. One that died is started again from here."""
+        """Every running worker answers, and none has a dead loop. A worker that died does not count."""
         return all(worker.live for worker in self.workers)
 
     @property
@@ -202,8 +202,8 @@ class Reporting(Protocol):
 class WorkersHealth:
     """The ports at which workers want to be asked, served for as long as the command runs.
 
-    As a rule all name the same port, whose report is of all of them; a worker that has not said anything yet is in
-    the report of each.
+    Usually all name the same port, and its report is about all of them. A worker that has not named a port yet is in
+    the report of every port.
     """
 
     def __init__(self, workers: Sequence[Reporting]) -> None:

@@ -325,7 +325,7 @@ class Viewer:
         finally:
             await self._source.close()
         if not self._ack and self._shown == HOLD != self._limit:
-            output.note(f"note: {HOLD:,} are held, no more can be looked at once; take them out with --ack.")
+            output.note(f"note: {HOLD:,} messages are held, and no more fit; take them out with --ack.")
 
     def _room(self) -> int:
         left = self._prefetch if self._most is None else self._most - self._shown

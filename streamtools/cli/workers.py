@@ -36,7 +36,7 @@ class Worker:
     Parameters:
         number: its number, from 0 on, which it reads in STREAMTOOLS_WORKER.
         command: what to start; `--parent FD` is added.
-        told: called when a process says where its health is to be asked for.
+        told: called when a process names its health port.
     """
 
     def __init__(self, number: int, command: Sequence[str], told: Callable[[Address], None]) -> None:
@@ -45,7 +45,7 @@ class Worker:
         self._command = command
         self._told = told
         self._link: ToWorker | None = None
-        #: The process of now has said where it is to be asked, and has not begun to end.
+        #: The present process has named its health port, and has not begun to end.
         self._answers = False
         self._stops = False
         self._deaths: deque[float] = deque()

@@ -56,7 +56,7 @@ class HealthReport:
 
 
 class Report(Protocol):
-    """What health endpoints tell."""
+    """The report of the health endpoints."""
 
     @property
     def live(self) -> bool: ...

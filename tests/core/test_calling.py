@@ -211,7 +211,7 @@ async def test_what_is_to_be_awaited_without_end_is_refused() -> None:
     async def _again() -> Again:
         return Again()
 
-    with pytest.raises(Reject, match="again and again"):
+    with pytest.raises(Reject, match="another awaitable without end"):
         await compile_handler(lambda msg: Again())(Message(body=b"1", queue="orders", id="1"))
 
 
@@ -481,8 +481,8 @@ class NeedsNothing:
 
 
 NO_MIDDLEWARE: dict[str, tuple[Any, str]] = {
-    "no list": (returns_it, "=returns_it is no list: write .*=[returns_it]"),
-    "nothing": (None, "=None is no list"),
+    "no list": (returns_it, "=returns_it is not a list: write .*=[returns_it]"),
+    "nothing": (None, "=None is not a list"),
     "class": ([Layer], "Layer is a class"),
     "one parameter": ([of_one], "of_one is to be called with a message and call_next"),
     "generator": ([layer_generates], "layer_generates is an async generator"),

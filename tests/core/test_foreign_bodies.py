@@ -155,7 +155,7 @@ def test_an_encoding_that_is_not_undone_is_named(encoding: str, annotation: Any)
     "body", [b"", b"no such", gzip.compress(b"x" * 99, mtime=0)[:-9], zlib.compress(b"x" * 99)[:-5]]
 )
 def test_a_body_that_is_not_compressed_as_it_says_or_cut_short_is_refused(encoding: str, body: bytes) -> None:
-    with pytest.raises(DecodeError, match=r"encoded as|cut short"):
+    with pytest.raises(DecodeError, match=r"content encoding is|cut short"):
         codec.decode(message(body, codec.TEXT, encoding))
 
 
@@ -171,7 +171,7 @@ def test_a_body_of_a_few_bytes_that_would_fill_the_memory_is_refused(monkeypatch
 
 
 def test_a_body_that_is_encoded_many_times_over_is_refused() -> None:
-    with pytest.raises(DecodeError, match="4 times over"):
+    with pytest.raises(DecodeError, match="4 content encodings"):
         codec.decode(message(b"x", codec.TEXT, "gzip,gzip,gzip,gzip"))
 
 

@@ -128,7 +128,7 @@ class HTTPConsumer(Consumer, protocol="http"):
             except SendError as error:
                 if not call.gone:
                     return error
-                log.warning("%r: the client has left, and what its message's handler sent is lost: %s", self, error)
+                log.warning("%r: the client has left, and what its handler sent is lost: %s", self, error)
         _answer(settlement, replies[-1] if replies else None)
         return None
 

@@ -159,7 +159,7 @@ class HTTPProducer(Producer, protocol="http"):
 
     def _request(self, message: Message, options: SendOptions) -> _Request:
         if (body := message.body) is None:
-            raise ConfigurationError("'http' has no form for a message without a body (a tombstone); 'kafka' has.")
+            raise ConfigurationError("'http' cannot carry a message without a body (a tombstone); 'kafka' can.")
         if message.deliver_at is not None and message.deliver_at > time.time():
             raise ConfigurationError("'http' holds no message back: send it later, or by a protocol with a broker.")
         if message.intent == "reply":

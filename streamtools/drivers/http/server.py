@@ -180,7 +180,7 @@ class SharedServer:
     async def _answer(self, request: web.BaseRequest) -> web.Response:
         path = _path(request.raw_path)
         if path is None:
-            return answers.problem(400, "The target of the request is not one.")
+            return answers.problem(400, "The target of the request is not valid.")
         methods = self._mailboxes.get(path)
         if methods is None:
             if all(mailbox.stopped for mailbox in self._each()):

@@ -221,14 +221,14 @@ class Membership:
             now, before = len(self.consumer.partitions_for_topic(topic) or ()), self._partitions.get(topic, 0)
             if before and not now:
                 log.warning(
-                    "The topic %r at %s was deleted while it was read; it is read again once there is one.",
+                    "The topic %r at %s was deleted while it was read; reading goes on once it exists again.",
                     topic,
                     self._settings.safe_url,
                 )
             elif now < before:
                 log.warning(
                     "The topic %r at %s was deleted and made anew while it was read: it has %d partition(s) instead "
-                    "of %d. What was in it is gone. To have as many again: streamtools queues alter %s "
+                    "of %d. Its old messages are gone. To have as many again: streamtools queues alter %s "
                     "--partitions %d",
                     topic,
                     self._settings.safe_url,
@@ -370,7 +370,7 @@ class Membership:
         """Begin this partition anew with `record`: what its log held there before is no more."""
         offset = record.offset
         log.warning(
-            "The log of topic %r, partition %d, was cut or made anew: offset %d is no more. Going on at %d.",
+            "The log of topic %r, partition %d, was cut or made anew: offset %d no longer exists. Going on at %d.",
             *track.partition,
             track.offsets.next,
             offset,
@@ -462,7 +462,7 @@ class Membership:
                 # Someone else may have the partitions by now. What is finished is told when we have them again.
                 log.warning(
                     "Group %s: this member has lost its place: it sent no heartbeat for session_timeout=%g s, or "
-                    "took longer than revoke_timeout=%g s to let partitions go. It joins anew; messages that it had "
+                    "took longer than revoke_timeout=%g s to let partitions go. It joins again; messages that it had "
                     "in hand may be handled twice.",
                     self._terms.group,
                     self._settings.session_timeout,

@@ -163,7 +163,7 @@ def refused(failed: Mapping[str, BaseException], settings: KafkaSettings) -> Sen
 def _why(error: BaseException) -> str:
     if isinstance(error, kafka.InvalidTimestampError):
         return (
-            "its timestamp is not one that the topic takes (INVALID_TIMESTAMP): see the topic's "
+            "the topic does not accept its timestamp (INVALID_TIMESTAMP): see the topic's "
             "message.timestamp.before.max.ms and message.timestamp.after.max.ms, and this machine's clock"
         )
     if is_too_large(error):

@@ -295,7 +295,7 @@ class Transaction:
                 raise
             except ConnectError as error:
                 why = self._why(error)
-                self._failure = SendError(f"The transaction is off: {why}", refused=[m.id for m in batch])
+                self._failure = SendError(f"The transaction has failed: {why}", refused=[m.id for m in batch])
                 raise self._failure from error
         self._sent += [m.id for m in batch]
         return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
@@ -309,7 +309,7 @@ class Transaction:
         except ConnectError as error:
             if was_undone(error):
                 raise SendError(
-                    f"A transaction of {len(self._sent)} messages is off: {self._why(error)}", refused=self._sent
+                    f"A transaction of {len(self._sent)} messages has failed: {self._why(error)}", refused=self._sent
                 ) from error
             raise SendError(
                 f"It is not known whether a transaction of {len(self._sent)} messages took place: {error}",

@@ -334,7 +334,7 @@ class Publisher:
             if len(seen.isr) < len(seen.replicas):
                 return (
                     f"of the {len(seen.replicas)} replicas of partition {number} of {topic!r} {len(seen.isr)} are in "
-                    "sync, and the topic may want more (min.insync.replicas)."
+                    "sync, and the topic may need more (min.insync.replicas)."
                 )
         return "no confirmation came, though a broker is connected."
 

@@ -118,7 +118,7 @@ class Track:
             topic, partition = self.partition
             log.warning(
                 "Kafka has deleted messages that were not read yet: topic %r, partition %d, from offset %d to %d. "
-                "Going on at %d. They were older or more than the topic keeps, or somebody has deleted them: keep "
+                "Going on at %d. They exceeded the retention of the topic, or somebody has deleted them: keep "
                 "more (`streamtools queues alter %s --retention 30d`), or read faster.",
                 topic,
                 partition,

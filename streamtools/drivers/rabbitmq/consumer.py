@@ -144,8 +144,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     def _warn_of_order(self) -> None:
         log.warning(
-            "The queue %r has no %s, and with declare=False we make no lock either: run one consumer of it only, "
-            "or give it that argument.", self.queue, ACTIVE,
+            "The queue %r has no %s, and with declare=False no lock queue is declared either: run only one consumer "
+            "of it, or give it that argument.", self.queue, ACTIVE,
         )  # fmt: skip
 
     async def _redeclare(self) -> None:

@@ -286,10 +286,10 @@ class DelayChain:
             if not is_missing(error):
                 raise
             raise QueueError(
-                f"A part of the chain that holds delayed messages is missing at {self._link.where} "
-                f"({', '.join(dict.fromkeys((*queues, *exchanges)))}), and this user may not make it. Have another "
-                "user send one message with a delay as long, or allow it: rabbitmqctl set_permissions with a "
-                f"configure pattern that takes {PREFIX}.* and {UNDELIVERABLE}."
+                f"Queues or exchanges that hold delayed messages are missing at {self._link.where} "
+                f"({', '.join(dict.fromkeys((*queues, *exchanges)))}), and this user may not declare them. Have "
+                "another user send one message with the same delay, or allow it: rabbitmqctl set_permissions with a "
+                f"configure pattern that matches {PREFIX}.* and {UNDELIVERABLE}."
             ) from error
 
     async def _declare_end(self, channel: AbstractChannel) -> None:

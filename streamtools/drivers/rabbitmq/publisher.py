@@ -224,7 +224,7 @@ class Publisher(HotChannel):
     def _encode(self, message: Message, batch: Batch) -> bytes:
         body, number, frame_max = message.body, self.number, self._link.frame_max
         if body is None:
-            raise Unsendable("it has no body (a tombstone), which AMQP has no form for; kafka:// has.")
+            raise Unsendable("it has no body (a tombstone), which AMQP cannot carry; kafka:// can.")
         if len(body) > self._limits.body:
             raise Unsendable(
                 f"its body is {len(body)} bytes; this broker takes {self._limits.body} (max_message_size). "

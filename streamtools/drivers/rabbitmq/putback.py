@@ -175,7 +175,7 @@ class PutBack:
                 f"The user {self._user!r} may not write to the default exchange of RabbitMQ at {self._link.where}. "
                 f"To look at {self._queue!r} that is needed: a quorum queue counts what comes back to it, so its "
                 "messages are put back as copies. Allow it: rabbitmqctl set_permissions with a write pattern that "
-                "takes amq.default."
+                "matches amq.default."
             ) from error
         copies.unroutable = 0
 

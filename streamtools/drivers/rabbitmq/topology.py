@@ -29,10 +29,10 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 QueueType = Literal["quorum", "classic"]
 ACTIVE: Final = "x-single-active-consumer"
-#: Why there is nothing for streams.
+#: Why streams are refused.
 STREAM: Final = (
-    "a stream is no queue: what is acknowledged stays in it, and comes again to whoever reads it anew. Write "
-    'queue_type="quorum", or bind a queue of yours to the exchange that the stream has its messages of'
+    "a stream is not a queue: acknowledged messages stay in it, and the next reader gets them again. Write "
+    'queue_type="quorum", or bind a queue of yours to the exchange that feeds the stream'
 )
 #: Arguments that a queue may differ in before we give up comparing it.
 MOST_DIFFERENCES: Final = 20
@@ -317,8 +317,8 @@ class Topology:
             if not isinstance(error.__cause__, ChannelAccessRefused):
                 raise
             log.info(
-                "We may not look whether the queue %r has %s. It should: else each process that consumes it has "
-                "an order of its own.", queue.name, ACTIVE,
+                "This user may not check whether the queue %r has %s. It should: else each process that consumes it "
+                "has an order of its own.", queue.name, ACTIVE,
             )  # fmt: skip
             return True
 

@@ -116,7 +116,7 @@ def encode(message: Message, *, lane: int | None = None, origin: int | None = No
         ValueError: a text in it has no UTF-8 form, or it has no body.
     """
     if message.body is None:
-        raise ValueError("a message without a body (a tombstone) has no place in SQLite; kafka:// has them")
+        raise ValueError("SQLite cannot carry a message without a body (a tombstone); kafka:// can")
     fields: dict[str, Any] = {}
     for name in FIELDS:
         if (value := getattr(message, name)) is not None:
@@ -216,7 +216,7 @@ def _read_one(queue: str, meta: bytes, body: bytes, row: int) -> tuple[Message, 
 def _readable(given: Any, fields: Mapping[str, CoreSchema]) -> dict[str, Any]:
     """What stands in `meta` as it should; what does not is left out, as on other protocols."""
     if not isinstance(given, dict):
-        raise TypeError(f"its meta is no JSON object but {type(given).__name__}")
+        raise TypeError(f"its meta is not a JSON object but {type(given).__name__}")
     found: dict[str, Any] = {}
     for name, kind in fields.items():
         value = given.get(name)

@@ -249,7 +249,7 @@ def no_room(path: str) -> NoRoom:
     """The error for a disk that is full."""
     return NoRoom(
         f"There is no room for {path} to grow, so nothing was written: df -h {Path(path).parent}. "
-        "It goes on when there is room; what waits can be handled and purged meanwhile."
+        "Sends succeed again when there is room; waiting messages can be handled and purged meanwhile."
     )
 
 

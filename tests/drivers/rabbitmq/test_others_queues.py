@@ -141,12 +141,12 @@ async def test_a_stream_is_refused_with_the_reason(foreign: AbstractChannel, url
     while not running.done():
         await foreign.basic_publish(b"x", routing_key="orders")
         await asyncio.wait([running], timeout=0.1)
-    with pytest.raises(QueueError, match="a stream is no queue"):
+    with pytest.raises(QueueError, match="a stream is not a queue"):
         await running
 
 
 def test_a_stream_is_not_made() -> None:
-    with pytest.raises(ConfigurationError, match="a stream is no queue"):
+    with pytest.raises(ConfigurationError, match="a stream is not a queue"):
         RabbitMQConsumer("orders", url="amqp://localhost", arguments={"x-queue-type": "stream"})
 
 

@@ -168,7 +168,7 @@ async def test_rows_of_any_content_cost_themselves_alone(where: str, tmp_path: P
     ("meta", "reason"),
     [
         ("oops", "cannot be read"),
-        ("[1, 2]", "no JSON object"),
+        ("[1, 2]", "not a JSON object"),
         (b"\x00\x01", "cannot be read"),
         ('{"id":"\\ud800"}', "cannot be read"),
         ('{"id":"a"},{"id":"b"}', "cannot be read"),
