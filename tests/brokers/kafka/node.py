@@ -29,7 +29,7 @@ from tests.brokers.kafka.tools import TOOL_JAVA, kafka_tool, leaders
 from tests.brokers.node import START_TIMEOUT, Cluster, Node
 from tests.brokers.processes import BrokerError
 
-SERVER_JAVA = ("java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError", "-Djava.awt.headless=true")
+SERVER_JAVA = ("java", "-Xmx512m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError", "-Djava.awt.headless=true")
 LOG = ("-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLogger.showDateTime=true")
 #: Seconds for formatting an empty directory; 1 on a quiet machine.
 FORMAT_TIMEOUT = 60.0
