@@ -162,6 +162,33 @@ def fail_batches(producer: Any, topic: str, partition: int, error: Exception) ->
         batch.failure(error)
 
 
+def abort_what_was_added(producer: Any) -> None:
+    """Have a transactional producer of the library abort what it has added to a transaction that fails.
+
+    Where one topic may not be written to, the library (0.14) forgets the other partitions: it would abort nothing,
+    and what was sent to them would be committed with the next transaction. Batches for partitions that are not added
+    yet it would send all the same, outside the transaction.
+    """
+    manager = producer._txn_manager
+    forget = manager.error_transaction
+
+    def error_transaction(error: Exception) -> None:
+        added, group, missing = (
+            {*manager._txn_partitions},
+            manager._txn_consumer_group,
+            {*manager.partitions_to_add()},
+        )
+        forget(error)
+        _look_at(manager.wait_for_transaction_end())
+        manager._txn_partitions |= added
+        manager.consumer_group_added(group)
+        refused = error.args[0] if isinstance(error, kafka.TopicAuthorizationFailedError) else ()
+        for topic, partition in missing:
+            fail_batches(producer, topic, partition, error if topic in refused else kafka.OperationNotAttempted())
+
+    manager.error_transaction = error_transaction
+
+
 def _look_at(future: asyncio.Future[Any]) -> None:
     if not future.cancelled():
         future.exception()

@@ -104,9 +104,11 @@ def _with(*fates: Fate) -> tuple[type[Exception], ...]:
 
 #: The broker refuses a whole batch for one of its records; the others are accepted without that one.
 RECORD_REFUSALS: Final = _with(Fate.RECORD)
+#: The broker refuses a batch for one of its records, or for its topic.
+BATCH_REFUSALS: Final = _with(Fate.RECORD, Fate.TOPIC)
 #: The broker takes no part of such a batch, whoever sends it again.
 REFUSALS: Final[tuple[type[Exception], ...]] = (
-    *_with(Fate.RECORD, Fate.TOPIC),
+    *BATCH_REFUSALS,
     kafka.ClusterAuthorizationFailedError,
     kafka.TransactionalIdAuthorizationFailed,
 )

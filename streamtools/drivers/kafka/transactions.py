@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.client import ConnectionGroup, CoordinationType
-from aiokafka.producer.transaction_manager import TransactionState
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
-from streamtools.drivers.kafka.client import abandoned, connection, next_number, rewind, started
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, RECORD_REFUSALS, REFUSALS, client_error, plain
+from streamtools.drivers.kafka.client import abandoned, abort_what_was_added, connection, next_number, rewind, started
+from streamtools.drivers.kafka.errors import BATCH_REFUSALS, CLIENT_ERRORS, RECORD_REFUSALS, client_error, plain
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, Portions, append, refused
 from streamtools.drivers.kafka.partitions import Partitions
 from streamtools.drivers.kafka.publisher import BATCH
@@ -41,6 +40,11 @@ _AGAIN: Final[tuple[type[Exception], ...]] = (
     kafka.RequestTimedOutError,
     kafka.KafkaConnectionError,
 )
+
+#: A batch was refused, by itself or with a topic beside it; the producer can abort and go on.
+_REFUSED: Final[tuple[type[Exception], ...]] = (*BATCH_REFUSALS, kafka.OperationNotAttempted)
+
+T = TypeVar("T")
 
 #: A producer id and its epoch.
 Identity = tuple[int, int]
@@ -85,7 +89,6 @@ class Transactional:
         self._id = transactional_id
         self._client_id = client_id
         self._identity = identity
-        self._own = identity is None  # nobody else ever has this id
         self._limit = settings.max_message + COPY_ROOM
         self._partitions = Partitions(settings)
         self._producer: Any = None
@@ -106,6 +109,7 @@ class Transactional:
             max_request_size=self._limit,
         )
         make_no_topics(producer.client)
+        abort_what_was_added(producer)
         if self._identity is not None:
             # The library then takes the id as its own instead of taking it over once more: another owner may
             # have done that meanwhile, and must not be fenced off by us.
@@ -153,22 +157,10 @@ class Transactional:
 
     async def abort(self) -> None:
         """Forget all of it; where that fails, Kafka does it when the id is taken over, or after `TIMEOUT`."""
-        forgotten = self._producer._txn_manager.state == TransactionState.ABORTABLE_ERROR
         try:
             await self._do(self._producer.abort_transaction())
-            if forgotten and self._own:
-                await self._undo()
         except StreamToolsError:
             self.broken = True
-
-    async def _undo(self) -> None:
-        """Have Kafka abort what the library has forgotten.
-
-        Where one topic may not be written to, the library forgets the others, too, and aborts nothing: what was sent
-        to them would be committed with the next transaction. Kafka aborts it when the id is taken over.
-        """
-        self.broken = True
-        await self._do(fence(self._producer.client, self._id, timeout=self._settings.request_timeout))
 
     async def close(self) -> None:
         """Let go at once; a transaction that is open is aborted by Kafka."""
@@ -179,15 +171,16 @@ class Transactional:
 
     # --- how --------------------------------------------------------------------------------------
 
-    async def _do(self, work: Any) -> None:
+    async def _do(self, work: Awaitable[T], *, spared: tuple[type[Exception], ...] = ()) -> T:
+        """Do it in time; whatever else than `spared` goes wrong, the producer is of no use any more."""
         try:
             async with asyncio.timeout(self._settings.request_timeout * 2):
-                await work
+                return await work
         except asyncio.CancelledError:
             self.broken = True
             raise
         except CLIENT_ERRORS as error:  # a TimeoutError is an OSError
-            self.broken = True
+            self.broken = self.broken or not isinstance(error, spared)
             raise self._lost(error) from error
 
     def _lost(self, error: BaseException) -> StreamToolsError:
@@ -201,33 +194,52 @@ class Transactional:
         """Batch after batch to one partition; one that is refused for a record of it goes in halves."""
         portions = Portions()
         waiting = deque(items)
-        while waiting and not self.broken:
+        while waiting and self._takes_more:
             batch, builder = self._build(waiting, portions, failed)
             if not batch:
                 continue
             number = next_number(self._producer, topic, partition)
-            try:
-                sent: list[Any] = []
-                await self._do(self._send_batch(builder, topic, partition, sent))
-            except ConnectionLost as lost:
-                error = lost.__cause__
-                if not isinstance(error, REFUSALS):
-                    raise
-                self.broken = False  # it was refused, plainly
-                rewind(self._producer, topic, partition, number)
-                if isinstance(error, RECORD_REFUSALS) and len(batch) > 1:
-                    portions.halve(len(batch))
-                    waiting.extendleft(reversed(batch))
-                    continue
-                for item in batch:
-                    item.refuse(error)
-                    failed[item.id] = error
-            else:
-                for position, item in enumerate(batch):
-                    item.partition, item.offset = partition, sent[0].offset + position
+            error = await self._send_batch(builder, topic, partition, batch)
+            if error is None:
+                continue
+            rewind(self._producer, topic, partition, number)
+            if isinstance(error, kafka.OperationNotAttempted):  # another topic was refused: nothing more is sent
+                return
+            if not isinstance(error, RECORD_REFUSALS):
+                batch += waiting
+                waiting.clear()
+            elif len(batch) > 1:
+                portions.halve(len(batch))
+                waiting.extendleft(reversed(batch))
+                continue
+            for item in batch:
+                item.refuse(error)
+                failed[item.id] = error
 
-    async def _send_batch(self, builder: Any, topic: str, partition: int, sent: list[Any]) -> None:
-        sent.append(await (await self._producer.send_batch(builder, topic, partition=partition)))
+    @property
+    def _takes_more(self) -> bool:
+        return not self.broken and bool(self._producer._txn_manager.is_in_transaction())
+
+    async def _send_batch(
+        self, builder: Any, topic: str, partition: int, batch: Sequence[Outgoing]
+    ) -> BaseException | None:
+        """Send it; why it was refused, where it was."""
+
+        async def send() -> int:
+            future = await self._producer.send_batch(builder, topic, partition=partition)
+            offset: int = (await future).offset
+            return offset
+
+        try:
+            offset = await self._do(send(), spared=_REFUSED)
+        except ConnectionLost as lost:
+            if isinstance(lost.__cause__, _REFUSED):
+                return lost.__cause__
+            raise
+        for item in batch:
+            item.partition, item.offset = partition, offset
+            offset += 1
+        return None
 
     def _build(
         self, waiting: deque[Outgoing], portions: Portions, failed: dict[str, BaseException]

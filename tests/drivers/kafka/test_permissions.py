@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
@@ -138,3 +139,62 @@ async def test_in_a_transaction_a_topic_that_may_not_be_written_to_is_named_too(
             async with producer.transaction():
                 await producer.send("y")
     assert [r.value for r in await records(strict.address, queue, committed=True)] == [b"y"]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["described", "hidden"])
+@pytest.mark.parametrize("bad", [{13}, {0, 29}, set(range(10, 20))], ids=["one", "first and last", "ten"])
+async def test_exactly_once_a_handler_that_sends_where_it_may_not_fails_alone(
+    strict: KafkaNode, allow: Allow, url: str, queue: str, bad: set[int], known: bool
+) -> None:
+    out, shut = f"{queue}.out", f"{queue}.shut"
+    await made(strict, queue, f"{queue}.error", f"{queue}.retry", out, shut)
+    await allowed_exactly_once(allow, queue, out)
+    if known:
+        await asyncio.to_thread(allow, "topic", shut, "Describe")
+    runs: Counter[int] = Counter()
+    async with KafkaProducer(out, url=url, declare=False) as good, KafkaProducer(shut, url=url, declare=False) as no:
+
+        async def handle(msg: int) -> None:
+            runs[msg] += 1
+            await good.send(b"%d" % msg + b" " * 40_000)  # of several batches
+            if msg in bad:
+                await no.send(msg)
+
+        async with KafkaProducer(queue, url=strict.url, declare=False) as sender:
+            await sender.send_many(range(30), partition=0)
+        consumer = KafkaConsumer(
+            queue, url=url, declare=False, error_queue="{queue}.error", exactly_once=True, concurrency=30
+        )
+        task = asyncio.create_task(consumer.run(BoundHandler(consumer, handle)))
+
+        async def is_done() -> bool:
+            return await has(strict, out, 30 - len(bad)) and await has(strict, f"{queue}.error", len(bad))
+
+        await eventually(is_done, timeout=60)
+        async with KafkaProducer(queue, url=strict.url, declare=False) as sender:
+            await sender.send_many(range(30, 35), partition=0)  # in transactions of the same id
+        await eventually(lambda: has(strict, out, 35 - len(bad)), timeout=60)
+        consumer.stop(10)
+        await task
+    outputs = [int(r.value) for r in await records(strict.address, out, committed=True)]
+    assert sorted(outputs) == [n for n in range(35) if n not in bad]
+    errors = await records(strict.address, f"{queue}.error", committed=True)
+    assert sorted(int(r.value) for r in errors) == sorted(bad)
+    for error in errors:
+        told = dict(error.headers)["ce_errormessage"]
+        assert b"TOPIC_AUTHORIZATION_FAILED" in told and shut.encode() in told
+    assert set(runs.values()) == {1}
+
+
+async def allowed_exactly_once(allow: Allow, queue: str, *outputs: str) -> None:
+    """What docs/protocols/kafka.md says that a consumer with exactly_once=True needs."""
+    await asyncio.to_thread(allow, "topic", queue, "Read")
+    await asyncio.to_thread(allow, "topic", f"{queue}.retry", "Read", "Write")
+    for topic in (f"{queue}.error", *outputs):
+        await asyncio.to_thread(allow, "topic", topic, "Write")
+    await asyncio.to_thread(allow, "group", queue, "Read")
+    await asyncio.to_thread(allow, "transactional-id", "*", "Write")
+
+
+async def has(strict: KafkaNode, topic: str, number: int) -> bool:
+    return len(await records(strict.address, topic, committed=True)) >= number
