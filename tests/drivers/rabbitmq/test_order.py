@@ -82,13 +82,14 @@ async def test_two_processes_keep_the_order_of_each_key_while_they_come_and_go(
 
     one = asyncio.create_task(work(40))
     async with Producer("orders", url=url) as sender:
-        await wait_until(lambda: True)
+        await sender.send(0)
+        await wait_until(lambda: done == [0])  # else the second one may be the first, and leave this one nothing
         two = asyncio.create_task(work(1000))
-        for n in range(100):
+        for n in range(1, 100):
             await sender.send(n)
         await wait_until(lambda: len(set(done)) >= 100)
     two.cancel()
-    await asyncio.gather(one, two, return_exceptions=True)
+    await asyncio.wait_for(asyncio.gather(one, two, return_exceptions=True), 30)
 
     assert done == list(range(100))
     assert not overlap
