@@ -4,6 +4,10 @@ Ours stand under the names of the CloudEvents 1.0 HTTP binding, binary mode (`ce
 A user header whose name and value can pass as they are is a plain header of its own name. The
 others travel together in `streamtools-headers`, percent-encoded as `name=value&name=value`, so
 that nothing a user writes can end a line, change the request, or be lost on the way.
+
+A proxy that sets or removes a header (`X-Forwarded-User`) knows nothing of what is packed. So a packed header whose
+name could be a plain one counts only where the plain one is there as well and says so: its value is then
+`streamtools-headers`. A proxy that removes or replaces that one has the last word.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from streamtools.wire import (
     KEY_BYTES,
     TEXT,
     TIMES,
+    VERSION,
     decode_meta,
     encode_meta,
     read_text,
@@ -35,8 +40,8 @@ CE_ATTEMPT: Final = PREFIX + ATTEMPT
 PACKED: Final = "streamtools-headers"
 #: CloudEvents 1.0 section 3.1: an event has a type and a source. They stand for "not said".
 UNSAID: Final = {"type": "streamtools.Message", "source": "urn:streamtools:anonymous"}
-#: Plain user headers of one message; more than these are packed (aiohttp's server takes 128 in all).
-PLAIN_LIMIT: Final = 64
+#: Headers of one message whose names are those of HTTP; our server takes a few more in all.
+PLAIN_LIMIT: Final = 1000
 #: Headers of the connection or of the body, which are no one's message.
 TRANSPORT: Final = frozenset(
     {"accept", "accept-charset", "accept-encoding", "accept-language", "accept-ranges", "connection"}
@@ -48,7 +53,9 @@ TRANSPORT: Final = frozenset(
 _NATIVE: Final = {"content-type": "content_type", "content-encoding": "content_encoding"}
 _OURS: Final = frozenset(
     PREFIX + name for name in (*TEXT.values(), *TIMES.values(), *ERROR_TEXT.values(), *ERROR_TIMES.values())
-) | {PREFIX + "specversion", PREFIX + KEY_BYTES, CE_ATTEMPT, PREFIX + ERROR_ATTEMPTS}
+) | {PREFIX + name for name in ("specversion", KEY_BYTES, ATTEMPT, VERSION, ERROR_ATTEMPTS)}
+#: Names that no plain header of a user's has: HTTP or we ourselves give them a meaning.
+_NEVER_PLAIN: Final = TRANSPORT | _OURS
 #: RFC 9110, section 5.6.2: a token.
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 #: Printable ASCII without a space at either end, where HTTP would trim it.
@@ -103,8 +110,8 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
     """The fields for `Message(...)`, and the user's headers, of a request.
 
     Attributes of CloudEvents that we do not know stay with the user's headers, without their percent-encoding. Of a
-    header that came several times, in whatever case, the values are joined by ", " (RFC 9110, section 5.3); what
-    came plain is not replaced by what was packed.
+    header that came several times, in whatever case, the values are joined by ", " (RFC 9110, section 5.3). What was packed
+    counts only where the plain header says so, or where its name is none that HTTP would deliver.
 
     Parameters:
         raw: as they came: aiohttp's parsed names have a case of their own.
@@ -129,7 +136,7 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
             value = _decode(value) if lower.startswith(PREFIX) else value
             user[name] = f"{user[name]}, {value}" if name in user else value
     if packed:
-        user.update(pair for pair in parse_qsl(packed, keep_blank_values=True) if pair[0].lower() not in spelled)
+        _unpack(packed, user, spelled)
     fields = decode_meta(meta, prefix=PREFIX) | native
     for name, value in UNSAID.items():
         if fields.get(name) == value:
@@ -137,29 +144,50 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
     return fields, user or NO_HEADERS
 
 
+def _unpack(packed: str, user: Headers, spelled: Mapping[str, str]) -> None:
+    """Add the packed headers to those that came plain.
+
+    Parameters:
+        spelled: the plain ones: names in lower case -> as they stand in `user`.
+    """
+    named = {lower for lower, name in spelled.items() if user[name] == PACKED}
+    # As they are looked up: the lower case of some letters beyond ASCII is an ASCII letter.
+    pairs = [(name, name.lower(), value) for name, value in parse_qsl(packed, keep_blank_values=True)]
+    for lower in named.intersection(lower for _, lower, _ in pairs):
+        del user[spelled[lower]]
+    for name, lower, value in pairs:
+        if lower in named or lower in _NEVER_PLAIN or _TOKEN.fullmatch(lower) is None:
+            user[name] = value
+
+
 def _add_user_headers(headers: dict[str, str], user: Mapping[str, str]) -> None:
     # Names that differ by case alone are one name to HTTP: they are packed, so that both arrive.
     times = Counter(name.lower() for name in user)
     packed = []
-    plain = 0
+    plain: set[str] = set()
     for name, value in user.items():
         lower = name.lower()
-        if plain < PLAIN_LIMIT and times[lower] == 1 and _passes(name, lower, value):
-            plain += 1
-            headers[name] = value
-        else:
-            packed.append(f"{quote(name, safe='')}={quote(value, safe='')}")
+        if lower not in _NEVER_PLAIN and _TOKEN.fullmatch(lower) is not None:
+            written = _written(name, value) if times[lower] == 1 else None
+            if lower not in plain:
+                headers[name if name.isascii() else lower] = PACKED if written is None else written
+                plain.add(lower)
+            if written is not None:
+                continue
+        packed.append(f"{quote(name, safe='')}={quote(value, safe='')}")
+    if len(plain) > PLAIN_LIMIT:
+        raise ConfigurationError(
+            f"HTTP carries up to {PLAIN_LIMIT} headers, and these are {len(plain)}: put data into the payload."
+        )
     if packed:
         headers[PACKED] = "&".join(packed)
 
 
-def _passes(name: str, lower: str, value: str) -> bool:
-    return (
-        lower not in TRANSPORT
-        and not lower.startswith(PREFIX)
-        and _TOKEN.fullmatch(name) is not None
-        and _PLAIN.fullmatch(value) is not None
-    )
+def _written(name: str, value: str) -> str | None:
+    """The value of a plain header; None where it cannot be one."""
+    if name.lower().startswith(PREFIX):
+        value = _encode(name, value)
+    return value if name.isascii() and _PLAIN.fullmatch(value) is not None else None
 
 
 def _encode(name: str, value: str) -> str:

@@ -16,6 +16,7 @@ from aiohttp.http import HttpProcessingError, RawRequestMessage
 from yarl import URL
 
 from streamtools.drivers.http import answers
+from streamtools.drivers.http.headers import PLAIN_LIMIT
 from streamtools.drivers.http.mailbox import Mailbox, attempt_of
 from streamtools.errors import ConfigurationError, ConnectError
 
@@ -23,6 +24,8 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: The longest header, in bytes: 64 KiB of user headers, percent-encoded, in one.
 MAX_FIELD: Final = 200 * 1024
+#: Headers of one request: those of the user, and those that we, the client and proxies add.
+MAX_HEADERS: Final = PLAIN_LIMIT + 128
 #: The longest request line, in bytes.
 MAX_LINE: Final = 64 * 1024
 #: Seconds that an idle connection, or one that sends no whole request, stays open.
@@ -153,6 +156,7 @@ class SharedServer:
             logger=_Quiet(),
             max_line_size=MAX_LINE,
             max_field_size=MAX_FIELD,
+            max_headers=MAX_HEADERS,
             keepalive_timeout=KEEP_ALIVE,
             lingering_time=LINGER,
         )  # fmt: skip

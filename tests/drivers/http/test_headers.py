@@ -111,9 +111,18 @@ def test_a_line_break_never_reaches_the_wire() -> None:
         assert not any("\r" in text or "\n" in text for item in encoded.items() for text in item)
 
 
-def test_more_headers_than_a_server_takes_are_packed() -> None:
-    encoded = plain({f"x-{n}": str(n) for n in range(1000)})
-    assert len(encoded) < PLAIN_LIMIT + 20
+async def test_as_many_headers_as_http_carries_arrive_and_more_are_a_clear_error() -> None:
+    received: list[Message] = []
+
+    async def handler(msg: Message) -> None:
+        received.append(msg)
+
+    headers = {f"x-{n}": str(n) for n in range(PLAIN_LIMIT)}
+    async with serving(handler) as consumer, producer_to(consumer) as producer:
+        await producer.send(b"", headers=headers)
+        with pytest.raises(ConfigurationError, match="up to 1000 headers"):
+            await producer.send(b"", headers={**headers, "one-more": ""})
+    assert [dict(message.headers) for message in received] == [headers]
 
 
 async def test_64_kib_of_the_worst_headers_pass() -> None:
@@ -124,7 +133,7 @@ async def test_64_kib_of_the_worst_headers_pass() -> None:
 
     async with serving(handler) as consumer, producer_to(consumer) as producer:
         assert (await producer.send(b"", headers=headers)).json() is True
-        short = {f"name-{n}": "v" * 20 for n in range(2000)}
+        short = {f"name-{n}": "v" * 50 for n in range(PLAIN_LIMIT)}
         assert (await producer.send(b"", headers=short)).json() is False
 
 
@@ -199,11 +208,43 @@ def test_names_that_differ_by_case_are_one_header_and_are_looked_up_in_any_case(
     assert (headers.get("X-C"), headers.get("X-C", "d"), "X-C" in headers) == (None, "d", False)
 
 
-def test_a_packed_header_does_not_replace_one_that_came_plain() -> None:
-    raw = [(PACKED.encode(), b"X-Forwarded-User=root&x-forwarded-user=root&X-B=1"), (b"X-Forwarded-User", b"ann")]
+PROXY = b"X-Forwarded-User"
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [b"X-Forwarded-User=root", b"x-forwarded-user=root", b"X-Forwarded-User=root%20", b"X-Forwarded-User=r%C3%B6ot"]
+    + [b"X-Forwarded-User=root&x-forwarded-user=root", b"X-%46orwarded-User=root", b"ce-authsubject=root"]
+    + ["X-Forwarded-\u017fer=root".encode(), b"Authorization=root", "X-Api-\u212aey=root".encode()],
+)
+@pytest.mark.parametrize("plain", [b"ann", b"", b"streamtools-headers, ann", None])
+def test_what_is_packed_never_counts_for_a_header_that_a_proxy_sets_or_removes(
+    packed: bytes, plain: bytes | None
+) -> None:
+    raw = [(PACKED.encode(), packed + b"&a%20b=1")]
+    raw += [(PROXY, plain), (b"Authorization", plain), (b"ce-authsubject", plain)] if plain is not None else []
     for order in (raw, raw[::-1]):
         _, headers = decode_headers(order)
-        assert headers == {"X-Forwarded-User": "ann", "X-B": "1"}
+        for name in ("X-Forwarded-User", "Authorization", "ce-authsubject"):
+            assert headers.get(name) == (None if plain is None else plain.decode())
+        assert (headers.get("X-Api-Key"), headers["a b"]) == (None, "1")
+
+
+@pytest.mark.parametrize("value", ["r\xf6ot", " root", "root ", "a\r\nb", "streamtools-headers", ""])
+@pytest.mark.parametrize("by", [{"x-user": b"ann"}, {}])
+def test_a_proxy_that_removes_or_replaces_a_header_of_ours_has_the_last_word(value: str, by: dict[str, bytes]) -> None:
+    sent = encode_headers(Message(body=b"", queue="q", id="1", headers={"X-User": value, "a b": "c"}))
+    _, whole = decode_headers([(name.encode(), text.encode()) for name, text in sent.items()])
+    assert whole == {"X-User": value, "a b": "c"}
+    kept = [(name.encode(), text.encode()) for name, text in sent.items() if name.lower() != "x-user"]
+    _, headers = decode_headers([*kept, *((name.encode(), text) for name, text in by.items())])
+    assert headers == {"a b": "c", **{name: text.decode() for name, text in by.items()}}
+
+
+def test_the_version_of_a_contract_is_no_header_of_the_users() -> None:
+    sent = encode_headers(Message(body=b"", queue="q", id="1", version=3))
+    fields, headers = decode_headers([(name.encode(), text.encode()) for name, text in sent.items()])
+    assert (fields["version"], dict(headers)) == (3, {})
 
 
 def test_names_of_ours_that_differ_by_case_arrive_both() -> None:

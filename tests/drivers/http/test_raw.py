@@ -43,7 +43,7 @@ async def ends(reader: asyncio.StreamReader) -> bool:
         b"POST /orders HTTP/1.1\r\nHost: x\r\nA: \x00\r\n\r\n",
         b"POST /" + b"x" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         b"POST /orders HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 300_000 + b"\r\n\r\n",
-        b"POST /orders HTTP/1.1\r\nHost: x\r\n" + b"A: x\r\n" * 500 + b"\r\n",
+        b"POST /orders HTTP/1.1\r\nHost: x\r\n" + b"A: x\r\n" * 1500 + b"\r\n",
         CHUNKED + b"zz\r\nabc\r\n0\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
