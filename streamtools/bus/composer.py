@@ -114,14 +114,16 @@ class Composer:
         Raises:
             ConfigurationError: it does not say where a reply is to go.
         """
-        if to.reply_to is None:
+        on_call = self._features.reply  # then the reply goes in the answer, whatever address is named
+        if to.reply_to is None and not on_call:
             raise ConfigurationError(
                 f"Message {to.id} has no reply-to, so it cannot be replied to; send to a queue by name: to=... "
                 "Where the sender waits on the line, as over HTTP, return the answer."
             )
         # Nobody may be waiting any more: a reply that reaches no queue is no failure of who replies.
+        target = to.queue if on_call or to.reply_to is None else to.reply_to
         answer = self._message(
-            payload, queue=to.reply_to, exchange=exchange or self.direct, intent="reply", mandatory=False, **fields
+            payload, queue=target, exchange=exchange or self.direct, intent="reply", mandatory=False, **fields
         )
         return answer.replace(causation_id=to.id, correlation_id=to.correlation_id or to.id)
 

@@ -177,10 +177,12 @@ class BusDispatch:
         return runs
 
     async def _reject_unknown(self, message: Message) -> None:
+        kind = "a message without a type" if message.type is None else repr(message.type)
+        if self._calls:  # the reason is the answer, and whoever asks is no one to list the contracts to
+            raise Reject(f"There is no handler for {kind} here.")
         raise Reject(
-            f"There is no handler for {'a message without a type' if message.type is None else repr(message.type)} "
-            f"here. {near(message.type or '', self._entries.known())} A handler whose first parameter is dict takes "
-            "what has no other."
+            f"There is no handler for {kind} here. {near(message.type or '', self._entries.known())} A handler whose "
+            "first parameter is dict takes what has no other."
         )
 
     # --- sending --------------------------------------------------------------------------------

@@ -26,6 +26,11 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds after which a request that was not handled is to be sent again.
 RETRY_AFTER: Final = 1
+#: Characters of a text in the answer to a refused request, and of a text in each of its problems.
+LONGEST: Final = 4000
+LONGEST_PART: Final = 500
+#: Problems that such an answer lists.
+PROBLEMS: Final = 10
 #: In place of aiohttp's, which names its version.
 SERVER: Final = "streamtools"
 
@@ -126,13 +131,23 @@ def _rejected(settlement: Settlement, message: Message) -> web.Response:
     if isinstance(error, BaseExceptionGroup):
         error = error.subgroup(Reject) and Reject()
     if isinstance(error, Reject) or settlement.error is None:
-        return respond(422, {"error": settlement.verdict.reason, "id": message.id})
+        return respond(422, {"error": _brief(settlement.verdict.reason), "id": message.id})
     # Not the error's own text: it is the log's, and may hold what no caller is to see.
     return respond(500, {"error": "The handler failed.", "id": message.id, "attempts": message.attempt})
 
 
 def _undecodable(error: DecodeError, message: Message) -> web.Response:
-    content: dict[str, Any] = {"error": str(error), "id": message.id}
+    content: dict[str, Any] = {"error": _brief(str(error)), "id": message.id}
     if not error.errors or any(e.get("type") == "json_invalid" for e in error.errors):
         return respond(400, content)
-    return respond(422, {**content, "errors": error.errors})
+    return respond(422, {**content, "errors": [_problem(each) for each in error.errors[:PROBLEMS]]})
+
+
+def _problem(problem: Mapping[str, Any]) -> dict[str, Any]:
+    """One problem, at a size that does not depend on the request's."""
+    parts = {name: _brief(value, LONGEST_PART) for name, value in problem.items()}
+    return parts | {"loc": [_brief(part, LONGEST_PART) for part in problem.get("loc", ())[:PROBLEMS]]}
+
+
+def _brief(value: Any, longest: int = LONGEST) -> Any:
+    return value if not isinstance(value, str) or len(value) <= longest else f"{value[:longest]}…"

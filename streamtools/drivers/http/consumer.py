@@ -12,7 +12,7 @@ from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.http.answers import answer
 from streamtools.drivers.http.mailbox import Call, Mailbox
-from streamtools.drivers.http.options import FEATURES, ConsumerOptions, check_queue, is_url
+from streamtools.drivers.http.options import FEATURES, ConsumerOptions, check_queue, is_url, refuse_reply
 from streamtools.drivers.http.producer import HTTPProducer
 from streamtools.drivers.http.server import SharedServer
 from streamtools.drivers.http.tls import server_context
@@ -72,6 +72,10 @@ class HTTPConsumer(Consumer, protocol="http"):
             raise ConfigurationError(
                 "A consumer has a queue's name, not a URL: the address is url=, host= and port=."
             )
+
+    @classmethod
+    def validate_reply(cls, queue: str) -> None:
+        refuse_reply()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.options.method} {self.endpoint}>"

@@ -110,8 +110,8 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
     """The fields for `Message(...)`, and the user's headers, of a request.
 
     Attributes of CloudEvents that we do not know stay with the user's headers, without their percent-encoding. Of a
-    header that came several times, in whatever case, the values are joined by ", " (RFC 9110, section 5.3). What was packed
-    counts only where the plain header says so, or where its name is none that HTTP would deliver.
+    header that came several times, in whatever case, the values are joined by ", " (RFC 9110, section 5.3). What was
+    packed counts only where the plain header says so, or where its name is none that HTTP would deliver.
 
     Parameters:
         raw: as they came: aiohttp's parsed names have a case of their own.

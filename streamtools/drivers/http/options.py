@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Never
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -69,6 +69,17 @@ def check_queue(queue: object) -> None:
     check_name(queue)
     if {".", ".."} & set(str(queue).split("/")):
         raise ConfigurationError(f"The queue name {queue!r} cannot be a path: clients take its '.' or '..' out.")
+
+
+def refuse_reply() -> Never:
+    """Say that no reply goes to an address: whoever can reach the port could have us call any other.
+
+    Raises:
+        ConfigurationError: always.
+    """
+    raise ConfigurationError(
+        "Over HTTP a reply goes in the answer to its request, not to an address: return it from the handler."
+    )
 
 
 def is_url(queue: object) -> bool:

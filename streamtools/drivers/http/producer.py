@@ -24,6 +24,7 @@ from streamtools.drivers.http.options import (
     SendOptions,
     check_queue,
     is_url,
+    refuse_reply,
 )
 from streamtools.drivers.http.tls import client_context
 from streamtools.drivers.http.troubles import passes
@@ -139,6 +140,10 @@ class HTTPProducer(Producer, protocol="http"):
     def validate_queue(cls, queue: str) -> None:
         check_queue(queue)
 
+    @classmethod
+    def validate_reply(cls, queue: str) -> None:
+        refuse_reply()
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.queue!r} at {self._base}>"
 
@@ -163,9 +168,7 @@ class HTTPProducer(Producer, protocol="http"):
         if message.deliver_at is not None and message.deliver_at > time.time():
             raise ConfigurationError("'http' holds no message back: send it later, or by a protocol with a broker.")
         if message.intent == "reply":
-            raise ConfigurationError(
-                "Over HTTP a reply goes in the answer to its request, not to an address: return it from the handler."
-            )
+            refuse_reply()
         method = options.method or self.options.method
         if options.content_type is not None:
             message = message.replace(content_type=options.content_type)

@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, field_validator
 
 from streamtools.drivers.http import HTTPConsumer, answers, mailbox
 from streamtools.errors import Reject
@@ -272,3 +273,46 @@ async def test_a_target_that_is_none_is_refused_and_its_connection_does_not_stay
         assert reply.status in (400, 404, 405)
         assert (await talk(consumer, request(body=b"10"))).status == 200
     assert not tracebacks
+
+
+class Thing(BaseModel):
+    kind: Literal["a", "b"]
+    sizes: list[int]
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def quote(cls, value: object) -> object:
+        if isinstance(value, str) and len(value) > 1:
+            raise ValueError(f"{value} is no kind")
+        return value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + b"{}," * 300_000 + b"{}]",
+        b'[{"sizes":[' + b'"x",' * 200_000 + b'"x"]}]',
+        b'[{"kind":"' + b"x" * 900_000 + b'"}]',
+        b'[{"sizes":{"' + b"k" * 900_000 + b'":1}}]',
+        b'["' + b"\xc3\xbc" * 400_000 + b'"]',
+        b"[" * 900_000,
+        b'{"a":' * 150_000,
+    ],
+)
+async def test_a_body_that_is_wrong_in_many_places_is_answered_in_a_few_kilobytes(body: bytes) -> None:
+    async def handler(msg: list[Thing]) -> None:
+        pass
+
+    async with serving(handler) as consumer:
+        reply = await talk(consumer, request(body=body, Content_Type="application/json"))
+    assert (reply.status in (400, 422), len(reply.body) < 20_000) == (True, True)
+    assert len(reply.json().get("errors", ())) <= answers.PROBLEMS
+
+
+async def test_what_a_handler_says_of_a_message_it_rejects_is_cut_in_the_answer() -> None:
+    async def reject(msg: str) -> None:
+        raise Reject(f"no: {msg}")
+
+    async with serving(reject) as consumer:
+        reply = await talk(consumer, request(body=b"\xc3\xbc" * 500_000, Content_Type="text/plain"))
+    assert (reply.status, len(reply.body) < 20_000) == (422, True)

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 
-from streamtools import Bus, MessageContext
+from streamtools import Bus, Command, MessageContext
 from streamtools.drivers.http import HTTPConsumer, HTTPProducer
 from streamtools.errors import ConfigurationError
 from streamtools.message import Message
 from streamtools.policy import Retry
 from tests.drivers.http.conftest import request, talk
 from tests.faults.waiting import wait_until
+
+
+class QuotePrice(Command):
+    pass
 
 
 @asynccontextmanager
@@ -60,6 +64,29 @@ async def reply_quote(msg: dict[str, Any], context: MessageContext) -> None:
 
 async def fail_quote(msg: dict[str, Any]) -> None:
     raise ConnectionError("no route to postgresql://app:S3cret@db")
+
+
+@pytest.mark.parametrize("kind", [HTTPConsumer, HTTPProducer])
+@pytest.mark.parametrize("address", ["orders", "http://127.0.0.1:9312/any/path?x=1", "//h/a", ""])
+def test_no_address_is_one_for_a_reply(kind: type[HTTPConsumer] | type[HTTPProducer], address: str) -> None:
+    with pytest.raises(ConfigurationError, match="return it from the handler"):
+        kind.validate_reply(address)
+
+
+async def test_a_handler_replies_to_who_waits_on_the_line_although_no_address_is_named() -> None:
+    async with running(reply_quote) as consumer:
+        reply = await talk(consumer, request(path="/quotes", body=b"{}", ce_intent="request"))
+    assert (reply.status, reply.body) == (200, b'{"price":6}')
+
+
+@pytest.mark.parametrize("kind", ["QuotePrise", "x" * 30_000])
+async def test_no_stranger_is_told_which_contracts_there_are(kind: str) -> None:
+    async def quote(msg: QuotePrice) -> int:
+        return 5
+
+    async with running(quote) as consumer:
+        reply = await talk(consumer, request(path="/quotes", body=b"{}", ce_type=kind))
+    assert (reply.status, b"QuotePrice" in reply.body, len(reply.body) < 5000) == (422, False, True)
 
 
 @pytest.mark.parametrize(
