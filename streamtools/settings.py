@@ -163,7 +163,8 @@ class RabbitMQSettings(ProtocolSettings):
         verify: check the server's certificate and host name.
         heartbeat: seconds between heartbeats.
         connect_timeout: seconds to wait for one connection attempt.
-        management_url: the management plugin's address, for listing queues; http://host:15672 when unset.
+        management_url: the management plugin's address, for listing queues; when unset http://host:15672, or with
+            TLS https://host:15671, with the same authority and certificate.
     """
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="RMQ_")
@@ -185,6 +186,16 @@ class RabbitMQSettings(ProtocolSettings):
     heartbeat: Annotated[int, Field(ge=0, le=65535)] = 30
     connect_timeout: Annotated[float, Field(gt=0)] = 10.0
     management_url: SecretStr | None = None
+
+    @field_validator("management_url")
+    @classmethod
+    def _check_management_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is None or not url.get_secret_value():
+            return None
+        if not _is_web_address(url.get_secret_value()):
+            # Not shown: it may hold a password.
+            raise ValueError(f"it is no web address: write https://host:15671 or http://host:15672. {ENCODED[:-1]}")
+        return url
 
     @classmethod
     def _from_parts(cls, parts: Any) -> dict[str, Any]:
@@ -409,6 +420,15 @@ class AsyncIOSettings(ProtocolSettings):
     @property
     def safe_url(self) -> str:
         return f"asyncio://{quote(self.name)}"
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        ends_at_host = "@" not in parts.path + parts.query + parts.fragment  # else a password is taken for the path
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and ends_at_host
+    except ValueError:  # a port that is no number, an unclosed bracket
+        return False
 
 
 def _address(text: str, default: int) -> tuple[str, int]:

@@ -75,6 +75,8 @@ class RabbitMQAddress(Address):
     broker: ClassVar[str] = "rabbitmq"
 
     management_url: str | None = None
+    #: Without a user in it.
+    management_tls_url: str | None = None
 
     def in_vhost(self, vhost: str) -> RabbitMQAddress:
         """The same broker, another virtual host."""

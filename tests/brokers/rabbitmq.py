@@ -37,6 +37,13 @@ ssl_options.verify = verify_peer
 ssl_options.fail_if_no_peer_cert = {require_client_cert}
 management.tcp.ip = 127.0.0.1
 management.tcp.port = {management_port}
+management.ssl.ip = 127.0.0.1
+management.ssl.port = {management_tls_port}
+management.ssl.cacertfile = {ca}
+management.ssl.certfile = {server_cert}
+management.ssl.keyfile = {server_key}
+management.ssl.verify = verify_peer
+management.ssl.fail_if_no_peer_cert = {require_client_cert}
 disk_free_limit.absolute = 50MB
 # The default of 512 MB is kept in memory, too, and weighs on small machines.
 raft.wal_max_size_bytes = 67108864
@@ -53,7 +60,7 @@ ERL_ARGS = (
 
 
 class RabbitMQNode(Node):
-    """One node with ports of its own: AMQP, AMQP over TLS, management, Erlang distribution.
+    """One node with ports of its own: AMQP and management, each plain and over TLS, and Erlang distribution.
 
     Parameters:
         home: shared by the nodes of a cluster; None makes one, which `close()` removes.
@@ -80,7 +87,7 @@ class RabbitMQNode(Node):
         super().__init__(home or ErlangHome(guarded=guarded, release=release), name, owns_home=home is None)
         self.source = self.home.release.source
         self.vhost = "/"
-        self.port, self.tls_port, self.management_port, self._dist_port = free_ports(4)
+        self.port, self.tls_port, self.management_port, self.management_tls_port, self._dist_port = free_ports(5)
         self._configure(peers, require_client_cert)
 
     # --- where it is ---------------------------------------------------------------------------------
@@ -93,6 +100,7 @@ class RabbitMQNode(Node):
             url=with_vhost(f"amqp://guest:guest@127.0.0.1:{self.port}/", self.vhost),
             tls_url=with_vhost(f"amqps://guest:guest@127.0.0.1:{self.tls_port}/", self.vhost),
             management_url=f"http://guest:guest@127.0.0.1:{self.management_port}",
+            management_tls_url=f"https://127.0.0.1:{self.management_tls_port}",
             ca=str(certificates.ca),
             cert=str(certificates.client_cert),
             key=str(certificates.client_key),
@@ -253,6 +261,7 @@ class RabbitMQNode(Node):
             port=self.port,
             tls_port=self.tls_port,
             management_port=self.management_port,
+            management_tls_port=self.management_tls_port,
             ca=certificates.ca,
             server_cert=certificates.server_cert,
             server_key=certificates.server_key,

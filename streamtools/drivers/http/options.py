@@ -53,7 +53,7 @@ def check_url(url: str) -> str:
             'headers={"Authorization": ...}.'
         )
     if not fine or any(ord(c) <= 32 or ord(c) == 127 for c in url):
-        raise ConfigurationError("The URL is not absolute, or it holds a space: write http://host:port/path.")
+        raise ConfigurationError("The URL is not absolute, or it holds a space: write https://host:port/path.")
     return url
 
 

@@ -42,6 +42,7 @@ from streamtools.options import Options
 from streamtools.policy import backoff
 from streamtools.producer import Producer, Receipt
 from streamtools.settings import HTTPSettings
+from streamtools.tls import warn_unverified
 
 #: Connections of one producer at most; further sends wait for one to be free.
 CONNECTIONS: Final = 1000
@@ -178,6 +179,8 @@ class HTTPProducer(Producer, protocol="http"):
             url = URL(options.endpoint)
         else:
             url = self._target if message.queue == self.queue else self._url_of(message.queue)
+        if not self.settings.verify and url.scheme == "https":
+            warn_unverified(self.settings, (url.host or "", url.port or 443))
         if method not in QUERY_METHODS or (query := _as_query(message)) is None:
             return _Request(method, url, headers, body, message.attempt)
         headers.pop("Content-Type", None)
@@ -190,6 +193,8 @@ class HTTPProducer(Producer, protocol="http"):
         if self._session is not None and not self._session.closed:
             return  # a connection that was lost is replaced by the session itself
         tls = await client_context(self.settings)
+        if self.settings.tls:
+            warn_unverified(self.settings, self.settings.address)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=tls),
             cookie_jar=aiohttp.DummyCookieJar(),

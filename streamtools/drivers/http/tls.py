@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import ssl
 
+from streamtools import tls
 from streamtools.errors import ConfigurationError
 from streamtools.settings import HTTPSettings
+from streamtools.tls import load_certificate
 
 
 async def server_context(settings: HTTPSettings) -> ssl.SSLContext | None:
@@ -37,33 +39,10 @@ async def client_context(settings: HTTPSettings) -> ssl.SSLContext | bool:
     """
     if settings.verify and not settings.cafile and not settings.certfile:
         return True
-    return await asyncio.to_thread(_client, settings)
+    return await tls.client_context(settings)
 
 
 def _server(settings: HTTPSettings) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    _load(context, settings)
+    load_certificate(context, settings.certfile or "", settings.keyfile)
     return context
-
-
-def _client(settings: HTTPSettings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.cafile)
-    except OSError as error:
-        raise ConfigurationError(f"cafile={settings.cafile!r} cannot be used: {error.strerror or error}.") from error
-    if not settings.verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if settings.certfile:
-        _load(context, settings)
-    return context
-
-
-def _load(context: ssl.SSLContext, settings: HTTPSettings) -> None:
-    try:
-        context.load_cert_chain(settings.certfile or "", settings.keyfile)
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigurationError(
-            f"certfile={settings.certfile!r} with keyfile={settings.keyfile!r} cannot be used: "
-            f"{error.strerror or error}."
-        ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -19,8 +18,9 @@ from aiokafka.structs import PartitionMetadata
 from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error, connect_error
 from streamtools.drivers.kafka.reach import quieten
-from streamtools.errors import ConfigurationError, ConnectError
+from streamtools.errors import ConnectError
 from streamtools.settings import KafkaSettings
+from streamtools.tls import client_context, warn_unverified
 
 #: Milliseconds between two attempts of the library at one request.
 BACKOFF: Final = 100
@@ -68,7 +68,8 @@ async def security(settings: KafkaSettings) -> dict[str, Any]:
     protocol = "SSL" if settings.tls else "PLAINTEXT"
     arguments: dict[str, Any] = {"security_protocol": protocol}
     if settings.tls:
-        arguments["ssl_context"] = await asyncio.to_thread(_context, settings)
+        warn_unverified(settings, *settings.addresses)
+        arguments["ssl_context"] = await client_context(settings)
     if settings.username is not None:
         arguments |= {
             "security_protocol": "SASL_SSL" if settings.tls else "SASL_PLAINTEXT",
@@ -263,22 +264,3 @@ async def _try(settings: KafkaSettings, host: str, port: int, arguments: dict[st
     except CLIENT_ERRORS as error:  # a TimeoutError is an OSError
         return connect_error(error, settings, f"{host}:{port}")
     return None
-
-
-def _context(settings: KafkaSettings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.cafile)
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigurationError(f"cafile={settings.cafile!r} cannot be used: {error.strerror or error}.") from error
-    if not settings.verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if settings.certfile:
-        try:
-            context.load_cert_chain(settings.certfile, settings.keyfile)
-        except OSError as error:
-            raise ConfigurationError(
-                f"certfile={settings.certfile!r} with keyfile={settings.keyfile!r} cannot be used: "
-                f"{error.strerror or error}."
-            ) from error
-    return context

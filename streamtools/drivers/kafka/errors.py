@@ -157,10 +157,10 @@ def connect_error(error: BaseException, settings: KafkaSettings, where: str) -> 
         )
     if isinstance(error, OSError) and not isinstance(error, ConnectionResetError):
         return ConnectError(f"Kafka at {where} cannot be reached: {plain(error)}. Check KAFKA_HOST or the URL.")
-    hint = "it may not speak TLS there: write kafka://" if settings.tls else "if it wants TLS write kafkas://"
+    hint = "check that the port is that of its TLS listener" if settings.tls else "if it wants TLS write kafkas://"
     return ConnectError(
         f"Kafka at {where} closed the connection: {plain(error).rstrip('.')}; {hint}, and if it wants a user "
-        "kafka://user:password@host."
+        f"{'kafkas' if settings.tls else 'kafka'}://user:password@host."
     )
 
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final
-from urllib.parse import quote, unquote, urlsplit
+from typing import Any, ClassVar
+from urllib.parse import quote
 
-import aiohttp
 from aiormq.exceptions import ChannelNotFoundEntity
 
 from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.rabbitmq import errors
 from streamtools.drivers.rabbitmq.connections import Place, Receiving, receiving
 from streamtools.drivers.rabbitmq.link import Link
+from streamtools.drivers.rabbitmq.management import Management
 from streamtools.drivers.rabbitmq.reader import RabbitMQReader
 from streamtools.drivers.rabbitmq.topology import MakingOptions, Topology, error_queue, missing, work_queue
-from streamtools.errors import ConnectError, StreamToolsError
+from streamtools.errors import StreamToolsError
 from streamtools.exchange import Binding
 from streamtools.options import QUEUE_OPTIONS, read_options
 from streamtools.queues import QueueInfo
 from streamtools.settings import RabbitMQSettings
-
-#: Seconds for one answer of the management API.
-TIMEOUT: Final = 10.0
-PORT: Final = 15672
 
 
 class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
@@ -53,7 +48,7 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
 
     async def _list(self) -> Sequence[QueueInfo]:
         path = f"queues/{quote(self.settings.vhost, safe='')}?disable_stats=false&enable_queue_totals=true"
-        return [_info(row) for row in await self._manage(path)]
+        return [_info(row) for row in await Management(self.settings).get(path)]
 
     async def _create(self, queue: str, options: dict[str, Any]) -> None:
         declare_options, _ = read_options(
@@ -105,54 +100,6 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
             raise missing(queue, link.where) from error
         except errors.CLIENT_ERRORS as error:
             raise errors.channel_error(error, link.where) from error
-
-    async def _manage(self, path: str) -> Any:
-        base, login = self._management()
-        where = f"http API of RabbitMQ at {urlsplit(base).netloc.rpartition('@')[2]}"
-        try:
-            async with (
-                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as session,
-                session.get(f"{base}/api/{path}", headers={"Authorization": login}) as answer,
-            ):
-                if answer.status != 200:
-                    raise ConnectError(_refusal(answer.status, where, self.settings.username), permanent=True)
-                return await answer.json()
-        except ConnectError:  # an OSError too
-            raise
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ConnectError(
-                f"The {where} does not answer: {_words(error)}. Listing queues needs the management plugin "
-                "(rabbitmq-plugins enable rabbitmq_management); name its address with management_url= or "
-                "RMQ_MANAGEMENT_URL."
-            ) from error
-
-    def _management(self) -> tuple[str, str]:
-        """The API's address without a user in it, and the Authorization header."""
-        given = self.settings.management_url
-        host = self.settings.addresses[0][0]
-        parts = urlsplit(given.get_secret_value() if given is not None else f"http://{_bracketed(host)}:{PORT}")
-        user = unquote(parts.username) if parts.username else self.settings.username
-        password = unquote(parts.password) if parts.password else self.settings.password.get_secret_value()
-        login = base64.b64encode(f"{user}:{password}".encode()).decode()
-        netloc = parts.netloc.rpartition("@")[2]
-        return f"{parts.scheme}://{netloc}{parts.path.rstrip('/')}", f"Basic {login}"
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _refusal(status: int, where: str, user: str) -> str:
-    if status == 401:
-        return f"The {where} refuses the user {user!r}: it needs the tag management (rabbitmqctl set_user_tags)."
-    return f"The {where} answered {status}."
-
-
-def _words(error: Exception) -> str:
-    # Of a connection that fails aiohttp shows all that it knows, in its own terms.
-    if isinstance(error, TimeoutError):
-        return f"within {TIMEOUT:g} s"
-    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _info(row: dict[str, Any]) -> QueueInfo:

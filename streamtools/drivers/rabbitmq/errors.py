@@ -134,7 +134,7 @@ def connect_error(error: BaseException, settings: RabbitMQSettings, where: str, 
     if isinstance(error, AMQPError):
         return ConnectError(
             f"RabbitMQ at {where} ended the connection before it was open. Does a RabbitMQ listen there, and is it "
-            "up? Its port is 5672 for amqp://, 5671 for amqps://."
+            f"up? Its port is {'5671 for amqps' if settings.tls else '5672 for amqp'}://."
         )
     why = (isinstance(error, OSError) and error.strerror) or plain(error)
     return ConnectError(

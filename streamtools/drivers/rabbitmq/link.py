@@ -19,8 +19,9 @@ from yarl import URL
 from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.rabbitmq.channel import FrameReader, HotChannel
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, connect_error, lost
-from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost
+from streamtools.errors import ConnectError, ConnectionLost
 from streamtools.settings import RabbitMQSettings
+from streamtools.tls import client_context, warn_unverified
 
 T = TypeVar("T")
 
@@ -354,7 +355,9 @@ async def open_link(settings: RabbitMQSettings, name: str) -> Link:
         ConnectError: none answers, or one refuses us for good (permanent=True).
         ConfigurationError: a certificate file cannot be read.
     """
-    context = await asyncio.to_thread(_context, settings) if settings.tls else None
+    context = await client_context(settings) if settings.tls else None
+    if settings.tls:
+        warn_unverified(settings, *settings.addresses)
     failures: list[ConnectError] = []
     for host, port in settings.addresses:
         link = Link(f"{host}:{port}", settings.heartbeat, partial(open_link, settings, name))
@@ -389,22 +392,6 @@ def _url(settings: RabbitMQSettings, host: str, port: int) -> URL:
         path="/" + settings.vhost,
         query={"heartbeat": str(settings.heartbeat)},
     )
-
-
-def _context(settings: RabbitMQSettings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.cafile)
-        if settings.certfile:
-            context.load_cert_chain(settings.certfile, settings.keyfile)
-    except (OSError, ssl.SSLError) as error:
-        files = ", ".join(f for f in (settings.cafile, settings.certfile, settings.keyfile) if f)
-        raise ConfigurationError(
-            f"The TLS files cannot be used ({files}): {error}. cafile=, certfile= and keyfile= name files in PEM."
-        ) from error
-    if not settings.verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:
