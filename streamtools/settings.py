@@ -352,6 +352,7 @@ class HTTPSettings(ProtocolSettings):
         verify: check the server's certificate and host name.
         timeout: seconds for one request and its answer; for a consumer, for one body to arrive.
         max_body: the largest request body that a consumer takes, in bytes.
+        max_answer: the largest body of an answer that a producer reads, in bytes, compressed or not.
     """
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="HTTP_")
@@ -368,6 +369,7 @@ class HTTPSettings(ProtocolSettings):
     verify: bool = True
     timeout: Annotated[float, Field(gt=0)] = 30.0
     max_body: Annotated[int, Field(gt=0)] = 1024 * 1024
+    max_answer: Annotated[int, Field(gt=0)] = 16 * 1024 * 1024
 
     @classmethod
     def _from_parts(cls, parts: Any) -> dict[str, Any]:

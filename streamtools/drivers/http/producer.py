@@ -16,6 +16,7 @@ from pydantic_core import from_json
 from yarl import URL
 
 from streamtools import codec
+from streamtools.bodies import TooLarge, is_undone, undone
 from streamtools.drivers.http.headers import CE_ATTEMPT, encode_headers
 from streamtools.drivers.http.options import (
     FEATURES,
@@ -49,11 +50,15 @@ CONNECTIONS: Final = 1000
 #: Seconds to wait for one connection to be made.
 CONNECT_TIMEOUT: Final = 10.0
 #: The longest header of an answer, in bytes.
-MAX_FIELD: Final = 64 * 1024
+MAX_FIELD: Final = 16 * 1024
+#: Encodings of an answer that are decompressed here, up to a limit.
+ENCODINGS: Final = "gzip, deflate"
 #: Seconds before `send_timeout` is over at which we say so ourselves: we know more than the base.
 MARGIN: Final = 0.05
 #: The most of an answer that an error's text quotes, in characters.
 EXCERPT: Final = 200
+#: The longest text that is read as a time, in characters.
+TIME_LENGTH: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +203,8 @@ class HTTPProducer(Producer, protocol="http"):
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=tls),
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": "streamtools"},
+            headers={"User-Agent": "streamtools", "Accept-Encoding": ENCODINGS},
+            auto_decompress=False,  # aiohttp's knows no limit for the whole of it
             skip_auto_headers=["Content-Type"],
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
             max_field_size=MAX_FIELD,
@@ -269,7 +275,8 @@ class HTTPProducer(Producer, protocol="http"):
                     request.method, request.url, headers=request.headers, data=request.body or None,
                     allow_redirects=False,
                 ) as response:  # fmt: skip
-                    return response.status, response.headers, await response.read()
+                    body = await self._read(response, where, message)
+                    return response.status, response.headers, body
         except aiohttp.ConnectionTimeoutError as error:
             raise ConnectError(f"{where}: no connection within {CONNECT_TIMEOUT:g} s.") from error
         except TimeoutError as error:
@@ -284,6 +291,26 @@ class HTTPProducer(Producer, protocol="http"):
             if self._session is None:
                 raise self._was_closed() from error
             raise ConnectionLost(f"{where}: the connection ended before the answer: {error}.") from error
+
+    async def _read(self, response: aiohttp.ClientResponse, where: str, message: Message) -> bytes:
+        """The body of an answer; of one that is too large, or is not encoded as it says, none if it is an error's."""
+        limit = self.settings.max_answer
+        body = bytearray()
+        try:
+            while chunk := await response.content.readany():
+                body += chunk
+                if len(body) > limit:
+                    raise TooLarge("The body is too large.")
+            encoding = response.headers.get("Content-Encoding", "")
+            return undone(bytes(body), encoding, limit) if is_undone(encoding) else bytes(body)
+        except DecodeError as error:
+            if not 200 <= response.status < 300:
+                return b""
+            why = f"over {limit} bytes (max_answer=)" if isinstance(error, TooLarge) else f"unreadable: {error}"
+            raise SendError(
+                f"{where} was answered {response.status}, so the message was taken, but the answer is {why}.",
+                unknown=[message.id],
+            ) from error
 
     async def _pause(self, delay: float) -> None:
         try:
@@ -333,7 +360,7 @@ def _shown(url: URL) -> str:
 
 def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds to wait (RFC 9110, section 10.2.3: a number, or a date); 0 when nothing is said."""
-    text = headers.get("Retry-After", "").strip()
+    text = headers.get("Retry-After", "")[:TIME_LENGTH].strip()
     if text.isascii() and text.isdigit() and len(text) < 10:
         return float(text)
     try:
@@ -351,13 +378,19 @@ def _next_attempt(headers: Mapping[str, str], attempt: int) -> int:
 def _response_error(
     message: Message, request: _Request, status: int, headers: Mapping[str, str], body: bytes
 ) -> ResponseError:
-    why = body[: 4 * EXCERPT].decode("utf-8", "replace")[:EXCERPT]
+    why = _printable(body[: 4 * EXCERPT].decode("utf-8", "replace"))
     if 300 <= status < 400:
-        why = f"redirects are not followed; send to {headers.get('Location', 'its new address')} instead"
+        where = _printable(headers.get("Location", "its new address").partition("?")[0])
+        why = f"redirects are not followed; send to {where} instead"
     return ResponseError(
         f"{request.method} {_shown(request.url)} was answered {status}{': ' if why else ''}{why}",
         status=status, headers=headers, body=body, refused=[message.id],
     )  # fmt: skip
+
+
+def _printable(text: str) -> str:
+    """The beginning of what a peer wrote, so that it cannot forge a line of a log or steer a terminal."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:EXCERPT])
 
 
 def _not_held(batch: Sequence[Message], sending: _Sending, position: int) -> tuple[str, ...]:
