@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from streamtools import codec
-from streamtools.errors import ConfigurationError
 from streamtools.message import Message
 from streamtools.outbox import Outbox
+from streamtools.replies import ReplyRule
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -29,31 +29,30 @@ def is_request(message: Message, result: Any) -> bool:
 class RouteAnswers:
     """Puts the result of a routed handler into its outbox if the message is a request.
 
-    The sender of the message chose the address. It has to be a queue, and a wrong one does not fail the handler.
+    The sender of the message chose the address. A wrong one does not fail the handler.
 
     Parameters:
         place: the consumer's, which carries the answer with its acknowledgement.
-        check: raises if a text is not a queue's name.
+        rule: decides whether the address may get an answer.
         source: who answers.
     """
 
-    def __init__(self, place: object, check: Callable[[str], None], source: str | None) -> None:
+    def __init__(self, place: object, rule: ReplyRule, source: str | None) -> None:
         self.place = place
-        self._check = check
+        self._rule = rule
         self._source = source
 
     def __call__(self, box: Outbox, message: Message, result: Any) -> None:
         """Answer, or log why that is not possible."""
-        if box.replied or not is_request(message, result):
+        if box.replied or not is_request(message, result) or not self._rule.allows(message):
             return
         try:
             box.add(self, self._reply(box, message, result))
-        except (ConfigurationError, TypeError) as error:
+        except TypeError as error:
             log.warning("Message %s of %r is not answered: %s", message.id, message.queue, error)
 
     def _reply(self, box: Outbox, message: Message, result: Any) -> Message:
         target = message.reply_to or ""
-        self._check(target)
         body, content_type = codec.encode(result)
         return Message(
             body=body,

@@ -32,6 +32,7 @@ from streamtools.loop import Ack, Finished, Loop, Source
 from streamtools.options import Options
 from streamtools.policy import Retry, backoff, check_retry, error_queue_of
 from streamtools.registry import Registry
+from streamtools.replies import ReplyRule
 from streamtools.settling import Dispatch, OneSettlement
 from streamtools.threads import Threads
 from streamtools.types import ErrorHandler, Handler, Middleware
@@ -559,7 +560,16 @@ class Consumer(Endpoint):
         """Answers requests with the result of a routed handler; None if the answer comes on the same call."""
         if self.features.reply or self.ack != "after":
             return None
-        return RouteAnswers(self.place, self.validate_reply, self.client_id)
+        return RouteAnswers(self.place, self.reply_rule(), self.client_id)
+
+    def reply_rule(self, patterns: Sequence[str] | None = None) -> ReplyRule:
+        """Decides where replies to this queue's messages may go.
+
+        Parameters:
+            patterns: one of them must fit the address; None for any queue that takes replies.
+        """
+        never = [error_queue_of(self.error_queue, self.queue)] if self.features.error_queue else []
+        return ReplyRule(self.validate_reply, patterns, never)
 
     def _check(self) -> None:
         check_count("prefetch", self.prefetch)

@@ -29,6 +29,7 @@ from streamtools.features import Features
 from streamtools.message import ErrorDetails, Message
 from streamtools.outbox import Outbox, outbox, send_all
 from streamtools.policy import Retry, checked, describe, error_copy, retry_copy
+from streamtools.replies import lost_replies
 from streamtools.types import ErrorHandler, Handler, Middleware
 from streamtools.verdicts import ACK, DROP, RELEASE, Kind, Verdict
 
@@ -265,13 +266,13 @@ class Dispatcher:
         """
         named = frozenset((*error.refused, *error.unfit))
         refused = [m for m in settlement.outgoing if m.id in named]
-        if settlement.verdict.kind is not Kind.ACK or not refused:
-            return settlement
         message = settlement.delivery.message
-        if all(m.intent == "reply" for m in refused):
+        if lost := lost_replies(settlement.outgoing, error):
             log.warning("The reply to message %s of %r is not sent: %s", message.id, message.queue, error)
             rest = self.left(settlement, error)
-            return replace(rest, outgoing=tuple(m for m in rest.outgoing if m.id not in named))
+            return replace(rest, outgoing=tuple(m for m in rest.outgoing if m.id not in lost))
+        if settlement.verdict.kind is not Kind.ACK or not refused:
+            return settlement
         return self.settlement(settlement.delivery, message, await self.decide(message, error), error)
 
     def left(self, settlement: Settlement, error: SendError) -> Settlement:

@@ -16,6 +16,7 @@ from streamtools.eventloops import LoopBound, at_end, forget
 from streamtools.features import Features
 from streamtools.options import QUEUE_OPTIONS, Options, parameters, read_options
 from streamtools.policy import backoff_within
+from streamtools.replies import check_not_ours
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -119,12 +120,13 @@ class Endpoint(LoopBound):
 
     @classmethod
     def validate_reply(cls, queue: str) -> None:
-        """Check where a reply is to go, which another program may have chosen.
+        """Check where a reply is to go, which another program has chosen: the one rule about such addresses.
 
         Raises:
-            ConfigurationError: it cannot be a queue.
+            ConfigurationError: it cannot be a queue, or is one that takes no replies.
         """
         cls.validate_queue(queue)
+        check_not_ours(queue)
 
     # --- connecting -----------------------------------------------------------------------------
 

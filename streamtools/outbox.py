@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import blake2b
+from secrets import token_bytes
 from typing import Any, Final, Protocol
 
+from streamtools.errors import SendError
 from streamtools.message import Message
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: The key of request ids, the process's own.
+_SECRET: Final = token_bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +120,9 @@ class Outbox:
         self._numbers[queue] += 1
         incoming = self.incoming
         seed = f"{incoming.id}\n{incoming.queue}\n{self._handler}\n{queue}\n{self._numbers[queue]}\n"
-        return blake2b(seed.encode("utf-8", "surrogatepass") + question, digest_size=16).hexdigest()
+        # Whoever knows the id of a request can answer it: another process must not work it out.
+        key = _SECRET if question else b""
+        return blake2b(seed.encode("utf-8", "surrogatepass") + question, digest_size=16, key=key).hexdigest()
 
 
 class Sent:
@@ -161,5 +171,16 @@ async def send_all(box: Outbox, place: object = None) -> list[Message]:
         else:
             others.append((sender, messages))
     for sender, messages in others:
-        await sender.send_now(messages)
+        await _send_now(sender, messages)
     return carried
+
+
+async def _send_now(sender: Sender, messages: list[Message]) -> None:
+    replies = [message for message in messages if message.intent == "reply"]
+    if rest := [message for message in messages if message.intent != "reply"] if replies else messages:
+        await sender.send_now(rest)
+    if replies:
+        try:
+            await sender.send_now(replies)
+        except SendError as error:  # whoever asked gave the address: no failure of the handler
+            log.warning("The reply to message %s is not sent: %s", replies[0].causation_id, error)

@@ -27,8 +27,9 @@ from streamtools.errors import ConfigurationError
 from streamtools.eventloops import PerLoop
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.options import QUEUE_OPTIONS
-from streamtools.policy import Retry, check_retry
+from streamtools.policy import Retry, check_retry, error_queue_of
 from streamtools.producer import Producer, Receipt
+from streamtools.replies import ReplyRule, check_patterns
 from streamtools.runner import ConsumerRunner
 from streamtools.threads import Threads
 from streamtools.types import ErrorHandler, Handler, Middleware
@@ -71,6 +72,9 @@ class Bus(Verbs):
         client_id: this service's name, where the broker shows connections, and as the source of messages.
         send_timeout: seconds for which sending is tried through reconnects.
         content_type: what payloads are encoded as, by a codec of `register_codec`; JSON when None.
+        replies: patterns, such as "*.replies.*", one of which the address in a message must fit to get a reply; any
+            queue that the protocol has may get one when None.
+        failure_texts: a request that failed is answered with the text of the error, and not only with its class.
         options: further parameters for the queue's consumer, as for `Consumer`.
 
     Raises:
@@ -94,6 +98,8 @@ class Bus(Verbs):
         client_id: str | None = None,
         send_timeout: float = 30.0,
         content_type: str | None = None,
+        replies: Iterable[str] | None = None,
+        failure_texts: bool = False,
         **options: Any,
     ) -> None:
         self.queue = queue
@@ -111,7 +117,10 @@ class Bus(Verbs):
         self._entries = Entries(queue, self._topic)
         self._provided: dict[type, Any] = {}
         self._sender = self._make_sender(url)
-        self._composer = Composer(client_id or queue, queue, self._sender, content_type)
+        self._failure_texts = failure_texts
+        self._composer = Composer(
+            client_id or queue, queue, self._sender, content_type, replies=self._reply_rule(check_patterns(replies))
+        )
         self._subscriptions: dict[Binding, None] = dict.fromkeys(bindings_of(subscriptions, self._topic))
         self._check()
         self._connections = PerLoop(self._make_connections)
@@ -415,6 +424,7 @@ class Bus(Verbs):
             together=consumer.ack == "after",
             calls=consumer.features.reply,
             holds=self._style is not None and consumer.features.delay,
+            failure_texts=self._failure_texts,
         )
 
     # --- small things ---------------------------------------------------------------------------
@@ -422,6 +432,11 @@ class Bus(Verbs):
     def _make_sender(self, url: str | ProtocolSettings | None) -> Producer:
         name, client_id = self.queue or "streamtools", self._options["client_id"]
         return Producer(name, url=url, declare=False, client_id=client_id, send_timeout=self._send_timeout)
+
+    def _reply_rule(self, patterns: tuple[str, ...] | None) -> ReplyRule:
+        name = self._options.get("error_queue", "error")
+        never = [error_queue_of(name, self.queue)] if self.queue is not None else []
+        return ReplyRule(self._sender.validate_reply, patterns, never)
 
     def _make_connections(self) -> Connections:
         name = self._options["client_id"] or self.queue or "streamtools"

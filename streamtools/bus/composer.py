@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from secrets import token_hex
 from typing import Any, Final, Literal
 
 from streamtools import codec
@@ -17,6 +18,7 @@ from streamtools.exchange import TOPIC, Exchange
 from streamtools.message import NO_HEADERS, Message, ids
 from streamtools.outbox import current_outbox
 from streamtools.producer import Producer
+from streamtools.replies import ReplyRule
 from streamtools.wire import checked_key
 
 Intent = Literal["command", "event", "request", "reply"]
@@ -30,7 +32,7 @@ class Failure:
 
     Attributes:
         exception: the class name of what it raised.
-        reason: the text of it.
+        reason: the text of it; empty where the service does not tell it.
     """
 
     exception: str = ""
@@ -44,17 +46,24 @@ class Composer:
         source: who sends: the bus's client_id or its queue.
         queue: where replies that no request awaits are to go; None for a bus that only sends.
         sender: what carries them.
+        replies: decides where replies may go; the sender's rule when None.
         content_type: what payloads are encoded as; None for JSON, text and bytes by what they are.
     """
 
     def __init__(
-        self, source: str | None, queue: str | None, sender: Producer, content_type: str | None = None
+        self,
+        source: str | None,
+        queue: str | None,
+        sender: Producer,
+        content_type: str | None = None,
+        *,
+        replies: ReplyRule | None = None,
     ) -> None:
         self.source = source
         self.queue = queue
         self._protocol = sender.protocol
         self._features = sender.features
-        self._check_queue = sender.validate_reply
+        self._replies = replies or ReplyRule(sender.validate_reply)
         codec.check_content_type(content_type)
         self._content_type = content_type
         self.new_id: Callable[[], str] = ids()
@@ -127,13 +136,9 @@ class Composer:
         )
         return answer.replace(causation_id=to.id, correlation_id=to.correlation_id or to.id)
 
-    def check_reply(self, to: Message) -> None:
-        """Check that a message can be replied to: its sender chose the address.
-
-        Raises:
-            ConfigurationError: the address is not a queue.
-        """
-        self._check_queue(to.reply_to or "")
+    def may_reply(self, to: Message) -> bool:
+        """Whether a reply may go where this message says, which its sender chose; logs why not."""
+        return self._replies.allows(to)
 
     # --- the parts ------------------------------------------------------------------------------
 
@@ -199,8 +204,12 @@ class Composer:
         type, version = _named(payload, type)  # noqa: A001
         incoming, box = _incoming(), current_outbox()
         now = time.time()
-        question = f"{queue}\n{type}\n".encode() + body if intent == "request" else b""
-        id = (box.id(queue, question) if box is not None else None) or self.new_id()  # noqa: A001
+        asks = intent == "request"
+        question = f"{queue}\n{type}\n".encode() + body if asks else b""
+        # Whoever knows a request's id can answer it: nobody is to guess it from another's.
+        id = (box.id(queue, question) if box is not None else None) or (  # noqa: A001
+            token_hex(16) if asks else self.new_id()
+        )
         return Message(
             body=body,
             queue=queue,

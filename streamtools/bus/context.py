@@ -124,11 +124,13 @@ class MessageContext:
     ) -> Sent:
         """Answer the sender; parameters as for `Bus.reply`.
 
+        Where the sender's address may get no reply, the answer is dropped, with a line in the log.
+
         Raises:
             ConfigurationError: the message does not say where a reply is to go.
         """
         answer = self._composer.reply(self.message, payload, exchange=exchange, headers=headers, type=type)
-        sent = self._add(answer)
+        sent = self._add(answer) if self._composer.may_reply(self.message) else Sent(answer)
         if self._outbox is not None:
             self._outbox.replied = True
         return sent

@@ -15,10 +15,11 @@ from streamtools.bus.entries import Entries, Entry, of_class
 from streamtools.delivery import Delivery, Settlement
 from streamtools.dispatch import Answer, Dispatcher, chain
 from streamtools.envelope import event_type
-from streamtools.errors import ConfigurationError, Reject, SendError, near
+from streamtools.errors import Reject, SendError, near
 from streamtools.message import Message
 from streamtools.outbox import Outbox, Sender
 from streamtools.policy import describe
+from streamtools.replies import lost_replies
 from streamtools.threads import Threads
 from streamtools.types import Handler, Middleware
 from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
@@ -58,6 +59,7 @@ class BusDispatch:
         together: what a handler sends leaves with its acknowledgement; otherwise none follows.
         calls: the answer goes out on the same call, and not as a message (HTTP).
         holds: a message that came before its time waits for it: other systems leave that to who receives.
+        failure_texts: a failed request is answered with the text of the error as well as with its class.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class BusDispatch:
         together: bool,
         calls: bool,
         holds: bool = False,
+        failure_texts: bool = False,
     ) -> None:
+        self._failure_texts = failure_texts
         self._sender = sender
         self._together = together
         self._calls = calls
@@ -144,11 +148,11 @@ class BusDispatch:
         return await self._refused(self._find(delivery.message)[0][1], settlement, error)
 
     def _without_replies(self, settlement: Settlement, error: SendError) -> Settlement:
-        """The same without the replies that can never be sent, and without what the broker holds already.
+        """The same without the replies that cannot be sent, and without what the broker holds already.
 
-        The requester gave an invalid address: that is not a failure of the handler.
+        The requester gave the address: that is not a failure of the handler.
         """
-        lost = frozenset(m.id for m in settlement.outgoing if m.intent == "reply" and m.id in error.unfit)
+        lost = lost_replies(settlement.outgoing, error)
         if not lost:
             return settlement
         message = settlement.delivery.message
@@ -189,31 +193,35 @@ class BusDispatch:
 
     def _answer(self, box: Outbox, message: Message, result: Any) -> None:
         """What a handler returns is the reply to a request, if it has not replied itself."""
-        if box.replied or not is_request(message, result):
+        if box.replied or not is_request(message, result) or not self._composer.may_reply(message):
             return
         try:
-            self._composer.check_reply(message)
-        except ConfigurationError as error:  # by who asked
-            log.warning("Message %s of %r is not answered: %s", message.id, message.queue, error)
-        else:
-            box.add(self._sender, self._composer.reply(message, result))
+            reply = self._composer.reply(message, result)
+        except TypeError as error:
+            # The handler has done its work: it is not to do it again because its result has no form on the wire.
+            log.exception("The result of the handler of message %s of %r cannot be sent.", message.id, message.queue)
+            reply = self._composer.reply(message, self._failure(message, error), type=FAILURE)
+        box.add(self._sender, reply)
+
+    def _failure(self, message: Message, error: BaseException | None, reason: str = "") -> Failure:
+        why = describe(message, error, reason=reason)
+        return Failure(why.exception, why.reason if self._failure_texts else "")
 
     async def _answer_failure(self, settlement: Settlement) -> None:
         """A request that failed for good is answered, so that nobody waits for its timeout."""
         message = settlement.delivery.message
         if settlement.verdict.kind is not Kind.REJECT or message.intent != "request" or message.reply_to is None:
             return
-        if self._calls:
+        if self._calls or not self._composer.may_reply(message):
             return
-        why = describe(message, settlement.error, reason=settlement.verdict.reason)
+        failure = self._failure(message, settlement.error, settlement.verdict.reason)
         try:
-            self._composer.check_reply(message)
-            reply = self._composer.reply(message, Failure(why.exception, why.reason), type=FAILURE)
+            reply = self._composer.reply(message, failure, type=FAILURE)
             if self._together:
                 settlement.outgoing += tuple(await self._sender.prepare([reply]))
             else:
                 await self._sender.send_now([reply])
-        except ConfigurationError as error:  # by who asked
+        except SendError as error:  # whoever asked gave the address
             log.warning("The failure of request %s of %r is not answered: %s", message.id, message.queue, error)
         except Exception:  # a middleware's, or the broker's: the message has its verdict all the same
             log.exception("The failure of request %s is not answered.", message.id)

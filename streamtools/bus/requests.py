@@ -17,7 +17,7 @@ from streamtools.consumer import Consumer
 from streamtools.errors import Closed, QueueError, RemoteError, RequestTimeout, ResponseError, StreamToolsError
 from streamtools.message import Message
 from streamtools.outbox import Receipt
-from streamtools.policy import Retry
+from streamtools.policy import NAME_LIMIT, REASON_LIMIT, Retry
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -55,7 +55,7 @@ class Requests:
         options: Mapping[str, Any],
         style: PikaBus | None = None,
     ) -> None:
-        self.queue: str = f"{name.encode()[:200].decode(errors='ignore')}.replies.{token_hex(6)}"
+        self.queue: str = f"{name.encode()[:200].decode(errors='ignore')}.replies.{token_hex(16)}"
         self._url = url
         self._style = style
         shared = {name: options[name] for name in SHARED if name in options}
@@ -147,12 +147,13 @@ class Requests:
         return task
 
     async def _take(self, reply: Message) -> None:
-        # By the request's id; who cannot say it (another system's reply) says its correlation id, which is the same
-        # where the request began the conversation.
-        future = self._waiting.get(reply.causation_id or "") or self._waiting.get(reply.correlation_id or "")
-        if future is None:
-            log.info("A reply came late and is dropped: %s, to request %s.", reply.id, reply.causation_id)
-        elif not future.done():
+        # By the request's id, which only the asked service was told. Another system's reply cannot name it: that has
+        # the correlation id, which is the same where the request began the conversation.
+        named = reply.causation_id or reply.correlation_id or ""
+        future = self._waiting.get(named)
+        if future is None or future.done():
+            log.info("A reply came late and is dropped, or nobody asked for it: %s, to request %s.", reply.id, named)
+        else:
             future.set_result(reply)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -211,8 +212,8 @@ def _no_reply(message: Message, timeout: float) -> RequestTimeout:
 
 def _failure(message: Message, reply: Message) -> RemoteError:
     found = _FAILURE(reply)
+    exception, reason = found.exception[:NAME_LIMIT], found.reason[:REASON_LIMIT]
+    said = f"{exception}: {reason}" if reason else f"{exception}. The reason stands in its log and its error queue"
     return RemoteError(
-        f"{message.type or 'The request'} failed at {message.queue!r}: {found.exception}: {found.reason}",
-        exception=found.exception,
-        reason=found.reason,
+        f"{message.type or 'The request'} failed at {message.queue!r}: {said}", exception=exception, reason=reason
     )

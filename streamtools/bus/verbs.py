@@ -142,6 +142,8 @@ class Verbs:
     ) -> Receipt:
         """Answer the message that this handler has in hand; parameters as for `send`.
 
+        Where the sender's address may get no reply, the answer is dropped, with a line in the log.
+
         Raises:
             ConfigurationError: outside a handler, or the message does not say where a reply is to go.
         """
@@ -151,6 +153,8 @@ class Verbs:
         message = self._composer.reply(delivery.message, payload, exchange=exchange, headers=headers, type=type)
         if (box := current_outbox()) is not None:
             box.replied = True
+        if not self._composer.may_reply(delivery.message):
+            return Receipt(message.id, message.queue)
         return await self._let_go(message, immediately=False)
 
     async def request(

@@ -187,7 +187,7 @@ class TestRequest:
 
     async def test_a_handler_that_failed_for_good_is_told(self, make: MakeBus) -> None:
         runs: list[int] = []
-        prices = make("prices")
+        prices = make("prices", failure_texts=True)
 
         @prices.handler
         async def quote(command: Quote) -> None:

@@ -19,7 +19,7 @@ from streamtools.drivers.kafka.errors import client_error
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.intake import Intake
 from streamtools.drivers.kafka.membership import ABANDONED, Membership, Terms
-from streamtools.drivers.kafka.names import check_kafka_name, retry_topic
+from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply, retry_topic
 from streamtools.drivers.kafka.options import ConsumerOptions, subscription
 from streamtools.drivers.kafka.outbox import Outbox
 from streamtools.drivers.kafka.outgoing import COPY_ROOM
@@ -492,6 +492,10 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def validate_queue(cls, queue: str) -> None:
         super().validate_queue(queue)
         check_kafka_name(queue)
+
+    @classmethod
+    def validate_reply(cls, queue: str) -> None:
+        check_kafka_reply(queue)
 
 
 def _none(record: Any, place: TopicPartition) -> None:

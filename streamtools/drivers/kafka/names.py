@@ -6,6 +6,7 @@ import re
 from typing import Final
 
 from streamtools.errors import ConfigurationError
+from streamtools.replies import check_not_ours
 
 #: Kafka: org.apache.kafka.common.internals.Topic, LEGAL_CHARS and MAX_NAME_LENGTH.
 _LEGAL: Final = re.compile(r"[a-zA-Z0-9._-]+")
@@ -31,6 +32,22 @@ def check_kafka_name(name: str, what: str = "queue") -> None:
         raise ConfigurationError(
             f"The {what} name {name!r} has {wrong!r}: on Kafka a name is of letters a-z and A-Z, digits, and . _ -"
         )
+
+
+def check_kafka_reply(address: str) -> None:
+    """Check where a reply is to go, which another program has chosen.
+
+    Raises:
+        ConfigurationError: Kafka takes no topic of this name, or it takes no replies.
+    """
+    check_kafka_name(address)
+    check_not_ours(address)
+    if address.startswith("__") or is_retry_topic(address):
+        raise ConfigurationError(f"The topic {address!r} takes no replies: it is for {_keeper(address)} alone.")
+
+
+def _keeper(topic: str) -> str:
+    return "Kafka" if topic.startswith("__") else "the retries of a group"
 
 
 def retry_topic(queue: str, group: str) -> str:

@@ -20,6 +20,7 @@ from streamtools.drivers.kafka.track import Track, delivery_of
 from streamtools.drivers.kafka.transactions import Transactional, opened
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
+from streamtools.replies import lost_replies
 from streamtools.settings import KafkaSettings
 from streamtools.verdicts import ACK, Kind
 
@@ -165,7 +166,10 @@ class Outbox:
                 if settlement.verdict is not ACK:
                     raise
                 why = {item.id: item.error for s, item in copies if s is settlement and item.error is not None}
-                instead = reject(settlement, refused_error(why, self._settings))
+                refusal = refused_error(why, self._settings)
+                if lost_replies(settlement.outgoing, refusal):
+                    raise  # settled by itself it goes without them: that its reply was refused is not its failure
+                instead = reject(settlement, refusal)
                 await self._transact(track, {delivery_of(settlement).offset}, self._copies(instead))
                 done.append(settlement)
         else:

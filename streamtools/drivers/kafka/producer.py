@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 from streamtools.delivery import Delivery, current
 from streamtools.drivers.kafka.errors import Missing, was_undone
 from streamtools.drivers.kafka.features import FEATURES
-from streamtools.drivers.kafka.names import check_kafka_name
+from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply
 from streamtools.drivers.kafka.options import ProducerOptions, SendOptions, is_async
 from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
 from streamtools.drivers.kafka.records import Placed
@@ -175,6 +175,10 @@ class KafkaProducer(Producer, protocol="kafka"):
     def validate_queue(cls, queue: str) -> None:
         super().validate_queue(queue)
         check_kafka_name(queue)
+
+    @classmethod
+    def validate_reply(cls, queue: str) -> None:
+        check_kafka_reply(queue)
 
     # --- transactions -----------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
-from streamtools.checks import check_name
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq import properties
@@ -19,7 +18,7 @@ from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.intake import Intake, Raw
 from streamtools.drivers.rabbitmq.link import CLOSE_TIMEOUT
 from streamtools.drivers.rabbitmq.lock import OrderLock
-from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
+from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
 from streamtools.drivers.rabbitmq.outlet import Outlet
 from streamtools.drivers.rabbitmq.topology import (
     ACTIVE,
@@ -457,7 +456,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     @classmethod
     def validate_reply(cls, queue: str) -> None:
-        check_name(queue)  # the broker names its own reply queues amq.gen-... and amq.rabbitmq.reply-to...
+        check_rabbitmq_reply(queue)
 
 
 #: Seconds for what is under way to a consumer that stops; other consumers may take what it waits for.

@@ -5,10 +5,28 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from streamtools.checks import check_name
 from streamtools.errors import ConfigurationError
+from streamtools.replies import check_not_ours
 
 #: What the client library (pamqp) lets through in a declaration; the broker itself takes any UTF-8.
 _NAME: Final = re.compile(r"[a-zA-Z0-9-_.:@#,/+ ]+")
+
+
+#: How the names begin that the broker gives to reply queues; no other name with `amq.` is one.
+_REPLY_QUEUES: Final = ("amq.gen-", "amq.rabbitmq.reply-to")
+
+
+def check_rabbitmq_reply(address: str) -> None:
+    """Check where a reply is to go, which another program has chosen: a queue of any name that AMQP carries.
+
+    Raises:
+        ConfigurationError: it is none, or one that takes no replies.
+    """
+    check_name(address)
+    check_not_ours(address)
+    if address.startswith("amq.") and not address.startswith(_REPLY_QUEUES):
+        raise ConfigurationError(f"The queue {address!r} takes no replies: RabbitMQ keeps 'amq.' to itself.")
 
 
 def check_rabbitmq_name(name: str) -> None:

@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 
 from aiormq.exceptions import ChannelLockedResource
 
-from streamtools.checks import check_name
 from streamtools.drivers.rabbitmq.batch import Limits
 from streamtools.drivers.rabbitmq.connections import Place, Sending, receiving, sending
 from streamtools.drivers.rabbitmq.features import FEATURES
-from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
+from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
 from streamtools.drivers.rabbitmq.outlet import Outlet
 from streamtools.drivers.rabbitmq.topology import (
     MakingOptions,
@@ -116,4 +115,4 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
 
     @classmethod
     def validate_reply(cls, queue: str) -> None:
-        check_name(queue)  # the broker names its own reply queues amq.gen-... and amq.rabbitmq.reply-to...
+        check_rabbitmq_reply(queue)

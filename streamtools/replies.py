@@ -1,0 +1,100 @@
+"""Replies: where they may go, and which of them are left out because they cannot be sent.
+
+The address of a reply stands in a message, so whoever sends the message has chosen it. It must be a queue's name that
+the driver accepts for replies (`validate_reply`). A reply that may not go there, or cannot be sent, is dropped with
+one log line: it never fails, repeats or holds the request that it answers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Final
+
+from streamtools.errors import ConfigurationError, SendError
+from streamtools.message import Message
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: Queues whose names begin so are ours: the stages of a delay, bindings, what could not be delivered.
+OURS: Final = "streamtools."
+#: But for the reply queue of a bus that has no name of its own.
+REPLIES: Final = f"{OURS}replies."
+
+
+def check_not_ours(queue: str) -> None:
+    """Check that an address is no queue that only this library writes to.
+
+    Raises:
+        ConfigurationError: it is one.
+    """
+    name = queue.lower()
+    if name.startswith(OURS) and not name.startswith(REPLIES):
+        raise ConfigurationError(f"The queue {queue!r} takes no replies: streamtools keeps records of its own there.")
+
+
+def check_patterns(patterns: object) -> tuple[str, ...] | None:
+    """The patterns that reply addresses must fit, as a user has given them; None for any address.
+
+    Raises:
+        ConfigurationError: they are no list of texts.
+    """
+    if patterns is None:
+        return None
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        raise ConfigurationError(f"replies={patterns!r} is not a list of patterns: replies=['*.replies.*'].")
+    found = tuple(patterns)
+    if not all(isinstance(pattern, str) and pattern for pattern in found):
+        raise ConfigurationError(f"replies={list(found)!r} has a pattern that is no text: replies=['*.replies.*'].")
+    return found
+
+
+class ReplyRule:
+    """Decides whether the address in a message may get a reply.
+
+    Parameters:
+        check: the driver's `validate_reply`.
+        patterns: one of them must fit the address (`*` and `?` stand for anything); None for any address.
+        never: queues that get no replies, such as the error queue.
+    """
+
+    def __init__(
+        self, check: Callable[[str], None], patterns: Sequence[str] | None = None, never: Iterable[str] = ()
+    ) -> None:
+        self._check = check
+        self._patterns = patterns
+        self._never = frozenset(never)
+
+    def allows(self, message: Message) -> bool:
+        """Whether a reply to this message may be sent; logs why not."""
+        try:
+            self.check(message.reply_to or "")
+        except ConfigurationError as error:
+            log.warning("Message %s of %r is not answered: %s", message.id, message.queue, error)
+            return False
+        return True
+
+    def check(self, address: str) -> None:
+        """Check an address.
+
+        Raises:
+            ConfigurationError: it may not get a reply.
+        """
+        self._check(address)
+        if address in self._never:
+            raise ConfigurationError(f"The queue {address!r} takes no replies: it is for messages that failed.")
+        if self._patterns is not None and not any(fnmatchcase(address, pattern) for pattern in self._patterns):
+            raise ConfigurationError(f"The queue {address!r} fits none of replies={list(self._patterns)!r}.")
+
+
+def lost_replies(outgoing: Iterable[Message], error: SendError) -> frozenset[str]:
+    """Ids of the replies that are left out after this error.
+
+    Those that were refused; those whose confirmation never came, too, where nothing else is missing.
+    """
+    refused, unclear = {*error.refused, *error.unfit}, frozenset(error.unknown)
+    named = [message for message in outgoing if message.id in refused or message.id in unclear]
+    if all(message.intent == "reply" for message in named):
+        refused |= unclear
+    return frozenset(message.id for message in named if message.intent == "reply" and message.id in refused)
