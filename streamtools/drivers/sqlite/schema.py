@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,8 @@ OLDEST: Final = (3, 35, 0)
 CHECKPOINT_PAGES: Final = 4000
 #: Bytes above which the log is cut back.
 LOG_LIMIT: Final = 64 * 1024 * 1024
+#: The permissions of a file that we make: messages are nobody else's business.
+OWNER_ONLY: Final = 0o600
 #: Memory for pages, in KiB.
 CACHE_KIB: Final = 8 * 1024
 
@@ -143,6 +146,7 @@ def connect(path: str) -> sqlite3.Connection:
         raise ConfigurationError(
             f"This Python has SQLite {sqlite3.sqlite_version}; 3.35 is the oldest that works. Use a newer Python."
         )
+    _create(path)
     # timeout=0: SQLite would sleep by itself, deaf to a close; the database thread waits instead.
     connection = sqlite3.connect(path, timeout=0, isolation_level=None, cached_statements=256)
     connection.text_factory = read_text  # texts that other programs wrote need not be any
@@ -152,6 +156,19 @@ def connect(path: str) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _create(path: str) -> None:
+    """Make the file the owner's alone, as SQLite then makes the two beside it; one that is there stays as it is."""
+    path = os.path.realpath(path)  # through a link that leads to nothing yet
+    try:
+        # Not by opening it: to close the file again would end the locks that another thread has on it meanwhile.
+        os.mknod(path, OWNER_ONLY)
+    except FileExistsError:
+        return
+    except (OSError, AttributeError):  # not on this system, or not without root; or SQLite says what is in the way
+        with suppress(OSError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, OWNER_ONLY))
 
 
 def _prepare(connection: sqlite3.Connection, path: str) -> None:
