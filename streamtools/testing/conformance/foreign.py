@@ -142,7 +142,8 @@ class ForeignCases(Cases):
         """What others send in this case."""
         if self.foreign is None:
             pytest.skip(f"{type(self).__name__} says nothing of what others send (foreign)")
-        return _drawn(self.foreign, int(os.environ.get(COUNT, FEW)), tombstones=self.features.tombstones)
+        count, seed = int(os.environ.get(COUNT, FEW)), int(os.environ.get(SEED, "0"))
+        return draw_letters(self.foreign, count, tombstones=self.features.tombstones, seed=seed)
 
     async def test_whatever_others_send_costs_itself_alone(self, stage: Stage, letters: list[Letter]) -> None:
         ledger = Ledger(letters)
@@ -253,15 +254,22 @@ async def _holds(admin: QueueAdmin, queue: str, number: int) -> bool:
     return len(await admin.peek(queue, 2 * number)) == number
 
 
-def _drawn(beside: Any, count: int, *, tombstones: bool) -> list[Letter]:
-    """So many letters, drawn once for all: what is on a broker cannot be made smaller afterwards."""
-    from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: PLC0415 - the suite is imported without it
+def draw_letters(beside: Any, count: int, *, tombstones: bool, seed: int = 0) -> list[Letter]:
+    """So many letters, drawn once for all: what is on a broker cannot be made smaller afterwards.
+
+    Parameters:
+        beside: the strategy of what stands beside a body.
+        tombstones: some have no body.
+        seed: another number makes other letters.
+    """
+    import hypothesis  # noqa: PLC0415 - the suite is imported without it
+    from hypothesis import HealthCheck, Phase, given, settings  # noqa: PLC0415
     from hypothesis import strategies as st  # noqa: PLC0415
 
     found: list[Letter] = []
     kinds = st.sampled_from([*BODIES, *(["a tombstone"] if tombstones else [])])
 
-    @seed(int(os.environ.get(SEED, "0")))
+    @hypothesis.seed(seed)
     @settings(
         max_examples=count,
         database=None,
