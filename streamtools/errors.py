@@ -29,16 +29,22 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Final
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from streamtools.visible import guard_log
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+guard_log()  # every module that logs imports this one
 
 #: Errors of a group that its text tells of, at most.
 SHOWN: Final = 5
+#: Errors and groups within one group that are looked at.
+GROUPED: Final = 10_000
 #: Where files lie whose functions are nobody's own.
 _NOT_THEIRS: Final = (str(Path(asyncio.__file__).parent), str(Path(__file__).parent))
 
@@ -223,9 +229,28 @@ def text_of(error: object) -> str:
     except BaseException as broken:
         return f"(its text could not be read: {type(broken).__name__})"
     if isinstance(error, BaseExceptionGroup):
-        said = [f"{type(each).__name__}: {text_of(each)}" for each in error.exceptions[:SHOWN]]
-        return "; ".join([f"{text}: {said[0]}", *said[1:]])
+        said = [f"{type(each).__name__}: {text_of(each)}" for each in islice(leaves(error), SHOWN)]
+        return f"{text}: {'; '.join(said)}"
     return text if text or not isinstance(error, BaseException) else _where(error)
+
+
+def leaves(
+    error: BaseException, whole: Callable[[BaseException], bool] = lambda group: False
+) -> Iterator[BaseException]:
+    """The errors in a group, and in the groups in it, however deep they are nested; of any other error itself.
+
+    Parameters:
+        whole: says of a group that it is not looked into.
+    """
+    waiting = [error]
+    for _ in range(GROUPED):
+        if not waiting:
+            return
+        each = waiting.pop()
+        if isinstance(each, BaseExceptionGroup) and not whole(each):
+            waiting.extend(reversed(each.exceptions))
+        else:
+            yield each
 
 
 def _where(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from streamtools.errors import (
     OptionError,
     Reject,
     RetryLater,
+    leaves,
     near,
     text_of,
 )
@@ -130,9 +131,10 @@ class Retry:
 
     def decide(self, error: BaseException, attempt: int) -> Verdict:
         """The verdict on run number `attempt` that ended with `error`."""
-        if isinstance(error, BaseExceptionGroup) and not self._names(error):
-            return max((self.decide(each, attempt) for each in error.exceptions), key=_gravity)
-        return self._decide(error, attempt)
+        if not isinstance(error, BaseExceptionGroup):
+            return self._decide(error, attempt)
+        verdicts = [self._decide(each, attempt) for each in leaves(error, self._names)]
+        return max(verdicts, key=_gravity) if verdicts else self._decide(error, attempt)
 
     def _decide(self, error: BaseException, attempt: int) -> Verdict:
         if isinstance(error, Drop):

@@ -137,8 +137,11 @@ class Composer:
         return answer.replace(causation_id=to.id, correlation_id=to.correlation_id or to.id)
 
     def may_reply(self, to: Message) -> bool:
-        """Whether a reply may go where this message says, which its sender chose; logs why not."""
-        return self._replies.allows(to)
+        """Whether a reply may go where this message says, which its sender chose; logs why not.
+
+        Where it goes in the answer to the call, no address is asked.
+        """
+        return self._features.reply or self._replies.allows(to)
 
     # --- the parts ------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from importlib.util import find_spec
+from io import TextIOWrapper
 from typing import Final
 
 from streamtools.installation import install_line
@@ -22,6 +23,10 @@ def main() -> None:
             f"Install the extra: {install_line('cli')}"
         )
     from streamtools.cli.app import app
+
+    for stream in (sys.stdout, sys.stderr):  # a message may hold what the terminal's encoding lacks
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     # What fails is told by the command itself; the client library logs each try as an error besides.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)

@@ -234,6 +234,6 @@ def _print(checks: Sequence[Check]) -> None:
     )
     for check in checks:
         if check.next:
-            print(f"Next, for {check.name}: {check.next}")
+            output.say(f"Next, for {check.name}: {check.next}")
     if all(check.state != "failed" for check in checks):
-        print("All is well.")
+        output.say("All is well.")

@@ -328,7 +328,7 @@ def _error_data(message: Message) -> dict[str, Any]:
 
 
 def _print_error(message: Message) -> None:
-    print(output.printable(f"--- {message.id}"))
+    output.say(f"--- {message.id}")
     error = message.error
     facts: dict[str, object] = {
         "type": message.type,
@@ -344,10 +344,10 @@ def _print_error(message: Message) -> None:
     facts |= {f"header {name}": value for name, value in message.headers.items()}
     for name, value in facts.items():
         if value:
-            print(output.printable(f"{name + ':':<12}{value}"))
+            output.say(f"{name + ':':<12}{value}")
     if error is not None and error.traceback:
-        print(output.printable(error.traceback.rstrip()))
-    print(output.printable(body_text(message)) + "\n")
+        output.say_block(error.traceback.rstrip())
+    output.say_block(body_text(message) + "\n")
 
 
 def _print_dry_run(what: str, seen: Sequence[Message], chosen: Any, limit: int | None, *, json: bool) -> None:
@@ -359,11 +359,11 @@ def _print_dry_run(what: str, seen: Sequence[Message], chosen: Any, limit: int |
     from streamtools.redrive import group_errors
 
     _print_groups(group_errors(found))
-    print(f"{len(found):,} of {len(seen):,} messages would be {what}; nothing was changed.")
+    output.say(f"{len(found):,} of {len(seen):,} messages would be {what}; nothing was changed.")
 
 
 def _print_done(what: str, queue: str, number: int, *, json: bool) -> None:
     if json:
         output.print_json({what: number})
     else:
-        print(f"{number:,} message{'' if number == 1 else 's'} of {queue} {what}.")
+        output.say(f"{number:,} message{'' if number == 1 else 's'} of {queue} {what}.")

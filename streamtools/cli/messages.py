@@ -243,7 +243,7 @@ def _print_ids(receipts: Sequence[Any], as_json: bool) -> None:
         if as_json:
             output.print_json({"id": receipt.id, "queue": receipt.queue})
         else:
-            print(receipt.id)
+            output.say(receipt.id)
 
 
 def receive(
@@ -397,7 +397,7 @@ def _show(delivery: Delivery) -> None:
     facts = [output.moment(message.time), message.type, message.key and f"key {key_text(message.key)}"]
     if message.attempt > 1:
         facts.append(f"attempt {message.attempt}")
-    print(output.printable(f"--- {message.id}  {'  '.join(fact for fact in facts if fact)}"))
+    output.say(f"--- {message.id}  {'  '.join(fact for fact in facts if fact)}")
     for name, value in message.headers.items():
-        print(output.printable(f"{name}: {value}"))
-    print(output.printable(body_text(message)))
+        output.say(f"{name}: {value}")
+    output.say_block(body_text(message))

@@ -1,7 +1,7 @@
 """What the commands print: results on stdout, everything said to a person on stderr or as a table.
 
-With `--json`, stdout holds JSON alone. Text that came in a message is never trusted: control
-characters are shown, not sent to the terminal.
+With `--json`, stdout holds JSON alone. Text that came in a message is never trusted: what cannot be seen is
+shown as an escape, and sent to no terminal (see `streamtools.visible`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import typer
 
-from streamtools.wire import read_text, read_time
+from streamtools.visible import visible, visible_block, visible_json
+from streamtools.wire import read_time
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +38,10 @@ MACHINERY: Final = (
     "<frozen importlib",
     "uvloop/",
 )
+
+
+#: What the head of a message begins with.
+_HEAD: Final = re.compile("^---", re.MULTILINE)
 
 
 @cache
@@ -54,9 +60,19 @@ def err() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
+def say(text: str = "") -> None:
+    """Print a result, on one line."""
+    print(visible(text))
+
+
+def say_block(text: str) -> None:
+    """Print a text of a message, which may have several lines; none of them looks like the head of a message."""
+    print(_HEAD.sub("  ---", visible(text, lines=True)))
+
+
 def note(text: str) -> None:
-    """Say something to the person at the terminal."""
-    print(text, file=sys.stderr, flush=True)
+    """Say something to the person at the terminal, on one line."""
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def fail(text: str, code: int = FAILED) -> NoReturn:
@@ -72,12 +88,12 @@ def print_trace(error: Exception) -> None:
         trace = trace.tb_next
     if trace is None and not isinstance(error, SyntaxError):  # which says itself where it is
         trace = error.__traceback__
-    traceback.print_exception(type(error), error, trace)
+    print(visible_block("".join(traceback.format_exception(type(error), error, trace)).rstrip()), file=sys.stderr)
 
 
 def print_json(data: Any) -> None:
-    """One JSON document, on one line; lone surrogates as JSON's own escapes."""
-    print(read_text(json.dumps(data, ensure_ascii=False, default=str)), flush=True)
+    """One JSON document, on one line; what cannot be seen, and lone surrogates, as JSON's own escapes."""
+    print(visible_json(json.dumps(data, ensure_ascii=False, default=str)), flush=True)
 
 
 def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
@@ -133,12 +149,7 @@ def cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return printable(str(value))
-
-
-def printable(text: str) -> str:
-    """The text with its control characters shown as escapes, but for line ends and tabs."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return visible(str(value))
 
 
 def moment(seconds: float | None) -> str | None:
@@ -172,6 +183,6 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if not at_terminal():
         fail(f"{question} There is no terminal to ask at; repeat the command with --yes.", USAGE)
-    if not typer.confirm(question, err=True):
+    if not typer.confirm(visible(question), err=True):
         note("Nothing was changed.")
         raise typer.Exit(FAILED)

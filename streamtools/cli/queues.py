@@ -152,7 +152,7 @@ def alter(
     if json:
         output.print_json({"altered": name, **_finite(asdict(found))})
         return
-    print(f"{name}: {_described(found)}.")
+    output.say(f"{name}: {_described(found)}.")
 
 
 @queues.command()
@@ -187,7 +187,7 @@ def seek(
     if json:
         output.print_json(asdict(after))
     else:
-        print(f"{name}: the group {reader!r} is {after.lag:,} behind.")
+        output.say(f"{name}: the group {reader!r} is {after.lag:,} behind.")
 
 
 @queues.command()
@@ -219,7 +219,7 @@ def _done(what: str, name: str, number: int | None, *, json: bool) -> None:
     if json:
         output.print_json({what: name} if number is None else {what: name, "messages": number})
     else:
-        print(f"{name}: {what}." if number is None else f"{name}: {_messages(number)} {what}.")
+        output.say(f"{name}: {what}." if number is None else f"{name}: {_messages(number)} {what}.")
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from pydantic_core import to_json
 from streamtools import codec
 from streamtools.delivery import Settlement
 from streamtools.drivers.http.headers import CE_ATTEMPT
-from streamtools.errors import DecodeError, Reject, text_of
+from streamtools.errors import DecodeError, Reject, leaves, text_of
 from streamtools.message import Message
 from streamtools.verdicts import Kind
 
@@ -129,7 +129,7 @@ def _rejected(settlement: Settlement, message: Message) -> web.Response:
     if isinstance(error, DecodeError):
         return _undecodable(error, message)
     if isinstance(error, BaseExceptionGroup):
-        error = error.subgroup(Reject) and Reject()
+        error = next((each for each in leaves(error) if isinstance(each, Reject)), error)
     if isinstance(error, Reject) or settlement.error is None:
         return respond(422, {"error": _brief(settlement.verdict.reason), "id": message.id})
     # Not the error's own text: it is the log's, and may hold what no caller is to see.

@@ -1,0 +1,130 @@
+"""Text from outside, made harmless for logs and terminals.
+
+A message may hold anything: line ends that forge lines of a log, escape sequences that a terminal obeys, characters
+that turn the direction of writing. `visible` shows them as escapes. It is applied to whatever this library logs, by a
+filter on its logger, and to whatever the command line prints.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+#: Values that are as they are.
+_PLAIN: Final = (int, float, type(None))
+#: How much of one value is shown in a log line, in characters.
+LONGEST: Final = 16 * 1024
+
+
+class _Escapes(dict[int, str]):
+    """Code point -> what is shown instead, for `str.translate`."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        if character.isprintable():
+            return character
+        return character.encode("unicode_escape").decode()
+
+
+class _LineEscapes(_Escapes):
+    """The same, but for line ends and tabs."""
+
+    def __missing__(self, code: int) -> str:
+        return chr(code) if code in (9, 10) else super().__missing__(code)
+
+
+class _JSONEscapes(_Escapes):
+    """The same, as JSON has it."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        if character.isprintable():
+            return character
+        units = character.encode("utf-16-be", "surrogatepass").hex()
+        return "".join(f"\\u{units[place : place + 4]}" for place in range(0, len(units), 4))
+
+
+_ESCAPES, _LINE_ESCAPES, _JSON_ESCAPES = _Escapes(), _LineEscapes(), _JSONEscapes()
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    """The text with all characters that cannot be seen as escapes: controls, C1, bidirectional and invisible ones.
+
+    Parameters:
+        lines: keep line ends and tabs.
+    """
+    if text.isprintable():
+        return text
+    return text.translate(_LINE_ESCAPES if lines else _ESCAPES)
+
+
+def visible_json(document: str) -> str:
+    """A JSON document, written on one line, with the same characters as JSON's own escapes."""
+    return document if document.isprintable() else document.translate(_JSON_ESCAPES)
+
+
+def visible_block(text: str, indent: str = "  ") -> str:
+    """A text of several lines, of which none but the first begins where a line of our own does."""
+    return visible(text, lines=True).replace("\n", f"\n{indent}")
+
+
+class VisibleRecords(logging.Filter):
+    """Makes what is logged harmless: each argument on one line, a traceback indented below its line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record; it is logged all the same."""
+        arguments = record.args
+        if isinstance(arguments, Mapping):
+            record.args = {name: _shown(value) for name, value in arguments.items()}
+        elif arguments:
+            record.args = tuple(map(_shown, arguments))
+        elif isinstance(record.msg, str):
+            record.msg = visible(record.msg, lines=True)
+        if record.exc_info and not record.exc_text:
+            record.exc_text = visible_block(_formatted(record.exc_info))
+        return True
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, _PLAIN) or (type(value) is str and len(value) <= LONGEST and value.isprintable()):
+        return value
+    return _Shown(value)
+
+
+class _Shown:
+    """Stands for an argument of a log line."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        return _cut(str, self._value)
+
+    def __repr__(self) -> str:
+        return _cut(repr, self._value)
+
+
+def _cut(write: Callable[[object], str], value: object) -> str:
+    try:
+        text = write(value)
+    except BaseException as broken:  # whatever it raises must not end what logs it
+        return f"(its text could not be read: {type(broken).__name__})"
+    return visible(text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)")
+
+
+def _formatted(info: Any) -> str:
+    try:
+        return "".join(traceback.format_exception(*info)).rstrip("\n")
+    except BaseException as broken:  # an exception whose own text or attributes raise
+        return f"(its traceback could not be read: {type(broken).__name__})"
+
+
+def guard_log() -> None:
+    """Have the library's logger make what it logs visible."""
+    logger = logging.getLogger("streamtools")
+    if not any(isinstance(each, VisibleRecords) for each in logger.filters):
+        logger.addFilter(VisibleRecords())
