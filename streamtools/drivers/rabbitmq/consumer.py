@@ -57,6 +57,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     A message's count is a suspicion only: it rises for all that a consumer held when it died. So a
     consumer begins with one message at a time, and takes its whole prefetch once it meets one that
     is above suspicion; then the innocents around a message that ends the process do not share its count.
+    A classic queue counts nothing, so there it takes its whole prefetch at once.
     """
 
     features = FEATURES
@@ -64,14 +65,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     options_class: ClassVar[type[QueueOptions]] = QueueOptions
     settings: RabbitMQSettings
     options: QueueOptions
-    #: Takes one message at a time first; an admin's reader holds many at once instead.
-    cautious = True
     _place: Place[Receiving] | None = None
     _intake: Intake | None = None
     _out_place: Place[Sending] | None = None
     _outlet: Outlet | None = None
-    #: As it was declared.
-    _queue: Queue
+    #: As it is; None where we may not look.
+    _queue: Queue | None = None
     _lock: OrderLock | None = None
     _turning: asyncio.Task[None] | None = None
     _widening: asyncio.Task[None] | None = None
@@ -104,7 +103,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         try:
             alone = await self._declare(Topology(place.link))
             self._intake = await Intake.open(place.link, self.queue, self.client_id or "streamtools")
-            self._narrow = self.cautious and self.prefetch > 1
+            self._narrow = self._is_counted and self.prefetch > 1
             self._widen_after = self._ending = self._looked = False
             self._calm.clear()
             if self.ordered_by is None or alone:
@@ -127,19 +126,26 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         await topology.declare_error_queue(error_queue(name, self.options), declare)
         ordered = self.ordered_by is not None
         wanted = work_queue(self.queue, self.options, name, single_active=ordered)
-        queue = self._queue = await topology.declare(wanted, self.declare)
-        self._is_counted = queue.arguments.get("x-queue-type") != "classic"
+        queue = await topology.declare(wanted, self.declare)
+        is_known = bool(queue.arguments) and self.declare is not False
+        self._queue = queue if is_known else await topology.as_it_is(wanted, self.declare)
+        self._is_counted = self._queue is None or not self._queue.is_classic
         for binding in self.bindings:
             await topology.bind(self.queue, binding, self.declare)
-        if not ordered:
-            return False
-        if is_new:
-            return queue.arguments.get(ACTIVE) is True
-        if await topology.is_single_active(queue):
+        return ordered and self._sees_to_order()
+
+    def _sees_to_order(self) -> bool:
+        """The queue sees to it that one consumer at a time receives, or we cannot."""
+        if self._queue is None:
+            log.info(
+                "This user may not check whether the queue %r has %s. It should: else each process that consumes it "
+                "has an order of its own.", self.queue, ACTIVE,
+            )  # fmt: skip
             return True
-        if self.declare is False:  # nor the lock, which is a queue, too
+        if not self._queue.is_single_active and self.declare is False:  # nor the lock, which is a queue, too
             self._warn_of_order()
-        return self.declare is False
+            return True
+        return self._queue.is_single_active
 
     def _warn_of_order(self) -> None:
         log.warning(
@@ -179,7 +185,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         copy the broker refuses: with one message at a time they would wait for ever.
         """
         is_narrow = self._narrow or self._widen_after
-        if not is_narrow or self.ordered_by is not None or intake.buffer or not intake.in_hand:
+        if not is_narrow or self._goes_one_by_one or intake.buffer or not intake.in_hand:
             await intake.arrival()
             return True
         try:
@@ -190,6 +196,16 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             self._widening = self._beside(self._widen, intake)
             return False
         return True
+
+    @property
+    def _goes_one_by_one(self) -> bool:
+        """Nothing is handled before all that came earlier is settled, here or in another process."""
+        alone = self._running and self.concurrency == 1 and self.ack == "after"
+        return self.ordered_by is not None or (alone and self._may_be_single_active)
+
+    @property
+    def _may_be_single_active(self) -> bool:
+        return self._queue is None or self._queue.is_single_active
 
     def _keep_pace(self, intake: Intake, taken: Sequence[Delivery]) -> None:
         """Let deferred messages gather where they come one by one, and nothing else with them."""
@@ -210,12 +226,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         if self._delivery(intake, intake.buffer[0]).count >= SUSPECT:
             return False
         self._narrow = False
-        if self.ordered_by is not None:
+        if self.ordered_by is not None or self._may_be_single_active:
             # Another process may become the active one while nobody consumes here: this message is
             # handled first, alone, and the rest is taken once it is done.
             self._widen_after = True
             return False
-        self._widening = self._beside(self._widen_if_alone, intake)
+        self._widening = self._beside(self._widen, intake)
         return True
 
     def _check_no_stream(self, raw: Raw) -> None:
@@ -230,15 +246,6 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             self._is_counted = False  # a quorum queue writes a count on whatever it delivers again
             count = 1
         return Delivery(message, (intake, tag), count)
-
-    async def _widen_if_alone(self, intake: Intake) -> None:
-        """Where others consume a queue with a single active consumer, that would not be the second one of ours."""
-        topology = Topology(intake.link)
-        _, consumers = await topology.count(self.queue)
-        if consumers > 1 and (self.declare is False or await topology.is_single_active(self._queue)):
-            self._widen_after = True
-        else:
-            await self._widen(intake)
 
     async def _widen(self, intake: Intake, acks: Sequence[int] = ()) -> None:
         await intake.widen(self.prefetch)
@@ -385,7 +392,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             await _ended(self._widening, STOP_TIMEOUT)
         # What has arrived and what the loop gives back stays with us until the channel is closed: then
         # it goes to the front of the queue, in order. Given back now it would go to its end.
-        if self.ordered_by is None:
+        if self.ordered_by is None and not (self._queue is not None and self._queue.is_single_active):
             await self._settle_down(intake, wide)
             await intake.cancel()
         # Else another process would become the active one, and overtake what we still hold. The broker
@@ -444,7 +451,9 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     async def _last_acknowledgements(self, intake: Intake) -> None:
         # The channel of a quorum queue has 32 acknowledgements under way at a time, and forgets the
         # others when it is closed right behind them (seen on 3.10); a cancel waits for the queue.
-        if self.ordered_by is None:
+        # A classic queue with a single active consumer crashes at the next message once that one is cancelled
+        # while it has its whole prefetch in hand and another waits (seen on 3.10); it forgets nothing.
+        if self.ordered_by is None and not (self._queue is not None and self._queue.is_classic):
             with suppress(StreamToolsError, TimeoutError):  # what is lost with the connection comes again
                 async with asyncio.timeout(CLOSE_TIMEOUT):
                     await intake.cancel()

@@ -29,6 +29,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 QueueType = Literal["quorum", "classic"]
 ACTIVE: Final = "x-single-active-consumer"
+TYPE: Final = "x-queue-type"
 #: Why streams are refused.
 STREAM: Final = (
     "a stream is not a queue: acknowledged messages stay in it, and the next reader gets them again. Write "
@@ -109,7 +110,7 @@ class MakingOptions(QueueOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queue:
-    """One queue as it is wanted.
+    """One queue as it is wanted, or as it is.
 
     Attributes:
         explicit: what the user asked for by name; only there is a difference an error.
@@ -122,6 +123,16 @@ class Queue:
     auto_delete: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     explicit: frozenset[str] = frozenset()
+
+    @property
+    def is_classic(self) -> bool:
+        """It counts no deliveries."""
+        return self.arguments.get(TYPE) in (None, "classic")
+
+    @property
+    def is_single_active(self) -> bool:
+        """It delivers to one consumer at a time."""
+        return self.arguments.get(ACTIVE) is True
 
 
 def work_queue(name: str, options: QueueOptions, error_queue: str, *, single_active: bool = False) -> Queue:
@@ -306,21 +317,41 @@ class Topology:
         async with self._link.declaring() as channel:
             await self._mapped(self._link.call(channel.queue_unbind(queue, binding.exchange.name, binding.topic)))
 
-    async def is_single_active(self, queue: Queue) -> bool:
-        """An existing queue hands its messages to one consumer at a time, or we may not look whether it does."""
-        probe = replace(queue, arguments={**SAFE, ACTIVE: True}, explicit=frozenset())
-        if not await self.exists(queue.name):
-            raise missing(queue.name, self._link.where)
-        try:
-            return (await self._make(probe)).arguments.get(ACTIVE) is True
-        except QueueError as error:
-            if not isinstance(error.__cause__, ChannelAccessRefused):
+    async def as_it_is(self, queue: Queue, declare: Declare) -> Queue | None:
+        """An existing queue with the arguments that it has; None where we may not look.
+
+        Parameters:
+            queue: what it probably is, which saves questions.
+            declare: with anything but True, a queue that is gone meanwhile is not made: it is asked for with a type
+                that does not exist. The broker compares the type last.
+
+        Raises:
+            QueueError: there is no such queue, or it is a stream.
+        """
+        asked = {**queue.arguments, **({} if declare is True else {TYPE: "none"})}
+        queue = replace(queue, arguments=asked, explicit=frozenset())
+        for _ in range(MOST_DIFFERENCES):
+            try:
+                async with self._link.declaring() as channel:
+                    await self._link.call(_declaration(channel, queue))
+            except ChannelPreconditionFailed as error:
+                found = errors.difference(error)
+                if found is None:
+                    raise missing(queue.name, self._link.where) from error
+                queue = _adapted(queue, error, self._link.where)
+                if found[0] == TYPE:
+                    break
+            except (ChannelAccessRefused, ChannelLockedResource):
+                return None
+            except StreamToolsError:
                 raise
-            log.info(
-                "This user may not check whether the queue %r has %s. It should: else each process that consumes it "
-                "has an order of its own.", queue.name, ACTIVE,
-            )  # fmt: skip
-            return True
+            except errors.CLIENT_ERRORS as error:
+                raise errors.channel_error(error, self._link.where) from error
+            else:
+                break
+        if queue.arguments.get(TYPE) == "stream":
+            raise QueueError(f"The queue {queue.name!r} cannot be consumed: {STREAM}.")
+        return queue
 
     async def _passive(self, name: str) -> tuple[int, int] | None:
         check_rabbitmq_name(name)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 from aiormq.abc import AbstractChannel
+from pamqp.commands import Basic
 
 from streamtools import Binding, Bus, Command, ConsumerFactory, ConsumerRunner, Exchange
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
@@ -126,23 +128,91 @@ async def test_a_foreign_queue_with_a_single_active_consumer_keeps_its_order_bes
     await asyncio.gather(*running)
 
 
+@pytest.mark.parametrize("kind", ["quorum", "classic"])
+async def test_a_standby_begins_nothing_while_the_active_one_handles_its_first_message(
+    foreign: AbstractChannel, url: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamtools.drivers.rabbitmq.consumer.ALONE", 0.05)
+    arguments = {"x-single-active-consumer": True, "x-queue-type": kind}
+    await foreign.queue_declare("orders", durable=True, arguments=arguments)
+    begun: list[int] = []
+    ends = asyncio.Event()
+
+    async def take_one(message: int) -> None:
+        begun.append(message)
+        await ends.wait()
+
+    consumers = [RabbitMQConsumer("orders", url=url) for _ in range(2)]
+    running = [asyncio.create_task(consumer()(take_one)()) for consumer in consumers]
+    await wait_until(lambda: all(consumer.connected for consumer in consumers))
+    async with RabbitMQProducer("orders", url=url, declare=False) as producer:
+        await producer.send_many(range(10))
+    await wait_until(lambda: bool(begun))
+    with pytest.raises(TimeoutError):
+        await wait_until(lambda: len(begun) > 1, timeout=1)
+    ends.set()
+    await wait_until(lambda: begun == list(range(10)))
+    for consumer in consumers:
+        consumer.stop()
+    await asyncio.gather(*running)
+
+
+@pytest.mark.parametrize("declare", [True, "passive", False])
+@pytest.mark.parametrize("further", [{}, {"x-max-priority": 5}, {"x-queue-type": "quorum"}])
+async def test_a_foreign_queue_with_a_single_active_consumer_stands_while_consumers_come_and_go(
+    foreign: AbstractChannel, url: str, caplog: pytest.LogCaptureFixture, further: dict[str, Any], declare: Any
+) -> None:
+    """RabbitMQ 3.10 ends a classic one whose active consumer is cancelled with all in hand, and another waiting."""
+    await foreign.queue_declare("orders", durable=True, arguments={"x-single-active-consumer": True, **further})
+    handled: list[int] = []
+
+    async def take_one(message: int) -> None:
+        handled.append(message)
+        await asyncio.sleep(0.002)
+
+    consumers = [
+        RabbitMQConsumer("orders", url=url, declare=declare, error_declare=False, concurrency=8) for _ in range(2)
+    ]
+    running = [asyncio.create_task(consumer()(take_one)()) for consumer in consumers]
+    await wait_until(lambda: all(consumer.connected for consumer in consumers))
+    async with RabbitMQProducer("orders", url=url, declare=False) as producer:
+        for number in range(100):
+            await producer.send(number)
+        for consumer, task in zip(consumers, running, strict=True):
+            consumer.stop()
+            await producer.send_many(range(100, 150))
+            await task
+    async with RabbitMQConsumer("orders", url=url, declare=declare, error_declare=False) as last:
+        while set(handled) != set(range(150)) or handled.count(149) < 2:
+            (delivery,) = await last.receive(timeout=20)
+            handled.append(json.loads(delivery.message.body or b""))
+            await delivery.ack()
+    assert all(handled.count(number) < 3 for number in range(100))
+    assert not [r for r in caplog.records if "has ended" in r.getMessage()]
+
+
+@pytest.mark.parametrize("declare", [True, "passive", False])
+async def test_a_classic_queue_is_never_believed_a_count_that_somebody_copied(
+    foreign: AbstractChannel, url: str, declare: Any
+) -> None:
+    await foreign.queue_declare("orders", durable=True)
+    properties = Basic.Properties(message_id="1", headers={"x-delivery-count": 7})
+    await foreign.basic_publish(b"1", routing_key="orders", properties=properties)
+    first = await foreign.basic_get("orders")
+    await foreign.basic_nack(first.delivery.delivery_tag)
+    async with RabbitMQConsumer("orders", url=url, declare=declare, error_declare=False) as consumer:
+        (delivery,) = await consumer.receive(timeout=20)
+    assert delivery.count == 1
+
+
 # --- streams --------------------------------------------------------------------------------------
 
 
-async def test_a_stream_is_refused_with_the_reason(foreign: AbstractChannel, url: str) -> None:
+@pytest.mark.parametrize("declare", [True, "passive", False])
+async def test_a_stream_is_refused_at_opening(foreign: AbstractChannel, url: str, declare: Any) -> None:
     await foreign.queue_declare("orders", durable=True, arguments={"x-queue-type": "stream"})
-    consumer = RabbitMQConsumer("orders", url=url)
-
-    @consumer()
-    async def handle(message: bytes) -> None: ...
-
-    running = asyncio.create_task(handle())
-    await wait_until(lambda: consumer.connected or running.done())
-    while not running.done():
-        await foreign.basic_publish(b"x", routing_key="orders")
-        await asyncio.wait([running], timeout=0.1)
     with pytest.raises(QueueError, match="a stream is not a queue"):
-        await running
+        await RabbitMQConsumer("orders", url=url, declare=declare, error_declare=False).open()
 
 
 def test_a_stream_is_not_made() -> None:

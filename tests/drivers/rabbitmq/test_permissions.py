@@ -282,3 +282,21 @@ async def test_a_reader_whose_copies_may_not_be_sent_holds_them_says_so_once_and
         (delivery,) = await last.receive(timeout=20)
         assert delivery.message.body == b"3"
         await delivery.ack()
+
+
+async def test_a_stream_that_may_not_be_looked_at_is_refused_at_its_first_message(
+    foreign: AbstractChannel, user: MakeUser
+) -> None:
+    await foreign.queue_declare("orders", durable=True, arguments={"x-queue-type": "stream"})
+    consumer = Consumer("orders", url=user(read="orders"), declare=False)
+
+    @consumer()
+    async def handle(message: bytes) -> None: ...
+
+    running = asyncio.create_task(handle())
+    await wait_until(lambda: consumer.connected or running.done())
+    while not running.done():
+        await foreign.basic_publish(b"x", routing_key="orders")
+        await asyncio.wait([running], timeout=0.1)
+    with pytest.raises(QueueError, match="a stream is not a queue"):
+        await running
