@@ -333,6 +333,11 @@ class Loop:
 
     # --- settling -------------------------------------------------------------------------------
 
+    @property
+    def dispatch(self) -> Dispatch:
+        """What turns each delivery into a settlement."""
+        return self._dispatch
+
     async def by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
         """Perform a verdict that the handler gave itself; returns when it is given to the broker."""
         settlement = self._dispatch.settlement(delivery, delivery.message, verdict, None)

@@ -18,6 +18,7 @@ from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.kafka.ages import next_times
 from streamtools.drivers.kafka.bindings import bind, unbind
 from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster, TopicState
+from streamtools.drivers.kafka.counts import count
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Commit, Groups, Membership, Progress, busy
 from streamtools.drivers.kafka.names import BINDINGS, RETRY, check_kafka_name, is_retry_topic, reader_of
@@ -113,7 +114,7 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
     async def _stats(self, queue: str) -> QueueInfo:
         with self._plain_errors() as cluster:
             topic = await self._topic(queue)
-            infos = await self._infos(await cluster.topics([queue, queue + RETRY]))
+            infos = await self._infos(await cluster.topics([queue, queue + RETRY]), counted=True)
             found = next(info for info in infos if info.name == queue)
             return replace(found, oldest=await self._oldest(topic)) if found.ready else found
 
@@ -239,8 +240,12 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
     def _viewer(self, queue: str, most: int) -> Reader:
         return KafkaViewer(queue, self.settings, client_id=self.client_id)
 
-    async def _infos(self, topics: Mapping[str, TopicState]) -> list[QueueInfo]:
-        """The numbers of each topic; those of the retry topic of its own group are with it."""
+    async def _infos(self, topics: Mapping[str, TopicState], *, counted: bool = False) -> list[QueueInfo]:
+        """The numbers of each topic; those of the retry topic of its own group are with it.
+
+        Parameters:
+            counted: count messages where there are few, instead of offsets.
+        """
         groups = Groups(self._connected())
         known = await groups.names()
         commits: dict[TopicPartition, Commit] = {}
@@ -251,9 +256,11 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
                 members[name] = len((await groups.describe(group)).members)
         partitions = [partition for topic in topics.values() for partition in topic.partitions]
         due, later = dict.fromkeys(topics, 0), dict.fromkeys(topics, 0)
-        for partition, one in (await self._measured(commits, partitions, all_of_them=False)).items():
+        found = await self._measured(commits, partitions, all_of_them=False)
+        numbers = await count(self._connected(), found) if counted else {p: one.waiting for p, one in found.items()}
+        for partition, number in numbers.items():
             waits = is_retry_topic(partition.topic) and partition.partition > 0  # the first tier holds nothing back
-            (later if waits else due)[partition.topic] += one.waiting
+            (later if waits else due)[partition.topic] += number
         own = {name + RETRY: name for name in topics if name + RETRY in topics}
         for retry, name in own.items():
             due[name] += due[retry]

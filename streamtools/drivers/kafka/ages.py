@@ -28,18 +28,27 @@ async def next_times(cluster: Cluster, places: Mapping[TopicPartition, int]) -> 
 
 
 async def _next_time(cluster: Cluster, partition: TopicPartition, offset: int) -> float | None:
-    rows = [(partition.topic, [(partition.partition, offset, ENOUGH)])]
+    answer = await fetch(cluster, partition, offset, ENOUGH)
+    return None if answer is None else _first_time(Records(answer[-1] or b""), offset)
 
-    async def attempt() -> float | None:
+
+async def fetch(cluster: Cluster, partition: TopicPartition, offset: int, size: int) -> Any:
+    """What the partition's leader answers, with so many bytes of records from this offset on.
+
+    It is None where the offset was purged meanwhile.
+    """
+    rows = [(partition.topic, [(partition.partition, offset, size)])]
+
+    async def attempt() -> Any:
         [node] = await cluster.by_leader({partition: offset})
-        response = await cluster.ask(FetchRequest(0, 0, ENOUGH, READ_COMMITTED, rows), node)
+        response = await cluster.ask(FetchRequest(0, 0, size, READ_COMMITTED, rows), node)
         [(_, [answer])] = response.topics
         check([answer[1]])
-        return _first_time(Records(answer[-1] or b""), offset)
+        return answer
 
     try:
         return await cluster.persist(attempt)
-    except kafka.OffsetOutOfRangeError:  # purged meanwhile
+    except kafka.OffsetOutOfRangeError:
         return None
 
 

@@ -14,17 +14,19 @@ from aiokafka import TopicPartition
 from streamtools.checks import check_name
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
+from streamtools.drivers.kafka.beforehand import commit_first
 from streamtools.drivers.kafka.bindings import bind
 from streamtools.drivers.kafka.errors import client_error
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.intake import Intake
-from streamtools.drivers.kafka.membership import ABANDONED, Membership, Terms
+from streamtools.drivers.kafka.membership import ABANDONED, Membership
 from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply, retry_topic
 from streamtools.drivers.kafka.options import ConsumerOptions, subscription
 from streamtools.drivers.kafka.outbox import Outbox
 from streamtools.drivers.kafka.outgoing import COPY_ROOM
 from streamtools.drivers.kafka.records import QUEUE, decode_plain, header_texts, read_record
 from streamtools.drivers.kafka.starts import Start
+from streamtools.drivers.kafka.terms import Terms
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at
 from streamtools.drivers.kafka.topics import Topic, topics_at
 from streamtools.drivers.kafka.track import KafkaDelivery, Track, delivery_of
@@ -108,7 +110,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         retries = await self._declare()
         membership = Membership(
             self.settings, self._terms(retries), self._name, changed=self._wake_up, drained=self._drained,
-            partitions=self._partitions,
+            passed_over=self._pass_over, partitions=self._partitions,
         )  # fmt: skip
         self._membership = membership
         self._outbox = Outbox(
@@ -165,9 +167,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             group=self.group_id,
             topics=tuple(topics),
             retry_topic=self.retry_topic,
-            pattern=None
-            if options.pattern is None
-            else subscription(options.pattern, tuple(topics), self._error_topic),
+            pattern=subscription(options.pattern, tuple(topics), self._error_topic),
             start=Start(latest=self.offset == "latest", offset=options.start_offset, time=options.start),
             static_id=options.static_id,
             deadline=options.revoke_timeout,
@@ -220,8 +220,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 for track in tracks:
                     self._take_arrived(membership, track, batch, min(limit, len(batch) + share), now)
             except Exception as error:  # bytes that the library cannot read
-                failure = client_error(error, self.settings)
-                failure.__cause__ = error
+                (failure := client_error(error, self.settings)).__cause__ = error
                 self._fail(failure)
             self._intake.taken()
         return batch
@@ -282,8 +281,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
     def _line(self, delivery: Delivery) -> Hashable:
         if self.ordered_by == "partition":
-            partition: Hashable = cast(KafkaDelivery, delivery).track.partition
-            return partition
+            return cast(Hashable, cast(KafkaDelivery, delivery).track.partition)
         return super()._line(delivery)
 
     # --- settling ---------------------------------------------------------------------------------
@@ -306,7 +304,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         else:
             self._finish(settlements)
         if self.ack == "on_receive" and self._membership is not None:
-            await self._membership.commit()  # before any handler begins
+            await commit_first(self._membership, {delivery_of(s).track for s in settlements})
 
     def _finish(self, settlements: Sequence[Settlement]) -> None:
         """Those that send nothing need no one's answer."""
@@ -354,7 +352,8 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _reject(self, settlement: Settlement, error: SendError) -> Settlement:
         """What its handler has sent is refused: that is the handler's failure, and no retry helps."""
         delivery = settlement.delivery
-        return self._by_hand.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
+        dispatch = self._by_hand if self._loop is None else self._loop.dispatch
+        return dispatch.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
 
     def _conclude(self, mine: list[Settlement], done: list[Settlement]) -> None:
         """What is done is finished; the others are in hand again."""
@@ -414,6 +413,10 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             await self._outbox.move(batch)
             if self._membership is not None:
                 self._membership.finished(len(batch), at_once=True)
+
+    async def _pass_over(self, tracks: Collection[Track]) -> None:
+        if self._outbox is not None:
+            await self._outbox.pass_over(tracks)
 
     # --- partitions that go -----------------------------------------------------------------------
 
@@ -481,8 +484,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
     def _fail(self, error: StreamToolsError) -> None:
         if self._membership is not None:
-            self._membership.failure = self._membership.failure or error
-        self._wake_up()
+            self._membership.fail(error)
 
     def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.done():

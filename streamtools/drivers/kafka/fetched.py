@@ -101,10 +101,10 @@ def _take(result: FetchResult) -> Fetched | None:
     start = records.next_fetch_offset
     result._assignment.state_value(partition).consumed_to(end)
     result._partition_records = None
-    return Fetched.of(_committed(records, batches), start, end, size)
+    return Fetched.of(committed(records, batches), start, end, size)
 
 
-def _committed(records: PartitionRecords, batches: deque[Any]) -> Iterator[Any]:
+def committed(records: PartitionRecords, batches: deque[Any]) -> Iterator[Any]:
     """Those of which a reader is to see the records: as the library's own parser has it, for read_committed."""
     while batches:
         batch = batches.popleft()  # and let go of with the next one

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -24,7 +23,8 @@ from streamtools.drivers.kafka.coordinator import Coordinator, Place
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, TROUBLE, client_error, plain
 from streamtools.drivers.kafka.offsets import METADATA_LIMIT, Offsets, Run
 from streamtools.drivers.kafka.reach import Reach
-from streamtools.drivers.kafka.starts import Commits, Start, Starts
+from streamtools.drivers.kafka.starts import Commits, Starts
+from streamtools.drivers.kafka.terms import Terms
 from streamtools.drivers.kafka.track import Track
 from streamtools.drivers.kafka.transactions import Identity, fence
 from streamtools.drivers.kafka.unpacking import Answers
@@ -38,6 +38,8 @@ T = TypeVar("T")
 #: Finished messages after which their offsets are committed at once, and seconds after which in any case.
 COMMIT_COUNT: Final = 1000
 COMMIT_AGE: Final = 0.2
+#: Seconds after which a group with transactions commits that it has read past what is no message.
+MARKER_AGE: Final = 1.0
 #: Seconds beyond the deadline of handlers, for the commit and the way back into the group.
 REJOIN: Final = 10.0
 #: Seconds for handlers that were cancelled to end.
@@ -48,37 +50,13 @@ GONE: Final = 3.0
 FOREVER_MS: Final = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """How to be a member.
-
-    Attributes:
-        group: the group.
-        topics: all of these.
-        pattern: all topics whose whole name matches, besides; None for none.
-        start: where a new group begins.
-        static_id: this member's name, by which it keeps its partitions over a restart.
-        deadline: seconds for handlers at work when a partition is taken away.
-        retry_topic: of which a new group has everything.
-        exactly_once: offsets are committed by transactions, and by nothing else.
-    """
-
-    group: str
-    topics: tuple[str, ...]
-    retry_topic: str
-    pattern: str | None = None
-    start: Start = Start()
-    static_id: str | None = None
-    deadline: float = 30.0
-    exactly_once: bool = False
-
-
 class Membership:
     """One member of a group.
 
     Parameters:
         changed: called whenever a partition comes or goes, or the membership fails.
         drained: called before partitions go; returns once nothing of them is at work, or at the deadline.
+        passed_over: commits, with exactly_once, what is finished of these partitions without a message being handled.
         partitions: how many each topic had, as an earlier member of the same consumer knew; it is kept up to date.
     """
 
@@ -90,6 +68,7 @@ class Membership:
         *,
         changed: Callable[[], None],
         drained: Callable[[Collection[Track]], Awaitable[None]],
+        passed_over: Callable[[Collection[Track]], Awaitable[None]],
         partitions: dict[str, int] | None = None,
     ) -> None:
         self._partitions = {} if partitions is None else partitions
@@ -98,6 +77,7 @@ class Membership:
         self._client_id = client_id
         self._changed = changed
         self._drained = drained
+        self._passed_over = passed_over
         self._committing = asyncio.Lock()
         self._commit_now = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -408,13 +388,13 @@ class Membership:
         Parameters:
             at_once: something was sent for them; a crash before the commit would send it twice.
         """
-        if self._terms.exactly_once:
-            return
+        exactly = self._terms.exactly_once  # then transactions commit the messages, and here is left what is none
         self._uncommitted += number
-        if at_once or self._uncommitted >= COMMIT_COUNT:
+        if not exactly and (at_once or self._uncommitted >= COMMIT_COUNT):
             self._commit_now.set()
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(COMMIT_AGE, self._commit_now.set)
+            age = MARKER_AGE if exactly else COMMIT_AGE
+            self._timer = asyncio.get_running_loop().call_later(age, self._commit_now.set)
 
     async def _commit_routine(self) -> None:
         while True:
@@ -424,7 +404,16 @@ class Membership:
                 self._timer.cancel()
                 self._timer = None
             try:
-                await self.commit()
+                if self._terms.exactly_once:
+                    await self._passed_over(
+                        [
+                            t
+                            for t in self.tracks.values()
+                            if t.offsets.uncommitted and not (t.going or t.lock.locked())
+                        ]
+                    )
+                else:
+                    await self.commit()
             except StreamToolsError as error:
                 self.fail(error)
                 return

@@ -124,6 +124,10 @@ class Offsets:
         """A number that rises with each offset finished; for `committed()`."""
         return self._changes
 
+    def is_committed(self, changes: int) -> bool:
+        """Whether all that was finished when `changes` was so high is committed."""
+        return self._committed >= changes
+
     def committed(self, changes: int) -> None:
         """What was finished when `changes` was so high is committed."""
         self._committed = max(self._committed, changes)

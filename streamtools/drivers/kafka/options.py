@@ -115,8 +115,13 @@ class ConsumerOptions(Options):
         return self.start_time.timestamp() if isinstance(self.start_time, datetime) else self.start_time
 
 
-def subscription(pattern: str, topics: tuple[str, ...], error_topic: str) -> str:
-    """An expression for these topics and the pattern's; without retries, bindings, and what is rejected here."""
+def subscription(pattern: str | None, topics: tuple[str, ...], error_topic: str) -> str | None:
+    """An expression for these topics and the pattern's; without retries, bindings, and what is rejected here.
+
+    It is None without a pattern.
+    """
+    if pattern is None:
+        return None
     own = "|".join(re.escape(topic) for topic in topics)
     others = rf"(?!{re.escape(error_topic)}$|{re.escape(BINDINGS)}$)(?!.*{re.escape(RETRY)}(?:\.|$))"
     return rf"(?:{own})$|{others}(?:{pattern})$"

@@ -175,13 +175,18 @@ class Outbox:
         else:
             done += batch
 
+    async def pass_over(self, tracks: Collection[Track]) -> None:
+        """Commit that these were read up to where they are: what is no message has no transaction of its own."""
+        for track in tracks:
+            await self._transact(track, (), ())
+
     async def _transact(self, track: Track, offsets: Collection[int], items: Sequence[Outgoing]) -> None:
         """Send `items`, and commit that `offsets` are finished, as one."""
         async with track.lock:
             try:
                 transactional = await self._get_transactional(track)
                 await transactional.begin()
-                whole = await self._one(track, transactional, offsets, items)
+                changes = await self._one(track, transactional, offsets, items)
             except SendError:
                 raise
             except BaseException as error:
@@ -195,11 +200,12 @@ class Outbox:
                 raise
             for offset in offsets:
                 track.offsets.finish(offset)
-            track.full = not whole
+            track.offsets.committed(changes + len(offsets))
 
     async def _one(
         self, track: Track, transactional: Transactional, offsets: Collection[int], items: Sequence[Outgoing]
-    ) -> bool:
+    ) -> int:
+        """What was finished, by the count of `Offsets.changes`, beside `offsets`."""
         try:
             if items:
                 await transactional.send(items)
@@ -208,10 +214,12 @@ class Outbox:
             if transactional.broken:
                 await self.release([track])
             raise
+        changes = track.offsets.changes
         at, metadata, whole = track.offsets.commit(self._membership.limit, also=offsets)
         await transactional.add_offsets({track.partition: (at, metadata)}, self._membership.group)
         await transactional.commit()
-        return whole
+        track.full = not whole
+        return changes
 
     async def _get_transactional(self, track: Track) -> Transactional:
         if self._closed or track.gone:

@@ -172,7 +172,12 @@ class OfflineConsumer(KafkaConsumer):
         self._tiers = len(TIERS)
         coordinator = SimpleNamespace(commit=self.broker.commit, confirmed_at=math.inf)
         membership = _Membership(
-            self.settings, self._terms(True), "test", changed=self._wake_up, drained=self._drained
+            self.settings,
+            self._terms(True),
+            "test",
+            changed=self._wake_up,
+            drained=self._drained,
+            passed_over=self._pass_over,
         )
         membership.coordinator = coordinator  # type: ignore[assignment]
         self._membership = membership

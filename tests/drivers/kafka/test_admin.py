@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any
@@ -96,6 +97,33 @@ async def test_what_waits_for_its_retry_is_shown_with_its_queue(
     assert (info.ready, info.delayed) == (2, 2)
     shown = {info.name: (info.ready, info.delayed) for info in await admin.list() if info.name.startswith(queue)}
     assert shown == {queue: (2, 2), f"{queue}.retry.billing": (1, 2)}
+
+
+async def test_stats_count_messages_and_not_the_ends_of_transactions(
+    admin: QueueAdmin, producer: MakeProducer, queue: str
+) -> None:
+    sender = await producer(partitions=2)
+    for number in range(5):
+        async with sender.transaction():
+            await sender.send_many([number, number], partition=number % 2)
+        with pytest.raises(ZeroDivisionError):
+            async with sender.transaction():
+                await sender.send("aborted", partition=0)
+                raise ZeroDivisionError
+    await sender.send("plain", partition=1)
+
+    async def ready() -> int:
+        return (await admin.stats(queue)).ready
+
+    await eventually(lambda: _is(ready, 11), "no marker is counted, as soon as the last one is written")
+    await admin.seek(queue, 1, partition=0)
+    assert await ready() == 10
+    await admin.seek(queue, "end")
+    assert await ready() == 0
+
+
+async def _is(number: Callable[[], Awaitable[int]], wanted: int) -> bool:
+    return await number() == wanted
 
 
 async def test_the_retries_of_another_group_are_those_that_it_has_not_read(

@@ -224,3 +224,28 @@ async def test_a_consumer_whose_name_another_process_takes_over_ends_and_says_so
         await eventually(lambda: ("second", 2) in seen)
         await asyncio.sleep(SESSION)
         assert second._membership.coordinator.place.generation == generation
+
+
+# --- at most once ---------------------------------------------------------------------------------
+
+
+async def test_on_receive_no_handler_begins_before_the_commit_holds(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, commits: Any
+) -> None:
+    sender = await producer(partitions=1)
+    held: list[tuple[int, int]] = []
+
+    async def handle(msg: int) -> None:
+        held.append((msg, (await commits()).get(0, 0)))
+
+    async with running(handle, ack="on_receive", url=quick(kafka)) as consumer:
+        await sender.send(0)
+        await eventually(lambda: len(held) == 1)
+        # As if others had the partitions since, and this member had not heard of it yet.
+        consumer._membership.coordinator._inner.generation -= 1
+        await sender.send(1)
+        await eventually(lambda: len(held) == 2, timeout=60)
+        await sender.send(2)
+        await eventually(lambda: len(held) == 3)
+    assert [number for number, _ in held] == [0, 1, 2]
+    assert all(committed > number for number, committed in held)

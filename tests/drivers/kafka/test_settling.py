@@ -178,7 +178,8 @@ async def test_only_the_delivery_given_last_is_in_hand(exactly_once: bool) -> No
         await receiver._settle([Settlement(old, verdict)])
     assert receiver.track.offsets.position == 0 and receiver.track.in_hand == [new] and not receiver._returned
     await receiver.ack_many([new, new])
-    assert receiver.track.offsets.position == 1 and receiver.track.offsets.uncommitted == 1
+    assert receiver.track.offsets.position == 1
+    assert receiver.track.offsets.uncommitted == (0 if exactly_once else 1)  # a transaction has committed it
     await receiver.close()
 
 

@@ -129,7 +129,7 @@ async def test_what_a_handler_sends_leaves_with_its_acknowledgement(
 
 
 async def test_a_handler_whose_message_is_refused_has_failed_and_the_others_go_on(
-    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = f"{queue}-small"
     await limited(kafka, small)
@@ -145,6 +145,7 @@ async def test_a_handler_whose_message_is_refused_has_failed_and_the_others_go_o
     assert sorted(await visible(kafka, small)) == [b"%d" % n for n in range(10) if n != 4]
     [error] = await records(kafka, f"{queue}.error", committed=True)
     assert error.value == b"4" and b"too large" in dict(error.headers)["ce_errormessage"]
+    assert "handle" in caplog.text and "by hand" not in caplog.text
 
 
 @pytest.mark.parametrize("bad", [{13}, {0, 29}, set(range(10, 20))])
@@ -191,8 +192,9 @@ async def test_delays_and_a_new_member_change_nothing_about_once(
     assert Counter(int(v) for v in await visible(kafka, out.queue)) == Counter(range(300))
 
 
+@pytest.mark.parametrize("exactly_once", [True, False])
 async def test_what_aborted_transactions_have_written_is_not_handled(
-    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, exactly_once: bool
 ) -> None:
     seen: list[str] = []
 
@@ -207,16 +209,19 @@ async def test_what_aborted_transactions_have_written_is_not_handled(
     await sender.send("plain")
     async with sender.transaction():
         await sender.send("committed")
-    async with running(handle):
+    async with running(handle, exactly_once=exactly_once):
         await eventually(lambda: len(seen) == 2)
-        while await _is_behind(kafka, queue):  # the ends of transactions are no lag
-            pass
-    assert seen == ["plain", "committed"]
+        await eventually(lambda: _is_done(kafka, queue))  # the ends of transactions are no lag
+        async with sender.transaction():
+            await sender.send("later")
+        await eventually(lambda: len(seen) == 3)
+        await eventually(lambda: _is_done(kafka, queue))
+    assert seen == ["plain", "committed", "later"]
 
 
-async def _is_behind(address: KafkaAddress, queue: str) -> bool:
+async def _is_done(address: KafkaAddress, queue: str) -> bool:
     rows = await asyncio.to_thread(group_rows, address.bootstrap, queue, queue)
-    return any(lag for _, _, lag in rows.values())
+    return not any(lag for _, _, lag in rows.values())
 
 
 async def _is_at(address: KafkaAddress, queue: str, offset: int) -> bool:

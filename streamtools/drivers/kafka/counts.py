@@ -1,0 +1,54 @@
+"""How many messages wait: counted where there are few, and by their offsets where there are many.
+
+The end of a transaction has an offset and is no message, and neither is what an aborted one has written. In an error
+queue that is filled by transactions every second offset is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final
+
+from aiokafka import TopicPartition
+from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
+
+from streamtools.drivers.kafka.ages import fetch
+from streamtools.drivers.kafka.cluster import Cluster
+from streamtools.drivers.kafka.fetched import committed
+from streamtools.drivers.kafka.groups import Progress
+from streamtools.drivers.kafka.offsets import decode
+from streamtools.drivers.kafka.unpacking import Records
+
+#: Offsets of a partition up to which its messages are counted, and bytes of them that are read for it.
+FEW: Final = 1000
+FEW_BYTES: Final = 256 * 1024
+
+
+async def count(cluster: Cluster, found: Mapping[TopicPartition, Progress]) -> dict[TopicPartition, int]:
+    """How many messages wait in each partition; where there are many, what is none counts as well."""
+    numbers = {partition: progress.waiting for partition, progress in found.items()}
+    few = [partition for partition, number in numbers.items() if number and found[partition].lag <= FEW]
+    counted = await asyncio.gather(*(_count(cluster, partition, found[partition]) for partition in few))
+    return numbers | dict(zip(few, counted, strict=True))
+
+
+async def _count(cluster: Cluster, partition: TopicPartition, progress: Progress) -> int:
+    answer = await fetch(cluster, partition, progress.start, FEW_BYTES)
+    if answer is None:
+        return progress.waiting
+    batches = deque[Any]()
+    records, at = Records(answer[-1] or b""), progress.start
+    while records.has_next():
+        batches.append(records.next_batch())
+        at = max(at, batches[-1].next_offset)
+    aborted = next((part for part in answer[2:-1] if isinstance(part, list)), None)  # its place varies by version
+    known = PartitionRecords(partition, records, aborted, progress.start, None, None, False, READ_COMMITTED)
+    done = decode(progress.start, progress.metadata)
+    number = 0
+    for batch in committed(known, batches):
+        for record in batch:
+            if progress.start <= record.offset < progress.end:
+                number += not any(first <= record.offset < end for first, end in done)
+    return number + Progress(at, progress.end, None).lag if at < progress.end else number
