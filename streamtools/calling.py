@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType, MethodType, NoneType, coroutine
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from streamtools.errors import ConfigurationError, HandlerError
 
@@ -212,6 +212,12 @@ def _check_group(value: Any, refusal: type[Exception]) -> None:
         )
 
 
+class Steps(Protocol):
+    """What runs the steps of a coroutine: a `contextvars.Context`, for one."""
+
+    def run(self, step: Callable[..., Any], /, *arguments: Any) -> Any: ...
+
+
 def in_thread(function: Callable[..., Any], executor: Executor | None) -> Callable[..., Awaitable[Any]]:
     """The function as `async def`: it runs in a thread; if its result can be awaited, that runs in the event loop.
 
@@ -235,10 +241,13 @@ def in_thread(function: Callable[..., Any], executor: Executor | None) -> Callab
 
 
 @coroutine
-def within(context: contextvars.Context, work: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+def within(context: Steps, work: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
     """Await a coroutine in this task, with context variables of its own.
 
     A separate task would do the same at ten times the cost.
+
+    Parameters:
+        context: runs each of its steps.
     """
     run = context.run
     try:

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, runtime_checkable
 
-from streamtools.calling import NOTHING, awaited, check_function, name_of
+from streamtools.calling import NOTHING, awaited, check_function, name_of, within
 from streamtools.cancelling import end, until
 from streamtools.checks import Seconds, check_count, check_place, check_seconds
 from streamtools.consumer import BoundHandler, Consumer
@@ -21,7 +21,7 @@ from streamtools.eventloops import PerLoop, in_its_loop
 from streamtools.observability.health import HealthReport, HealthServer
 from streamtools.producer import Producer
 from streamtools.routing import ConsumerFactory
-from streamtools.signals import Interrupted, interrupted_by_signals, stopped_by_signals
+from streamtools.signals import Interrupted, Interruptible, heeded, stopped_by_signals
 from streamtools.supervisor import Supervisor
 from streamtools.threads import DefaultThreads
 
@@ -64,6 +64,8 @@ Source = ConsumerFactory | Service | Consumer | BoundHandler | Producer
 THREADS: Final = 32
 #: Seconds that closing connections may take beyond the shutdown deadline.
 CLOSING: Final = 5.0
+#: Seconds between cancelling a hook and interrupting it.
+GRACE: Final = 1.0
 
 
 class _InLoop:
@@ -159,7 +161,7 @@ class ConsumerRunner:
         Raises:
             Exception: what ended the runner, when it was not a signal; the process then exits with 1.
         """
-        with suppress(Interrupted), interrupted_by_signals(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with heeded(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.get_loop().set_default_executor(DefaultThreads(THREADS, CLOSING))
             runner.run(self._serve_alone())
 
@@ -185,7 +187,8 @@ class ConsumerRunner:
             raise ConfigurationError("This runner runs already: end it first by runner.stop(), or make another one.")
         here.begin(signals=signals)
         try:
-            with stopped_by_signals(here.stop.set) if here.signals else nullcontext():
+            limit = self.shutdown_timeout + CLOSING
+            with stopped_by_signals(here.stop.set, limit) if here.signals else nullcontext():
                 await self._serve(here)
         finally:
             here.serving = False
@@ -262,7 +265,8 @@ class ConsumerRunner:
         ends, failure = Ends(), None
         try:
             async with until(here.stop):
-                await self._enter(here, ends)
+                if not here.stop.is_set():  # a signal came before
+                    await self._enter(here, ends)
             if not here.stop.is_set():
                 await self._supervise(here)
         except Interrupted:  # a signal, while a hook blocked the event loop
@@ -284,13 +288,10 @@ class ConsumerRunner:
             ends.add(f"Closing {resource!r}", resource.close, lambda: CLOSING)
             await resource.open()
         for hook in reversed(self.on_shutdown):
-            ends.add(
-                f"The on_shutdown hook {name_of(hook)}",
-                partial(_call, hook, here, interrupted=False),
-                lambda: max(here.rest(self.shutdown_timeout), CLOSING),
-            )
+            name = f"The on_shutdown hook {name_of(hook)}"
+            ends.add(name, partial(self._end, hook, name, here), partial(self._limit, here))
         for hook in self.on_startup:
-            await _call(hook, here, interrupted=True)
+            await _call(hook, Interruptible(by_signal=here.signals))
         self._supervisors = [
             Supervisor(handler, restarts=self._restarts, window=self._window) for handler in self._handlers
         ]
@@ -299,6 +300,21 @@ class ConsumerRunner:
         if self._health is not None:
             ends.add("Closing the health endpoints", self._health.stop, lambda: CLOSING)
             await self._health.start()
+
+    def _limit(self, here: _InLoop) -> float:
+        return max(here.rest(self.shutdown_timeout), CLOSING)
+
+    async def _end(self, hook: Hook, name: str, here: _InLoop) -> None:
+        """Call a hook of `on_shutdown`; one that blocks the event loop is interrupted when its time is over."""
+        seconds = self._limit(here)
+        try:
+            # Later than it is cancelled, where that is possible.
+            with Interruptible(seconds=seconds + GRACE) as limited:
+                await _call(hook, limited)
+        except Interrupted:
+            raise TimeoutError(
+                f"{name} blocked the event loop for more than {seconds:.3g} s, and was interrupted."
+            ) from None
 
     async def _supervise(self, here: _InLoop) -> None:
         loops = [asyncio.create_task(s.run(), name=f"streamtools-{s.consumer.queue}") for s in self._supervisors]
@@ -363,15 +379,12 @@ class ConsumerRunner:
                 self._add(consumer)
 
 
-async def _call(hook: Hook, here: _InLoop, *, interrupted: bool) -> None:
-    """Call a hook.
+async def _call(hook: Hook, where: Interruptible) -> None:
+    await within(where, _result(hook))
 
-    Parameters:
-        interrupted: the first signal ends one that blocks the event loop; else only the second does.
-    """
-    with interrupted_by_signals(first=interrupted) if here.signals else nullcontext():
-        result = hook()
-    await awaited(result, ConfigurationError)
+
+async def _result(hook: Hook) -> None:
+    await awaited(hook(), ConfigurationError)
 
 
 def _failure(task: asyncio.Task[None]) -> BaseException | None:

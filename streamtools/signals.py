@@ -10,129 +10,229 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any, Final
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any, Final, Self, TypeVar
+
+T = TypeVar("T")
 
 log: logging.Logger = logging.getLogger("streamtools")
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 #: Seconds within which a repeated signal is the same one.
 SAME_SIGNAL: Final = 0.05
-
-_Python = Callable[[int, FrameType | None], Any] | int | None
+#: Seconds that the last line of the log may take.
+_LAST_WORD: Final = 0.5
 
 
 class Interrupted(BaseException):
-    """A signal came while code ran that no event loop can stop."""
+    """A signal came, or the time was over, while code ran that no event loop can stop."""
 
 
 class _Signals:
-    """Both signals in one event loop, from the first who listens to the last."""
+    """Both signals in the main thread, from the first block that heeds them to the end of the last.
+
+    Python calls `_came` between two of its instructions, also where code blocks the event loop, and while the event
+    loop waits.
+    """
 
     #: The one that is installed.
     current: _Signals | None = None
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.listeners: list[Callable[[], None]] = []
+    def __init__(self) -> None:
+        self.users = 0
         #: When the first signal came, on the monotonic clock.
         self.first: float | None = None
-        self._before = {number: (signal.getsignal(number), _handle(loop, number)) for number in SIGNALS}
+        #: What runs now may be interrupted by the first signal.
+        self.interrupts = False
+        self.in_loop: _InLoop | None = None
+        #: Another thread has sent the signal, for what is called here to decide whether it still interrupts.
+        self._overdue: Callable[[], bool] | None = None
+        self.handler: Callable[[int, FrameType | None], None] = self._came
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
         for number in SIGNALS:
-            loop.add_signal_handler(number, self.came, number)
-        self._ours = {number: _handle(loop, number) for number in SIGNALS}
+            signal.signal(number, self.handler)
 
-    def came(self, number: int) -> None:
-        """Stop all who listen; a second signal ends the process."""
-        if self.is_second():
-            log.warning("A second signal: ending at once.")
-            os._exit(128 + number)
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        if (overdue := self._overdue) is not None:
+            self._overdue = None
+            if overdue():
+                raise Interrupted
+            return
         if self.first is None:
-            log.info("%s: finishing what is in hand.", signal.Signals(number).name)
             self.first = time.monotonic()
-            for stop in self.listeners:
-                stop()
+            if self.in_loop is not None:
+                self.in_loop.stop_all(number)
+            if self.interrupts:
+                raise Interrupted(signal.Signals(number).name)
+        elif time.monotonic() - self.first >= SAME_SIGNAL:  # sooner, it is the same one: timeout(1) signals twice
+            # By a thread, because this one may hold the lock of a handler of the log.
+            last = threading.Thread(target=log.warning, args=("A second signal: ending at once.",), daemon=True)
+            last.start()
+            last.join(_LAST_WORD)
+            os._exit(128 + number)
 
-    def is_second(self) -> bool:
-        """A signal now is the second one. Moments after the first it is the same: timeout(1) signals twice."""
-        return self.first is not None and time.monotonic() - self.first >= SAME_SIGNAL
+    def interrupt_if(self, overdue: Callable[[], bool]) -> None:
+        """Interrupt what the main thread does, from another thread; `overdue` says there whether it is still so."""
+        self._overdue = overdue
+        signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])
 
     def restore(self) -> None:
         """Put back what was there before, unless somebody has put something else there meanwhile."""
-        for number, (before, handle) in self._before.items():
-            if _handle(self.loop, number) is not self._ours[number]:
+        for number, handler in self._before.items():
+            if signal.getsignal(number) is self.handler and handler is not None:
+                signal.signal(number, handler)  # None: it was not set from Python, and cannot be set from here
+
+
+class _InLoop:
+    """Both signals in one event loop: who is to stop."""
+
+    def __init__(self, signals: _Signals, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        #: What stops each, and the seconds after which whoever still blocks the event loop is interrupted.
+        self.listeners: list[tuple[Callable[[], None], float]] = []
+        self._signals = signals
+        self._heard = threading.Event()
+        self._before = {number: _handle(loop, number) for number in SIGNALS}
+        for number in SIGNALS:
+            loop.add_signal_handler(number, _wake_up)  # a signal that reaches another thread wakes the loop
+            signal.signal(number, signals.handler)
+
+    def stop_all(self, number: int) -> None:
+        """Have all of them stop, as soon as the event loop runs."""
+        self.loop.call_soon_threadsafe(self._say, number)
+        for stop, _ in self.listeners:
+            self.loop.call_soon_threadsafe(stop)
+        limit = max(seconds for _, seconds in self.listeners)
+        threading.Thread(target=self._insist, args=(limit,), name="streamtools-signals", daemon=True).start()
+
+    def _say(self, number: int) -> None:
+        self._heard.set()
+        log.info("%s: finishing what is in hand.", signal.Signals(number).name)
+
+    def _insist(self, limit: float) -> None:
+        while not self._heard.wait(limit):
+            self._signals.interrupt_if(lambda: not self._heard.is_set())
+
+    def restore(self) -> None:
+        """Put back what was there before, unless somebody has put something else there meanwhile."""
+        self._heard.set()
+        for number, handle in self._before.items():
+            if signal.getsignal(number) is not self._signals.handler:
                 continue
             self.loop.remove_signal_handler(number)
-            _set(number, before)
-            if handle is not None:
+            if handle is None:
+                signal.signal(number, self._signals.handler)
+            else:
                 self.loop.add_signal_handler(number, handle._callback, *handle._args)
 
 
+def _wake_up() -> None:
+    """Do nothing: the handler of the signal has run by now, and has asked the event loop to do all else."""
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
-def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+def heeded() -> Iterator[None]:
+    """Take note of SIGTERM and SIGINT: whoever serves within the block stops, also if the signal came before that.
+
+    A second signal ends the process at once. Outside of the main thread, which alone can have signal handlers, it
+    does nothing.
+    """
+    if not _in_main_thread():
+        yield
+        return
+    signals = _Signals.current = _Signals.current or _Signals()
+    signals.users += 1
+    try:
+        yield
+    finally:
+        signals.users -= 1
+        if not signals.users:
+            _Signals.current = None
+            signals.restore()
+
+
+@contextmanager
+def stopped_by_signals(stop: Callable[[], None], limit: float) -> Iterator[None]:
     """Call `stop` at the first SIGTERM or SIGINT; a second one ends the process at once.
 
     Several may listen in one event loop: all of them are stopped. When the last has left, the handlers of before are
-    put back. Outside of the main thread, which alone can have signal handlers, it does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    signals = _Signals.current
-    if signals is None or signals.loop is not loop:
-        signals = _Signals.current = _Signals(loop)
-    signals.listeners.append(stop)
-    if signals.first is not None:
-        stop()
-    try:
-        yield
-    finally:
-        signals.listeners.remove(stop)
-        if not signals.listeners:
-            signals.restore()
-            _Signals.current = None if _Signals.current is signals else _Signals.current
-
-
-@contextmanager
-def interrupted_by_signals(*, first: bool = True) -> Iterator[None]:
-    """Heed signals in code that does not run in the event loop, or blocks it. A second one ends the process at once.
+    put back. Outside of the main thread it does nothing.
 
     Parameters:
-        first: whether the first one interrupts, too.
+        limit: seconds after the signal; code that still blocks the event loop then is interrupted.
+    """
+    with heeded():
+        if not _in_main_thread() or (signals := _Signals.current) is None:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        if (here := signals.in_loop) is None or here.loop is not loop:
+            here = signals.in_loop = _InLoop(signals, loop)
+        here.listeners.append((stop, limit))
+        if signals.first is not None:
+            stop()
+        try:
+            yield
+        finally:
+            here.listeners.remove((stop, limit))
+            if not here.listeners:
+                signals.in_loop = None if signals.in_loop is here else signals.in_loop
+                here.restore()
+
+
+class Interruptible:
+    """Runs code that may block the event loop, and interrupts it.
+
+    For `with`, or step by step as the context of `calling.within`. Outside of the main thread, and where nobody heeds
+    signals, it interrupts nothing.
+
+    Parameters:
+        by_signal: the first signal interrupts; `Interrupted` is raised at once if it came before.
+        seconds: so long after the beginning of the `with` block, too; None for no limit.
 
     Raises:
-        Interrupted: a signal came.
+        Interrupted: it was interrupted.
     """
-    handle = _interrupt if first else _second
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is handle:
-                _set(number, handler)
 
+    def __init__(self, *, by_signal: bool = False, seconds: float | None = None) -> None:
+        self._signals = _Signals.current if _in_main_thread() else None
+        self._by_signal = by_signal
+        self._seconds = seconds
+        self._runs = False
+        self._over = threading.Event()
+        if by_signal and self._signals is not None and self._signals.first is not None:
+            raise Interrupted
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    _second(number, frame)
-    raise Interrupted(signal.Signals(number).name)
+    def __enter__(self) -> Self:
+        if self._signals is not None and self._seconds is not None:
+            wait = partial(self._wait, self._signals, self._seconds)
+            threading.Thread(target=wait, name="streamtools-limit", daemon=True).start()
+        return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
 
-def _second(number: int, frame: FrameType | None) -> None:
-    # An event loop that listens is told of the signal as well, once it runs again.
-    if _Signals.current is not None and _Signals.current.is_second():
-        os._exit(128 + number)
+    def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that may be interrupted."""
+        if (signals := self._signals) is None:
+            return function(*arguments)
+        try:
+            self._runs, signals.interrupts = True, self._by_signal
+            return function(*arguments)
+        finally:
+            self._runs = signals.interrupts = False
 
-
-def _set(number: int, handler: _Python) -> None:
-    if handler is not None:  # None: it was not set from Python, and cannot be set from here
-        signal.signal(number, handler)
+    def _wait(self, signals: _Signals, seconds: float) -> None:
+        while not self._over.wait(seconds):
+            if self._runs:
+                signals.interrupt_if(lambda: self._runs)
 
 
 def _handle(loop: asyncio.AbstractEventLoop, number: int) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import os
+import signal
 import sys
-from importlib.util import find_spec
 from io import TextIOWrapper
-from typing import Final
-
-from streamtools.installation import install_line
+from types import FrameType
+from typing import Final, NoReturn
 
 #: What the extra `cli` brings.
 PACKAGES: Final = ("typer", "rich")
@@ -16,12 +15,21 @@ PACKAGES: Final = ("typer", "rich")
 
 def main() -> None:
     """Run the command line; ends the process with 0 (done), 1 (it failed) or 2 (wrong usage)."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
+    runs = sys.argv[1:2] == ["run"]
+    # Importing takes a second, in which nothing begins that would have to be ended.
+    signal.signal(signal.SIGTERM, _end_well if runs else _end)
+    signal.signal(signal.SIGINT, _end_well if runs else _end)
+    from importlib.util import find_spec
+
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        from streamtools.installation import install_line
+
         sys.exit(
             f"The command line needs {' and '.join(missing)}, not installed here. "
             f"Install the extra: {install_line('cli')}"
         )
+    import logging
+
     from streamtools.cli.app import app
 
     for stream in (sys.stdout, sys.stderr):  # a message may hold what the terminal's encoding lacks
@@ -30,4 +38,17 @@ def main() -> None:
 
     # What fails is told by the command itself; the client library logs each try as an error besides.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    if not runs:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     app(prog_name="streamtools")
+
+
+def _end_well(number: int, frame: FrameType | None) -> NoReturn:
+    """End a service that has not begun."""
+    os._exit(0)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """End a command that has not begun."""
+    os._exit(128 + number)

@@ -45,12 +45,11 @@ def run(
 def _run_here(target: str, parent: int | None, *, shared: bool) -> None:
     from streamtools.cli.health import ToParent
     from streamtools.cli.loading import check_shared, load
-    from streamtools.signals import Interrupted, interrupted_by_signals
+    from streamtools.signals import Interrupted, Interruptible, heeded
 
-    # The signals count from here on: importing the service may take its time.
-    with suppress(Interrupted), interrupted_by_signals(), service_errors():
+    with suppress(Interrupted), heeded(), service_errors():
         watcher = None if parent is None else ToParent(parent)
-        runner = load(target)
+        runner = Interruptible(by_signal=True).run(load, target)  # importing the service may take its time
         if shared:
             check_shared(runner)
         if watcher is not None:

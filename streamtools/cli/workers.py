@@ -138,14 +138,16 @@ class Workers:
     async def run(self) -> int:
         """Until a signal, or until the workers cannot go on; the exit code."""
         loop = asyncio.get_running_loop()
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         for number in SIGNALS:
             loop.add_signal_handler(number, self._end)
         try:
             return await self._supervise()
         finally:
+            await self._health.stop()
             for number in SIGNALS:
                 loop.remove_signal_handler(number)
-            await self._health.stop()
+                signal.signal(number, before[number])
 
     def _listen(self, address: Address) -> None:
         task = asyncio.create_task(self._health.serve(address), name="streamtools-health")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from streamtools import ConsumerFactory, ConsumerRunner, Producer
+from streamtools.signals import SAME_SIGNAL
 from streamtools.testing.waiting import eventually, reaches
 from tests.brokers.address import ROOT
 
@@ -52,6 +53,10 @@ def blocks():
     say("waits")
     time.sleep(600)
 
+async def blocks_the_loop():
+    await asyncio.sleep(0)
+    blocks()
+
 sources, startup = [consumers], []
 if where == "producer":
     sources.insert(0, Producer("orders", url=url))
@@ -59,7 +64,7 @@ if where == "bus":
     sources = [bus]
 if where == "sender":
     sources.insert(0, Bus(None, url=url))
-if where in ("waits", "blocks"):
+if where in ("waits", "blocks", "blocks_the_loop"):
     startup = [globals()[where]]
 runner = ConsumerRunner(*sources, on_startup=startup, on_shutdown=[lambda: say("after")])
 if __name__ == "__main__":
@@ -135,7 +140,7 @@ async def test_a_signal_while_something_connects(tmp_path: Path, scheme: str, wh
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("hook", ["waits", "blocks"])
+@pytest.mark.parametrize("hook", ["waits", "blocks", "blocks_the_loop"])
 @pytest.mark.parametrize("how", ["script", "command"])
 async def test_a_signal_while_an_on_startup_hook_waits(tmp_path: Path, how: str, hook: str, number: int) -> None:
     script = SCRIPT.replace("sys.argv[1], sys.argv[2]", repr(("asyncio://", hook)))
@@ -252,6 +257,108 @@ async def test_a_handler_that_nothing_ends_keeps_no_process_alive(tmp_path: Path
     assert (code, took < 20) == (0, True), (took, errors)
     assert output.splitlines() == ["ended"]
     assert "left behind" in errors or deed == "thread"
+
+
+BLOCKING = """
+import asyncio, os, sys, time
+from streamtools import ConsumerFactory, ConsumerRunner, Producer
+
+how, what = sys.argv[1:]
+consumers, orders = ConsumerFactory(url="asyncio://"), Producer("orders", url="asyncio://")
+
+def say(text):
+    os.write(1, (text + "\\n").encode())
+
+def block():
+    say("blocks")
+    time.sleep(600)
+
+async def blocks():
+    await asyncio.sleep(0)
+    block()
+
+async def cleans_up():
+    try:
+        await asyncio.sleep(600)
+    finally:
+        block()
+
+@consumers.route("orders")
+async def handle(msg):
+    if what == "handler":
+        block()
+    say("handled")
+
+async def first():
+    await orders.send(1)
+
+hooks = {"def": block, "async": blocks, "cleanup": cleans_up, "handler": lambda: None}
+runner = ConsumerRunner(
+    consumers, orders, on_startup=[first], shutdown_timeout=0.1,
+    on_shutdown=[hooks[what], lambda: 1 / 0, lambda: say("last")],
+)
+try:
+    if how == "run":
+        runner.run()
+    elif how == "asyncio":
+        with asyncio.Runner() as loop:
+            loop.run(runner.serve())
+    else:
+        import uvloop
+        uvloop.run(runner.serve())
+except* TimeoutError as error:
+    say(str(error.exceptions[0]))
+except* ZeroDivisionError:
+    say("divided")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [("run", "def"), ("run", "async"), ("run", "cleanup"), ("asyncio", "def"), ("uvloop", "def")],
+)
+async def test_a_hook_that_blocks_the_loop_at_the_end_keeps_no_later_one_from_running(
+    tmp_path: Path, what: str, how: str
+) -> None:
+    if how == "uvloop":
+        pytest.importorskip("uvloop")
+    with process(tmp_path, BLOCKING, how, what) as running:
+        await said(running, "handled")
+        code, output, errors, took = await ends(running, signal.SIGTERM)
+    assert (code, took < 20) == (0, True), (took, errors)
+    told = {
+        "def": "block blocked the event loop for more than 5 s, and was interrupted.",
+        "async": "blocks blocked the event loop for more than 5 s, and was interrupted.",
+        "cleanup": "cleans_up did not end within 5 s, and was cancelled.",
+    }
+    assert output.splitlines() == ["blocks", "last", f"The on_shutdown hook {told[what]}", "divided"]
+
+
+@pytest.mark.parametrize("how", ["run", "asyncio", "uvloop"])
+async def test_a_handler_that_blocks_the_loop_is_interrupted_when_its_time_is_over(tmp_path: Path, how: str) -> None:
+    if how == "uvloop":
+        pytest.importorskip("uvloop")
+    with process(tmp_path, BLOCKING, how, "handler") as running:
+        await said(running, "blocks")
+        code, output, errors, took = await ends(running, signal.SIGTERM)
+    assert (code, took < 20) == (0, True), (took, errors)
+    assert output.splitlines() == ["last", "divided"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("what", ["handler", "def"])
+async def test_a_second_signal_ends_at_once_what_blocks_the_loop(tmp_path: Path, what: str, number: int) -> None:
+    script = BLOCKING.replace("shutdown_timeout=0.1", "shutdown_timeout=600")
+    with process(tmp_path, script, "run", what) as running:
+        if what == "def":
+            await said(running, "handled")
+            running.send_signal(number)
+        await said(running, "blocks")
+        if what == "handler":
+            running.send_signal(number)
+        await asyncio.sleep(4 * SAME_SIGNAL)  # sooner, it is the same signal
+        code, _, errors, took = await ends(running, number)
+    assert (code, took < SOON) == (128 + number, True), (took, errors)
 
 
 # --- several runners --------------------------------------------------------------------------------
