@@ -249,9 +249,23 @@ def within(context: Steps, work: Coroutine[Any, Any, T]) -> Generator[Any, Any, 
     Parameters:
         context: runs each of its steps.
     """
+    try:
+        waits_for = context.run(work.send, None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    return (yield from going_on(context, work, waits_for))
+
+
+@coroutine
+def going_on(context: Steps, work: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, Any, T]:
+    """Await a coroutine that has begun in a context of its own, as `within` does.
+
+    Parameters:
+        waits_for: what its first `context.run(work.send, None)` returned.
+    """
     run = context.run
     try:
-        waits_for = run(work.send, None)
         while True:
             failure: BaseException | None = None
             try:

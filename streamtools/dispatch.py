@@ -18,7 +18,7 @@ from inspect import CORO_CREATED, getcoroutinestate
 from types import FunctionType
 from typing import Any, Final, NamedTuple
 
-from streamtools.calling import awaited, check_function, has_decimals, name_of, own_decimals, within
+from streamtools.calling import awaited, check_function, going_on, has_decimals, name_of, own_decimals
 from streamtools.cancelling import come_round, is_over
 from streamtools.codec import JSON
 from streamtools.copies import brief_copy, lesser_copies
@@ -192,14 +192,20 @@ class Dispatcher:
             return Settlement(delivery, RELEASE)
         if delivery.count >= self._max_deliveries:
             return self._poison(delivery)
-        if self._holds and message.deliver_at is not None:
-            if await self._given_back_within(delivery, message.deliver_at - time.time()):
-                return Settlement(delivery, RELEASE)
+        due = message.deliver_at if self._holds else None
+        if due is not None and await self._given_back_within(delivery, due - time.time()):
+            return Settlement(delivery, RELEASE)
         if message.expired:
             return Settlement(delivery, DROP)
         while True:
             # What a handler sets, such as a tenant, must not reach the next message or the next attempt.
-            found = await within(copy_context(), self._attempt(delivery, message))
+            context, work = copy_context(), self._attempt(delivery, message)
+            try:
+                waits_for = context.run(work.send, None)
+            except StopIteration as end:  # it has not waited for anything, as most do not: no generator is made
+                found: Settlement | Again = end.value
+            else:
+                found = await going_on(context, work, waits_for)
             if not isinstance(found, Again):
                 return found
             if await self._given_back_within(delivery, found.delay):

@@ -272,7 +272,8 @@ class Loop:
     # --- handling -------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        clock = time.monotonic
+        clock, task = time.monotonic, asyncio.current_task()
+        assert task is not None
         turn = clock()
         while not self._home.ending:
             while not self._ready:
@@ -283,7 +284,7 @@ class Loop:
                 self._changed.set()  # a worker may be idle
             self.running += 1
             try:
-                settlement = await self._handle(delivery)
+                settlement = await self._handle(delivery, task)
             finally:
                 self.running -= 1
             self._finish(settlement)
@@ -293,8 +294,8 @@ class Loop:
                 await asyncio.sleep(0)
                 turn = clock()
 
-    async def _handle(self, delivery: Delivery) -> Settlement:
-        task = delivery.task = asyncio.current_task()
+    async def _handle(self, delivery: Delivery, task: asyncio.Task[Any]) -> Settlement:
+        delivery.task = task
         try:
             return await self._dispatch(delivery)
         except asyncio.CancelledError:  # by `abandon()`, or by our end
@@ -303,7 +304,7 @@ class Loop:
             log.exception("%r could not be handled; it is rejected.", delivery)
             return next(self._dispatch.lesser(Settlement(delivery, ACK), error))
         finally:
-            if task is not None and task.cancelling():
+            if task.cancelling():
                 await come_round()
             delivery.task = None
 
