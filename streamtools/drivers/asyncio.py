@@ -135,14 +135,9 @@ class Queue:
             self.in_hand += len(taken)
             if self.ready:
                 _wake(self._getters)
-            for _ in taken:
+            for _ in range(min(len(taken), len(self._putters))):
                 _wake(self._putters)
             return taken
-
-    def done(self) -> None:
-        """One of those in hand is settled."""
-        with self.lock:
-            self.in_hand -= 1
 
     def cancel(self, id: str) -> bool:  # noqa: A002 - the field's name
         """Forget a message that is not due yet; False when there is none of this id."""
@@ -200,6 +195,13 @@ class Queue:
             self._schedule()
 
 
+def _first_full(routes: Iterable[tuple[Message, Queue]]) -> Queue | None:
+    for _, queue in routes:
+        if queue.size >= queue.maxsize:
+            return queue
+    return None
+
+
 Line = deque["asyncio.Future[None]"]
 
 
@@ -221,8 +223,8 @@ async def _wait(waiter: asyncio.Future[None], line: Line) -> None:
 
 def _wake(line: Line) -> None:
     """Wake the first who waits, in whichever event loop that is; passes over those whose loop has ended."""
-    running = asyncio.get_running_loop()
     while line:
+        running = asyncio.get_running_loop()
         try:
             waiter = line.popleft()
         except IndexError:  # another thread was faster
@@ -359,7 +361,7 @@ class Broker:
         while True:
             with self.lock:
                 routes = self.route(message)
-                waited, full = full, next((queue for _, queue in routes if queue.size >= queue.maxsize), None)
+                waited, full = full, _first_full(routes)
                 if full is None:
                     for copy, queue in routes:
                         queue.put(copy)
@@ -492,21 +494,28 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         released: dict[Queue, list[Item]] = {}
-        for settlement in settlements:
-            hold: Hold = settlement.delivery.token
-            if hold not in self._held:
-                continue  # settled before, or gone back when we closed
-            with self._broker.lock:  # all of them or none: so look first where they go
-                routes = [self._route(message, settlement.verdict.kind, hold) for message in settlement.outgoing]
-                for copy, queue, origin in (place for route in routes for place in route):
-                    queue.put(copy, origin)
-            self._held.discard(hold)
-            if settlement.verdict.kind is Kind.RELEASE:
-                released.setdefault(hold.queue, []).append(hold.item)
-            else:
-                hold.queue.done()
-        for queue, items in released.items():
-            queue.put_back(items)
+        with self._broker.lock:
+            try:
+                for settlement in settlements:
+                    hold: Hold = settlement.delivery.token
+                    if hold not in self._held:
+                        continue  # settled before, or gone back when we closed
+                    if settlement.outgoing:
+                        self._send_all(settlement, hold)
+                    self._held.discard(hold)
+                    if settlement.verdict.kind is Kind.RELEASE:
+                        released.setdefault(hold.queue, []).append(hold.item)
+                    else:
+                        hold.queue.in_hand -= 1
+            finally:
+                for queue, items in released.items():
+                    queue.put_back(items)
+
+    def _send_all(self, settlement: Settlement, hold: Hold) -> None:
+        """Send all that is outgoing or nothing: so look first where each message goes."""
+        routes = [self._route(message, settlement.verdict.kind, hold) for message in settlement.outgoing]
+        for copy, queue, origin in (place for route in routes for place in route):
+            queue.put(copy, origin)
 
     def _route(self, message: Message, kind: Kind, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
         """Where an outgoing message goes, and the queue that it failed in, if it did."""
