@@ -34,7 +34,9 @@ def sets_slots(cls: type[Data]) -> type[Data]:
         if default is not MISSING:
             names[f"default_{each.name}"] = default
         parameters.append(each.name if default is MISSING else f"{each.name}=default_{each.name}")
-    exec("\n".join([f"def __init__(self, *, {', '.join(parameters)}):", *lines]), names)  # as dataclass itself does
+    if all(each.kw_only for each in fields(cls)):  # type: ignore[arg-type]
+        parameters.insert(0, "*")
+    exec("\n".join([f"def __init__(self, {', '.join(parameters)}):", *lines]), names)  # as dataclass itself does
     names["__init__"].__qualname__ = f"{cls.__qualname__}.__init__"
     names["__init__"].__annotations__ = cls.__init__.__annotations__
     cls.__init__ = names["__init__"]  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from secrets import token_bytes
 from typing import Any, Final, Protocol
 
 from streamtools.errors import SendError
-from streamtools.message import Message
+from streamtools.message import Message, sets_slots
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -20,6 +20,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 _SECRET: Final = token_bytes(32)
 
 
+@sets_slots
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What `send` returns: the broker holds the message.

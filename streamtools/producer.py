@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
 
 from pydantic import BaseModel
@@ -24,8 +24,8 @@ from streamtools.endpoint import Endpoint
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, FeatureError, OptionError, SendError
 from streamtools.message import NO_HEADERS, Draft, Message, ids, setters
 from streamtools.options import SEND_OPTIONS, Options, parameters, read_options
+from streamtools.outbox import Outbox, current_outbox
 from streamtools.outbox import Receipt as Receipt
-from streamtools.outbox import current_outbox
 from streamtools.policy import backoff_within
 from streamtools.registry import Registry
 from streamtools.wire import checked_key
@@ -292,11 +292,12 @@ class Producer(Endpoint):
 
     # --- the way of a message -------------------------------------------------------------------
 
-    async def _let_go(self, batch: Sequence[Message], options: Any) -> list[Receipt]:
+    def _let_go(self, batch: Sequence[Message], options: Any) -> Coroutine[Any, Any, list[Receipt]]:
         """Send, or have it wait for the handler around this to succeed."""
         box = current_outbox() if self._outbox else None
-        if box is None:
-            return await self._deliver(batch, options)
+        return self._deliver(batch, options) if box is None else self._gather(batch, options, box)
+
+    async def _gather(self, batch: Sequence[Message], options: Any, box: Outbox) -> list[Receipt]:
         if not self._connected:  # which makes the queue
             await self._connect(time.monotonic() + self.send_timeout)
         sender = self._gathering if options is self._no_options else Gathering(self, options)
@@ -307,7 +308,8 @@ class Producer(Endpoint):
         return (box.id(self.queue) if box is not None else None) or self._new_id()
 
     def _encode(self, payload: object, id: str | None, common: dict[str, Any]) -> Message:  # noqa: A002
-        check_texts({"id": id})
+        if id is not None:
+            check_texts({"id": id})
         body, content_type = codec.encode(payload)
         return Message(body=body, content_type=content_type, id=id or self._next_id(), **common)
 
