@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from itertools import chain
+from traceback import walk_tb
 from typing import Any, Final, Protocol
 
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
-from aiokafka.conn import create_conn
+from aiokafka.conn import AIOKafkaConnection, create_conn
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.structs import PartitionMetadata
 
@@ -101,15 +102,28 @@ async def started(
     try:
         async with asyncio.timeout(limit):
             await client.start()
-    except (kafka.KafkaConnectionError, TimeoutError) as error:
+    except BaseException as error:
+        _close_first(error)
         await stop()
-        raise await diagnose(settings, error) from error
-    except CLIENT_ERRORS as error:
-        await stop()
-        raise client_error(error, settings) from error
-    except BaseException:
-        await stop()
+        if isinstance(error, kafka.KafkaConnectionError | TimeoutError):
+            raise await diagnose(settings, error) from error
+        if isinstance(error, CLIENT_ERRORS):
+            raise client_error(error, settings) from error
         raise
+
+
+def _close_first(error: BaseException | None) -> None:
+    """Close the connection over which the library was asking for the brokers when this error ended that.
+
+    It is in a local variable there, and nowhere else: the library (0.14) closes it only after an answer, or an error
+    of its own.
+    """
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            first = frame.f_locals.get("bootstrap_conn")
+            if isinstance(first, AIOKafkaConnection):
+                first.close()
+        error = error.__cause__ or error.__context__
 
 
 async def stopped(client: Client, *, timeout: float = CLOSE_TIMEOUT) -> None:

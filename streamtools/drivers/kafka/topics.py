@@ -15,7 +15,7 @@ from aiokafka.protocol.admin import CreateTopicsRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from streamtools.checks import Declare
-from streamtools.drivers.kafka.client import connection, diagnose, learn, stopped
+from streamtools.drivers.kafka.client import connection, learn, started, stopped
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, Missing, client_error, plain
 from streamtools.errors import ConnectError, QueueError, StreamToolsError
 from streamtools.settings import KafkaSettings
@@ -195,24 +195,22 @@ def _question(names: list[str]) -> MetadataRequest:
 async def topics_at(settings: KafkaSettings, client_id: str) -> AsyncIterator[Topics]:
     """Topics over a connection of its own."""
     client = AIOKafkaClient(**await connection(settings, client_id))
+    plain = _Plain(client)
+    await started(plain, settings)
     try:
-        try:
-            async with asyncio.timeout(settings.connect_timeout * (len(settings.addresses) + 1)):
-                await client.bootstrap()
-        except CLIENT_ERRORS as error:
-            raise await diagnose(settings, error) from error
         yield Topics(client, settings)
     finally:
-        await stopped(_Closing(client))
+        await stopped(plain)
 
 
-class _Closing:
-    """The plain client, ended as the others are."""
+class _Plain:
+    """The plain client, started and stopped as the others are."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        await self._client.bootstrap()
 
     async def stop(self) -> None:
         await self._client.close()

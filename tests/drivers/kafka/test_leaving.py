@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
-from streamtools.drivers.kafka import KafkaConsumer
+from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer, KafkaProducer
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.node import KafkaNode
@@ -16,6 +18,8 @@ from tests.drivers.kafka.conftest import MakeProducer, Running
 
 #: Seconds within which it ends, on a busy machine.
 SOON = 3.0
+#: The request with which a client asks which requests a broker knows.
+API_VERSIONS = 18
 
 
 @asynccontextmanager
@@ -62,6 +66,48 @@ async def test_a_consumer_that_joins_while_another_is_slow_to_let_go_ends_at_onc
 
 def _going(consumer: KafkaConsumer) -> bool:
     return any(track.going for track in consumer._membership.tracks.values())
+
+
+class Silent:
+    """Says which requests it knows, as a broker does, and answers nothing else."""
+
+    def __init__(self) -> None:
+        self.asked: asyncio.Event = asyncio.Event()
+        self.open: int = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
+        try:
+            while True:
+                size = int.from_bytes(await reader.readexactly(4))
+                request = await reader.readexactly(size)
+                key, number = int.from_bytes(request[:2]), request[4:8]
+                if key != API_VERSIONS:
+                    self.asked.set()
+                    continue
+                ranges = b"".join(struct.pack(">hhh", key, 0, 3) for key in range(40))
+                answer = number + struct.pack(">hi", 0, 40) + ranges
+                writer.write(len(answer).to_bytes(4) + answer)
+        except asyncio.IncompleteReadError:
+            self.open -= 1
+        finally:
+            writer.close()
+
+
+@pytest.mark.parametrize("kind", [KafkaProducer, KafkaConsumer, KafkaAdmin])
+async def test_who_is_asked_to_end_before_the_broker_has_answered_closes_the_connection(kind: Any) -> None:
+    silent = Silent()
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        url = f"kafka://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        endpoint = kind(url=url) if kind is KafkaAdmin else kind("orders", url=url)
+        opening = asyncio.create_task(endpoint.open())
+        await silent.asked.wait()
+        opening.cancel()
+        async with asyncio.timeout(SOON):
+            with pytest.raises(asyncio.CancelledError) as held:  # it keeps alive what would warn in its end
+                await opening
+        await eventually(lambda: silent.open == 0)
+        del held
 
 
 @pytest.mark.slow
