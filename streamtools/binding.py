@@ -88,7 +88,25 @@ def _plan(
             f"The handler {name} is a method without its object: run the bound one, as in "
             f"ConsumerRunner(service.{method}) or await service.{method}()."
         )
-    further = []
+    further = _further(function, parameters, hints, resolvers)
+    if payload is not None:
+        return _decoder(payload, name), further
+    try:
+        return _decoder(_annotation(first, hints), name), further
+    except ConfigurationError as error:
+        if hint := _decorator_hint(function, parameters, first.name):
+            raise ConfigurationError(f"{error}{hint}") from error.__cause__
+        raise
+
+
+def _further(
+    function: Callable[..., Any],
+    parameters: list[inspect.Parameter],
+    hints: Mapping[str, Any],
+    resolvers: Mapping[type, Resolver],
+) -> list[tuple[str, Resolver]]:
+    """Where the values of all parameters behind the message come from."""
+    further, name = [], name_of(function)
     for parameter in parameters[1:]:
         kinds = parts_of(hints.get(parameter.name, inspect.Parameter.empty))
         resolver = next((resolvers[kind] for kind in kinds if kind in resolvers), None)
@@ -101,9 +119,85 @@ def _plan(
             known = ", ".join(t.__name__ for t in resolvers)
             raise ConfigurationError(
                 f"The handler {name} has a parameter {parameter.name!r} that nothing fills: annotate it with "
-                f"one of {known}, or give it a default." + _elsewhere(kinds)
+                f"one of {known}, or give it a default."
+                + _elsewhere(kinds)
+                + _decorator_hint(function, parameters, parameter.name)
             )
-    return _decoder(_annotation(first, hints) if payload is None else payload, name), further
+    _check_own_parameters(function, parameters, [name for name, _ in further])
+    return further
+
+
+def _check_own_parameters(function: Callable[..., Any], shown: list[inspect.Parameter], further: list[str]) -> None:
+    """Check that what is called takes what the function inside its decorators wants."""
+    if not _is_wrapper(function):
+        return
+    try:
+        own = inspect.signature(function, follow_wrapped=False)
+        own.bind(None, **dict.fromkeys(further))
+    except TypeError:
+        wanted = " and ".join([shown[0].name, *further])
+        raise ConfigurationError(
+            f"The handler {name_of(function)} is to be called with {wanted}, but its decorator made "
+            f"{_called(function)}{own} of it, which does not take that: let it take and pass on (*args, **kwargs)."
+            + (_decorator_hint(function, shown, further[0]) if further else "")
+        ) from None
+    except ValueError:  # a builtin without a signature
+        return
+
+
+def check_decorators(function: Callable[..., Any], resolvers: Mapping[type, Resolver]) -> None:
+    """Check, as soon as a handler is decorated, what decorators with `functools.wraps` have made of it.
+
+    Parameters:
+        resolvers: what further parameters may be annotated with.
+
+    Raises:
+        ConfigurationError: its parameters cannot be filled.
+    """
+    if isinstance(function, classmethod | staticmethod) or not _is_wrapper(function):
+        return
+    parameters = _parameters(function)
+    if not parameters or (parameters[0].name == "self" and inspect.isfunction(function)):
+        return  # a method: it is checked when it has its object
+    try:
+        hints = hints_of(function)
+    except ConfigurationError:
+        return  # a name may be defined later, and is looked for at the start
+    _further(function, parameters, hints, resolvers)
+
+
+def _is_wrapper(function: Callable[..., Any]) -> bool:
+    return hasattr(unbound(function), "__wrapped__")
+
+
+def _called(function: Callable[..., Any]) -> str:
+    """The name of what a decorator has made of a function: `wraps` gives it that of the function inside."""
+    function = unbound(function)
+    code = getattr(function, "__code__", None)
+    return str(code.co_qualname) if code is not None else type(function).__qualname__
+
+
+def _decorator_hint(function: Callable[..., Any], shown: list[inspect.Parameter], filled: str) -> str:
+    """What to write where a decorator fills a parameter; empty where there is none.
+
+    Parameters:
+        shown: the parameters of the function inside.
+        filled: the one that is to be filled.
+    """
+    if not _is_wrapper(function):
+        return ""
+    names = [parameter.name for parameter in shown]
+    own = next(iter(inspect.signature(function, follow_wrapped=False).parameters), "")
+    message = own if own in names else names[0]
+    if filled == message:  # what the decorator fills stands before the message
+        filled = next(name for name in [*names, "another one"] if name != message)
+    called = _called(function)
+    decorator, _, inner = called.rpartition(".<locals>.")
+    return (
+        f" It has a decorator with functools.wraps, which shows the parameters of {name_of(function)} instead of "
+        f"those of {called}. If the decorator fills {filled!r}, write in {decorator or called}, before it returns: "
+        f"{inner if decorator else 'self'}.__signature__ = inspect.signature(lambda {message}: None)"
+    )
 
 
 def _elsewhere(kinds: tuple[Any, ...]) -> str:
@@ -166,7 +260,8 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
         ConfigurationError: one cannot be found.
     """
     function = unbound(undecorated(function))
-    target = function if inspect.isroutine(function) else type(function).__call__
+    inner = inspect.unwrap(function)
+    target = inner if inspect.isroutine(inner) else type(inner).__call__
     try:
         return get_type_hints(inspect.unwrap(target), include_extras=True)
     except NameError as error:

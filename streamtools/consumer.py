@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
 
 from streamtools.answering import RouteAnswers
-from streamtools.binding import RESOLVERS, Resolver, compile_handler
+from streamtools.binding import RESOLVERS, Resolver, check_decorators, compile_handler
 from streamtools.calling import Decorated, check_handler, name_of, undecorated
 from streamtools.cancelling import guard, until
 from streamtools.checks import (
@@ -612,6 +612,7 @@ class BoundHandler(Decorated):
             self.stacked = function.all
         function = undecorated(function)
         check_handler(function)
+        check_decorators(function, self.consumer.resolvers)
         self.function = function
         self.name: str = name_of(function)
         self.__doc__ = function.__doc__

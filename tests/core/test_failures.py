@@ -76,6 +76,39 @@ async def test_a_verdict_inside_a_task_group_is_heard(error: Exception, ends: st
         assert (len(getattr(service, ends)), service.retried) == (1, [])
 
 
+@pytest.mark.parametrize(
+    ("error", "ends", "reason"),
+    [(Reject("deep"), "rejected", "deep"), (Drop(), "dropped", ""), (ValueError("x" * 10_000), "rejected", "again")],
+)
+async def test_a_verdict_is_heard_however_deep_it_is_nested(
+    error: Exception, ends: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nested: BaseException = error
+    for _ in range(3_000):
+        nested = group(nested, ValueError("beside")) if ends == "rejected" else group(nested)
+        nested = BaseExceptionGroup("again", [nested])
+    factory = ConsumerFactory(url="asyncio://", retry=Retry(retries=0))
+
+    @factory.route("orders")
+    async def handle(msg: int) -> None:
+        raise nested
+
+    # A handler of the log that formats the traceback, as a service's own does.
+    to_stderr = logging.StreamHandler()
+    logging.getLogger("streamtools").addHandler(to_stderr)
+    try:
+        async with Harness(factory) as service:
+            await service.send("orders", 1)
+            await service.settled()
+            assert len(getattr(service, ends)) == 1
+            if ends == "rejected":
+                assert service.rejected[0].error is not None
+                assert reason in service.rejected[0].error.reason and len(service.rejected[0].error.reason) < 4_000
+    finally:
+        logging.getLogger("streamtools").removeHandler(to_stderr)
+    assert "RecursionError" not in capsys.readouterr().err
+
+
 def test_a_rejection_inside_a_group_is_answered_as_one_over_http() -> None:
     delivery = Delivery(Message(body=b"1", queue="orders", id="1"))
     error = group(Reject("no such order"))
