@@ -219,9 +219,9 @@ def _decode_any(message: Message, body: bytes) -> Any:
     if media in _CODECS:
         return _decode_by(_CODECS[media], message, body)
     if media == BATCH:
-        return _from_json(message, _payloads(message, body))
+        return read_json(message, _payloads(message, body))
     if is_json(media):
-        return _from_json(message, body)
+        return read_json(message, body)
     if media.startswith("text/"):
         return read_characters(body, _charset(message))
     if media and media not in PERHAPS_JSON:
@@ -315,7 +315,7 @@ def _validator_of_others(adapter: TypeAdapter[Any], takes_text: bool) -> Decoder
         if media in _CODECS:
             return adapter.validate_python(_decode_by(_CODECS[media], message, body))
         if media.startswith("text/"):
-            return _validate_text(adapter, read_characters(body, _charset(message)), body)
+            return _validate_text(adapter, read_characters(body, _charset(message)))
         if media == BATCH:
             return adapter.validate_json(_payloads(message, body))
         if is_json(media):
@@ -332,12 +332,12 @@ def _validator_of_others(adapter: TypeAdapter[Any], takes_text: bool) -> Decoder
     return validate
 
 
-def _validate_text(adapter: TypeAdapter[Any], text: str, body: bytes) -> Any:
+def _validate_text(adapter: TypeAdapter[Any], text: str) -> Any:
     # "5" sent as text is a str for a handler that wants str, and the number 5 for one that wants int.
     try:
         return adapter.validate_python(text)
     except ValidationError:
-        return adapter.validate_json(body)
+        return adapter.validate_json(text)
 
 
 def _validate_either(adapter: TypeAdapter[Any], body: bytes, takes_text: bool) -> Any:
@@ -382,8 +382,8 @@ def _body(message: Message) -> bytes:
 
 def _no_body(annotation: Any) -> DecodeError:
     return DecodeError(
-        "The message has no body: it is a tombstone, which says that what its key names was deleted. Annotate the "
-        f"handler's parameter with {_name(annotation)} | None to receive it as None."
+        "The message has no body: it is a tombstone, which says that what its key names was deleted, or an event "
+        f"without data. Annotate the handler's parameter with {_name(annotation)} | None to receive it as None."
     )
 
 
@@ -396,7 +396,7 @@ def _invalid(error: ValidationError, adapter: TypeAdapter[Any], annotation: Any,
     first = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in problems[:SHOWN])
     more = f" and {count - min(SHOWN, len(problems)):,} more problems" if count > max(SHOWN, len(problems)) else ""
     text = f"The body is not a valid {_name(annotation)}: {first}{more}"
-    if media_type(message.content_type) == BATCH:
+    if media_type(message.content_type) == BATCH and not (problems and problems[0]["loc"]):
         text += ". It is a batch of CloudEvents: annotate list[...], or have the events sent one by one"
     elif _is_no_json(error):
         text += _no_json(message)
@@ -429,7 +429,7 @@ def _brief(part: int | str) -> int | str:
 def _first_problems(adapter: TypeAdapter[Any], message: Message) -> list[dict[str, Any]]:
     """The first of very many problems: listing all takes seconds, and a gigabyte, for one body of a mebibyte."""
     try:
-        SchemaValidator(_failing_fast(adapter.core_schema)).validate_json(message.body or b"")
+        SchemaValidator(_failing_fast(adapter.core_schema)).validate_json(_json_of(message))
     except ValidationError as error:
         return _problems(error) if error.error_count() <= COUNTED else []
     except (SchemaError, ValueError, RecursionError):  # the schema cannot be changed so, or the body is not JSON
@@ -461,7 +461,12 @@ def _decode_by(codec: Codec, message: Message, body: bytes) -> Any:
         raise DecodeError(f"The body says {message.content_type} but does not decode: {error}") from error
 
 
-def _from_json(message: Message, body: bytes) -> Any:
+def read_json(message: Message, body: bytes) -> Any:
+    """A body that its content type calls JSON, in the charset that this names.
+
+    Raises:
+        DecodeError: it is not JSON.
+    """
     try:
         return from_json(_as_utf8(message, body))
     except ValueError as error:
@@ -476,6 +481,12 @@ def _as_utf8(message: Message, body: bytes) -> bytes:
     return body.removeprefix(BOM_UTF8)
 
 
+def _json_of(message: Message) -> bytes:
+    """What is validated of a JSON body: without its encoding, and of a batch the data alone."""
+    body = undone(message.body or b"", message.content_encoding)
+    return _payloads(message, body) if media_type(message.content_type) == BATCH else _as_utf8(message, body)
+
+
 def _from_form(body: bytes) -> Any:
     try:
         return read_form(body)
@@ -485,7 +496,7 @@ def _from_form(body: bytes) -> Any:
 
 def _payloads(message: Message, body: bytes) -> bytes:
     """The data of each event of a batch, as one JSON array."""
-    events = _from_json(message, body)
+    events = read_json(message, body)
     if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
         raise DecodeError(f"The content type is {message.content_type}, but the body is not an array of CloudEvents.")
     if any("data_base64" in event for event in events):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 from typing import Any, Final
 
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
 from streamtools import codec
 from streamtools.bodies import undone
@@ -65,10 +65,10 @@ def event_data(event: dict[str, Any]) -> tuple[bytes | None, str | None]:
     """
     kind = event.get("datacontenttype")
     content_type = read_text(kind) if isinstance(kind, str) else None
-    if isinstance(encoded := event.get("data_base64"), str):
+    if (encoded := event.get("data_base64")) is not None:
         try:
             return base64.b64decode(encoded, validate=True), content_type or codec.BINARY
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise DecodeError(f"The CloudEvent's data_base64 is not base64: {error}.") from error
     if "data" not in event:
         return None, content_type
@@ -80,10 +80,7 @@ def event_data(event: dict[str, Any]) -> tuple[bytes | None, str | None]:
 
 
 def _event(message: Message) -> dict[str, Any]:
-    try:
-        event = from_json(undone(message.body or b"", message.content_encoding))
-    except ValueError as error:
-        raise DecodeError(f"The content type is {message.content_type}, but the body is not JSON: {error}") from error
+    event = codec.read_json(message, undone(message.body or b"", message.content_encoding))
     if not isinstance(event, dict) or not isinstance(event.get("specversion"), str):
         raise DecodeError(
             f"The content type is {message.content_type}, but the body is not a CloudEvent: an object with "

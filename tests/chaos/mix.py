@@ -14,6 +14,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -119,6 +120,7 @@ class Mix:
         self.random = random.Random(seed)
         self.book = Book()
         self.numbers = 0
+        self.redriving = asyncio.Lock()
         self.commands: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()
         self.sizes: list[int] = []
@@ -224,7 +226,12 @@ class Mix:
         return json.dumps({"honest": number}, separators=(",", ":"))
 
     async def _type(self, *arguments: str) -> None:
-        """Run a command; a crash, an unexpected exit code or a hang is a failure."""
+        """Run a command, but only one redrive at a time: on Kafka each of two brings back what both have read."""
+        async with self.redriving if arguments[:2] == ("errors", "redrive") else nullcontext():
+            await self._run_command(arguments)
+
+    async def _run_command(self, arguments: Sequence[str]) -> None:
+        """A crash, an unexpected exit code or a hang is a failure."""
         command = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "streamtools", *arguments, "--url", self.place.url,
             cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},

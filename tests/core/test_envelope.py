@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from base64 import b64encode
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -86,6 +87,29 @@ def test_what_is_no_event_is_refused(body: bytes) -> None:
 def test_a_compressed_envelope_is_undone() -> None:
     found = unwrapped(carrier(gzip.compress(json.dumps(event(data=1)).encode()), content_encoding="gzip"))
     assert (found.body, found.content_encoding) == (b"1", None)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "written"),
+    [
+        ("", lambda text: b"\xef\xbb\xbf" + text.encode()),
+        ("; charset=utf-16", lambda text: text.encode("utf-16")),
+        ("; charset=iso-8859-1", lambda text: text.encode("latin-1")),
+        ("; charset=UTF-8", str.encode),
+    ],
+)
+def test_an_envelope_may_begin_with_a_byte_order_mark_or_be_of_another_charset(
+    parameters: str, written: Callable[[str], bytes]
+) -> None:
+    text = json.dumps(event(data="ä", subject="ü"), ensure_ascii=False)
+    found = unwrapped(carrier(written(text), KIND + parameters))
+    assert (found.id, found.body, found.headers["ce-subject"]) == ("e-1", '"ä"'.encode(), "ü")
+
+
+@pytest.mark.parametrize("data", [5, True, [], {}, "A!!", "A", "AAE\n", "\u00e4"])
+def test_data_that_is_called_base64_and_is_none_is_refused(data: Any) -> None:
+    with pytest.raises(DecodeError, match="data_base64 is not base64"):
+        unwrapped(carrier(event(data_base64=data)))
 
 
 @given(st.dictionaries(st.sampled_from(["id", "time", "source", "data", "data_base64", "datacontenttype", "key"])

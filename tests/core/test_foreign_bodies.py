@@ -312,3 +312,21 @@ def test_a_batch_that_is_none_or_holds_bytes_is_refused(body: bytes) -> None:
     for annotation in (list[Order], Any):
         with pytest.raises(DecodeError):
             codec.decoder(annotation)(message(body, codec.BATCH))
+
+
+@pytest.mark.parametrize("count", [1, 20_000])
+def test_what_is_wrong_with_the_data_of_a_batch_is_said_and_no_list_advised_to_who_has_one(count: int) -> None:
+    body = b"[%b]" % b",".join([json.dumps({**EVENT, "data": {}}).encode()] * count)
+    with pytest.raises(DecodeError, match="0.id: Field required") as failure:
+        codec.decoder(list[Order])(message(body, codec.BATCH))
+    assert "annotate list" not in str(failure.value)
+
+
+def test_json_in_a_text_of_another_charset_is_read_into_a_model() -> None:
+    assert codec.decoder(Order)(message('{"id": 1}'.encode("utf-16"), "text/plain; charset=utf-16")) == Order(id=1)
+
+
+def test_the_first_of_very_many_problems_are_told_of_a_compressed_body_too() -> None:
+    body = gzip.compress(b"[" + b"{}," * 20_000 + b"{}]")
+    with pytest.raises(DecodeError, match="0.id: Field required"):
+        codec.decoder(list[Order])(message(body, codec.JSON, content_encoding="gzip"))

@@ -128,7 +128,9 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
         if lower in _OURS:
             meta[lower] = _decode(value)
         elif lower in _NATIVE:
-            native[_NATIVE[lower]] = value
+            field = _NATIVE[lower]
+            # Of encodings, each is applied upon those before; a body has one type.
+            native[field] = f"{native[field]}, {value}" if lower == "content-encoding" and field in native else value
         elif lower == PACKED:
             packed = value
         elif lower not in TRANSPORT:

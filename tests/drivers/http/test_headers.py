@@ -183,6 +183,11 @@ def test_a_repeated_header_is_joined() -> None:
     assert headers == {"Forwarded": "a, b"}
 
 
+def test_encodings_in_several_headers_are_one_list() -> None:
+    fields, _ = decode_headers([(b"Content-Encoding", b"deflate"), (b"content-encoding", b"gzip")])
+    assert fields["content_encoding"] == "deflate, gzip"
+
+
 def test_bytes_that_are_no_text_become_text_that_every_wire_carries() -> None:
     _, headers = decode_headers([(b"X-Latin", b"\xe9")])
     headers["X-Latin"].encode()
