@@ -381,13 +381,13 @@ class Producer(Endpoint):
     async def _deliver(self, batch: Sequence[Message], options: Any) -> list[Receipt]:
         """Send through reconnects until the deadline; what is not confirmed then is named."""
         deadline = time.monotonic() + self.send_timeout
-        attempt = 0
+        failures: list[ConnectError] = []
         doubt = False  # the broker may hold some of it
         while True:
             connected, opened = False, 0
             try:
                 if not self._connected:
-                    await self._connect(deadline)
+                    await self._connect(deadline, failures)
                 connected, opened = True, self._opened
                 async with asyncio.timeout_at(_loop_time(deadline)):
                     receipts = await guard((self.translator or self)._send(batch, options))
@@ -395,19 +395,19 @@ class Producer(Endpoint):
             except TimeoutError as error:
                 raise self._unconfirmed(batch, self._why_unconfirmed(), doubt=True) from error
             except ConnectError as error:
-                attempt += 1
+                failures.append(error)
                 if connected and opened == self._opened:  # else another send has connected anew meanwhile
                     self._connected = False
                 doubt = doubt or (connected and isinstance(error, ConnectionLost))
                 if error.permanent:
                     raise
-                delay = backoff_within(attempt, deadline - time.monotonic())
+                delay = backoff_within(len(failures), deadline - time.monotonic())
                 if not connected or delay is None:  # connecting has used up the time already
                     raise self._unconfirmed(batch, str(error), doubt=doubt) from error
                 await asyncio.sleep(delay)
 
-    async def _connect(self, deadline: float) -> None:
-        failures: list[ConnectError] = []
+    async def _connect(self, deadline: float, before: Sequence[ConnectError] = ()) -> None:
+        failures = [*before[-1:]]  # where there is no time to find out more, that is why
         try:
             async with asyncio.timeout_at(_loop_time(deadline)), self._opening:
                 await self._keep_connecting(deadline, failures)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 from weakref import WeakKeyDictionary, ref
 
 from streamtools.drivers.sqlite.requests import Holder, Job, Outcome, Run, Waiter
 from streamtools.drivers.sqlite.rows import Claimed
-from streamtools.drivers.sqlite.schema import absolute, check_exists
+from streamtools.drivers.sqlite.schema import absolute, check_exists, locked
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.drivers.sqlite.worker import Worker
 from streamtools.errors import Closed, ConnectionLost
@@ -113,6 +114,11 @@ class Database:
         """Its thread has ended: the file was moved or is in trouble."""
         return self._worker.gone
 
+    def what_it_waits_for(self) -> str | None:
+        """That another process has locked the file, where that is so."""
+        since = self._worker.locked_since
+        return None if since is None else locked(self.path, time.monotonic() - since)
+
     # --- asking ---------------------------------------------------------------------------------
 
     def ask(self, what: Job | Waiter) -> None:
@@ -208,6 +214,10 @@ class Session:
     def gone(self) -> bool:
         """The file cannot be used by this session any more."""
         return self._database.gone
+
+    def what_it_waits_for(self) -> str | None:
+        """Why nothing is written at present; None where nothing is in the way."""
+        return self._database.what_it_waits_for()
 
     async def call(
         self, run: Run, argument: Any, *, full: bool, patience: float | None = None, new: int = 0, moved: int = 0

@@ -72,6 +72,10 @@ class SQLiteProducer(Producer, protocol="sqlite"):
         if refused:
             raise missing(refused)
 
+    def _why_unconfirmed(self) -> str:
+        why = self._session.what_it_waits_for() if self._session is not None else None
+        return super()._why_unconfirmed() if why is None else why
+
     async def _close(self) -> None:
         session, self._session = self._session, None
         if session is not None:

@@ -248,12 +248,16 @@ class Tables:
         return {id(row) for row in rows if not self._targets(row) and (row.mandatory or row.clash)}
 
     def _take_ids(self, number: int) -> int:
-        # Rows that another program has written may have had the next ids.
+        # Rows that another program has written may have had the next ids; what stands in its place may be none.
         statement = (
-            "UPDATE sequence SET last = ? + "
-            "max(last, coalesce((SELECT max(id) FROM messages WHERE id < 1 << 62), 0)) RETURNING last, generation"
+            "UPDATE sequence SET last = ? + max(iif(last < 1 << 62, last, 0), "
+            "coalesce((SELECT max(id) FROM messages WHERE id < 1 << 62), 0)) RETURNING last, generation"
         )
-        ((last, generation),) = self.run(statement, (number,)).fetchall()
+        found = self.run(statement, (number,)).fetchall()
+        if not found:
+            self.run("INSERT INTO sequence VALUES (?, abs(random() % 4611686018427387903) + 1)", (0,))
+            found = self.run(statement, (number,)).fetchall()
+        last, generation = found[0]
         if generation != self._generation:
             self._read_lanes(generation)
         return int(last)

@@ -87,6 +87,8 @@ class Worker:
         self._holders: set[Holder] = set()
         #: The thread has ended, or is about to: what is asked now may get no answer.
         self.gone: bool = False
+        #: Since when it waits for another process to let go of the file.
+        self.locked_since: float | None = None
         self._broken: ConnectError | None = None
         self._stopped = False
         self._stirred = False
@@ -388,14 +390,17 @@ class Worker:
         while True:
             try:
                 self._tables.run("BEGIN IMMEDIATE")
+                self.locked_since = None
                 return True
             except sqlite3.Error as error:
                 if not schema.is_busy(error):
                     raise
+            self.locked_since = started
             waited = time.monotonic() - started
             self._lose_patience(jobs, waited)
             self._lose_patience(waiters, waited)
             if not jobs and not waiters:
+                self.locked_since = None
                 return False
             self._halt.wait(delay * random.uniform(0.5, 1))  # noqa: S311
             delay = min(delay * 2, LOCK_MAX_DELAY)

@@ -234,6 +234,20 @@ async def test_ids_that_others_have_taken_do_not_stop_our_sends(number: int, url
         assert [delivery.message.body for delivery in batch] == [b"a"] * 10
 
 
+@pytest.mark.parametrize("value", ["'abc'", "x'ff'", "1.5e300", "9223372036854775806", "-5", None])
+async def test_a_counter_of_ids_that_somebody_has_changed_does_not_stop_our_sends(
+    value: str | None, url: str, path: Path
+) -> None:
+    await make(path)
+    async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
+        await producer.send("a")
+        look(path, "DELETE FROM sequence" if value is None else f"UPDATE sequence SET last = {value}")
+        await producer.send_many(["a"] * 10)
+        batch = await consumer.receive(20, timeout=0)
+        await consumer.ack_many(batch)
+        assert [delivery.message.body for delivery in batch] == [b"a"] * 11
+
+
 @given(st.lists(METAS.map(lambda meta: meta if isinstance(meta, bytes) else str(meta).encode("utf-8", "replace"))))
 def test_no_row_is_read_with_the_meta_of_another(odd: list[bytes]) -> None:
     odd = [meta.replace(b"\x1e", b"") for meta in odd]

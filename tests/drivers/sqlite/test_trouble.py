@@ -154,6 +154,28 @@ async def test_a_send_timeout_shorter_than_the_busy_timeout_still_says_why(url: 
         lock.close()
 
 
+@pytest.mark.parametrize("beside", [False, True])
+async def test_a_locked_file_is_named_whatever_else_waits_for_it(beside: bool, url: str, path: Path) -> None:
+    async with SQLiteProducer("orders", url=url, send_timeout=4) as producer, SQLiteConsumer("orders", url=url) as c:
+        await producer.send("a")
+        waiting = asyncio.create_task(c.receive()) if beside else None
+        if waiting is not None:
+            await take(await waiting)
+            waiting = asyncio.create_task(c.receive())
+        lock = sqlite3.connect(path, isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")
+        if beside:  # its lease is renewed, or its claim begun, and waits for the lock before the send does
+            assert producer._session is not None
+            worker = producer._session._database._worker
+            await wait_until(lambda: worker.locked_since is not None)
+        with pytest.raises(SendError, match=r"locked for .*fuser -v"):
+            await producer.send("b")
+        lock.close()
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.wait({waiting})
+
+
 async def test_a_new_file_that_is_locked_is_an_error_that_says_where_to_look(path: Path) -> None:
     lock = sqlite3.connect(path, isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
