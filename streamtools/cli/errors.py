@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: Messages that `list` and `show` look at, when they are not told how many.
 LOOK: Final = 10_000
 
+#: Characters of a queue's name that a line shows; a message may name any.
+NAME_SHOWN: Final = 100
+
 errors: typer.Typer = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -107,6 +110,11 @@ def redrive(
     With the same id, body and headers, as attempt 1. Each is held by its queue before it leaves the error
     queue: if this command is killed, one may be put back twice, none is lost.
     """
+    if to is not None:
+        from streamtools.checks import check_name
+
+        with plain_errors():
+            check_name(to)
     chosen = Movable(_choose(ids, filter_), to)
     if dry_run:
         seen = _peek(url, queue, LOOK)
@@ -120,7 +128,11 @@ def redrive(
     def work(admin: QueueAdmin, looked: Progress) -> Awaitable[int]:
         return redrive(admin, queue, where=chosen, target=to, limit=limit, progress=looked)
 
-    number = _with_bar(url, queue, work)
+    try:
+        number = _with_bar(url, queue, work)
+    except typer.Exit:
+        chosen.say_what_stays(queue)
+        raise
     _print_done("redriven", queue, number, json=json)
     chosen.say_what_stays(queue)
     _say_what_is_missing(ids, queue, number, limit)
@@ -231,7 +243,8 @@ class Movable:
     def say_what_stays(self, queue: str) -> None:
         """End with exit code 1 if a selected message stays."""
         lines = [
-            f"{_of(number, queue)} cannot move: there is no queue {name!r}." for name, number in self._nowhere.items()
+            f"{_of(number, queue)} cannot move: there is no queue {name[:NAME_SHOWN]!r}."
+            for name, number in self._nowhere.items()
         ]
         if number := len(self._homeless):
             shown = ", ".join(self._homeless[:3]) + (", ..." if number > 3 else "")

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from streamtools import Message, Producer
+from streamtools.message import ErrorDetails
 from tests.cli.conftest import Cli, fail_messages, lines, received
 
 
@@ -222,6 +223,23 @@ class TestWhatCannotGoHome:
         assert done.exit_code == 1
         assert (waiting(cli, "error"), waiting(cli, "orders")) == (3, 3)
         assert "3 moved; 2 stay in 'error'" in done.stderr
+        assert "unknown where it failed (lost)" in done.stderr, "both reasons are told"
+
+    def test_an_empty_target_is_none(self, cli: Cli) -> None:
+        result = cli("errors", "redrive", "--to", "")
+        assert (result.exit_code, "at least one character" in result.stderr) == (2, True)
+        assert (waiting(cli, "error"), waiting(cli, "orders")) == (6, 0)
+
+    def test_a_target_of_any_length_is_shown_in_a_line(self, cli: Cli, url: str) -> None:
+        async def plant() -> None:
+            async with Producer("error", url=url) as producer:
+                error = ErrorDetails(queue="q" * 70_000)
+                await producer.send_messages([Message(body=b"1", queue="error", id="forged", error=error)])
+
+        asyncio.run(plant())
+        said = cli("errors", "redrive", "--dry-run")
+        assert "there is no queue 'qqq" in said.stderr
+        assert len(said.stderr) < 1000
 
     def test_what_is_parked_keeps_why_it_failed_and_goes_home_from_there(self, cli: Cli) -> None:
         cli("queues", "create", "parked")
