@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Mapping, Sequence, Set
 from typing import Final
 
+from streamtools.drivers.rabbitmq.frames import NeverSent
+from streamtools.errors import SendError
 from streamtools.message import Message
 
 #: Bytes that RabbitMQ 3.8 to 3.13 takes in one body (max_message_size); 4.0 takes 16 MiB by default.
@@ -35,8 +38,28 @@ class Limits:
             self.body = min(self.body, int(found[1]))
 
 
+class Refusal(SendError):
+    """What `Outlet.publish` raises.
+
+    Attributes:
+        messages: those that it names; others may have the same ids.
+    """
+
+    def __init__(self, text: str, said: Mapping[int, str], unknown: Set[int], messages: Sequence[Message]) -> None:
+        self.messages: list[Message] = [m for m in messages if id(m) in said]
+        super().__init__(
+            text,
+            refused=[m.id for m in self.messages if id(m) not in unknown],
+            unknown=[m.id for m in self.messages if id(m) in unknown],
+            unfit=[m.id for m in self.messages if isinstance(said[id(m)], NeverSent)],
+        )
+
+
 class Batch:
-    """What one call publishes, until all of it is confirmed."""
+    """What one call publishes, until all of it is confirmed. Its messages are told apart by `id(message)`.
+
+    Their own ids do not: others write the same one twice, and a copy keeps it.
+    """
 
     __slots__ = (
         "doubtful", "future", "left", "nacked", "passes", "refused", "spans", "suspects", "unrouted", "ways", "words"
@@ -45,49 +68,49 @@ class Batch:
     def __init__(self, future: asyncio.Future[None]) -> None:
         self.future: asyncio.Future[None] = future
         self.left: int = 0
-        #: Message id -> why AMQP cannot carry it, or the broker does not route or allow it.
-        self.refused: dict[str, str] = {}
-        #: Ids of those refused that reached no queue.
-        self.unrouted: set[str] = set()
-        #: Message id -> why its queue did not take it.
-        self.nacked: dict[str, str] = {}
-        #: Message id -> why a channel ended that it was sent over; one of them may have ended it.
-        self.suspects: dict[str, str] = {}
+        #: Why AMQP cannot carry it, or the broker does not route or allow it.
+        self.refused: dict[int, str] = {}
+        #: Those refused that reached no queue.
+        self.unrouted: set[int] = set()
+        #: Why its queue did not take it.
+        self.nacked: dict[int, str] = {}
+        #: Why a channel ended that it was sent over; one of them may have ended it.
+        self.suspects: dict[int, str] = {}
         #: What ended the channel is something that passes.
         self.passes: bool = False
-        #: Ids of those that the broker may hold.
-        self.doubtful: set[str] = set()
+        #: Those that the broker may hold.
+        self.doubtful: set[int] = set()
         #: (first tag, messages) of what was written.
         self.spans: list[tuple[int, list[Message]]] = []
-        #: id(message) -> the last word of its route through the delay chain, of those due later.
+        #: The last word of its route through the delay chain, of those due later.
         self.words: dict[int, str] = {}
-        #: id(message) -> the level of the delay chain that it was sent to, and its routing key.
+        #: The level of the delay chain that it was sent to, and its routing key.
         self.ways: dict[int, tuple[str, str]] = {}
 
     @property
-    def again(self) -> dict[str, str]:
-        """Message id -> why it is to be sent again."""
+    def again(self) -> dict[int, str]:
+        """Why it is to be sent again."""
         return self.nacked | self.suspects if self.suspects else self.nacked
 
     def is_held_back(self, message: Message) -> bool:
         """It is not written, as something that it needs is not there."""
-        return message.id in self.refused or message.id in self.nacked
+        return id(message) in self.refused or id(message) in self.nacked
 
     def message(self, tag: int) -> Message:
         """The message that was written under this tag."""
         return next(m[tag - first] for first, m in self.spans if first <= tag < first + len(m))
 
-    def doubt(self, id_: str, why: str, *, alone: bool) -> None:
+    def doubt(self, message: Message, why: str, *, alone: bool) -> None:
         """A channel has ended, and with it the confirmation of this message.
 
         Parameters:
             alone: it may be the one that ended the channel.
         """
-        self.doubtful.add(id_)
+        self.doubtful.add(id(message))
         if alone:
-            self.suspects[id_] = why
+            self.suspects[id(message)] = why
         else:
-            self.nacked[id_] = why
+            self.nacked[id(message)] = why
 
     def is_meant(self, text: str, message: Message, limits: Limits) -> bool:
         """The broker ended a channel because of this message, as its words say.
@@ -102,14 +125,14 @@ class Batch:
         exchange = DEFAULT if message.exchange is None else message.exchange.name
         return named["name"] == exchange and named["topic"] in (None, message.queue)
 
-    def judge(self, id_: str) -> None:
+    def judge(self, message: Message) -> None:
         """This message has ended a channel on which it was alone."""
-        why = self.suspects.pop(id_)
+        why = self.suspects.pop(id(message))
         if self.passes:
-            self.nacked[id_] = why
+            self.nacked[id(message)] = why
         else:
-            self.refused[id_] = why
-            self.doubtful.discard(id_)
+            self.refused[id(message)] = why
+            self.doubtful.discard(id(message))
 
     def take_over(self, other: Batch) -> None:
         """Add what became of another part of the same call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamtools.delivery import Settlement, goes_last
+from streamtools.drivers.rabbitmq.batch import Refusal
 from streamtools.drivers.rabbitmq.outlet import Outlet
 from streamtools.errors import ConnectError, SendError
 from streamtools.message import Message
@@ -33,8 +34,8 @@ async def _publish(
     try:
         if messages:
             await outlet.publish(messages)
-    except SendError as error:
-        return _held(settlements, frozenset((*error.refused, *error.unknown))), error
+    except Refusal as error:
+        return held(settlements, error.messages), error
     except ConnectError as error:
         return unsent(settlements, messages, error)
     return list(settlements), None
@@ -47,9 +48,10 @@ def unsent(
     ids_ = [message.id for message in messages]
     refusal = SendError(str(error), unknown=ids_)
     refusal.__cause__ = error
-    return _held(settlements, frozenset(ids_)), refusal
+    return held(settlements, messages), refusal
 
 
-def _held(settlements: Sequence[Settlement], refused: frozenset[str]) -> list[Settlement]:
+def held(settlements: Sequence[Settlement], refused: Sequence[Message]) -> list[Settlement]:
     """Those of which the broker holds all that was to be sent."""
-    return [s for s in settlements if not any(m.id in refused for m in s.outgoing)]
+    named = frozenset(map(id, refused))
+    return [s for s in settlements if not any(id(m) in named for m in s.outgoing)]

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Final
 
-from streamtools.drivers.rabbitmq.batch import Batch, Limits
+from streamtools.drivers.rabbitmq.batch import Batch, Limits, Refusal
 from streamtools.drivers.rabbitmq.connections import Sending
-from streamtools.drivers.rabbitmq.frames import NeverSent
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.publisher import Publisher
 from streamtools.drivers.rabbitmq.topology import Topology
-from streamtools.errors import ConnectError, ConnectionLost, SendError
+from streamtools.errors import ConnectError, ConnectionLost
 from streamtools.message import Message
 
 #: Seconds between tries of what a queue did not take; the last one again and again.
@@ -68,7 +67,7 @@ class Outlet:
         """Return when the broker holds all of them, each in the queue that it names.
 
         Raises:
-            SendError: naming those it does not take; it holds the others.
+            Refusal: naming those it does not take; it holds the others.
             ConnectError: the connection has ended, or something that was needed is out of reach for a while.
         """
         begun = time.monotonic()
@@ -92,7 +91,7 @@ class Outlet:
         Parameters:
             batch: what became of them so far, over this publisher.
         """
-        refused: dict[str, str] = {}
+        refused: dict[int, str] = {}
         if batch is None or publisher is None:
             batch, publisher = await self._first(messages, refused)
         else:
@@ -104,7 +103,7 @@ class Outlet:
             if not batch.again or time.monotonic() + delay > deadline:
                 break
             await asyncio.sleep(delay)
-            left = [m for m in messages if m.id in batch.again]
+            left = [m for m in messages if id(m) in batch.again]
             if batch.suspects:
                 batch = await self._one_by_one(left, batch, refused)
             else:
@@ -114,7 +113,7 @@ class Outlet:
         if refused or batch.again:
             raise _refusal(messages, refused, batch.again, doubtful)
 
-    async def _first(self, messages: Sequence[Message], refused: dict[str, str]) -> tuple[Batch, Publisher]:
+    async def _first(self, messages: Sequence[Message], refused: dict[int, str]) -> tuple[Batch, Publisher]:
         if _has_exchange(messages):
             return await self._try_routes(messages, refused)
         publisher = await self._usable()
@@ -126,12 +125,12 @@ class Outlet:
             return await self._channel(newer_than=publisher)
         return publisher
 
-    async def _publish(self, publisher: Publisher, messages: Sequence[Message], refused: dict[str, str]) -> Batch:
+    async def _publish(self, publisher: Publisher, messages: Sequence[Message], refused: dict[int, str]) -> Batch:
         batch = await publisher.publish(messages)
         await self._note(messages, batch, refused)
         return batch
 
-    async def _note(self, messages: Sequence[Message], batch: Batch, refused: dict[str, str]) -> None:
+    async def _note(self, messages: Sequence[Message], batch: Batch, refused: dict[int, str]) -> None:
         if batch.unrouted:
             await self._look_for_queues(messages, batch)
         refused |= batch.refused
@@ -139,7 +138,7 @@ class Outlet:
     async def _look_for_queues(self, messages: Sequence[Message], batch: Batch) -> None:
         """A classic queue whose node is down takes nothing, as one that is not there; but it comes back."""
         topology = Topology(self._link)
-        for queue in dict.fromkeys(m.queue for m in messages if m.id in batch.unrouted):
+        for queue in dict.fromkeys(m.queue for m in messages if id(m) in batch.unrouted):
             try:
                 found, why = await topology.exists(queue), "It is there again."
             except ConnectionLost:
@@ -148,13 +147,13 @@ class Outlet:
                 found, why = True, str(error)
             if found:
                 for message in messages:
-                    if message.queue == queue and message.id in batch.unrouted:
-                        del batch.refused[message.id]
-                        batch.nacked[message.id] = why
+                    if message.queue == queue and id(message) in batch.unrouted:
+                        del batch.refused[id(message)]
+                        batch.nacked[id(message)] = why
 
     # --- what the broker may not let us send ------------------------------------------------------
 
-    async def _try_routes(self, messages: Sequence[Message], refused: dict[str, str]) -> tuple[Batch, Publisher]:
+    async def _try_routes(self, messages: Sequence[Message], refused: dict[int, str]) -> tuple[Batch, Publisher]:
         """Publish in order; the first message to each topic of an exchange over a channel of its own."""
         outcome, before, now = _nothing(), list[Message](), time.time()
         for message in messages:
@@ -172,17 +171,17 @@ class Outlet:
             outcome.take_over(await self._publish(publisher, before, refused))
         return outcome, publisher
 
-    async def _one_by_one(self, messages: Sequence[Message], batch: Batch, refused: dict[str, str]) -> Batch:
+    async def _one_by_one(self, messages: Sequence[Message], batch: Batch, refused: dict[int, str]) -> Batch:
         """Send those again with which a channel has ended: who ends another one, alone, is refused."""
         outcome = _nothing()
         for message in messages:
-            if message.id in batch.suspects:
+            if id(message) in batch.suspects:
                 outcome.take_over(await self._alone(message, refused))
             else:
-                outcome.nacked[message.id] = batch.again[message.id]
+                outcome.nacked[id(message)] = batch.again[id(message)]
         return outcome
 
-    async def _alone(self, message: Message, refused: dict[str, str]) -> Batch:
+    async def _alone(self, message: Message, refused: dict[int, str]) -> Batch:
         async with self._sending.trying:
             publisher = await Publisher.open(self._sending, self._limits, declares=self._declares)
             try:
@@ -192,7 +191,7 @@ class Outlet:
         if batch.unrouted:
             await self._look_for_queues([message], batch)
         if batch.suspects:
-            batch.judge(message.id)
+            batch.judge(message)
         elif message.exchange is not None and not batch.refused.keys() - batch.unrouted:
             self._sending.note_tried(message.exchange.name, message.queue)
         refused |= batch.refused
@@ -216,19 +215,13 @@ class Outlet:
 
 
 def _refusal(
-    messages: Sequence[Message], refused: dict[str, str], again: dict[str, str], doubtful: set[str]
-) -> SendError:
+    messages: Sequence[Message], refused: dict[int, str], again: dict[int, str], doubtful: set[int]
+) -> Refusal:
     said = refused | again
     reasons = list(dict.fromkeys(said.values()))
     text = " ".join(reasons[:3]) + (f" And {len(reasons) - 3} more." if len(reasons) > 3 else "")
     count = f"{len(said)} of {len(messages)} messages: " if len(messages) > 1 else ""
-    unknown = again.keys() & doubtful
-    return SendError(
-        count + text,
-        refused=[m.id for m in messages if m.id in said and m.id not in unknown],
-        unknown=[m.id for m in messages if m.id in unknown],
-        unfit=[id_ for id_, why in refused.items() if isinstance(why, NeverSent)],
-    )
+    return Refusal(count + text, said, again.keys() & doubtful, messages)
 
 
 def _has_exchange(messages: Sequence[Message]) -> bool:

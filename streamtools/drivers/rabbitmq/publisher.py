@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -73,7 +73,8 @@ class Publisher(HotChannel):
         self._next = 1
         self._low = 1
         self._pending: dict[int, Batch] = {}
-        self._returned: set[tuple[str, str]] = set()
+        #: How often one of this id and routing key came back, and was not confirmed since.
+        self._returned: Counter[tuple[str, str]] = Counter()
         self._routes: dict[tuple[str, str], bytes] = {}
         self._topology = Topology(sending.link)
         self._users = 0
@@ -137,7 +138,7 @@ class Publisher(HotChannel):
             await self._room()
             if self.stuck or self.closed:
                 why = str(self.error) if self.closed else self._silence
-                left = (m.id for m in messages[start:] if m.id not in batch.refused)
+                left = (id(m) for m in messages[start:] if id(m) not in batch.refused)
                 batch.nacked.update(dict.fromkeys(left, why))
                 break
             self._write(chunk, batch)
@@ -173,11 +174,11 @@ class Publisher(HotChannel):
             try:
                 await self._topology.declare_exchange(message.exchange, self._declares)
             except ConfigurationError as error:
-                batch.refused[message.id] = str(error)
+                batch.refused[id(message)] = str(error)
             except ConnectionLost:
                 raise
             except ConnectError as error:
-                batch.nacked[message.id] = str(error)
+                batch.nacked[id(message)] = str(error)
             else:
                 self._sending.exchanges.add(message.exchange)
 
@@ -189,13 +190,13 @@ class Publisher(HotChannel):
             try:
                 batch.words[id(message)] = await self._delay.prepare(message, now)
             except ConfigurationError as error:
-                batch.refused[message.id] = str(error)
+                batch.refused[id(message)] = str(error)
             except Unsendable as error:
-                batch.refused[message.id] = NeverSent(f"Message {message.id} cannot be sent: {error}")
+                batch.refused[id(message)] = NeverSent(f"Message {message.id} cannot be sent: {error}")
             except ConnectionLost:
                 raise
             except ConnectError as error:
-                batch.nacked[message.id] = str(error)
+                batch.nacked[id(message)] = str(error)
 
     def _write(self, chunk: Sequence[Message], batch: Batch) -> None:
         self._check()
@@ -208,7 +209,7 @@ class Publisher(HotChannel):
             try:
                 out.append(self._encode(message, batch))
             except Exception as error:  # Unsendable, or whatever is wrong in it: it is this message's alone
-                batch.refused[message.id] = NeverSent(f"Message {message.id} cannot be sent: {error}")
+                batch.refused[id(message)] = NeverSent(f"Message {message.id} cannot be sent: {error}")
             else:
                 written.append(message)
         if not written:
@@ -306,7 +307,7 @@ class Publisher(HotChannel):
     def _give_back(self, tag: int) -> None:
         """Have a message sent again, over a new channel."""
         batch = self._pending.pop(tag)
-        batch.nacked[batch.message(tag).id] = self._silence
+        batch.nacked[id(batch.message(tag))] = self._silence
         batch.left -= 1
         batch.settle_if_done()
 
@@ -410,20 +411,20 @@ class Publisher(HotChannel):
     def _refuse(self, batch: Batch, tag: int, held: bool) -> None:
         message = batch.message(tag)
         if (message.id, message.queue) in self._returned:
-            self._returned.discard((message.id, message.queue))
+            self._returned -= Counter([(message.id, message.queue)])
             if message.mandatory:
-                batch.refused[message.id] = self._unrouted(message)
+                batch.refused[id(message)] = self._unrouted(message)
                 if message.exchange is None:
-                    batch.unrouted.add(message.id)
+                    batch.unrouted.add(id(message))
         elif message.deliver_at is not None and (back := self._back_from_chain(message)) is not None:
-            self._returned.discard(back)
+            self._returned -= Counter([back])
             self._delay.forget()  # so that the next try makes it anew
-            batch.nacked[message.id] = (
+            batch.nacked[id(message)] = (
                 f"The delay of a message to {message.queue!r} needs a queue that is gone from {self._link.where}: "
                 f"one of {PREFIX}."
             )
         elif not held:
-            batch.nacked[message.id] = (
+            batch.nacked[id(message)] = (
                 f"The queue {message.queue!r} at {self._link.where} does not take it: it is full (x-max-length "
                 "with x-overflow reject-publish), or its node has failed."
             )
@@ -443,7 +444,7 @@ class Publisher(HotChannel):
 
     def returned(self, routing_key: str, properties_: bytes, body: bytes) -> None:
         message, _ = properties.decode(properties_, body, "", self._new_id)
-        self._returned.add((message.id, routing_key))
+        self._returned[message.id, routing_key] += 1
 
     def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is not None:
@@ -472,13 +473,13 @@ class Publisher(HotChannel):
         if code == 404:
             self._forget(text)
         for tag, batch in pending.items():
-            id_ = batch.message(tag).id
+            message = batch.message(tag)
             if tag not in meant:
-                batch.doubt(id_, why, alone=not meant)
+                batch.doubt(message, why, alone=not meant)
             elif kind.passes or code == 404:
-                batch.nacked[id_] = why
+                batch.nacked[id(message)] = why
             else:
-                batch.refused[id_] = why if EXCHANGE.search(text) else NeverSent(why)
+                batch.refused[id(message)] = why if EXCHANGE.search(text) else NeverSent(why)
             batch.left -= 1
         for batch in dict.fromkeys(pending.values()):
             batch.passes = kind.passes

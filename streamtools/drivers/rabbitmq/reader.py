@@ -17,14 +17,15 @@ from typing import Final
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq import properties
-from streamtools.drivers.rabbitmq.batch import Limits
+from streamtools.drivers.rabbitmq.batch import Limits, Refusal
 from streamtools.drivers.rabbitmq.connections import Sending
+from streamtools.drivers.rabbitmq.copies import held
 from streamtools.drivers.rabbitmq.holding import LOCKED, NOT_FOUND, Held, HoldingChannel
 from streamtools.drivers.rabbitmq.link import Link, open_link
 from streamtools.drivers.rabbitmq.outlet import Outlet
 from streamtools.drivers.rabbitmq.putback import PutBack
 from streamtools.drivers.rabbitmq.topology import Topology, missing
-from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
+from streamtools.errors import Closed, ConnectionLost, QueueError
 from streamtools.message import ids
 from streamtools.settings import RabbitMQSettings
 
@@ -107,17 +108,16 @@ class RabbitMQReader:
         return [self._delivery(held) for held in new]
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
-        refused: SendError | None = None
+        refused: Refusal | None = None
         outgoing = [message for s in settlements for message in s.outgoing]
         if outgoing:
             try:
                 await (await self._get_outlet()).publish(outgoing)
-            except SendError as error:
+            except Refusal as error:
                 refused = error
-        unsent = frozenset(refused.refused if refused else ())
-        done = [s.delivery.token for s in settlements if not any(m.id in unsent for m in s.outgoing)]
+        done = held(settlements, refused.messages if refused is not None else ())
         if self._channel is not None:
-            self._channel.acknowledge(done)
+            self._channel.acknowledge(s.delivery.token for s in done)
         if refused is not None:
             raise refused
 
@@ -154,7 +154,8 @@ class RabbitMQReader:
             await self._find_out()
         elif self._counts:
             await self._ask(number)
-            await self._opened().arrival(None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+            left = None if deadline == math.inf else max(SILENCE, deadline - time.monotonic())
+            await self._opened().arrival(left)
             self._drain(self._opened())
         else:
             self._held += await self._get(number)

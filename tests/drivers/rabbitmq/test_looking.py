@@ -19,12 +19,15 @@ from pamqp.common import FieldTable
 
 from streamtools.admin import QueueAdmin
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer, putback, reader
+from streamtools.drivers.rabbitmq.reader import RabbitMQReader
 from streamtools.errors import QueueError, Reject
 from streamtools.loop import SUSPECT
+from streamtools.settings import RabbitMQSettings
 from tests.brokers.address import ROOT, RabbitMQAddress
 from tests.brokers.rabbitmq import RabbitMQNode
 from tests.cli.conftest import Cli
 from tests.cli.conftest import cli as cli  # noqa: PLC0414 - a fixture
+from tests.faults.proxy import Proxy
 from tests.faults.waiting import wait_until
 
 pytestmark = pytest.mark.rabbitmq
@@ -237,6 +240,22 @@ async def test_large_messages_are_gone_through_in_parts(
         assert [m.body[:2].strip(b"\0") for m in await admin.peek("large", 2) if m.body] == [b"0", b"1"]
 
     assert [body.strip(b"\0") for body, *_ in await contents(foreign, "large")] == [b"%d" % n for n in range(12)]
+
+
+async def test_who_does_not_wait_sees_all_over_a_slow_network(foreign: AbstractChannel, url: str) -> None:
+    await foreign.queue_declare("far", durable=True, arguments=QUEUES["quorum with a limit"])
+    for number in range(30):
+        await foreign.basic_publish(b"%d" % number + bytes(100_000), routing_key="far")
+    settings = RabbitMQSettings.from_url(url)
+    async with Proxy(*settings.addresses[0], latency=0.1) as proxy:
+        far = url.replace(f":{settings.addresses[0][1]}/", f":{proxy.port}/")
+        reader = RabbitMQReader("far", RabbitMQSettings.from_url(far), most=30, client_id=None)
+        await reader.open()
+        seen = 0
+        while batch := await reader.receive(30, timeout=0):
+            seen += len(batch)
+        await reader.close()
+    assert seen == 30
 
 
 async def test_two_who_look_at_once_both_see_all(foreign: AbstractChannel, url: str) -> None:

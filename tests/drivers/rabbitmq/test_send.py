@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from aiormq.abc import AbstractChannel
+from pamqp.commands import Basic
 
+from streamtools import Exchange, Retry
+from streamtools.drivers.rabbitmq import RabbitMQConsumer
 from streamtools.drivers.rabbitmq.publisher import WINDOW
 from streamtools.errors import Closed, SendError
 from streamtools.message import Message
@@ -200,3 +204,60 @@ async def test_a_body_over_the_brokers_limit_is_refused_and_the_others_go_throug
         await sender.send(b"x" * 1001)
 
     await sender.send(b"x" * 1000)
+
+
+@pytest.mark.parametrize("wrong", [{"queue": "q" * 300}, {"queue": "nowhere"}, {"exchange": Exchange("inner")}])
+async def test_one_of_several_with_the_same_id_is_refused_alone(
+    producer: Any, consumer: Any, foreign: AbstractChannel, wrong: dict[str, Any]
+) -> None:
+    await foreign.exchange_declare("inner", exchange_type="topic", durable=True, internal=True)
+    sender = await producer(send_timeout=3)
+    batch = [Message(body=b"%d" % n, queue="orders", id="same") for n in range(20)]
+    batch[7] = replace(batch[7], **wrong)
+
+    with pytest.raises(SendError) as caught:
+        await sender.send_messages(batch)
+
+    assert caught.value.refused == ("same",)
+    assert caught.value.unknown == ()
+    deliveries = await take(await consumer(), 19)
+    assert sorted(int(d.message.body) for d in deliveries) == [n for n in range(20) if n != 7]
+
+
+async def test_each_of_several_with_the_same_id_that_reach_no_queue_is_refused(producer: Any) -> None:
+    sender = await producer(send_timeout=3)
+    batch = [Message(body=b"%d" % n, queue="nowhere", id="same") for n in range(20)]
+    with pytest.raises(SendError) as caught:
+        await sender.send_messages(batch)
+    assert caught.value.refused == ("same",) * 20
+
+
+async def test_what_one_handler_sends_is_refused_alone_though_another_sends_with_the_same_id(
+    url: str, foreign: AbstractChannel, consumer: Any, producer: Any
+) -> None:
+    handled: list[int] = []
+    receiver = RabbitMQConsumer("orders", url=url, retry=Retry(retries=0), concurrency=20)
+    others, all_of_them = await consumer("others"), asyncio.Event()
+    targets = [await producer(queue, declare=False, outbox=True) for queue in ("others", "nowhere")]
+
+    async def handle(number: int) -> None:
+        handled.append(number)
+        if len(handled) == 21:
+            all_of_them.set()
+        if number:  # the first one only has the whole prefetch taken
+            await all_of_them.wait()
+            await targets[number % 2].send(number, id="same")
+
+    running = asyncio.create_task(receiver()(handle)())
+    await wait_until(lambda: receiver.connected)
+    for number in range(21):
+        properties = Basic.Properties(message_id="same" if number else "first")
+        await foreign.basic_publish(b"%d" % number, routing_key="orders", properties=properties)
+
+    assert sorted(int(d.message.body) for d in await take(others, 10)) == list(range(2, 21, 2))
+    failed = await take(await consumer("error"), 10)
+    assert sorted(int(d.message.body) for d in failed) == list(range(1, 20, 2))
+    assert await others.receive(timeout=1) == []
+    assert sorted(handled) == list(range(21))
+    receiver.stop()
+    await running
