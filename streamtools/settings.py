@@ -352,6 +352,7 @@ class HTTPSettings(ProtocolSettings):
         verify: check the server's certificate and host name.
         timeout: seconds for one request and its answer; for a consumer, for one body to arrive.
         max_body: the largest request body that a consumer takes, in bytes.
+        max_connections: of a consumer's port, at most; beyond them the slowest are ended.
         max_answer: the largest body of an answer that a producer reads, in bytes, compressed or not.
     """
 
@@ -369,6 +370,7 @@ class HTTPSettings(ProtocolSettings):
     verify: bool = True
     timeout: Annotated[float, Field(gt=0)] = 30.0
     max_body: Annotated[int, Field(gt=0)] = 1024 * 1024
+    max_connections: Annotated[int, Field(gt=0)] = 2000
     max_answer: Annotated[int, Field(gt=0)] = 16 * 1024 * 1024
 
     @classmethod

@@ -88,7 +88,9 @@ class HTTPConsumer(Consumer, protocol="http"):
         await self._close()
         settings = self.settings
         tls = await server_context(settings)
-        server = SharedServer.of(*self.address, tls, (settings.tls, settings.certfile, settings.keyfile))
+        server = SharedServer.of(
+            *self.address, tls, (settings.tls, settings.certfile, settings.keyfile), settings.max_connections
+        )
         mailbox = Mailbox(
             self.queue,
             self.options.method,

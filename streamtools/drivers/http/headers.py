@@ -146,6 +146,11 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
     return fields, user or NO_HEADERS
 
 
+def meta_size(raw: Iterable[tuple[bytes, bytes]]) -> int:
+    """Bytes that the metadata of a request takes, as it stands on the wire."""
+    return sum(len(name) + len(value) for name, value in raw if name.decode("latin-1").lower() in _OURS)
+
+
 def _unpack(packed: str, user: Headers, spelled: Mapping[str, str]) -> None:
     """Add the packed headers to those that came plain.
 

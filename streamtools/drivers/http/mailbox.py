@@ -13,7 +13,8 @@ from aiohttp.http import HttpProcessingError, HttpVersion11
 from streamtools.bodies import TooLarge, is_undone, undone
 from streamtools.checks import HEADERS_LIMIT
 from streamtools.drivers.http import answers
-from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers
+from streamtools.drivers.http.connections import Connection
+from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers, meta_size
 from streamtools.drivers.http.options import QUERY_METHODS
 from streamtools.errors import DecodeError
 from streamtools.forms import FORM, read_pairs, write_form
@@ -21,8 +22,6 @@ from streamtools.message import NO_HEADERS, Message, ids
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Bodies that arrive piece by piece at once; further requests are told to come again.
-READERS: Final = 1000
 BUSY: Final = "Too many requests wait here; send the message again."
 
 
@@ -83,7 +82,7 @@ class Mailbox:
         self.closed: bool = False
         self._queue = queue
         self._limit = limit
-        self._max_body = max_body
+        self.max_body = max_body
         self._body_timeout = body_timeout
         self._new_id = ids()
         self._waiting: deque[Call] = deque()
@@ -134,6 +133,8 @@ class Mailbox:
             self._check_open(request)
             body = await self._read(request)
             self._check_open(request)
+            if isinstance(request.protocol, Connection):
+                request.protocol.whole()
             message = self._message(request, body)
         except Refused as refusal:
             return refusal.response
@@ -154,7 +155,7 @@ class Mailbox:
             response = answers.unavailable(attempt_of(request))
             response.force_close()
             raise Refused(response)
-        if len(self._reading) >= READERS or (len(self._waiting) >= self._limit and not self._make_room()):
+        if len(self._waiting) >= self._limit and not self._make_room():
             raise Refused(answers.unavailable(attempt_of(request), BUSY))
 
     def _make_room(self) -> bool:
@@ -166,17 +167,19 @@ class Mailbox:
 
     async def _read(self, request: web.BaseRequest) -> bytes:
         length = request.content_length
-        if length is not None and length > self._max_body:
+        if length is not None and length > self.max_body:
             raise self._too_large()
         content = request.content
         try:
             if content.is_eof():  # it came in one piece with the headers, as most do
                 body = content.read_nowait()
-                if len(body) > self._max_body:
+                if len(body) > self.max_body:
                     raise self._too_large()
                 return body
             return await self._read_slowly(request)
-        except ConnectionError as error:
+        except (ConnectionError, RuntimeError) as error:
+            if request.transport is not None:  # a RuntimeError is aiohttp's word for a connection that has ended
+                raise
             log.debug("A client left while the body of its request to %r arrived.", self._queue)
             raise Refused(answers.cut_off(400, "The body did not arrive.")) from error
         except (web.RequestPayloadError, HttpProcessingError) as error:
@@ -193,7 +196,7 @@ class Mailbox:
                 try:
                     while chunk := await request.content.readany():
                         body += chunk
-                        if len(body) > self._max_body:
+                        if len(body) > self.max_body:
                             raise self._too_large()
                 finally:
                     self._reading.discard(limit)
@@ -203,11 +206,12 @@ class Mailbox:
         return bytes(body)
 
     def _too_large(self) -> Refused:
-        return Refused(answers.cut_off(413, f"The body is over {self._max_body} bytes."))
+        return Refused(answers.cut_off(413, f"The body is over {self.max_body} bytes."))
 
     def _message(self, request: web.BaseRequest, body: bytes) -> Message:
         fields, headers = decode_headers(request.raw_headers)
-        if sum(len(n) + len(v) for n, v in headers.items()) > HEADERS_LIMIT:
+        size = max(sum(len(n) + len(v) for n, v in headers.items()), meta_size(request.raw_headers))
+        if size > HEADERS_LIMIT:
             raise Refused(answers.problem(431, f"The headers are over {HEADERS_LIMIT} bytes."))
         encoding = fields.get("content_encoding")
         if not body and self.method in QUERY_METHODS:
@@ -221,7 +225,7 @@ class Mailbox:
 
     def _undone(self, body: bytes, encoding: str) -> bytes:
         try:
-            return undone(body, encoding, self._max_body)
+            return undone(body, encoding, self.max_body)
         except TooLarge:
             raise self._too_large() from None
         except DecodeError as error:

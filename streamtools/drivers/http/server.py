@@ -16,6 +16,7 @@ from aiohttp.http import HttpProcessingError, RawRequestMessage
 from yarl import URL
 
 from streamtools.drivers.http import answers
+from streamtools.drivers.http.connections import Connection, Connections, Door, Server
 from streamtools.drivers.http.headers import PLAIN_LIMIT
 from streamtools.drivers.http.mailbox import Mailbox, attempt_of
 from streamtools.errors import ConfigurationError, ConnectError
@@ -34,6 +35,8 @@ KEEP_ALIVE: Final = 75.0
 LINGER: Final = 3.0
 #: Seconds that the last answers have to go out when the server ends; for each of two steps.
 CLOSING: Final = 1.0
+#: How many of the largest bodies may be under way at once, at least.
+LARGEST: Final = 4
 #: In place of a target that cannot be read.
 ROOT: Final[URL] = URL("/")
 #: Connections that wait to be accepted.
@@ -54,7 +57,7 @@ class SharedServer:
         WeakKeyDictionary()
     )
 
-    def __init__(self, key: Key, tls: ssl.SSLContext | None, certificate: object) -> None:
+    def __init__(self, key: Key, tls: ssl.SSLContext | None, certificate: object, connections: int) -> None:
         self._key = key
         self._tls = tls
         #: What the TLS context was made of, to compare.
@@ -62,12 +65,15 @@ class SharedServer:
         self._mailboxes: dict[str, dict[str, Mailbox]] = {}
         self._starting = asyncio.Lock()
         self._listener: asyncio.Server | None = None
-        self._http: web.Server | None = None
+        self._http: Server | None = None
+        self._connections = Connections(connections, f"port {key[1]}")
         #: The host and the port, once it listens.
         self.address: tuple[str, int] = key
 
     @classmethod
-    def of(cls, host: str, port: int, tls: ssl.SSLContext | None, certificate: object) -> SharedServer:
+    def of(
+        cls, host: str, port: int, tls: ssl.SSLContext | None, certificate: object, connections: int
+    ) -> SharedServer:
         """The server of this host and port in the running loop.
 
         Raises:
@@ -76,7 +82,7 @@ class SharedServer:
         servers = cls._all.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
         server = servers.get((host, port))
         if server is None:
-            server = servers[host, port] = cls((host, port), tls, certificate)
+            server = servers[host, port] = cls((host, port), tls, certificate, connections)
         if server.certificate != certificate:
             raise ConfigurationError(
                 f"Consumers on {host}:{port} share one port, so they need the same TLS settings: the same scheme, "
@@ -99,6 +105,7 @@ class SharedServer:
                 'another queue, another port=, or another method= (as in method="GET").'
             )
         methods[mailbox.method] = mailbox
+        self._connections.room = max(self._connections.room, LARGEST * mailbox.max_body)
         try:
             async with self._starting:
                 if self._listener is None:
@@ -128,6 +135,7 @@ class SharedServer:
         listener.close()
         http.pre_shutdown()  # idle connections end now, those at work after their answer
         await http.shutdown(CLOSING)
+        self._connections.close()
         with suppress(TimeoutError):  # the sockets are closed; what is left to wait for is the transports' own end
             async with asyncio.timeout(CLOSING):
                 await listener.wait_closed()
@@ -148,8 +156,10 @@ class SharedServer:
     async def _listen(self) -> None:
         loop = asyncio.get_running_loop()
         host, port = self._key
-        self._http = web.Server(
+        connections = self._connections
+        self._http = Server(
             self._handle,
+            connections,
             request_factory=_make_request,
             auto_decompress=False,  # the mailbox does: aiohttp takes a body that was cut short for whole
             access_log=None,
@@ -164,7 +174,7 @@ class SharedServer:
             if port == 0:  # one address only: each would get a port of its own
                 found = await loop.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
                 host = str(found[0][4][0])
-            self._listener = await loop.create_server(self._http, host, port, ssl=self._tls, backlog=BACKLOG)
+            self._listener = await loop.create_server(self._make_protocol, host, port, backlog=BACKLOG)
         except OSError as error:
             raise ConnectError(
                 f"Cannot listen on {self._key[0]}:{port}: {error.strerror or error}. Is another process there? "
@@ -174,12 +184,19 @@ class SharedServer:
         self.address = self._key[0], self._listener.sockets[0].getsockname()[1]
         log.info("Listening on %s port %d.", *self.address)
 
+    def _make_protocol(self) -> asyncio.Protocol:
+        assert self._http is not None
+        return self._http() if self._tls is None else Door(self._connections, self._tls, self._http)
+
     async def _handle(self, request: web.BaseRequest) -> web.Response:
         try:
             return await self._answer(request)
         except Exception:  # ours, and of this request alone
             log.exception("A request could not be handled.")
             return answers.cut_off(500, "The request could not be handled.")
+        finally:
+            if isinstance(request.protocol, Connection):
+                request.protocol.ended()
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
         path = _path(request.raw_path)
@@ -204,6 +221,7 @@ def _make_request(
     message: RawRequestMessage, payload: Any, protocol: Any, writer: Any, task: asyncio.Task[None]
 ) -> web.BaseRequest:
     loop = asyncio.get_running_loop()
+    protocol.begun(payload)
     try:
         return web.BaseRequest(message, payload, protocol, writer, task, loop)
     except Exception:  # some targets are no URL to aiohttp, which would let the connection stay open for ever
