@@ -8,20 +8,59 @@ import signal
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from streamtools.address import URL_VARIABLE, default_url
-from streamtools.cli.output import FAILED, USAGE, fail, print_trace
+from streamtools.cli.output import FAILED, PASSWORD, USAGE, fail, note, print_trace
 from streamtools.errors import ConfigurationError, QueueError, StreamToolsError
 from streamtools.settings import ProtocolSettings
 
 T = TypeVar("T")
 
+
+def _read_url(given: str | None) -> str | None:
+    """The URL that `--url` gives, or that stands in the file it names."""
+    if given is None or not given.startswith("@"):
+        if given is not None and _holds_secret(given):
+            note(
+                f"warning: a password in --url is seen by every user of this machine (ps). Put the URL into "
+                f"{URL_VARIABLE}, or into a file of yours and write --url @FILE (@- for standard input)."
+            )
+        return given
+    try:
+        text = sys.stdin.readline() if given == "@-" else Path(given[1:]).read_text()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        fail(f"--url {given}: the file with the URL cannot be read: {why}.", USAGE)
+    if not (url := text.strip()):
+        fail(f"--url {given}: no URL stands there.", USAGE)
+    return url
+
+
+def _holds_secret(url: str) -> bool:
+    """A password or a token stands in it, also where it is written wrongly."""
+    if PASSWORD.search(url):
+        return True
+    secret = {
+        name
+        for settings in ProtocolSettings.__subclasses__()
+        for name, field in settings.model_fields.items()
+        if "SecretStr" in str(field.annotation)
+    }
+    return any(part.partition("=")[0] in secret for part in url.partition("?")[2].split("&"))
+
+
 Url = Annotated[
     str | None,
-    typer.Option("--url", help=f"Where the broker is; {URL_VARIABLE} when not given, else sqlite:///streamtools.db."),
+    typer.Option(
+        "--url",
+        callback=_read_url,
+        help=f"Where the broker is, or @FILE with the URL in it; {URL_VARIABLE} when not given, else "
+        "sqlite:///streamtools.db.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

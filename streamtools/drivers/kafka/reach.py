@@ -121,6 +121,25 @@ class Repeated(logging.Filter):
 _REPEATED: Final = Repeated()
 
 
+class WithoutCredentials(logging.Filter):
+    """Lets no line show what is said to log in: SASL's PLAIN is the password itself."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always true; requests and answers of SASL are replaced by their names."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(_without_credentials(argument) for argument in record.args)
+        return True
+
+
+def _without_credentials(argument: object) -> object:
+    name = type(argument).__name__
+    return f"{name}(not shown)" if "sasl" in name.lower() else argument
+
+
+#: At the logger that tells each request: at any level, however it is set up later.
+logging.getLogger("aiokafka.conn").addFilter(WithoutCredentials())
+
+
 def quieten() -> None:
     """Have the library's loggers leave out repetitions; safe to repeat. DEBUG shows them all."""
     for name in [n for n in logging.Logger.manager.loggerDict if n.split(".")[0] == "aiokafka"]:

@@ -102,9 +102,7 @@ class Place(Generic[S]):
     @classmethod
     async def take(cls, sharing: Sharing[S], kind: type[S], settings: RabbitMQSettings, name: str) -> Self:
         """A place on the first connection that has one: a second one is opened when all channels are in use."""
-        address = settings.model_dump_json(exclude={"management_url", "password"}) + (
-            settings.password.get_secret_value()
-        )
+        address = settings.model_copy(update={"management_url": None})
         for number in count():
             lease = await sharing.acquire((address, number), partial(_open, kind, settings, name))
             if lease.value.link.join():
