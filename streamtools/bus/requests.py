@@ -55,7 +55,8 @@ class Requests:
         options: Mapping[str, Any],
         style: PikaBus | None = None,
     ) -> None:
-        self.queue: str = f"{name.encode()[:200].decode(errors='ignore')}.replies.{token_hex(16)}"
+        self._prefix = f"{name.encode()[:200].decode(errors='ignore')}.replies."
+        self.queue: str = self._new_name()
         self._url = url
         self._style = style
         shared = {name: options[name] for name in SHARED if name in options}
@@ -64,6 +65,11 @@ class Requests:
         self._loop: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
         self._consumer: Consumer | None = None
+        #: Loops of reply queues whose connection was lost, referenced until they end.
+        self._stranded: set[asyncio.Task[None]] = set()
+
+    def _new_name(self) -> str:
+        return self._prefix + token_hex(16)
 
     async def ask(self, message: Message, timeout: float, send: Callable[[Message], Awaitable[Any]]) -> Message:  # noqa: ASYNC109
         """Send a request and wait for its reply.
@@ -103,8 +109,13 @@ class Requests:
         if consumer is None or task is None:
             return
         consumer.stop(0)
-        with suppress(StreamToolsError):
-            await task
+        try:
+            with suppress(StreamToolsError):
+                await task
+        finally:
+            self._end(task)
+        if self._stranded:
+            await asyncio.wait(self._stranded)
         if not getattr(consumer.options, "exclusive", False) and consumer.features.admin:
             admin: QueueAdmin = ADMINS[consumer.protocol](url=self._url)
             async with admin:
@@ -119,12 +130,29 @@ class Requests:
         Raises:
             StreamToolsError: why they cannot.
         """
+        if self._loop is not None and self._is_stranded():
+            self._leave(self._loop)
         if self._loop is None or self._loop.done():
             self._loop = self._start()
         loop = self._loop
         await self._started.wait()
         if loop.done():
             loop.result()
+
+    def _is_stranded(self) -> bool:
+        """The connection that the reply queue belongs to is lost; the broker may keep the queue for it a while."""
+        consumer = self._consumer
+        if consumer is None or consumer.connected or not self._started.is_set():
+            return False
+        return bool(getattr(consumer.options, "exclusive", False))
+
+    def _leave(self, loop: asyncio.Task[None]) -> None:
+        """Give the reply queue up: the next one has another name. Replies on their way to this one do not come."""
+        self._loop, self.queue = None, self._new_name()
+        if self._consumer is not None:
+            self._consumer.stop(0)
+        self._stranded.add(loop)
+        loop.add_done_callback(self._stranded.discard)
 
     def _start(self) -> asyncio.Task[None]:
         # Nothing waits here: a request that is given up meanwhile leaves the others theirs.
@@ -157,6 +185,13 @@ class Requests:
             future.set_result(reply)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
+        if task is self._loop:
+            self._end(task)
+        elif not task.cancelled():
+            task.exception()
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        """Tell those who wait why nothing comes any more."""
         error = None if task.cancelled() else task.exception()
         for future in self._waiting.values():
             if not future.done():

@@ -242,6 +242,31 @@ async def test_requests_are_answered_again_after_the_client_alone_saw_the_connec
         await wait_until(answers, timeout=60)
 
 
+async def test_a_request_waits_for_no_reply_queue_that_the_broker_keeps_for_a_lost_connection(
+    rabbitmq_vhost: RabbitMQAddress,
+) -> None:
+    async with (
+        _door(rabbitmq_vhost) as door,
+        Bus("prices", url=rabbitmq_vhost.url) as prices,
+        Bus("shop", url=_through(rabbitmq_vhost, door, "?heartbeat=60")) as shop,
+    ):
+
+        @prices.handler
+        async def quote(command: Quote) -> int:
+            return command.id
+
+        await prices.start()
+        assert await shop.request(Quote(id=1), to="prices", timeout=20) == 1
+        replies = shop._replies()
+        before = replies.queue
+        await door.abandon()
+        await wait_until(lambda: replies._consumer is not None and not replies._consumer.connected)
+        answers = await asyncio.gather(*(shop.request(Quote(id=n), to="prices", timeout=20) for n in range(5)))
+        assert answers == list(range(5))
+        assert replies.queue != before
+        assert len(replies.queue) == len(before)
+
+
 @pytest.mark.parametrize("whose", ["virtual host", "user"])
 async def test_a_limit_of_connections_is_named_and_waited_for(rabbitmq_vhost: RabbitMQAddress, whose: str) -> None:
     address, vhost = rabbitmq_vhost, rabbitmq_vhost.url.rpartition("/")[2]
