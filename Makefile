@@ -1,6 +1,7 @@
 # Everything from nothing but Python >= 3.11; each target does its own set-up and is quick when repeated.
 #   make demo    the demo, on STREAMTOOLS_URL or the embedded default
 #   make test    brokers, lint, docs and the whole suite       (ARGS="-k name" reaches pytest)
+#   make dist    what is released, in dist/: sdist, wheel, SBOM and hashes; the same bytes for the same commit
 #   make lint | docs | bench | format | clean
 # PYTHON=/path/to/python3 chooses the interpreter.
 
@@ -17,7 +18,7 @@ DEMO := $(VENV)/.installed-demo$(DEMO_BROKER:%=-%)
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
 
-.PHONY: help demo test lint format docs bench brokers-up brokers-down clean
+.PHONY: help demo test lint format docs dist bench brokers-up brokers-down clean
 
 help:
 	@sed -n '1,/^$$/{/^#/p}' Makefile
@@ -36,6 +37,9 @@ format: $(DEV)
 
 docs: $(DEV)
 	@scripts/docs
+
+dist: $(DEV)
+	@scripts/dist
 
 bench: $(DEV) $(BENCH)
 	@scripts/bench $(ARGS)

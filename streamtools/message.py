@@ -36,7 +36,8 @@ def sets_slots(cls: type[Data]) -> type[Data]:
         parameters.append(each.name if default is MISSING else f"{each.name}=default_{each.name}")
     if all(each.kw_only for each in fields(cls)):  # type: ignore[arg-type]
         parameters.insert(0, "*")
-    exec("\n".join([f"def __init__(self, {', '.join(parameters)}):", *lines]), names)  # as dataclass itself does
+    # B102, exec: of field names alone, as dataclass itself does.
+    exec("\n".join([f"def __init__(self, {', '.join(parameters)}):", *lines]), names)  # nosec B102
     names["__init__"].__qualname__ = f"{cls.__qualname__}.__init__"
     names["__init__"].__annotations__ = cls.__init__.__annotations__
     cls.__init__ = names["__init__"]  # type: ignore[method-assign]

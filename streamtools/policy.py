@@ -127,7 +127,7 @@ class Retry:
             delay = min(self.delay * self.backoff ** (attempt - 1), self.max_delay)
         except OverflowError:
             delay = self.max_delay if self.delay else 0.0
-        return delay * (1 + random.uniform(-self.jitter, self.jitter)) if self.jitter else delay  # noqa: S311
+        return delay * (1 + random.uniform(-self.jitter, self.jitter)) if self.jitter else delay  # nosec B311: a pause
 
     def decide(self, error: BaseException, attempt: int) -> Verdict:
         """The verdict on run number `attempt` that ended with `error`."""
@@ -196,7 +196,7 @@ def _is_policy(kind: object, policy: object) -> bool:
 
 def backoff(attempt: int) -> float:
     """Seconds to wait after failed attempt number `attempt` (1 is the first), spread by a quarter."""
-    return float(min(BACKOFF * 2 ** min(attempt - 1, 16), MAX_BACKOFF) * random.uniform(0.75, 1.25))  # noqa: S311
+    return float(min(BACKOFF * 2 ** min(attempt - 1, 16), MAX_BACKOFF) * random.uniform(0.75, 1.25))  # nosec B311: a pause
 
 
 def backoff_within(attempt: int, left: float) -> float | None:

@@ -255,7 +255,7 @@ class HTTPProducer(Producer, protocol="http"):
                 return HTTPReceipt(message.id, message.queue, status, headers, body)
             failures += 1
             # Spread out: those refused together would come again together.
-            delay = _retry_after(headers) * random.uniform(1, 1.25) or backoff(failures)  # noqa: S311
+            delay = _retry_after(headers) * random.uniform(1, 1.25) or backoff(failures)  # nosec B311: a pause
             if not passes(status, headers) or time.monotonic() + delay >= deadline:
                 raise _response_error(message, request, status, headers, body)
             if status == 503:

@@ -146,7 +146,7 @@ class Worker:
                     raise
                 if self._halt.is_set() or time.monotonic() - started > self._busy_timeout:
                     raise ConnectError(schema.locked(self._path, time.monotonic() - started)) from error
-                self._halt.wait(random.uniform(0.5, 1) * LOCK_MAX_DELAY)  # noqa: S311
+                self._halt.wait(random.uniform(0.5, 1) * LOCK_MAX_DELAY)  # nosec B311: a pause
         self._tables = Tables(connection)
         self._room = Room(self._path, connection.execute)
         self._room.reserve()
@@ -402,7 +402,7 @@ class Worker:
             if not jobs and not waiters:
                 self.locked_since = None
                 return False
-            self._halt.wait(delay * random.uniform(0.5, 1))  # noqa: S311
+            self._halt.wait(delay * random.uniform(0.5, 1))  # nosec B311: a pause
             delay = min(delay * 2, LOCK_MAX_DELAY)
 
     def _lose_patience(self, waiting: list[Any], waited: float) -> None:
