@@ -17,6 +17,9 @@ HEADERS_LIMIT: Final = 64 * 1024
 #: Header names that begin so are ours.
 RESERVED: Final = "streamtools-"
 
+#: Queues whose names begin so are ours: the stages of a delay, locks, bindings, what could not be delivered.
+OWN_QUEUES: Final = ("streamtools.delay", "streamtools.order.", "streamtools.bindings", "streamtools.undeliverable")
+
 
 def check_name(queue: object, what: str = "queue") -> None:
     """The rule for the names of queues and groups that holds on every protocol.
@@ -34,6 +37,16 @@ def check_name(queue: object, what: str = "queue") -> None:
         )
     if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in queue):
         raise ConfigurationError(f"The {what} name {queue!r} has control characters.")
+
+
+def check_not_ours(queue: str) -> None:
+    """Check that a queue which a message names is none that only this library writes to.
+
+    Raises:
+        ConfigurationError: it is one.
+    """
+    if queue.lower().startswith(OWN_QUEUES):
+        raise ConfigurationError(f"The queue {queue!r} takes no messages of others: streamtools keeps its own there.")
 
 
 def check_topic(topic: object) -> str:

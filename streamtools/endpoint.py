@@ -10,13 +10,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from streamtools.cancelling import guard
-from streamtools.checks import Declare, check_declare, check_name, check_place, check_texts
+from streamtools.checks import Declare, check_declare, check_name, check_not_ours, check_place, check_texts
 from streamtools.errors import Closed, ConnectError
 from streamtools.eventloops import LoopBound, at_end, forget
 from streamtools.features import Features
 from streamtools.options import QUEUE_OPTIONS, Options, parameters, read_options
 from streamtools.policy import backoff_within
-from streamtools.replies import check_not_ours
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Final, Never
 
-from streamtools.checks import Seconds, check_seconds, is_number, is_whole
+from streamtools.checks import Seconds, check_not_ours, check_seconds, is_number, is_whole
 from streamtools.errors import (
     LONGEST,
     ConfigurationError,
@@ -283,8 +283,17 @@ def redrive_copy(message: Message, queue: str | None = None) -> Message:
 
 
 def home_of(message: Message) -> str | None:
-    """The queue that a message failed in; None where it does not say."""
-    return (message.error.queue or None) if message.error is not None else None
+    """The queue that a message says it failed in; None where it does not say, or names none that can fail a message.
+
+    Whoever may write to the error queue may have written it: who moves messages there has to know the queue.
+    """
+    if message.error is None:
+        return None
+    try:
+        check_not_ours(message.error.queue)
+    except ConfigurationError:
+        return None
+    return message.error.queue or None
 
 
 def _class_name(error: object) -> str:

@@ -10,28 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Final
 
 from streamtools.errors import ConfigurationError, SendError
 from streamtools.message import Message
 
 log: logging.Logger = logging.getLogger("streamtools")
-
-#: Queues whose names begin so are ours: the stages of a delay, bindings, what could not be delivered.
-OURS: Final = "streamtools."
-#: But for the reply queue of a bus that has no name of its own.
-REPLIES: Final = f"{OURS}replies."
-
-
-def check_not_ours(queue: str) -> None:
-    """Check that an address is no queue that only this library writes to.
-
-    Raises:
-        ConfigurationError: it is one.
-    """
-    name = queue.lower()
-    if name.startswith(OURS) and not name.startswith(REPLIES):
-        raise ConfigurationError(f"The queue {queue!r} takes no replies: streamtools keeps records of its own there.")
 
 
 def check_patterns(patterns: object) -> tuple[str, ...] | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -12,6 +11,7 @@ import typer
 from streamtools.cli import output
 from streamtools.cli.messages import as_data, body_text
 from streamtools.cli.queues import at
+from streamtools.cli.redriving import Movable, missing_queues, told
 from streamtools.cli.session import Json, Url, Yes, plain_errors, safe_address
 from streamtools.wire import key_text
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 #: Messages that `list` and `show` look at, when they are not told how many.
 LOOK: Final = 10_000
 
-#: Characters of a queue's name that a line shows; a message may name any.
-NAME_SHOWN: Final = 100
 
 errors: typer.Typer = typer.Typer(
     no_args_is_help=True,
@@ -98,36 +96,54 @@ def redrive(
     url: Url = None,
     queue: Queue = "error",
     filter_: Filter = None,
-    dry_run: DryRun = False,
+    from_: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="QUEUE", help="Only those that failed in this queue; may be repeated."),
+    ] = None,
     to: Annotated[
         str | None, typer.Option(help="The queue to put them in; the one each failed in, if not given.")
     ] = None,
     limit: Limit = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     json: Json = False,
 ) -> None:
     """Put failed messages back to work.
 
     With the same id, body and headers, as attempt 1. Each is held by its queue before it leaves the error
-    queue: if this command is killed, one may be put back twice, none is lost.
+    queue: if this command is killed, one may be put back twice, none is lost. Where a message failed stands in
+    the message itself, so the queues are shown first, and you are asked. With --yes the messages go only to
+    queues named by --from or --to, and to the queue whose own error queue this is: orders for orders.error.
     """
     if to is not None:
         from streamtools.checks import check_name
 
         with plain_errors():
             check_name(to)
-    chosen = Movable(_choose(ids, filter_), to)
+    chosen = Movable(_choose(ids, filter_), to, from_)
+    seen = _peek(url, queue, LOOK)
+    chosen.missing = at(url, lambda admin: missing_queues(admin, filter(None, map(chosen.target, seen))))
+    targets = chosen.targets(seen, limit)
     if dry_run:
-        seen = _peek(url, queue, LOOK)
-        chosen.missing = at(url, lambda admin: missing_queues(admin, filter(None, map(chosen.target, seen))))
+        chosen.allowed.update(targets)
         _print_dry_run("redriven", seen, chosen, limit, json=json)
+        output.note(f"They would go: {told(targets)}.")
         chosen.say_what_stays(queue)
         return
+    if yes:
+        chosen.allow_own(queue)
+    elif targets:
+        where = f"{queue!r} at {safe_address(url)}"
+        how = "" if output.at_terminal() or chosen.allowed else " (with --from QUEUE for each of them)"
+        output.confirm(f"Put messages of {where} back to work: {told(targets)}?{how}", yes=False)
+        chosen.allowed.update(targets)
 
     from streamtools.redrive import redrive
 
     def work(admin: QueueAdmin, looked: Progress) -> Awaitable[int]:
         return redrive(admin, queue, where=chosen, target=to, limit=limit, progress=looked)
 
+    chosen.begin()
     try:
         number = _with_bar(url, queue, work)
     except typer.Exit:
@@ -203,73 +219,6 @@ def _filter(texts: Sequence[str] | None) -> ErrorFilter:
 def _choose(ids: Sequence[str] | None, texts: Sequence[str] | None) -> Any:
     chosen, wanted = _filter(texts), set(ids or ())
     return (lambda message: message.id in wanted and chosen(message)) if wanted else chosen
-
-
-class Movable:
-    """Chooses the messages that a redrive moves: those that were selected and have a target; it notes the others.
-
-    Parameters:
-        chosen: those that are meant.
-        to: where all of them go; each to the queue that it failed in when None.
-    """
-
-    def __init__(self, chosen: Callable[[Message], bool], to: str | None) -> None:
-        self._chosen = chosen
-        self._to = to
-        #: Queues that are known not to be there.
-        self.missing: frozenset[str] = frozenset()
-        #: Ids of messages that do not say where they failed.
-        self._homeless: list[str] = []
-        #: Queues that are not there, with the number of messages that would go there.
-        self._nowhere: Counter[str] = Counter()
-
-    def target(self, message: Message) -> str | None:
-        """Its target; None if it was not selected, or its queue is unknown."""
-        from streamtools.policy import home_of
-
-        return (self._to or home_of(message)) if self._chosen(message) else None
-
-    def __call__(self, message: Message) -> bool:
-        target = self.target(message)
-        if target is None:
-            if self._chosen(message):
-                self._homeless.append(message.id)
-            return False
-        if target in self.missing:
-            self._nowhere[target] += 1
-            return False
-        return True
-
-    def say_what_stays(self, queue: str) -> None:
-        """End with exit code 1 if a selected message stays."""
-        lines = [
-            f"{_of(number, queue)} cannot move: there is no queue {name[:NAME_SHOWN]!r}."
-            for name, number in self._nowhere.items()
-        ]
-        if number := len(self._homeless):
-            shown = ", ".join(self._homeless[:3]) + (", ..." if number > 3 else "")
-            lines.append(
-                f"{_of(number, queue)} cannot move: unknown where it failed ({shown}). Name a queue: --to QUEUE."
-            )
-        if lines:
-            output.fail(" ".join(lines))
-
-
-def _of(number: int, queue: str) -> str:
-    return f"{number:,} message{'' if number == 1 else 's'} of {queue}"
-
-
-async def missing_queues(admin: QueueAdmin, names: Iterable[str]) -> frozenset[str]:
-    """Those of these queues that are not there."""
-    from streamtools.errors import QueueError
-
-    missing = set()
-    for name in set(names):
-        try:
-            await admin.stats(name)
-        except QueueError:
-            missing.add(name)
-    return frozenset(missing)
 
 
 def _peek(url: str | None, queue: str, limit: int) -> Sequence[Message]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 
 import pytest
 
 from streamtools import Message, Producer
+from streamtools.cli import output
 from streamtools.message import ErrorDetails
 from tests.cli.conftest import Cli, fail_messages, lines, received
+
+#: Names the queues to redrive to, as a script does.
+NAMED = ("--from", "orders", "--from", "payments", "--yes")
 
 
 class CardRefused(Exception):
@@ -97,7 +102,7 @@ class TestRedrive:
     def test_puts_each_back_once_as_it_was(self, cli: Cli, url: str) -> None:
         ids = {message["id"] for message in lines(cli("errors", "show", "--json"))}
 
-        assert lines(cli("errors", "redrive", "--json")) == [{"redriven": 5}]
+        assert lines(cli("errors", "redrive", "--json", *NAMED)) == [{"redriven": 5}]
 
         assert waiting(cli, "error") == 0
         back = received(url, "orders") + received(url, "payments")
@@ -110,7 +115,19 @@ class TestRedrive:
         assert [message.key for message in back][:3] == ["k"] * 3
 
     def test_by_filter_leaves_the_others(self, cli: Cli) -> None:
-        result = cli("errors", "redrive", "--filter", "queue=orders", "--filter", "exception=ValueError")
+        result = cli(
+            "errors",
+            "redrive",
+            "--filter",
+            "queue=orders",
+            "--filter",
+            "exception=ValueError",
+            "--from",
+            "orders",
+            "--from",
+            "payments",
+            "--yes",
+        )
 
         assert "3 messages of error redriven." in result.stdout
         assert (waiting(cli, "orders"), waiting(cli, "error")) == (3, 2)
@@ -127,24 +144,24 @@ class TestRedrive:
     def test_to_another_queue(self, cli: Cli) -> None:
         cli("queues", "create", "inspection")
 
-        cli("errors", "redrive", "--to", "inspection")
+        cli("errors", "redrive", "--to", "inspection", "--yes")
 
         assert waiting(cli, "inspection") == 5
 
     def test_limit(self, cli: Cli) -> None:
-        assert lines(cli("errors", "redrive", "--limit", "2", "--json")) == [{"redriven": 2}]
+        assert lines(cli("errors", "redrive", "--limit", "2", "--json", *NAMED)) == [{"redriven": 2}]
         assert waiting(cli, "error") == 3
 
     def test_by_id(self, cli: Cli, url: str) -> None:
         wanted = lines(cli("errors", "list", "--json"))[0][0]["example"]
 
-        assert lines(cli("errors", "redrive", wanted, "--json")) == [{"redriven": 1}]
+        assert lines(cli("errors", "redrive", wanted, "--json", *NAMED)) == [{"redriven": 1}]
         assert [message.id for message in received(url, "orders")] == [wanted]
 
     def test_to_a_queue_that_is_gone_keeps_the_messages(self, cli: Cli) -> None:
         cli("queues", "delete", "orders", "--yes")
 
-        result = cli("errors", "redrive", "--filter", "queue=orders")
+        result = cli("errors", "redrive", "--filter", "queue=orders", *NAMED)
 
         assert result.exit_code == 1
         assert result.stderr.startswith("error: ")
@@ -198,35 +215,37 @@ class TestWhatCannotGoHome:
 
         asyncio.run(put())
 
-    def test_the_others_are_redriven_as_the_dry_run_says(self, cli: Cli) -> None:
+    def test_the_others_are_redriven_as_the_dry_run_says(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         said = cli("errors", "redrive", "--dry-run")
         assert (said.exit_code, "5 of 6 messages would be redriven" in said.stdout) == (1, True)
         assert "--to QUEUE" in said.stderr and "lost" in said.stderr
 
-        done = cli("errors", "redrive")
+        monkeypatch.setattr(output, "at_terminal", lambda: True)
+        done = cli("errors", "redrive", stdin="y\n")
 
         assert (done.exit_code, "5 messages of error redriven" in done.stdout) == (1, True)
         assert "--to QUEUE" in done.stderr and "queue=" not in done.stderr
         assert (waiting(cli, "error"), waiting(cli, "orders"), waiting(cli, "payments")) == (1, 3, 2)
-        assert cli("errors", "redrive", "--to", "orders").exit_code == 0
+        assert cli("errors", "redrive", "--to", "orders", "--yes").exit_code == 0
         assert (waiting(cli, "error"), waiting(cli, "orders")) == (0, 4)
 
-    def test_one_queue_that_has_gone_stops_no_other(self, cli: Cli) -> None:
+    def test_one_queue_that_has_gone_stops_no_other(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         cli("queues", "delete", "payments", "--yes")
 
         said = cli("errors", "redrive", "--dry-run", "--json")
         assert (said.exit_code, json.loads(said.stdout)["would_be"]) == (1, 3)
         assert "there is no queue 'payments'" in said.stderr
 
-        done = cli("errors", "redrive")
+        monkeypatch.setattr(output, "at_terminal", lambda: True)
+        done = cli("errors", "redrive", stdin="y\n")
 
         assert done.exit_code == 1
         assert (waiting(cli, "error"), waiting(cli, "orders")) == (3, 3)
-        assert "3 moved; 2 stay in 'error'" in done.stderr
+        assert "2 messages of error cannot move: there is no queue 'payments'" in done.stderr
         assert "unknown where it failed (lost)" in done.stderr, "both reasons are told"
 
     def test_an_empty_target_is_none(self, cli: Cli) -> None:
-        result = cli("errors", "redrive", "--to", "")
+        result = cli("errors", "redrive", "--to", "", "--yes")
         assert (result.exit_code, "at least one character" in result.stderr) == (2, True)
         assert (waiting(cli, "error"), waiting(cli, "orders")) == (6, 0)
 
@@ -243,11 +262,11 @@ class TestWhatCannotGoHome:
 
     def test_what_is_parked_keeps_why_it_failed_and_goes_home_from_there(self, cli: Cli) -> None:
         cli("queues", "create", "parked")
-        assert cli("errors", "redrive", "--filter", "queue=payments", "--to", "parked").exit_code == 0
+        assert cli("errors", "redrive", "--filter", "queue=payments", "--to", "parked", "--yes").exit_code == 0
         [shown, _] = lines(cli("errors", "show", "--queue", "parked", "--json"))
         assert (shown["error"]["queue"], shown["error"]["reason"]) == ("payments", "no luck with first")
 
-        assert cli("errors", "redrive", "--queue", "parked").exit_code == 0
+        assert cli("errors", "redrive", "--queue", "parked", *NAMED).exit_code == 0
         assert (waiting(cli, "parked"), waiting(cli, "payments")) == (0, 2)
 
 
@@ -278,3 +297,80 @@ def test_a_body_that_nothing_can_read_is_shown(
 def test_a_time_that_never_comes_is_refused(cli: Cli, option: str, value: str) -> None:
     result = cli("send", "orders", "{}", option, value)
     assert result.exit_code != 0 and option in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.usefixtures("failures")
+class TestWhereARedriveGoes:
+    """Where a message failed stands in the message, which whoever may write to the error queue may have written."""
+
+    @pytest.fixture(autouse=True)
+    def _planted(self, url: str, cli: Cli) -> None:
+        cli("queues", "create", "payouts")
+        error = ErrorDetails(queue="payouts", exception="ValueError", reason="no luck")
+
+        async def plant() -> None:
+            async with Producer("error", url=url) as producer:
+                message = Message(body=b"{}", queue="error", id="planted", error=error)
+                nowhere = [
+                    dataclasses.replace(error, queue=name) for name in ("streamtools.bindings", "\n", "x" * 300)
+                ]
+                await producer.send_messages(
+                    [message, *(message.replace(id=f"n{n}", error=e) for n, e in enumerate(nowhere))]
+                )
+
+        asyncio.run(plant())
+
+    def test_it_is_shown_and_asked(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = cli("errors", "redrive")
+        assert asked.exit_code == 2
+        assert "3 to 'orders', 2 to 'payments', 1 to 'payouts'?" in asked.stderr
+        assert "--from QUEUE" in asked.stderr
+        monkeypatch.setattr(output, "at_terminal", lambda: True)
+        assert cli("errors", "redrive", stdin="n\n").exit_code == 1
+        assert waiting(cli, "error") == 9
+        assert "6 messages of error redriven" in cli("errors", "redrive", stdin="y\n").stdout
+        assert (waiting(cli, "orders"), waiting(cli, "payouts"), waiting(cli, "error")) == (3, 1, 3)
+
+    def test_a_script_names_the_queues(self, cli: Cli) -> None:
+        refused = cli("errors", "redrive", "--yes")
+        assert refused.exit_code == 1
+        assert "1 to 'payouts'" in refused.stderr
+        assert "--from orders --from payments --from payouts" in refused.stderr
+        assert (waiting(cli, "orders"), waiting(cli, "payouts"), waiting(cli, "error")) == (0, 0, 9)
+        named = cli("errors", "redrive", "--yes", "--from", "orders")
+        assert (named.exit_code, named.stdout) == (0, "3 messages of error redriven.\n")
+        assert (waiting(cli, "orders"), waiting(cli, "payouts"), waiting(cli, "error")) == (3, 0, 6)
+
+    def test_a_dry_run_tells_it(self, cli: Cli) -> None:
+        assert "3 to 'orders', 2 to 'payments', 1 to 'payouts'" in cli("errors", "redrive", "--dry-run").stderr
+        assert "They would go: 3 to 'orders'." in cli("errors", "redrive", "--dry-run", "--from", "orders").stderr
+
+    def test_what_comes_meanwhile_goes_nowhere_else(
+        self, cli: Cli, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def late(question: str, *, yes: bool) -> None:
+            async def plant() -> None:
+                async with Producer("error", url=url) as producer:
+                    error = ErrorDetails(queue="salaries", reason="no luck")
+                    await producer.send_messages([Message(body=b"", queue="error", id="late", error=error)])
+
+            asyncio.run(plant())
+
+        cli("queues", "create", "salaries")
+        monkeypatch.setattr(output, "confirm", late)
+        cli("errors", "redrive")
+        assert (waiting(cli, "orders"), waiting(cli, "salaries")) == (3, 0)
+
+    @pytest.mark.parametrize("name", ["orders.error", "orders-error"])
+    def test_from_a_queue_s_own_error_queue_it_goes_to_that_queue_alone(self, cli: Cli, url: str, name: str) -> None:
+        async def plant() -> None:
+            async with Producer(name, url=url) as producer:
+                error = ErrorDetails(queue="orders", reason="no luck")
+                message = Message(body=b"", queue=name, id="own", error=error)
+                planted = message.replace(id="planted", error=dataclasses.replace(error, queue="payouts"))
+                await producer.send_messages([message, planted])
+
+        asyncio.run(plant())
+        done = cli("errors", "redrive", "--queue", name, "--yes")
+        assert (done.exit_code, done.stdout) == (1, f"1 message of {name} redriven.\n")
+        assert (waiting(cli, "orders"), waiting(cli, "payouts"), waiting(cli, name)) == (1, 0, 1)

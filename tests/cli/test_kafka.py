@@ -166,7 +166,9 @@ def test_failed_messages_are_listed_with_why_and_where_and_stay(cli: Cli, failed
 
 def test_those_chosen_go_back_once_and_the_others_stay(cli: Cli, failed: str, url: str) -> None:
     errors = ("--queue", f"{failed}.error", "--json")
-    assert lines(cli("errors", "redrive", *errors, "--filter", "reason='with odd'")) == [{"redriven": MANY // 2}]
+    assert lines(cli("errors", "redrive", *errors, "--filter", "reason='with odd'", "--yes")) == [
+        {"redriven": MANY // 2}
+    ]
     assert waiting(cli, f"{failed}.error") == MANY // 2
     assert lines(cli("errors", "list", *errors))[0][0]["count"] == MANY // 2
     back = received(url, failed)
@@ -179,10 +181,10 @@ def test_those_chosen_go_back_once_and_the_others_stay(cli: Cli, failed: str, ur
 def test_a_redrive_that_is_killed_loses_nothing(
     cli: Cli, failed: str, url: str, start: Callable[..., Service]
 ) -> None:
-    first = start("errors", "redrive", "--queue", f"{failed}.error")
+    first = start("errors", "redrive", "--queue", f"{failed}.error", "--yes")
     first.wait_until(lambda: waiting(cli, failed) > 0 or first.process.poll() is not None)
     first.end(signal.SIGKILL)
-    cli("errors", "redrive", "--queue", f"{failed}.error", "--json")
+    cli("errors", "redrive", "--queue", f"{failed}.error", "--json", "--yes")
     assert waiting(cli, f"{failed}.error") == 0
     back = received(url, failed)
     assert len({message.id for message in back}) == MANY
@@ -201,7 +203,7 @@ def test_records_as_no_client_writes_them_are_shown_and_sent_back(
             shown = cli("errors", command, *errors, *options)
             assert shown.exit_code == 0, shown.stderr
     assert r"\xff\xfename" in cli("errors", "show", *errors, "--limit", "1000").stdout
-    assert lines(cli("errors", "redrive", *errors, "--json")) == [{"redriven": MANY + 2}]
+    assert lines(cli("errors", "redrive", *errors, "--json", "--yes")) == [{"redriven": MANY + 2}]
     back = {message.key: message.body for message in received(url, failed)}
     assert (back[b"\x00\x00\x00*"], back[b"\xff\xfe"]) == (b"\xff", None)
 
@@ -246,3 +248,20 @@ def test_receive_of_a_topic_that_is_not_there_says_so(cli: Cli, url: str) -> Non
     refused = cli("receive", "nowhere", "--timeout", "0")
     assert refused.exit_code == 1
     assert "There is no topic 'nowhere'" in refused.stderr
+
+
+def test_a_redrive_comes_into_no_other_group_s_retries(cli: Cli, failed: str, kafka: KafkaAddress, url: str) -> None:
+    other = f"{failed}-payouts"
+    fail_messages(url, other, ["x"], ValueError, error_queue=f"{other}.error")
+    cli("queues", "create", f"{other}.retry")
+    planted = [
+        (b"ce_errorqueue", failed.encode()),
+        (b"streamtools-group", other.encode()),
+        (b"streamtools-retries", f"{other}.retry".encode()),
+    ]
+    asyncio.run(produce_raw(kafka, f"{failed}.error", [(None, b'"planted"', planted, 0)]))
+    before = waiting(cli, other)
+    result = cli("errors", "redrive", "--queue", f"{failed}.error", "--json", "--from", failed, "--yes")
+    assert lines(result) == [{"redriven": MANY + 1}]
+    assert waiting(cli, other) == before
+    assert b'"planted"' in {message.body for message in received(url, failed)}

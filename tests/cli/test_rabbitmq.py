@@ -19,6 +19,10 @@ def url(rabbitmq_vhost: Any) -> str:
     return str(rabbitmq_vhost.url)
 
 
+#: Names the queue to redrive to, as a script does.
+NAMED = ("--from", "orders", "--yes")
+
+
 @pytest.fixture
 def failures(url: str) -> None:
     """Every other message of the error queue is odd."""
@@ -31,7 +35,7 @@ def waiting(cli: Cli, queue: str) -> int:
 
 @pytest.mark.usefixtures("failures")
 def test_redriving_every_other_message_brings_each_back_once(cli: Cli, url: str) -> None:
-    assert lines(cli("errors", "redrive", "--filter", "reason='with odd'", "--json")) == [{"redriven": MANY}]
+    assert lines(cli("errors", "redrive", "--filter", "reason='with odd'", "--json", *NAMED)) == [{"redriven": MANY}]
 
     assert waiting(cli, "error") == MANY
     back = received(url, "orders")
@@ -43,7 +47,7 @@ def test_redriving_every_other_message_brings_each_back_once(cli: Cli, url: str)
 def test_what_was_looked_at_is_there_for_the_next_command(cli: Cli) -> None:
     assert lines(cli("errors", "list", "--json"))[0][0]["count"] == 2 * MANY
     assert lines(cli("errors", "purge", "-w", "reason='with odd'", "--yes", "--json")) == [{"forgotten": MANY}]
-    assert lines(cli("errors", "redrive", "--json")) == [{"redriven": MANY}]
+    assert lines(cli("errors", "redrive", "--json", *NAMED)) == [{"redriven": MANY}]
     assert waiting(cli, "error") == 0
 
 

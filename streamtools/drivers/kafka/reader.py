@@ -21,7 +21,7 @@ from streamtools.drivers.kafka.client import connection, started, stopped
 from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Groups, Progress, busy
-from streamtools.drivers.kafka.names import reader_of
+from streamtools.drivers.kafka.names import RETRY, is_retry_topic, reader_of
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
 from streamtools.drivers.kafka.reach import make_no_topics
@@ -185,6 +185,8 @@ class KafkaReader:
             origin = decode_origin(record, _place(record))
             back = [i for i, m in zip(items, settlement.outgoing, strict=True) if isinstance(m, Returning)]
             for item in back:
+                if not await self._waits_for(told[GROUP], told[RETRIES], item.topic):
+                    continue
                 item.headers += [*origin.headers, (QUEUE, item.topic.encode())]
                 item.topic, item.partition, item.timestamp = told[RETRIES], 0, now_ms()
         return items
@@ -195,6 +197,20 @@ class KafkaReader:
             known = group in await self._groups.names() and topic in await self._cluster.topics([topic])
             self._there[group, topic] = known
         return self._there[group, topic]
+
+    async def _waits_for(self, group: str, retries: str, topic: str) -> bool:
+        """Retries of this topic, by this group, wait in that one.
+
+        Whoever may write to the error queue may have written the names: a message for one topic is to come into no
+        other group's retries. Of a group that reads several topics it is asked whether it has read this one.
+        """
+        if retries in (topic + RETRY, f"{topic}{RETRY}.{group}"):
+            return reader_of(retries) == group
+        if not is_retry_topic(retries) or reader_of(retries) != group:
+            return False
+        found = await self._cluster.topics([topic])
+        partitions = [TopicPartition(topic, number) for number in found[topic].leaders] if found else []
+        return bool(await self._groups.committed(group, partitions))
 
     async def _opened(self) -> Sender:
         if self._sender is None:
