@@ -21,7 +21,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 QUEUE_OPTIONS: Final = frozenset(
     {"queue_type", "durable", "exclusive", "auto_delete", "arguments", "error_queue", "error_arguments"}
     | {"error_declare"}
-    | {"method", "max_body"}
+    | {"method", "max_body", "content_types"}
     | {"partitions", "replication", "static_id", "consumer_group", "auto_ack", "exactly_once", "topics", "pattern"}
     | {"start_offset", "start_time", "revoke_timeout"}
 )

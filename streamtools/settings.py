@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from streamtools.address import URL_VARIABLE
 from streamtools.errors import ConfigurationError, near
+from streamtools.tokens import read_tokens
 
 #: The number of a process among those that `streamtools run --workers` started: 0, 1, and so on.
 WORKER_VARIABLE: Final = "STREAMTOOLS_WORKER"
@@ -338,6 +339,14 @@ class SQLiteSettings(ProtocolSettings):
         return f"sqlite:///{quote(self.path)}"
 
 
+def _names(value: object) -> object:
+    """Several names, also as one text with commas between them."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+
+
 class HTTPSettings(ProtocolSettings):
     """`http(s)://host:9000/prefix`, or `HTTP_HOST` and `HTTP_PORT`.
 
@@ -352,6 +361,11 @@ class HTTPSettings(ProtocolSettings):
         verify: check the server's certificate and host name.
         timeout: seconds for one request and its answer; for a consumer, for one body to arrive.
         max_body: the largest request body that a consumer takes, in bytes.
+        tokens: a consumer takes requests that show one of them (`Authorization: Bearer ...`), a producer shows the
+            first at its address; several while one takes the place of another. Each has 16 characters or more.
+        client_ca: a file of authorities in PEM; a consumer on https then asks its clients for certificates of these.
+        hosts: names by which a consumer may be asked (`Host`); any when empty.
+        origins: web pages that may ask a consumer, such as `https://shop.example`; "*" for any, none by default.
         max_connections: of a consumer's port, at most; beyond them the slowest are ended.
         max_answer: the largest body of an answer that a producer reads, in bytes, compressed or not.
     """
@@ -370,6 +384,10 @@ class HTTPSettings(ProtocolSettings):
     verify: bool = True
     timeout: Annotated[float, Field(gt=0)] = 30.0
     max_body: Annotated[int, Field(gt=0)] = 1024 * 1024
+    tokens: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(read_tokens)] = ()
+    client_ca: str | None = None
+    hosts: Names = ()
+    origins: Names = ()
     max_connections: Annotated[int, Field(gt=0)] = 2000
     max_answer: Annotated[int, Field(gt=0)] = 16 * 1024 * 1024
 

@@ -16,6 +16,7 @@ from streamtools import ConsumerFactory, ConsumerRunner, Producer
 from streamtools.errors import ConfigurationError, ConnectError
 from streamtools.installation import install_line
 from streamtools.observability.health import HealthReport, HealthServer, LoopHealth
+from streamtools.tokens import is_loopback
 from tests.faults.waiting import wait_until
 
 
@@ -124,3 +125,49 @@ async def test_a_runner_is_ready_while_it_runs_and_not_while_it_drains() -> None
         assert (await get(port, "/health/live"))[0] == 200
         assert (await get(port, "/health/ready"))[0] == 503
         leave.set()
+
+
+async def ask(port: int, *lines: str) -> Any:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = "".join(f"{line}\r\n" for line in lines)
+    writer.write(f"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n".encode())
+    body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")[2]
+    writer.close()
+    return json.loads(body)
+
+
+TOKEN = "0123456789abcdefgh"
+
+
+@pytest.mark.parametrize("proxied", ["X-Forwarded-For: 10.0.0.1", "Forwarded: for=10.0.0.1", "X-Real-IP: 10.0.0.1"])
+async def test_a_stranger_learns_only_whether_the_service_is_live_and_ready(
+    monkeypatch: pytest.MonkeyPatch, proxied: str
+) -> None:
+    monkeypatch.setenv("HTTP_TOKENS", TOKEN)
+    server = HealthServer("127.0.0.1", 0, lambda: HealthReport(loops=[loop("running")]))
+    await server.start()
+    try:
+        assert await ask(server.port, proxied) == {"live": True, "ready": True}
+        assert await ask(server.port, proxied, f"Authorization: Bearer {TOKEN}x") == {"live": True, "ready": True}
+        assert (await ask(server.port, proxied, f"Authorization: Bearer {TOKEN}"))["loops"][0]["queue"] == "orders"
+        assert (await ask(server.port))["loops"][0]["queue"] == "orders"
+    finally:
+        await server.stop()
+
+
+async def test_tokens_that_cannot_be_used_are_a_clear_error_that_does_not_show_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HTTP_TOKENS", "hunter2")
+    with pytest.raises(ConfigurationError, match="HTTP_TOKENS") as caught:
+        await HealthServer("127.0.0.1", 0, HealthReport).start()
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("::ffff:127.0.0.1", True), ("10.0.0.1", False)]
+    + [("::ffff:10.0.0.1", False), ("localhost", False), ("", False), ("fe80::1", False)],
+)
+def test_only_addresses_of_this_machine_are_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
 from streamtools.errors import ConfigurationError, ConnectError
 from streamtools.installation import install_line
+from streamtools.tokens import Tokens, is_loopback, read_tokens
 
+#: Where the tokens are that open the details.
+TOKENS: Final = "HTTP_TOKENS"
+#: Headers by which a proxy says that it asks for another machine.
+FORWARDED: Final = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
+#: Seconds that an idle connection stays open.
+KEEP_ALIVE: Final = 15.0
 #: Seconds that answers under way have to go out when the server stops.
 CLOSING: Final = 1.0
 
@@ -72,12 +80,16 @@ class HealthServer:
         host: where to listen.
         port: likewise; 0 takes a free one, which `port` then holds.
         report: called for each request.
+
+    Whoever asks from another machine learns only whether the service is live and ready, unless it shows one of the
+    tokens in `HTTP_TOKENS` (`Authorization: Bearer ...`).
     """
 
     def __init__(self, host: str, port: int, report: Callable[[], Report | Awaitable[Report]]) -> None:
         self.host = host
         self.port: int = port
         self._report = report
+        self._tokens = Tokens(())
         self._runner: Any = None
 
     async def start(self) -> None:
@@ -91,11 +103,12 @@ class HealthServer:
             from aiohttp import web  # noqa: PLC0415 - only who asks for health endpoints needs aiohttp
         except ModuleNotFoundError as error:
             raise ConfigurationError(f"Health endpoints need aiohttp. Install it: {install_line('http')}") from error
+        self._tokens = self._read_tokens()
         app = web.Application()
         app.router.add_get("/health", self._handler(lambda report: True))
         app.router.add_get("/health/live", self._handler(lambda report: report.live))
         app.router.add_get("/health/ready", self._handler(lambda report: report.ready))
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSING)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSING, keepalive_timeout=KEEP_ALIVE)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self.host, self.port).start()
@@ -114,12 +127,27 @@ class HealthServer:
         if runner is not None:
             await runner.cleanup()
 
+    @staticmethod
+    def _read_tokens() -> Tokens:
+        try:
+            return Tokens(read_tokens(os.environ.get(TOKENS, "")))
+        except ValueError as error:
+            raise ConfigurationError(f"{TOKENS} cannot be used: {error}.") from None
+
+    def _may_see(self, request: Any) -> bool:
+        """Whether the details are for who asks: from this machine, or with a token."""
+        if self._tokens.accept(request.headers.get("Authorization")):
+            return True
+        return is_loopback(request.remote or "") and not any(name in request.headers for name in FORWARDED)
+
     def _handler(self, fine: Callable[[Report], bool]) -> Callable[[Any], Any]:
         from aiohttp import web  # noqa: PLC0415
 
         async def answer(request: web.Request) -> web.Response:
             found = self._report()
             report = await found if isinstance(found, Awaitable) else found
-            return web.json_response(report.as_dict(), status=200 if fine(report) else 503)
+            brief = {"live": report.live, "ready": report.ready}
+            content = report.as_dict() if self._may_see(request) else brief
+            return web.json_response(content, status=200 if fine(report) else 503)
 
         return answer

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 from urllib.parse import quote, unquote
 
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
+from streamtools.drivers.http.access import Access
 from streamtools.drivers.http.answers import answer
 from streamtools.drivers.http.mailbox import Call, Mailbox
 from streamtools.drivers.http.options import FEATURES, ConsumerOptions, check_queue, is_url, refuse_reply
@@ -19,6 +20,9 @@ from streamtools.drivers.http.tls import server_context
 from streamtools.errors import Closed, ConfigurationError, ConnectError, SendError
 from streamtools.message import Message
 from streamtools.settings import HTTPSettings
+
+#: Headers that are for us where we ask for them, and not for the handler.
+CREDENTIALS: Final = frozenset({b"authorization"})
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -35,10 +39,14 @@ class HTTPConsumer(Consumer, protocol="http"):
     in `ce-attempt`; the answer 503 names the next. Requests beyond those in hand and `prefetch` more
     that wait are answered 503 at once.
 
+    The settings say who may ask: `tokens`, `client_ca`, `hosts` and `origins`. All others are answered 401, 403 or
+    421, and another content type than those of the option 415.
+
     Parameters beyond those of `Consumer`:
         method: "POST" (the default), "GET" (the body if there is one, else the query as a flat
             mapping, in which repeated keys are a list), "DELETE" (likewise), "PUT" or "PATCH".
         max_body: the largest body in bytes, compressed or not; 1 MiB by default, from the settings.
+        content_types: those that are taken, such as ["application/json", "text/*"]; any when None.
     """
 
     features = FEATURES
@@ -88,15 +96,16 @@ class HTTPConsumer(Consumer, protocol="http"):
         await self._close()
         settings = self.settings
         tls = await server_context(settings)
-        server = SharedServer.of(
-            *self.address, tls, (settings.tls, settings.certfile, settings.keyfile), settings.max_connections
-        )
+        terms = (settings.tls, settings.certfile, settings.keyfile, settings.client_ca)
+        server = SharedServer.of(*self.address, tls, terms, Access.of(settings), settings.max_connections)
         mailbox = Mailbox(
             self.queue,
             self.options.method,
             limit=self.prefetch,
             max_body=self.options.max_body or settings.max_body,
             body_timeout=settings.timeout,
+            content_types=self.options.content_types,
+            hidden=CREDENTIALS if settings.tokens else frozenset(),
         )
         await server.join(self._path, mailbox)
         self._server, self._mailbox = server, mailbox

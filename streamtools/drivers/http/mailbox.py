@@ -10,6 +10,7 @@ from typing import Final
 from aiohttp import web
 from aiohttp.http import HttpProcessingError, HttpVersion11
 
+from streamtools import codec
 from streamtools.bodies import TooLarge, is_undone, undone
 from streamtools.checks import HEADERS_LIMIT
 from streamtools.drivers.http import answers
@@ -72,9 +73,23 @@ class Mailbox:
         limit: requests that wait to be received; further ones are told to come again.
         max_body: the largest body, in bytes, compressed or not.
         body_timeout: seconds for a body to arrive.
+        content_types: those that are taken, such as "text/*"; any when None.
+        hidden: headers that the handler does not see, in lower case.
     """
 
-    def __init__(self, queue: str, method: str, *, limit: int, max_body: int, body_timeout: float) -> None:
+    def __init__(
+        self,
+        queue: str,
+        method: str,
+        *,
+        limit: int,
+        max_body: int,
+        body_timeout: float,
+        content_types: tuple[str, ...] | None = None,
+        hidden: frozenset[bytes] = frozenset(),
+    ) -> None:
+        self._content_types = content_types
+        self._hidden = hidden
         self.method = method
         #: No more is taken in; what was received is still answered.
         self.stopped: bool = False
@@ -131,6 +146,7 @@ class Mailbox:
         """The answer to a request, once there is one."""
         try:
             self._check_open(request)
+            self._check_content_type(request)
             body = await self._read(request)
             self._check_open(request)
             if isinstance(request.protocol, Connection):
@@ -157,6 +173,14 @@ class Mailbox:
             raise Refused(response)
         if len(self._waiting) >= self._limit and not self._make_room():
             raise Refused(answers.unavailable(attempt_of(request), BUSY))
+
+    def _check_content_type(self, request: web.BaseRequest) -> None:
+        taken = self._content_types
+        if taken is None or (self.method in QUERY_METHODS and not request.body_exists):
+            return
+        media = codec.media_type(request.headers.get("Content-Type"))
+        if media not in taken and f"{media.partition('/')[0]}/*" not in taken:
+            raise Refused(answers.problem(415, "This content type is not taken here.", Accept=", ".join(taken)))
 
     def _make_room(self) -> bool:
         for call in self._waiting:
@@ -209,8 +233,11 @@ class Mailbox:
         return Refused(answers.cut_off(413, f"The body is over {self.max_body} bytes."))
 
     def _message(self, request: web.BaseRequest, body: bytes) -> Message:
-        fields, headers = decode_headers(request.raw_headers)
-        size = max(sum(len(n) + len(v) for n, v in headers.items()), meta_size(request.raw_headers))
+        raw = request.raw_headers
+        if self._hidden:
+            raw = tuple(each for each in raw if each[0].lower() not in self._hidden)
+        fields, headers = decode_headers(raw)
+        size = max(sum(len(n) + len(v) for n, v in headers.items()), meta_size(raw))
         if size > HEADERS_LIMIT:
             raise Refused(answers.problem(431, f"The headers are over {HEADERS_LIMIT} bytes."))
         encoding = fields.get("content_encoding")

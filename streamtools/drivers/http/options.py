@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final, Never
 from urllib.parse import urlsplit
 
@@ -34,6 +35,16 @@ def _tag(value: object) -> object:
     if tag not in TAGS:
         raise ValueError(f"{value!r} is not one of {', '.join(f'{t!r} ({m})' for t, m in TAGS.items())}")
     return tag
+
+
+def _several(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _media_range(value: str) -> str:
+    if re.fullmatch(r"[^\s/*;,]+/([^\s/*;,]+|\*)", value) is None:
+        raise ValueError(f"{value!r} is no content type, such as 'application/json' or 'text/*'")
+    return value.lower()
 
 
 def check_url(url: str) -> str:
@@ -87,6 +98,7 @@ def is_url(queue: object) -> bool:
     return isinstance(queue, str) and queue.startswith(("http://", "https://"))
 
 
+MediaRange = Annotated[str, AfterValidator(_media_range)]
 Method = Annotated[str, BeforeValidator(_method)]
 Tag = Annotated[str, BeforeValidator(_tag)]
 
@@ -107,10 +119,12 @@ class ConsumerOptions(Options):
     Parameters:
         method: the requests to take.
         max_body: the largest body, in bytes, compressed or not; the settings' when None.
+        content_types: those that are taken, such as "application/json" or "text/*"; any when None.
     """
 
     method: Method = "POST"
     max_body: Annotated[int, Field(gt=0)] | None = None
+    content_types: Annotated[tuple[MediaRange, ...], BeforeValidator(_several)] | None = None
 
 
 class SendOptions(Options):

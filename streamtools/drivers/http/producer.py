@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, Final
 from urllib.parse import quote, urlencode
@@ -93,7 +93,7 @@ class _Request:
 
     method: str
     url: URL
-    headers: dict[str, str]
+    headers: dict[str, str] = field(repr=False)
     body: bytes
     attempt: int
 
@@ -138,6 +138,8 @@ class HTTPProducer(Producer, protocol="http"):
         super().__init__(queue, **options)
         self._leaving = asyncio.Event()
         self._base = self._base_url()
+        #: Where our token is for: no other address that a queue or an option names gets to see it.
+        self._origin = URL(self._base).origin()
         self._target = self._url_of(queue)
         if is_url(queue):
             self.queue: str = queue.partition("?")[0]  # the query may hold a secret, and a queue's name is logged
@@ -186,6 +188,8 @@ class HTTPProducer(Producer, protocol="http"):
             url = self._target if message.queue == self.queue else self._url_of(message.queue)
         if not self.settings.verify and url.scheme == "https":
             warn_unverified(self.settings, (url.host or "", url.port or 443))
+        if self.settings.tokens and "authorization" not in map(str.lower, headers) and url.origin() == self._origin:
+            headers["Authorization"] = f"Bearer {self.settings.tokens[0].get_secret_value()}"
         if method not in QUERY_METHODS or (query := _as_query(message)) is None:
             return _Request(method, url, headers, body, message.attempt)
         headers.pop("Content-Type", None)

@@ -16,6 +16,7 @@ from aiohttp.http import HttpProcessingError, RawRequestMessage
 from yarl import URL
 
 from streamtools.drivers.http import answers
+from streamtools.drivers.http.access import Access
 from streamtools.drivers.http.connections import Connection, Connections, Door, Server
 from streamtools.drivers.http.headers import PLAIN_LIMIT
 from streamtools.drivers.http.mailbox import Mailbox, attempt_of
@@ -57,11 +58,12 @@ class SharedServer:
         WeakKeyDictionary()
     )
 
-    def __init__(self, key: Key, tls: ssl.SSLContext | None, certificate: object, connections: int) -> None:
+    def __init__(self, key: Key, tls: ssl.SSLContext | None, terms: object, access: Access, connections: int) -> None:
         self._key = key
         self._tls = tls
         #: What the TLS context was made of, to compare.
-        self.certificate = certificate
+        self.terms = terms
+        self.access = access
         self._mailboxes: dict[str, dict[str, Mailbox]] = {}
         self._starting = asyncio.Lock()
         self._listener: asyncio.Server | None = None
@@ -72,21 +74,21 @@ class SharedServer:
 
     @classmethod
     def of(
-        cls, host: str, port: int, tls: ssl.SSLContext | None, certificate: object, connections: int
+        cls, host: str, port: int, tls: ssl.SSLContext | None, terms: object, access: Access, connections: int
     ) -> SharedServer:
         """The server of this host and port in the running loop.
 
         Raises:
-            ConfigurationError: another consumer listens there with other certificates.
+            ConfigurationError: another consumer listens there with other certificates, or lets others ask.
         """
         servers = cls._all.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
         server = servers.get((host, port))
         if server is None:
-            server = servers[host, port] = cls((host, port), tls, certificate, connections)
-        if server.certificate != certificate:
+            server = servers[host, port] = cls((host, port), tls, terms, access, connections)
+        if (server.terms, server.access) != (terms, access):
             raise ConfigurationError(
-                f"Consumers on {host}:{port} share one port, so they need the same TLS settings: the same scheme, "
-                "certfile and keyfile."
+                f"Consumers on {host}:{port} share one port, so they need the same TLS settings (scheme, certfile, "
+                "keyfile, client_ca), and the same tokens, hosts and origins."
             )
         return server
 
@@ -199,6 +201,8 @@ class SharedServer:
                 request.protocol.ended()
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
+        if (refusal := self.access.refusal(request)) is not None:
+            return refusal
         path = _path(request.raw_path)
         if path is None:
             return answers.problem(400, "The target of the request is not valid.")

@@ -18,6 +18,10 @@ async def server_context(settings: HTTPSettings) -> ssl.SSLContext | None:
         ConfigurationError: a file is missing or is not what it should be, or half of the settings are.
     """
     if not settings.tls:
+        if settings.client_ca:
+            raise ConfigurationError(
+                "client_ca is set, but the URL begins with http://, where clients have no certificates; write https://."
+            )
         if settings.certfile:
             raise ConfigurationError(
                 "certfile is set, but the URL begins with http://; write https:// (or tls=True)."
@@ -45,4 +49,12 @@ async def client_context(settings: HTTPSettings) -> ssl.SSLContext | bool:
 def _server(settings: HTTPSettings) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     load_certificate(context, settings.certfile or "", settings.keyfile)
+    if settings.client_ca:
+        try:
+            context.load_verify_locations(settings.client_ca)
+        except OSError as error:
+            raise ConfigurationError(
+                f"client_ca={settings.client_ca!r} cannot be used: {error.strerror or error}."
+            ) from error
+        context.verify_mode = ssl.CERT_REQUIRED
     return context

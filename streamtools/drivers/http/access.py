@@ -1,0 +1,87 @@
+"""Who may ask at a port: the name it is asked by, the web page that asks, and the token that is shown.
+
+A browser sends a `text/plain` POST of any web page to any address it can reach, a service on its user's machine
+included. It says in `Origin`, or in `Sec-Fetch-Site`, for which page; other clients send neither. So a request of a
+page is refused unless the page is allowed, or the browser says that it is of the very same origin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from streamtools.drivers.http import answers
+from streamtools.settings import HTTPSettings
+from streamtools.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rules of one port.
+
+    Attributes:
+        tokens: of which each request has to show one; any request may come when empty.
+        hosts: names by which the port may be asked; any when empty.
+        origins: web pages that may ask; "*" for any.
+    """
+
+    tokens: Tokens
+    hosts: frozenset[str]
+    origins: frozenset[str]
+
+    @classmethod
+    def of(cls, settings: HTTPSettings) -> Access:
+        """The rules that settings have."""
+        return cls(Tokens(settings.tokens), _lower(settings.hosts), _lower(settings.origins))
+
+    def refusal(self, request: web.BaseRequest) -> web.Response | None:
+        """The answer to who may not ask; None for all others."""
+        if self.hosts and not all(self._is_ours(name) for name in _names(request)):
+            return _closing(answers.problem(421, "This service is not asked by that host name."))
+        if not self._may_come(request):
+            return _closing(
+                answers.problem(403, "A web page of another origin asks; allow it with origins= if it is yours.")
+            )
+        shown = request.headers.getall("Authorization", [])
+        if self.tokens and not self.tokens.accept(shown[0] if len(shown) == 1 else None):
+            challenge = {"WWW-Authenticate": "Bearer"}
+            return _closing(
+                answers.problem(401, "A request here shows a token: Authorization: Bearer ...", **challenge)
+            )
+        return None
+
+    def _is_ours(self, name: str) -> bool:
+        host, colon, port = name.rpartition(":")
+        return name in self.hosts or bool(colon and port.isdigit() and host.strip("[]") in self.hosts)
+
+    def _may_come(self, request: web.BaseRequest) -> bool:
+        if "*" in self.origins:
+            return True
+        site = request.headers.get("Sec-Fetch-Site", "none").lower()
+        pages = [origin.lower() for origin in request.headers.getall("Origin", [])]
+        if pages:
+            return all(page in self.origins for page in pages) or site == "same-origin"
+        return site in ("none", "same-origin")
+
+
+def _lower(texts: Iterable[str]) -> frozenset[str]:
+    return frozenset(text.lower() for text in texts)
+
+
+def _names(request: web.BaseRequest) -> list[str]:
+    """Each name by which a request asks: there is one in its target too where that is a whole URL."""
+    names = [name.lower() for name in request.headers.getall("Host", [""])]
+    if not request.raw_path.startswith(("/", "*")):
+        try:
+            names.append(urlsplit(request.raw_path).netloc.lower())
+        except ValueError:
+            names.append("")
+    return names
+
+
+def _closing(response: web.Response) -> web.Response:
+    response.force_close()
+    return response

@@ -1,0 +1,88 @@
+"""Who asks: bearer tokens, read from settings and compared in constant time; and whether it is this machine."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from hashlib import sha256
+from hmac import compare_digest
+from typing import Final
+
+from pydantic import SecretStr
+
+#: The fewest characters of a token: one of fewer can be guessed.
+SHORTEST: Final = 16
+#: RFC 6750, section 2.1.
+_TOKEN: Final = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
+
+
+def read_tokens(value: object) -> tuple[SecretStr, ...]:
+    """Tokens as settings have them: a text with commas between them, or several texts.
+
+    Raises:
+        ValueError: one is too short, or has characters that no header carries; the text never holds it.
+    """
+    if isinstance(value, str | SecretStr):
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        value = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not isinstance(value, Iterable):
+        raise ValueError("tokens are several texts, or one with commas between them")
+    found = [one.get_secret_value() if isinstance(one, SecretStr) else one for one in value]
+    for one in found:
+        if not isinstance(one, str) or len(one) < SHORTEST or _TOKEN.fullmatch(one) is None:
+            raise ValueError(
+                f"a token has {SHORTEST} characters or more, each a letter, a digit or one of -._~+/. Make one: "
+                "python -c 'import secrets; print(secrets.token_urlsafe())'"
+            )
+    return tuple(SecretStr(str(one)) for one in found)
+
+
+class Tokens:
+    """Tokens of which one has to be shown; none when empty.
+
+    Parameters:
+        tokens: several while one takes the place of another.
+    """
+
+    def __init__(self, tokens: Iterable[SecretStr]) -> None:
+        self._digests = tuple(_digest(token.get_secret_value()) for token in tokens)
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokens) and set(self._digests) == set(other._digests)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._digests))
+
+    def __repr__(self) -> str:
+        return f"<{len(self._digests)} tokens>"
+
+    def accept(self, authorization: str | None) -> bool:
+        """Whether an `Authorization` header shows one of them; all are compared, whichever it is.
+
+        Parameters:
+            authorization: the header's value, such as "Bearer ...".
+        """
+        scheme, _, token = (authorization or "").partition(" ")
+        digest = _digest(token.strip())
+        found = False
+        for one in self._digests:
+            found |= compare_digest(one, digest)
+        return found and scheme.lower() == "bearer"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this is an address of the machine itself."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def _digest(token: str) -> bytes:
+    return sha256(token.encode("utf-8", "surrogatepass")).digest()
