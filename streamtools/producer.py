@@ -154,6 +154,8 @@ class Producer(Endpoint):
         if not self.send_timeout:
             raise ConfigurationError("send_timeout=0 leaves no time to send anything.")
         self.options: Options = self._read_options(options, Producer.__init__)
+        #: Exchanges that are missing are made, where the protocol has exchanges.
+        self.declares_exchanges: bool = declare is True
         self._no_options = self.send_options_class()
         self._new_id = ids()
         self._outbox = outbox

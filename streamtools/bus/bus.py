@@ -431,7 +431,9 @@ class Bus(Verbs):
 
     def _make_sender(self, url: str | ProtocolSettings | None) -> Producer:
         name, client_id = self.queue or "streamtools", self._options["client_id"]
-        return Producer(name, url=url, declare=False, client_id=client_id, send_timeout=self._send_timeout)
+        sender = Producer(name, url=url, declare=False, client_id=client_id, send_timeout=self._send_timeout)
+        sender.declares_exchanges = self._options.get("declare", True) is True
+        return sender
 
     def _reply_rule(self, patterns: tuple[str, ...] | None) -> ReplyRule:
         name = self._options.get("error_queue", "error")

@@ -45,7 +45,8 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
         self._place = place = await sending(self.settings, self.client_id)
         try:
             # The base gives up after send_timeout without knowing why; so be earlier and say it.
-            outlet = Outlet(place.shared, self._limits, patience=self.send_timeout * 0.9)
+            patience = self.send_timeout * 0.9
+            outlet = Outlet(place.shared, self._limits, patience=patience, declares=self.declares_exchanges)
             if place.link.blocked:  # it answers no request, either, until it takes messages again
                 await self._declare_elsewhere()
             else:

@@ -114,11 +114,15 @@ class PutBack:
         return "", queue, properties.without_counts(held.data, user=self._user, routed=False), held.body
 
     async def _make_detour(self) -> str:
+        is_made = False
         try:
             async with self._link.declaring() as channel:
                 await self._link.call(channel.exchange_declare(self._name, exchange_type="fanout", auto_delete=True))
+                is_made = True
                 await self._link.call(channel.queue_bind(self._queue, self._name))
         except ChannelAccessRefused:
+            if is_made:  # without a binding it does not end by itself
+                await self._declaring(lambda channel: channel.exchange_delete(self._name))
             return ""
         except CLIENT_ERRORS as error:
             raise _mapped(error, self._link.where) from error

@@ -424,7 +424,9 @@ def _adapted(queue: Queue, error: ChannelPreconditionFailed, where: str) -> Queu
         raise QueueError(
             f"The queue {queue.name!r} exists with another {_option(name)}: {name} is {current}, and {asked} "
             f"is asked for. Three ways out: leave {_option(name)} away and use it as it is; choose another queue "
-            f"name; or move its messages elsewhere and delete it (streamtools queues delete {queue.name})."
+            f"name; or move its messages elsewhere and delete it (streamtools queues delete {queue.name}). If a "
+            f"producer of yours makes it first, write Producer({queue.name!r}, declare=False), or give it the same "
+            "options."
         ) from error
     value = errors.value(current, queue.arguments.get(name))
     if name in _ATTRIBUTES:

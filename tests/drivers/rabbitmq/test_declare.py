@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelNotFoundEntity
 
-from streamtools import Bus
+from streamtools import Bus, ConsumerFactory, ConsumerRunner, Exchange, Producer
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
-from streamtools.errors import ConfigurationError, ConnectError, QueueError
+from streamtools.errors import ConfigurationError, ConnectError, QueueError, SendError
+from streamtools.message import Message
 from tests.brokers.address import RabbitMQAddress
 from tests.drivers.rabbitmq.conftest import take
+from tests.faults.waiting import wait_until
 
 
 def _queues(address: RabbitMQAddress) -> dict[str, dict[str, Any]]:
@@ -202,3 +205,51 @@ async def test_consuming_the_error_queue_itself_works(producer: Any, consumer: A
     await sender.send(b"x")
 
     assert await take(receiver, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"declare": False}, {"auto_delete": True}])
+async def test_a_producer_that_would_make_the_queue_of_a_consumer_otherwise(
+    url: str, options: dict[str, Any]
+) -> None:
+    handled: list[int] = []
+    consumers = ConsumerFactory("rabbitmq", url=url)
+
+    @consumers.route("orders", auto_delete=True)
+    async def handle(message: int) -> None:
+        handled.append(message)
+
+    producer = Producer("orders", url=url, **options)
+    runner = ConsumerRunner(consumers, producer)
+    running = asyncio.create_task(runner.serve())
+    if not options:
+        with pytest.raises(QueueError, match=r"producer of yours .* Producer\('orders', declare=False\), or give"):
+            await running
+        return
+    await runner.ready()
+    await producer.send(1)
+    await wait_until(lambda: handled == [1])
+    runner.stop()
+    await running
+
+
+@pytest.mark.parametrize("declare", [False, "passive"])
+async def test_a_missing_exchange_is_not_made_by_who_declares_nothing(
+    url: str, rabbitmq_vhost: RabbitMQAddress, declare: Any
+) -> None:
+    async with Bus(None, url=url, declare=declare) as bus:
+        with pytest.raises(SendError, match="no exchange 'shop'"):
+            await bus.publish({"id": 1}, "a.b", exchange=Exchange("shop"))
+    async with RabbitMQProducer("orders", url=url, declare=False) as producer:
+        with pytest.raises(SendError, match="no exchange 'shop'"):
+            await producer.send_messages([Message(body=b"", queue="a.b", id="1", exchange=Exchange("shop"))])
+    rows = rabbitmq_vhost.manage("GET", f"exchanges/{rabbitmq_vhost.url.rpartition('/')[2]}")
+    assert "shop" not in {row["name"] for row in rows}
+
+
+async def test_a_bus_that_only_sends_makes_the_exchange_that_it_publishes_to(
+    url: str, foreign: AbstractChannel
+) -> None:
+    async with Bus(None, url=url) as bus:
+        with suppress(SendError):  # nobody subscribes
+            await bus.publish({"id": 1}, "a.b", exchange=Exchange("shop"))
+    await foreign.exchange_declare("shop", passive=True)

@@ -445,6 +445,21 @@ async def test_who_may_read_and_write_but_make_nothing_can_look(
     assert [body for body, *_ in await contents(foreign, "orders")] == [b"%d" % number for number in range(6)]
 
 
+async def test_who_may_make_an_exchange_and_not_bind_it_leaves_none_behind(
+    foreign: AbstractChannel, as_user: Callable[[str, str, str], str], rabbitmq_vhost: RabbitMQAddress
+) -> None:
+    await fill(foreign, "orders", 6, QUEUES["quorum with a limit"])
+    looks = "^streamtools[.]look[.]"
+
+    async with RabbitMQAdmin(url=as_user(looks, "^amq[.]default$", "^orders$")) as admin:
+        for _ in range(3):
+            assert len(await admin.peek("orders")) == 6
+
+    rows = rabbitmq_vhost.manage("GET", f"exchanges/{rabbitmq_vhost.url.rpartition('/')[2]}")
+    assert not [row["name"] for row in rows if row["name"].startswith("streamtools.look")]
+    assert [body for body, *_ in await contents(foreign, "orders")] == [b"%d" % number for number in range(6)]
+
+
 async def test_who_may_not_write_is_told_and_nothing_is_counted(
     foreign: AbstractChannel, as_user: Callable[[str, str, str], str]
 ) -> None:
