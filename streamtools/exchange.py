@@ -55,10 +55,19 @@ class Binding:
     Parameters:
         topic: a topic, or a pattern of topics on a topic exchange.
         exchange: `streamtools.topic` unless given.
+
+    Raises:
+        ConfigurationError: the topic is no text.
     """
 
     topic: str
     exchange: Exchange = TOPIC
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.topic, str):
+            raise ConfigurationError(
+                f"A queue is bound by a topic, which is a text, not {type(self.topic).__name__}."
+            )
 
 
 def no_subscriber(topic: str, exchange: Exchange) -> QueueError:

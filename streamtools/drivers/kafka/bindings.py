@@ -21,9 +21,9 @@ from pydantic_core import from_json, to_json
 from streamtools.drivers.kafka.client import connection, started, stopped
 from streamtools.drivers.kafka.cluster import EARLIEST, Cluster, check
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
-from streamtools.drivers.kafka.names import BINDINGS
+from streamtools.drivers.kafka.names import BINDINGS, check_kafka_name
 from streamtools.drivers.kafka.topics import Topic, Topics
-from streamtools.errors import QueueError
+from streamtools.errors import ConfigurationError, QueueError
 from streamtools.exchange import Binding, Exchange, another_type
 from streamtools.settings import KafkaSettings
 
@@ -158,15 +158,26 @@ class Bindings:
 
     def _apply(self, key: bytes | None, value: bytes | None) -> None:
         try:
-            queue, name, topic = from_json(key or b"")
+            queue, name, topic = map(_text, from_json(key or b""))
             kept = Exchange(name, from_json(value)) if value is not None else None
-        except ValueError:  # no record of ours
+            check_kafka_name(queue)
+        except (
+            ValueError,
+            TypeError,
+            ConfigurationError,
+        ):  # no record of ours: whoever may write can have written it
             return
         known = self._bound.setdefault(name, {})
         for bound in [b for b in known if b[0] == queue and b[1].topic == topic]:
             del known[bound]
         if kept is not None:
             known[queue, Binding(topic, kept)] = None
+
+
+def _text(part: object) -> str:
+    if not isinstance(part, str):
+        raise TypeError(part)
+    return part
 
 
 async def bind(
