@@ -172,7 +172,10 @@ def learn(cluster: Any, topic: str, partitions: Iterable[Any]) -> None:
 
 def fail_batches(producer: Any, topic: str, partition: int, error: Exception) -> None:
     """End what a producer of the library has not sent to a partition; what is on its way is not there."""
-    for batch in producer._message_accumulator._batches.pop(TopicPartition(topic, partition), ()):
+    accumulator = producer._message_accumulator
+    for batch in accumulator._batches.pop(TopicPartition(topic, partition), ()):
+        if batch.retry_count:  # then its end takes it out of these, though it waits to be sent again
+            accumulator._pending_batches.add(batch)
         batch._drain_waiter.add_done_callback(_look_at)
         batch.failure(error)
 

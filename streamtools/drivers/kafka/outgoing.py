@@ -83,6 +83,13 @@ class Outgoing:
         if self.of is not None:
             self.of.error = error
 
+    def fail(self, error: BaseException) -> None:
+        """It is refused, and whoever waits for it is told."""
+        self.refuse(error)
+        self.pending.room.free(self.size)
+        self.pending.failed[self.id] = error
+        self.pending.done()
+
 
 def _beside(key: bytes | None, headers: Sequence[Header]) -> int:
     """Bytes of a record beside its value, about."""

@@ -50,14 +50,14 @@ class Partitions:
             What is to be sent, an event once for each of its queues; an error for each topic that does not exist.
         """
         if time.monotonic() - self._looked > LOOK_AGAIN:
-            self._look_again(producer.client.cluster)
+            self.look_again(producer.client.cluster)
         unbound: dict[str, StreamToolsError] = {}
         if any(item.exchange is not None for item in batch):
             batch, unbound = await self._spread(batch, producer)
         topics, counts = {item.topic for item in batch}, self._counts
         known = topics <= counts.keys()
         # Partitions may have been added since, or the topic made anew.
-        beyond = [i for i in batch if i.partition is not None and i.partition >= counts.get(i.topic, i.partition + 1)]
+        beyond = [i for i in batch if i.partition is not None and self.lacks(i.topic, i.partition)]
         if known and not beyond:
             return batch, unbound
         for item in beyond:
@@ -179,8 +179,11 @@ class Partitions:
         if (future := self._looking.pop(topic, None)) is not None and not future.done():
             future.set_result(answer)
 
-    def _look_again(self, cluster: Any) -> None:
-        """Partitions may be added at any time, and all who send have to agree on where a key belongs."""
+    def look_again(self, cluster: Any) -> None:
+        """Count anew what the library knows: all who send have to agree on where a key belongs.
+
+        Partitions may be added at any time, and a topic that is deleted and made anew may have fewer.
+        """
         self._looked = time.monotonic()
         for topic in self._counts:
             if partitions := cluster.partitions_for_topic(topic):
@@ -200,6 +203,10 @@ class Partitions:
     def count(self, topic: str) -> int | None:
         """How many partitions it has, or had when it was last seen."""
         return self._counts.get(topic) or self._had.get(topic)
+
+    def lacks(self, topic: str, partition: int) -> bool:
+        """The topic has fewer partitions than this."""
+        return partition >= self._counts.get(topic, partition + 1)
 
     def trouble(self, item: Outgoing, limit: int) -> SendError | None:
         """Why this one cannot go to its topic.

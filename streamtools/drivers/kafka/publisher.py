@@ -39,6 +39,7 @@ from streamtools.drivers.kafka.errors import (
 )
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, Portions, append
 from streamtools.drivers.kafka.partitions import Partitions
+from streamtools.drivers.kafka.pending import Pending, Room
 from streamtools.drivers.kafka.reach import Reach
 from streamtools.drivers.kafka.topics import Topic, Topics
 from streamtools.errors import Closed, ConnectError, StreamToolsError
@@ -48,81 +49,12 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: Bytes of one batch; Kafka takes 1 MiB unless told otherwise (`message.max.bytes`).
 BATCH: Final = 512 * 1024
-#: Bytes that wait unconfirmed at most; senders wait for room beyond.
-UNCONFIRMED: Final = 64 * 1024 * 1024
 CLOSED: Final = "The producer was closed; call open() to use it again."
 #: Seconds without a confirmation after which it is looked at whether the topic is still there.
 LATE: Final = 2.0
 #: Seconds before a batch is tried again with a new producer; doubled each time, up to the most of it.
 PAUSE: Final = 0.05
 LONGEST: Final = 1.0
-
-
-class Pending:
-    """Messages sent together: done when each has its outcome.
-
-    Attributes:
-        future: ends when all are confirmed, or each of the others has failed.
-        room: of whoever sends them.
-        given_up: nobody waits any more; what was not handed to Kafka yet is forgotten.
-    """
-
-    __slots__ = ("failed", "future", "given_up", "remaining", "room", "unknown")
-
-    def __init__(self, number: int, room: Room) -> None:
-        self.room: Room = room
-        self.remaining: int = number
-        self.failed: dict[str, BaseException] = {}
-        self.unknown: dict[str, BaseException] = {}
-        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.given_up: bool = False
-
-    def done(self, number: int = 1) -> None:
-        self.remaining -= number
-        if self.remaining <= 0 and not self.future.done():
-            self.future.set_result(None)
-
-    def fail(self, error: BaseException) -> None:
-        """All that is left of it ends by this error."""
-        if not self.future.done():
-            self.future.set_exception(error)
-            self.future.exception()  # looked at: whoever waits gets it all the same
-
-
-class Room:
-    """Bytes that one sender may have unconfirmed; it waits for room beyond."""
-
-    def __init__(self, limit: int = UNCONFIRMED) -> None:
-        self._limit = limit
-        self._taken = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    def is_short_of(self, size: int) -> bool:
-        """There is no room for so many bytes; what is larger than all of it has it alone."""
-        return self._taken > 0 and self._taken + size > self._limit
-
-    async def wait_for(self, size: int) -> None:
-        """Return when there is room for so many bytes."""
-        while self.is_short_of(size):
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiting.append(waiter)
-            await waiter
-
-    def take(self, size: int) -> None:
-        """So many bytes wait."""
-        self._taken += size
-
-    def free(self, size: int) -> None:
-        """So many bytes wait no more."""
-        self._taken -= size
-        while self._waiting and self._taken < self._limit // 2:
-            _wake(self._waiting.popleft())
-
-    def clear(self) -> None:
-        """Nobody is to wait any more."""
-        self._taken = 0
-        while self._waiting:
-            _wake(self._waiting.popleft())
 
 
 class Lane:
@@ -146,6 +78,9 @@ class Lane:
         while self.waiting:
             producer = await self._publisher.producer()
             if producer is None:
+                return
+            if self._publisher.partitions.lacks(self.topic, self.partition):
+                self._move_on()
                 return
             batch, builder = self._build(producer)
             if not batch:
@@ -190,10 +125,20 @@ class Lane:
         pause = LATE
         while not future.done():
             with suppress(*TROUBLE):  # nothing is known while no broker answers
-                if self.topic not in await looks.look([self.topic]):
+                if (error := await self._is_gone(looks)) is not None:
                     pause = PAUSE  # it may be on its way just now, and then comes back to where it can be ended
-                    fail_batches(producer, self.topic, self.partition, kafka.UnknownTopicOrPartitionError())
+                    fail_batches(producer, self.topic, self.partition, error)
             await asyncio.sleep(pause)
+
+    async def _is_gone(self, looks: Topics) -> Exception | None:
+        """What to end its batches with, where the topic or the partition is not there any more."""
+        found = (await looks.look([self.topic], {self.topic: self.partition + 1})).get(self.topic)
+        error: Exception | None = None
+        if found is None:
+            error = kafka.UnknownTopicOrPartitionError()
+        elif found.is_short_of(self.partition + 1):
+            error = kafka.NotLeaderForPartitionError()
+        return error
 
     def _build(self, producer: Any) -> tuple[list[Outgoing], Any]:
         builder = producer.create_batch()
@@ -232,6 +177,11 @@ class Lane:
         pending.done(number)
 
     async def _failed(self, batch: list[Outgoing], producer: Any, number: int, error: BaseException) -> None:
+        partitions = self._publisher.partitions
+        partitions.look_again(producer.client.cluster)
+        if partitions.lacks(self.topic, self.partition):  # it was made anew, with fewer
+            self.waiting.extendleft(reversed(batch))
+            return
         if isinstance(error, REFUSALS):
             rewind(producer, self.topic, self.partition, number)
         if isinstance(error, RECORD_REFUSALS) and len(batch) > 1:
@@ -240,13 +190,24 @@ class Lane:
         elif isinstance(error, REFUSALS):
             self._refuse(batch, error)
         elif isinstance(error, kafka.UnknownTopicOrPartitionError):
-            self._publisher.partitions.forget(self.topic)
+            partitions.forget(self.topic)
             waiting = [*batch, *self.waiting]
             self.waiting.clear()
             self._refuse(waiting, self._deleted())
             await self._publisher.renew(producer)
         else:
             await self._again(batch, producer, error)
+
+    def _move_on(self) -> None:
+        """There is no such partition any more: what waits goes to where its key is now."""
+        log.warning(
+            "The topic %r was deleted and made anew while messages were sent to it, with %s partition(s).",
+            self.topic,
+            self._publisher.partitions.count(self.topic),
+        )
+        waiting = list(self.waiting)
+        self.waiting.clear()
+        self._publisher.distribute(waiting)
 
     def _deleted(self) -> Missing:
         count = self._publisher.partitions.count(self.topic)
@@ -274,10 +235,7 @@ class Lane:
 
     def _refuse(self, batch: list[Outgoing], error: BaseException) -> None:
         for item in batch:
-            item.pending.room.free(item.size)
-            item.refuse(error)
-            item.pending.failed[item.id] = error
-            item.pending.done()
+            item.fail(error)
 
     def _fail(self, batch: Sequence[Outgoing], error: BaseException) -> None:
         for item in batch:
@@ -422,6 +380,15 @@ class Publisher:
             size += item.size
         pending.room.take(size)
 
+    def distribute(self, batch: Sequence[Outgoing]) -> None:
+        """Hand over once more what was accepted, where its topic has fewer partitions now."""
+        for item in batch:
+            trouble = self.partitions.trouble(item, item.size)
+            if trouble is None:
+                self._lane(item.topic, self.partitions.choose(item)).waiting.append(item)
+            else:
+                item.fail(trouble)
+
     def _lane(self, topic: str, partition: int) -> Lane:
         lane = self._lanes.get((topic, partition))
         if lane is None:
@@ -470,8 +437,3 @@ class Publisher:
         await started(producer, self.settings)
         self._failed = False
         return producer
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)

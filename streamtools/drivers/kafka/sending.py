@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from streamtools.drivers.kafka.outgoing import Outgoing, refused
-from streamtools.drivers.kafka.publisher import CLOSED, Pending, Publisher, Room
+from streamtools.drivers.kafka.pending import Pending, Room
+from streamtools.drivers.kafka.publisher import CLOSED, Publisher
 from streamtools.drivers.kafka.topics import Topic, Topics
 from streamtools.errors import Closed
 from streamtools.settings import KafkaSettings

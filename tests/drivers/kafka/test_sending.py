@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+from aiokafka.partitioner import murmur2
 
 from streamtools import KafkaSettings, Message, QueueAdmin, QueueError, Retry
 from streamtools.consumer import BoundHandler
@@ -224,6 +225,37 @@ async def test_a_producer_makes_its_own_topic_again_as_it_was(
     assert await partitions(kafka, queue) == 4
     assert sorted(int(record.value) for record in await records(kafka, queue)) == list(range(100))
     assert "was deleted while it was in use" in caplog.text and "partitions=4" in caplog.text
+
+
+@pytest.mark.parametrize("declare", [True, False])
+async def test_a_topic_that_is_made_anew_with_fewer_partitions_takes_all_that_is_sent(
+    kafka: KafkaAddress,
+    admin: QueueAdmin,
+    producer: MakeProducer,
+    queue: str,
+    caplog: pytest.LogCaptureFixture,
+    declare: bool,
+) -> None:
+    await admin.create(queue, partitions=4)
+    sender = await producer(declare=declare)
+    await sender.send_many([str(n) for n in range(40)])
+    await admin.delete(queue)
+    await admin.create(queue, partitions=2)
+    async with asyncio.timeout(20):
+        ends = await asyncio.gather(
+            *(sender.send(n, key=f"{n}") for n in range(100)),
+            *(sender.send(-1, partition=partition) for partition in (1, 3)),
+            return_exceptions=True,
+        )
+    assert [end for end in ends[:-1] if isinstance(end, Exception)] == []
+    assert isinstance(ends[-1], SendError) and "partitions 0 to 1 and no 3" in str(ends[-1])
+    found = await records(kafka, queue)
+    assert sorted(int(record.value) for record in found) == [-1, *range(100)]
+    for record in found:
+        if record.key is not None:
+            assert record.partition == int(murmur2(record.key) & 0x7FFFFFFF) % 2, "as whoever sends anew has it"
+    assert "made anew while messages were sent" in caplog.text and "Exception in callback" not in caplog.text
+    await sender.send(100, key="a")
 
 
 async def test_a_partition_that_is_not_known_is_asked_for_once_for_all_who_send_to_it(
