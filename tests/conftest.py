@@ -26,7 +26,6 @@ import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import settings
 
-from streamtools.drivers.asyncio import Broker as InProcessBroker
 from tests.brokers import release
 from tests.brokers.address import RabbitMQAddress, rabbitmq_address
 from tests.brokers.handshake import shake_hands
@@ -82,13 +81,6 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
     return report
-
-
-@pytest.fixture(autouse=True)
-def _no_queues_of_another_test() -> Iterator[None]:
-    """In-process queues live as long as the process: each test begins with none."""
-    yield
-    InProcessBroker._all.clear()
 
 
 @pytest.fixture(autouse=True)

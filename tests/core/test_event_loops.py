@@ -304,6 +304,16 @@ filterwarnings = error
 timeout = 30
 """
 
+ANYIO = """
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+"""
+
 TESTS = """
 import pytest
 from service import consumers, orders, paid, payments, runner
@@ -325,20 +335,50 @@ async def test_an_order_is_paid(number: int) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("protocol", PROTOCOLS, indirect=True)
-def test_fifty_tests_each_with_a_loop_of_its_own(url: str, queue: str, tmp_path: Path) -> None:
-    (tmp_path / "service.py").write_text(SERVICE)
-    (tmp_path / "test_service.py").write_text(TESTS)
-    (tmp_path / "pytest.ini").write_text(SETTINGS)
-    environment = {**os.environ, "STREAMTOOLS_URL": url, "QUEUE": queue, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    ended = subprocess.run(
-        [sys.executable, "-X", "dev", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=3", "-rA"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    output = ended.stdout + ended.stderr
-    assert ended.returncode == 0, output[-4000:]
-    assert "50 passed" in output
+@pytest.mark.parametrize("plugin", ["asyncio", "anyio"])
+def test_fifty_tests_each_with_a_loop_of_its_own(url: str, queue: str, tmp_path: Path, plugin: str) -> None:
+    tests = TESTS if plugin == "asyncio" else ANYIO + TESTS
+    settings = SETTINGS.replace("auto", "auto" if plugin == "asyncio" else "strict")
+    output = _pytest(tmp_path, tests, settings, STREAMTOOLS_URL=url, QUEUE=queue)
+    assert "\n50 passed" in output, output[-4000:]
     for text in ("ResourceWarning", "Event loop is closed", "Task was destroyed", "never retrieved"):
         assert text not in output, output[-4000:]
+
+
+LEFT = """
+import pytest
+from service import QUEUE, orders
+from streamtools import Consumer
+
+@pytest.mark.parametrize("number", range(3))
+async def test_the_queue_is_empty_at_first(number: int) -> None:
+    consumer = Consumer(QUEUE)
+    assert await consumer.receive(timeout=0) == []
+    await orders.send({"id": number})
+    [delivery] = await consumer.receive(timeout=5)  # and neither settled nor closed
+    await orders.send({"id": -number})
+"""
+
+
+def test_the_documented_fixture_keeps_messages_from_the_next_test(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "test-your-service.md").read_text()
+    fixture = page.partition('title="conftest.py"\n')[2].partition("```")[0]
+    for conftest, passed in (("", "1 passed"), (fixture, "3 passed")):
+        (tmp_path / "conftest.py").write_text(conftest)
+        assert passed in _pytest(tmp_path, LEFT, STREAMTOOLS_URL="asyncio://", QUEUE="orders")
+
+
+def _pytest(directory: Path, tests: str, settings: str = SETTINGS, **environment: str) -> str:
+    """What pytest says of these tests."""
+    (directory / "service.py").write_text(SERVICE)
+    (directory / "test_service.py").write_text(tests)
+    (directory / "pytest.ini").write_text(settings)
+    ended = subprocess.run(
+        [sys.executable, "-X", "dev", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=3", "-rA"],
+        cwd=directory, env={**os.environ, "PYTHONPATH": f"{directory}:{ROOT}", **environment},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    return ended.stdout + ended.stderr
 
 
 # --- several at once --------------------------------------------------------------------------------

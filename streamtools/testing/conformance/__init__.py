@@ -16,8 +16,8 @@ feature excludes it. Each case has a queue name of its own, so one broker may se
 broker's connections can be cut, a fixture `cut` lets the suite do so. A process that has messages in hand is killed
 with -9: a fixture `kill_url` says where they come back soon. Only real brokers prove anything.
 
-    sending.py · receiving.py · handling.py · failing.py · ordering.py · killed.py · administration.py · topics.py ·
-    foreign.py    the cases
+    sending.py · receiving.py · handling.py · failing.py · ordering.py · killed.py · loops.py · administration.py ·
+    topics.py · foreign.py    the cases
     stage.py      what a case opens, sends and receives with
     cases.py      fixtures, and what Features exclude
     payloads.py   what is sent
@@ -30,6 +30,7 @@ from streamtools.testing.conformance.failing import FailingCases
 from streamtools.testing.conformance.foreign import ForeignCases
 from streamtools.testing.conformance.handling import HandlingCases
 from streamtools.testing.conformance.killed import KilledCases
+from streamtools.testing.conformance.loops import LoopCases
 from streamtools.testing.conformance.ordering import ConnectionCases, GroupCases, OrderingCases
 from streamtools.testing.conformance.receiving import ReceivingCases
 from streamtools.testing.conformance.sending import SendingCases
@@ -47,6 +48,7 @@ class ConformanceSuite(
     GroupCases,
     ConnectionCases,
     KilledCases,
+    LoopCases,
     AdministrationCases,
     TopicCases,
     ForeignCases,
