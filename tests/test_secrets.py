@@ -28,7 +28,8 @@ from streamtools import (
 )
 from streamtools.admin import QueueAdmin as _Admin
 from streamtools.cli.app import app
-from streamtools.drivers.http import HTTPProducer
+from streamtools.drivers.http import HTTPConsumer, HTTPProducer
+from streamtools.settings import HTTPSettings
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.processes import free_ports
@@ -37,6 +38,8 @@ from tests.faults.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 USER = "finch"
+#: A token is of characters that a header takes.
+CANARY_TOKEN = "kanarientoken4711abcdef"
 
 
 def at(scheme: str, address: str, password: str = CANARY, user: str = USER) -> str:
@@ -232,6 +235,32 @@ async def test_http_with_a_token(ear: Ear, status: str) -> None:
         assert not shown(text)
 
 
+@pytest.mark.parametrize("shown_to_it", [CANARY_TOKEN, "another-" + CANARY_TOKEN[::-1]], ids=["right", "wrong"])
+async def test_http_with_tokens_of_its_own(ear: Ear, shown_to_it: str) -> None:
+    asyncio.get_running_loop().set_debug(True)
+    errors: list[BaseException] = []
+    consumer = HTTPConsumer("canaries", url=HTTPSettings(tokens=[CANARY_TOKEN]), port=0)  # type: ignore[arg-type]
+
+    @consumer()
+    async def handle(msg: str) -> None:
+        raise ValueError("this one fails")
+
+    running = asyncio.create_task(handle())
+    await wait_until(lambda: consumer.address[1] != 0)
+    settings = HTTPSettings(port=consumer.address[1], tokens=[shown_to_it])  # type: ignore[arg-type]
+    async with HTTPProducer("canaries", url=settings, send_timeout=1) as producer:
+        try:
+            await producer.send("x")
+        except Exception as error:  # noqa: BLE001
+            errors.append(error)
+        made = [producer, consumer, settings, consumer.settings, str(settings), settings.safe_url]
+    consumer.stop()
+    await running
+    assert errors
+    for text in (told(errors), ear.text, repr(made), str(settings.model_dump())):
+        assert not shown(text, CANARY_TOKEN) and not shown(text, shown_to_it)
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 SERVICE = """
@@ -391,6 +420,7 @@ def test_a_password_in_an_argument_is_warned_of_once_and_still_works(tmp_path: P
         ("amqp://h/?password=pw", True),
         ("amqp://h/?management_url=http%3A%2F%2Fu%3Apw%40h", True),
         ("kafka://shop:pw@h:1", True),
+        ("http://h:1/?tokens=0123456789abcdef", True),
     ],
 )
 def test_what_is_warned_of(url: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
