@@ -106,6 +106,9 @@ class SendError(StreamToolsError):
             with a text that no wire carries. To send them again cannot help; to send less beside the body can.
     """
 
+    #: The messages themselves, where the driver tells them apart: others may have the same ids.
+    messages: Sequence[object] = ()
+
     def __init__(
         self,
         message: str,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence, Set
 from typing import Final
 
-from streamtools.drivers.rabbitmq.frames import NeverSent
-from streamtools.errors import SendError
 from streamtools.message import Message
 
 #: Bytes that RabbitMQ 3.8 to 3.13 takes in one body (max_message_size); 4.0 takes 16 MiB by default.
@@ -36,23 +33,6 @@ class Limits:
         """Read a channel's end: a body over the limit ends it, and must not be sent again."""
         if found := _TOO_LARGE.search(why):
             self.body = min(self.body, int(found[1]))
-
-
-class Refusal(SendError):
-    """What `Outlet.publish` raises.
-
-    Attributes:
-        messages: those that it names; others may have the same ids.
-    """
-
-    def __init__(self, text: str, said: Mapping[int, str], unknown: Set[int], messages: Sequence[Message]) -> None:
-        self.messages: list[Message] = [m for m in messages if id(m) in said]
-        super().__init__(
-            text,
-            refused=[m.id for m in self.messages if id(m) not in unknown],
-            unknown=[m.id for m in self.messages if id(m) in unknown],
-            unfit=[m.id for m in self.messages if isinstance(said[id(m)], NeverSent)],
-        )
 
 
 class Batch:

@@ -185,23 +185,26 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         copy the broker refuses: with one message at a time they would wait for ever.
         """
         is_narrow = self._narrow or self._widen_after
-        if not is_narrow or self._goes_one_by_one or intake.buffer or not intake.in_hand:
+        if not is_narrow or self.ordered_by is not None or intake.buffer or not intake.in_hand:
             await intake.arrival()
             return True
         try:
             async with asyncio.timeout_at(self._alone_until):
                 await intake.arrival()
         except TimeoutError:
+            if self._is_handled_alone:
+                self._alone_until += ALONE
+                return False
             self._narrow = self._widen_after = False
             self._widening = self._beside(self._widen, intake)
             return False
         return True
 
     @property
-    def _goes_one_by_one(self) -> bool:
-        """Nothing is handled before all that came earlier is settled, here or in another process."""
-        alone = self._running and self.concurrency == 1 and self.ack == "after"
-        return self.ordered_by is not None or (alone and self._may_be_single_active)
+    def _is_handled_alone(self) -> bool:
+        """The handler at work needs no other message beside its own, and no other process may begin one."""
+        alone = self.concurrency == 1 and self.ack == "after" and self.in_flight > 0
+        return alone and self._may_be_single_active
 
     @property
     def _may_be_single_active(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamtools.delivery import Settlement, goes_last
-from streamtools.drivers.rabbitmq.batch import Refusal
 from streamtools.drivers.rabbitmq.outlet import Outlet
 from streamtools.errors import ConnectError, SendError
 from streamtools.message import Message
@@ -34,7 +33,7 @@ async def _publish(
     try:
         if messages:
             await outlet.publish(messages)
-    except Refusal as error:
+    except SendError as error:
         return held(settlements, error.messages), error
     except ConnectError as error:
         return unsent(settlements, messages, error)
@@ -51,7 +50,7 @@ def unsent(
     return held(settlements, messages), refusal
 
 
-def held(settlements: Sequence[Settlement], refused: Sequence[Message]) -> list[Settlement]:
+def held(settlements: Sequence[Settlement], refused: Sequence[object]) -> list[Settlement]:
     """Those of which the broker holds all that was to be sent."""
     named = frozenset(map(id, refused))
     return [s for s in settlements if not any(id(m) in named for m in s.outgoing)]

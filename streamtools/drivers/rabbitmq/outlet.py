@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Final
 
-from streamtools.drivers.rabbitmq.batch import Batch, Limits, Refusal
+from streamtools.drivers.rabbitmq.batch import Batch, Limits
 from streamtools.drivers.rabbitmq.connections import Sending
+from streamtools.drivers.rabbitmq.frames import NeverSent
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.publisher import Publisher
 from streamtools.drivers.rabbitmq.topology import Topology
-from streamtools.errors import ConnectError, ConnectionLost
+from streamtools.errors import ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
 
 #: Seconds between tries of what a queue did not take; the last one again and again.
@@ -67,7 +68,7 @@ class Outlet:
         """Return when the broker holds all of them, each in the queue that it names.
 
         Raises:
-            Refusal: naming those it does not take; it holds the others.
+            SendError: naming those it does not take; it holds the others.
             ConnectError: the connection has ended, or something that was needed is out of reach for a while.
         """
         begun = time.monotonic()
@@ -216,12 +217,21 @@ class Outlet:
 
 def _refusal(
     messages: Sequence[Message], refused: dict[int, str], again: dict[int, str], doubtful: set[int]
-) -> Refusal:
+) -> SendError:
     said = refused | again
     reasons = list(dict.fromkeys(said.values()))
     text = " ".join(reasons[:3]) + (f" And {len(reasons) - 3} more." if len(reasons) > 3 else "")
     count = f"{len(said)} of {len(messages)} messages: " if len(messages) > 1 else ""
-    return Refusal(count + text, said, again.keys() & doubtful, messages)
+    unknown = again.keys() & doubtful
+    named = [m for m in messages if id(m) in said]
+    error = SendError(
+        count + text,
+        refused=[m.id for m in named if id(m) not in unknown],
+        unknown=[m.id for m in named if id(m) in unknown],
+        unfit=[m.id for m in named if isinstance(said[id(m)], NeverSent)],
+    )
+    error.messages = named
+    return error
 
 
 def _has_exchange(messages: Sequence[Message]) -> bool:

@@ -17,7 +17,7 @@ from typing import Final
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq import properties
-from streamtools.drivers.rabbitmq.batch import Limits, Refusal
+from streamtools.drivers.rabbitmq.batch import Limits
 from streamtools.drivers.rabbitmq.connections import Sending
 from streamtools.drivers.rabbitmq.copies import held
 from streamtools.drivers.rabbitmq.holding import LOCKED, NOT_FOUND, Held, HoldingChannel
@@ -25,7 +25,7 @@ from streamtools.drivers.rabbitmq.link import Link, open_link
 from streamtools.drivers.rabbitmq.outlet import Outlet
 from streamtools.drivers.rabbitmq.putback import PutBack
 from streamtools.drivers.rabbitmq.topology import Topology, missing
-from streamtools.errors import Closed, ConnectionLost, QueueError
+from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
 from streamtools.message import ids
 from streamtools.settings import RabbitMQSettings
 
@@ -108,12 +108,12 @@ class RabbitMQReader:
         return [self._delivery(held) for held in new]
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
-        refused: Refusal | None = None
+        refused: SendError | None = None
         outgoing = [message for s in settlements for message in s.outgoing]
         if outgoing:
             try:
                 await (await self._get_outlet()).publish(outgoing)
-            except Refusal as error:
+            except SendError as error:
                 refused = error
         done = held(settlements, refused.messages if refused is not None else ())
         if self._channel is not None:

@@ -241,8 +241,14 @@ async def test_a_handler_that_publishes_where_it_may_not_fails_alone(
             assert delivery.message.attempt == 2
 
 
+@pytest.mark.parametrize("bad", [0, 3])
 async def test_a_reader_whose_copies_may_not_be_sent_holds_them_says_so_once_and_goes_on(
-    made: None, user: MakeUser, producer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    made: None,
+    user: MakeUser,
+    producer: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    bad: int,
 ) -> None:
     monkeypatch.setattr("streamtools.loop.REFUSED_DELAY", 0.05)
     handled: list[int] = []
@@ -250,7 +256,7 @@ async def test_a_reader_whose_copies_may_not_be_sent_holds_them_says_so_once_and
 
     @receiver()
     async def handle(message: int) -> None:
-        if message == 3:
+        if message == bad:
             raise ValueError("a copy is to be sent")
         handled.append(message)
 
@@ -277,10 +283,10 @@ async def test_a_reader_whose_copies_may_not_be_sent_holds_them_says_so_once_and
     assert receiver._opened == 1
     receiver.stop()
     await running
-    assert sorted(handled) == [number for number in range(20) if number != 3]  # each once
+    assert sorted(handled) == [number for number in range(20) if number != bad]  # each once
     async with Consumer("orders", url=sender.settings) as last:  # nothing is lost
         (delivery,) = await last.receive(timeout=20)
-        assert delivery.message.body == b"3"
+        assert delivery.message.body == b"%d" % bad
         await delivery.ack()
 
 

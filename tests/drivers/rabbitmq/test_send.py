@@ -218,6 +218,7 @@ async def test_one_of_several_with_the_same_id_is_refused_alone(
     with pytest.raises(SendError) as caught:
         await sender.send_messages(batch)
 
+    assert type(caught.value) is SendError  # its name is shown to users
     assert caught.value.refused == ("same",)
     assert caught.value.unknown == ()
     deliveries = await take(await consumer(), 19)
