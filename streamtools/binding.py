@@ -145,11 +145,8 @@ def _check_own_parameters(function: Callable[..., Any], shown: list[inspect.Para
         return
 
 
-def check_decorators(function: Callable[..., Any], resolvers: Mapping[type, Resolver]) -> None:
-    """Check, as soon as a handler is decorated, what decorators with `functools.wraps` have made of it.
-
-    Parameters:
-        resolvers: what further parameters may be annotated with.
+def check_decorators(function: Callable[..., Any]) -> None:
+    """Check, as soon as a routed handler is decorated, what decorators with `functools.wraps` have made of it.
 
     Raises:
         ConfigurationError: its parameters cannot be filled.
@@ -163,7 +160,7 @@ def check_decorators(function: Callable[..., Any], resolvers: Mapping[type, Reso
         hints = hints_of(function)
     except ConfigurationError:
         return  # a name may be defined later, and is looked for at the start
-    _further(function, parameters, hints, resolvers)
+    _further(function, parameters, hints, RESOLVERS)
 
 
 def _is_wrapper(function: Callable[..., Any]) -> bool:

@@ -612,7 +612,7 @@ class BoundHandler(Decorated):
             self.stacked = function.all
         function = undecorated(function)
         check_handler(function)
-        check_decorators(function, self.consumer.resolvers)
+        check_decorators(function)
         self.function = function
         self.name: str = name_of(function)
         self.__doc__ = function.__doc__

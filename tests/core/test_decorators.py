@@ -184,3 +184,14 @@ def test_names_that_are_defined_later_are_looked_for_at_the_start() -> None:
 
     handle.__annotations__ = {"msg": "Order", "later": "DefinedLater"}
     Consumer("orders", url="asyncio://")(message_alone(handle))
+
+
+def test_decorating_does_not_ask_yet_where_the_broker_is() -> None:
+    factory = ConsumerFactory(url="asyncio://", no_such_option=1)
+    factory.route("orders")(message_alone(unannotated))
+    with pytest.raises(ConfigurationError, match="no_such_option"):
+        _ = factory.handlers[0].consumer
+
+
+async def unannotated(msg):  # type: ignore[no-untyped-def]
+    return msg
