@@ -219,6 +219,12 @@ class Mix:
         while not all(task.done() for task in work):
             await self._type(*self.random.choice(self.place.commands)(self))
 
+    @property
+    def redrive(self) -> Sequence[str]:
+        """Without a question, to the two queues that are ours."""
+        place = self.place
+        return "errors", "redrive", "--queue", place.errors, "--yes", "--from", place.queue, "--from", place.bus
+
     def payload(self) -> str:
         """Of a new honest message."""
         number, self.numbers = self.numbers, self.numbers + 4
@@ -226,7 +232,7 @@ class Mix:
         return json.dumps({"honest": number}, separators=(",", ":"))
 
     async def _type(self, *arguments: str) -> None:
-        """Run a command, but only one redrive at a time: on Kafka each of two brings back what both have read."""
+        """Run a command, but only one redrive at a time: on Kafka the second of two is refused."""
         async with self.redriving if arguments[:2] == ("errors", "redrive") else nullcontext():
             await self._run_command(arguments)
 
@@ -279,7 +285,7 @@ class Mix:
 
     async def _redrive(self, honest: Sequence[Message]) -> None:
         if self.place.commands:
-            await self._type("errors", "redrive", "--queue", self.place.errors, "--filter", '"honest"')
+            await self._type(*self.redrive, "--filter", '"honest"')
         else:
             ids = {message.id for message in honest}
             async with QueueAdmin(url=self.place.url) as admin:
@@ -354,8 +360,8 @@ EVERYTHING: Final[Sequence[Command]] = (
     lambda mix: ("errors", "show", "--queue", mix.place.errors, "--limit", "1000"),
     lambda mix: ("errors", "show", "--queue", mix.place.errors, "--limit", "1000", "--json"),
     lambda mix: ("errors", "redrive", "--queue", mix.place.errors, "--dry-run"),
-    lambda mix: ("errors", "redrive", "--queue", mix.place.errors, "--limit", "10"),
-    lambda mix: ("errors", "redrive", "--queue", mix.place.errors, "--filter", '"honest"'),
+    lambda mix: (*mix.redrive, "--limit", "10"),
+    lambda mix: (*mix.redrive, "--filter", '"honest"'),
     lambda mix: ("receive", mix.place.queue, "--max", "20", "--timeout", "0.2"),
     lambda mix: ("receive", mix.place.bus, "--json", "--timeout", "0.2"),
     lambda mix: ("receive", mix.place.errors, "--json", "--max", "100", "--timeout", "0.2"),

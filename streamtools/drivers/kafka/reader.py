@@ -20,7 +20,7 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.kafka.client import connection, started, stopped
 from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
-from streamtools.drivers.kafka.groups import Groups, Progress, busy
+from streamtools.drivers.kafka.groups import Commit, Groups, Progress, busy
 from streamtools.drivers.kafka.names import RETRY, is_retry_topic, reader_of
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
@@ -38,7 +38,7 @@ from streamtools.drivers.kafka.records import (
 from streamtools.drivers.kafka.sending import Sender
 from streamtools.drivers.kafka.topics import Topics
 from streamtools.drivers.kafka.unpacking import Answers, Buffers
-from streamtools.errors import SendError
+from streamtools.errors import QueueError, SendError
 from streamtools.message import Message
 from streamtools.settings import KafkaSettings
 
@@ -75,6 +75,7 @@ class KafkaReader:
         self._client_id = client_id or "streamtools-admin"
         self._offsets: dict[TopicPartition, Offsets] = {}
         self._ends: dict[TopicPartition, float] = {}
+        self._commits: dict[TopicPartition, Commit] = {}  # of the group, as far as we know
         self._records: dict[TopicPartition, dict[int, Any]] = {}  # taken and not finished
         self._there: dict[tuple[str, str], bool] = {}  # whether groups and their topics for retries are
         self._consumer: Any = None
@@ -89,7 +90,7 @@ class KafkaReader:
         topic = (await self._cluster.topics([self._queue])).get(self._queue)
         if topic is None:
             raise Topics(self._cluster.client, self._settings).missing(self._queue)
-        commits = await self._groups.committed(self._group, topic.partitions)
+        self._commits = commits = await self._groups.committed(self._group, topic.partitions)
         begins = await self._cluster.offsets(topic.partitions, EARLIEST)
         ends = await self._cluster.offsets(topic.partitions, LATEST)
         consumer = AIOKafkaConsumer(
@@ -146,10 +147,11 @@ class KafkaReader:
         """Send what is to go out, then commit.
 
         Raises:
-            QueueError: the group has consumers.
+            QueueError: the group has consumers, or somebody else has moved it meanwhile.
             SendError: a message was refused; it and nothing else stays.
         """
         sender = await self._opened()
+        await self._check_alone()
         batch = [item for settlement in settlements for item in await self._copies(settlement)]
         try:
             if batch:
@@ -222,6 +224,17 @@ class KafkaReader:
             self._sender = sender
         return self._sender
 
+    async def _check_alone(self) -> None:
+        """That nobody else has moved the group since: who does would send the same messages, and we undo his commit.
+
+        Raises:
+            QueueError: somebody has.
+        """
+        if await self._groups.committed(self._group, self._ends) != self._commits:
+            raise QueueError(
+                f"Another redrive, move or purge of {self._queue!r} is at work. Wait for its end, and repeat this."
+            )
+
     async def _unread(self) -> list[TopicPartition]:
         """Partitions with something before the end that was found at the beginning."""
         found = []
@@ -250,8 +263,10 @@ class KafkaReader:
             touched.add(partition)  # in any case: the commit before may have failed
         for partition in touched:
             await self._make_room(partition)
+        commits = {p: self._offsets[p].commit()[:2] for p in touched}
         try:
-            await self._groups.commit(self._group, {p: self._offsets[p].commit()[:2] for p in touched})
+            await self._groups.commit(self._group, commits)
+            self._commits |= commits
         except kafka.UnknownMemberIdError as error:
             raise busy(self._group, self._settings) from error
         except CLIENT_ERRORS as error:

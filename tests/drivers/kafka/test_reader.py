@@ -47,6 +47,32 @@ async def test_moved_messages_are_done_and_the_others_wait_in_their_places(
     assert await shown(kafka, queue, queue) == {0: (10, 10, 0)}
 
 
+async def test_of_two_who_move_the_same_messages_the_second_is_told_and_sends_none(
+    admin: KafkaAdmin, filled: Any, kafka: KafkaAddress, queue: str
+) -> None:
+    await filled(4)
+    await admin.create(f"{queue}-2")
+    first, second = (KafkaReader(queue, admin._cluster, admin.settings, client_id=None) for _ in range(2))
+    for reader in (first, second):
+        await reader.open()
+    try:
+        for reader in (first, second):
+            deliveries = await reader.receive(2, timeout=10)
+            moves = [Settlement(each, ACK, (each.message.replace(queue=f"{queue}-2"),)) for each in deliveries]
+            if reader is first:
+                await reader._settle(moves)
+                continue
+            with pytest.raises(QueueError, match="Another redrive"):
+                await reader._settle(moves)
+        more = await first.receive(2, timeout=10)
+        await first._settle([Settlement(each, ACK) for each in more])
+    finally:
+        for reader in (first, second):
+            await reader.close()
+    assert [record.value for record in await records(kafka, f"{queue}-2")] == [b"0", b"1"]
+    assert await shown(kafka, queue, queue) == {0: (4, 4, 0)}
+
+
 async def test_a_redrive_is_for_the_group_that_had_rejected_it_and_for_no_other(
     admin: QueueAdmin, producer: MakeProducer, running: Running, queue: str
 ) -> None:
