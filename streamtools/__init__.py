@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from streamtools.admin import ADMINS, QueueAdmin
+    from streamtools.bodies import set_body_limits
     from streamtools.bus import Bus, Command, Event, MessageContext
     from streamtools.codec import register_codec
     from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
@@ -106,6 +107,7 @@ __all__ = [
     "UnknownProtocol",
     "Verdict",
     "register_codec",
+    "set_body_limits",
 ]
 
 #: The module of each public name.
@@ -123,6 +125,7 @@ _HOMES: Final = {
     "BoundHandler": "consumer",
     "CONSUMER_LOOPS": "consumer",
     "register_codec": "codec",
+    "set_body_limits": "bodies",
     "Consumer": "consumer",
     "Delivery": "delivery",
     "Closed": "errors",

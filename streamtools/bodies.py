@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import zlib
+from dataclasses import dataclass
 from typing import Final
 
-from streamtools.errors import DecodeError
+from streamtools.errors import ConfigurationError, DecodeError
 
-#: Bytes that a body may have once it is decompressed; a few bytes can unpack to a gigabyte.
-INFLATED_LIMIT: Final = 64 * 1024 * 1024
 #: Most encodings that one body may have, one upon the other.
 LAYERS: Final = 3
 #: Names that other clients write when the body is not encoded (Celery: `utf-8`, `binary`).
@@ -25,16 +24,53 @@ _GZIP, _ZLIB, _RAW = 31, 15, -15
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 
 
+@dataclass(slots=True)
+class BodyLimits:
+    """What a body may have before it is parsed.
+
+    Attributes:
+        values: values of a JSON body, in all its lists and objects; None for any number.
+        inflated: bytes once it is decompressed; a few bytes can unpack to a gigabyte.
+    """
+
+    values: int | None = 100_000
+    inflated: int = 16 * 1024 * 1024
+
+
+#: Those of this process.
+LIMITS: Final = BodyLimits()
+
+
+def set_body_limits(*, values: int | None = 100_000, inflated: int = 16 * 1024 * 1024) -> None:
+    """Set the limits of bodies from now on, for every handler in this process.
+
+    A body beyond them is rejected before it is parsed. The time for which a body keeps the event loop grows with
+    both.
+
+    Parameters:
+        values: values of a JSON body, in all its lists and objects; None for any number.
+        inflated: bytes of a body once it is decompressed.
+
+    Raises:
+        ConfigurationError: a limit is no whole number above 0.
+    """
+    given: dict[str, object] = {"values": 1 if values is None else values, "inflated": inflated}
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigurationError(f"{name}={value!r} is out of range: a whole number of at least 1.")
+    LIMITS.values, LIMITS.inflated = values, inflated
+
+
 class TooLarge(DecodeError):
     """A body is larger than it may be once it is decompressed."""
 
 
-def undone(body: bytes, encoding: str | None, limit: int = INFLATED_LIMIT) -> bytes:
+def undone(body: bytes, encoding: str | None, limit: int | None = None) -> bytes:
     """The body without its content encodings: gzip and deflate are decompressed, one after the other.
 
     Parameters:
         encoding: as the message has it, such as "gzip" or "deflate, gzip"; the last one was applied last.
-        limit: bytes that the body may have once it is decompressed.
+        limit: bytes that the body may have once it is decompressed; as `set_body_limits` says when None.
 
     Raises:
         DecodeError: the encoding is not supported, or the body is not encoded that way.
@@ -46,7 +82,7 @@ def undone(body: bytes, encoding: str | None, limit: int = INFLATED_LIMIT) -> by
     if len(names) > LAYERS:
         raise DecodeError(f"The body has {len(names)} content encodings; at most {LAYERS} are decoded.")
     for name in reversed(names):
-        body = _undo(body, name, limit)
+        body = _undo(body, name, LIMITS.inflated if limit is None else limit)
     return body
 
 

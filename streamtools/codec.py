@@ -14,9 +14,6 @@ from typing import Annotated, Any, Final, Union, get_args, get_origin
 from pydantic import BaseModel, InstanceOf, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
 from pydantic_core import (
     PydanticSerializationError,
-    SchemaError,
-    SchemaValidator,
-    from_json,
     to_json,
     to_jsonable_python,
 )
@@ -25,6 +22,7 @@ from streamtools.bodies import is_known_charset, read_characters, undone
 from streamtools.errors import ConfigurationError, DecodeError, near
 from streamtools.forms import FORM, is_form, read_form, validate_form
 from streamtools.message import Message
+from streamtools.parsing import LARGE, Parser, parse_json
 
 JSON: Final = "application/json"
 TEXT: Final = "text/plain; charset=utf-8"
@@ -208,7 +206,7 @@ def decode(message: Message) -> Any:
         return None
     if message.content_type == JSON and message.content_encoding is None:
         try:
-            return from_json(body)
+            return parse_json(body)
         except ValueError:  # it may have a byte order mark; else what is wrong is said below
             pass
     return _decode_any(message, body)
@@ -227,7 +225,7 @@ def _decode_any(message: Message, body: bytes) -> Any:
     if media and media not in PERHAPS_JSON:
         return body
     try:
-        return from_json(body.removeprefix(BOM_UTF8))
+        return parse_json(body.removeprefix(BOM_UTF8))
     except ValueError:
         return _from_form(body) if media == FORM and is_form(body) else body
 
@@ -290,7 +288,8 @@ def _beside(annotation: Any) -> tuple[Any, ...]:
 
 
 def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
-    validate_json, others = adapter.validate_json, _validator_of_others(adapter, str in _kinds(annotation))
+    validate_json = Parser(adapter)
+    others = _validator_of_others(adapter, validate_json, str in _kinds(annotation))
 
     def validate(message: Message) -> Any:
         if (body := message.body) is None or message.content_type != JSON or message.content_encoding is not None:
@@ -305,7 +304,7 @@ def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
     return validate
 
 
-def _validator_of_others(adapter: TypeAdapter[Any], takes_text: bool) -> Decoder:
+def _validator_of_others(adapter: TypeAdapter[Any], parse: Parser, takes_text: bool) -> Decoder:
     """For all bodies that are not plain JSON."""
 
     def validate(message: Message) -> Any:
@@ -315,11 +314,11 @@ def _validator_of_others(adapter: TypeAdapter[Any], takes_text: bool) -> Decoder
         if media in _CODECS:
             return adapter.validate_python(_decode_by(_CODECS[media], message, body))
         if media.startswith("text/"):
-            return _validate_text(adapter, read_characters(body, _charset(message)))
+            return _validate_text(adapter, parse, read_characters(body, _charset(message)))
         if media == BATCH:
-            return adapter.validate_json(_payloads(message, body))
+            return parse(_payloads(message, body))
         if is_json(media):
-            return adapter.validate_json(_as_utf8(message, body))
+            return parse(_as_utf8(message, body))
         if media == FORM and not takes_text and is_form(body):
             return validate_form(adapter, body)
         if media.startswith("multipart/"):
@@ -327,23 +326,23 @@ def _validator_of_others(adapter: TypeAdapter[Any], takes_text: bool) -> Decoder
                 f"The body is {media}, which is not parsed here: annotate the handler's parameter with bytes or "
                 "Message to parse it yourself, or have it sent as JSON or as a plain form."
             )
-        return _validate_either(adapter, body, takes_text)
+        return _validate_either(adapter, parse, body, takes_text)
 
     return validate
 
 
-def _validate_text(adapter: TypeAdapter[Any], text: str) -> Any:
+def _validate_text(adapter: TypeAdapter[Any], parse: Parser, text: str) -> Any:
     # "5" sent as text is a str for a handler that wants str, and the number 5 for one that wants int.
     try:
         return adapter.validate_python(text)
     except ValidationError:
-        return adapter.validate_json(text)
+        return parse(text)
 
 
-def _validate_either(adapter: TypeAdapter[Any], body: bytes, takes_text: bool) -> Any:
+def _validate_either(adapter: TypeAdapter[Any], parse: Parser, body: bytes, takes_text: bool) -> Any:
     """A body that does not say what it is: JSON, else a text, as Kafka's console producer sends it."""
     try:
-        return adapter.validate_json(body.removeprefix(BOM_UTF8))
+        return parse(body.removeprefix(BOM_UTF8))
     except ValidationError as error:
         if not takes_text and not _is_no_json(error):
             raise
@@ -395,6 +394,8 @@ def _invalid(error: ValidationError, adapter: TypeAdapter[Any], annotation: Any,
     problems = _problems(error) if count <= COUNTED else _first_problems(adapter, message)
     first = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in problems[:SHOWN])
     more = f" and {count - min(SHOWN, len(problems)):,} more problems" if count > max(SHOWN, len(problems)) else ""
+    if not more and len(message.body or b"") > LARGE and not _is_no_json(error):
+        more = "; there may be more problems"
     text = f"The body is not a valid {_name(annotation)}: {first}{more}"
     if media_type(message.content_type) == BATCH and not (problems and problems[0]["loc"]):
         text += ". It is a batch of CloudEvents: annotate list[...], or have the events sent one by one"
@@ -429,22 +430,10 @@ def _brief(part: int | str) -> int | str:
 def _first_problems(adapter: TypeAdapter[Any], message: Message) -> list[dict[str, Any]]:
     """The first of very many problems: listing all takes seconds, and a gigabyte, for one body of a mebibyte."""
     try:
-        SchemaValidator(_failing_fast(adapter.core_schema)).validate_json(_json_of(message))
-    except ValidationError as error:
-        return _problems(error) if error.error_count() <= COUNTED else []
-    except (SchemaError, ValueError, RecursionError):  # the schema cannot be changed so, or the body is not JSON
-        pass
-    return []
-
-
-def _failing_fast(schema: Any) -> Any:
-    """A core schema whose sequences end at their first item that is wrong."""
-    if isinstance(schema, list):
-        return [_failing_fast(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    copy = {name: _failing_fast(part) for name, part in schema.items()}
-    return {**copy, "fail_fast": True} if schema.get("type") in ("list", "set", "frozenset", "tuple") else copy
+        error = Parser(adapter).first_problem(_json_of(message))
+    except (ValueError, RecursionError):  # the body is not JSON
+        return []
+    return _problems(error) if error is not None and error.error_count() <= COUNTED else []
 
 
 def _name(annotation: Any) -> str:
@@ -468,7 +457,7 @@ def read_json(message: Message, body: bytes) -> Any:
         DecodeError: it is not JSON.
     """
     try:
-        return from_json(_as_utf8(message, body))
+        return parse_json(_as_utf8(message, body))
     except ValueError as error:
         raise DecodeError(f"The body says {message.content_type} but is not JSON: {error}") from error
 

@@ -13,6 +13,8 @@ from pydantic_core import to_json
 
 FORM: Final = "application/x-www-form-urlencoded"
 
+#: Fields of one form, at most.
+MOST: Final = 10_000
 #: `curl -d` calls every body a form. A real one begins with a name and "="; XML, YAML and plain text do not.
 _FORM: Final = re.compile(rb"[^\s<>\"{}=]*=")
 #: Problems to ignore where one value stands for a list of one.
@@ -28,7 +30,7 @@ def read_form(body: bytes) -> dict[str, str | list[str]]:
     """The fields by name; those of a name that comes several times are a list.
 
     Raises:
-        ValueError: it is not percent-encoded UTF-8.
+        ValueError: it is not percent-encoded UTF-8, or has too many fields.
     """
     return _by_name(read_pairs(body))
 
@@ -40,7 +42,8 @@ def read_pairs(body: bytes) -> list[tuple[str, str]]:
         ValueError: it is not percent-encoded UTF-8.
     """
     # Some programs leave characters beyond ASCII as they are.
-    return parse_qsl(quote(body, safe=string.printable), keep_blank_values=True, errors="strict")
+    text = quote(body, safe=string.printable)
+    return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MOST)
 
 
 def write_form(pairs: Iterable[tuple[str, str]]) -> bytes:

@@ -160,7 +160,7 @@ def test_a_body_that_is_not_compressed_as_it_says_or_cut_short_is_refused(encodi
 
 
 def test_a_body_of_a_few_bytes_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies.undone, "__defaults__", (2**20,))
+    monkeypatch.setattr(bodies.LIMITS, "inflated", 2**20)
     bomb = gzip.compress(b"\0" * (2**20 + 1))
     with pytest.raises(DecodeError, match="over 1,048,576 bytes"):
         codec.decode(message(bomb, codec.BINARY, "gzip"))

@@ -1,0 +1,218 @@
+"""Bodies that are made to take long or to fill the memory: within the default limits none does."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import gzip
+import json
+import time
+import tracemalloc
+import uuid
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import BaseModel, Field
+
+from streamtools import ConfigurationError, Message, codec, set_body_limits
+from streamtools.bodies import LIMITS
+from streamtools.envelope import unwrapped
+from streamtools.errors import DecodeError
+
+MIB = 1024 * 1024
+#: Seconds of processor time for one body.
+LIMIT = 0.2
+MODULUS = (1 << 61) - 1
+
+
+class Item(BaseModel):
+    id: int
+    name: str
+    when: datetime.datetime
+    tags: list[str]
+
+
+class Order(BaseModel):
+    id: int
+    items: list[Item] = []
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    a: int
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+    b: int
+
+
+class Tree(BaseModel):
+    kids: list[Tree] = []
+
+
+@dataclass
+class Point:
+    x: int
+    y: str
+
+
+def many(item: bytes, size: int = MIB) -> bytes:
+    return b"[" + b",".join([item] * (size // (len(item) + 1))) + b"]"
+
+
+BODIES = {
+    "objects": many(b"{}"),
+    "lists": many(b"[]"),
+    "numbers": many(b"1"),
+    "texts": many(b'""'),
+    "nulls": many(b"null"),
+    "objects within": b'{"id":1,"items":' + many(b"{}") + b"}",
+    "kinds": many(b'{"kind":"cow"}'),
+    "cats": many(b'{"kind":"cat"}'),
+    "a huge number": b"9" * MIB,
+    "huge numbers": many(b"9" * 4000),
+    "a huge number in a text": b'"' + b"9" * MIB + b'"',
+    "huge floats": many(b"1" + b"0" * 300 + b".5"),
+    "great exponents": many(b"1e999999"),
+    "great exponents in texts": many(b'"1e999999"'),
+    "nested lists": b"[" * MIB,
+    "nested objects": b'{"a":' * (MIB // 5),
+    "trees": many(b'{"kids":[' * 90 + b"]}" * 90),
+    "many keys": b"{" + b",".join(b'"k%d":1' % n for n in range(90_000)) + b"}",
+    "one key many times": b"{" + b",".join([b'"k":1'] * 170_000) + b"}",
+    "a huge key": b'{"' + b"k" * MIB + b'":1}',
+    "dates": many(b'{"id":1,"name":"","when":"2024-13-01","tags":[]}'),
+    "escapes": b'"' + b"\\u0041" * (MIB // 6) + b'"',
+    "surrogates": many(b'"\\ud800"'),
+    "no UTF-8": b'"' + b"\xff" * MIB + b'"',
+    "blanks": b" " * MIB,
+    "quotes": b'["' + b'\\"' * (MIB // 2) + b'"]',
+    "numbers of one hash": b"[" + b",".join(b"%d" % (n * MODULUS) for n in range(40_000)) + b"]",
+    "keys of one hash": b"{" + b",".join(b'"%d":1' % (n * MODULUS) for n in range(40_000)) + b"}",
+    "ids of one hash": json.dumps([str(uuid.UUID(int=n * MODULUS)) for n in range(1, 26_000)]).encode(),
+    "base64": json.dumps(base64.b64encode(b"x" * 700_000).decode()).encode(),
+}
+ANNOTATIONS: dict[str, Any] = {
+    "list[Order]": list[Order],
+    "Order": Order,
+    "Any": Any,
+    "int": int,
+    "str": str,
+    "list[int]": list[int],
+    "list[Cat | Dog]": list[Cat | Dog],
+    "discriminated": list[Annotated[Cat | Dog, Field(discriminator="kind")]],
+    "Tree": Tree,
+    "list[Tree]": list[Tree],
+    "list[Point]": list[Point],
+    "dict[int, int]": dict[int, int],
+    "set[int]": set[int],
+    "set[UUID]": set[uuid.UUID],
+    "list[Decimal]": list[Decimal],
+    "dict[str, Order]": dict[str, Order],
+    "a wide union": list[int | float | datetime.datetime | Order | Item | bool],
+    "list[list[Order]]": list[list[Order]],
+}
+
+
+@pytest.mark.parametrize("annotation", ANNOTATIONS)
+@pytest.mark.parametrize("encoding", [None, "gzip"])
+def test_no_body_of_a_mebibyte_takes_long_or_fills_the_memory(annotation: str, encoding: str | None) -> None:
+    decode = codec.decoder(ANNOTATIONS[annotation])
+    with_problems(decode, message(b'{"id":[]}' * 4_000, encoding))  # what is made once is made
+    for name, body in BODIES.items():
+        sent = message(body, encoding)
+        begun = time.thread_time()
+        with_problems(decode, sent)
+        took = time.thread_time() - begun
+        assert took < LIMIT, f"{name} took {took:.2f} s"
+
+
+def with_problems(decode: codec.Decoder, sent: Message) -> None:
+    """Decode it, or have it refused with a short text."""
+    try:
+        decode(sent)
+    except DecodeError as error:
+        assert len(str(error)) < 2_000
+        assert len(error.errors) <= codec.PROBLEMS
+
+
+def message(body: bytes, encoding: str | None = None, content_type: str = codec.JSON) -> Message:
+    body = gzip.compress(body) if encoding else body
+    return Message(body=body, queue="q", id="1", content_type=content_type, content_encoding=encoding)
+
+
+@pytest.mark.parametrize("name", ["objects", "objects within", "cats", "lists"])
+def test_problems_are_cut_before_they_are_built(name: str) -> None:
+    decode = codec.decoder(list[Order] if name != "objects within" else Order)
+    sent = message(BODIES[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(DecodeError):
+            decode(sent)
+        assert tracemalloc.get_traced_memory()[1] < 32 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "charset", ["punycode", "idna", "utf-7", "unicode_escape", "rot13", "hex", "zlib", "bz2", "\0"]
+)
+def test_only_charsets_that_are_read_in_one_go_are_read(charset: str) -> None:
+    begun = time.thread_time()
+    for annotation in (str, Any, Order):
+        with pytest.raises(DecodeError):
+            codec.decoder(annotation)(message(b"a" * MIB, content_type=f"text/plain; charset={charset}"))
+    assert time.thread_time() - begun < LIMIT
+
+
+def test_a_bomb_of_gzip_is_refused_at_once() -> None:
+    bomb = gzip.compress(gzip.compress(gzip.compress(b"[" + b"{}," * 30_000_000 + b"{}]")))
+    sent = Message(body=bomb, queue="q", id="1", content_type=codec.JSON, content_encoding="gzip, gzip, gzip")
+    begun = time.thread_time()
+    with pytest.raises(DecodeError, match="decompressed"):
+        codec.decoder(list[Order])(sent)
+    assert time.thread_time() - begun < LIMIT
+
+
+@pytest.mark.parametrize("name", [*BODIES])
+def test_an_event_in_an_envelope_is_bounded_as_well(name: str) -> None:
+    body = (
+        b'{"specversion":"1.0","id":"1","source":"s","type":"t","x":'
+        + BODIES[name]
+        + b',"data":'
+        + BODIES[name]
+        + b"}"
+    )
+    sent = message(body, content_type="application/cloudevents+json")
+    begun = time.thread_time()
+    with_problems(lambda m: codec.decoder(Order)(unwrapped(m)), sent)
+    assert time.thread_time() - begun < 2 * LIMIT
+
+
+def test_the_limits_are_settings() -> None:
+    body = b"[" + b"1," * 100_000 + b"1]"
+    decode = codec.decoder(list[int])
+    before = LIMITS.values, LIMITS.inflated
+    try:
+        with pytest.raises(DecodeError, match=r"over 100,000 values.*set_body_limits"):
+            decode(message(body))
+        set_body_limits(values=200_000)
+        assert len(decode(message(body))) == 100_001
+        set_body_limits(values=None, inflated=1000)
+        assert len(decode(message(body))) == 100_001
+        with pytest.raises(DecodeError, match="over 1,000 bytes"):
+            decode(message(body, "gzip"))
+        for wrong in ({"values": 0}, {"values": True}, {"inflated": "1"}, {"inflated": -1}):
+            with pytest.raises(ConfigurationError, match="out of range"):
+                set_body_limits(**wrong)  # type: ignore[arg-type]
+    finally:
+        LIMITS.values, LIMITS.inflated = before
+
+
+def test_commas_in_texts_are_no_values() -> None:
+    text = 'a,b,[{"\\' * 100_000
+    assert codec.decoder(list[str])(message(json.dumps([text]).encode())) == [text]
+    assert codec.decoder(dict[str, Any])(message(json.dumps({"csv": text}).encode())) == {"csv": text}
