@@ -2,7 +2,7 @@
 
 aiohttp limits one line, one header and their number, and gives an idle connection its time. It does not limit a head
 as a whole, the connections, what all of them hold together, or the time that a client takes to read an answer.
-`Connection` is aiohttp's protocol for one connection, with these limits. Of aiohttp it overrides public methods only,
+`_Connection` is aiohttp's protocol for one connection, with these limits. It overrides its public methods alone,
 and reads one private name, `_messages`.
 
 A connection *waits* while it is idle or a request has not arrived whole; then it may be ended. It is *busy* while a
@@ -141,7 +141,7 @@ class Door(Counted, asyncio.Protocol):
             inside.connection_made(secured)
 
 
-class Connection(Counted, web.RequestHandler):
+class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their types are aiohttp's
     """A connection that speaks HTTP.
 
     Parameters:
@@ -423,7 +423,7 @@ class Connections:
         self._timer = loop.call_later(INTERVAL, self._look) if self._all else None
 
 
-class Server(web.Server):
+class _Server(web.Server):
     """aiohttp's server, whose connections have limits."""
 
     def __init__(self, handler: Any, connections: Connections, **options: Any) -> None:
@@ -434,7 +434,7 @@ class Server(web.Server):
     def __call__(self) -> web.RequestHandler:
         """The protocol of a new connection."""
         options = {name: value for name, value in self._options.items() if name != "request_factory"}
-        return Connection(self, self._limits, loop=asyncio.get_running_loop(), **options)
+        return _Connection(self, self._limits, loop=asyncio.get_running_loop(), **options)
 
 
 def peer_of(name: object) -> str:

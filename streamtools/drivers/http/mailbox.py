@@ -14,7 +14,7 @@ from streamtools import codec
 from streamtools.bodies import TooLarge, is_undone, undone
 from streamtools.checks import HEADERS_LIMIT
 from streamtools.drivers.http import answers
-from streamtools.drivers.http.connections import Connection
+from streamtools.drivers.http.connections import _Connection
 from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers, meta_size
 from streamtools.drivers.http.options import QUERY_METHODS
 from streamtools.errors import DecodeError
@@ -149,7 +149,7 @@ class Mailbox:
             self._check_content_type(request)
             body = await self._read(request)
             self._check_open(request)
-            if isinstance(request.protocol, Connection):
+            if isinstance(request.protocol, _Connection):
                 request.protocol.whole()
             message = self._message(request, body)
         except Refused as refusal:

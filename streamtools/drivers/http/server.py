@@ -17,7 +17,7 @@ from yarl import URL
 
 from streamtools.drivers.http import answers
 from streamtools.drivers.http.access import Access
-from streamtools.drivers.http.connections import Connection, Connections, Door, Server
+from streamtools.drivers.http.connections import Connections, Door, _Connection, _Server
 from streamtools.drivers.http.headers import PLAIN_LIMIT
 from streamtools.drivers.http.mailbox import Mailbox, attempt_of
 from streamtools.errors import ConfigurationError, ConnectError
@@ -67,7 +67,7 @@ class SharedServer:
         self._mailboxes: dict[str, dict[str, Mailbox]] = {}
         self._starting = asyncio.Lock()
         self._listener: asyncio.Server | None = None
-        self._http: Server | None = None
+        self._http: _Server | None = None
         self._connections = Connections(connections, f"port {key[1]}")
         #: The host and the port, once it listens.
         self.address: tuple[str, int] = key
@@ -159,7 +159,7 @@ class SharedServer:
         loop = asyncio.get_running_loop()
         host, port = self._key
         connections = self._connections
-        self._http = Server(
+        self._http = _Server(
             self._handle,
             connections,
             request_factory=_make_request,
@@ -197,7 +197,7 @@ class SharedServer:
             log.exception("A request could not be handled.")
             return answers.cut_off(500, "The request could not be handled.")
         finally:
-            if isinstance(request.protocol, Connection):
+            if isinstance(request.protocol, _Connection):
                 request.protocol.ended()
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
