@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from streamtools import Message
+from streamtools import Message, Receipt
 from streamtools.message import NO_HEADERS
 
 
@@ -42,3 +42,24 @@ def test_it_is_frozen_compared_by_value_and_copied_whole() -> None:
 
 def test_its_signature_names_every_field() -> None:
     assert list(inspect.signature(Message).parameters) == [field.name for field in fields(Message)]
+
+
+def test_an_object_of_a_subclass_keeps_its_class_and_has_every_field() -> None:
+    class Order(Message):
+        """A message with a field more."""
+
+        __slots__ = ("number",)
+
+    order = Order(body=b"1", queue="orders", id="1", attempt=2)
+    object.__setattr__(order, "number", 7)
+    assert type(order) is Order and order.number == 7
+    assert (order.body, order.queue, order.id, order.attempt, order.headers) == (b"1", "orders", "1", 2, NO_HEADERS)
+    with pytest.raises(FrozenInstanceError):
+        order.attempt = 3  # type: ignore[misc]
+
+
+def test_a_receipt_is_made_by_place_or_by_name_and_is_frozen() -> None:
+    receipt = Receipt("1", "orders")
+    assert receipt == Receipt(id="1", queue="orders") and type(receipt) is Receipt
+    with pytest.raises(FrozenInstanceError):
+        receipt.id = "2"  # type: ignore[misc]
