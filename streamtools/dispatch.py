@@ -195,7 +195,7 @@ class Dispatcher:
         due = message.deliver_at if self._holds else None
         if due is not None and await self._given_back_within(delivery, due - time.time()):
             return Settlement(delivery, RELEASE)
-        if message.expired:
+        if message.expires_at is not None and message.expired:
             return Settlement(delivery, DROP)
         while True:
             # What a handler sets, such as a tenant, must not reach the next message or the next attempt.

@@ -23,8 +23,9 @@ class Lane:
         return self._settling or bool(self._pending)
 
     def add(self, settlement: Settlement) -> None:
+        if not self._pending:
+            self._wake.set()
         self._pending.append(settlement)
-        self._wake.set()
 
     async def run(self) -> None:
         while True:

@@ -313,7 +313,8 @@ class Producer(Endpoint):
         if id is not None:
             check_texts({"id": id})
         body, content_type = codec.encode(payload)
-        return Message(body=body, content_type=content_type, id=id or self._next_id(), **common)
+        new_id = self._new_id if current_outbox() is None else self._next_id
+        return Message(body=body, content_type=content_type, id=id or new_id(), **common)
 
     def _tombstone(self, payload: object, id: str | None, common: dict[str, Any]) -> Message:  # noqa: A002
         if not self.features.tombstones:
@@ -374,7 +375,7 @@ class Producer(Endpoint):
             "deliver_at": None if not delay else now + check_seconds("delay", delay),
             "expires_at": None if ttl is None else now + check_seconds("ttl", ttl),
             "type": type,
-            "key": checked_key(key),
+            "key": None if key is None else checked_key(key),
             "correlation_id": correlation_id or (incoming and (incoming.correlation_id or incoming.id)),
             "causation_id": incoming and incoming.id,
             "reply_to": reply_to,

@@ -126,8 +126,7 @@ def checked_key(key: object) -> str | bytes | None:
     """
     if isinstance(key, bytes):
         return read_key(key)
-    if key is not None:
-        check_texts({"key": key})
+    check_texts({"key": key})
     return key  # type: ignore[return-value]
 
 

@@ -229,7 +229,7 @@ class Composer:
             reply_to=reply_to or self.queue,
             intent=intent,
             topic=queue if intent == "event" else None,
-            key=checked_key(key),
+            key=None if key is None else checked_key(key),
             headers=check_headers(headers) if headers else NO_HEADERS,
             deliver_at=now + check_seconds("delay", delay) if delay else None,
             expires_at=None if ttl is None else now + check_seconds("ttl", ttl),

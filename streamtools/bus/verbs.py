@@ -64,7 +64,8 @@ class Verbs:
             SendError: there is no such queue, or it was not confirmed in time.
             ConfigurationError: it is an event, or it is not known where it goes.
         """
-        refuse("send", unknown)
+        if unknown:
+            refuse("send", unknown)
         message = self._composer.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl)
         return await self._let_go(message, immediately=immediately)
 
@@ -93,7 +94,8 @@ class Verbs:
             SendError: nobody subscribed, or it was not confirmed in time.
             ConfigurationError: it is a command, or its topic is not known.
         """
-        refuse("publish", unknown)
+        if unknown:
+            refuse("publish", unknown)
         must = self.mandatory if mandatory is None else mandatory
         message = self._composer.event(
             event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl

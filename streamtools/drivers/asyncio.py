@@ -90,16 +90,18 @@ class Queue:
             _wake(self._putters)
 
     def put(self, message: Message, origin: Queue | None = None) -> None:
-        """Add a message, full or not: copies must not wait for the consumer that makes them."""
-        with self.lock:
-            item = Item(next(self._places), message, origin)
-            if message.deliver_at is not None and message.deliver_at > time.time():
-                heapq.heappush(self.later, (message.deliver_at, item))
-                if self.later[0][1] is item:
-                    self._schedule_where_someone_waits()
-            else:
-                self.ready.append(item)
-                _wake(self._getters)
+        """Add a message, full or not: copies must not wait for the consumer that makes them.
+
+        Whoever calls it has the lock.
+        """
+        item = Item(next(self._places), message, origin)
+        if message.deliver_at is not None and message.deliver_at > time.time():
+            heapq.heappush(self.later, (message.deliver_at, item))
+            if self.later[0][1] is item:
+                self._schedule_where_someone_waits()
+        else:
+            self.ready.append(item)
+            _wake(self._getters)
 
     def put_back(self, items: Iterable[Item]) -> None:
         """Return items that were taken to their places."""
@@ -377,7 +379,7 @@ class Broker:
             QueueError: there is no such queue, none bound to its topic, or the exchange is of another type.
         """
         if message.exchange is None:
-            if not message.mandatory and message.queue not in self.topics:
+            if message.queue not in self.topics and not message.mandatory:
                 return []
             return [(message, queue) for queue in self.topic(message.queue).groups.values()]
         self._check_type(message.exchange)

@@ -63,7 +63,7 @@ class SQLiteProducer(Producer, protocol="sqlite"):
         patience = min(self.settings.busy_timeout, self.send_timeout * 0.9)
         try:
             rows = [encode(message) for message in batch]
-            size = sum(row.size for row in rows)
+            size = sum([row.size for row in rows])
             refused = await self._session.call(insert, rows, full=True, patience=patience, new=size)
         except NoRoom as error:
             raise SendError(str(error), refused=[m.id for m in batch]) from error

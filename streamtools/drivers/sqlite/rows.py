@@ -169,7 +169,7 @@ class Claimed:
         """Each message, what is wrong with it, if anything is, and the lane that it failed in, if it did."""
         end = 0
         bodies = self.bodies
-        for meta, size, row in zip(self._metas(), self.sizes, self.ids):  # noqa: B905 - ids may be fewer
+        for (meta,), size, row in zip(self._metas(), self.sizes, self.ids):  # noqa: B905 - ids may be fewer
             start, end = end, end + size
             body = bodies[start:end]
             if isinstance(meta, bytes):
@@ -178,19 +178,19 @@ class Claimed:
                 message, origin = _message(queue, meta, body)
                 yield message, None, origin
 
-    def _metas(self) -> Sequence[Any]:
-        """The `meta` of each row: read, or where one of them is odd, all as bytes."""
+    def _metas(self) -> Sequence[tuple[Any]]:
+        """The `meta` of each row, by itself: read, or where one of them is odd, all as bytes."""
         try:
             found = _METAS.validate_json(b"[[" + self.meta.replace(_BETWEEN, _BROKEN_ARRAYS) + b"]]")
             if len(found) == len(self.sizes):
-                return [meta for (meta,) in found]
+                return found  # type: ignore[no-any-return]
         except ValueError:
             pass
-        return self.meta.split(_BETWEEN)
+        return [(meta,) for meta in self.meta.split(_BETWEEN)]
 
 
 def _message(queue: str, fields: Any, body: bytes) -> tuple[Message, int | None]:
-    origin = fields.pop(ORIGIN, None)
+    origin = fields.pop(ORIGIN) if ORIGIN in fields else None
     if KEY_BYTES in fields:
         fields["key"] = b64decode(fields.pop(KEY_BYTES))
     if "error" in fields:
