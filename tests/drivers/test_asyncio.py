@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from streamtools import ADMINS, CONSUMER_LOOPS, PRODUCERS
+from streamtools.delivery import Settlement
 from streamtools.errors import SendError
 from streamtools.testing.waiting import eventually
+from streamtools.verdicts import ACK, RELEASE
 
 Producer, Consumer, Admin = PRODUCERS["asyncio"], CONSUMER_LOOPS["asyncio"], ADMINS["asyncio"]
 
@@ -43,6 +45,17 @@ async def test_what_an_operator_moves_onto_its_own_queue_stays_with_its_group() 
             assert await admin.move("orders") == 1
             assert [d.message.attempt for d in await shipping.receive()] == [1]
             assert await billing.receive(timeout=0) == []
+
+
+async def test_what_is_given_back_beside_a_copy_that_is_refused_returns_to_its_queue() -> None:
+    async with Producer("orders") as producer, Consumer("orders") as consumer:
+        await producer.send_many(["a", "b"])
+        first, second = await consumer.receive(2)
+        lost = first.message.replace(queue="nowhere")
+        with pytest.raises(SendError):
+            await consumer._settle([Settlement(first, RELEASE), Settlement(second, ACK, (lost,))])
+        assert [d.message.body for d in await consumer.receive(2, timeout=5)] == [b"a"]
+        assert consumer._queues[0].in_hand == 2
 
 
 async def test_a_group_that_comes_while_a_send_waits_for_room_breaks_nothing() -> None:
