@@ -288,14 +288,14 @@ def _beside(annotation: Any) -> tuple[Any, ...]:
 
 
 def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
-    validate_json = Parser(adapter)
-    others = _validator_of_others(adapter, validate_json, str in _kinds(annotation))
+    validate_small, parse = adapter.validate_json, Parser(adapter)
+    others = _validator_of_others(adapter, parse, str in _kinds(annotation))
 
     def validate(message: Message) -> Any:
         if (body := message.body) is None or message.content_type != JSON or message.content_encoding is not None:
             return others(message)
         try:
-            return validate_json(body)
+            return validate_small(body) if len(body) <= LARGE else parse(body)
         except ValidationError:
             if body.startswith(BOM_UTF8):
                 return others(message)
