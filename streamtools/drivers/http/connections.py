@@ -189,6 +189,16 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
         super().pause_writing()
         self._connections.check_unread(self)
 
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer, and let go of its body: aiohttp keeps the last answer of a connection that is idle."""
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            if isinstance(resp, web.Response):
+                resp.body = None
+
     # --- the way of a request -------------------------------------------------------------------
 
     def begun(self, body: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, Final
 from urllib.parse import quote, unquote
 
@@ -175,4 +176,4 @@ class HTTPConsumer(Consumer, protocol="http"):
 
 def _answer(settlement: Settlement, reply: Message | None = None) -> None:
     call: Call = settlement.delivery.token
-    call.answer(answer(settlement, reply))
+    call.answer(partial(answer, settlement, reply))

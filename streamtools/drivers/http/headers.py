@@ -55,7 +55,7 @@ _OURS: Final = frozenset(
     PREFIX + name for name in (*TEXT.values(), *TIMES.values(), *ERROR_TEXT.values(), *ERROR_TIMES.values())
 ) | {PREFIX + name for name in ("specversion", KEY_BYTES, ATTEMPT, VERSION, ERROR_ATTEMPTS)}
 #: Names that no plain header of a user's has: HTTP or we ourselves give them a meaning.
-_NEVER_PLAIN: Final = TRANSPORT | _OURS
+_NEVER_PLAIN: Final = TRANSPORT | _OURS | {"origin", "sec-fetch-site"}
 #: RFC 9110, section 5.6.2: a token.
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 #: Printable ASCII without a space at either end, where HTTP would trim it.
@@ -163,7 +163,8 @@ def _unpack(packed: str, user: Headers, spelled: Mapping[str, str]) -> None:
     for lower in named.intersection(lower for _, lower, _ in pairs):
         del user[spelled[lower]]
     for name, lower, value in pairs:
-        if lower in named or lower in _NEVER_PLAIN or _TOKEN.fullmatch(lower) is None:
+        alone = lower in _NEVER_PLAIN or _TOKEN.fullmatch(lower) is None
+        if lower in named or (alone and lower not in spelled):
             user[name] = value
 
 

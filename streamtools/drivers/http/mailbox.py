@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from aiohttp import web
@@ -23,6 +24,8 @@ from streamtools.message import NO_HEADERS, Message, ids
 
 log: logging.Logger = logging.getLogger("streamtools")
 
+#: Requests that are handed to the handlers in one turn of the event loop.
+AT_ONCE: Final = 16
 BUSY: Final = "Too many requests wait here; send the message again."
 
 
@@ -37,12 +40,13 @@ class Refused(Exception):  # noqa: N818 - not an error of ours: a request that c
 class Call:
     """One request that has become a message, and waits for its answer."""
 
-    __slots__ = ("_answer", "_request", "message")
+    __slots__ = ("_answer", "_make", "_request", "message")
 
     def __init__(self, request: web.BaseRequest, message: Message) -> None:
         self.message: Message = message
         self._request = request
-        self._answer: asyncio.Future[web.Response] = asyncio.get_running_loop().create_future()
+        self._answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._make: Callable[[], web.Response] | None = None
 
     @property
     def done(self) -> bool:
@@ -50,18 +54,32 @@ class Call:
         return self._answer.done()
 
     @property
+    def gone_away(self) -> bool:
+        """The client has left."""
+        return self._request.transport is None
+
+    @property
     def gone(self) -> bool:
         """No one waits any more: the client has left, or an answer was given."""
-        return self._request.transport is None or self._answer.done()
+        return self.gone_away or self._answer.done()
 
-    def answer(self, response: web.Response) -> None:
-        """Let the response go out; the first one counts."""
+    def answer(self, make: Callable[[], web.Response]) -> None:
+        """Let a response go out; the first one counts.
+
+        Parameters:
+            make: makes it, when its turn has come: of many large answers only one is written at a time.
+        """
         if not self._answer.done():
-            self._answer.set_result(response)
+            self._make = make
+            self._answer.set_result(None)
 
     async def answered(self) -> web.Response:
         """Wait for the answer."""
-        return await self._answer
+        await self._answer
+        make, self._make = self._make, None  # which holds what holds this
+        if make is None or self.gone_away:
+            return answers.unavailable(str(self.message.attempt))  # nobody reads it
+        return make()
 
 
 class Mailbox:
@@ -108,7 +126,12 @@ class Mailbox:
     # --- for the consumer -----------------------------------------------------------------------
 
     async def take(self, limit: int) -> list[Call]:
-        """Wait for requests, and take up to `limit`; none when closed. Cancelling it loses nothing."""
+        """Wait for requests, and take up to `limit`; none when closed. Cancelling it loses nothing.
+
+        Only a few at once: their answers go out before the next ones are handled, and connections get their turn.
+        """
+        limit = min(limit, AT_ONCE)
+        await asyncio.sleep(0)
         while not self.closed:
             taken: list[Call] = []
             while self._waiting and len(taken) < limit:
@@ -202,12 +225,14 @@ class Mailbox:
                 return body
             return await self._read_slowly(request)
         except (ConnectionError, RuntimeError) as error:
-            if request.transport is not None:  # a RuntimeError is aiohttp's word for a connection that has ended
-                raise
+            if isinstance(error, RuntimeError) and request.transport is not None:
+                raise  # else it is aiohttp's word for a connection that has ended
             log.debug("A client left while the body of its request to %r arrived.", self._queue)
-            raise Refused(answers.cut_off(400, "The body did not arrive.")) from error
+            _forget_frames(error)
+            raise Refused(answers.cut_off(400, "The body did not arrive.")) from None
         except (web.RequestPayloadError, HttpProcessingError) as error:
-            raise Refused(answers.cut_off(400, f"The body cannot be read: {type(error).__name__}.")) from error
+            _forget_frames(error)
+            raise Refused(answers.cut_off(400, f"The body cannot be read: {type(error).__name__}.")) from None
 
     async def _read_slowly(self, request: web.BaseRequest) -> bytes:
         if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
@@ -259,6 +284,11 @@ class Mailbox:
             raise Refused(answers.problem(400, str(error))) from error
 
 
+def _forget_frames(error: BaseException) -> None:
+    """Let go of what the frames of an error hold: aiohttp's stream keeps the error, and they keep the body and it."""
+    error.__traceback__ = None
+
+
 def attempt_of(request: web.BaseRequest) -> str:
     """Which attempt the sender says that this is."""
     text = request.headers.get(CE_ATTEMPT, "")
@@ -266,9 +296,12 @@ def attempt_of(request: web.BaseRequest) -> str:
 
 
 def _send_back(call: Call) -> None:
-    response = answers.unavailable(str(call.message.attempt))
-    response.force_close()
-    call.answer(response)
+    def make() -> web.Response:
+        response = answers.unavailable(str(call.message.attempt))
+        response.force_close()
+        return response
+
+    call.answer(make)
 
 
 def _query(raw_path: str) -> bytes:

@@ -36,6 +36,8 @@ KEEP_ALIVE: Final = 75.0
 LINGER: Final = 3.0
 #: Seconds that the last answers have to go out when the server ends; for each of two steps.
 CLOSING: Final = 1.0
+#: After a head of more bytes a connection ends: aiohttp keeps the last head of one that is idle.
+LARGE_HEAD: Final = 16 * 1024
 #: How many of the largest bodies may be under way at once, at least.
 LARGEST: Final = 4
 #: In place of a target that cannot be read.
@@ -192,7 +194,10 @@ class SharedServer:
 
     async def _handle(self, request: web.BaseRequest) -> web.Response:
         try:
-            return await self._answer(request)
+            response = await self._answer(request)
+            if sum(len(name) + len(value) for name, value in request.raw_headers) > LARGE_HEAD:
+                response.force_close()
+            return response
         except Exception:  # ours, and of this request alone
             log.exception("A request could not be handled.")
             return answers.cut_off(500, "The request could not be handled.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ssl
+import sys
 import time
 from typing import Any
 
@@ -223,3 +225,61 @@ async def test_the_peer_with_the_most_connections_loses_first() -> None:
 )
 def test_a_peer_is_an_address_or_the_network_of_an_ipv6_host(name: object, peer: str) -> None:
     assert connections.peer_of(name) == peer
+
+
+async def test_a_client_that_asks_to_go_on_and_leaves_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(echo) as consumer:
+        for _ in range(50):
+            _, writer = await opened(consumer, HEAD + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+            writer.transport.abort()
+        for _ in range(50):
+            _, writer = await opened(consumer, HEAD + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\nabc")
+            writer.write_eof()
+            writer.close()
+        assert (await talk(consumer, request(body=b"{}"))).status == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_what_a_refused_body_held_is_free_at_once() -> None:
+    gc.disable()  # what only the collector of cycles would free counts as held
+    try:
+        async with serving(echo, url=HTTPSettings(max_connections=8)) as consumer:
+            slow = [
+                await opened(consumer, HEAD + b"Content-Length: 1048576\r\n\r\n" + b"x" * 900_000) for _ in range(60)
+            ]
+            await wait_until(lambda: len(port_of(consumer)) <= 8)
+            await wait_until(lambda: large_objects() <= 12)
+            for _, writer in slow:
+                writer.close()
+    finally:
+        gc.enable()
+
+
+async def test_an_idle_connection_keeps_neither_its_last_answer_nor_a_large_head() -> None:
+    async def large(msg: Any) -> str:
+        return "x" * 900_000
+
+    gc.disable()
+    try:
+        async with serving(large) as consumer:
+            idle = [await opened(consumer, request(body=b"{}", Connection="keep-alive")) for _ in range(30)]
+            for reader, _ in idle:
+                assert (await read_reply(reader)).status == 200
+            await wait_until(lambda: large_objects() <= 3)
+            reader, writer = await opened(consumer, request(body=b"{}", Connection="keep-alive", X_A="a" * 20_000))
+            assert (await read_reply(reader)).headers["connection"] == "close"
+            for _, each in (*idle, (reader, writer)):
+                each.close()
+    finally:
+        gc.enable()
+
+
+def large_objects() -> int:
+    """Texts and bytes of more than 500 KB that something holds."""
+    found = {
+        id(part)
+        for one in gc.get_objects()
+        for part in gc.get_referents(one)
+        if isinstance(part, str | bytes | bytearray) and sys.getsizeof(part) > 500_000
+    }
+    return len(found)
