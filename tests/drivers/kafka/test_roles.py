@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from streamtools import Bus, Event, Exchange, Retry
+from streamtools import Bus, Command, Event, Exchange, Retry
 from streamtools.consumer import BoundHandler
 from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer, KafkaProducer
 from streamtools.errors import StreamToolsError
@@ -31,6 +31,12 @@ class Sold(Event, name="roles.Sold"):
     id: int
 
 
+class Ask(Command, name="roles.Ask"):
+    """What is asked."""
+
+    id: int
+
+
 @pytest.fixture(scope="module")
 def strict() -> Iterator[KafkaNode]:
     """A node that allows its own tools everything, and other users what a test allows."""
@@ -48,7 +54,12 @@ def strict() -> Iterator[KafkaNode]:
 
 @pytest.fixture
 def url_of(strict: KafkaNode, queue: str) -> UrlOf:
-    names = {"orders": queue, "orders.retry": f"{queue}.retry", "error": f"{queue}.error"}
+    names = {
+        "site.replies.": f"site-{queue}.replies.",
+        "orders": queue,
+        "orders.retry": f"{queue}.retry",
+        "error": f"{queue}.error",
+    }
 
     async def make(user: str) -> str:
         name = f"{user}-{secrets.token_hex(4)}"
@@ -132,6 +143,26 @@ async def test_a_worker_retries_and_rejects(strict: KafkaNode, url_of: UrlOf, qu
     consumer.stop(10)
     await task
     assert attempts == ["x", "x"]
+
+
+@pytest.mark.usefixtures("deployed")
+async def test_a_requester_asks_and_a_responder_answers(
+    strict: KafkaNode, url_of: UrlOf, queue: str, caplog: Any
+) -> None:
+    asking, answering = await asyncio.gather(url_of("requester"), url_of("responder"))
+    service = Bus(queue, url=answering, declare=False, error_queue="{queue}.error")
+
+    @service.handler
+    async def answer(ask: Ask) -> Any:
+        return Sold(id=ask.id)
+
+    async with service, Bus(url=asking, client_id=f"site-{queue}", error_queue=f"{queue}.error") as site:
+        await service.start()
+        reply = await site.request(Ask(id=7), to=queue, timeout=60)
+    assert "7" in str(reply)
+    assert "AUTHORIZATION_FAILED" not in caplog.text
+    async with KafkaAdmin(url=strict.url) as admin:  # the topic for replies is gone
+        assert not [info.name for info in await admin.list() if info.name.startswith(f"site-{queue}")]
 
 
 @pytest.mark.usefixtures("deployed")
