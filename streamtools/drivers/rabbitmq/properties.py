@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -394,6 +395,9 @@ def without_counts(data: bytes, *, user: str | None = None, routed: bool = True)
 
 
 def _kept(table: bytes, dropped: set[bytes]) -> bytes:
-    return b"".join(
-        table[start:end] for start, value, end in field_entries(table) if table[start + 1 : value] not in dropped
-    )
+    kept: list[bytes] = []
+    with suppress(ValueError, IndexError):  # malformed from there on
+        for start, value, end in field_entries(table):
+            if table[start + 1 : value] not in dropped:
+                kept.append(table[start:end])
+    return b"".join(kept)

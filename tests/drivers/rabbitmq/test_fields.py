@@ -187,3 +187,11 @@ def test_every_type_is_nested_as_json() -> None:
 
     items: list[Any] = json.loads(message.headers["all"])
     assert len(items) == len(SINGLE) - 1
+
+
+def test_headers_that_are_cut_off_are_published_again_as_far_as_they_can_be_read() -> None:
+    entry = b"\x01aS\x00\x00\x00\x01b"
+    table = entry + b"\x01cS\x00\x00\xff\xffd"
+    data = struct.pack(">HI", 0x2000, len(table)) + table
+    again = properties.without_counts(data)
+    assert again == struct.pack(">HI", 0x2000, len(entry)) + entry
