@@ -205,15 +205,19 @@ class RetryLater(Signal):
     """Retry this message, after `delay` (seconds, or a timedelta), or after the policy's own delay when None.
 
     Raises:
-        ConfigurationError: the delay is negative, or ten years or more.
+        ConfigurationError: the delay is no number, negative, or ten years or more.
     """
 
     def __init__(self, delay: float | timedelta | None = None, reason: str = "the handler asked for a retry") -> None:
         super().__init__(reason)
         if isinstance(delay, timedelta):
             delay = delay.total_seconds()
-        if delay is not None and not 0 <= delay < LONGEST:
-            raise ConfigurationError(f"RetryLater({delay!r}) is out of range: seconds from 0 to ten years.")
+        given: object = delay
+        if given is not None and not (isinstance(given, int | float) and 0 <= given < LONGEST):
+            raise ConfigurationError(
+                f"RetryLater({delay!r}) is out of range: seconds from 0 to ten years, and then the reason, as in "
+                "RetryLater(5, 'not yet')."
+            )
         self.delay: float | None = delay
         self.reason = reason
 

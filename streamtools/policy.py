@@ -124,7 +124,9 @@ class Retry:
     def after(self, attempt: int) -> float:
         """The seconds to wait after the failed run number `attempt` (1 is the first)."""
         try:
-            delay = min(self.delay * self.backoff ** (attempt - 1), self.max_delay)
+            # As a float: the power of a whole number would be computed to its last digit, for any attempt that a
+            # message claims to be.
+            delay = min(self.delay * float(self.backoff) ** (attempt - 1), self.max_delay)
         except OverflowError:
             delay = self.max_delay if self.delay else 0.0
         return delay * (1 + random.uniform(-self.jitter, self.jitter)) if self.jitter else delay  # nosec B311: a pause

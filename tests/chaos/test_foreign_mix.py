@@ -11,6 +11,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -36,9 +37,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 240)]
 LETTERS: Final = int(min(5_000, 300 + 10 * SECONDS))
 
 
-@pytest.fixture(autouse=True)
+@contextmanager
 def last_lines() -> Iterator[None]:
-    """Of the log, only the last lines: a test that keeps all of them grows by them."""
+    """Keep only the last lines of the log: pytest keeps all of them, and grows by them."""
     lines: deque[str] = deque(maxlen=100)
 
     class Last(logging.Handler):
@@ -47,9 +48,11 @@ def last_lines() -> Iterator[None]:
 
     root, handler = logging.getLogger(), Last(logging.WARNING)
     before, root.handlers = root.handlers, [handler]
-    yield
-    root.handlers = before
-    print(*lines, sep="\n")
+    try:
+        yield
+    finally:
+        root.handlers = before
+        print(*lines, sep="\n")
 
 
 def mix(title: str, place: Place) -> None:
@@ -62,7 +65,8 @@ def mix(title: str, place: Place) -> None:
         await made.run(SECONDS)
         return made
 
-    made = asyncio.run(run())
+    with last_lines():
+        made = asyncio.run(run())
     assert made.commands or not place.commands
     show(title, made.counts())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -31,6 +32,19 @@ policies = st.builds(
     max_delay=st.floats(0, 1e6), jitter=st.floats(0, 1),
 )  # fmt: skip
 attempts = st.integers(1, 10**9)
+
+
+@pytest.mark.parametrize("attempt", [10**6, 10**18, 10**400])
+@pytest.mark.parametrize("backoff", [1, 2, 3, 10**400, 1.5])
+def test_an_attempt_of_any_size_has_its_delay_at_once(attempt: int, backoff: float) -> None:
+    retry = Retry(retries=None, delay=1, backoff=backoff, jitter=0)
+    assert retry.after(attempt) in (1, retry.max_delay)
+
+
+@pytest.mark.parametrize("delay", ["not yet", [1], float("nan"), -1, 10**400])
+def test_a_delay_that_is_no_number_of_seconds_is_told_with_the_line_to_write(delay: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"RetryLater\(5, 'not yet'\)"):
+        RetryLater(delay)
 
 
 @given(policies, attempts)
