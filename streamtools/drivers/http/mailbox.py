@@ -131,7 +131,8 @@ class Mailbox:
         Only a few at once: their answers go out before the next ones are handled, and connections get their turn.
         """
         limit = min(limit, AT_ONCE)
-        await asyncio.sleep(0)
+        if self._waiting:
+            await asyncio.sleep(0)
         while not self.closed:
             taken: list[Call] = []
             while self._waiting and len(taken) < limit:
