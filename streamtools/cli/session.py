@@ -115,6 +115,8 @@ def plain_errors() -> Iterator[None]:
         yield
     except StreamToolsError as error:
         fail(str(error), code_of(error))
+    except UnicodeEncodeError as error:  # an argument's bytes are no text: no name of a queue is
+        fail(f"{str(error.object)[:80]!r} is not UTF-8.", USAGE)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from streamtools import Bus, ConsumerRunner, Message, QueueAdmin, Retry
+from streamtools import Bus, ConsumerRunner, Message, Producer, QueueAdmin, Retry
 from streamtools.testing import eventually
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.kafka.address import KafkaAddress
@@ -85,3 +85,28 @@ async def test_a_reply_to_a_topic_that_cannot_be_costs_nothing_else(kafka: Kafka
 
     found = await served(kafka.url, queue, publish)
     assert sorted(m.id for m in found) == sorted(f"r{n}" for n in range(1, NUMBER, 2))
+
+
+async def test_a_reply_to_a_queue_that_is_full_holds_nothing_up(rabbitmq_vhost: RabbitMQAddress) -> None:
+    url = f"{rabbitmq_vhost.url}?management_url={rabbitmq_vhost.management_url}"
+    queue, full = f"asked-{secrets.token_hex(4)}", f"full-{secrets.token_hex(4)}"
+    runs: list[int] = []
+    bus = Bus(queue, url=url, prefetch=10)
+
+    @bus.handler
+    async def answer(msg: dict[str, Any]) -> str:
+        runs.append(msg["n"])
+        return "an answer"
+
+    async with QueueAdmin(url=url) as admin:
+        await admin.create(full, queue_type="classic", arguments={"x-max-length": 1, "x-overflow": "reject-publish"})
+        async with Producer(full, url=url, declare=False) as producer:
+            await producer.send("full now")
+        async with ConsumerRunner(bus) as runner, Producer(queue, url=url, declare=False) as producer:
+            asked = Message(body=b"", queue=queue, id="", content_type="application/json", intent="request")
+            await producer.send_messages(
+                [asked.replace(id=f"r{n}", body=b'{"n": %d}' % n, reply_to=full) for n in range(200)]
+            )
+            # To try each reply for as long as another message would take a second for each prefetch.
+            await eventually(lambda: len(runs) == 200 and not bus_in_hand(runner), "each is settled", timeout=10)
+    assert sorted(runs) == list(range(200))

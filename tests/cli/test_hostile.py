@@ -45,6 +45,15 @@ def planted(url: str) -> None:
 
 
 COMMANDS: list[list[str]] = [
+    ["errors", "list", "--queue", "\udceb"],
+    ["errors", "redrive", "--to", "\udceb"],
+    ["queues", "stats", "\udceb"],
+    ["queues", "create", "\udceb"],
+    ["queues", "delete", "\udceb", "--yes"],
+    ["receive", "\udceb"],
+    ["send", "\udceb", "{}"],
+    ["send", "orders", "{}", "--key", "\udceb"],
+    ["send", "orders", "{}", "--type", "\udceb"],
     ["receive", "orders"],
     ["errors", "list"],
     ["errors", "show"],

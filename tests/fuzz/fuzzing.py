@@ -18,7 +18,7 @@ STILL = 0.2
 #: What a long run may need beside what a short one needs, in MiB.
 GROWTH = 64
 #: The most of one input, in bytes.
-MOST = 256 * 1024
+MOST = 64 * 1024
 #: What is put between other bytes.
 PIECES = [b"\x00", b"\xff", b"\n", b"\r\n", b"\x1b[2J", b"\xe2\x80\xae", b"\xed\xb3\xbf", b" ", b"%"]
 PIECES += [b"\\", b'"', b"'", b"{", b"}", b"[", b"]", b",", b":", b"=", b"-1", b"0", b"1e999", b"NaN", b"null"]

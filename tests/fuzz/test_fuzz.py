@@ -32,9 +32,12 @@ from streamtools.policy import describe, error_copy, home_of, redrive_copy, retr
 from streamtools.replies import ReplyRule
 from streamtools.visible import visible
 from streamtools.wire import decode_meta, encode_meta
-from tests.fuzz.fuzzing import fuzz
+from tests.fuzz.fuzzing import SECONDS, fuzz
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads its memory in /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="it reads its memory in /proc"),
+    pytest.mark.timeout(SECONDS + 120),
+]
 
 
 def judged(message: Message) -> list[Message]:
@@ -104,7 +107,7 @@ def test_kafka_records() -> None:
 def test_sqlite_rows() -> None:
     def check(data: bytes, chance: random.Random) -> None:
         metas, _, body = data.partition(b"\n\n")
-        found = metas.split(b"\n")[:50]
+        found = metas.split(b"\n")[:10]
         count, between = len(found), rows.BETWEEN.encode()
         claimed = rows.Claimed(
             1, 1, list(range(count)), [0] * count, [len(body)] * count, between.join(found), body * count

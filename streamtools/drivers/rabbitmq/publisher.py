@@ -424,7 +424,9 @@ class Publisher(HotChannel):
                 f"one of {PREFIX}."
             )
         elif not held:
-            batch.nacked[id(message)] = (
+            # Whoever asked gave a reply's address: the request does not wait for a queue that is full.
+            kept = batch.refused if message.intent == "reply" else batch.nacked
+            kept[id(message)] = (
                 f"The queue {message.queue!r} at {self._link.where} does not take it: it is full (x-max-length "
                 "with x-overflow reject-publish), or its node has failed."
             )
