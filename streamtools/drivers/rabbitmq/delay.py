@@ -88,8 +88,9 @@ def steps(delay: float) -> int:
     Raises:
         Unsendable: longer than the chain can hold it.
     """
-    number = ceil((delay + MARGIN) / STEP) if delay > 0 else 0
-    if number > MOST:
+    fits = delay <= MOST * STEP  # which infinity does not, nor what is not a number
+    number = ceil((delay + MARGIN) / STEP) if fits and delay > 0 else 0
+    if not fits or number > MOST:
         raise Unsendable(
             f"its delay of {delay / 86400:.0f} days is over {MOST * STEP / 86400:.0f} days, the most here. Send it "
             "later, from a schedule of your own."

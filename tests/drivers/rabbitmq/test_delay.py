@@ -60,6 +60,12 @@ class TestArithmetic:
         with pytest.raises(Unsendable, match="days"):
             delay.steps(400 * 86400)
 
+    @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e308, 10**30])
+    def test_a_delay_that_is_no_number_of_seconds_is_refused_by_itself(self, seconds: float) -> None:
+        with pytest.raises(Unsendable, match="days"):
+            delay.steps(seconds)
+        assert delay.steps(-float("inf")) == 0
+
     @given(st.text(min_size=1, max_size=255))
     def test_a_target_is_one_word_without_wildcards(self, name: str) -> None:
         assert not set(delay.word(name)) & set(".*#")
