@@ -41,6 +41,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.users = 0
+        self._process = os.getpid()
         #: When the first signal came, on the monotonic clock.
         self.first: float | None = None
         #: What runs now may be interrupted by the first signal.
@@ -54,6 +55,10 @@ class _Signals:
             signal.signal(number, self.handler)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # it came to a forked child before that could leave us
+            self.leave()
+            os.kill(os.getpid(), number)
+            return
         if (overdue := self._overdue) is not None:
             self._overdue = None
             if overdue():
@@ -76,6 +81,14 @@ class _Signals:
         """Interrupt what the main thread does, from another thread; `overdue` says there whether it is still so."""
         self._overdue = overdue
         signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])
+
+    def leave(self) -> None:
+        """Make signals what they are in any process: for a forked child, whose parent has the event loop."""
+        signal.set_wakeup_fd(-1)  # the parent reads at its other end
+        if signal.getsignal(signal.SIGTERM) is self.handler:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) is self.handler:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def restore(self) -> None:
         """Put back what was there before, unless somebody has put something else there meanwhile."""
@@ -125,6 +138,17 @@ class _InLoop:
                 signal.signal(number, self._signals.handler)
             else:
                 self.loop.add_signal_handler(number, handle._callback, *handle._args)
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: what is heeded is the parent's."""
+    signals, _Signals.current = _Signals.current, None
+    if signals is not None:
+        signals.leave()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _wake_up() -> None:

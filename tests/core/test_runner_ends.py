@@ -361,6 +361,50 @@ async def test_a_second_signal_ends_at_once_what_blocks_the_loop(tmp_path: Path,
     assert (code, took < SOON) == (128 + number, True), (took, errors)
 
 
+FORKING = """
+import asyncio, multiprocessing, os, signal, sys, time
+from streamtools import ConsumerFactory, ConsumerRunner, Producer
+
+consumers, orders = ConsumerFactory(url="asyncio://"), Producer("orders", url="asyncio://")
+
+def say(text):
+    os.write(1, (text + "\\n").encode())
+
+def works(there):
+    there.send("begun")
+    time.sleep(600)
+
+@consumers.route("orders")
+async def handle(number):
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=works, args=(there,))
+    child.start()
+    await asyncio.to_thread(here.recv)
+    os.kill(child.pid, (signal.SIGTERM, signal.SIGINT)[number])
+    await asyncio.to_thread(child.join, 5)
+    say(f"child {child.exitcode}")
+    child.kill()
+
+async def first():
+    await orders.send_many([0, 1])
+
+runner = ConsumerRunner(consumers, orders, on_startup=[first], on_shutdown=[lambda: say("down")])
+if __name__ == "__main__":
+    asyncio.run(runner.serve()) if "asyncio" in sys.argv else runner.run()
+"""
+
+
+@pytest.mark.parametrize("how", ["asyncio", "run", "command"])
+async def test_a_signal_for_a_forked_child_ends_the_child_alone(tmp_path: Path, how: str) -> None:
+    arguments = ("-m", "streamtools", "run", "script:runner") if how == "command" else (how,)
+    with process(tmp_path, FORKING, *arguments) as running:
+        await said(running, f"child {-signal.SIGTERM}")
+        await said(running, "child 1")  # KeyboardInterrupt, as in any child of Python
+        code, output, errors, took = await ends(running, signal.SIGTERM)
+    assert (code, output, took < SOON) == (0, "down\n", True), errors
+    assert errors.count("finishing what is in hand") <= 1
+
+
 # --- several runners --------------------------------------------------------------------------------
 
 TWO = """
