@@ -7,6 +7,7 @@ import random
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -24,9 +25,10 @@ from streamtools.copies import lesser_copies
 from streamtools.drivers.kafka.outgoing import outgoing
 from streamtools.drivers.kafka.records import decode_origin, read_record
 from streamtools.drivers.rabbitmq import properties
+from streamtools.drivers.rabbitmq.names import check_rabbitmq_reply
 from streamtools.drivers.sqlite import rows
 from streamtools.envelope import event_type, unwrapped
-from streamtools.errors import DecodeError, SendError
+from streamtools.errors import ConfigurationError, DecodeError, SendError
 from streamtools.message import ErrorDetails
 from streamtools.policy import describe, error_copy, home_of, redrive_copy, retry_copy
 from streamtools.replies import ReplyRule
@@ -40,6 +42,9 @@ pytestmark = [
 ]
 
 
+RULE = ReplyRule(check_rabbitmq_reply, ["*.replies.*"], ["error"])
+
+
 def judged(message: Message) -> list[Message]:
     """What may become of a message: a retry, the error queue, ever smaller copies, back to work."""
     error = ValueError(message.id)
@@ -51,7 +56,8 @@ def judged(message: Message) -> list[Message]:
     home_of(message)
     assert 1 <= message.attempt <= 10**9
     assert visible(repr(message)).isprintable()
-    ReplyRule(lambda address: None, ["*.replies.*"], ["error"]).allows(message)
+    with suppress(ConfigurationError):
+        RULE.check(message.reply_to or "")
     return copies
 
 
@@ -212,6 +218,8 @@ def test_the_command_line(cli: CliRunner, tmp_path: Path) -> None:
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code in (0, 1, 2)
+        if "Usage: " in result.stderr:
+            return  # the parser of options repeats what was typed
         for text in (result.stdout, result.stderr):
             assert all(c.isprintable() or c in "\n\t" for c in text), text[:500]
 
