@@ -45,23 +45,27 @@ class Access:
             return _closing(
                 answers.problem(403, "A web page of another origin asks; allow it with origins= if it is yours.")
             )
-        shown = request.headers.getall("Authorization", [])
-        if self.tokens and not self.tokens.accept(shown[0] if len(shown) == 1 else None):
+        if self.tokens and not self._is_shown(request):
             challenge = {"WWW-Authenticate": "Bearer"}
             return _closing(
                 answers.problem(401, "A request here shows a token: Authorization: Bearer ...", **challenge)
             )
         return None
 
+    def _is_shown(self, request: web.BaseRequest) -> bool:
+        shown = request.headers.getall("Authorization", [])
+        return len(shown) == 1 and self.tokens.accept(shown[0])
+
     def _is_ours(self, name: str) -> bool:
         host, colon, port = name.rpartition(":")
         return name in self.hosts or bool(colon and port.isdigit() and host.strip("[]") in self.hosts)
 
     def _may_come(self, request: web.BaseRequest) -> bool:
-        if "*" in self.origins:
+        headers = request.headers
+        if ("Origin" not in headers and "Sec-Fetch-Site" not in headers) or "*" in self.origins:
             return True
-        site = request.headers.get("Sec-Fetch-Site", "none").lower()
-        pages = [origin.lower() for origin in request.headers.getall("Origin", [])]
+        site = headers.get("Sec-Fetch-Site", "none").lower()
+        pages = [origin.lower() for origin in headers.getall("Origin", [])]
         if pages:
             return all(page in self.origins for page in pages) or site == "same-origin"
         return site in ("none", "same-origin")

@@ -146,9 +146,17 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
     return fields, user or NO_HEADERS
 
 
+def size_of(raw: Iterable[tuple[bytes, bytes]]) -> int:
+    """Bytes that the headers of a request take, as they stand on the wire."""
+    size = 0
+    for name, value in raw:
+        size += len(name) + len(value)
+    return size
+
+
 def meta_size(raw: Iterable[tuple[bytes, bytes]]) -> int:
     """Bytes that the metadata of a request takes, as it stands on the wire."""
-    return sum(len(name) + len(value) for name, value in raw if name.decode("latin-1").lower() in _OURS)
+    return size_of(each for each in raw if each[0].decode("latin-1").lower() in _OURS)
 
 
 def _unpack(packed: str, user: Headers, spelled: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from streamtools.bodies import TooLarge, is_undone, undone
 from streamtools.checks import HEADERS_LIMIT
 from streamtools.drivers.http import answers
 from streamtools.drivers.http.connections import _Connection
-from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers, meta_size
+from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers, meta_size, size_of
 from streamtools.drivers.http.options import QUERY_METHODS
 from streamtools.errors import DecodeError
 from streamtools.forms import FORM, read_pairs, write_form
@@ -263,7 +263,9 @@ class Mailbox:
         if self._hidden:
             raw = tuple(each for each in raw if each[0].lower() not in self._hidden)
         fields, headers = decode_headers(raw)
-        size = max(sum(len(n) + len(v) for n, v in headers.items()), meta_size(raw))
+        size = sum(len(n) + len(v) for n, v in headers.items())
+        if size_of(raw) > HEADERS_LIMIT:  # few are that long, and only they are measured exactly
+            size = max(size, meta_size(raw))
         if size > HEADERS_LIMIT:
             raise Refused(answers.problem(431, f"The headers are over {HEADERS_LIMIT} bytes."))
         encoding = fields.get("content_encoding")

@@ -18,7 +18,7 @@ from yarl import URL
 from streamtools.drivers.http import answers
 from streamtools.drivers.http.access import Access
 from streamtools.drivers.http.connections import Connections, Door, _Connection, _Server
-from streamtools.drivers.http.headers import PLAIN_LIMIT
+from streamtools.drivers.http.headers import PLAIN_LIMIT, size_of
 from streamtools.drivers.http.mailbox import Mailbox, attempt_of
 from streamtools.errors import ConfigurationError, ConnectError
 
@@ -195,7 +195,7 @@ class SharedServer:
     async def _handle(self, request: web.BaseRequest) -> web.Response:
         try:
             response = await self._answer(request)
-            if sum(len(name) + len(value) for name, value in request.raw_headers) > LARGE_HEAD:
+            if size_of(request.raw_headers) > LARGE_HEAD:
                 response.force_close()
             return response
         except Exception:  # ours, and of this request alone
@@ -231,6 +231,8 @@ def _make_request(
 ) -> web.BaseRequest:
     loop = asyncio.get_running_loop()
     protocol.begun(payload)
+    if message.path is None:  # `CONNECT` without a target
+        message = message._replace(path="", url=ROOT)
     try:
         return web.BaseRequest(message, payload, protocol, writer, task, loop)
     except Exception:  # some targets are no URL to aiohttp, which would let the connection stay open for ever

@@ -316,3 +316,11 @@ async def test_what_a_handler_says_of_a_message_it_rejects_is_cut_in_the_answer(
     async with serving(reject) as consumer:
         reply = await talk(consumer, request(body=b"\xc3\xbc" * 500_000, Content_Type="text/plain"))
     assert (reply.status, len(reply.body) < 20_000) == (422, True)
+
+
+@pytest.mark.parametrize("rest", [b"\n", b"\r\n", b"\r\nContent-Length: 4\r\n"])
+async def test_a_request_without_a_target_is_refused(rest: bytes, tracebacks: list[str]) -> None:
+    async with serving(or_fail) as consumer:
+        assert (await talk(consumer, b"CONNECT " + rest + b"Host: x\r\n\r\n" + b'"x",')).status in (400, 404)
+        assert (await talk(consumer, request(body=b"10"))).status == 200
+    assert not tracebacks

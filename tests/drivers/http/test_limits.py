@@ -7,6 +7,7 @@ import gc
 import ssl
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -53,8 +54,9 @@ async def test_a_head_without_end_is_refused_before_much_of_it_is_held(header: b
                 assert port_of(consumer).held < 2 * connections.HEAD_LIMIT
         except ConnectionError:
             pass
-        reply = await read_reply(reader)
-        assert reply.status in (400, 431)  # the number of headers, or their size
+        with suppress(ConnectionError):  # the answer may be lost with what its sender has still on the way
+            reply = await read_reply(reader)
+            assert reply.status in (400, 431)  # the number of headers, or their size
         writer.close()
         await wait_until(lambda: len(port_of(consumer)) == 0 and port_of(consumer).held == 0)
 
@@ -241,6 +243,7 @@ async def test_a_client_that_asks_to_go_on_and_leaves_is_no_error(caplog: pytest
 
 
 async def test_what_a_refused_body_held_is_free_at_once() -> None:
+    others = large_objects()
     gc.disable()  # what only the collector of cycles would free counts as held
     try:
         async with serving(echo, url=HTTPSettings(max_connections=8)) as consumer:
@@ -248,7 +251,7 @@ async def test_what_a_refused_body_held_is_free_at_once() -> None:
                 await opened(consumer, HEAD + b"Content-Length: 1048576\r\n\r\n" + b"x" * 900_000) for _ in range(60)
             ]
             await wait_until(lambda: len(port_of(consumer)) <= 8)
-            await wait_until(lambda: large_objects() <= 12)
+            await wait_until(lambda: large_objects() - others <= 12)
             for _, writer in slow:
                 writer.close()
     finally:
@@ -259,13 +262,14 @@ async def test_an_idle_connection_keeps_neither_its_last_answer_nor_a_large_head
     async def large(msg: Any) -> str:
         return "x" * 900_000
 
+    others = large_objects()
     gc.disable()
     try:
         async with serving(large) as consumer:
             idle = [await opened(consumer, request(body=b"{}", Connection="keep-alive")) for _ in range(30)]
             for reader, _ in idle:
                 assert (await read_reply(reader)).status == 200
-            await wait_until(lambda: large_objects() <= 3)
+            await wait_until(lambda: large_objects() - others <= 3)
             reader, writer = await opened(consumer, request(body=b"{}", Connection="keep-alive", X_A="a" * 20_000))
             assert (await read_reply(reader)).headers["connection"] == "close"
             for _, each in (*idle, (reader, writer)):
