@@ -183,6 +183,8 @@ def _why(error: BaseException) -> str:
     return explained(error)
 
 
+#: What the library raises where it cannot write a record.
+UNWRITABLE: Final = (TypeError, ValueError, OverflowError)
 #: Adds a record to a batch; None when it has no room there.
 Append = Callable[..., Any]
 
@@ -191,9 +193,14 @@ def append(add: Append, item: Outgoing) -> bool:
     """Add it to a batch; False where that has no room. What the library cannot write is refused."""
     try:
         return add(timestamp=item.timestamp, key=item.key, value=item.value, headers=item.headers) is not None
-    except (TypeError, ValueError, OverflowError) as error:
-        item.refuse(Unfit(f"it cannot be written as a record of Kafka: {error}"))
+    except UNWRITABLE as error:
+        item.refuse(unwritable(error))
         return True
+
+
+def unwritable(error: Exception) -> Unfit:
+    """The error for what the library cannot write."""
+    return Unfit(f"it cannot be written as a record of Kafka: {error}")
 
 
 class Portions:

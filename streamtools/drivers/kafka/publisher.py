@@ -37,7 +37,7 @@ from streamtools.drivers.kafka.errors import (
     client_error,
     plain,
 )
-from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, Portions, append
+from streamtools.drivers.kafka.outgoing import COPY_ROOM, UNWRITABLE, Outgoing, Portions, unwritable
 from streamtools.drivers.kafka.partitions import Partitions
 from streamtools.drivers.kafka.pending import Pending, Room
 from streamtools.drivers.kafka.reach import Reach
@@ -147,15 +147,18 @@ class Lane:
         number = most = self._portions.next(len(waiting))
         while number:
             item = waiting[0]
+            number -= 1
             if item.pending.given_up:
                 item.pending.room.free(waiting.popleft().size)
-            elif not append(add, item):
-                break
-            elif item.error is None:
-                batch.append(waiting.popleft())
+                continue
+            try:  # as `append` does, which would be one more call for each message
+                if add(timestamp=item.timestamp, key=item.key, value=item.value, headers=item.headers) is None:
+                    number += 1
+                    break
+            except UNWRITABLE as error:
+                waiting.popleft().fail(unwritable(error))
             else:
-                self._refuse([waiting.popleft()], item.error)
-            number -= 1
+                batch.append(waiting.popleft())
         self._portions.taken(most - number)
         builder.close()
         return batch, builder
@@ -367,7 +370,9 @@ class Publisher:
         size = 0
         for item in batch:
             item.pending = pending
-            trouble = missing.get(item.topic) or trouble_of(item, limit) if missing else trouble_of(item, limit)
+            trouble = missing.get(item.topic) if missing else None
+            if trouble is None and (item.size > limit or item.partition is not None):
+                trouble = trouble_of(item, limit)
             if trouble is not None:
                 item.refuse(trouble)
                 pending.failed[item.id] = trouble
