@@ -158,7 +158,8 @@ async def redrive(
     Parameters:
         queue: the error queue.
         where: only those for which it is true.
-        target: where to; the queue that each one failed in when None.
+        target: where to; the queue that each one says it failed in when None. Whoever may write to the error queue
+            may have written that: choose by `where`, as in `ErrorFilter(["queue=orders"])`, where others write there.
         limit: this many at most.
         progress: called with the number looked at so far.
 

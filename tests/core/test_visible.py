@@ -41,9 +41,9 @@ def test_what_can_be_seen_is_as_it_was() -> None:
 
 
 def test_a_megabyte_of_it_takes_no_time() -> None:
-    begun = time.perf_counter()
+    begun = time.thread_time()
     visible("\x1b\u202ea" * 350_000)
-    assert time.perf_counter() - begun < 1.0
+    assert time.thread_time() - begun < 1.0
 
 
 class Evil:
@@ -134,8 +134,8 @@ def nested(depth: int, width: int) -> BaseException:
 @pytest.mark.parametrize(("depth", "width"), [(5_000, 1), (12, 5), (1, 100_000)])
 def test_groups_of_errors_of_any_depth_and_width_are_told_and_judged(depth: int, width: int) -> None:
     error = nested(depth, width)
-    begun = time.perf_counter()
+    begun = time.thread_time()
     assert "ValueError: in the midst" in text_of(error)
     assert Retry(retries=0).decide(error, 1).kind.name == "REJECT"
     assert len(text_of(error)) < 1000
-    assert time.perf_counter() - begun < 0.2
+    assert time.thread_time() - begun < 0.2
