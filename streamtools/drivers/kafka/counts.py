@@ -51,4 +51,6 @@ async def _count(cluster: Cluster, partition: TopicPartition, progress: Progress
         for record in batch:
             if progress.start <= record.offset < progress.end:
                 number += not any(first <= record.offset < end for first, end in done)
-    return number + Progress(at, progress.end, None).lag if at < progress.end else number
+    # What was not read counts by its offsets, less those that are done.
+    unread = max(0, progress.end - at)
+    return number + unread - sum(max(0, min(end, progress.end) - max(first, at)) for first, end in done)
