@@ -270,8 +270,7 @@ class Dispatcher:
         If a message that a handler sent was refused, the handler has failed with that error: its message is retried
         or rejected. A refused reply is left out. A refused copy is tried again.
         """
-        named = frozenset((*error.refused, *error.unfit))
-        refused = [m for m in settlement.outgoing if m.id in named]
+        refused = error.among(settlement.outgoing, {*error.refused, *error.unfit})
         message = settlement.delivery.message
         if lost := lost_replies(settlement.outgoing, error):
             log.warning("The reply to message %s of %r is not sent: %s", message.id, message.queue, error)
@@ -285,8 +284,7 @@ class Dispatcher:
         """A partly refused settlement without the messages that the broker holds already."""
         if self._atomic or not settlement.outgoing:
             return settlement
-        named = {*error.refused, *error.unknown}
-        outgoing = tuple(m for m in settlement.outgoing if m.id in named)
+        outgoing = tuple(error.among(settlement.outgoing, {*error.refused, *error.unknown}))
         return settlement if len(outgoing) == len(settlement.outgoing) else replace(settlement, outgoing=outgoing)
 
     def lesser(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
@@ -303,12 +301,11 @@ class Dispatcher:
         if not self._copies:
             yield Settlement(delivery, Verdict.reject(reason), error=settlement.error or error)
             return
-        unfit = frozenset(error.unfit) if isinstance(error, SendError) else frozenset()
+        unfit = error.among(settlement.outgoing, error.unfit) if isinstance(error, SendError) else []
         own = [m for m in settlement.outgoing if m.id == delivery.message.id]
-        others = tuple(m for m in settlement.outgoing if m.id != delivery.message.id and m.id not in unfit)
-        if unfit and delivery.message.id not in unfit:
-            whole = replace(settlement, outgoing=(*own, *others))
-            yield self.left(whole, error) if isinstance(error, SendError) else whole
+        others = tuple(m for m in settlement.outgoing if m.id != delivery.message.id and m not in unfit)
+        if isinstance(error, SendError) and unfit and not any(m in unfit for m in own):
+            yield self.left(replace(settlement, outgoing=(*own, *others)), error)
         if own:
             yield replace(settlement, outgoing=(*map(brief_copy, own), *others))
         rejection = Settlement(delivery, Verdict.reject(reason), error=settlement.error or error)

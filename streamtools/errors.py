@@ -37,7 +37,14 @@ from typing import TYPE_CHECKING, Final
 from streamtools.visible import guard_log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
+    from typing import Protocol, TypeVar
+
+    class _Identified(Protocol):
+        @property
+        def id(self) -> str: ...
+
+    Sent = TypeVar("Sent", bound=_Identified)
 
 guard_log()  # every module that logs imports this one
 
@@ -121,6 +128,15 @@ class SendError(StreamToolsError):
         self.unfit: tuple[str, ...] = tuple(unfit)
         self.refused: tuple[str, ...] = tuple(refused)
         self.unknown: tuple[str, ...] = tuple(unknown)
+
+    def among(self, messages: Iterable[Sent], ids: Collection[str]) -> list[Sent]:
+        """Those of `messages` that this error is about: by themselves where the driver tells them apart.
+
+        Parameters:
+            ids: of `refused`, `unknown` or `unfit`.
+        """
+        own = frozenset(map(id, self.messages))
+        return [m for m in messages if m.id in ids and (not own or id(m) in own)]
 
 
 class ResponseError(SendError):

@@ -77,7 +77,7 @@ def lost_replies(outgoing: Iterable[Message], error: SendError) -> frozenset[str
     Those that were refused; those whose confirmation never came, too, where nothing else is missing.
     """
     refused, unclear = {*error.refused, *error.unfit}, frozenset(error.unknown)
-    named = [message for message in outgoing if message.id in refused or message.id in unclear]
+    named = error.among(outgoing, refused | unclear)
     if all(message.intent == "reply" for message in named):
         refused |= unclear
     return frozenset(message.id for message in named if message.intent == "reply" and message.id in refused)

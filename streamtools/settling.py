@@ -101,7 +101,7 @@ class OneSettlement:
         if isinstance(error, SendError):
             if await self._decide_anew(error):
                 return True
-            if not any(message.id in error.unfit for message in self.settlement.outgoing):
+            if not error.among(self.settlement.outgoing, error.unfit):
                 return False
         elif isinstance(error, QueueError):
             return False

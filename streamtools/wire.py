@@ -156,7 +156,11 @@ def encode_meta(message: Message, *, prefix: str = "", skip: frozenset[str] = fr
         meta[prefix + KEY_BYTES] = base64.b64encode(message.key).decode()
     for field, name in TIMES.items():
         if field not in skip and (seconds := getattr(message, field)) is not None:
-            meta[prefix + name] = to_rfc3339(seconds)
+            try:
+                meta[prefix + name] = to_rfc3339(seconds)
+            except (TypeError, ValueError, OverflowError, OSError):
+                why = f"{field}={seconds!r} is no time of the years 1 to 9999, in seconds since the epoch"
+                raise ValueError(why) from None
     if message.attempt != 1:
         meta[prefix + ATTEMPT] = str(message.attempt)
     if message.version is not None:

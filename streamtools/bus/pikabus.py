@@ -211,7 +211,12 @@ class Incoming:
         try:
             await self._consumer._settle(written)
         except SendError as error:
-            self.style.forget([message for s in settlements for message in s.outgoing], error.refused)
+            given = [message for s in settlements for message in s.outgoing]
+            self.style.forget(given, error.refused)
+            if error.messages:
+                refused = frozenset(map(id, error.messages))
+                sent = (message for s in written for message in s.outgoing)
+                error.messages = [m for m, other in zip(given, sent, strict=True) if id(other) in refused]
             raise
 
     async def _redeclare(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streamtools import loop as loop_module
-from streamtools.delivery import Delivery, Settlement
+from streamtools.delivery import Delivery, Settlement, current
 from streamtools.errors import ConnectionLost, QueueError, Reject, SendError
 from streamtools.message import Message
 from streamtools.settling import Unsettled
@@ -195,6 +195,34 @@ async def test_a_copy_that_only_its_traceback_makes_too_large_is_retried_whole()
     copy = source.copies()["1"]
     assert (copy.queue, copy.attempt, len(copy.headers["large"])) == ("orders", 2, 2000)
     assert copy.error is not None and copy.error.omitted == "traceback"
+
+
+async def test_a_neighbour_that_sends_under_the_id_of_what_is_refused_keeps_its_verdict(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Tells(Script):
+        """It knows the refused messages by themselves, and not by their ids alone."""
+
+        async def _settle(self, settlements: Sequence[Settlement]) -> None:
+            sent = [m for s in settlements for m in s.outgoing]
+            if refused := [m for m in sent if m.queue == "nowhere"]:
+                error = SendError("there is no such queue", refused=["same"] * len(refused))
+                error.messages = refused
+                raise error
+            await super()._settle(settlements)
+
+    both = asyncio.Barrier(2)
+
+    async def send(message: Message) -> None:
+        await both.wait()  # their settlements are tried in one batch
+        where = "nowhere" if message.id == "1" else "others"
+        current.get().outgoing += (Message(body=message.body, queue=where, id="same"),)
+
+    source = Tells(foreign(1), foreign(2))
+    async with running(make(source, send, concurrency=2)):
+        await eventually(lambda: len(source.settled()) == 2)
+    assert (source.settled(Kind.ACK), source.settled(Kind.RETRY)) == ([2], [1])
+    assert "failed on message 1" in caplog.text and "failed on message 2" not in caplog.text
 
 
 @pytest.mark.parametrize("ack", ["after", "manual"])

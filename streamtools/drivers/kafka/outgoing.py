@@ -74,7 +74,7 @@ class Outgoing:
             self.id, topic, self.key, self.value, self.headers, self.timestamp, self.partition,
             beside=self.size - len(self.value or b""), mandatory=self.mandatory,
         )  # fmt: skip
-        item.of = self
+        item.of, item.error = self, self.error
         return item
 
     def refuse(self, error: BaseException) -> None:
@@ -117,7 +117,11 @@ def outgoing(
         if like is not None and shared is not None and shared is source:
             items.append(like(message.id, message.body))
             continue
-        item = _outgoing(message, headers, now, read)
+        try:
+            item = _outgoing(message, headers, now, read)
+        except UNWRITABLE as error:
+            items.append(_refused(message, error))
+            continue
         items.append(item)
         if shared is not None:
             source, like = shared, _pattern(item)
@@ -152,6 +156,15 @@ def _outgoing(message: Message, headers: Sequence[Header], now: float, read: Ite
         message.id, message.queue, key, message.body, found, stamp, partition,
         exchange=message.exchange, mandatory=message.mandatory,
     )  # fmt: skip
+
+
+def _refused(message: Message, error: Exception) -> Outgoing:
+    """What stands for a message of which no record can be made, such as one with a time that is not a number."""
+    item = Outgoing(
+        message.id, message.queue, None, None, [], 0, exchange=message.exchange, mandatory=message.mandatory
+    )
+    item.error = unwritable(error)
+    return item
 
 
 def refused(failed: Mapping[str, BaseException], settings: KafkaSettings) -> SendError:

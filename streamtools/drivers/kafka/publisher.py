@@ -370,7 +370,9 @@ class Publisher:
         size = 0
         for item in batch:
             item.pending = pending
-            trouble = missing.get(item.topic) if missing else None
+            trouble = item.error
+            if trouble is None and missing:
+                trouble = missing.get(item.topic)
             if trouble is None and (item.size > limit or item.partition is not None):
                 trouble = trouble_of(item, limit)
             if trouble is not None:

@@ -132,7 +132,7 @@ class Transactional:
         failed: dict[str, BaseException] = {}
         lanes: dict[tuple[str, int], list[Outgoing]] = {}
         for item in batch:
-            trouble = missing.get(item.topic) or self._partitions.trouble(item, self._limit)
+            trouble = item.error or missing.get(item.topic) or self._partitions.trouble(item, self._limit)
             if trouble is None:
                 lanes.setdefault((item.topic, self._partitions.choose(item)), []).append(item)
             else:

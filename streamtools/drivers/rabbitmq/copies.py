@@ -21,8 +21,9 @@ async def send_before_settling(
         refused = refused or more  # the others are tried again, and then say so themselves
     if refused is not None:
         kept = {id(s) for s in held}
-        unsent = [m.id for s in settlements if id(s) not in kept for m in s.outgoing if goes_last(m, s)]
-        refused.unknown = (*refused.unknown, *unsent)
+        waiting = [m for s in settlements if id(s) not in kept for m in s.outgoing if goes_last(m, s)]
+        refused.unknown = (*refused.unknown, *(m.id for m in waiting))
+        refused.messages = (*refused.messages, *waiting)
     return held, refused
 
 
@@ -44,8 +45,8 @@ def unsent(
     settlements: Sequence[Settlement], messages: Sequence[Message], error: ConnectError
 ) -> tuple[list[Settlement], SendError]:
     """The connection that sends has ended, or cannot be had."""
-    ids_ = [message.id for message in messages]
-    refusal = SendError(str(error), unknown=ids_)
+    refusal = SendError(str(error), unknown=[message.id for message in messages])
+    refusal.messages = messages
     refusal.__cause__ = error
     return held(settlements, messages), refusal
 

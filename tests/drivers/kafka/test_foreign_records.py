@@ -15,6 +15,7 @@ from streamtools.drivers.kafka.records import ORIGIN
 from streamtools.message import Message
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
+from tests.brokers.kafka.tools import kafka_tool
 from tests.drivers.kafka.conftest import MakeProducer, Running, Tool, records, shown
 from tests.drivers.kafka.raw import produce_raw
 
@@ -39,6 +40,29 @@ async def received(kafka: KafkaAddress, topic: str, number: int, **options: Any)
 def offset_of(message: Message) -> int:
     """Of one without an id of its own."""
     return int(message.id.rsplit("-", 1)[-1])
+
+
+async def test_what_kafkas_console_producer_sends_is_text_and_a_number_for_who_wants_that(
+    kafka: KafkaAddress, admin: QueueAdmin, queue: str, running: Running
+) -> None:
+    await admin.create(queue)
+    lines = ["hello", "200", "[1]", '"quoted"', "größe"]
+    await asyncio.to_thread(
+        kafka_tool, kafka.bootstrap, "kafka-console-producer", "--topic", queue, stdin="\n".join(lines) + "\n"
+    )
+    texts: list[str] = []
+    anything: list[int | str] = []
+
+    async def text(msg: str) -> None:
+        texts.append(msg)
+
+    async def number(msg: int | str) -> None:
+        anything.append(msg)
+
+    async with running(text, group="texts"), running(number, group="numbers"):
+        await eventually(lambda: len(texts) == len(anything) == 5)
+    assert texts == ["hello", "200", "[1]", "quoted", "größe"]
+    assert anything == ["hello", 200, "[1]", "quoted", "größe"]
 
 
 @pytest.mark.parametrize("compression", ["none", "gzip", "snappy", "lz4", "zstd"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -208,6 +209,23 @@ async def test_what_the_library_cannot_write_is_refused_alone(
         await sender.send_messages(good)
     assert caught.value.refused == caught.value.unfit == ("4",)
     assert [int(record.value) for record in await records(kafka, queue)] == [n for n in range(10) if n != 4]
+
+
+NEVER = [math.nan, math.inf, -math.inf, 1e12, -1e300]
+
+
+@pytest.mark.parametrize("field", ["time", "deliver_at", "expires_at"])
+async def test_a_time_that_cannot_be_written_costs_its_message_alone(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str, field: str
+) -> None:
+    sender = await producer(partitions=1)
+    batch = [Message(body=b"%d" % n, queue=queue, id=f"{n}") for n in range(10)]
+    for number, never in enumerate(NEVER):
+        batch[2 * number] = batch[2 * number].replace(**{field: never})
+    with pytest.raises(SendError, match=f"{field}=nan is no time of the years 1 to 9999") as caught:
+        await sender.send_messages(batch)
+    assert caught.value.refused == caught.value.unfit == ("0", "2", "4", "6", "8")
+    assert [int(record.value) for record in await records(kafka, queue)] == [1, 3, 5, 7, 9]
 
 
 async def test_thousands_of_first_sends_at_once_ask_for_the_topic_once(

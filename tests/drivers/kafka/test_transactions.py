@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from typing import Any
 
@@ -101,6 +102,19 @@ async def test_one_refused_message_undoes_the_whole_though_nobody_looks(
 
 
 # --- of a consumer ----------------------------------------------------------------------------------
+
+
+async def test_a_time_that_cannot_be_written_undoes_the_whole_and_is_named(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str
+) -> None:
+    sender = await producer(partitions=1)
+    good = Message(body=b"good", queue=queue, id="good")
+    with pytest.raises(SendError, match="expires_at=nan is no time") as caught:
+        async with sender.transaction():
+            await sender.send_messages([good, good.replace(id="bad", expires_at=math.nan)])
+    assert caught.value.refused == ("bad",)
+    await sender.send_messages([good])
+    assert await visible(kafka, queue) == [b"good"]
 
 
 async def test_what_a_handler_sends_leaves_with_its_acknowledgement(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 from aiormq.abc import AbstractChannel
+from pamqp.commands import Basic
 
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer
 from streamtools.drivers.rabbitmq.holding import CopyChannel
@@ -91,6 +93,29 @@ async def test_a_failing_message_goes_to_the_error_queue_with_its_body_and_holds
     assert {message.error.queue for message in failed if message.error} == {"orders"}
     assert {message.error.attempts for message in failed if message.error} == {2}
     assert handled.count(b"plain") == len(STRANGE)
+
+
+async def test_plain_text_without_a_content_type_is_text_and_gzip_is_undone(
+    url: str, foreign: AbstractChannel
+) -> None:
+    texts: list[str] = []
+    consumer = RabbitMQConsumer("orders", url=url, retry=Retry(retries=0))
+
+    @consumer()
+    async def handle(msg: str) -> None:
+        texts.append(msg)
+
+    sent = [b"hello", b"200", b"[1]", b'"quoted"', "größe".encode()]
+    async with consumer:
+        loop = asyncio.create_task(handle())
+        for body in sent:
+            await foreign.basic_publish(body, routing_key="orders")
+        packed = Basic.Properties(content_encoding="gzip")
+        await foreign.basic_publish(gzip.compress(b"packed"), routing_key="orders", properties=packed)
+        await wait_until(lambda: len(texts) == 6)
+        loop.cancel()
+        await asyncio.wait({loop})
+    assert texts == ["hello", "200", "[1]", "quoted", "größe", "packed"]
 
 
 @pytest.mark.parametrize("queue_type", ["quorum", "classic"])

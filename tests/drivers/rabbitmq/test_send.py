@@ -234,7 +234,7 @@ async def test_each_of_several_with_the_same_id_that_reach_no_queue_is_refused(p
 
 
 async def test_what_one_handler_sends_is_refused_alone_though_another_sends_with_the_same_id(
-    url: str, foreign: AbstractChannel, consumer: Any, producer: Any
+    url: str, foreign: AbstractChannel, consumer: Any, producer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     handled: list[int] = []
     receiver = RabbitMQConsumer("orders", url=url, retry=Retry(retries=0), concurrency=20)
@@ -260,5 +260,6 @@ async def test_what_one_handler_sends_is_refused_alone_though_another_sends_with
     assert sorted(int(d.message.body) for d in failed) == list(range(1, 20, 2))
     assert await others.receive(timeout=1) == []
     assert sorted(handled) == list(range(21))
+    assert caplog.text.count("rejected message") == 10
     receiver.stop()
     await running
