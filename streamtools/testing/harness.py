@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import fields
 from itertools import count
 from types import TracebackType
@@ -35,6 +36,8 @@ DEFERRALS: Final = 10
 #: Attempts that come at once; further ones keep to their delay, so that what is retried for ever does not spin.
 AT_ONCE: Final = 100
 _names = count()
+#: Held by the harness whose block lasts: what any Producer of the process sends goes to that one.
+_turn = threading.Lock()
 
 
 class Harness:
@@ -51,7 +54,7 @@ class Harness:
     The handlers run with their own concurrency, retries, middleware and order; the address and the
     protocol are replaced. Inside the block every Producer, at whatever URL, connects nowhere: what it
     sends to a routed queue is handled here, and all that it sends is kept in `sent`. Its receipts are
-    plain ones, also where a call would be answered. One harness at a time.
+    plain ones, also where a call would be answered. One harness at a time, in all threads together.
 
     A bus in it publishes to the buses in it, and asks them; what leaves them is in `sent`, `deferred`, `published`
     and `replied`, whoever receives it. That nobody has subscribed, or a queue is missing, is no error here. Starting
@@ -64,7 +67,7 @@ class Harness:
         timeout: seconds that `settled` waits.
 
     Raises:
-        ConfigurationError: two handlers would have to share a queue.
+        ConfigurationError: two handlers would have to share a queue; or, by its block, another harness is at work.
     """
 
     def __init__(
@@ -174,6 +177,7 @@ class Harness:
 
     async def __aenter__(self) -> Self:
         try:
+            self._stack.enter_context(_alone())
             for bus in self._buses:
                 await self._stack.enter_async_context(moved(bus, self._url))
             self._stack.enter_context(_redirected(self._take))
@@ -381,6 +385,19 @@ def _distinct(routes: Iterable[Route | Attendance]) -> list[Route | Attendance]:
                 "only; give the harness one of them: Harness(handler)."
             )
     return list(found.values())
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    if not _turn.acquire(blocking=False):
+        raise ConfigurationError(
+            "Another harness is at work, and takes what every Producer of this process sends: end its block first, "
+            "or give one harness all of it: Harness(consumers, bus). Tests in threads take turns by a threading.Lock."
+        )
+    try:
+        yield
+    finally:
+        _turn.release()
 
 
 def _redirected(take: Callable[[Sequence[Message]], Awaitable[list[Receipt]]]) -> ExitStack:

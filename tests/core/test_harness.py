@@ -193,6 +193,31 @@ async def test_after_the_block_producers_are_themselves_again() -> None:
         assert delivery.message.body == b"3"
 
 
+async def test_a_second_harness_at_the_same_time_says_so_and_disturbs_nothing() -> None:
+    consumers, others = ConsumerFactory(url="asyncio://"), ConsumerFactory(url="asyncio://")
+
+    @consumers.route("orders")
+    async def order(msg: int) -> None: ...
+
+    @others.route("others")
+    async def other(msg: int) -> None: ...
+
+    async def use(*sources: ConsumerFactory) -> list[Any]:
+        async with Harness(*sources) as service:
+            await service.send("others", 1)
+            await service.settled()
+            return service.handled()
+
+    async with Harness(consumers) as service:
+        for again in (use(others), asyncio.to_thread(asyncio.run, use(others))):
+            with pytest.raises(ConfigurationError, match="Another harness is at work"):
+                await again
+        await Producer("orders").send(2)
+        await service.settled()
+        assert service.handled() == service.sent() == [2]
+    assert await use(consumers, others) == await asyncio.to_thread(asyncio.run, use(others)) == [1]
+
+
 async def test_a_mistake_of_the_test_is_a_clear_error() -> None:
     consumers = ConsumerFactory(url="asyncio://")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
@@ -65,6 +65,19 @@ async def test_a_consumer_that_asks_for_nothing_takes_an_existing_queue_as_it_is
     await foreign.queue_declare("error", durable=True)
 
     await consumer()
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_services_that_declare_one_queue_in_the_same_moment_all_have_it(url: str, queue_type: str) -> None:
+    """RabbitMQ refuses some of them: the queue is being made (404), or its own process crashed over it (541)."""
+    for number in range(3):
+        services = [  # each with a connection of its own, as another process has: the address is another one
+            RabbitMQConsumer(f"orders.{number}", url=f"{url}?heartbeat={60 + n}", queue_type=queue_type)
+            for n in range(10)
+        ]
+        async with AsyncExitStack() as stack:
+            await asyncio.gather(*(stack.enter_async_context(service) for service in services))
+            assert all(service.connected for service in services)
 
 
 @pytest.mark.parametrize(
