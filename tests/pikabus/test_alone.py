@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,24 @@ async def test_what_is_rejected_by_hand_has_the_headers_too(url: str) -> None:
 
     assert failed.message.headers["PikaBus.SourceQueue"] == "orders"
     assert failed.message.headers["PikaBus.ErrorDetails"] == "not today"
+
+
+async def test_what_a_handler_sends_to_no_queue_fails_that_message_alone(url: str) -> None:
+    bus = Bus("orders", url=url, header_style="pikabus", retry=Retry(retries=0), concurrency=10)
+
+    @bus.handler
+    async def place(command: Place, context: MessageContext) -> None:
+        await context.send({"of": command.id}, "nowhere" if command.id % 5 == 0 else "others")
+
+    async with bus, Bus("others", url=url, header_style="pikabus") as others:
+        await others.declare()
+        for number in range(20):
+            await bus.send(Place(id=number), to="orders")
+        sent, failed = set[int](), set[int]()
+        async with asyncio.timeout(PATIENCE):
+            while len(sent) < 16 or len(failed) < 4:
+                for queue, found, field in (("others", sent, "of"), ("error", failed, "id")):
+                    for delivery in await bus.receive(queue, 20, timeout=0.2):
+                        found.add(json.loads(delivery.message.body or b"")[field])
+                        await delivery.ack()
+    assert failed == {0, 5, 10, 15} and sent == set(range(20)) - failed
