@@ -1,4 +1,9 @@
-"""Raw bodies: decompresses content encodings up to a limit, and decodes text of known charsets."""
+"""Raw bodies: decompresses content encodings up to a limit, and decodes text of known charsets.
+
+Decompressing costs time for each byte out, far more for each byte in (a stream may be of tiny blocks, each with
+tables of its own), and for each member of a gzip body. Each of the three has a limit, and what lies between several
+encodings counts as bytes in.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,14 @@ from streamtools.errors import ConfigurationError, DecodeError
 
 #: Most encodings that one body may have, one upon the other.
 LAYERS: Final = 3
+#: Members of the gzip streams of one body, most of all in `bgzip`'s files: one for each 64 KiB.
+MEMBERS: Final = 1000
+#: Bytes between a body's encodings, beside as many as the body has: what was compressed once hardly becomes shorter.
+BETWEEN: Final = 512 * 1024
+#: Bytes that are decompressed at once. What follows a stream is copied, and is no longer than this.
+PIECE: Final = 16 * 1024
+#: Characters of a content encoding.
+LONGEST: Final = 256
 #: Names that other clients write when the body is not encoded (Celery: `utf-8`, `binary`).
 _NOTHING_DONE: Final = frozenset({"", "identity", "binary", "8bit", "7bit", "none"})
 #: Charsets that decode in linear time; Python's `punycode` and some others do not.
@@ -22,6 +35,7 @@ _CHARSETS: Final = re.compile(
 #: zlib's window bits: gzip's header, zlib's header, none.
 _GZIP, _ZLIB, _RAW = 31, 15, -15
 _GZIP_MAGIC: Final = b"\x1f\x8b"
+_WINDOWS: Final = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": _ZLIB}
 
 
 @dataclass(slots=True)
@@ -78,56 +92,127 @@ def undone(body: bytes, encoding: str | None, limit: int | None = None) -> bytes
     """
     if encoding is None:
         return body
-    names = [name for part in encoding.split(",") if not _is_nothing(name := part.strip().lower())]
+    names = _names(encoding)
     if len(names) > LAYERS:
         raise DecodeError(f"The body has {len(names)} content encodings; at most {LAYERS} are decoded.")
-    for name in reversed(names):
-        body = _undo(body, name, LIMITS.inflated if limit is None else limit)
-    return body
+    for name in names:
+        _check_name(name)
+    return _Work(body, LIMITS.inflated if limit is None else limit).undo(body, names) if names else body
+
+
+def is_undone(encoding: str) -> bool:
+    """Whether `undone` knows each of these encodings."""
+    return len(encoding) <= LONGEST and all(name in _WINDOWS for name in _names(encoding))
+
+
+def _names(encoding: str) -> list[str]:
+    """The encodings that change a body; a list as HTTP has it (RFC 9110, section 5.6.1), in any case."""
+    if len(encoding) > LONGEST:
+        raise DecodeError(f"The content encoding has {len(encoding):,} characters; at most {LONGEST} are read.")
+    return [name for part in encoding.split(",") if not _is_nothing(name := part.strip(" \t").lower())]
 
 
 def _is_nothing(name: str) -> bool:
     return name in _NOTHING_DONE or is_known_charset(name)
 
 
-def is_undone(encoding: str) -> bool:
-    """Whether `undone` knows each of these encodings."""
-    names = [part.strip().lower() for part in encoding.split(",")]
-    return all(name in ("gzip", "x-gzip", "deflate") or _is_nothing(name) for name in names)
-
-
-def _undo(body: bytes, name: str, limit: int) -> bytes:
-    try:
-        if name in ("gzip", "x-gzip"):
-            return _inflate(body, _GZIP, limit)
-        if name == "deflate":
-            try:
-                return _inflate(body, _ZLIB, limit)
-            except zlib.error:  # some send the bare stream (RFC 9110, section 8.4.1.2)
-                return _inflate(body, _RAW, limit)
-    except zlib.error as error:
-        raise DecodeError(f"The content encoding is {name}, but the body is not {name}: {error}.") from error
+def _check_name(name: str) -> None:
+    if name in _WINDOWS:
+        return
+    what = "" if ";" not in name else " (a content encoding has no parameters)"
     raise DecodeError(
-        f"The body is encoded as {name[:40]!r} (content_encoding), which is not supported: gzip and deflate are. "
-        "Annotate the handler's parameter with bytes or Message to decode it there."
+        f"The body is encoded as {name[:40]!r} (content_encoding), which is not supported{what}: gzip and deflate "
+        "are. Annotate the handler's parameter with bytes or Message to decode it there."
     )
 
 
-def _inflate(body: bytes, window: int, limit: int) -> bytes:
-    parts: list[bytes] = []
-    room = limit
-    while True:
-        stream = zlib.decompressobj(window)
-        part = stream.decompress(body, room + 1)
+class _Work:
+    """Decompresses one body, and counts what that takes.
+
+    Parameters:
+        body: as it came.
+        limit: bytes that it may have in the end.
+    """
+
+    def __init__(self, body: bytes, limit: int) -> None:
+        self._limit = limit
+        self._between = len(body) + BETWEEN
+        self._members = 0
+
+    def undo(self, body: bytes, names: list[str]) -> bytes:
+        """The body without these encodings, of which the last one is undone first."""
+        for place in range(len(names) - 1, -1, -1):
+            try:
+                body = self._undo(body, names[place], self._limit if place == 0 else min(self._limit, self._between))
+            except zlib.error as error:
+                name = names[place]
+                raise DecodeError(f"The content encoding is {name}, but the body is not {name}: {error}.") from error
+            self._between -= len(body)
+        return body
+
+    def _undo(self, body: bytes, name: str, room: int) -> bytes:
+        window = _WINDOWS[name]
+        if window == _ZLIB and not _has_zlib_header(body):  # some send the bare stream (RFC 9110, section 8.4.1.2)
+            window = _RAW
+        parts: list[bytes] = []
+        place, limit = 0, room
+        while True:
+            self._count_member()
+            place, room = _inflate(body, place, window, room, parts)
+            if room < 0:
+                raise TooLarge(_over(limit, limit < self._limit))
+            if window != _GZIP or not body.startswith(_GZIP_MAGIC, place):  # gzip allows several, one after the other
+                break
+        _check_end(body, place, name)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _count_member(self) -> None:
+        self._members += 1
+        if self._members > MEMBERS:
+            raise DecodeError(
+                f"The body is of over {MEMBERS:,} gzip members, more than are decompressed: compress it in one piece."
+            )
+
+
+def _over(limit: int, between: bool) -> str:
+    if between:
+        return f"The body is over {limit:,} bytes when one of its encodings is decompressed and others are not yet."
+    return f"The body is over {limit:,} bytes once it is decompressed."
+
+
+def _has_zlib_header(body: bytes) -> bool:
+    """Whether it begins as RFC 1950 has it; no encoder begins a bare stream with these bits."""
+    return len(body) < 2 or (body[0] & 0x0F == 8 and int.from_bytes(body[:2]) % 31 == 0)
+
+
+def _inflate(body: bytes, place: int, window: int, room: int, parts: list[bytes]) -> tuple[int, int]:
+    """Add what one stream holds to `parts`; where the stream ends, and the room that is left (below 0: none is)."""
+    stream = zlib.decompressobj(window)
+    view = memoryview(body)
+    while not stream.eof:
+        piece = view[place : place + PIECE]
+        if not piece:
+            raise DecodeError("The body is compressed and was cut short.")
+        parts.append(part := stream.decompress(piece, room + 1))
+        place += len(piece) - len(stream.unused_data)
         room -= len(part)
         if room < 0:
-            raise TooLarge(f"The body is over {limit:,} bytes once it is decompressed.")
-        if not stream.eof:
-            raise DecodeError("The body is compressed and was cut short.")
-        parts.append(part)
-        body = stream.unused_data
-        if window != _GZIP or not body.startswith(_GZIP_MAGIC):  # gzip allows several, one after the other
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            break
+    return place, room
+
+
+def _check_end(body: bytes, place: int, name: str) -> None:
+    """Check that nothing follows; zeros may follow gzip, whose own tools pad with them.
+
+    Raises:
+        DecodeError: something does.
+    """
+    rest = body[place:]
+    if rest and (_WINDOWS[name] != _GZIP or rest.strip(b"\0")):
+        raise DecodeError(
+            f"The body's {name} stream ends at byte {place:,} of {len(body):,}, and something else follows: "
+            "have one stream sent, or annotate the handler's parameter with bytes or Message."
+        )
 
 
 def is_known_charset(name: str) -> bool:

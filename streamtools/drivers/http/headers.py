@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, unquote
 
+from multidict import MultiMapping
+
 from streamtools.errors import ConfigurationError
 from streamtools.message import NO_HEADERS, Message
 from streamtools.wire import (
@@ -104,6 +106,13 @@ class Headers(dict[str, str]):
             return value
         lower = name.lower()
         return next((value for other, value in self.items() if other.lower() == lower), default)
+
+
+def transfer_coding(headers: MultiMapping[str]) -> str | None:
+    """What a body is encoded as for its way, where that is not `chunked` alone, which aiohttp undoes; None else."""
+    found = ",".join(headers.getall("Transfer-Encoding", ()))
+    names = [name for part in found.split(",") if (name := part.strip(" \t").lower())]
+    return None if names in ([], ["chunked"]) else ", ".join(names)[:100]
 
 
 def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], Mapping[str, str]]:

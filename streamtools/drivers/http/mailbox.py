@@ -16,7 +16,7 @@ from streamtools.bodies import TooLarge, is_undone, undone
 from streamtools.checks import HEADERS_LIMIT
 from streamtools.drivers.http import answers
 from streamtools.drivers.http.connections import _Connection
-from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers, meta_size, size_of
+from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers, meta_size, size_of, transfer_coding
 from streamtools.drivers.http.options import QUERY_METHODS
 from streamtools.errors import DecodeError
 from streamtools.forms import FORM, read_pairs, write_form
@@ -170,6 +170,7 @@ class Mailbox:
         """The answer to a request, once there is one."""
         try:
             self._check_open(request)
+            _check_transfer(request)
             self._check_content_type(request)
             body = await self._read(request)
             self._check_open(request)
@@ -285,6 +286,12 @@ class Mailbox:
             raise self._too_large() from None
         except DecodeError as error:
             raise Refused(answers.problem(400, str(error))) from error
+
+
+def _check_transfer(request: web.BaseRequest) -> None:
+    if (coding := transfer_coding(request.headers)) is not None:
+        why = f"Transfer-Encoding {coding!r} is not undone here: compress the body with Content-Encoding instead."
+        raise Refused(answers.cut_off(501, why))
 
 
 def _forget_frames(error: BaseException) -> None:

@@ -17,7 +17,7 @@ from yarl import URL
 
 from streamtools import codec
 from streamtools.bodies import TooLarge, is_undone, undone
-from streamtools.drivers.http.headers import CE_ATTEMPT, encode_headers
+from streamtools.drivers.http.headers import CE_ATTEMPT, encode_headers, transfer_coding
 from streamtools.drivers.http.options import (
     FEATURES,
     QUERY_METHODS,
@@ -305,6 +305,8 @@ class HTTPProducer(Producer, protocol="http"):
                 body += chunk
                 if len(body) > limit:
                     raise TooLarge("The body is too large.")
+            if (coding := transfer_coding(response.headers)) is not None:
+                raise DecodeError(f"its Transfer-Encoding is {coding!r}, which no one asked for")
             encoding = response.headers.get("Content-Encoding", "")
             return undone(bytes(body), encoding, limit) if is_undone(encoding) else bytes(body)
         except DecodeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ class Order(BaseModel):
 @dataclass
 class Point:
     x: int
+
+
+async def length(msg: bytes) -> int:
+    return len(msg)
 
 
 async def echo(msg: Any) -> Any:
@@ -470,6 +475,32 @@ async def test_a_compressed_body_is_undone_for_every_handler_up_to_the_limit() -
         other = await talk(consumer, request(body=b"x" * 10, Content_Encoding="br"))
     assert [ok.json(), layers.json(), other.json()] == [1000, 1000, 10]
     assert [large.status, bomb.status] == [413, 413]
+
+
+async def test_a_body_of_few_bytes_does_not_keep_the_event_loop() -> None:
+    members = gzip.compress(gzip.compress(b"", mtime=0) * 50_000, mtime=0)
+    async with serving(echo) as consumer:
+        begun = time.thread_time()
+        reply = await talk(consumer, request(body=members, Content_Encoding="gzip, gzip"))
+        assert time.thread_time() - begun < 0.2
+        trailing = await talk(consumer, request(body=ZIPPED + b"junk", Content_Encoding="gzip"))
+    assert (len(members) < 5_000, reply.status, trailing.status) == (True, 400, 400)
+    assert "1,000 gzip members" in reply.json()["error"]
+    assert f"byte {len(ZIPPED)} of {len(ZIPPED) + 4}" in trailing.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "coding",
+    ["gzip, chunked", "GZIP,chunked", "identity, chunked", "gzip\r\nTransfer-Encoding: chunked", "x;a=b, chunked"],
+)
+async def test_a_transfer_encoding_that_is_not_undone_is_501(coding: str) -> None:
+    body = gzip.compress(b"{}", mtime=0)
+    head = f"POST /orders HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: {coding}\r\n\r\n"
+    async with serving(length) as consumer:
+        reply = await talk(consumer, head.encode() + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        plain = head.replace(coding, " Chunked\t").encode() + b"2\r\n{}\r\n0\r\n\r\n"
+        assert (await talk(consumer, plain)).json() == 2
+    assert (reply.status, "Content-Encoding" in reply.json()["error"]) == (501, True)
 
 
 async def test_an_encoding_that_is_not_undone_is_named() -> None:

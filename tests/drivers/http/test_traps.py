@@ -113,6 +113,14 @@ async def test_an_answer_that_is_not_encoded_as_it_says_was_an_answer_all_the_sa
     assert ("so the message was taken" in str(error), error.unknown) == (True, ("1",))
 
 
+async def test_an_answer_with_a_transfer_encoding_that_no_one_asked_for_is_a_clear_error() -> None:
+    body = gzip.compress(b'{"a":1}')
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    async with trap([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n" + chunks]) as (port, _):
+        error = await send(port)
+    assert ("Transfer-Encoding is 'gzip, chunked'" in str(error), error.unknown) == (True, ("1",))
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 async def test_a_compressed_answer_is_decompressed(encoding: str) -> None:
     body = (gzip if encoding == "gzip" else zlib).compress(b'{"a":1}')
