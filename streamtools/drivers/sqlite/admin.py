@@ -127,9 +127,8 @@ def names_of(tables: Tables, arguments: Sequence[None]) -> list[list[str]]:
 
 
 def last_id(tables: Tables, arguments: Sequence[str]) -> list[int | None]:
-    """The last row id given so far; None where the queue is missing."""
-    last = tables.value("SELECT last FROM sequence")
-    return [last if tables.has_queue(queue) else None for queue in arguments]
+    """The last row id that waits in each queue; None where the queue is missing."""
+    return [tables.last_id(queue) if tables.has_queue(queue) else None for queue in arguments]
 
 
 def forget(tables: Tables, arguments: Sequence[tuple[str, int, int]]) -> list[int]:
@@ -141,7 +140,7 @@ def drop(tables: Tables, arguments: Sequence[str]) -> list[bool]:
     """Delete queues, with what came in since they were purged."""
     for queue in arguments:
         for lane in tables.lanes(queue):
-            tables.forget(lane, 1 << 62, None)
+            tables.forget(lane, (1 << 63) - 1, None)
         tables.drop_queue(queue)
     return [True for _ in arguments]
 

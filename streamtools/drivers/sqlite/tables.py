@@ -18,7 +18,7 @@ from pydantic_core import from_json, to_json
 from streamtools.drivers.sqlite import schema
 from streamtools.drivers.sqlite.rows import Claimed, Row, ids_json
 from streamtools.exchange import Binding, Exchange
-from streamtools.wire import read_time
+from streamtools.wire import LAST, read_time
 
 #: Rows in one INSERT; each size is one prepared statement, the last one padded.
 CHUNKS: Final = (1, 16, 256)
@@ -36,7 +36,7 @@ _IDS: Final = "(SELECT value FROM json_each(:ids))"
 #: all that is behind it: in the whole lane, or of the same key.
 ALLOWED: Final[Mapping[str | None, str]] = {
     None: "",
-    "queue": "AND r.id < coalesce((SELECT min(id) FROM held WHERE lane = :lane AND claim <> :claim), 9e18)",
+    "queue": "AND r.id < coalesce((SELECT min(id) FROM held WHERE lane = :lane AND claim <> :claim), x'ff')",
     "key": "AND (r.key IS NULL OR r.key NOT IN (SELECT m.key FROM held h CROSS JOIN messages m ON m.id = h.id "
     "WHERE h.lane = :lane AND h.claim <> :claim AND m.key IS NOT NULL))",
 }
@@ -55,19 +55,30 @@ def candidates(ordered_by: str | None) -> str:
     )
 
 
-#: A time that comes: no text, which is greater than any number, and not the end of all days.
-TIME: Final = "{} < 9e18"
+#: What can be no time, as other programs may write it: infinity, a text or a blob, which are greater than any number,
+#: or milliseconds. It counts as a time that is over, or nothing would ever come of it.
+NO_TIME: Final = f"{{}} > {LAST}"
+#: A message whose claim nobody renews, or ever will.
+UNCLAIMED: Final = "h.claim NOT IN (SELECT id FROM claims)"
+#: A row that leads to no message.
+WITHOUT_MESSAGE: Final = "NOT EXISTS (SELECT 1 FROM messages m WHERE m.id = r.id)"
 
 
 def _look(ordered_by: str | None) -> str:
     return (
         f"SELECT EXISTS (SELECT 1 FROM ready r WHERE r.lane = :lane {ALLOWED[ordered_by]}), "
-        f"(SELECT min(due) FROM later WHERE lane = :lane AND {TIME.format('due')}), "
+        f"coalesce((SELECT 0 FROM later WHERE lane = :lane AND {NO_TIME.format('due')} LIMIT 1), "
+        "(SELECT min(due) FROM later WHERE lane = :lane)), "
         "EXISTS (SELECT 1 FROM lanes WHERE id = :lane)"
     )
 
 
 CANDIDATES: Final = {ordered_by: candidates(ordered_by) for ordered_by in ALLOWED}
+#: Whether some delayed messages of a lane have no time that can come, and whether some are due.
+RIPE: Final = (
+    f"SELECT EXISTS (SELECT 1 FROM later WHERE lane = :lane AND {NO_TIME.format('due')}), "
+    "EXISTS (SELECT 1 FROM later WHERE lane = :lane AND due <= :now)"
+)
 LOOK: Final = {ordered_by: _look(ordered_by) for ordered_by in ALLOWED}
 
 
@@ -137,7 +148,7 @@ class Tables:
             return int(self.value("SELECT last_insert_rowid()"))
         self.run("UPDATE lanes SET grp = ?, joined = 1 WHERE id = ?", (group, orphan[0]))
         if latest and group:
-            self.forget(orphan[0], 1 << 62, None)
+            self.forget(orphan[0], (1 << 63) - 1, None)
         return int(orphan[0])
 
     def lanes(self, queue: str) -> list[int]:
@@ -152,13 +163,29 @@ class Tables:
         number = 0
         for kind in ("ready", "later"):
             ids = self.value(
-                f"SELECT json_group_array(id) FROM (SELECT id FROM {kind} WHERE lane = ? AND id <= ? LIMIT ?)",
+                f"SELECT json_group_array(id) FROM (SELECT r.id FROM {kind} r CROSS JOIN messages m ON m.id = r.id "
+                "WHERE r.lane = ? AND r.id <= ? LIMIT ?)",
                 (lane, last, -1 if limit is None else limit),
             )
             given = {"lane": lane, "ids": ids}
             self.run(f"DELETE FROM messages WHERE id IN {_IDS}", given)
-            number += self.run(f"DELETE FROM {kind} WHERE lane = :lane AND id IN {_IDS}", given).rowcount
+            found = self.run(f"DELETE FROM {kind} WHERE lane = :lane AND id IN {_IDS}", given).rowcount
+            if not found:
+                self.run(f"DELETE FROM {kind} AS r WHERE r.lane = :lane AND {WITHOUT_MESSAGE}", given)
+            number += found
         return number
+
+    def last_id(self, queue: str) -> int:
+        """The last row id of what waits in a queue: other programs choose theirs themselves."""
+        return int(
+            self.value(
+                "SELECT coalesce(max(id), 0) FROM (SELECT (SELECT max(m.id) FROM ready r CROSS JOIN messages m "
+                "ON m.id = r.id WHERE r.lane = l.value) AS id FROM json_each(:lanes) l UNION ALL "
+                "SELECT (SELECT max(m.id) FROM later r CROSS JOIN messages m ON m.id = r.id WHERE r.lane = l.value) "
+                "FROM json_each(:lanes) l)",
+                {"lanes": to_json(self.lanes(queue)).decode()},
+            )
+        )
 
     def drop_queue(self, name: str) -> None:
         """Delete a queue that nothing waits in any more, with what consumers have in hand of it."""
@@ -317,6 +344,11 @@ class Tables:
         self._ripen(lane, now)
         taken = self._read(lane, claim, ordered_by, limit)
         if taken is None:
+            # What may be claimed and cannot be read leads to no message: it would count as ready for ever.
+            self.run(
+                f"DELETE FROM ready AS r WHERE r.lane = :lane AND {WITHOUT_MESSAGE} {ALLOWED[ordered_by]}",
+                {"lane": lane, "claim": claim},
+            )
             return None
         if alone and (cut := _cut(taken.counts)) is not None:
             taken.keep(cut)
@@ -324,7 +356,8 @@ class Tables:
         # All that is ready up to the last one, unless keys were left out between.
         which = f"id IN {_IDS}" if ordered_by == "key" else "id <= :last"
         self.run(
-            f"INSERT OR REPLACE INTO held SELECT id, :claim, lane, count FROM ready WHERE lane = :lane AND {which}",
+            "INSERT OR REPLACE INTO held SELECT id, :claim, lane, count FROM ready "
+            f"WHERE lane = :lane AND {which} AND id IN (SELECT id FROM messages)",
             given,
         )
         self.run(f"DELETE FROM ready WHERE lane = :lane AND {which}", given)
@@ -345,14 +378,19 @@ class Tables:
             return Claimed(claim, lane, from_json(ids), from_json(counts), from_json(sizes), meta, bodies or b"")
 
     def _ripen(self, lane: int, now: float) -> None:
+        odd, due = self.run(RIPE, {"lane": lane, "now": now}).fetchone()
+        if odd:
+            self.run(f"UPDATE OR REPLACE later SET due = 0 WHERE lane = ? AND {NO_TIME.format('due')}", (lane,))
+        if odd or due:
+            self._make_ready(lane, now)
+
+    def _make_ready(self, lane: int, now: float) -> None:
         last = self.run(
             "SELECT due, id FROM (SELECT due, id FROM later WHERE lane = ? AND due <= ? ORDER BY due, id LIMIT ?) "
             "ORDER BY due DESC, id DESC LIMIT 1",
             (lane, now, RIPEN),
-        ).fetchall()
-        if not last:
-            return
-        given = (lane, *last[0])
+        ).fetchone()
+        given = (lane, *last)
         self.run(
             "INSERT OR IGNORE INTO ready SELECT l.lane, l.id, 0, m.key FROM later l "
             "CROSS JOIN messages m ON m.id = l.id WHERE l.lane = ? AND (l.due, l.id) <= (?, ?)",
@@ -409,23 +447,26 @@ class Tables:
         return number
 
     def next_expiry(self) -> float | None:
-        """When the first lease ends."""
-        expires = self.value(f"SELECT min(expires) FROM claims WHERE {TIME.format('expires')}")
+        """When the first lease ends; 0.0 where something is held that no lease would ever bring back."""
+        expires = self.value(
+            f"SELECT iif(EXISTS (SELECT 1 FROM held h WHERE {UNCLAIMED}) OR EXISTS (SELECT 1 FROM claims WHERE "
+            f"{NO_TIME.format('expires')}), 0, (SELECT min(expires) FROM claims))"
+        )
         return None if expires is None else float(expires)
 
     def expire(self, now: float) -> int:
         """Put back what consumers have in hand whose lease has run out, counted; the number."""
         number = 0
-        for claim in from_json(self.value("SELECT json_group_array(id) FROM claims WHERE expires <= ?", (now,))):
+        over = f"expires <= ? OR {NO_TIME.format('expires')}"
+        for claim in from_json(self.value(f"SELECT json_group_array(id) FROM claims WHERE {over}", (now,))):
             number += self.put_back(claim, count=1)
             self.run("DELETE FROM claims WHERE id = ?", (claim,))
         # What is held under no lease at all nothing else would ever bring back.
-        orphans = "h.claim NOT IN (SELECT id FROM claims)"
         self.run(
             "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + 1, m.key FROM held h "
-            f"CROSS JOIN messages m ON m.id = h.id WHERE {orphans}"
+            f"CROSS JOIN messages m ON m.id = h.id WHERE {UNCLAIMED}"
         )
-        return number + self.run(f"DELETE FROM held AS h WHERE {orphans}").rowcount
+        return number + self.run(f"DELETE FROM held AS h WHERE {UNCLAIMED}").rowcount
 
     # --- numbers --------------------------------------------------------------------------------
 
@@ -435,8 +476,8 @@ class Tables:
         among = "lane IN (SELECT value FROM json_each(:ids))"
         ready, due, delayed, in_hand, oldest = self.run(
             f"SELECT (SELECT count(*) FROM ready WHERE {among}), "
-            f"(SELECT count(*) FROM later WHERE {among} AND due <= :now), "
-            f"(SELECT count(*) FROM later WHERE {among} AND due > :now), "
+            f"(SELECT count(*) FROM later WHERE {among} AND (due <= :now OR {NO_TIME.format('due')})), "
+            f"(SELECT count(*) FROM later WHERE {among} AND due > :now AND NOT {NO_TIME.format('due')}), "
             f"(SELECT count(*) FROM held WHERE {among}), "
             f"(SELECT min({of_meta('time', 'integer', 'real')}) FROM json_each(:ids) l CROSS JOIN messages m "
             "ON m.id = (SELECT min(r.id) FROM ready r WHERE r.lane = l.value))",

@@ -19,6 +19,7 @@ from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProduc
 from streamtools.drivers.sqlite.rows import Claimed
 from streamtools.message import Message
 from streamtools.policy import Retry
+from streamtools.settings import SQLiteSettings
 from tests.drivers.sqlite.conftest import look
 from tests.drivers.sqlite.test_moved import make
 from tests.faults.waiting import wait_until
@@ -220,7 +221,7 @@ async def test_a_delayed_message_is_called_back_beside_rows_that_are_odd(odd: An
         receipt = await producer.send("a", delay=100)
         assert await admin.cancel("orders", receipt.id)
         assert not await admin.cancel("orders", "x y")
-        assert (await admin.stats("orders")).delayed == 1
+        assert (await admin.stats("orders")).ready == 1
 
 
 @pytest.mark.parametrize("number", [1, 7, 2**40, 2**62, 2**63 - 1])
@@ -261,3 +262,92 @@ def test_no_row_is_read_with_the_meta_of_another(odd: list[bytes]) -> None:
     assert [message.body for message in read] == bodies
     assert [message.id for message in read[1::2]] == [f"good-{number}" for number in range(len(odd))]
     assert read[-1].id == f"good-{len(odd)}"
+
+
+ODD_TIMES = ["1e999", "'soon'", "x'00'", "'9'", "1.76e12", "9e18", "-1e999", "-1e308"]
+
+
+@pytest.mark.parametrize("due", ODD_TIMES)
+async def test_a_delayed_row_whose_time_can_never_come_is_delivered_at_once(due: str, url: str, path: Path) -> None:
+    await make(path)
+    async with SQLiteConsumer("orders", url=url) as consumer:
+        receiving = asyncio.create_task(consumer.receive(timeout=30))
+        await asyncio.sleep(0)
+        look(path, "INSERT INTO messages VALUES (500, 1, NULL, NULL, '{\"id\":\"x\"}', x'61')")
+        look(path, f"INSERT INTO later VALUES (1, {due}, 500)")
+        async with SQLiteAdmin(url=url) as admin:
+            info = await admin.stats("orders")
+            assert (info.ready + info.in_hand, info.delayed) == (1, 0)
+        (delivery,) = await receiving
+        assert delivery.message.body == b"a"
+        await delivery.ack()
+    assert [look(path, f"SELECT count(*) FROM {table}") for table in ("messages", "later", "ready")] == [[(0,)]] * 3
+
+
+@pytest.mark.parametrize("expires", [*ODD_TIMES, None])
+async def test_a_row_held_under_a_lease_that_never_ends_comes_back(
+    expires: str | None, brief: SQLiteSettings, path: Path
+) -> None:
+    await make(path)
+    async with SQLiteConsumer("orders", url=brief) as consumer:
+        for body in (b"a", b"b"):  # what comes later than the first look comes back as well
+            receiving = asyncio.create_task(consumer.receive(timeout=30))
+            # Its own lease has been looked after by then
+            await wait_until(lambda: look(path, "SELECT count(*) FROM claims") == [(0,)])
+            if expires is not None:
+                look(path, f"INSERT INTO claims VALUES (7, {expires})")
+            look(path, f"INSERT INTO messages VALUES (500, 1, NULL, NULL, '{{}}', x'{body.hex()}')")
+            look(path, "INSERT INTO held VALUES (500, 7, 1, 'x')")
+            (delivery,) = await receiving
+            assert delivery.message.body == body
+            await delivery.ack()
+
+
+GHOSTS = ["777777", "-777", "0", "4611686018427387905", "9223372036854775807", "1.5", "'x'", "x'00'"]
+
+
+@pytest.mark.parametrize("number", GHOSTS)
+@pytest.mark.parametrize("ordered_by", [None, "queue", "key"])
+async def test_a_row_without_a_message_stops_nothing_and_is_not_counted_for_ever(
+    number: str, ordered_by: Any, url: str, path: Path
+) -> None:
+    await make(path, "a")
+    look(path, f"INSERT INTO ready VALUES (1, {number}, 0, NULL)")
+    await make(path, "b")
+    look(path, f"INSERT INTO later VALUES (1, 5, {number})")
+    async with SQLiteConsumer("orders", url=url, ordered_by=ordered_by) as consumer, SQLiteAdmin(url=url) as admin:
+        bodies = []
+        while len(bodies) < 2:
+            batch = await consumer.receive(10, timeout=30)
+            bodies += [delivery.message.body for delivery in batch]
+            await consumer.ack_many(batch)
+        assert sorted(bodies) == [b"a", b"b"]
+        assert await consumer.receive(timeout=0) == []
+        info = await admin.stats("orders")
+        assert (info.ready, info.delayed, info.in_hand) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("number", GHOSTS)
+async def test_purge_takes_rows_that_other_programs_wrote_under_any_id(number: str, url: str, path: Path) -> None:
+    await make(path, "a")
+    look(path, f"INSERT INTO ready VALUES (1, {number}, 0, NULL)")
+    look(path, f"INSERT INTO later VALUES (1, 1e10, {number})")
+    for real in (2**62 + 7, 2**63 - 2):
+        look(path, f"INSERT INTO messages VALUES ({real}, 1, NULL, NULL, '{{}}', x'61')")
+        look(path, f"INSERT INTO ready VALUES (1, {real}, 0, NULL)")
+    async with SQLiteAdmin(url=url) as admin:
+        assert await admin.purge("orders") == 3
+        info = await admin.stats("orders")
+        assert (info.ready, info.delayed) == (0, 0)
+    assert look(path, "SELECT count(*) FROM messages") == [(0,)]
+
+
+@pytest.mark.parametrize("ordered_by", [None, "queue", "key"])
+async def test_a_row_with_the_greatest_id_is_delivered(ordered_by: Any, url: str, path: Path) -> None:
+    await make(path)
+    look(path, f"INSERT INTO messages VALUES ({2**63 - 1}, 1, 'k', NULL, '{{}}', x'61')")
+    look(path, f"INSERT INTO ready VALUES (1, {2**63 - 1}, 0, 'k')")
+    async with SQLiteConsumer("orders", url=url, ordered_by=ordered_by) as consumer:
+        (delivery,) = await consumer.receive(timeout=30)
+        assert delivery.message.body == b"a"
+        await delivery.ack()
