@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Union, get_args, get_origin, get_type_hints
 
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 from pydantic.fields import FieldInfo
 
 from streamtools import codec
-from streamtools.calling import PLAIN, awaited, check_handler, in_thread, is_async, name_of, unbound, undecorated
+from streamtools.calling import awaited, check_handler, in_thread, is_async, name_of, unbound, undecorated
 from streamtools.delivery import Delivery, current
 from streamtools.errors import ConfigurationError, Reject
 from streamtools.message import Message
 from streamtools.types import Handler
+from streamtools.unrun import PLAIN
 
 #: Finds the value of a handler's further parameter from the message.
 Resolver = Callable[[Message], Any]
@@ -219,7 +221,27 @@ def _annotation(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Any:
     return Annotated[annotation, parameter.default] if isinstance(parameter.default, FieldInfo) else annotation
 
 
+class _Dispatching:
+    @functools.singledispatchmethod
+    def method(self, message: Any) -> None: ...
+
+
+#: The code of what every @singledispatchmethod gives for an attribute.
+_DISPATCHES: Final[Any] = getattr(_Dispatching().method, "__code__", None)
+
+
+def _tell_parameters(function: Any) -> None:
+    """Let a method of @singledispatchmethod show the parameters it is called with: it shows `self` as well."""
+    function = unbound(function)
+    code: Any = getattr(function, "__code__", None)
+    if code is not None and code is _DISPATCHES:
+        held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
+        method = function.__wrapped__.__get__(held["obj"], held["cls"])
+        function.__signature__ = inspect.signature(method)  # made anew for each use of the attribute
+
+
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    _tell_parameters(function)
     try:
         return list(inspect.signature(function).parameters.values())
     except ValueError:  # a builtin that does not tell, such as deque().append: it is given the message

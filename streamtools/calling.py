@@ -7,46 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import contextvars
 import decimal
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Executor
 from functools import partial
-from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType, MethodType, NoneType, coroutine
+from types import GeneratorType, coroutine
 from typing import Any, Final, Protocol, TypeVar
 
 from streamtools.errors import ConfigurationError, HandlerError
+from streamtools.unrun import CONTEXT_MANAGERS, PLAIN, left_unrun, refuse_unrun
 
 T = TypeVar("T")
 
 #: For what is called without arguments.
 NOTHING: Final = "nothing"
-#: Types of results that cannot be awaited; checking all others takes some time.
-PLAIN: Final = frozenset({NoneType, bool, int, float, str, bytes})
 #: How often an awaitable may return another awaitable.
 _DEPTH: Final = 16
-
-
-@contextlib.contextmanager
-def _empty() -> Any:
-    yield
-
-
-@contextlib.asynccontextmanager
-async def _empty_async() -> Any:
-    yield
-
-
-#: The classes of what such functions return.
-_MADE: Final = (type(_empty()), type(_empty_async()))
-#: Results of which nothing has run yet when they are returned: whatever is to be gone through, entered, or called.
-_LAZY: Final = (Iterator, AsyncGeneratorType, *_MADE, FunctionType, MethodType, partial)
-#: Results in which coroutines may be left, of which nothing has run either.
-_GROUPS: Final = frozenset({list, tuple, set, dict})
-#: The code of every function that @contextmanager or @asynccontextmanager has made.
-_CONTEXT_MANAGERS: Final = frozenset({_empty.__code__, _empty_async.__code__})
 
 
 class Decorated:
@@ -132,7 +110,7 @@ def _runs_nothing(function: Any) -> str:
     if not inspect.isroutine(function):
         function = getattr(function, "__call__", function)  # noqa: B004
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    if code in _CONTEXT_MANAGERS:
+    if code in CONTEXT_MANAGERS:
         return "is a context manager"
     if inspect.isasyncgenfunction(function):
         return "is an async generator, with a yield in it"
@@ -169,10 +147,13 @@ async def awaited(value: Any, refusal: type[Exception] = HandlerError) -> Any:
     for _ in range(_DEPTH):
         if type(value) in PLAIN:
             return value
-        if isinstance(value, concurrent.futures.Future):
+        if issubclass(type(value), concurrent.futures.Future):
             value = asyncio.wrap_future(value)
-        if not inspect.isawaitable(value):
-            _check_result(value, refusal)
+        if not can_be_awaited(value):
+            if left_unrun(value):
+                await asyncio.sleep(0)  # a task that has just been made of a coroutine begins here
+                if left := left_unrun(value):
+                    refuse_unrun(value, left, refusal)
             return value
         outcome = await value
         if outcome is value:  # it awaits to itself: a receipt
@@ -181,35 +162,10 @@ async def awaited(value: Any, refusal: type[Exception] = HandlerError) -> Any:
     raise refusal(f"The result is an awaitable that gives another awaitable without end: {value!r}.")
 
 
-def _check_result(value: Any, refusal: type[Exception]) -> None:
-    if type(value) in _GROUPS:
-        _check_group(value, refusal)
-    elif isinstance(value, _LAZY):
-        if isinstance(value, GeneratorType):
-            value.close()
-        kind: type = type(value)
-        raise refusal(
-            f"A {kind.__name__.removeprefix('_')} was returned, of which nothing has run: {_advice(value)}."
-        )
-
-
-def _advice(value: Any) -> str:
-    if isinstance(value, Iterator | AsyncGeneratorType):
-        return "collect its items before you return, as in return [x async for x in values] or return list(values)"
-    if isinstance(value, _MADE):
-        return "enter it, by with or async with"
-    return "call it before you return. Where a decorator takes arguments, it is to be written with parentheses"
-
-
-def _check_group(value: Any, refusal: type[Exception]) -> None:
-    left = [each for each in (value.values() if type(value) is dict else value) if type(each) is CoroutineType]
-    for each in left:
-        each.close()
-    if left:
-        raise refusal(
-            f"A {type(value).__name__} was returned with a coroutine in it, of which nothing has run: await it "
-            "before you return, as in return await asyncio.gather(*coroutines)."
-        )
+def can_be_awaited(value: Any) -> bool:
+    """Whether a value can be awaited, by its type: a mock says that it is an instance of what it stands for."""
+    kind = type(value)
+    return hasattr(kind, "__await__") or (kind is GeneratorType and _is_coroutine_code(value.gi_code))
 
 
 class Steps(Protocol):
@@ -233,7 +189,7 @@ def in_thread(function: Callable[..., Any], executor: Executor | None) -> Callab
         fine, value = await asyncio.get_running_loop().run_in_executor(executor, work)
         if not fine:
             raise value
-        if inspect.isawaitable(value):
+        if can_be_awaited(value):
             return await within(context, _wait_for(value))
         return value
 

@@ -44,6 +44,11 @@ async def work(msg: Any) -> str:
     return f"did {msg}"
 
 
+class Worker:
+    async def work(self, msg: Any) -> str:
+        return await work(msg)
+
+
 @contextmanager
 def context_manager(msg: Any) -> Iterator[Any]:
     yield msg
@@ -294,12 +299,13 @@ def test_a_class_whose_handle_generates_is_refused() -> None:
     "function",
     [lambda msg: generator(msg), lambda msg: async_generator(msg), lambda msg: map(work, [msg])]  # noqa: PLW0108
     + [lambda msg: (each for each in [msg])]
-    + [lambda msg: zip([msg], strict=True), lambda msg: itertools.chain([msg])]
+    + [lambda msg: itertools.starmap(work, [(msg,)]), lambda msg: map(Worker().work, [msg])]
+    + [lambda msg: zip([work(msg)], strict=True), lambda msg: itertools.chain(generator(msg))]
     + [lambda msg: context_manager(msg), lambda msg: async_context_manager(msg)]
     + [lambda msg: [work(msg), work(msg)], lambda msg: {"first": work(msg)}, lambda msg: (msg, work(msg))]
     + [lambda msg: functools.partial(work, msg), lambda msg: work],
-    ids=["generator", "async generator", "map", "expression", "zip", "chain", "context manager"]
-    + ["async context manager", "list", "dict", "tuple", "partial", "function"],
+    ids=["generator", "async generator", "map", "expression", "starmap", "map of a method", "zip", "chain"]
+    + ["context manager", "async context manager", "list", "dict", "tuple", "partial", "function"],
 )
 async def test_a_result_of_which_nothing_has_run_is_rejected_and_never_acknowledged(
     function: Callable[..., Any],
@@ -313,6 +319,51 @@ async def test_a_result_of_which_nothing_has_run_is_rejected_and_never_acknowled
         assert service.handled() == []
     assert rejected.error is not None
     assert "of which nothing has run" in rejected.error.reason
+
+
+async def test_a_method_that_dispatches_on_the_type_of_its_message_handles() -> None:
+    class Service:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        @functools.singledispatchmethod
+        async def handle(self, msg: Any) -> None:
+            self.seen.append(msg)
+
+        @handle.register
+        async def _(self, msg: int) -> None:
+            self.seen.append(msg + 1)
+
+        @functools.singledispatchmethod
+        def blocks(self, msg: Any, message: Message) -> None:
+            self.seen.append((msg, message.body))
+
+        @functools.singledispatchmethod
+        @classmethod
+        async def of_class(cls, msg: int) -> Any:
+            return cls, msg
+
+        @functools.singledispatchmethod
+        @staticmethod
+        async def alone(msg: int) -> Any:
+            return msg
+
+    service = Service()
+    factory = ConsumerFactory(url="asyncio://")
+    factory.route("orders")(service.handle)
+    async with Harness(factory) as harness:
+        await harness.send("orders", 5)
+        await harness.send("orders", "text")
+        await harness.settled()
+    assert sorted(service.seen, key=str) == [6, "text"]
+    message = Message(body=b"5", queue="orders", id="1")
+    await compile_handler(service.blocks)(message)
+    assert service.seen[-1] == (5, b"5")
+    for held in (service, Service):
+        assert await compile_handler(held.of_class)(message) == (Service, 5)
+        assert await compile_handler(held.alone)(message) == 5
+    with pytest.raises(ConfigurationError, match=r"Service.handle is a method without its object"):
+        compile_handler(Service.handle)
 
 
 async def test_a_decorator_without_its_parentheses_is_told_and_loses_no_message() -> None:

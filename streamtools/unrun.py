@@ -1,0 +1,184 @@
+"""What a function returned and nobody has run: a generator, a function, a coroutine left in a list.
+
+Only what certainly has not run is found. Every other value belongs to the user, whose function has done its work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import inspect
+import itertools
+from collections import ChainMap, UserDict, UserList, deque
+from collections.abc import Collection, Iterable, Reversible
+from dis import opmap
+from functools import lru_cache, partial
+from operator import length_hint
+from types import (
+    AsyncGeneratorType,
+    CoroutineType,
+    FunctionType,
+    GeneratorType,
+    MappingProxyType,
+    MethodType,
+    NoneType,
+    SimpleNamespace,
+)
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+#: Types of results that cannot be awaited and hold nothing; checking all others takes some time.
+PLAIN: Final = frozenset({NoneType, bool, int, float, str, bytes})
+#: How many values within one result are looked at.
+_MANY: Final = 10_000
+
+
+@contextlib.contextmanager
+def _empty() -> Any:
+    yield
+
+
+@contextlib.asynccontextmanager
+async def _empty_async() -> Any:
+    yield
+
+
+#: The code of every function that @contextmanager or @asynccontextmanager has made.
+CONTEXT_MANAGERS: Final = frozenset({_empty.__code__, _empty_async.__code__})
+#: The classes of what such functions return.
+_MADE: Final = (type(_empty()), type(_empty_async()))
+#: Containers whose own iteration gives what they hold, and runs no code of the user.
+_PLAIN_CONTAINERS: Final[tuple[Any, ...]] = (list, tuple, set, frozenset, deque)
+#: Iterators that call a function for each item.
+_CALLERS: Final = (map, filter, itertools.starmap)
+_EMPTY: Final[tuple[Collection[Any], ...]] = (
+    *([], (), set(), frozenset(), {}, deque(), range(0)),
+    *({}.keys(), {}.values(), {}.items()),
+)
+_ITERATORS: Final[tuple[type, ...]] = (
+    *(type(iter(each)) for each in _EMPTY),
+    *(type(reversed(each)) for each in _EMPTY if isinstance(each, Reversible)),
+)
+#: Everything that is searched, beside dataclasses. What other objects hold is their own affair.
+_CONTAINERS: Final[tuple[type, ...]] = (
+    *(type(each) for each in _EMPTY),
+    *(MappingProxyType, UserDict, UserList, ChainMap, SimpleNamespace, BaseModel),
+    *(*_CALLERS, *_ITERATORS, zip, enumerate, reversed, itertools.chain, itertools.islice),
+)
+
+
+def left_unrun(value: Any) -> list[Any]:
+    """What has not run of a result: the result itself, or coroutines and generators that it holds.
+
+    It looks into the containers of the standard library, dataclasses and pydantic models, for 10,000 values at most.
+    Nothing is iterated that would change, and no code of the user runs.
+    """
+    if type(value) in PLAIN:
+        return []
+    if isinstance(value, FunctionType) or _prepares_a_call(value):
+        return [value]
+    if type(value) in _MADE:
+        return [value] if _not_begun(value.gen) else []
+    return _search(value)
+
+
+def refuse_unrun(value: Any, left: list[Any], refusal: type[Exception]) -> None:
+    """Refuse a result of which something has not run.
+
+    Parameters:
+        left: what `left_unrun` found.
+
+    Raises:
+        refusal: always; it says what to write.
+    """
+    for each in left:
+        if isinstance(each, CoroutineType | GeneratorType):
+            each.close()
+    within = "" if left[0] is value else f" with {_named(left[0])} in it"
+    raise refusal(f"{_named(value, 'A')} was returned{within}, of which nothing has run: {_advice(left[0])}.")
+
+
+def _named(value: Any, article: str = "a") -> str:
+    name = str(type(value).__name__).removeprefix("_")
+    return f"{article}{'n' if name[:1].lower() in set('aeio') else ''} {name}"
+
+
+def _advice(value: Any) -> str:
+    if isinstance(value, CoroutineType):
+        return "await it before you return, as in return await asyncio.gather(*coroutines)"
+    if isinstance(value, _MADE):
+        return "enter it, by with or async with"
+    if isinstance(value, FunctionType | partial):
+        return "call it before you return. Where a decorator takes arguments, it is to be written with parentheses"
+    return "collect its items before you return, as in return [x async for x in values] or return list(values)"
+
+
+def _search(value: Any) -> list[Any]:
+    found: list[Any] = []
+    seen, waiting, room = {id(value)}, deque([value]), _MANY
+    while waiting:
+        each = waiting.popleft()
+        kind: Any = type(each)
+        if _not_begun(each):
+            found.append(each)
+        elif room > 0 and _is_container(kind):
+            held = tuple(itertools.islice(_inside(each), room))
+            room -= len(held)
+            if PLAIN.issuperset(map(type, held)):
+                continue
+            fresh = {id(item): item for item in held if type(item) not in PLAIN and id(item) not in seen}
+            seen.update(fresh)
+            waiting.extend(fresh.values())
+    return found
+
+
+@lru_cache(maxsize=256)
+def _is_container(kind: Any) -> bool:
+    # By its type, never by isinstance: a mock says that it is an instance of what it stands for.
+    return issubclass(kind, _CONTAINERS) or dataclasses.is_dataclass(kind)
+
+
+def _inside(container: Any) -> Iterable[Any]:
+    """What a container holds, read without any method that a subclass may have changed."""
+    kind = type(container)
+    if issubclass(kind, dict):
+        return itertools.chain(dict.values(container), dict.keys(container))
+    for plain in _PLAIN_CONTAINERS:
+        if issubclass(kind, plain):
+            items: Iterable[Any] = plain.__iter__(container)
+            return items
+    return gc.get_referents(container)  # what an iterator is to give, too, which goes no step further
+
+
+def _not_begun(value: Any) -> bool:
+    kind = type(value)
+    if kind is CoroutineType:
+        return inspect.getcoroutinestate(value) == inspect.CORO_CREATED
+    if kind is GeneratorType:
+        return inspect.getgeneratorstate(value) == inspect.GEN_CREATED
+    if kind is AsyncGeneratorType:
+        return _async_generator_not_begun(value)
+    return kind in _CALLERS and _has_calls_to_make(value)
+
+
+def _async_generator_not_begun(value: Any) -> bool:
+    frame = value.ag_frame
+    if frame is None or value.ag_running:
+        return False
+    return bool(value.ag_code.co_code[frame.f_lasti] == opmap["RETURN_GENERATOR"])  # where its call has returned it
+
+
+def _has_calls_to_make(iterator: Any) -> bool:
+    """Whether `map` or its like has items left for a function of the user."""
+    parts = gc.get_referents(iterator)
+    if not any(isinstance(each, FunctionType | MethodType) or _prepares_a_call(each) for each in parts):
+        return False
+    sources = [source for each in parts for source in (each if type(each) is tuple else (each,))]
+    lengths = [length_hint(source) for source in sources if type(source) in _ITERATORS]
+    return bool(lengths) and min(lengths) > 0
+
+
+def _prepares_a_call(value: Any) -> bool:
+    return type(value) is partial and isinstance(value.func, FunctionType | MethodType)
