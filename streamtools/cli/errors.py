@@ -228,6 +228,8 @@ def _peek(url: str | None, queue: str, limit: int) -> Sequence[Message]:
         try:
             return await admin.peek(queue, limit)
         except QueueError as error:
+            if not str(error).startswith("There is no "):
+                raise
             raise QueueError(
                 f"{error} Either nothing here has consumed yet, or its error queue has another name: --queue NAME."
             ) from error

@@ -2,9 +2,10 @@
 
 A classic queue takes back what was looked at as if nothing had been: to its place, uncounted. A quorum queue counts
 each message that comes back, in whatever way (basic.nack, basic.recover, a channel or a connection that ends), and
-moves or drops it after its delivery limit, which is 20 by default from RabbitMQ 4 on. So nothing goes back there: the
-reader takes all that is in the queue, publishes a copy of each, byte for byte and in order, waits until the broker
-holds them, and then acknowledges what it took. docs/adr/021 says why.
+moves or drops it after its delivery limit, which is 20 by default from RabbitMQ 4 on, and may be 0. So nothing goes
+back there: the reader takes all that is in the queue, publishes a copy of each, byte for byte and in order, waits
+until the broker holds them, and then acknowledges what it took. It learns the kind of the queue before it takes
+anything, and where it may not ask, it does the same. docs/adr/021 says why.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from streamtools.drivers.rabbitmq.holding import LOCKED, NOT_FOUND, Held, Holdin
 from streamtools.drivers.rabbitmq.link import Link, open_link
 from streamtools.drivers.rabbitmq.outlet import Outlet
 from streamtools.drivers.rabbitmq.putback import PutBack
-from streamtools.drivers.rabbitmq.topology import Topology, missing
+from streamtools.drivers.rabbitmq.topology import STREAM, QueueOptions, Topology, missing, work_queue
 from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
 from streamtools.message import ids
 from streamtools.settings import RabbitMQSettings
@@ -37,8 +38,6 @@ MOST: Final = 10_000
 MOST_BYTES: Final = 64 * 1024 * 1024
 #: Seconds of silence after which a queue is taken to hold no more for us.
 SILENCE: Final = 1.0
-#: Seconds between two looks at whether a message is back in its queue.
-BACK_POLL: Final = 0.002
 #: Seconds between two looks into an empty queue.
 POLL: Final = 0.1
 
@@ -64,12 +63,12 @@ class RabbitMQReader:
         #: What was taken, in the queue's order, and how many of them were handed out.
         self._held: list[Held] = []
         self._seen = 0
-        #: Whether the queue counts what comes back; None while that is not known.
-        self._counts: bool | None = None
+        #: The queue may count what comes back.
+        self._counts = True
+        #: The queue may end with its last consumer, so none comes or goes.
+        self._gets = True
         #: The queue has a single active consumer: a second one of ours would get nothing.
         self._alone = False
-        #: The first message was given back to find out.
-        self._gave_back = False
         #: Deliveries that were asked for and have not come.
         self._due = 0
 
@@ -79,10 +78,12 @@ class RabbitMQReader:
         """Connect, and wait until nobody else looks at the queue.
 
         Raises:
-            QueueError: another look has not ended, or what is looked at could not be put back.
+            QueueError: there is no such queue, it is a stream, another look has not ended, or what is looked at could
+                not be put back.
         """
         self._link = link = await open_link(self._settings, self._name)
         try:
+            await self._learn(link)
             self._putback = PutBack(link, self._queue, self._settings.username)
             await self._putback.open()
             self._channel = await HoldingChannel.open(link, self._queue)
@@ -141,6 +142,14 @@ class RabbitMQReader:
 
     # --- taking -------------------------------------------------------------------------------------
 
+    async def _learn(self, link: Link) -> None:
+        """Learn what kind of queue it is, before anything is taken; who may not ask takes it for any kind."""
+        probably = work_queue(self._queue, QueueOptions(), "error")
+        if (queue := await Topology(link).as_it_is(probably, "passive")) is not None:
+            self._counts = not queue.is_classic
+            self._gets = queue.is_classic
+            self._alone = queue.is_single_active and not queue.is_classic
+
     def _delivery(self, held: Held) -> Delivery:
         message, count = properties.decode(
             held.data, held.body, self._queue, self._new_id, topic=held.topic, redelivered=held.redelivered
@@ -149,21 +158,27 @@ class RabbitMQReader:
 
     async def _take(self, number: int, deadline: float) -> bool:
         """Take up to so many more in hand, as soon as one has come; False: the queue is empty, ask again later."""
-        # An answer to basic.get is always waited for, so that it cannot be taken for that to a later one.
-        if self._counts is None:
-            await self._find_out()
-        elif self._counts:
+        if self._gets:
+            await self._take_by_get(number)
+        else:
             await self._ask(number)
             left = None if deadline == math.inf else max(SILENCE, deadline - time.monotonic())
             await self._opened().arrival(left)
             self._drain(self._opened())
-        else:
-            self._held += await self._get(number)
         return len(self._held) > self._seen
 
-    async def _get(self, number: int) -> list[Held]:
-        """So many messages, or as many as are there. No consumer comes or goes: some queues end with their last."""
+    async def _take_by_get(self, number: int) -> None:
         channel = self._opened()
+        try:
+            self._held += await self._get(channel, number)
+        except ConnectionLost:
+            await self._reopen(channel)
+
+    async def _get(self, channel: HoldingChannel, number: int) -> list[Held]:
+        """So many messages, or as many as are there. No consumer comes or goes: some queues end with their last.
+
+        Each answer is waited for, so that it cannot be taken for that to a later request.
+        """
         channel.get(number)
         found: list[Held] = []
         for _ in range(number):
@@ -184,42 +199,15 @@ class RabbitMQReader:
         self._due -= len(new)
         self._held += new
 
-    async def _find_out(self) -> None:
-        """Take the first message, and see whether the queue counts what comes back.
-
-        A quorum queue of RabbitMQ 3 writes the count on what basic.get takes, and one with a single active consumer
-        gives nothing out so. Else the message goes back once: then there is a count on it, or there never is.
-        """
-        channel = self._opened()
-        try:
-            first = await self._get(1)
-        except ConnectionLost:
-            await self._reopen(channel)
-            return
-        if first and not _is_counted(first[0]) and not first[0].redelivered:
-            await self._give_back_at_the_front(channel)
-            first = await self._get(1)
-        if first:
-            # One that was never delivered before is another, so somebody has ours: then it may be counted.
-            self._counts = _is_counted(first[0]) or not first[0].redelivered
-            self._held += first
-
-    async def _give_back_at_the_front(self, channel: HoldingChannel) -> None:
-        """Close the channel: by basic.nack a quorum queue without a limit takes a message back at its end."""
-        self._gave_back = True
-        ready = await self._ready()
-        await channel.close()
-        self._channel = await HoldingChannel.open(self._opened_link(), self._queue)
-        deadline = time.monotonic() + SILENCE
-        while await self._ready() <= ready and time.monotonic() < deadline:  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(BACK_POLL)
-
     async def _reopen(self, channel: HoldingChannel) -> None:
+        """A quorum queue with a single active consumer gives nothing out to basic.get, and a stream never does."""
         if channel.code == NOT_FOUND:
             raise missing(self._queue, self._opened_link().where)
+        if "stream queue" in self._opened_link().said:
+            raise QueueError(f"The queue {self._queue!r} cannot be looked at: {STREAM}.")
         if channel.code != LOCKED:
             raise QueueError(f"The queue {self._queue!r} cannot be looked at: {channel.error}")
-        self._counts = self._alone = True
+        self._gets, self._alone = False, True
         self._channel = await HoldingChannel.open(self._opened_link(), self._queue)
 
     def _opened(self) -> HoldingChannel:
@@ -244,7 +232,7 @@ class RabbitMQReader:
 
     async def _leave(self, channel: HoldingChannel) -> None:
         """Have the queue hold again, in its order, what is not settled."""
-        if self._counts is False:
+        if not self._counts:
             await channel.close()
             return
         while self._alone and await self._ready() and await channel.arrival(SILENCE):
@@ -257,20 +245,16 @@ class RabbitMQReader:
             return
         total = len(left) + await self._ready()
         if _bytes(left) > MOST_BYTES or total > MOST:
-            await self._leave_in_parts(channel, left, total)
+            await self._leave_in_parts(left, total)
             return
         left += await self._rest(total - len(left), MOST_BYTES - _bytes(left))
         await self._put_back(left)
 
-    async def _leave_in_parts(self, channel: HoldingChannel, left: list[Held], total: int) -> None:
-        """The queue holds more than we want to have in hand.
+    async def _leave_in_parts(self, left: list[Held], total: int) -> None:
+        """The queue holds more than we want to have in hand, so it is copied part by part, all of it.
 
-        So what was never looked at before goes back, and is counted once. What was is copied, with all that is behind
-        it, part by part: after as many as there were, the queue has its order again.
+        After as many as there were, the queue has its order again.
         """
-        if not self._gave_back and not any(_count(held) for held in left):
-            await channel.close()
-            return
         while left:
             await self._put_back(left)
             total -= len(left)
@@ -286,11 +270,12 @@ class RabbitMQReader:
         if number <= 0 or room <= 0:
             return found
         channel = await HoldingChannel.open(self._opened_link(), self._queue)
+        if self._gets:
+            return await self._rest_by_get(channel, number, room)
         due = 0
         while len(found) < number and _bytes(found) < room:
             if due <= 0:
-                fit = room // (_bytes(found) // len(found) + 1) - len(found) if found else FIRST
-                due = min(number - len(found), max(1, fit), max(FIRST, GROWTH * len(found)))
+                due = _next(found, number, room)
                 await channel.consume(due)
             if not await channel.arrival(SILENCE):
                 break  # somebody else has them
@@ -299,6 +284,16 @@ class RabbitMQReader:
             channel.buffer.clear()
         await channel.cancel()
         return found + [held for held in channel.buffer if held is not None]
+
+    async def _rest_by_get(self, channel: HoldingChannel, number: int, room: int) -> list[Held]:
+        found: list[Held] = []
+        while len(found) < number and _bytes(found) < room:
+            due = _next(found, number, room)
+            new = await self._get(channel, due)
+            found += new
+            if len(new) < due:
+                break  # somebody else has them
+        return found
 
     async def _ready(self) -> int:
         return (await Topology(self._opened_link()).count(self._queue))[0]
@@ -309,12 +304,10 @@ class RabbitMQReader:
         await asyncio.gather(*(link.close() for link in links if link is not None))
 
 
-def _is_counted(held: Held) -> bool:
-    return properties.DELIVERY_COUNT.encode() in held.data or properties.ACQUIRED_COUNT.encode() in held.data
-
-
-def _count(held: Held) -> int:
-    return properties.decode(held.data, b"", "", str, redelivered=held.redelivered)[1]
+def _next(found: Sequence[Held], number: int, room: int) -> int:
+    """How many more to ask for, where about as many bytes and so many messages fit in hand."""
+    fit = room // (_bytes(found) // len(found) + 1) - len(found) if found else FIRST
+    return min(number - len(found), max(1, fit), max(FIRST, GROWTH * len(found)))
 
 
 def _bytes(held: Sequence[Held]) -> int:

@@ -39,6 +39,7 @@ LIMIT = {"delivery-limit": 20}
 QUEUES: dict[str, FieldTable] = {
     "quorum": {"x-queue-type": "quorum"},
     "quorum with a limit": {"x-queue-type": "quorum", "x-delivery-limit": 2},
+    "quorum that lets nothing come back": {"x-queue-type": "quorum", "x-delivery-limit": 0},
     "quorum, one active consumer": {"x-queue-type": "quorum", "x-single-active-consumer": True},
     "quorum with a time to live": {"x-queue-type": "quorum", "x-message-ttl": 3_600_000},
     "quorum that refuses": {"x-queue-type": "quorum", "x-max-length": 30, "x-overflow": "reject-publish"},
@@ -213,10 +214,11 @@ async def test_those_not_chosen_to_be_moved_are_as_they_were(foreign: AbstractCh
     assert len(await contents(foreign, "target")) == 10
 
 
+@pytest.mark.parametrize("kind", ["quorum with a limit", "quorum that lets nothing come back"])
 async def test_a_queue_of_more_than_fits_in_hand_is_gone_through_in_parts(
-    foreign: AbstractChannel, admin: QueueAdmin, monkeypatch: pytest.MonkeyPatch
+    foreign: AbstractChannel, admin: QueueAdmin, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    await fill(foreign, "long", 60, QUEUES["quorum with a limit"])
+    await fill(foreign, "long", 60, QUEUES[kind])
     monkeypatch.setattr(reader, "MOST", 25)
 
     for _ in range(LOOKS):
@@ -224,7 +226,41 @@ async def test_a_queue_of_more_than_fits_in_hand_is_gone_through_in_parts(
 
     left = await contents(foreign, "long")
     assert [body for body, *_ in left] == [b"%d" % number for number in range(60)]
-    assert max(count for _, _, count, *_ in left) <= 1
+    assert {count for _, _, count, *_ in left} == {0}
+
+
+@pytest.mark.parametrize("most", [10_000, 10])
+async def test_a_policy_that_lets_nothing_come_back_loses_nothing(
+    foreign: AbstractChannel, url: str, rabbitmq_vhost: RabbitMQAddress, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    vhost = rabbitmq_vhost.url.rpartition("/")[2]
+    policy = {"pattern": ".*", "apply-to": "queues", "definition": {"delivery-limit": 0}}
+    rabbitmq_vhost.manage("PUT", f"policies/{vhost}/none", policy)
+    await fill(foreign, "strict", 30, QUEUES["quorum"])
+    monkeypatch.setattr(reader, "MOST", most)
+
+    for _ in range(5):
+        async with RabbitMQAdmin(url=url) as admin:
+            assert [m.body for m in await admin.peek("strict", 7)] == [b"%d" % number for number in range(7)]
+
+    assert [body for body, *_ in await contents(foreign, "strict")] == [b"%d" % number for number in range(30)]
+
+
+@pytest.mark.parametrize("configure", [".*", "^$"])
+async def test_a_stream_is_refused(
+    foreign: AbstractChannel, as_user: Callable[[str, str, str], str], cli: Cli, configure: str
+) -> None:
+    await foreign.queue_declare("stream", durable=True, arguments={"x-queue-type": "stream"})
+    await foreign.basic_publish(b"1", routing_key="stream")
+    theirs = as_user(configure, ".*", ".*")
+
+    async with RabbitMQAdmin(url=theirs) as admin:
+        await wait_until(lambda: _holds(admin, "stream", 1))
+        with pytest.raises(QueueError, match="a stream is not a queue"):
+            await admin.peek("stream")
+    result = await asyncio.to_thread(cli, "errors", "list", "--queue", "stream", "--url", theirs)
+    assert "a stream is not a queue" in result.output
+    assert "has consumed yet" not in result.output
 
 
 async def test_large_messages_are_gone_through_in_parts(
@@ -433,16 +469,40 @@ def as_user(rabbitmq_vhost: RabbitMQAddress) -> Callable[[str, str, str], str]:
     return make
 
 
+@pytest.mark.parametrize("kind", QUEUES)
+@pytest.mark.parametrize("most", [10_000, 4])
 async def test_who_may_read_and_write_but_make_nothing_can_look(
-    foreign: AbstractChannel, as_user: Callable[[str, str, str], str]
+    foreign: AbstractChannel,
+    as_user: Callable[[str, str, str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    most: int,
 ) -> None:
-    await fill(foreign, "orders", 6, QUEUES["quorum with a limit"])
+    await fill(foreign, "orders", 6, QUEUES[kind])
+    monkeypatch.setattr(reader, "MOST", most)
 
-    async with RabbitMQAdmin(url=as_user("^$", "^amq[.]default$", "^orders$")) as admin:
-        for _ in range(LOOKS):
-            assert len(await admin.peek("orders")) == 6
+    for _ in range(4):
+        async with RabbitMQAdmin(url=as_user("^$", "^amq[.]default$", "^orders$")) as admin:
+            assert len(await admin.peek("orders", 3)) == 3
 
-    assert [body for body, *_ in await contents(foreign, "orders")] == [b"%d" % number for number in range(6)]
+    answer = await foreign.queue_declare("orders", passive=True)
+    assert answer.message_count == 6
+    if "quorum, one active" not in kind:  # it gives nothing out to basic.get
+        found = await contents(foreign, "orders")
+        assert [body for body, *_ in found] == [b"%d" % number for number in range(6)]
+        assert {count for _, _, count, *_ in found} == {0}
+
+
+async def test_a_queue_that_ends_with_its_last_consumer_outlives_a_look_of_who_may_make_nothing(
+    foreign: AbstractChannel, as_user: Callable[[str, str, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(foreign, "passing", 5, {}, auto_delete=True)
+    monkeypatch.setattr(reader, "MOST", 4)
+
+    async with RabbitMQAdmin(url=as_user("^$", "^amq[.]default$", "^passing$")) as admin:
+        for _ in range(3):
+            assert len(await admin.peek("passing", 2)) == 2
+    assert [body for body, *_ in await contents(foreign, "passing")] == [b"%d" % number for number in range(5)]
 
 
 async def test_who_may_make_an_exchange_and_not_bind_it_leaves_none_behind(
