@@ -51,6 +51,7 @@ CONTEXT_MANAGERS: Final = frozenset({_empty.__code__, _empty_async.__code__})
 _MADE: Final = (type(_empty()), type(_empty_async()))
 #: Containers whose own iteration gives what they hold, and runs no code of the user.
 _PLAIN_CONTAINERS: Final[tuple[Any, ...]] = (list, tuple, set, frozenset, deque)
+_COMMON: Final = frozenset({dict, *_PLAIN_CONTAINERS})
 #: Iterators that call a function for each item.
 _CALLERS: Final = (map, filter, itertools.starmap)
 _EMPTY: Final[tuple[Collection[Any], ...]] = (
@@ -75,13 +76,23 @@ def left_unrun(value: Any) -> list[Any]:
     It looks into the containers of the standard library, dataclasses and pydantic models, for 10,000 values at most.
     Nothing is iterated that would change, and no code of the user runs.
     """
-    if type(value) in PLAIN:
+    kind = type(value)
+    if kind in PLAIN or (kind in _COMMON and _holds_plain_values(value)):
         return []
     if isinstance(value, FunctionType) or _prepares_a_call(value):
         return [value]
-    if type(value) in _MADE:
+    if kind in _MADE:
         return [value] if _not_begun(value.gen) else []
     return _search(value)
+
+
+def _holds_plain_values(value: Any) -> bool:
+    """Whether nothing needs a search, as in most results: this takes a third of its time."""
+    if len(value) > _MANY:
+        return False
+    return PLAIN.issuperset(map(type, value)) and (
+        type(value) is not dict or PLAIN.issuperset(map(type, value.values()))
+    )
 
 
 def refuse_unrun(value: Any, left: list[Any], refusal: type[Exception]) -> None:
