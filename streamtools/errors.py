@@ -32,7 +32,7 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from streamtools.visible import guard_log
 
@@ -111,10 +111,9 @@ class SendError(StreamToolsError):
         unknown: ids of the messages whose confirmation never came; it may hold them.
         unfit: those of `refused` that can never be taken as they are: too large, with a name that is too long, or
             with a text that no wire carries. To send them again cannot help; to send less beside the body can.
+        messages: the messages of `refused` and `unknown` themselves, as they were given to the send. This is the
+            exact answer where several messages of one call have the same id: send these again, not all of that id.
     """
-
-    #: The messages themselves, where the driver tells them apart: others may have the same ids.
-    messages: Sequence[object] = ()
 
     def __init__(
         self,
@@ -123,8 +122,10 @@ class SendError(StreamToolsError):
         refused: Sequence[str] = (),
         unknown: Sequence[str] = (),
         unfit: Sequence[str] = (),
+        messages: Sequence[object] = (),
     ) -> None:
         super().__init__(message)
+        self.messages: Sequence[Any] = tuple(messages)
         self.unfit: tuple[str, ...] = tuple(unfit)
         self.refused: tuple[str, ...] = tuple(refused)
         self.unknown: tuple[str, ...] = tuple(unknown)

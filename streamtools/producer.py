@@ -238,7 +238,7 @@ class Producer(Endpoint):
         """Send many messages in one confirmed batch, in order; parameters as for `send`.
 
         Raises:
-            SendError: some are not known to be held; `.refused` and `.unknown` name them by id.
+            SendError: some are not known to be held; `.refused` and `.unknown` name them by id, `.messages` has them.
             TypeError: one payload is given instead of several.
         """
         _check_several(payloads)
@@ -253,6 +253,7 @@ class Producer(Endpoint):
         """Send messages that are complete already, each to its own `queue`; for copies and bridges.
 
         Raises:
+            SendError: some are not known to be held; `.messages` has exactly those of `batch`, whatever their ids.
             FeatureError: one is a tombstone, which this protocol cannot carry.
         """
         if not self.features.tombstones and any(message.body is None for message in batch):
@@ -397,6 +398,9 @@ class Producer(Endpoint):
                 return list(receipts) if receipts is not None else [Receipt(m.id, m.queue) for m in batch]
             except TimeoutError as error:
                 raise self._unconfirmed(batch, self._why_unconfirmed(), doubt=True) from error
+            except SendError as error:
+                error.messages = error.messages or error.among(batch, {*error.refused, *error.unknown})
+                raise
             except ConnectError as error:
                 failures.append(error)
                 if connected and opened == self._opened:  # else another send has connected anew meanwhile
@@ -428,6 +432,7 @@ class Producer(Endpoint):
             f"{len(batch)} message{'s' if several else ''} to {_places(batch)} not confirmed within "
             f"{self.send_timeout:g} s: {why} {end if doubt else 'Nothing of it has reached the broker.'}",
             unknown=[m.id for m in batch],
+            messages=batch,
         )
 
     def _read_send_options(self, given: Mapping[str, Any], verb: Callable[..., Any] | None = None) -> Options:

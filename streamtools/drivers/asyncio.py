@@ -434,7 +434,8 @@ class AsyncIOProducer(Producer, protocol="asyncio"):
             try:
                 await self._broker.put(message)
             except QueueError as error:
-                raise SendError(str(error), refused=[m.id for m in batch[position:]]) from error
+                left = batch[position:]
+                raise SendError(str(error), refused=[m.id for m in left], messages=left) from error
 
 
 class Hold:
@@ -534,7 +535,7 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
         try:
             return self._broker.route(message)
         except QueueError as error:
-            raise SendError(str(error), refused=[message.id]) from error
+            raise SendError(str(error), refused=[message.id], messages=[message]) from error
 
     async def _close(self) -> None:
         self._abandon()

@@ -130,6 +130,7 @@ class HTTPConsumer(Consumer, protocol="http"):
                 str(refused[0]),
                 refused=[each for error in refused for each in error.refused],
                 unknown=[each for error in refused for each in error.unknown],
+                messages=[each for error in refused for each in error.messages],
             ) from refused[0]
 
     async def _settle_one(self, settlement: Settlement) -> SendError | None:
@@ -156,7 +157,8 @@ class HTTPConsumer(Consumer, protocol="http"):
         except SendError:
             raise
         except (ConnectError, ConfigurationError) as error:  # of the receiver: our own port is none the worse
-            raise SendError(str(error), refused=[message.id for message in messages]) from error
+            ids = [message.id for message in messages]
+            raise SendError(str(error), refused=ids, messages=messages) from error
 
     async def _stop(self) -> None:
         if self._mailbox is not None and self._server is not None:

@@ -232,14 +232,14 @@ class HTTPProducer(Producer, protocol="http"):
             except ResponseError as error:
                 sending.refusals[position] = error
                 if passes(error.status, error.headers):  # the time is over, for those behind it too
-                    error.refused = _not_held(batch, sending, position)
+                    _name_left(error, batch, sending, position)
                     raise
             except SendError as error:
-                error.refused = _not_held(batch, sending, position)
+                _name_left(error, batch, sending, position)
                 raise
         if sending.refusals:
             first = next(iter(sending.refusals.values()))
-            first.refused = tuple(batch[position].id for position in sending.refusals)
+            _name_left(first, batch, sending, len(batch))
             raise first
         return [receipt for receipt in sending.receipts if receipt is not None]
 
@@ -399,9 +399,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:EXCERPT])
 
 
-def _not_held(batch: Sequence[Message], sending: _Sending, position: int) -> tuple[str, ...]:
-    """Those refused so far, and those not sent because of the one at `position`."""
-    return tuple(m.id for place, m in enumerate(batch) if place in sending.refusals or place > position)
+def _name_left(error: SendError, batch: Sequence[Message], sending: _Sending, position: int) -> None:
+    """Have the error name those refused so far, and those not sent because of the one at `position`."""
+    refused = [m for place, m in enumerate(batch) if place in sending.refusals or place > position]
+    error.refused = tuple(m.id for m in refused)
+    unknown = [batch[position]] if error.unknown else []
+    error.messages = (*unknown, *refused)
 
 
 def _no_answer(where: str, message: Message, timeout: float) -> SendError:

@@ -11,7 +11,7 @@ from aiokafka import errors as kafka
 
 from streamtools.delivery import Settlement, goes_last
 from streamtools.drivers.kafka.membership import Membership
-from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
+from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, not_held, outgoing
 from streamtools.drivers.kafka.outgoing import refused as refused_error
 from streamtools.drivers.kafka.records import GROUP, QUEUE, RETRIES, Header, decode_origin, header_texts, now_ms
 from streamtools.drivers.kafka.sending import Sender
@@ -77,18 +77,21 @@ class Outbox:
         done += held
         if refused is not None:
             kept = {id(s) for s in held}
-            unsent = [m.id for s in mine if id(s) not in kept for m in s.outgoing if goes_last(m, s)]
-            refused.unknown = (*refused.unknown, *unsent)
+            unsent = [m for s in mine if id(s) not in kept for m in s.outgoing if goes_last(m, s)]
+            refused.unknown = (*refused.unknown, *(m.id for m in unsent))
+            refused.messages = (*refused.messages, *unsent)
             raise refused
 
     async def _publish(self, mine: Sequence[Settlement], *, last: bool) -> tuple[list[Settlement], SendError | None]:
         """Send what is to go first, or last; those of which none was refused, and the refusal."""
-        copies = [(s, self._copy(s, m)) for s in mine for m in s.outgoing if goes_last(m, s) is last]
+        messages = [(s, m) for s in mine for m in s.outgoing if goes_last(m, s) is last]
+        copies = [self._copy(*each) for each in messages]
         try:
             if copies:
-                await (await self._get_sender()).publish([item for _, item in copies])
+                await (await self._get_sender()).publish(copies)
         except SendError as error:
-            refused = {id(s) for s, item in copies if item.error is not None}
+            error.messages = not_held([m for _, m in messages], copies)
+            refused = {id(s) for (s, _), item in zip(messages, copies, strict=True) if item.error is not None}
             return [s for s in mine if id(s) not in refused], error
         return list(mine), None
 
@@ -154,7 +157,8 @@ class Outbox:
         copies = [(s, item) for s in batch for item in self._copies(s)]
         try:
             await self._transact(track, {delivery_of(s).offset for s in batch}, [item for _, item in copies])
-        except SendError:
+        except SendError as error:
+            error.messages = not_held([m for s in batch for m in s.outgoing], [item for _, item in copies])
             refused = {id(s) for s, item in copies if item.error is not None}
             bad = [s for s in batch if id(s) in refused]
             good = [s for s in batch if id(s) not in refused]
@@ -167,6 +171,7 @@ class Outbox:
                     raise
                 why = {item.id: item.error for s, item in copies if s is settlement and item.error is not None}
                 refusal = refused_error(why, self._settings)
+                refusal.messages = [m for m in settlement.outgoing if any(m is each for each in error.messages)]
                 if lost_replies(settlement.outgoing, refusal):
                     raise  # settled by itself it goes without them: that its reply was refused is not its failure
                 instead = reject(settlement, refusal)

@@ -167,6 +167,11 @@ def _refused(message: Message, error: Exception) -> Outgoing:
     return item
 
 
+def not_held(messages: Iterable[Message], items: Iterable[Outgoing]) -> list[Message]:
+    """The messages whose records were refused; `items` are their records, in the same order."""
+    return [message for message, item in zip(messages, items, strict=True) if item.error is not None]
+
+
 def refused(failed: Mapping[str, BaseException], settings: KafkaSettings) -> SendError:
     """The error for messages that Kafka does not take."""
     first = next(iter(failed.values()))

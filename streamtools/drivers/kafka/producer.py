@@ -17,7 +17,7 @@ from streamtools.drivers.kafka.errors import Missing, was_undone
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply
 from streamtools.drivers.kafka.options import ProducerOptions, SendOptions, is_async
-from streamtools.drivers.kafka.outgoing import Outgoing, outgoing
+from streamtools.drivers.kafka.outgoing import Outgoing, not_held, outgoing
 from streamtools.drivers.kafka.records import Placed
 from streamtools.drivers.kafka.sending import Sender
 from streamtools.drivers.kafka.topics import Topic
@@ -90,7 +90,8 @@ class KafkaProducer(Producer, protocol="kafka"):
         if failed:
             refused = [id for error in failed for id in error.refused]
             unknown = [id for error in failed for id in error.unknown]
-            raise SendError(str(failed[0]), refused=refused, unknown=unknown) from failed[0]
+            messages = [message for error in failed for message in error.messages]
+            raise SendError(str(failed[0]), refused=refused, unknown=unknown, messages=messages) from failed[0]
 
     async def close(self) -> None:
         """Wait for what was sent with `wait=False`, then close the connection. Safe to repeat."""
@@ -115,12 +116,12 @@ class KafkaProducer(Producer, protocol="kafka"):
         self._sender = sender
 
     async def _send(self, batch: Sequence[Message], options: SendOptions) -> Sequence[Receipt] | None:
-        batch = _placed(batch, options)
+        given, batch = batch, _placed(batch, options)
         if (delivery := self._collecting()) is not None:
             delivery.outgoing += tuple(batch)  # they leave with the acknowledgement, or not at all
             return None
         if (transaction := self._transaction()) is not None:
-            return await transaction.send(batch)
+            return await transaction.send(batch, given)
         if not self._waits(options):
             return await self._send_later(batch, options)
         if self._sender is None:
@@ -129,14 +130,21 @@ class KafkaProducer(Producer, protocol="kafka"):
             raise ConnectionLost(f"{self!r} is not connected.")
         items = outgoing(batch)
         try:
-            await self._sender.publish(items)
+            await self._publish(self._sender, items)
+        except SendError as error:
+            error.messages = not_held(given, items)
+            raise
+        return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
+
+    async def _publish(self, sender: Sender, items: Sequence[Outgoing]) -> None:
+        try:
+            await sender.publish(items)
         except SendError:
             again = self._lost_with_topic(items)
             if not again:
                 raise
-            await self._make_again(self._sender)
-            await self._sender.publish(again)
-        return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
+            await self._make_again(sender)
+            await sender.publish(again)
 
     def _lost_with_topic(self, items: Sequence[Outgoing]) -> list[Outgoing]:
         """Those refused because our own topic was deleted while we use it, if that is all that was refused."""
@@ -279,7 +287,7 @@ class Transaction:
         self.transactional: Transactional = transactional
         self.settings: KafkaSettings = settings
         self._lock = asyncio.Lock()  # many tasks may send in it
-        self._sent: list[str] = []
+        self._sent: list[Message] = []
         self._failure: SendError | None = None
         self._begun = 0.0
 
@@ -288,20 +296,26 @@ class Transaction:
         await self.transactional.begin()
         self._begun = time.monotonic()
 
-    async def send(self, batch: Sequence[Message]) -> list[Receipt]:
-        """Send as part of it; a failure makes the whole fail, whether who sends goes on or not."""
+    async def send(self, batch: Sequence[Message], given: Sequence[Message]) -> list[Receipt]:
+        """Send as part of it; a failure makes the whole fail, whether who sends goes on or not.
+
+        Parameters:
+            given: the same messages as whoever sends has them, for errors.
+        """
         items = outgoing(batch)
         async with self._lock:
             try:
                 await self.transactional.send(items)
             except SendError as error:
+                error.messages = not_held(given, items)
                 self._failure = self._failure or error
                 raise
             except ConnectError as error:
                 why = self._why(error)
-                self._failure = SendError(f"The transaction has failed: {why}", refused=[m.id for m in batch])
+                ids = [m.id for m in batch]
+                self._failure = SendError(f"The transaction has failed: {why}", refused=ids, messages=given)
                 raise self._failure from error
-        self._sent += [m.id for m in batch]
+        self._sent += given
         return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
 
     async def commit(self) -> None:
@@ -313,11 +327,14 @@ class Transaction:
         except ConnectError as error:
             if was_undone(error):
                 raise SendError(
-                    f"A transaction of {len(self._sent)} messages has failed: {self._why(error)}", refused=self._sent
+                    f"A transaction of {len(self._sent)} messages has failed: {self._why(error)}",
+                    refused=[m.id for m in self._sent],
+                    messages=self._sent,
                 ) from error
             raise SendError(
                 f"It is not known whether a transaction of {len(self._sent)} messages took place: {error}",
-                unknown=self._sent,
+                unknown=[m.id for m in self._sent],
+                messages=self._sent,
             ) from error
 
     def _why(self, error: ConnectError) -> str:

@@ -23,7 +23,7 @@ from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Commit, Groups, Progress, busy
 from streamtools.drivers.kafka.names import RETRY, is_retry_topic, reader_of
 from streamtools.drivers.kafka.offsets import Offsets
-from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, outgoing
+from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, not_held, outgoing
 from streamtools.drivers.kafka.reach import make_no_topics
 from streamtools.drivers.kafka.records import (
     GROUP,
@@ -152,13 +152,15 @@ class KafkaReader:
         """
         sender = await self._opened()
         await self._check_alone()
-        batch = [item for settlement in settlements for item in await self._copies(settlement)]
+        copies = [await self._copies(settlement) for settlement in settlements]
+        batch = [item for items in copies for item in items]
         try:
             if batch:
                 await sender.publish(batch)
         except SendError as error:
-            lost = {*error.refused, *error.unknown}
-            await self._finish([s for s in settlements if not lost.intersection(m.id for m in s.outgoing)])
+            error.messages = not_held([m for s in settlements for m in s.outgoing], batch)
+            kept = [all(item.error is None for item in items) for items in copies]
+            await self._finish([s for s, is_held in zip(settlements, kept, strict=True) if is_held])
             raise
         await self._finish(settlements)
 

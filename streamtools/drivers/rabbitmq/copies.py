@@ -45,8 +45,7 @@ def unsent(
     settlements: Sequence[Settlement], messages: Sequence[Message], error: ConnectError
 ) -> tuple[list[Settlement], SendError]:
     """The connection that sends has ended, or cannot be had."""
-    refusal = SendError(str(error), unknown=[message.id for message in messages])
-    refusal.messages = messages
+    refusal = SendError(str(error), unknown=[message.id for message in messages], messages=messages)
     refusal.__cause__ = error
     return held(settlements, messages), refusal
 

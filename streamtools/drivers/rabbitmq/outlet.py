@@ -224,14 +224,13 @@ def _refusal(
     count = f"{len(said)} of {len(messages)} messages: " if len(messages) > 1 else ""
     unknown = again.keys() & doubtful
     named = [m for m in messages if id(m) in said]
-    error = SendError(
+    return SendError(
         count + text,
         refused=[m.id for m in named if id(m) not in unknown],
         unknown=[m.id for m in named if id(m) in unknown],
         unfit=[m.id for m in named if isinstance(said[id(m)], NeverSent)],
+        messages=named,
     )
-    error.messages = named
-    return error
 
 
 def _has_exchange(messages: Sequence[Message]) -> bool:

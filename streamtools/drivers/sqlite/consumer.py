@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.sqlite.database import Session
-from streamtools.drivers.sqlite.producer import FEATURES, bind, declare, insert, missing
+from streamtools.drivers.sqlite.producer import FEATURES, bind, declare, insert, missing, refusal
 from streamtools.drivers.sqlite.requests import Holder
 from streamtools.drivers.sqlite.rows import Claimed, Row, encode
 from streamtools.drivers.sqlite.schema import NoRoom, is_missing
@@ -177,7 +177,7 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
                 return await self._settle_halves(settlements)
             if not verdicts.moves:
                 raise
-            raise SendError(str(error), refused=[row.id for _, _, rows in verdicts.moves for row in rows]) from error
+            raise refusal(str(error), [row for _, _, rows in verdicts.moves for row in rows]) from error
         except Closed:
             return  # closed meanwhile: likewise
         except ConnectError:
@@ -197,7 +197,11 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
             except SendError as error:
                 refused.append(error)
         if refused:
-            raise SendError(str(refused[0]), refused=[each for error in refused for each in error.refused])
+            raise SendError(
+                str(refused[0]),
+                refused=[each for error in refused for each in error.refused],
+                messages=[each for error in refused for each in error.messages],
+            )
 
     def _verdicts(self, settlements: Sequence[Settlement]) -> Verdicts:
         verdicts = Verdicts()

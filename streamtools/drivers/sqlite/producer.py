@@ -66,9 +66,10 @@ class SQLiteProducer(Producer, protocol="sqlite"):
             size = sum([row.size for row in rows])
             refused = await self._session.call(insert, rows, full=True, patience=patience, new=size)
         except NoRoom as error:
-            raise SendError(str(error), refused=[m.id for m in batch]) from error
+            raise SendError(str(error), refused=[m.id for m in batch], messages=batch) from error
         except (sqlite3.Error, ValueError, OverflowError) as error:
-            raise SendError(f"SQLite does not take this: {error}.", refused=[m.id for m in batch]) from error
+            why = f"SQLite does not take this: {error}."
+            raise SendError(why, refused=[m.id for m in batch], messages=batch) from error
         if refused:
             raise missing(refused)
 
@@ -136,4 +137,9 @@ def missing(rows: Sequence[Row]) -> SendError:
         why = str(another_type(row.exchange, row.clash))
     else:
         why = str(no_subscriber(row.queue, row.exchange))
-    return SendError(why, refused=[row.id for row in rows])
+    return refusal(why, rows)
+
+
+def refusal(why: str, rows: Sequence[Row]) -> SendError:
+    """The error for rows that were not written."""
+    return SendError(why, refused=[row.id for row in rows], messages=[row.message for row in rows])

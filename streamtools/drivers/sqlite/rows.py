@@ -86,6 +86,7 @@ class Row:
         mandatory: that it reaches no queue is an error.
         clash: the type that its exchange has instead of the one asked for.
         lane: the one lane that it goes to; all lanes of the queue when None.
+        message: what it is the row of, for errors.
     """
 
     queue: str
@@ -98,6 +99,7 @@ class Row:
     mandatory: bool = True
     lane: int | None = None
     clash: str | None = None
+    message: Message | None = None
 
     @property
     def size(self) -> int:
@@ -135,7 +137,7 @@ def encode(message: Message, *, lane: int | None = None, origin: int | None = No
     meta = to_json(fields).decode()
     return Row(
         message.queue, message.key, message.deliver_at, meta, message.body, message.id, message.exchange,
-        message.mandatory, lane,
+        message.mandatory, lane, None, message,
     )  # fmt: skip
 
 

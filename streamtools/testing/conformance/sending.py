@@ -223,6 +223,23 @@ class SendingCases(Cases):
         assert "bad" in error.refused and not error.unknown
         assert inbox.items == [n for n, m in enumerate(batch, 1) if m.id not in error.refused] + [4]
 
+    @needs("missing_queue")
+    async def test_a_refusal_has_the_messages_themselves_where_several_have_the_same_id(self, stage: Stage) -> None:
+        inbox, producer = Inbox(), await stage.producer()
+        batch = [
+            Message(body=b"1", queue=stage.queue, id="same", content_type="application/json"),
+            Message(body=b"2", queue=f"{stage.queue}-missing", id="same", content_type="application/json"),
+            Message(body=b"3", queue=stage.queue, id="other", content_type="application/json"),
+        ]
+        async with stage.running(inbox):
+            with pytest.raises(SendError) as caught:
+                await producer.send_messages(batch)
+            left = caught.value.messages
+            await stage.send(4, by=producer)
+            await eventually(lambda: 4 in inbox.items)
+        assert any(batch[1] is each for each in left) and not any(batch[0] is each for each in left)
+        assert inbox.items == [n for n, m in enumerate(batch, 1) if not any(m is each for each in left)] + [4]
+
     # --- time -----------------------------------------------------------------------------------
 
     @needs("delay")
