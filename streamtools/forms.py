@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Iterable
 from typing import Any, Final
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import urlencode
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -17,6 +16,8 @@ FORM: Final = "application/x-www-form-urlencoded"
 MOST: Final = 10_000
 #: `curl -d` calls every body a form. A real one begins with a name and "="; XML, YAML and plain text do not.
 _FORM: Final = re.compile(rb"[^\s<>\"{}=]*=")
+#: As many escapes as follow each other.
+_ESCAPED: Final = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
 #: Problems to ignore where one value stands for a list of one.
 _LISTS: Final = frozenset({"list_type", "tuple_type", "set_type", "frozen_set_type", "iterable_type", "sequence_str"})
 
@@ -39,11 +40,23 @@ def read_pairs(body: bytes) -> list[tuple[str, str]]:
     """The fields in order.
 
     Raises:
-        ValueError: it is not percent-encoded UTF-8.
+        ValueError: it is not percent-encoded UTF-8, or has too many fields.
     """
-    # Some programs leave characters beyond ASCII as they are.
-    text = quote(body, safe=string.printable)
-    return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MOST)
+    # Not urllib's parse_qsl, which takes far longer for each "%" and for each byte beyond ASCII. Some programs leave
+    # characters beyond ASCII as they are.
+    if body.count(b"&") >= MOST:
+        raise ValueError(f"the form has over {MOST:,} fields")
+    pieces = (piece.partition(b"=") for piece in body.split(b"&") if piece)
+    return [(_decoded(name), _decoded(value)) for name, _, value in pieces]
+
+
+def _decoded(text: bytes) -> str:
+    text = text.replace(b"+", b" ")
+    return (_ESCAPED.sub(_unescaped, text) if b"%" in text else text).decode()
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    return bytes.fromhex(found[0].replace(b"%", b"").decode())
 
 
 def write_form(pairs: Iterable[tuple[str, str]]) -> bytes:

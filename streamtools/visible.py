@@ -16,32 +16,40 @@ from typing import Any, Final
 _PLAIN: Final = (int, float, type(None))
 #: How much of one value is shown in a log line, in characters.
 LONGEST: Final = 16 * 1024
+#: Characters whose escapes are kept, so that a text of many takes little time.
+KEPT: Final = 4096
 
 
 class _Escapes(dict[int, str]):
-    """Code point -> what is shown instead, for `str.translate`."""
+    """Code point -> what is shown instead, for `str.translate`; the first `KEPT` that are met are kept."""
 
     def __missing__(self, code: int) -> str:
+        shown = self.shown(code)
+        if len(self) < KEPT:
+            self[code] = shown
+        return shown
+
+    def shown(self, code: int) -> str:
+        """What one character is shown as."""
         character = chr(code)
-        if character.isprintable():
-            return character
+        return character if character.isprintable() else self.escaped(character)
+
+    def escaped(self, character: str) -> str:
+        """A character that cannot be seen."""
         return character.encode("unicode_escape").decode()
 
 
 class _LineEscapes(_Escapes):
     """The same, but for line ends and tabs."""
 
-    def __missing__(self, code: int) -> str:
-        return chr(code) if code in (9, 10) else super().__missing__(code)
+    def escaped(self, character: str) -> str:
+        return character if character in "\t\n" else super().escaped(character)
 
 
 class _JSONEscapes(_Escapes):
     """The same, as JSON has it."""
 
-    def __missing__(self, code: int) -> str:
-        character = chr(code)
-        if character.isprintable():
-            return character
+    def escaped(self, character: str) -> str:
         units = character.encode("utf-16-be", "surrogatepass").hex()
         return "".join(f"\\u{units[place : place + 4]}" for place in range(0, len(units), 4))
 
@@ -118,9 +126,11 @@ def _cut(write: Callable[[object], str], value: object) -> str:
 
 def _formatted(info: Any) -> str:
     try:
-        return "".join(traceback.format_exception(*info)).rstrip("\n")
+        text = "".join(traceback.format_exception(*info)).rstrip("\n")
     except BaseException as broken:  # an exception whose own text or attributes raise
         return f"(its traceback could not be read: {type(broken).__name__})"
+    left = len(text) - 2 * LONGEST  # an exception's text may hold a whole message
+    return text if left <= 0 else f"{text[:LONGEST]}\n... ({left:,} characters)\n{text[-LONGEST:]}"
 
 
 def guard_log() -> None:

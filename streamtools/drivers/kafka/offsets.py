@@ -21,6 +21,8 @@ from typing import Any, Final
 MARK: Final = "s1:"
 #: Characters of metadata at most. Kafka takes 4096 bytes unless told otherwise (`offset.metadata.max.bytes`).
 METADATA_LIMIT: Final = 3500
+#: Bits of an offset.
+LARGEST: Final = 63
 
 #: Finished offsets: the first, and the one after the last.
 Run = tuple[int, int]
@@ -210,6 +212,8 @@ def _varint(number: int) -> bytes:
 def _numbers(data: bytes) -> Iterator[int]:
     number = shift = 0
     for byte in data:
+        if shift > LARGEST:
+            raise ValueError("a number is too large for an offset")
         number |= (byte & 127) << shift
         shift += 7
         if byte < 128:

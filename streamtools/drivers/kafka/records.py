@@ -151,6 +151,7 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
     found: dict[str, Any] = {}
     meta: dict[str, str] = {}
     user: dict[str, str] = {}
+    repeated: dict[str, list[str]] = {}
     for name, raw in record.headers:
         field = _TEXT.get(name)
         if field is not None:
@@ -160,7 +161,11 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
             meta[name] = read_text(raw or b"")
         elif name not in _IGNORED and (own := _user_name(name)) is not None:
             value = read_text(raw or b"")
-            user[own] = f"{user[own]}, {value}" if own in user else value
+            if own in user:
+                repeated.setdefault(own, [user[own]]).append(value)
+            else:
+                user[own] = value
+    _join(user, repeated)
     if meta:
         found |= _decode_meta(meta, record)
     if not found.get("id"):
@@ -174,6 +179,12 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
         headers=user or NO_HEADERS,
         **found,
     )
+
+
+def _join(headers: dict[str, str], repeated: Mapping[str, Sequence[str]]) -> None:
+    """Set the values of headers that came several times: all of one at once, as there may be very many."""
+    for name, values in repeated.items():
+        headers[name] = ", ".join(values)
 
 
 def decode_plain(record: Any, place: TopicPartition) -> Message | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,3 +204,9 @@ class OnePartition(RuleBasedStateMachine):
 
 
 TestOnePartition = OnePartition.TestCase
+
+
+def test_a_number_without_end_does_not_take_long() -> None:
+    begun = time.thread_time()
+    assert decode(0, MARK + "____" * 2**18) == []
+    assert time.thread_time() - begun < 0.2
