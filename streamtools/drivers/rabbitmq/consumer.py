@@ -21,13 +21,14 @@ from streamtools.drivers.rabbitmq.lock import OrderLock
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
 from streamtools.drivers.rabbitmq.outlet import Outlet
 from streamtools.drivers.rabbitmq.topology import (
-    ACTIVE,
     STREAM,
+    MissingQueue,
     Queue,
     QueueOptions,
     Topology,
     error_queue,
     missing,
+    sees_to_order,
     work_queue,
 )
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError, StreamToolsError
@@ -79,6 +80,10 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     _in_vain = False
     #: The first delivery of the channel was looked at.
     _looked = False
+    #: It was open since the user opened it, so its queue was there.
+    _was_open = False
+    #: The log says that the queue is gone, and that it is waited for.
+    _says_gone = False
     #: Nothing is taken in any more, by a stop or a cancellation; the channel is about to be closed.
     _ending = False
     #: The queue counts deliveries, as far as is known; else a count in a header was copied along by somebody.
@@ -98,6 +103,22 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     # --- opening ------------------------------------------------------------------------------------
 
     async def _open(self) -> None:
+        try:
+            await self._open_anew()
+        except MissingQueue as error:
+            if not self._was_open:
+                raise
+            raise self._gone(error) from error
+        self._was_open, self._says_gone = True, False
+
+    def _gone(self, error: MissingQueue) -> ConnectError:
+        """What passes once somebody makes the queue again."""
+        if not self._says_gone:
+            self._says_gone = True
+            log.warning("%r: %s It was there before, so it is waited for.", self, error)
+        return ConnectError(str(error))
+
+    async def _open_anew(self) -> None:
         await self._close()
         self._place = place = await receiving(self.settings, self.client_id)
         try:
@@ -132,26 +153,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         self._is_counted = self._queue is None or not self._queue.is_classic
         for binding in self.bindings:
             await topology.bind(self.queue, binding, self.declare)
-        return ordered and self._sees_to_order()
-
-    def _sees_to_order(self) -> bool:
-        """The queue sees to it that one consumer at a time receives, or we cannot."""
-        if self._queue is None:
-            log.info(
-                "This user may not check whether the queue %r has %s. It should: else each process that consumes it "
-                "has an order of its own.", self.queue, ACTIVE,
-            )  # fmt: skip
-            return True
-        if not self._queue.is_single_active and self.declare is False:  # nor the lock, which is a queue, too
-            self._warn_of_order()
-            return True
-        return self._queue.is_single_active
-
-    def _warn_of_order(self) -> None:
-        log.warning(
-            "The queue %r has no %s, and with declare=False no lock queue is declared either: run only one consumer "
-            "of it, or give it that argument.", self.queue, ACTIVE,
-        )  # fmt: skip
+        return ordered and sees_to_order(self.queue, self._queue, self.declare)
 
     async def _redeclare(self) -> None:
         if self._place is not None:
@@ -417,6 +419,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     async def _close(self) -> None:
         self._calm.set()
+        self._was_open = self._was_open and not self._closed
         beside = [task for task in (self._turning, self._widening, self._watching) if task is not None]
         self._turning = self._widening = self._watching = None
         place, self._place = self._place, None

@@ -442,9 +442,35 @@ def _option(name: str) -> str:
     return "queue_type=" if name == "x-queue-type" else "arguments="
 
 
-def missing(name: str, where: str) -> QueueError:
+def sees_to_order(name: str, queue: Queue | None, declare: Declare) -> bool:
+    """The queue sees to it that one consumer at a time receives, or its consumer cannot.
+
+    Parameters:
+        queue: the queue as it is; None where we may not look.
+        declare: of the consumer.
+    """
+    if queue is None:
+        log.info(
+            "This user may not check whether the queue %r has %s. It should: else each process that consumes it "
+            "has an order of its own.", name, ACTIVE,
+        )  # fmt: skip
+        return True
+    if not queue.is_single_active and declare is False:  # nor the lock, which is a queue, too
+        log.warning(
+            "The queue %r has no %s, and with declare=False no lock queue is declared either: run only one consumer "
+            "of it, or give it that argument.", name, ACTIVE,
+        )  # fmt: skip
+        return True
+    return queue.is_single_active
+
+
+class MissingQueue(QueueError):
+    """There is no such queue."""
+
+
+def missing(name: str, where: str) -> MissingQueue:
     """A queue that is not there, and what to do about it."""
-    return QueueError(
+    return MissingQueue(
         f"There is no queue {name!r} at {where}. Check the name and the virtual host, or make it: "
         f"streamtools queues create {name}. Or use declare=True to have it made."
     )

@@ -205,6 +205,45 @@ async def test_a_classic_queue_is_never_believed_a_count_that_somebody_copied(
     assert delivery.count == 1
 
 
+# --- queues that go and come ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("declare", [False, "passive"])
+async def test_a_queue_that_is_deleted_is_waited_for(
+    foreign: AbstractChannel, url: str, declare: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("orders", "error"):
+        await foreign.queue_declare(name, durable=True)
+    consumer = RabbitMQConsumer("orders", url=url, declare=declare)
+    handled: list[bytes] = []
+
+    @consumer()
+    async def handle(message: bytes) -> None:
+        handled.append(message)
+
+    running = asyncio.create_task(handle())
+    for number in range(2):
+        await foreign.basic_publish(b"%d" % number, routing_key="orders")
+        await wait_until(lambda count=number + 1: len(handled) == count)  # type: ignore[misc]
+        caplog.clear()
+        await foreign.queue_delete("orders")
+        # More than one try finds none.
+        await wait_until(lambda: "it is waited for" in caplog.text or running.done())
+        await asyncio.wait({running}, timeout=1)
+        assert not running.done()
+        assert caplog.text.count("There is no queue 'orders'") == 1
+        assert not consumer.connected
+        await foreign.queue_declare("orders", durable=True)
+    await foreign.basic_publish(b"last", routing_key="orders")
+    await wait_until(lambda: handled == [b"0", b"1", b"last"])
+    await consumer.close()
+    await running
+
+    await foreign.queue_delete("orders")
+    with pytest.raises(QueueError, match="There is no queue 'orders'"):  # as it starts it is told at once
+        await consumer.open()
+
+
 # --- streams --------------------------------------------------------------------------------------
 
 
