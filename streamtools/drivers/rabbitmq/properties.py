@@ -11,8 +11,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 from streamtools import wire
@@ -70,6 +71,19 @@ _LAYOUT: Final = (
     (CLUSTER_ID, "text", ""),
 )
 _PERSISTENT: Final = b"\x02"
+#: That there is a priority, in the first octet of the flags.
+_FIRST_PRIORITY: Final = PRIORITY >> 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prioritized(Message):
+    """A message that came with a priority; its copies, which are replacements of it, are sent with the same one.
+
+    Attributes:
+        priority: 1 to 255. 0 is the same as none.
+    """
+
+    priority: int
 
 
 @lru_cache(maxsize=1024)
@@ -118,6 +132,9 @@ def _encode(message: Message) -> bytes:
     more, middle = _texts(message, _MIDDLE, long)
     last, back = _texts(message, _BACK, long)
     flags |= more | last | DELIVERY_MODE
+    if type(message) is Prioritized:
+        flags |= PRIORITY
+        middle.insert(0, bytes((message.priority,)))
     if message.time is not None and 0 <= message.time < 1 << 63:
         flags |= TIMESTAMP
         middle.append(LONGLONG.pack(int(message.time)))
@@ -222,7 +239,11 @@ def decode(
         fields["id"] = new_id()
     if topic is not None:
         fields.setdefault("topic", topic)
-    message = Message(body=body, queue=queue, headers=headers or NO_HEADERS, **fields)
+    if data and data[0] & _FIRST_PRIORITY and (priority := _priority(data)):
+        make: Callable[..., Message] = partial(Prioritized, priority=priority)
+    else:
+        make = Message
+    message = make(body=body, queue=queue, headers=headers or NO_HEADERS, **fields)
     return message, count if redelivered else 0
 
 
@@ -285,6 +306,11 @@ def places(data: bytes) -> Iterator[tuple[int, str, str, int, int]]:
             position = end
     except (IndexError, struct.error):
         return
+
+
+def _priority(data: bytes) -> int:
+    """The priority in a content header; 0 where it has none."""
+    return next((data[start] for flag, _, _, start, _ in places(data) if flag == PRIORITY), 0)
 
 
 def _sort(table: bytes) -> tuple[dict[str, str], dict[str, str], int, object]:

@@ -126,6 +126,21 @@ def test_a_count_of_another_kind_is_none(value: bytes) -> None:
     assert read(header(entry(b"x-delivery-count", value)), redelivered=True)[1] == 0
 
 
+@pytest.mark.parametrize("priority", [0, 1, 9, 255])
+def test_a_copy_keeps_the_priority_that_others_gave(priority: int) -> None:
+    flags = properties.MESSAGE_ID | properties.PRIORITY | properties.DELIVERY_MODE | properties.CORRELATION_ID
+    data = struct.pack(">H", flags) + b"\x01" + bytes((priority,)) + b"\x01c" + b"\x017"
+    message, _ = read(data)
+    assert (message.id, message.correlation_id) == ("7", "c")
+
+    copy = message.replace(attempt=2, queue="other", type="t")
+    again, _ = read(properties.encode(copy))
+
+    assert getattr(again, "priority", 0) == priority
+    assert (again.id, again.correlation_id, again.attempt, again.type) == ("7", "c", 2, "t")
+    assert type(again) is Message or priority
+
+
 def test_a_time_that_cannot_be_written_again_is_left_out() -> None:
     meta = [(b"streamtools-expirytime", b"1700000000000"), (b"streamtools-time", b"nan"), (b"after", b"x")]
     message, _ = read(header(*(entry(name, text(value)) for name, value in meta)))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import gzip
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from urllib.parse import urlsplit
 
 import pytest
 from aiormq.abc import AbstractChannel
 from pamqp.commands import Basic
 
-from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer
+from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
 from streamtools.drivers.rabbitmq.holding import CopyChannel
 from streamtools.drivers.rabbitmq.link import open_link
 from streamtools.message import Message
@@ -116,6 +117,36 @@ async def test_plain_text_without_a_content_type_is_text_and_gzip_is_undone(
         loop.cancel()
         await asyncio.wait({loop})
     assert texts == ["hello", "200", "[1]", "quoted", "größe", "packed"]
+
+
+@pytest.mark.parametrize("delay", [0, 0.1])
+async def test_retries_the_error_queue_and_a_redrive_keep_the_priority(
+    url: str, foreign: AbstractChannel, delay: float
+) -> None:
+    await foreign.queue_declare("orders", durable=True, arguments={"x-max-priority": 10})
+    properties = Basic.Properties(priority=7, message_id="urgent", user_id=urlsplit(url).username)
+    await foreign.basic_publish(b"x", routing_key="orders", properties=properties)
+    consumer = RabbitMQConsumer("orders", url=url, declare="passive", retry=Retry(retries=1, delay=delay, jitter=0))
+    attempts: list[int] = []
+
+    @consumer()
+    async def handle(message: Message) -> None:
+        attempts.append(message.attempt)
+        raise ValueError("no")
+
+    async with RabbitMQProducer("error", url=url), RabbitMQAdmin(url=url) as admin:
+        loop = asyncio.create_task(handle())
+
+        async def has_failed() -> bool:
+            return (await admin.stats("error")).ready == 1
+
+        await wait_until(has_failed)
+        consumer.stop()
+        await loop
+        assert attempts == [1, 2]
+        assert await admin.move("error") == 1
+        got = await foreign.basic_get("orders", no_ack=True)
+        assert (got.body, got.header.properties.priority, got.header.properties.user_id) == (b"x", 7, None)
 
 
 @pytest.mark.parametrize("queue_type", ["quorum", "classic"])
