@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, Protocol
 from streamtools.cancelling import Home, come_round, end, guard, home
 from streamtools.delivery import Delivery, Settlement
 from streamtools.errors import ConnectError, ConnectionLost, QueueError, SendError
+from streamtools.held import HeldBack
 from streamtools.lane import Lane
 from streamtools.message import Message
 from streamtools.settling import Dispatch, OneSettlement, Unsettled, acknowledge
@@ -104,6 +105,7 @@ class Loop:
         self._held = 0
         #: Deliveries that could not be settled in any form.
         self._left = 0
+        self._refused = HeldBack()
         self._held_back: set[asyncio.Task[None]] = set()
         self._plain = Lane(self._settle_batch)
         self._moves = Lane(self._settle_batch)
@@ -171,9 +173,7 @@ class Loop:
                     await self._change()
                     self._pausing = False
                     continue
-                receive = asyncio.create_task(
-                    self._receive(self._prefetch - self.in_hand), name="streamtools-receive"
-                )
+                receive = asyncio.create_task(self._receive(self._room), name="streamtools-receive")
                 receive.add_done_callback(lambda _: self._changed.set())
                 while not receive.done() and not stopping.is_set() and self._lost is None:
                     await self._change()
@@ -208,8 +208,13 @@ class Loop:
 
     def _has_room(self) -> bool:
         # Half a prefetch at a time, so that intake stays in batches; at once when workers would idle.
-        room = self._prefetch - self.in_hand
-        return room > 0 and (2 * room >= self._prefetch or not self._ready)
+        room = self._room
+        return room > 0 and (2 * room >= self._prefetch or not self._ready) and self._refused.has_room()
+
+    @property
+    def _room(self) -> int:
+        """What may be taken in besides; what the broker refuses takes nobody's place."""
+        return self._prefetch - self.in_hand + self._refused.number
 
     async def _change(self) -> None:
         await self._changed.wait()
@@ -394,24 +399,27 @@ class Loop:
 
     async def _insist(self, one: OneSettlement) -> None:
         delay, said = REFUSED_DELAY, ""
-        while True:
-            try:
-                await guard(self._source._redeclare())  # the error queue may have been deleted
-                await one.perform()
-            except (ConnectError, Unsettled):
-                raise
-            except (SendError, QueueError) as error:
-                message = one.settlement.delivery.message
-                level = logging.DEBUG if str(error) == said else logging.ERROR
-                log.log(level, "Message %s of %r is held back: %s", message.id, message.queue, error)
-                said = str(error)
-                if await self._stops_within(delay):
+        with self._refused.place(one.settlement.delivery.message) as place:
+            while True:
+                try:
+                    await self._refused.redeclare(self._source._redeclare)  # the error queue may have been deleted
+                    await one.perform()
+                except (ConnectError, Unsettled):
+                    raise
+                except (SendError, QueueError) as error:
+                    message = one.settlement.delivery.message
+                    level = logging.DEBUG if str(error) == said else logging.ERROR
+                    log.log(level, "Message %s of %r is held back: %s", message.id, message.queue, error)
+                    said = str(error)
+                    place.take(said)
+                    self._changed.set()  # there is room for one more
+                    if await self._stops_within(delay):
+                        self._held -= 1
+                        return self._give_back([one.settlement.delivery])
+                    delay = min(delay * 2, REFUSED_MAX_DELAY)
+                else:
                     self._held -= 1
-                    return self._give_back([one.settlement.delivery])
-                delay = min(delay * 2, REFUSED_MAX_DELAY)
-            else:
-                self._held -= 1
-                return self._done(1)
+                    return self._done(1)
 
     async def _stops_within(self, delay: float) -> bool:
         try:

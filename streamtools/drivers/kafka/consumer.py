@@ -28,7 +28,7 @@ from streamtools.drivers.kafka.records import QUEUE, decode_plain, header_texts,
 from streamtools.drivers.kafka.starts import Start
 from streamtools.drivers.kafka.terms import Terms
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at
-from streamtools.drivers.kafka.topics import Topic, topics_at
+from streamtools.drivers.kafka.topics import MAX_MESSAGE, Topic, topics_at
 from streamtools.drivers.kafka.track import KafkaDelivery, Track, delivery_of
 from streamtools.errors import Closed, ConfigurationError, SendError, StreamToolsError
 from streamtools.loop import Ack
@@ -144,9 +144,12 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             for name in dict.fromkeys((self.queue, *options.topics))
         ]
         named = len(queues)
-        copies = {"max.message.bytes": str(self.settings.max_message + COPY_ROOM)}
-        error = Topic(name=self._error_topic, replication=options.replication, config=copies | KEEP)
-        retry = Topic(name=self.retry_topic, partitions=len(TIERS), replication=options.replication, config=copies)
+        copies = {MAX_MESSAGE: str(self.settings.max_message + COPY_ROOM)}
+        common: dict[str, Any] = {
+            "replication": options.replication, "copies_of": tuple(topic.name for topic in queues),
+        }  # fmt: skip
+        error = Topic(name=self._error_topic, config=copies | KEEP, **common)
+        retry = Topic(name=self.retry_topic, partitions=len(TIERS), config=copies, **common)
         if error.name not in {topic.name for topic in queues}:
             queues.append(error)
         async with topics_at(self.settings, self._name) as topics:

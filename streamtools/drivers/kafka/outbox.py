@@ -269,7 +269,9 @@ class Outbox:
         if kind is Kind.RETRY and message.queue == settlement.delivery.message.queue:
             return self._retry(message, self._history(settlement, message), record)
         headers = self._history(settlement, message) if kind is Kind.REJECT else []
-        return outgoing([message], headers=headers, read=_headers(record))[0]
+        [item] = outgoing([message], headers=headers, read=_headers(record))
+        item.is_copy = kind in (Kind.RETRY, Kind.REJECT)
+        return item
 
     def _history(self, settlement: Settlement, message: Message) -> list[Header]:
         """Where it was read first, and who has rejected it."""
@@ -298,6 +300,7 @@ class Outbox:
         delay = 0.0 if message.deliver_at is None else message.deliver_at - time.time()
         [item] = outgoing([message], headers=[*headers, (QUEUE, message.queue.encode())], read=_headers(record))
         item.topic, item.partition, item.timestamp = self._retry_topic, tier_of(delay, self._tiers), now_ms()
+        item.is_copy = True
         return item
 
 

@@ -33,11 +33,12 @@ class Outgoing:
         size: bytes of the record, about.
         exchange: where it goes by its topic, to each queue that is bound there; None to the topic itself.
         mandatory: to reach nobody is an error; otherwise it is forgotten.
+        is_copy: of a message that was read: what one topic has held another may hold, and no limit of ours counts.
     """
 
     __slots__ = (
-        "error", "exchange", "headers", "id", "key", "mandatory", "of", "offset", "partition", "pending", "size",
-        "timestamp", "topic", "value",
+        "error", "exchange", "headers", "id", "is_copy", "key", "mandatory", "of", "offset", "partition", "pending",
+        "size", "timestamp", "topic", "value",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +67,7 @@ class Outgoing:
         self.pending: Any = None
         self.exchange: Exchange | None = exchange
         self.mandatory: bool = mandatory
+        self.is_copy: bool = False
         self.size: int = len(value or b"") + (_beside(key, headers) if beside is None else beside)
 
     def to(self, topic: str) -> Outgoing:
@@ -172,10 +174,17 @@ def not_held(messages: Iterable[Message], items: Iterable[Outgoing]) -> list[Mes
     return [message for message, item in zip(messages, items, strict=True) if item.error is not None]
 
 
-def refused(failed: Mapping[str, BaseException], settings: KafkaSettings) -> SendError:
-    """The error for messages that Kafka does not take."""
-    first = next(iter(failed.values()))
-    why = str(first) if isinstance(first, StreamToolsError) else _why(first)
+def refused(
+    failed: Mapping[str, BaseException], settings: KafkaSettings, batch: Iterable[Outgoing] = ()
+) -> SendError:
+    """The error for messages that Kafka does not take.
+
+    Parameters:
+        batch: what they were sent with: the error names the topic of the first.
+    """
+    id_, first = next(iter(failed.items()))
+    item = next((item for item in batch if item.id == id_), None)
+    why = str(first) if isinstance(first, StreamToolsError) else _why(first) + _advice(first, item, settings)
     count = f"{len(failed)} message{'s' if len(failed) > 1 else ''}"
     unfit = [name for name, trouble in failed.items() if is_unfit(trouble)]
     error = SendError(
@@ -199,6 +208,23 @@ def _why(error: BaseException) -> str:
     if wants_key(error):
         return "the topic does not take it (INVALID_RECORD); a compacted one wants a key: send(key=...)"
     return explained(error)
+
+
+def _advice(error: BaseException, item: Outgoing | None, settings: KafkaSettings) -> str:
+    """What an operator types, where the topic can be made to take it."""
+    if item is None:
+        return ""
+    if is_too_large(error):
+        change = f"max.message.bytes={item.size + COPY_ROOM}"
+    elif wants_key(error):
+        change = "cleanup.policy=delete"
+    else:
+        return f" (topic {item.topic})"
+    host, port = settings.addresses[0]
+    return (
+        f". To have the topic {item.topic!r} take it: kafka-configs.sh --bootstrap-server {host}:{port} --alter "
+        f"--entity-type topics --entity-name {item.topic} --add-config {change}"
+    )
 
 
 #: What the library raises where it cannot write a record.

@@ -212,9 +212,9 @@ class Partitions:
         """Why this one cannot go to its topic.
 
         Parameters:
-            limit: bytes of a message at most.
+            limit: bytes of a message at most, where it is no copy.
         """
-        if item.size > limit:
+        if item.size > limit and not item.is_copy:
             return Unfit(
                 f"it has {item.size} bytes, over max_message={self._settings.max_message}; put less into it, or "
                 "raise KAFKA_MAX_MESSAGE and the topic's max.message.bytes"

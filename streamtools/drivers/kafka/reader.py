@@ -182,6 +182,7 @@ class KafkaReader:
         items = outgoing(settlement.outgoing, read=record.headers)
         told = header_texts(record.headers, (GROUP, RETRIES))
         for item, message in zip(items, settlement.outgoing, strict=True):
+            item.is_copy = True
             if message.error is not None:  # it is put aside, and goes home from there
                 item.headers += decode_origin(record, _place(record)).headers
                 item.headers += [(name, text.encode()) for name, text in told.items()]

@@ -73,7 +73,7 @@ class Sender:
             pending.given_up = True
             self._pending.discard(pending)
         if pending.failed:
-            raise refused(pending.failed, self._settings)
+            raise refused(pending.failed, self._settings, batch)
 
     def what_it_waits_for(self) -> str:
         """A sentence on why something is not confirmed, as far as is known."""

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka import errors as kafka
 from aiokafka.client import AIOKafkaClient
-from aiokafka.protocol.admin import CreateTopicsRequest
+from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from streamtools.checks import Declare
 from streamtools.drivers.kafka.client import connection, learn, started, stopped
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, Missing, client_error, plain
+from streamtools.drivers.kafka.outgoing import COPY_ROOM
+from streamtools.drivers.kafka.requests import TOPIC
 from streamtools.errors import ConnectError, QueueError, StreamToolsError
 from streamtools.settings import KafkaSettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: Kafka's name for the bytes that a message of a topic may have, and the most that it can be.
+MAX_MESSAGE: Final = "max.message.bytes"
+INT_32: Final = 2**31 - 1
 #: Seconds between two looks at a topic that is being made.
 LOOK: Final = 0.05
 #: "As the broker does by default", in a request to make a topic (KIP-464).
@@ -39,12 +47,14 @@ class Topic:
         partitions: the broker's default when None.
         replication: likewise.
         config: the topic's own settings, by Kafka's names.
+        copies_of: topics whose messages it is to take copies of, whatever their size.
     """
 
     name: str
     partitions: int | None = None
     replication: int | None = None
     config: Mapping[str, str] = field(default_factory=dict)
+    copies_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +140,12 @@ class Topics:
         missing = [topic for name, topic in wanted.items() if name not in found]
         if missing and declare is not True:
             raise self.missing(missing[0].name)
-        if missing:
-            await self._create(missing)
+        if plain := [topic for topic in missing if not topic.copies_of]:
+            await self._create(plain)
+        if copies := [topic for topic in missing if topic.copies_of]:
+            if plain:  # what they are copies of may be among these
+                await self._wait([topic.name for topic in plain], {})
+            await self._create([await self._as_wide(topic) for topic in copies])
         return await self._wait(list(wanted), found)
 
     def missing(self, name: str) -> Missing:
@@ -161,6 +175,19 @@ class Topics:
                 raise QueueError(
                     f"The topic {name!r} cannot be made at {self._settings.safe_url}: {words}."
                 ) from error()
+
+    async def _as_wide(self, topic: Topic) -> Topic:
+        """The same, taking what the topics take whose copies it is for, and what a copy has besides."""
+        asked = DescribeConfigsRequest([(TOPIC, name, [MAX_MESSAGE]) for name in topic.copies_of])
+        try:
+            found = (await self._ask(asked)).resources
+        except StreamToolsError as error:
+            log.debug("The %s of %s is not known: %s", MAX_MESSAGE, topic.copies_of, error)
+            return topic
+        # Who may not ask for them (DescribeConfigs) has topics of the usual width.
+        wanted = [int(entry[1]) + COPY_ROOM for _, _, _, _, entries in found for entry in entries if entry[1]]
+        most = min(max([int(topic.config.get(MAX_MESSAGE, 0)), *wanted]), INT_32)
+        return replace(topic, config={**topic.config, MAX_MESSAGE: str(most)}) if most else topic
 
     async def _wait(self, names: list[str], found: dict[str, int]) -> dict[str, int]:
         deadline = asyncio.get_running_loop().time() + self._settings.request_timeout

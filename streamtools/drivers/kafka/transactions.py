@@ -141,7 +141,7 @@ class Transactional:
         if not failed:
             await asyncio.gather(*(self._send_lane(*place, items, failed) for place, items in lanes.items()))
         if failed:
-            raise refused(failed, self._settings)
+            raise refused(failed, self._settings, batch)
 
     async def add_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]], group: str) -> None:
         """Commit a group's offsets as part of the transaction."""
