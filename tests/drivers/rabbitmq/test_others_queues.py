@@ -10,7 +10,7 @@ import pytest
 from aiormq.abc import AbstractChannel
 from pamqp.commands import Basic
 
-from streamtools import Binding, Bus, Command, ConsumerFactory, ConsumerRunner, Exchange
+from streamtools import Binding, Bus, Command, ConsumerFactory, ConsumerRunner, Exchange, Retry
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
 from streamtools.errors import ConfigurationError, QueueError, SendError
 from tests.brokers.address import RabbitMQAddress
@@ -203,6 +203,57 @@ async def test_a_classic_queue_is_never_believed_a_count_that_somebody_copied(
     async with RabbitMQConsumer("orders", url=url, declare=declare, error_declare=False) as consumer:
         (delivery,) = await consumer.receive(timeout=20)
     assert delivery.count == 1
+
+
+# --- what is made without declaring ---------------------------------------------------------------
+
+DELAY = "streamtools.delay."
+
+
+def _made(broker: RabbitMQAddress) -> set[str]:
+    """Names of queues, exchanges and targets of bindings that are not the broker's own."""
+    vhost = broker.url.rpartition("/")[2]
+    queues = {row["name"] for row in broker.manage("GET", f"queues/{vhost}")}
+    exchanges = {
+        row["name"] for row in broker.manage("GET", f"exchanges/{vhost}") if row["name"][:4] not in ("", "amq.")
+    }
+    bindings = {
+        f"{r['source']} to {r['destination']}" for r in broker.manage("GET", f"bindings/{vhost}") if r["source"]
+    }
+    return queues | exchanges | bindings
+
+
+@pytest.mark.parametrize(
+    ("delay", "ordered_by"),
+    [(0, None), (0.2, "queue"), (0.2, "key"), (0.2, None)],
+    ids=["none", "queue", "key", "delay"],
+)
+async def test_without_declaring_only_a_delay_that_the_broker_holds_makes_something(
+    foreign: AbstractChannel, rabbitmq_vhost: RabbitMQAddress, delay: float, ordered_by: Any
+) -> None:
+    for name in ("orders", "error"):
+        await foreign.queue_declare(name, durable=True)
+    retry = Retry(retries=1, delay=delay)
+    consumer = RabbitMQConsumer("orders", url=rabbitmq_vhost.url, declare=False, ordered_by=ordered_by)
+    attempts: list[bytes] = []
+
+    @consumer(retry=retry)
+    async def fail(message: bytes) -> None:
+        attempts.append(message)
+        raise ValueError("no")
+
+    running = asyncio.create_task(fail())
+    await foreign.basic_publish(b"x", routing_key="orders")
+    await wait_until(lambda: len(attempts) == 2)
+    await consumer.close()
+    await running
+
+    made = _made(rabbitmq_vhost) - {"orders", "error"}
+    if delay and ordered_by is None:
+        assert f"{DELAY}out to orders" in made
+        assert {name for name in made if not name.startswith((DELAY, "streamtools.undeliverable"))} == set()
+    else:
+        assert made == set()
 
 
 # --- queues that go and come ----------------------------------------------------------------------
