@@ -17,7 +17,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.structs import PartitionMetadata
 
 from streamtools.cancelling import asked_to_stop
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error, connect_error
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, GARBAGE, client_error, connect_error
 from streamtools.drivers.kafka.reach import quieten
 from streamtools.errors import ConnectError
 from streamtools.settings import KafkaSettings
@@ -107,7 +107,7 @@ async def started(
         await stop()
         if isinstance(error, kafka.KafkaConnectionError | TimeoutError):
             raise await diagnose(settings, error) from error
-        if isinstance(error, CLIENT_ERRORS):
+        if isinstance(error, (*CLIENT_ERRORS, *GARBAGE)):  # no function of a user's is at work here
             raise client_error(error, settings) from error
         raise
 
@@ -278,6 +278,6 @@ async def _try(settings: KafkaSettings, host: str, port: int, arguments: dict[st
                 await found.send(MetadataRequest([]))  # who wants a user closes the connection only now
             finally:
                 found.close()
-    except CLIENT_ERRORS as error:  # a TimeoutError is an OSError
+    except (*CLIENT_ERRORS, *GARBAGE) as error:  # a TimeoutError is an OSError
         return connect_error(error, settings, f"{host}:{port}")
     return None

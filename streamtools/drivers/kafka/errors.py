@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from typing import Final
 
@@ -35,8 +37,19 @@ CLIENT_ERRORS: Final[tuple[type[Exception], ...]] = (
     AssertionError,
     asyncio.InvalidStateError,
 )
+#: What the client library (0.14) raises in the middle of an answer that is no broker's, beside `CLIENT_ERRORS`:
+#: from its own reading, or where it finds null and expects a list. To be caught where only an answer is read; in the
+#: hands of a user's functions the same are their own errors.
+GARBAGE: Final[tuple[type[Exception], ...]] = (
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, EOFError, struct.error, MemoryError,
+    RecursionError,
+)  # fmt: skip
 #: Those, and what we have made of them.
 TROUBLE: Final[tuple[type[Exception], ...]] = (*CLIENT_ERRORS, StreamToolsError)
+
+
+#: What to look at where an answer cannot be read.
+NO_KAFKA: Final = "If this lasts, look at what stands between: a proxy, or another program at that port."
 
 
 class Fate(Enum):
@@ -157,6 +170,8 @@ def connect_error(error: BaseException, settings: KafkaSettings, where: str) -> 
         )
     if isinstance(error, OSError) and not isinstance(error, ConnectionResetError):
         return ConnectError(f"Kafka at {where} cannot be reached: {plain(error)}. Check KAFKA_HOST or the URL.")
+    if isinstance(error, GARBAGE):
+        return ConnectError(f"Kafka at {where} has sent what cannot be read: {plain(error).rstrip('.')}. {NO_KAFKA}")
     hint = "check that the port is that of its TLS listener" if settings.tls else "if it wants TLS write kafkas://"
     return ConnectError(
         f"Kafka at {where} closed the connection: {plain(error).rstrip('.')}; {hint}, and if it wants a user "
@@ -193,7 +208,24 @@ def client_error(error: BaseException, settings: KafkaSettings) -> StreamToolsEr
         return ConnectError(f"{where} is too old: {plain(error).rstrip('.')}.", permanent=True)
     if isinstance(error, _FOR_GOOD):
         return ConnectError(f"{where} refuses it: {explained(error)}.", permanent=True)
+    if isinstance(error, GARBAGE):
+        return ConnectionLost(f"{where} has sent what cannot be read: {plain(error).rstrip('.')}. {NO_KAFKA}")
     return ConnectionLost(f"The connection to {where} has ended: {plain(error).rstrip('.')}.")
+
+
+@contextmanager
+def reading(settings: KafkaSettings) -> Iterator[None]:
+    """Read an answer: one that is none of a broker's ends the connection, and that passes.
+
+    Raises:
+        ConnectionLost: it cannot be read.
+    """
+    try:
+        yield
+    except StreamToolsError:
+        raise
+    except GARBAGE as error:
+        raise client_error(error, settings) from error
 
 
 def refusal(error: BaseException, settings: KafkaSettings) -> StreamToolsError:
