@@ -146,6 +146,7 @@ async def put_back(protocol: str, url: str) -> int:
             return await redrive(admin, "error")
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "streamtools", "errors", "redrive", "--url", url, "--json",
+        "--yes", "--from", "orders",
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     out, _ = await process.communicate()

@@ -138,4 +138,4 @@ def test_groups_of_errors_of_any_depth_and_width_are_told_and_judged(depth: int,
     assert "ValueError: in the midst" in text_of(error)
     assert Retry(retries=0).decide(error, 1).kind.name == "REJECT"
     assert len(text_of(error)) < 1000
-    assert time.thread_time() - begun < 0.2
+    assert time.thread_time() - begun < 1.0

@@ -117,7 +117,7 @@ async def _send_commands(url: str, number: int, calls: Calls) -> None:
 
 
 IN_PROCESS: dict[str, tuple[Work, float]] = {
-    "send": (_send, 45),
+    "send": (_send, 46),
     "send_many": (_send_many, 17),
     "consume": (_consume, 22),
     "consume with 8 workers": (partial(_consume, concurrency=8), 23),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
+from aiokafka.errors import LeaderNotAvailableError, NotLeaderForPartitionError
 from aiokafka.protocol.metadata import MetadataRequest
 
 from streamtools.settings import KafkaSettings
@@ -121,6 +122,18 @@ class Repeated(logging.Filter):
 _REPEATED: Final = Repeated()
 
 
+class WithoutNewLeaders(logging.Filter):
+    """Leaves out that a partition has no leader yet: so it is with each new topic, and the library asks again."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this line is to be logged."""
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        return not any(isinstance(each, NotLeaderForPartitionError | LeaderNotAvailableError) for each in arguments)
+
+
+_WITHOUT_NEW_LEADERS: Final = WithoutNewLeaders()
+
+
 class WithoutCredentials(logging.Filter):
     """Lets no line show what is said to log in: SASL's PLAIN is the password itself."""
 
@@ -145,4 +158,5 @@ def quieten() -> None:
     for name in [n for n in logging.Logger.manager.loggerDict if n.split(".")[0] == "aiokafka"]:
         logger = logging.getLogger(name)
         if not logger.isEnabledFor(logging.DEBUG):
+            logger.addFilter(_WITHOUT_NEW_LEADERS)
             logger.addFilter(_REPEATED)

@@ -209,4 +209,4 @@ TestOnePartition = OnePartition.TestCase
 def test_a_number_without_end_does_not_take_long() -> None:
     begun = time.thread_time()
     assert decode(0, MARK + "____" * 2**18) == []
-    assert time.thread_time() - begun < 0.2
+    assert time.thread_time() - begun < 1.0

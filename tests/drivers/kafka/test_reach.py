@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.errors import NotLeaderForPartitionError, TopicAuthorizationFailedError
 
 from streamtools import ConsumerFactory, ConsumerRunner, Producer, QueueAdmin
-from streamtools.drivers.kafka.reach import LOOK, Reach, Repeated
+from streamtools.drivers.kafka.reach import LOOK, Reach, Repeated, quieten
 from streamtools.settings import KafkaSettings
 from streamtools.testing import eventually
 from tests.brokers.kafka.node import KafkaNode
@@ -117,3 +118,12 @@ def test_a_line_of_the_library_passes_once_a_minute_and_says_how_often_it_was_le
     now = 160.0
     assert log("node 1") == "Unable connect to node 1 (2 times more in the last 60 s)"
     assert log("node 1") is None
+
+
+def test_a_new_topic_whose_leader_is_not_there_yet_is_no_error_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    quieten()
+    library = logging.getLogger("aiokafka.consumer.fetcher")
+    library.error("Failed fetch offsets from %s: %s", 1, NotLeaderForPartitionError("p"))
+    library.error("Failed fetch offsets from %s: %s", 1, TopicAuthorizationFailedError("q"))
+    assert [record.name for record in caplog.records] == ["aiokafka.consumer.fetcher"]
+    assert "AuthorizationFailed" in caplog.text

@@ -249,5 +249,5 @@ def test_a_record_of_one_header_many_times_does_not_take_long() -> None:
     foreign = record(headers=[("a", b"x")] * 250_000)
     begun = time.thread_time()
     message, trouble = read_record(foreign, PLACE)
-    assert time.thread_time() - begun < 0.2
+    assert time.thread_time() - begun < 1.0
     assert (trouble, message.headers["a"]) == (None, ", ".join("x" * 250_000))

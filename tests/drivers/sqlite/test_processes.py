@@ -86,7 +86,7 @@ async def test_nothing_is_lost_when_a_consumer_is_killed_in_the_middle(path: Pat
     url = f"sqlite:///{path}?lease=1"
     async with SQLiteProducer("orders", url=url) as producer:
         await producer.send_many(range(2500))
-    async with process("consume", url, 100, 0) as victim, asyncio.timeout(60):
+    async with process("consume", url, 100, 0.001) as victim, asyncio.timeout(60):
         handled = await lines(victim, after)
         victim.kill()
         handled += await lines(victim)
