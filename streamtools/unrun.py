@@ -178,6 +178,8 @@ def _async_generator_not_begun(value: Any) -> bool:
     frame = value.ag_frame
     if frame is None or value.ag_running:
         return False
+    if (waits := getattr(value, "ag_suspended", None)) is not None:  # from Python 3.12 on
+        return not waits
     return bool(value.ag_code.co_code[frame.f_lasti] == opmap["RETURN_GENERATOR"])  # where its call has returned it
 
 
