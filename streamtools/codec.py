@@ -7,7 +7,6 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 
@@ -23,6 +22,7 @@ from streamtools.errors import ConfigurationError, DecodeError, near
 from streamtools.forms import FORM, is_form, read_form, validate_form
 from streamtools.message import Message
 from streamtools.parsing import LARGE, Parser, parse_json
+from streamtools.recurring import Recurring
 
 JSON: Final = "application/json"
 TEXT: Final = "text/plain; charset=utf-8"
@@ -499,10 +499,12 @@ def is_json(content_type: str) -> bool:
     return media == JSON or media.endswith("+json")
 
 
-@lru_cache(maxsize=256)
+_MEDIA: Final = Recurring(lambda content_type: content_type.partition(";")[0].strip().lower())
+
+
 def media_type(content_type: str | None) -> str:
     """A content type without its parameters."""
-    return "" if content_type is None else content_type.partition(";")[0].strip().lower()
+    return "" if content_type is None else _MEDIA[content_type]
 
 
 def _charset(message: Message) -> str:

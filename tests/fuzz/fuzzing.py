@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.fuzz.changes import KINDS, changed
+
 CORPUS = Path(__file__).parent / "corpus"
 #: Seconds for each; set STREAMTOOLS_FUZZ=600 for ten minutes.
 SECONDS = float(os.environ.get("STREAMTOOLS_FUZZ", "3"))
@@ -47,22 +49,12 @@ def mutated(chance: random.Random, seeds: Sequence[bytes]) -> bytes:
 
 def _changed(chance: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
     at = chance.randrange(len(data) + 1)
-    end = min(len(data), at + chance.choice([1, 2, 8, 64]))
-    match chance.randrange(8):
-        case 0:
-            return data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :]
-        case 1:
-            return data[:at] + data[end:]
-        case 2:
-            return data[:at]
-        case 3:
-            return data[:at] + chance.choice(seeds)[chance.randrange(64) :]
-        case 4:
-            return data[:end] + data[at:end] * chance.choice([1, 3, 100, 10_000]) + data[end:]
-        case 5:
-            return data[:at] + chance.choice(UNITS) * chance.choice([1, 50, 1000, 50_000]) + data[at:]
-        case _:
-            return data[:at] + chance.choice(PIECES) + data[at:]
+    kind = chance.randrange(KINDS + 3)
+    if kind < KINDS:
+        return changed(kind, chance, data, at, seeds)
+    if kind == KINDS:
+        return data[:at] + chance.choice(UNITS) * chance.choice([1, 50, 1000, 50_000]) + data[at:]
+    return data[:at] + chance.choice(PIECES) + data[at:]
 
 
 def fuzz(name: str, check: Callable[[bytes, random.Random], object], still: float = STILL) -> None:

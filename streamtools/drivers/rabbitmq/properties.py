@@ -22,6 +22,7 @@ from streamtools.drivers.rabbitmq.fields import entries as field_entries
 from streamtools.drivers.rabbitmq.fields import value as field_value
 from streamtools.drivers.rabbitmq.frames import LONG, LONGLONG, SHORT, Unsendable, shortstr
 from streamtools.message import NO_HEADERS, ErrorDetails, Message
+from streamtools.recurring import Recurring
 
 PREFIX: Final = "streamtools-"
 TIME: Final = PREFIX + wire.TIMES["time"]
@@ -86,16 +87,14 @@ class Prioritized(Message):
     priority: int
 
 
-@lru_cache(maxsize=1024)
-def _repeated(text: str) -> bytes:
-    """A short string that most messages share (a type, a source); empty when it is not short."""
-    data = text.encode()
-    return bytes((len(data),)) + data if len(data) <= 255 else b""
-
-
 def _single(text: str) -> bytes:
+    """A short string; empty when it is not short."""
     data = text.encode()
     return bytes((len(data),)) + data if len(data) <= 255 else b""
+
+
+#: A short string that most messages share: a type, a source.
+_repeated: Final[Callable[[str], bytes]] = Recurring(_single).__getitem__
 
 
 #: Native text properties in the order of the specification, before and after the delivery mode.

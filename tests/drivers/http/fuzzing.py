@@ -7,6 +7,8 @@ import random
 import re
 from pathlib import Path
 
+from tests.fuzz.changes import KINDS, changed
+
 CORPUS = Path(__file__).parent / "corpus"
 #: What is put between other bytes.
 PIECES = [b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\x00", b"\xff", b" ", b"\t", b":", b"%", b"%ff", b"%00"]
@@ -39,28 +41,17 @@ def mutated(chance: random.Random, seeds: list[bytes]) -> bytes:
 def _changed(chance: random.Random, data: bytes, seeds: list[bytes]) -> bytes:
     body = data.find(b"\r\n\r\n") + 4 if chance.randrange(2) else 0
     at = chance.randrange(body, len(data) + 1) if body <= len(data) else 0
-    end = min(len(data), at + chance.choice([1, 2, 8, 64]))
-    match chance.randrange(9):
-        case 0:
-            return data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :]
-        case 1:
-            return data[:at] + data[end:]
-        case 2:
-            return data[:at]
-        case 3:
-            return data[:at] + chance.choice(seeds)[chance.randrange(64) :]
-        case 4:
-            return data[:end] + data[at:end] * chance.choice([1, 3, 100, 10_000]) + data[end:]
-        case 5:
-            return _with_body(chance, data)
-        case 6:
-            return data.replace(
-                chance.choice([b"1", b"\r\n", b"x", b"/", b"a"]), chance.choice(PIECES), chance.choice([1, 9])
-            )
-        case _:
-            line = data.find(b"\r\n", at)  # between two lines, where most of HTTP's grammar is
-            at = line + 2 if line >= 0 and chance.randrange(2) else at
-            return data[:at] + chance.choice(PIECES) + data[at:]
+    kind = chance.randrange(KINDS + 4)
+    if kind < KINDS:
+        return changed(kind, chance, data, at, seeds)
+    if kind == KINDS:
+        return _with_body(chance, data)
+    if kind == KINDS + 1:
+        old = chance.choice([b"1", b"\r\n", b"x", b"/", b"a"])
+        return data.replace(old, chance.choice(PIECES), chance.choice([1, 9]))
+    line = data.find(b"\r\n", at)  # between two lines, where most of HTTP's grammar is
+    at = line + 2 if line >= 0 and chance.randrange(2) else at
+    return data[:at] + chance.choice(PIECES) + data[at:]
 
 
 def _mended(data: bytes) -> bytes:

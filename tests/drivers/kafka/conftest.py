@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from streamtools import QueueAdmin
 from streamtools.consumer import BoundHandler
 from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer, KafkaProducer
 from tests.brokers.kafka.address import KafkaAddress
+from tests.brokers.kafka.node import KafkaNode
 from tests.brokers.kafka.tools import group_rows, kafka_tool
 
 #: Makes an open producer, closed at the end of the test.
@@ -141,3 +142,18 @@ async def member(address: KafkaAddress, group: str, topic: str) -> AsyncIterator
         yield consumer
     finally:
         await consumer.stop()
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[KafkaNode]:
+    """A node that allows its own tools everything, and other users what a test allows."""
+    node = KafkaNode(
+        config={
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users": "User:ANONYMOUS",
+            "auto.create.topics.enable": "false",
+        }
+    )
+    node.start()
+    yield node
+    node.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -18,21 +18,6 @@ from tests.brokers.kafka.node import KafkaNode
 from tests.drivers.kafka.conftest import records
 
 pytestmark = [pytest.mark.real_kafka("permissions"), pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def strict() -> Iterator[KafkaNode]:
-    """A node that allows its own tools everything, and the user `tester` nothing but what a test allows."""
-    node = KafkaNode(
-        config={
-            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-            "super.users": "User:ANONYMOUS",
-            "auto.create.topics.enable": "false",
-        }
-    )
-    node.start()
-    yield node
-    node.close()
 
 
 #: Gives the user a right: what it is on, its name, and the operations.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -35,21 +35,6 @@ class Ask(Command, name="roles.Ask"):
     """What is asked."""
 
     id: int
-
-
-@pytest.fixture(scope="module")
-def strict() -> Iterator[KafkaNode]:
-    """A node that allows its own tools everything, and other users what a test allows."""
-    node = KafkaNode(
-        config={
-            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-            "super.users": "User:ANONYMOUS",
-            "auto.create.topics.enable": "false",
-        }
-    )
-    node.start()
-    yield node
-    node.close()
 
 
 @pytest.fixture
