@@ -23,7 +23,9 @@ from streamtools.drivers.kafka.unpacking import Records
 
 #: Offsets of a partition up to which its messages are counted, and bytes of them that are read for it.
 FEW: Final = 1000
-FEW_BYTES: Final = 256 * 1024
+FEW_BYTES: Final = 4 * 1024 * 1024
+#: Bytes that are asked for at once.
+PORTION: Final = 256 * 1024
 
 
 async def count(cluster: Cluster, found: Mapping[TopicPartition, Progress]) -> dict[TopicPartition, int]:
@@ -35,22 +37,32 @@ async def count(cluster: Cluster, found: Mapping[TopicPartition, Progress]) -> d
 
 
 async def _count(cluster: Cluster, partition: TopicPartition, progress: Progress) -> int:
-    answer = await fetch(cluster, partition, progress.start, FEW_BYTES)
-    if answer is None:
-        return progress.waiting
-    batches = deque[Any]()
-    records, at = Records(answer[-1] or b""), progress.start
-    while records.has_next():
-        batches.append(records.next_batch())
-        at = max(at, batches[-1].next_offset)
-    aborted = next((part for part in answer[2:-1] if isinstance(part, list)), None)  # its place varies by version
-    known = PartitionRecords(partition, records, aborted, progress.start, None, None, False, READ_COMMITTED)
     done = decode(progress.start, progress.metadata)
-    number = 0
-    for batch in committed(known, batches):
-        for record in batch:
-            if progress.start <= record.offset < progress.end:
-                number += not any(first <= record.offset < end for first, end in done)
+    number = read = 0
+    at = progress.start
+    while at < progress.end and read < FEW_BYTES:
+        answer = await fetch(cluster, partition, at, PORTION)
+        offsets, after = _offsets(partition, answer, at)
+        if after == at:  # purged meanwhile, or nobody may read any further yet
+            break
+        for offset in offsets:
+            if at <= offset < progress.end:
+                number += not any(first <= offset < end for first, end in done)
+        at, read = after, read + len(answer[-1])
     # What was not read counts by its offsets, less those that are done.
     unread = max(0, progress.end - at)
     return number + unread - sum(max(0, min(end, progress.end) - max(first, at)) for first, end in done)
+
+
+def _offsets(partition: TopicPartition, answer: Any, at: int) -> tuple[list[int], int]:
+    """The offsets of the messages in an answer, and the one after its last batch."""
+    if answer is None:
+        return [], at
+    batches = deque[Any]()
+    records, after = Records(answer[-1] or b""), at
+    while records.has_next():
+        batches.append(records.next_batch())
+        after = max(after, batches[-1].next_offset)
+    aborted = next((part for part in answer[2:-1] if isinstance(part, list)), None)  # its place varies by version
+    known = PartitionRecords(partition, records, aborted, at, None, None, False, READ_COMMITTED)
+    return [record.offset for batch in committed(known, batches) for record in batch], after

@@ -122,6 +122,20 @@ async def test_stats_count_messages_and_not_the_ends_of_transactions(
     assert await ready() == 0
 
 
+async def test_stats_count_large_messages_and_not_the_ends_of_transactions(
+    admin: QueueAdmin, producer: MakeProducer, queue: str
+) -> None:
+    sender = await producer(partitions=1)
+    for number in range(12):
+        async with sender.transaction():
+            await sender.send(str(number) * 40_000)
+    await eventually(lambda: _is(lambda: _ready(admin, queue), 12), "they come in several portions")
+
+
+async def _ready(admin: QueueAdmin, queue: str) -> int:
+    return (await admin.stats(queue)).ready
+
+
 async def _is(number: Callable[[], Awaitable[int]], wanted: int) -> bool:
     return await number() == wanted
 
