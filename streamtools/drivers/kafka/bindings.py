@@ -20,6 +20,7 @@ from pydantic_core import from_json, to_json
 
 from streamtools.drivers.kafka.client import connection, started, stopped
 from streamtools.drivers.kafka.cluster import EARLIEST, Cluster, check
+from streamtools.drivers.kafka.connections import guard
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
 from streamtools.drivers.kafka.names import BINDINGS, check_kafka_name
 from streamtools.drivers.kafka.topics import Topic, Topics
@@ -215,6 +216,7 @@ async def unbind(client: Any, settings: KafkaSettings, queue: str, bindings: Ite
 
 async def _write(settings: KafkaSettings, changes: Sequence[Bound], *, there: bool) -> None:
     producer = AIOKafkaProducer(**await connection(settings, "streamtools-bindings"), enable_idempotence=True)
+    guard(producer.client)
     await started(producer, settings)
     try:
         for queue, binding in changes:

@@ -7,16 +7,16 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from itertools import chain
-from traceback import walk_tb
 from typing import Any, Final, Protocol
 
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
-from aiokafka.conn import AIOKafkaConnection, create_conn
+from aiokafka.conn import create_conn
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.structs import PartitionMetadata
 
 from streamtools.cancelling import asked_to_stop
+from streamtools.drivers.kafka.connections import close_first
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, GARBAGE, client_error, connect_error
 from streamtools.drivers.kafka.reach import quieten
 from streamtools.errors import ConnectError
@@ -103,27 +103,13 @@ async def started(
         async with asyncio.timeout(limit):
             await client.start()
     except BaseException as error:
-        _close_first(error)
+        close_first(error)
         await stop()
         if isinstance(error, kafka.KafkaConnectionError | TimeoutError):
             raise await diagnose(settings, error) from error
         if isinstance(error, (*CLIENT_ERRORS, *GARBAGE)):  # no function of a user's is at work here
             raise client_error(error, settings) from error
         raise
-
-
-def _close_first(error: BaseException | None) -> None:
-    """Close the connection over which the library was asking for the brokers when this error ended that.
-
-    It is in a local variable there, and nowhere else: the library (0.14) closes it only after an answer, or an error
-    of its own.
-    """
-    while error is not None:
-        for frame, _ in walk_tb(error.__traceback__):
-            first = frame.f_locals.get("bootstrap_conn")
-            if isinstance(first, AIOKafkaConnection):
-                first.close()
-        error = error.__cause__ or error.__context__
 
 
 async def stopped(client: Client, *, timeout: float = CLOSE_TIMEOUT) -> None:
@@ -158,6 +144,20 @@ async def abandoned(producer: Any) -> None:
         await asyncio.wait({sender}, timeout=CLOSE_TIMEOUT)
 
 
+async def get_many(consumer: Any, *partitions: TopicPartition, **limits: Any) -> dict[TopicPartition, Any]:
+    """What a consumer of the library has fetched, as its `getmany`.
+
+    Raises:
+        KafkaError: a task of the library has ended without which nothing comes; `getmany` would wait for ever.
+    """
+    found: dict[TopicPartition, Any] = await consumer.getmany(*partitions, **limits)
+    for task in () if found else (consumer._fetcher._fetch_task, consumer._client._sync_task):
+        if task.done() and not consumer._closed:
+            error = None if task.cancelled() else task.exception()
+            raise kafka.KafkaConnectionError(f"the client library has stopped reading: {error!r}") from error
+    return found
+
+
 def learn(cluster: Any, topic: str, partitions: Iterable[Any]) -> None:
     """Tell a client of the library who leads the partitions of a topic, as a broker has answered.
 
@@ -188,7 +188,7 @@ def abort_what_was_added(producer: Any) -> None:
     yet it would send all the same, outside the transaction.
     """
     manager = producer._txn_manager
-    forget = manager.error_transaction
+    forget, end = manager.error_transaction, manager.fatal_error
 
     def error_transaction(error: Exception) -> None:
         added, group, missing = (
@@ -204,7 +204,12 @@ def abort_what_was_added(producer: Any) -> None:
         for topic, partition in missing:
             fail_batches(producer, topic, partition, error if topic in refused else kafka.OperationNotAttempted())
 
+    def fatal_error(error: Exception) -> None:
+        end(error)
+        _look_at(manager.wait_for_transaction_end())  # nobody may wait for it
+
     manager.error_transaction = error_transaction
+    manager.fatal_error = fatal_error
 
 
 def _look_at(future: asyncio.Future[Any]) -> None:

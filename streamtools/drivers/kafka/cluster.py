@@ -21,6 +21,8 @@ from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 
 from streamtools.drivers.kafka.client import connection, started
+from streamtools.drivers.kafka.connections import guard
+from streamtools.drivers.kafka.errors import GARBAGE
 from streamtools.drivers.kafka.requests import TOPIC, alter_configs
 from streamtools.errors import ConnectError
 from streamtools.settings import KafkaSettings
@@ -81,6 +83,7 @@ class Cluster:
         """Connect to one broker."""
         if self._client is None:
             self._client = AIOKafkaClient(**await connection(self._settings, self._client_id))
+            guard(self._client)
         await self._client.bootstrap()
 
     async def open(self) -> None:
@@ -264,6 +267,8 @@ class Cluster:
                     except kafka.KafkaError as error:
                         if not error.retriable or (gone is not None and isinstance(error, gone)):
                             raise
+                        trouble = error
+                    except GARBAGE as error:  # it reads well, and is not what was asked for
                         trouble = error
                     await asyncio.sleep(PAUSE)
                     await self._client.force_metadata_update()

@@ -6,8 +6,7 @@ import asyncio
 import socket
 import ssl
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import Enum
 from typing import Final
 
@@ -42,7 +41,7 @@ CLIENT_ERRORS: Final[tuple[type[Exception], ...]] = (
 #: hands of a user's functions the same are their own errors.
 GARBAGE: Final[tuple[type[Exception], ...]] = (
     TypeError, ValueError, LookupError, AttributeError, ArithmeticError, EOFError, struct.error, MemoryError,
-    RecursionError,
+    RecursionError, NotImplementedError,
 )  # fmt: skip
 #: Those, and what we have made of them.
 TROUBLE: Final[tuple[type[Exception], ...]] = (*CLIENT_ERRORS, StreamToolsError)
@@ -211,21 +210,6 @@ def client_error(error: BaseException, settings: KafkaSettings) -> StreamToolsEr
     if isinstance(error, GARBAGE):
         return ConnectionLost(f"{where} has sent what cannot be read: {plain(error).rstrip('.')}. {NO_KAFKA}")
     return ConnectionLost(f"The connection to {where} has ended: {plain(error).rstrip('.')}.")
-
-
-@contextmanager
-def reading(settings: KafkaSettings) -> Iterator[None]:
-    """Read an answer: one that is none of a broker's ends the connection, and that passes.
-
-    Raises:
-        ConnectionLost: it cannot be read.
-    """
-    try:
-        yield
-    except StreamToolsError:
-        raise
-    except GARBAGE as error:
-        raise client_error(error, settings) from error
 
 
 def refusal(error: BaseException, settings: KafkaSettings) -> StreamToolsError:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+from streamtools.drivers.kafka.client import get_many
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
 from streamtools.drivers.kafka.fetched import Buffers
 from streamtools.drivers.kafka.membership import Membership
@@ -107,7 +108,7 @@ class Intake:
     async def _run(self) -> None:
         try:
             while True:
-                fetched = await self._membership.consumer.getmany(timeout_ms=FETCH_MS)
+                fetched = await get_many(self._membership.consumer, timeout_ms=FETCH_MS)
                 for partition, found in fetched.items():
                     track = self._membership.tracks.get(partition)
                     if track is not None and not track.going:  # else whoever has it next reads it

@@ -160,10 +160,8 @@ class Membership:
         """The group has shared its partitions out."""
         try:
             await self._begin(sorted(assigned))
-        except CLIENT_ERRORS as error:
-            self.fail(client_error(error, self._settings))
-        except StreamToolsError as error:
-            self.fail(error)
+        except Exception as error:  # the library would log it, and go on with partitions that nobody reads
+            self._fail_by(error)
         self._assigned.set()
         self._changed()
 
@@ -297,7 +295,7 @@ class Membership:
             try:
                 await self._drained(tracks)
                 await self.commit()
-            except TROUBLE as error:
+            except Exception as error:  # the partitions go in any case
                 log.warning("Group %s: not all that is finished could be committed: %s", self._terms.group, error)
         self._let_go()
 
@@ -371,6 +369,14 @@ class Membership:
         self.failure = self.failure or error
         self._changed()
 
+    def _fail_by(self, error: Exception) -> None:
+        failure = client_error(error, self._settings)
+        if failure is not error:
+            failure.__cause__ = error
+        if not isinstance(error, TROUBLE):
+            log.error("Group %s: %s", self._terms.group, failure, exc_info=error)
+        self.fail(failure)
+
     def position(self, partition: TopicPartition) -> int:
         """The next offset that the library hands over; 0 where it does not know yet."""
         subscription = self.consumer._subscription.subscription
@@ -414,8 +420,8 @@ class Membership:
                     )
                 else:
                     await self.commit()
-            except StreamToolsError as error:
-                self.fail(error)
+            except Exception as error:  # there would be no further commit, and nobody would be told
+                self._fail_by(error)
                 return
 
     async def commit(self) -> None:

@@ -25,6 +25,7 @@ from streamtools.drivers.kafka.track import KafkaDelivery
 from streamtools.drivers.kafka.transactions import TIMEOUT, Transactional, opened, same_kafka
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError, StreamToolsError
 from streamtools.message import Message, sets_slots
+from streamtools.policy import backoff_within
 from streamtools.producer import Producer, Receipt
 from streamtools.settings import KafkaSettings
 
@@ -223,12 +224,24 @@ class KafkaProducer(Producer, protocol="kafka"):
     async def _get_transactional(self) -> Transactional:
         if not self._connected:
             await self.open()
-        if self._idle:
-            return self._idle.pop()
-        # A new id each: there is nobody whose transactions it should go on with.
-        name = f"streamtools-{self.client_id or self.queue}-{token_hex(8)}"
-        made = Transactional(self.settings, name, self.client_id or f"streamtools-{self.queue}")
-        return await opened(made, self.settings)
+        return self._idle.pop() if self._idle else await self._open_transactional(self.client_id or self.queue)
+
+    async def _open_transactional(self, name: str) -> Transactional:
+        """One with a new id, as nobody's transactions are gone on with; until `send_timeout` where that helps."""
+        deadline, failures = time.monotonic() + self.send_timeout, 0
+        while True:
+            made = Transactional(
+                self.settings, f"streamtools-{name}-{token_hex(8)}", self.client_id or f"streamtools-{name}"
+            )
+            try:
+                return await opened(made, self.settings)
+            except ConnectError as error:
+                failures += 1
+                delay = backoff_within(failures, deadline - time.monotonic())
+                if error.permanent or delay is None:
+                    raise
+                log.debug("%r: a transaction could not begin: %s Trying again in %.1f s.", self, error, delay)
+            await asyncio.sleep(delay)
 
     async def _put_back(self, transactional: Transactional) -> None:
         if transactional.broken or self._closed:

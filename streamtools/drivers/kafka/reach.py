@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Final
 
 from aiokafka.errors import LeaderNotAvailableError, NotLeaderForPartitionError
-from aiokafka.protocol.metadata import MetadataRequest
 
+from streamtools.drivers.kafka.connections import guard
+from streamtools.drivers.kafka.connections import log as connections_log
 from streamtools.settings import KafkaSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -24,8 +23,6 @@ log: logging.Logger = logging.getLogger("streamtools")
 AGAIN: Final = 60.0
 #: Lines that are remembered at most.
 LINES: Final = 1000
-
-
 #: Seconds between two questions for what topics there are.
 LOOK: Final = 0.05
 
@@ -43,7 +40,7 @@ class Reach:
         self._who = who
         self._place = settings.safe_url
         self._lost = False
-        make_no_topics(client)
+        guard(client)
         self._connect = client._get_conn
         client._get_conn = self._get_conn
         self._next_look = 0.0
@@ -71,29 +68,6 @@ class Reach:
             return await self._look(*args, **kwargs)
         finally:
             self._next_look = time.monotonic() + LOOK
-
-
-def make_no_topics(client: Any) -> None:
-    """Have a client of the library ask for topics without making them.
-
-    It asks so that a broker makes what is missing, if that is configured (`auto.create.topics.enable`): a topic that
-    an operator deletes would be back at once, with the broker's number of partitions.
-    """
-    connect = client._get_conn
-
-    async def get_conn(*args: Any, **kwargs: Any) -> Any:
-        found = await connect(*args, **kwargs)
-        if found is not None and "send" not in vars(found):
-            found.send = partial(_ask_for_what_is, found.send)
-        return found
-
-    client._get_conn = get_conn
-
-
-def _ask_for_what_is(send: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
-    if type(request) is MetadataRequest and request._allow_auto_topic_creation is None:
-        request._allow_auto_topic_creation = False
-    return send(request, *args, **kwargs)
 
 
 class Repeated(logging.Filter):
@@ -155,6 +129,7 @@ logging.getLogger("aiokafka.conn").addFilter(WithoutCredentials())
 
 def quieten() -> None:
     """Have the library's loggers leave out repetitions; safe to repeat. DEBUG shows them all."""
+    connections_log.addFilter(_REPEATED)
     for name in [n for n in logging.Logger.manager.loggerDict if n.split(".")[0] == "aiokafka"]:
         logger = logging.getLogger(name)
         if not logger.isEnabledFor(logging.DEBUG):

@@ -17,14 +17,14 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka import errors as kafka
 
 from streamtools.delivery import Delivery, Settlement
-from streamtools.drivers.kafka.client import connection, started, stopped
+from streamtools.drivers.kafka.client import connection, get_many, started, stopped
 from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster
+from streamtools.drivers.kafka.connections import guard
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.groups import Commit, Groups, Progress, busy
 from streamtools.drivers.kafka.names import RETRY, is_retry_topic, reader_of
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, not_held, outgoing
-from streamtools.drivers.kafka.reach import make_no_topics
 from streamtools.drivers.kafka.records import (
     GROUP,
     QUEUE,
@@ -99,7 +99,7 @@ class KafkaReader:
             auto_offset_reset="earliest",
             isolation_level="read_committed",
         )
-        make_no_topics(consumer._client)
+        guard(consumer._client)
         answers = Answers(consumer._client)
         await started(consumer, self._settings)
         self._consumer = consumer
@@ -121,7 +121,7 @@ class KafkaReader:
             if rest <= 0:
                 break
             with self._plain_errors():
-                found = await self._consumer.getmany(*unread, timeout_ms=int(1000 * rest), max_records=max_messages)
+                found = await get_many(self._consumer, *unread, timeout_ms=int(1000 * rest), max_records=max_messages)
             # Each partition's records stay in their order, whatever their times.
             records = heapq.merge(*found.values(), key=lambda record: record.timestamp or 0)
             taken = [self._take(record) for record in records]

@@ -17,7 +17,8 @@ from aiokafka.protocol.metadata import MetadataRequest
 
 from streamtools.checks import Declare
 from streamtools.drivers.kafka.client import connection, learn, started, stopped
-from streamtools.drivers.kafka.errors import CLIENT_ERRORS, Missing, client_error, plain, reading
+from streamtools.drivers.kafka.connections import guard
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, Missing, client_error, plain
 from streamtools.drivers.kafka.outgoing import COPY_ROOM
 from streamtools.drivers.kafka.requests import TOPIC
 from streamtools.errors import ConnectError, QueueError, StreamToolsError
@@ -118,10 +119,6 @@ class Topics:
         return self._read(await self._ask(_question(list(names))))
 
     def _read(self, response: Any) -> dict[str, Seen]:
-        with reading(self._settings):
-            return self._seen(response)
-
-    def _seen(self, response: Any) -> dict[str, Seen]:
         found = {}
         for error_code, name, _internal, partitions in response.topics:
             error = kafka.for_code(error_code)
@@ -172,9 +169,7 @@ class Topics:
         ]
         timeout = int(1000 * self._settings.request_timeout)
         response = await self._ask(CreateTopicsRequest(asked, timeout, False), controller=True)
-        with reading(self._settings):
-            answers = [*response.topic_errors]
-        for name, error_code, *said in answers:
+        for name, error_code, *said in response.topic_errors:
             error = kafka.for_code(error_code)
             if error not in (kafka.NoError, kafka.TopicAlreadyExistsError):
                 words = (said[0] if said and said[0] else plain(error())).rstrip(".")
@@ -186,8 +181,7 @@ class Topics:
         """The same, taking what the topics take whose copies it is for, and what a copy has besides."""
         asked = DescribeConfigsRequest([(TOPIC, name, [MAX_MESSAGE]) for name in topic.copies_of])
         try:
-            with reading(self._settings):
-                found = [*(await self._ask(asked)).resources]
+            found = (await self._ask(asked)).resources
         except StreamToolsError as error:
             log.debug("The %s of %s is not known: %s", MAX_MESSAGE, topic.copies_of, error)
             return topic
@@ -229,6 +223,7 @@ def _question(names: list[str]) -> MetadataRequest:
 async def topics_at(settings: KafkaSettings, client_id: str) -> AsyncIterator[Topics]:
     """Topics over a connection of its own."""
     client = AIOKafkaClient(**await connection(settings, client_id))
+    guard(client)
     plain = _Plain(client)
     await started(plain, settings)
     try:

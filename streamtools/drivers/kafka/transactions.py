@@ -18,11 +18,11 @@ from aiokafka.client import ConnectionGroup, CoordinationType
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
 from streamtools.drivers.kafka.client import abandoned, abort_what_was_added, connection, next_number, rewind, started
+from streamtools.drivers.kafka.connections import guard
 from streamtools.drivers.kafka.errors import BATCH_REFUSALS, CLIENT_ERRORS, RECORD_REFUSALS, client_error, plain
 from streamtools.drivers.kafka.outgoing import COPY_ROOM, Outgoing, Portions, append, refused
 from streamtools.drivers.kafka.partitions import Partitions
 from streamtools.drivers.kafka.publisher import BATCH
-from streamtools.drivers.kafka.reach import make_no_topics
 from streamtools.errors import ConnectionLost, StreamToolsError
 from streamtools.settings import KafkaSettings
 
@@ -108,7 +108,7 @@ class Transactional:
             max_batch_size=BATCH,
             max_request_size=self._limit,
         )
-        make_no_topics(producer.client)
+        guard(producer.client)
         abort_what_was_added(producer)
         if self._identity is not None:
             # The library then takes the id as its own instead of taking it over once more: another owner may

@@ -1,81 +1,176 @@
-"""Answers that are none of a broker's: right in length and number, and nothing but 0xFF."""
+"""Answers that are none of a broker's: whoever asks, the connection ends, and what was asked is asked again."""
 
 from __future__ import annotations
 
 import asyncio
-import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from io import BytesIO
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from aiokafka.protocol.fetch import FetchRequest_v11
 
 from streamtools import KafkaSettings
-from streamtools.drivers.kafka import KafkaProducer
-from streamtools.drivers.kafka.errors import GARBAGE, client_error, reading
-from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost
+from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
+from streamtools.drivers.kafka.connections import _read, guard
+from streamtools.drivers.kafka.errors import GARBAGE, client_error
+from streamtools.errors import ConnectError
+from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
+from tests.drivers.kafka.conftest import MakeProducer, Running, records
+from tests.faults.kafka import FETCH, JOIN, OFFSET_FETCH, SYNC, VERSIONS, Answer, KafkaProxy
 
 SETTINGS = KafkaSettings(host="127.0.0.1:1")
+#: Seconds; more than enough where each kind of answer is spoiled once.
+LONG = 60
+#: Ways to spoil an answer, in turns.
+WAYS: list[Callable[[bytes], bytes]] = [
+    lambda body: b"\xff" * len(body),
+    lambda body: body[: len(body) // 2],
+    lambda body: body + b"\0",
+]
+#: Where the first answer to it is lost, the group's coordinator waits for a member that does not come: 10 s.
+SPARED = {JOIN}
 
 
-@asynccontextmanager
-async def garbling(kafka: KafkaAddress, number: int, connections: int) -> AsyncIterator[str]:
-    """A proxy's URL: of each of its first connections this answer is garbled."""
-    host, port = kafka.bootstrap.split(",")[0].rsplit(":", 1)
-    accepted = 0
-    serving: set[asyncio.Task[None] | None] = set()  # asyncio itself keeps no task
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal accepted
-        accepted += 1
-        serving.add(asyncio.current_task())
-        mine = accepted
-        behind, to = await asyncio.open_connection(host, int(port))
-        up = asyncio.create_task(forward(reader, to))
-        given = 0
-        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):  # the test is over
-            while True:
-                head = await behind.readexactly(4)
-                answer = await behind.readexactly(*struct.unpack(">i", head))
-                answer = answer.replace(struct.pack(">i", int(port)), struct.pack(">i", own))
-                if mine <= connections and given == number:
-                    answer = answer[:4] + b"\xff" * (len(answer) - 4)
-                given += 1
-                writer.write(head + answer)
-                await writer.drain()
-        up.cancel()
-        to.close()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    own = server.sockets[0].getsockname()[1]
-    async with server:
-        yield f"kafka://127.0.0.1:{own}/"
+def spoiled(answer: Answer) -> bytes:
+    """The first answer to each kind of question; what it is of the ways differs."""
+    if answer.nth or answer.api in SPARED:
+        return answer.body
+    ways = WAYS[:2] if answer.api == VERSIONS else WAYS  # that one may grow
+    return ways[answer.api % len(ways)](answer.body)
 
 
-async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
+@pytest.mark.real_kafka("groups")
+async def test_a_consumer_receives_all_where_the_first_answer_of_each_kind_cannot_be_read(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    seen: list[int] = []
+
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+
+    sender = await producer(partitions=2)
+    await sender.send_many(range(5))
+    async with KafkaProxy(kafka, spoiled) as proxy, running(handle, url=proxy.url):
+        await sender.send_many(range(5, 10))
+        await eventually(lambda: set(seen) == set(range(10)), timeout=LONG)
+        await eventually(lambda: {FETCH, OFFSET_FETCH, SYNC} <= set(proxy.seen))
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
-async def test_an_answer_that_cannot_be_read_passes(kafka: KafkaAddress, queue: str, number: int) -> None:
-    async with garbling(kafka, number, connections=2) as url, asyncio.timeout(40):
-        async with KafkaProducer(queue, url=url) as producer:
-            await producer.send("x")
+@pytest.mark.real_kafka("transactions")
+async def test_each_message_is_handled_exactly_once_where_answers_cannot_be_read(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str
+) -> None:
+    sender, results = await producer(partitions=1), f"{queue}.results"
+    await producer(results, partitions=1)
+    async with KafkaProxy(kafka, spoiled) as proxy:
+        out = KafkaProducer(results, url=proxy.url)
+
+        async def handle(msg: int) -> None:
+            await out.send(msg)
+
+        await sender.send_many(range(5))
+        async with running(handle, url=proxy.url, exactly_once=True):
+
+            async def all_are_there() -> bool:
+                return len(await records(kafka, results, committed=True)) >= 5
+
+            await eventually(all_are_there, timeout=LONG)
+        await out.close()
+    values = sorted(record.value for record in await records(kafka, results, committed=True))
+    assert values == [b"0", b"1", b"2", b"3", b"4"]
+
+
+@pytest.mark.real_kafka("transactions")
+async def test_a_producer_sends_each_message_once_where_answers_cannot_be_read(
+    kafka: KafkaAddress, queue: str
+) -> None:
+    async with KafkaProxy(kafka, spoiled) as proxy, asyncio.timeout(LONG):
+        async with KafkaProducer(queue, url=proxy.url, partitions=1) as producer:
+            for number in range(3):
+                await producer.send(number)
+            async with producer.transaction():
+                await producer.send(3)
+    assert [record.value for record in await records(kafka, queue)] == [b"0", b"1", b"2", b"3"]
+
+
+@pytest.mark.real_kafka("administration")
+async def test_an_operator_sees_nothing_of_answers_that_cannot_be_read(
+    kafka: KafkaAddress, producer: MakeProducer, queue: str
+) -> None:
+    async with KafkaProxy(kafka, spoiled) as proxy, asyncio.timeout(LONG):
+        async with KafkaAdmin(url=proxy.url) as admin:
+            await admin.create(queue, partitions=2)
+            await (await producer()).send_many(["a", "b"])
+            await admin.bind(queue, "some.topic")
+            assert (await admin.describe(queue)).partitions == 2
+            assert (await admin.stats(queue)).ready == 2
+            assert len(await admin.peek(queue)) == 2
+            assert await admin.purge(queue) == 2
+            await admin.delete(queue)
+
+
+def answer_to(request: Any, body: bytes) -> Any:
+    """What a connection makes of this body, as the answer to a question that it has sent."""
+    future: Any = SimpleNamespace(answer=None)
+
+    def handle(frame: bytes) -> None:
+        future.answer = request.RESPONSE_TYPE.decode(BytesIO(frame))
+
+    connection = SimpleNamespace(_requests=[(1, request, None)], host="k", port=1)
+    _read(connection, handle, body)
+    return future.answer
+
+
+def fetch(**changes: Any) -> tuple[Any, bytes]:
+    request = FetchRequest_v11(-1, 0, 0, 0, 0, 0, 0, [], [], "")
+    row = {"partition": 0, "code": 0, "end": 1, "stable": 1, "start": 0, "aborted": None, "replica": -1, "data": b""}
+    rows = changes.get("rows", [tuple(row.values())])
+    return request, request.RESPONSE_TYPE(0, 0, 0, changes.get("topics", [("orders", rows)])).encode()
+
+
+def test_a_list_that_may_be_null_is_read_and_every_other_one_is_missed() -> None:
+    assert answer_to(*fetch()).topics[0][0] == "orders"
+    for changes in ({"topics": None}, {"rows": None}):
+        with pytest.raises(ConnectionResetError, match="has no"):
+            answer_to(*fetch(**changes))
+
+
+@pytest.mark.parametrize("change", [lambda b: b + b"\0", lambda b: b[:-1], lambda b: b"\xff" * len(b)])
+def test_an_answer_has_the_length_of_its_fields(change: Callable[[bytes], bytes]) -> None:
+    request, body = fetch()
+    with pytest.raises(ConnectionResetError, match="cannot be read"):
+        answer_to(request, change(body))
+
+
+def test_a_frame_that_nobody_has_asked_for_ends_the_connection() -> None:
+    def handle(frame: bytes) -> None:
+        raise IndexError("no request")
+
+    with pytest.raises(ConnectionResetError):
+        _read(SimpleNamespace(_requests=[], host="k", port=1), handle, b"")
+
+
+@pytest.mark.parametrize("kind", [*GARBAGE, AssertionError])
+async def test_a_broker_that_cannot_be_used_is_as_one_that_cannot_be_reached(kind: type[Exception]) -> None:
+    """A port of 70000, a name with an empty part, versions that are none."""
+
+    async def broken(*_: Any) -> None:
+        raise kind("no")
+
+    looks: list[bool] = []
+    client = SimpleNamespace(
+        _get_conn=broken, _metadata_update=broken, bootstrap=broken, coordinator_lookup=broken,
+        force_metadata_update=lambda: looks.append(True),
+    )  # fmt: skip
+    guard(client)
+    assert await client._get_conn(1) is None and looks == [True]
+    assert await client._metadata_update(None, None) is False
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
-def test_each_of_them_is_a_lost_connection_where_an_answer_is_read(kind: type[Exception]) -> None:
-    with pytest.raises(ConnectionLost, match="cannot be read") as caught, reading(SETTINGS):
-        raise kind("0xff")
-    assert not caught.value.permanent and isinstance(caught.value.__cause__, kind)
+def test_each_of_them_passes(kind: type[Exception]) -> None:
     lost = client_error(kind("0xff"), SETTINGS)
-    assert isinstance(lost, ConnectError) and not lost.permanent
-
-
-def test_what_is_ours_already_stays_as_it_is() -> None:
-    with pytest.raises(ConfigurationError, match="ours"), reading(SETTINGS):
-        raise ConfigurationError("ours")
+    assert isinstance(lost, ConnectError) and not lost.permanent and "cannot be read" in str(lost)

@@ -1,0 +1,163 @@
+"""The connections of the library's clients: each answer is read whole, or ends its connection.
+
+What stands between us and a broker, a proxy or another program, may answer with the right length and number and
+nonsense behind them. The library (0.14) trusts whatever it could read. A null where a list belongs then ends one of
+its tasks, and often nobody is told: the client stands still. So each answer is looked at in the one place where
+answers are read, for all who ask. One that is no broker's ends its connection, and that passes as every loss does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from io import BytesIO
+from traceback import walk_tb
+from typing import Any, Final
+
+from aiokafka import errors as kafka
+from aiokafka.conn import AIOKafkaConnection
+from aiokafka.protocol.metadata import MetadataRequest
+from aiokafka.protocol.types import Array, Schema
+
+from streamtools.drivers.kafka.errors import GARBAGE, NO_KAFKA, plain
+
+#: Of its own, so that a line which is repeated is told once.
+log: logging.Logger = logging.getLogger("streamtools.kafka")
+
+#: What the library raises where it could not read what a broker has sent, or cannot use it.
+UNREADABLE: Final[tuple[type[Exception], ...]] = (*GARBAGE, AssertionError)
+#: Lists that a broker may leave out.
+OPTIONAL: Final = frozenset({"aborted_transactions"})
+
+
+def guard(client: Any) -> None:
+    """Have a client of the library look at each answer that it reads, and make no topic by asking for one.
+
+    It asks so that a broker makes what is missing, if that is configured (`auto.create.topics.enable`): a topic that
+    an operator deletes would be back at once, with the broker's number of partitions.
+    """
+    client.bootstrap = partial(_bootstrap, client, client.bootstrap)
+    client._get_conn = partial(_get_conn, client, client._get_conn)
+    client._metadata_update = partial(_metadata_update, client._metadata_update)
+    client.coordinator_lookup = partial(_coordinator_lookup, client.coordinator_lookup)
+
+
+async def _bootstrap(client: Any, begin: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await begin()
+        if not client.cluster.brokers():
+            await client.force_metadata_update()  # it has kept the connection for this
+    except UNREADABLE as error:  # over a connection that only the library has
+        _tell("A broker", error)
+        close_first(error)
+        await begin()
+
+
+async def _get_conn(client: Any, connect: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+    try:
+        found = await connect(*args, **kwargs)
+    except UNREADABLE as error:  # the first answers, or an address that is none
+        _tell("A broker", error)
+        client.force_metadata_update()
+        return None
+    if found is not None and "send" not in vars(found):
+        found.send = partial(_ask_for_what_is, found.send)
+        found._handle_frame = partial(_read, found, found._handle_frame)
+    return found
+
+
+async def _metadata_update(look: Callable[..., Awaitable[bool]], *args: Any, **kwargs: Any) -> bool:
+    try:
+        return await look(*args, **kwargs)
+    except UNREADABLE as error:  # it would end the task that does this for all others
+        _tell("A broker", error)
+        return False
+
+
+async def _coordinator_lookup(find: Callable[..., Awaitable[int]], *args: Any, **kwargs: Any) -> int:
+    try:
+        return await find(*args, **kwargs)
+    except (kafka.KafkaConnectionError, kafka.CorrelationIdError) as error:
+        # Of losses in this place the library's sender (0.14) takes this one alone for what passes.
+        raise kafka.NodeNotReadyError(str(error)) from error
+
+
+def close_first(error: BaseException | None) -> None:
+    """Close the connection over which the library was asking for the brokers when this error ended that.
+
+    It is in a local variable there, and nowhere else: the library (0.14) closes it only after an answer, or an error
+    of its own.
+    """
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            first = frame.f_locals.get("bootstrap_conn")
+            if isinstance(first, AIOKafkaConnection):
+                first.close()
+        error = error.__cause__ or error.__context__
+
+
+def _ask_for_what_is(send: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    if type(request) is MetadataRequest and request._allow_auto_topic_creation is None:
+        request._allow_auto_topic_creation = False
+    try:
+        return send(request, *args, **kwargs)
+    except NotImplementedError as error:  # the broker has told of other versions of this question
+        raise kafka.IncompatibleBrokerVersion(str(error)) from error
+
+
+def _read(connection: Any, handle: Callable[[bytes], None], frame: bytes) -> None:
+    """Read what a connection has brought.
+
+    Raises:
+        ConnectionResetError: it is no broker's answer. The library then closes the connection.
+    """
+    waiting = connection._requests
+    request = waiting[0][1] if waiting else None
+    if request is not None:
+        request.RESPONSE_TYPE = _Whole(request)
+    try:
+        handle(frame)
+    except UNREADABLE as error:
+        _tell(f"{connection.host}:{connection.port}", error)
+        raise ConnectionResetError(f"an answer cannot be read: {plain(error)}") from error
+
+
+class _Whole:
+    """Reads the answer to a request, all of it.
+
+    Parameters:
+        request: as the library sends it.
+    """
+
+    __slots__ = ("_kind", "_length_is_known")
+
+    def __init__(self, request: Any) -> None:
+        self._kind = request.RESPONSE_TYPE
+        # The library reads some answers by the fields of an older version, and leaves the rest.
+        self._length_is_known = self._kind.API_VERSION == request.API_VERSION
+
+    def decode(self, data: BytesIO) -> Any:
+        answer, schema = self._kind.decode(data), self._kind.SCHEMA
+        if self._length_is_known and data.read(1):
+            raise ValueError("it is longer than its fields")
+        if (name := _missing(schema, [getattr(answer, name) for name in schema.names])) is not None:
+            raise ValueError(f"it has no {name}")
+        return answer
+
+
+def _missing(schema: Schema, values: Sequence[Any]) -> str | None:
+    """The name of a list that is null and may not be; None where there is none."""
+    for name, kind, value in zip(schema.names, schema.fields, values, strict=True):
+        if isinstance(kind, Array) and name not in OPTIONAL:
+            if value is None:
+                return str(name)
+            if isinstance(kind.array_of, Schema):
+                for row in value:
+                    if (found := _missing(kind.array_of, row)) is not None:
+                        return found
+    return None
+
+
+def _tell(who: str, error: BaseException) -> None:
+    log.warning("%s has sent what cannot be read (%s). It is asked again. %s", who, plain(error), NO_KAFKA)
