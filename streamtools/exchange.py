@@ -90,7 +90,10 @@ def another_type(exchange: Exchange, found: str) -> QueueError:
 def _match(pattern: str, topic: str) -> bool:
     # As RabbitMQ does it (https://www.rabbitmq.com/tutorials/tutorial-five-python): the positions in the
     # pattern that the words so far can have come to, all at once, so that "#" never looks back.
-    words = pattern.split(".")
+    words: list[str] = []
+    for word in pattern.split("."):
+        if word != "#" or words[-1:] != ["#"]:  # several in a row stand for no more than one
+            words.append(word)
     places = _past_hashes(words, {0})
     for word in topic.split("."):
         # "#" keeps its place: it takes this word too.
@@ -101,9 +104,4 @@ def _match(pattern: str, topic: str) -> bool:
 
 def _past_hashes(words: list[str], places: set[int]) -> set[int]:
     """These places, and those behind each "#" at them, which may stand for no word."""
-    found = set(places)
-    for place in places:
-        while place < len(words) and words[place] == "#":
-            place += 1  # noqa: PLW2901
-            found.add(place)
-    return found
+    return places | {place + 1 for place in places if place < len(words) and words[place] == "#"}

@@ -15,15 +15,16 @@ from typing import Any, Final
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.protocol.fetch import FetchRequest
-from aiokafka.record.memory_records import MemoryRecords
 from pydantic_core import from_json, to_json
 
+from streamtools.checks import check_topic
 from streamtools.drivers.kafka.client import connection, started, stopped
 from streamtools.drivers.kafka.cluster import EARLIEST, Cluster, check
 from streamtools.drivers.kafka.connections import guard
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
 from streamtools.drivers.kafka.names import BINDINGS, check_kafka_name
 from streamtools.drivers.kafka.topics import Topic, Topics
+from streamtools.drivers.kafka.unpacking import Records
 from streamtools.errors import ConfigurationError, QueueError
 from streamtools.exchange import Binding, Exchange, another_type
 from streamtools.settings import KafkaSettings
@@ -146,7 +147,7 @@ class Bindings:
         check([code])
         self._leader = leader
         before = self._next
-        self._take(MemoryRecords(data))
+        self._take(Records(data))
         return before < self._next < int(end)
 
     def _take(self, records: Any) -> None:
@@ -162,11 +163,8 @@ class Bindings:
             queue, name, topic = map(_text, from_json(key or b""))
             kept = Exchange(name, from_json(value)) if value is not None else None
             check_kafka_name(queue)
-        except (
-            ValueError,
-            TypeError,
-            ConfigurationError,
-        ):  # no record of ours: whoever may write can have written it
+            check_topic(topic)
+        except (ValueError, TypeError, ConfigurationError):  # others' records: whoever may write can have written it
             return
         known = self._bound.setdefault(name, {})
         for bound in [b for b in known if b[0] == queue and b[1].topic == topic]:

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 from aiokafka import TopicPartition
 
 from streamtools.delivery import read_message
+from streamtools.drivers.kafka.bounds import MOST_HEADERS, UNREAD
 from streamtools.errors import DecodeError
 from streamtools.message import NO_HEADERS, LazyMessage, Message, setters
 from streamtools.wire import (
@@ -51,6 +52,8 @@ GROUP: Final = "streamtools-group"
 RETRIES: Final = "streamtools-retries"
 #: Where a failed message was read first.
 ORIGIN: Final = ("streamtools-origin-topic", "streamtools-origin-partition", "streamtools-origin-offset")
+#: Characters of the reason for which something was not read.
+LONGEST_REASON: Final = 200
 #: Digits of the greatest offset, 2**63 - 1.
 LONGEST_NUMBER: Final = 19
 #: Seconds by which a message's time may differ from now and still be the record's own timestamp. A copy of
@@ -148,6 +151,7 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
         place: where it was read.
         queue: the message's queue; the topic when None.
     """
+    _check_headers(record.headers)
     found: dict[str, Any] = {}
     meta: dict[str, str] = {}
     user: dict[str, str] = {}
@@ -179,6 +183,21 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
         headers=user or NO_HEADERS,
         **found,
     )
+
+
+def _check_headers(headers: Sequence[Header]) -> None:
+    """Check that there are not too many, and that none stands for what was not read.
+
+    Raises:
+        DecodeError: so it is.
+    """
+    if not headers:
+        return
+    if len(headers) > MOST_HEADERS:
+        raise DecodeError(f"it has {len(headers):,} headers, and {MOST_HEADERS:,} are read at most")
+    name, why = headers[0]
+    if name == UNREAD:
+        raise DecodeError(read_text(why or b"")[:LONGEST_REASON])
 
 
 def _join(headers: dict[str, str], repeated: Mapping[str, Sequence[str]]) -> None:

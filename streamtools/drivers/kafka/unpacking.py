@@ -1,35 +1,45 @@
-"""Records whose header names may be any bytes.
+"""Records that the library cannot read, or is not to read: header names of any bytes, far too many headers, bombs.
 
 Kafka takes a header name as it is. The library decodes it as UTF-8 while it walks through a batch, and a name that is
 none ends the walk: nothing behind that record can be read, however often it is fetched. A batch that ends so is read
-once more, here, from its bytes, with the library's parser in Python and a lenient decoding of names.
+once more, here, from its bytes, with the library's parser in Python and a lenient decoding of names. That parser also
+leaves out the headers of a record that has too many of them. In place of a batch that is too large to be unpacked
+stands one record, which says so.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.consumer.fetcher import FetchResult
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.record.default_records import DefaultRecordBatch, _DefaultRecordBatchPy, _DefaultRecordPy
-from aiokafka.record.memory_records import MemoryRecords, _MemoryRecordsPy
+from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.record.util import decode_varint
+
+from streamtools.drivers.kafka.bounds import MOST_HEADERS, UNREAD, Unreadable, end_of_record, unpacked
+
+#: Of a batch, the bytes before its length and before its records.
+_LENGTH, _RECORDS = 8, 61
+#: Why a record's headers are not read.
+TOO_MANY: Final = f"it has over {MOST_HEADERS:,} headers, more than are read".encode()
 
 
 class Records:
-    """As the library's MemoryRecords, with batches that have a record for each name of any bytes.
+    """As the library's MemoryRecords, with batches that have a record for whatever stands in them.
 
     Parameters:
         data: what a broker has answered for one partition.
     """
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self._data = memoryview(data)
         self._records = MemoryRecords(data)
+        self._place = 0
 
     def size_in_bytes(self) -> int:
         """Bytes of all."""
@@ -42,13 +52,20 @@ class Records:
     def next_batch(self) -> Any:
         """The next batch; one of the formats before headers as the library has it."""
         batch = self._records.next_batch()
-        return batch if type(batch) is not DefaultRecordBatch else _Batch(batch, self._data)
+        start, behind = self._place, self._place + _LENGTH + 4
+        self._place = behind + int.from_bytes(self._data[behind - 4 : behind])
+        return batch if type(batch) is not DefaultRecordBatch else _Batch(batch, self._data[start : self._place])
 
 
 class _Batch:
-    """A batch as the library has it, but for its records."""
+    """A batch as the library has it, but for its records.
 
-    def __init__(self, batch: Any, data: bytes) -> None:
+    Parameters:
+        batch: the library's.
+        data: all of it, as it came.
+    """
+
+    def __init__(self, batch: Any, data: memoryview) -> None:
         self._batch = batch
         self._data = data
 
@@ -59,24 +76,48 @@ class _Batch:
         return next(self._batch)  # a transaction's marker, which has no headers
 
     def __iter__(self) -> Iterator[Any]:
+        batch = self._batch
         try:
-            yield from self._batch
+            large = unpacked(self._data[_RECORDS:], batch.compression_type)
+        except Unreadable as error:
+            yield self._instead(error)
+            return
+        try:
+            yield from batch if large is None else self._counted(large)
         except UnicodeDecodeError:
             yield from self._again()
 
+    def _counted(self, large: memoryview) -> Iterator[Any]:
+        """Up to the first record that has too many headers as the library reads them, then as we do."""
+        records, place = iter(self._batch), 0
+        while place < len(large):
+            place, crowded = end_of_record(large, place)
+            if crowded:
+                yield from self._again()
+                return
+            yield next(records)
+
     def _again(self) -> Iterator[Any]:
-        """From the first record on that has such a name: those before were handed over."""
-        batch = _LenientBatch(_slice(self._data, self._batch.base_offset))
+        """From the first record on that is not for the library: those before were handed over."""
+        batch = _LenientBatch(self._data)
         for record in batch:
             if batch.odd:
                 yield record
 
+    def _instead(self, error: Unreadable) -> Any:
+        """At the last place: who reads on from the middle of the batch is to see it as well."""
+        batch = self._batch
+        why = f"the batch of the offsets {batch.base_offset} to {batch.next_offset - 1} {error}"
+        return _DefaultRecordPy(
+            batch.next_offset - 1, batch.max_timestamp, batch.timestamp_type, None, b"", [(UNREAD, why.encode())]
+        )
+
 
 class _LenientBatch(_DefaultRecordBatchPy):  # type: ignore[misc]  # the library has no types
-    """Reads each header name; what is no UTF-8 in one stands as `\\xff`.
+    """Reads each header name, where there are not too many; what is no UTF-8 in one stands as `\\xff`.
 
     Attributes:
-        odd: such a name was read.
+        odd: such a name was read, or so many were left out.
     """
 
     odd: bool = False
@@ -95,7 +136,10 @@ class _LenientBatch(_DefaultRecordBatchPy):  # type: ignore[misc]  # the library
         key, pos = _bytes(buffer, pos)
         value, pos = _bytes(buffer, pos)
         count, pos = decode_varint(buffer, pos)
-        headers = []
+        headers: list[tuple[str, bytes | None]] = []
+        if count > MOST_HEADERS:
+            self.odd, count, pos = True, 0, end
+            headers.append((UNREAD, TOO_MANY))
         for _ in range(count):
             raw, pos = _bytes(buffer, pos)
             content, pos = _bytes(buffer, pos)
@@ -116,16 +160,6 @@ class _LenientBatch(_DefaultRecordBatchPy):  # type: ignore[misc]  # the library
 def _bytes(buffer: bytearray, pos: int) -> tuple[bytes | None, int]:
     length, pos = decode_varint(buffer, pos)
     return (None, pos) if length < 0 else (bytes(buffer[pos : pos + length]), pos + length)
-
-
-def _slice(data: bytes, offset: int) -> Any:
-    """The bytes of the batch that begins at this offset."""
-    records = _MemoryRecordsPy(data)
-    while (found := records._next_slice) is not None:
-        if int.from_bytes(found[:8], "big") == offset:
-            return found
-        records._cache_next()
-    raise kafka.CorruptRecordException(f"No batch begins at offset {offset}")
 
 
 class Answers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -26,6 +27,36 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=8,
 ).map(lambda value: json.dumps(value).encode())
+
+
+def test_patterns_that_are_made_to_take_long_take_none() -> None:
+    """Each is tried with the topic of each event that is published."""
+    begun = time.thread_time()
+    table = read(
+        *((json.dumps(["orders", "shop", pattern]).encode(), b'"topic"') for pattern in (
+            ".".join("#" * 128), ".".join(["#", "a"] * 64), ".".join("#" * 100_000), "#." * 100_000 + "a",
+        )),
+    )  # fmt: skip
+    assert len(table.of("orders")) == 2  # the others are longer than any topic
+    for exchange in (SHOP, Exchange("other")):
+        table.queues(exchange, ".".join("a" * 128))
+        table.queues(exchange, ".".join("ab" * 64))
+    assert not SHOP.matches("#." * 5_000 + "b", ".".join("a" * 128))
+    assert time.thread_time() - begun < 1.0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "topic", "fits"),
+    [
+        ("#.#", "a", True),
+        ("#.#.b", "a.b", True),
+        ("a.#.#", "a", True),
+        ("#.*.#", "", True),
+        ("#.#.*.#.b", "b", False),
+    ],
+)
+def test_several_signs_for_any_number_of_words_are_one(pattern: str, topic: str, fits: bool) -> None:
+    assert SHOP.matches(pattern, topic) is fits
 
 
 def read(*rows: tuple[bytes | None, bytes | None]) -> Bindings:

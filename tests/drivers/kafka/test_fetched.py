@@ -20,10 +20,12 @@ from aiokafka.record.util import calc_crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamtools.drivers.kafka import bounds
 from streamtools.drivers.kafka.ages import _first_time
 from streamtools.drivers.kafka.fetched import Buffers, Fetched
 from streamtools.drivers.kafka.intake import UNPACKED, Intake
 from streamtools.drivers.kafka.offsets import Offsets
+from streamtools.drivers.kafka.records import read_record
 from streamtools.drivers.kafka.track import Track
 from streamtools.drivers.kafka.unpacking import Answers, Records
 
@@ -322,6 +324,60 @@ def test_one_batch_is_unpacked_at_a_time_and_let_go_behind_its_last_record(codec
     assert found == batches * records
     # One that is read and one that is being unpacked, each as compressed and as unpacked bytes.
     assert peak < 4 * records * size
+
+
+# --- what is not to be in memory ------------------------------------------------------------------
+
+
+def batch(values: list[bytes], codec: int, *, headers: int = 0, at: int = 0) -> bytes:
+    """A batch of these values, of which the one at `at` has so many headers."""
+    builder = DefaultRecordBatchBuilder(2, codec, False, NOBODY, 0, 0, 1 << 28)
+    for n, value in enumerate(values):
+        many = [("", None)] * (headers if n == at else 1)
+        assert builder.append(n, timestamp=1, key=None, value=value, headers=many) is not None
+    return bytes(builder.build())
+
+
+def troubles(records: list[Any]) -> list[str]:
+    """What is wrong with each, as its message tells it."""
+    found = [read_record(SimpleNamespace(offset=o, timestamp=t, key=k, value=v, headers=h), PLACE)[1]
+             for o, t, k, v, h in records]  # fmt: skip
+    return [str(trouble or "") for trouble in found]
+
+
+@pytest.mark.parametrize("codec", [GZIP, SNAPPY, LZ4, ZSTD])
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_batch_that_is_a_bomb_is_one_message_that_cannot_be_read(
+    codec: int, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "MOST_UNPACKED", 2_000_000)
+    bomb, good = batch([b"\0" * 1_100_000] * 3, codec), bytearray(batch([b"good"], codec))
+    monkeypatch.setattr(bounds, "RATIO", 1_000_000 // len(bomb))
+    struct.pack_into(">q", good, 0, 3)
+    records, end, fetched = taken(bomb + good, [], start)
+    assert [(offset, value) for offset, _, _, value, _ in records] == [(2, b""), (3, b"good")]
+    first, second = troubles(records)
+    assert "the batch of the offsets 0 to 2 does not decompress into 2,000,000 bytes" in first
+    assert second == "" and end == 4
+    assert fetched.held < 10_000 + len(bomb) + len(good)
+
+
+@pytest.mark.parametrize("codec", [PLAIN_CODEC, GZIP, SNAPPY, LZ4, ZSTD])
+def test_a_large_batch_is_read_as_the_library_reads_it(codec: int) -> None:
+    data = batch([b"x" * 200_000, b"", b"y" * 1_500_000, b"z"], codec, headers=10_000, at=1)
+    check(data, [], 0)
+    check(data, [], 2)
+
+
+@pytest.mark.parametrize("codec", [PLAIN_CODEC, GZIP, SNAPPY, LZ4, ZSTD])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_record_with_very_many_headers_costs_itself_alone(codec: int, at: int) -> None:
+    values = [b"a" * 400_000, b"b", b"c"]
+    records, end, _ = taken(batch(values, codec, headers=400_000, at=at), [], 0)
+    assert [(offset, value) for offset, _, _, value, _ in records] == [*enumerate(values)] and end == 3
+    assert sum(len(headers) for *_, headers in records) == 3  # those of the one were never made
+    assert [bool(trouble) for trouble in troubles(records)] == [n == at for n in range(3)]
+    assert "over 10,000 headers" in troubles(records)[at]
 
 
 def test_what_was_not_compressed_counts_once() -> None:

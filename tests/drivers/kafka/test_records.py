@@ -246,8 +246,10 @@ def test_a_pattern_never_matches_retries_or_what_was_rejected(topic: str, matche
 
 
 def test_a_record_of_one_header_many_times_does_not_take_long() -> None:
-    foreign = record(headers=[("a", b"x")] * 250_000)
+    foreign = record(headers=[("a", b"x")] * 10_000)
     begun = time.thread_time()
     message, trouble = read_record(foreign, PLACE)
     assert time.thread_time() - begun < 1.0
-    assert (trouble, message.headers["a"]) == (None, ", ".join("x" * 250_000))
+    assert (trouble, message.headers["a"]) == (None, ", ".join("x" * 10_000))
+    _, trouble = read_record(record(headers=[("a", b"x")] * 10_001), PLACE)
+    assert "10,001 headers" in str(trouble)

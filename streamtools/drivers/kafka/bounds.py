@@ -1,0 +1,109 @@
+"""What a batch becomes once it is unpacked, found out before the library unpacks it.
+
+A broker limits what comes, as it comes: 200 KB of zstd can be gigabytes, and two bytes of those a header of its own,
+which is an object in memory. So a batch that may become large is unpacked here first, up to a limit. Of one beyond it
+nothing is read, and of a record with too many headers all but those.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+import cramjam
+from aiokafka.record.util import decode_varint
+
+from streamtools.bodies import undone
+from streamtools.errors import DecodeError
+
+#: Bytes of a batch once it is unpacked, at most; one that came as more may have `RATIO` times as many.
+MOST_UNPACKED: Final = 32 * 1024 * 1024
+RATIO: Final = 20
+#: Headers of one record, at most.
+MOST_HEADERS: Final = 10_000
+#: Bytes of an unpacked batch over which the headers of each record are counted before they are read.
+LARGE: Final = 1024 * 1024
+#: The header that stands in place of what is not read, and says why.
+UNREAD: Final = "streamtools-unread"
+
+#: Kafka's numbers of the codecs, and how many bytes each can make of one.
+GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4
+_GROWTH: Final = {GZIP: 1032, SNAPPY: 32, LZ4: 255, ZSTD: 44_000}
+#: How Java's clients begin snappy; behind two versions stand blocks, each with its length before it.
+_XERIAL, _XERIAL_HEADER = b"\x82SNAPPY\0", 16
+_LENGTH: Final = struct.Struct(">i")
+
+
+class Unreadable(Exception):  # noqa: N818 - of one batch, and told as its message's
+    """A batch cannot be unpacked, or not within the limit; the text says so."""
+
+
+def unpacked(data: memoryview, codec: int) -> memoryview | None:
+    """The records of a batch as the library will unpack them; None where they take `LARGE` bytes at most.
+
+    Parameters:
+        data: the records as they came.
+        codec: Kafka's number of it; 0 for none.
+
+    Raises:
+        Unreadable: they take more than is read.
+    """
+    if codec not in _GROWTH:
+        return data if len(data) > LARGE else None
+    if len(data) * _GROWTH[codec] <= LARGE:
+        return None
+    limit = max(MOST_UNPACKED, RATIO * len(data))
+    try:
+        plain = _plain(data, codec, limit)
+    except (DecodeError, cramjam.DecompressionError, struct.error, ValueError) as error:
+        raise Unreadable(f"does not decompress into {limit:,} bytes or less, which are read at most") from error
+    return plain if len(plain) > LARGE else None
+
+
+def end_of_record(plain: memoryview, start: int) -> tuple[int, bool]:
+    """Where the record that begins here ends, and whether it has too many headers."""
+    length, place = decode_varint(plain, start)
+    end = place + length
+    return end, length > 2 * MOST_HEADERS and _headers(plain, place) > MOST_HEADERS
+
+
+def _headers(plain: memoryview, place: int) -> int:
+    """How many headers a record has.
+
+    Parameters:
+        place: behind its length.
+    """
+    for _ in range(3):  # attributes, and how much later than the batch's its time and its offset are
+        _, place = decode_varint(plain, place)
+    for _ in range(2):  # key and value
+        length, place = decode_varint(plain, place)
+        place += max(0, length)
+    return int(decode_varint(plain, place)[0])
+
+
+def _plain(data: memoryview, codec: int, limit: int) -> memoryview:
+    if codec == GZIP:
+        return memoryview(undone(bytes(data), "gzip", limit))
+    if codec == SNAPPY:
+        return _plain_of_snappy(data, limit)
+    room = mmap.mmap(-1, limit)  # memory that is taken as it is written
+    into = cramjam.lz4.decompress_into if codec == LZ4 else cramjam.zstd.decompress_into
+    return memoryview(room)[: into(data, room)]
+
+
+def _plain_of_snappy(data: memoryview, limit: int) -> memoryview:
+    blocks = list(_blocks(data)) if bytes(data[: len(_XERIAL)]) == _XERIAL else [data]
+    if sum(map(cramjam.snappy.decompress_raw_len, blocks)) > limit:
+        raise DecodeError("Over the limit.")
+    return memoryview(b"".join(bytes(cramjam.snappy.decompress_raw(block)) for block in blocks))
+
+
+def _blocks(data: memoryview) -> Iterator[memoryview]:
+    place = _XERIAL_HEADER
+    while place < len(data):
+        length = _LENGTH.unpack_from(data, place)[0]
+        place += _LENGTH.size
+        yield data[place : place + length]
+        place += length
