@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import sys
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from streamtools import ConsumerFactory, ConsumerRunner, Producer
 from streamtools.errors import ConfigurationError, ConnectError
 from streamtools.installation import install_line
+from streamtools.observability import health
 from streamtools.observability.health import HealthReport, HealthServer, LoopHealth
 from streamtools.tokens import is_loopback
 from tests.faults.waiting import wait_until
@@ -26,7 +29,7 @@ def loop(state: str, **fields: Any) -> LoopHealth:
 
 async def get(port: int, path: str) -> tuple[int, Any]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
     head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
     writer.close()
     status = int(head.split()[1])
@@ -75,7 +78,7 @@ async def test_stop_does_not_wait_for_idle_connections_and_may_be_repeated() -> 
     server = HealthServer("127.0.0.1", 0, HealthReport)
     await server.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    writer.write(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
     await reader.readuntil(b"\r\n\r\n")
     start = time.monotonic()
     await server.stop()
@@ -130,7 +133,7 @@ async def test_a_runner_is_ready_while_it_runs_and_not_while_it_drains() -> None
 async def ask(port: int, *lines: str) -> Any:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = "".join(f"{line}\r\n" for line in lines)
-    writer.write(f"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n".encode())
+    writer.write(f"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n{head}\r\n".encode())
     body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")[2]
     writer.close()
     return json.loads(body)
@@ -153,6 +156,79 @@ async def test_a_stranger_learns_only_whether_the_service_is_live_and_ready(
         assert (await ask(server.port))["loops"][0]["queue"] == "orders"
     finally:
         await server.stop()
+
+
+@pytest.mark.parametrize(
+    ("lines", "sees"),
+    [
+        (["Host: 127.0.0.1:8080"], True),
+        (["Host: LOCALHOST:8080"], True),
+        (["Host: [::1]:8080"], True),
+        (["Host: [::1]"], True),
+        (["Host: localhost", "Sec-Fetch-Site: none"], True),
+        (["Host: evil.example"], False),
+        (["Host: 127.0.0.1.evil.example:80"], False),
+        (["Host: localhost.evil.example"], False),
+        (["Host: localhost."], False),
+        (["Host: "], False),
+        (["Host: 127.0.0.1", "Origin: http://evil.example"], False),
+        (["Host: 127.0.0.1", "Sec-Fetch-Site: cross-site"], False),
+        (["Host: 127.0.0.1", "Sec-Fetch-Site: same-origin"], False),
+        (["Host: 127.0.0.1", "Referer: http://evil.example/"], False),
+    ],
+)
+async def test_a_web_page_in_a_browser_of_this_machine_is_a_stranger(
+    strangers: HealthServer, lines: list[str], sees: bool
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", strangers.port)
+    writer.write("\r\n".join(["GET /health HTTP/1.1", *lines, "Connection: close", "", ""]).encode())
+    body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")[2]
+    writer.close()
+    assert ("loops" in json.loads(body)) is sees
+
+
+@pytest.fixture
+async def strangers() -> AsyncIterator[HealthServer]:
+    server = HealthServer("127.0.0.1", 0, lambda: HealthReport(loops=[loop("running")]))
+    await server.start()
+    yield server
+    await server.stop()
+
+
+async def test_connections_that_say_nothing_do_not_keep_out_who_asks(strangers: HealthServer) -> None:
+    silent = [await asyncio.open_connection("127.0.0.1", strangers.port) for _ in range(3 * health.CONNECTIONS)]
+    assert (await get(strangers.port, "/health/live"))[0] == 200
+    assert len(strangers._server.connections) <= health.CONNECTIONS
+    for reader, _ in silent[: health.CONNECTIONS]:
+        assert await asyncio.wait_for(reader.read(), 10) == b""  # the oldest were ended
+    for _, writer in silent:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"G\x1b[31mT /x HTTP/1.1\r\n\r\n", b"GET /health HTTP/1.1\r\nA: " + b"a" * 100_000 + b"\r\n\r\n", b"\n\x1b\r\n"]
+    + [b"POST /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n"],
+)
+async def test_what_strangers_send_is_in_no_log_and_no_answer_names_versions(
+    strangers: HealthServer, sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    reader, writer = await asyncio.open_connection("127.0.0.1", strangers.port)
+    writer.write(sent)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    writer.close()
+    assert head.split()[1][:1] == b"4"
+    assert b"aiohttp" not in head and b"Python" not in head
+    assert caplog.text == ""
+
+
+async def test_a_report_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    server = HealthServer("127.0.0.1", 0, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    await server.start()
+    assert (await get(server.port, "/health"))[0] == 500
+    await server.stop()
+    assert "ZeroDivisionError" in caplog.text
 
 
 async def test_tokens_that_cannot_be_used_are_a_clear_error_that_does_not_show_them(
