@@ -21,6 +21,9 @@ from streamtools.tokens import read_tokens
 #: The number of a process among those that `streamtools run --workers` started: 0, 1, and so on.
 WORKER_VARIABLE: Final = "STREAMTOOLS_WORKER"
 
+#: The ports that web addresses need not name.
+PORTS: Final = {"http": 80, "https": 443}
+
 #: What goes wrong most often in a URL.
 ENCODED: Final = (
     "Percent-encode what is special: in a user name or password '/' is %2F, '?' is %3F, '#' is %23, '@' is %40, "
@@ -344,6 +347,31 @@ def _names(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _origins(value: object) -> object:
+    return tuple(map(_origin, names)) if isinstance(names := _names(value), list | tuple) else names
+
+
+def _origin(text: object) -> object:
+    """A web page's origin as browsers write it: in lower case, without a path and without the scheme's own port."""
+    if not isinstance(text, str) or text in ("*", "null"):
+        return text
+    try:
+        parts = urlsplit(text.lower())
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    if not parts.hostname or "@" in parts.netloc or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError("an origin is a scheme and a host, such as https://shop.example, or * for any")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + ("" if port in (None, PORTS.get(parts.scheme)) else f":{port}")
+
+
+def _filled(value: object) -> object:
+    if isinstance(value, str) and not value.strip():  # what was not filled in must not let everyone in
+        raise ValueError("it is set, and empty: leave it out if anyone may come")
+    return value
+
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 
 
@@ -385,9 +413,9 @@ class HTTPSettings(ProtocolSettings):
     timeout: Annotated[float, Field(gt=0)] = 30.0
     max_body: Annotated[int, Field(gt=0)] = 1024 * 1024
     tokens: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(read_tokens)] = ()
-    client_ca: str | None = None
-    hosts: Names = ()
-    origins: Names = ()
+    client_ca: Annotated[str | None, BeforeValidator(_filled)] = None
+    hosts: Annotated[Names, BeforeValidator(_filled)] = ()
+    origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)] = ()
     max_connections: Annotated[int, Field(gt=0)] = 2000
     max_answer: Annotated[int, Field(gt=0)] = 16 * 1024 * 1024
 

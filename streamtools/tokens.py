@@ -25,7 +25,9 @@ def read_tokens(value: object) -> tuple[SecretStr, ...]:
     """
     if isinstance(value, str | SecretStr):
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
-        value = [part.strip() for part in text.split(",")] if text.strip() else []
+        if not text.strip():  # a secret that was not filled in must not open what it is to guard
+            raise ValueError("it is set, and empty: leave it out if no token is to be shown")
+        value = [part.strip() for part in text.split(",")]
     if not isinstance(value, Iterable):
         raise ValueError("tokens are several texts, or one with commas between them")
     found = [one.get_secret_value() if isinstance(one, SecretStr) else one for one in value]

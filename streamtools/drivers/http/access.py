@@ -7,7 +7,6 @@ page is refused unless the page is allowed, or the browser says that it is of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -35,7 +34,7 @@ class Access:
     @classmethod
     def of(cls, settings: HTTPSettings) -> Access:
         """The rules that settings have."""
-        return cls(Tokens(settings.tokens), _lower(settings.hosts), _lower(settings.origins))
+        return cls(Tokens(settings.tokens), frozenset(map(_host, settings.hosts)), frozenset(settings.origins))
 
     def refusal(self, request: web.BaseRequest) -> web.Response | None:
         """The answer to who may not ask; None for all others."""
@@ -57,8 +56,7 @@ class Access:
         return len(shown) == 1 and self.tokens.accept(shown[0])
 
     def _is_ours(self, name: str) -> bool:
-        host, colon, port = name.rpartition(":")
-        return name in self.hosts or bool(colon and port.isdigit() and host.strip("[]") in self.hosts)
+        return _host(name) in self.hosts or _host(_without_port(name)) in self.hosts
 
     def _may_come(self, request: web.BaseRequest) -> bool:
         headers = request.headers
@@ -71,8 +69,15 @@ class Access:
         return site in ("none", "same-origin")
 
 
-def _lower(texts: Iterable[str]) -> frozenset[str]:
-    return frozenset(text.lower() for text in texts)
+def _host(name: str) -> str:
+    """A host as it is compared: in lower case, an IPv6 address without its brackets."""
+    bare = name.lower()
+    return bare[1:-1] if bare.startswith("[") and bare.endswith("]") and ":" in bare else bare
+
+
+def _without_port(name: str) -> str:
+    host, colon, port = name.rpartition(":")
+    return host if colon and port.isascii() and port.isdigit() else name
 
 
 def _names(request: web.BaseRequest) -> list[str]:

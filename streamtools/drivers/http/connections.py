@@ -25,6 +25,8 @@ from typing import Any, Final, cast
 
 from aiohttp import web
 
+from streamtools.drivers.http.answers import SERVER
+
 log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds for the first byte of a connection, and for a head from its first byte to its last.
@@ -188,6 +190,12 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
         """Its client reads more slowly than we write."""
         super().pause_writing()
         self._connections.check_unread(self)
+
+    def handle_error(self, *args: Any, **kwargs: Any) -> web.StreamResponse:
+        """Answer what is no HTTP, without the name of the library and its version."""
+        response = super().handle_error(*args, **kwargs)
+        response.headers["Server"] = SERVER
+        return response
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None

@@ -104,12 +104,23 @@ async def test_no_token_stands_in_a_text_or_in_the_log(caplog: pytest.LogCapture
     "tokens", ["short", "", [""], ["with space 0123456789"], ["0123456789abcde"], ["ü" * 20], 5, [5]]
 )
 def test_a_token_that_can_be_guessed_or_not_be_sent_is_refused_without_being_shown(tokens: Any) -> None:
-    if tokens == "":
-        assert HTTPSettings(tokens=tokens).tokens == ()
-        return
     with pytest.raises(ConfigurationError, match="token") as caught:
         HTTPSettings(tokens=tokens)
-    assert not isinstance(tokens, str) or tokens.strip(",") not in str(caught.value)
+    assert not tokens or not isinstance(tokens, str) or tokens not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["HTTP_TOKENS", "HTTP_CLIENT_CA", "HTTP_HOSTS"])
+@pytest.mark.parametrize("value", ["", "  "])
+def test_a_guard_that_was_not_filled_in_does_not_let_everyone_in(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match="it is set, and empty"):
+        HTTPSettings()
+    monkeypatch.delenv(name)
+    with pytest.raises(ConfigurationError, match="it is set, and empty"):
+        HTTPSettings.from_url(f"http://127.0.0.1?{name.removeprefix('HTTP_').lower()}=")
+    assert HTTPSettings(tokens=(), hosts=(), client_ca=None) == HTTPSettings()
 
 
 def test_tokens_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +163,19 @@ async def test_consumers_of_one_port_let_the_same_ask() -> None:
         ("127.0.0.1:80", 200),
         ("[::1]:9000", 200),
         ("evil.example", 421),
+        ("[::1]", 200),
+        ("[::2]", 200),
+        ("[::2]:80", 200),
+        ("port.example:9000", 200),
+        ("port.example:80", 421),
+        ("shop.example.", 421),
+        ("[shop.example]:80", 421),
+        ("shop.example:\u0663", 421),
     ]
     + [("shop.example.evil", 421), ("", 421), ("shop.example:80@evil", 421), ("evil, shop.example", 421)],
 )
 async def test_a_port_answers_to_its_own_names_alone(host: str, status: int) -> None:
-    settings = HTTPSettings(hosts=["Shop.example", "127.0.0.1", "::1"])
+    settings = HTTPSettings(hosts=["Shop.example", "127.0.0.1", "::1", "[::2]", "port.example:9000"])
     async with serving(handler, url=settings) as consumer:
         assert (await talk(consumer, request(body=b"{}", Host=host))).status == status
         whole = request(path="http://evil.example/orders", body=b"{}", Host="shop.example")
@@ -193,6 +212,11 @@ async def test_pages_that_are_allowed_may_ask() -> None:
         ):
             cross = request(body=b"{}", Origin=origin, Sec_Fetch_Site="cross-site")
             assert (await talk(consumer, cross)).status == status
+    for written in ("https://shop.example/", "HTTPS://shop.example:443", "https://shop.example:443/"):
+        assert HTTPSettings(origins=[written]).origins == ("https://shop.example",)
+    for wrong in ("shop.example", "https://shop.example/orders", "https://", "https://a@shop.example", "http://[x"):
+        with pytest.raises(ConfigurationError, match="origins"):
+            HTTPSettings(origins=[wrong])
     async with serving(handler, url=HTTPSettings(origins="*")) as consumer:
         assert (await talk(consumer, request(body=b"{}", Origin="null"))).status == 200
 
