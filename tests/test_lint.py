@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,18 @@ def test_a_bound_and_an_installed_version_that_are_too_old_are_named(
 def test_where_no_service_answers_it_says_so_and_does_not_fail(
     advisories: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(advisories, "audit", lambda requirements: None)
-    assert advisories.main() == 0
-    assert "note: no advisory service answers here" in capsys.readouterr().out
+    for printed, why in (
+        ("", "pip-audit failed: no such module"),
+        ("[]", "pip-audit failed"),
+        ('{"dependencies": [{"name": "aiohttp", "skip_reason": "?"}]}', "does not know aiohttp"),
+        ('{"dependencies": [{"name": "aiohttp", "version": "3.9.3", "vulns": []}]}', "has nothing against aiohttp"),
+    ):
+        done = subprocess.CompletedProcess([], 1, printed, "Traceback\nno such module\n")
+        monkeypatch.setattr(advisories.subprocess, "run", lambda *_, done=done, **__: done)
+        assert advisories.main() == 0
+        said = capsys.readouterr().out
+        assert f"note: no advisory service was asked: {why}" in said or f"asked: the service {why}" in said
+        assert "the list in scripts/advisories alone" in said
 
 
 def test_what_a_service_knows_fails_unless_it_is_accepted(
