@@ -8,13 +8,18 @@ one log line: it never fails, repeats or holds the request that it answers.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Final
 
 from streamtools.errors import ConfigurationError, SendError
 from streamtools.message import Message
 
 log: logging.Logger = logging.getLogger("streamtools")
+
+#: How error queues are named, those of other services too: what lies there is believed to have failed.
+_ERROR_QUEUE: Final = re.compile(r"(.*[._/:-])?error", re.DOTALL)
 
 
 def check_patterns(patterns: object) -> tuple[str, ...] | None:
@@ -65,7 +70,7 @@ class ReplyRule:
             ConfigurationError: it may not get a reply.
         """
         self._check(address)
-        if address in self._never:
+        if address in self._never or _ERROR_QUEUE.fullmatch(address):
             raise ConfigurationError(f"The queue {address!r} takes no replies: it is for messages that failed.")
         if self._patterns is not None and not any(fnmatchcase(address, pattern) for pattern in self._patterns):
             raise ConfigurationError(f"The queue {address!r} fits none of replies={list(self._patterns)!r}.")

@@ -8,6 +8,7 @@ filter on its logger, and to whatever the command line prints.
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -18,6 +19,13 @@ _PLAIN: Final = (int, float, type(None))
 LONGEST: Final = 16 * 1024
 #: Characters whose escapes are kept, so that a text of many takes little time.
 KEPT: Final = 4096
+#: Characters that Python calls printable and that show nothing: fillers, blanks of Braille, joiners, selectors of a
+#: variant (https://www.unicode.org/reports/tr44/#Default_Ignorable_Code_Point).
+_HIDDEN: Final = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+#: The selector that makes a coloured picture of the symbol before it, as it is escaped: there it is no deception.
+_COLOURED: Final = re.compile(r"(?<=[^\x00-\x7f])\\ufe0f")
 
 
 class _Escapes(dict[int, str]):
@@ -32,7 +40,7 @@ class _Escapes(dict[int, str]):
     def shown(self, code: int) -> str:
         """What one character is shown as."""
         character = chr(code)
-        return character if character.isprintable() else self.escaped(character)
+        return self.escaped(character) if is_hidden(character) else character
 
     def escaped(self, character: str) -> str:
         """A character that cannot be seen."""
@@ -63,14 +71,23 @@ def visible(text: str, *, lines: bool = False) -> str:
     Parameters:
         lines: keep line ends and tabs.
     """
-    if text.isprintable():
+    if not is_hidden(text):
         return text
-    return text.translate(_LINE_ESCAPES if lines else _ESCAPES)
+    return _coloured(text.translate(_LINE_ESCAPES if lines else _ESCAPES))
 
 
 def visible_json(document: str) -> str:
     """A JSON document, written on one line, with the same characters as JSON's own escapes."""
-    return document if document.isprintable() else document.translate(_JSON_ESCAPES)
+    return _coloured(document.translate(_JSON_ESCAPES)) if is_hidden(document) else document
+
+
+def is_hidden(text: str) -> bool:
+    """Whether a character of it cannot be seen."""
+    return not text.isprintable() or (not text.isascii() and _HIDDEN.search(text) is not None)
+
+
+def _coloured(text: str) -> str:
+    return _COLOURED.sub("\ufe0f", text)
 
 
 def visible_block(text: str, indent: str = "  ") -> str:
@@ -96,7 +113,7 @@ class VisibleRecords(logging.Filter):
 
 
 def _shown(value: Any) -> Any:
-    if isinstance(value, _PLAIN) or (type(value) is str and len(value) <= LONGEST and value.isprintable()):
+    if isinstance(value, _PLAIN) or (type(value) is str and len(value) <= LONGEST and not is_hidden(value)):
         return value
     return _Shown(value)
 

@@ -403,6 +403,41 @@ async def test_a_command_that_fails_shows_no_password(command: Callable[..., Com
         assert shown(failing.output, user=USER)[:4] == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        "queues {}",
+        "queues list {}",
+        "queues create --partitions {}",
+        "receive q --max {}",
+        "receive q {}",
+        "receive {}",
+        "send q --file {}",
+        "send q --header {} x",
+        "run m:a --workers {}",
+        "run {}",
+        "schema {}",
+        "errors list {}",
+        "errors redrive --limit {}",
+        "errors redrive --to {}",
+        "errors show --filter {}",
+        "doctor {}",
+        "--version {}",
+        "--{}",
+    ],
+)
+def test_a_url_in_the_wrong_place_is_repeated_without_its_password(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STREAMTOOLS_URL", f"sqlite:///{tmp_path}/x.db")
+    result = CliRunner().invoke(app, line.format(f"{at('amqp', '127.0.0.1:1/')}\x1b[31m").split(" "))
+    assert result.exit_code in (1, 2) or "version" in line
+    assert not shown(result.output + result.stderr, user=USER)
+    assert "\x1b" not in result.output + result.stderr
+
+
 def test_a_password_in_an_argument_is_warned_of_once_and_still_works(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["doctor", "--url", at("amqp", "127.0.0.1:1/?connect_timeout=0.1")])
     assert result.stderr.count("a password in --url is seen by every user") == 1

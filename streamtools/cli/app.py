@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from streamtools.cli.demo.command import demo
 from streamtools.cli.doctor import doctor
 from streamtools.cli.errors import errors
 from streamtools.cli.messages import receive, send
+from streamtools.cli.output import harmless
 from streamtools.cli.queues import queues
 from streamtools.cli.run import run
 from streamtools.cli.schema import schema
 from streamtools.installation import DISTRIBUTION
 
+
+class Commands(TyperGroup):
+    """The commands; what the parser of options repeats of what was typed is shown as everything else is."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the options before the command's name."""
+        with _harmless_errors():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the rest, and run the command."""
+        with _harmless_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _harmless_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        told: Any = error  # a ClickException, of the parser that typer brings along or of click
+        if hasattr(told, "format_message") and isinstance(told.message, str):
+            told.message = harmless(told.message)
+        raise
+
+
 app: typer.Typer = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -11,7 +11,7 @@ import typer
 from streamtools.cli import output
 from streamtools.cli.messages import as_data, body_text
 from streamtools.cli.queues import at
-from streamtools.cli.redriving import Movable, missing_queues, told
+from streamtools.cli.redriving import Movable, missing_queues, told, told_whole
 from streamtools.cli.session import Json, Url, Yes, plain_errors, safe_address
 from streamtools.wire import key_text
 
@@ -125,7 +125,7 @@ def redrive(
     chosen.missing = at(url, lambda admin: missing_queues(admin, filter(None, map(chosen.target, seen))))
     targets = chosen.targets(seen, limit)
     if dry_run:
-        chosen.allowed.update(targets)
+        chosen.allowed.update(told_whole(targets))
         _print_dry_run("redriven", seen, chosen, limit, json=json)
         output.note(f"They would go: {told(targets)}.")
         chosen.say_what_stays(queue)
@@ -136,7 +136,7 @@ def redrive(
         where = f"{queue!r} at {safe_address(url)}"
         how = "" if output.at_terminal() or chosen.allowed else " (with --from QUEUE for each of them)"
         output.confirm(f"Put messages of {where} back to work: {told(targets)}?{how}", yes=False)
-        chosen.allowed.update(targets)
+        chosen.allowed.update(told_whole(targets))
 
     from streamtools.redrive import redrive
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 #: Exit codes.
 FAILED = 1
 USAGE = 2
-#: In a URL, from behind its "://" to the "@"; but for the words that stand for it in hints.
-PASSWORD: Final = re.compile(r"(?<=://)(?!user:password@)[^\s/:@]*:\S+(?=@)")
+#: In a URL, from behind its "://" to the "@"; but for the words that stand for it in hints. A path has but one "/".
+PASSWORD: Final = re.compile(r"(?<=:/)/?(?!/?user:password@)[^\s/:@]*:\S+(?=@)")
 #: How the file names of those frames begin that lie between a command and the service's own code.
 MACHINERY: Final = (
     str(Path(__file__).parents[1]) + os.sep,
@@ -74,7 +74,12 @@ def say_block(text: str) -> None:
 
 def note(text: str) -> None:
     """Say something to the person at the terminal, on one line, without the password of a URL in it."""
-    print(visible(PASSWORD.sub("***", text)), file=sys.stderr, flush=True)
+    print(harmless(text), file=sys.stderr, flush=True)
+
+
+def harmless(text: str) -> str:
+    """A text for the terminal: on one line, without the password of a URL in it."""
+    return visible(PASSWORD.sub("***", text))
 
 
 def fail(text: str, code: int = FAILED) -> NoReturn:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 SEPARATORS: Final = (".", "-", "_", "/", ":")
 #: Queues that are named in one sentence, at most.
 NAMED: Final = 20
-#: Characters of a queue's name that are shown.
-NAME_SHOWN: Final = 80
+#: Characters of a queue's name that are shown: no queue has more.
+NAME_SHOWN: Final = 255
 
 
 class Movable:
@@ -110,8 +110,7 @@ class Movable:
                 f"{_of(number, queue)} cannot move: unknown where it failed ({shown}). Name a queue: --to QUEUE."
             )
         if self._unnamed:
-            names = [name for name in sorted(self._unnamed)[:NAMED] if len(name) <= NAME_SHOWN]
-            options = " ".join(f"--from {quote(name)}" for name in names)
+            options = " ".join(f"--from {quote(name)}" for name in told_whole(self._unnamed))
             lines.append(
                 f"{_of(self._unnamed.total(), queue)} did not move, since you have not named where to: "
                 f"{told(self._unnamed)}. If that is right: {options}."
@@ -127,9 +126,14 @@ def belongs_to(error_queue: str, queue: str) -> bool:
 
 def told(targets: Mapping[str, int]) -> str:
     """Queues, each with its number of messages, in words."""
-    shown = [f"{number:,} to {name[:NAME_SHOWN]!r}" for name, number in sorted(targets.items())[:NAMED]]
+    shown = [f"{targets[name]:,} to {name[:NAME_SHOWN]!r}" for name in sorted(targets)[:NAMED]]
     more = len(targets) - len(shown)
     return ", ".join(shown) + (f", and to {more:,} more queues" if more else "") if targets else "no queue"
+
+
+def told_whole(targets: Iterable[str]) -> list[str]:
+    """Those whose whole names `told` says: an answer to the question is about no others."""
+    return [name for name in sorted(targets)[:NAMED] if len(name) <= NAME_SHOWN]
 
 
 def _of(number: int, queue: str) -> str:

@@ -20,6 +20,8 @@ from tests.bus.contracts import PlaceOrder, Quote
 
 #: Addresses that get no reply on any protocol.
 NOWHERE = ["", "\n", "a\0b", "http://127.0.0.1:1/x?y=1", "streamtools.bindings", "Streamtools.delay.3", "error"]
+#: Error queues of other services: what lies there is taken for what has failed.
+NOWHERE += ["payouts.error", "payouts-error", "a.payouts_error"]
 #: Those that get none on one protocol.
 NOWHERE_ON = {
     "rabbitmq": ["amq.topic", "streamtools.undeliverable"],

@@ -341,6 +341,29 @@ class TestWhereARedriveGoes:
         assert (named.exit_code, named.stdout) == (0, "3 messages of error redriven.\n")
         assert (waiting(cli, "orders"), waiting(cli, "payouts"), waiting(cli, "error")) == (3, 0, 6)
 
+    def test_a_yes_is_about_the_queues_that_were_shown(
+        self, cli: Cli, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decoys = [f"a{n:02}" for n in range(20)]
+        for name in decoys:
+            cli("queues", "create", name)
+
+        async def plant() -> None:
+            async with Producer("error", url=url) as producer:
+                errors = [ErrorDetails(queue=name, exception="ValueError") for name in decoys]
+                await producer.send_messages(
+                    [Message(body=b"{}", queue="error", id=f"decoy{n}", error=e) for n, e in enumerate(errors)]
+                )
+
+        asyncio.run(plant())
+        said = cli("errors", "redrive", "--dry-run")
+        assert "'a19', and to 3 more queues" in said.stderr.replace("1 to ", "")
+        monkeypatch.setattr(output, "at_terminal", lambda: True)
+        done = cli("errors", "redrive", stdin="y\n")
+        assert (done.exit_code, "20 messages of error redriven." in done.stdout) == (1, True)
+        assert "--from orders --from payments --from payouts" in done.stderr
+        assert (waiting(cli, "payouts"), waiting(cli, "a00")) == (0, 1)
+
     def test_a_dry_run_tells_it(self, cli: Cli) -> None:
         assert "3 to 'orders', 2 to 'payments', 1 to 'payouts'" in cli("errors", "redrive", "--dry-run").stderr
         assert "They would go: 3 to 'orders'." in cli("errors", "redrive", "--dry-run", "--from", "orders").stderr

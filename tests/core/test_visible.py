@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from streamtools import Bus, Message, Producer, Retry
 from streamtools.errors import text_of
 from streamtools.testing.waiting import eventually
-from streamtools.visible import VisibleRecords, visible, visible_block, visible_json
+from streamtools.visible import VisibleRecords, _shown, visible, visible_block, visible_json
 
 #: What forges lines, what terminals obey, what turns the direction of writing, and what cannot be seen.
 HOSTILE = "a\nb\rc\x1b[31md\x9b2Je\x7ff\u202eg\u2066h\u200bi\u2028j\x85k\ufeffl\udcffm\x00n\ttail"
 UNSEEN = [character for character in HOSTILE if not character.isprintable()]
+#: What Python calls printable, and nobody sees.
+BLANK = "\u3164\u115f\u1160\uffa0\u2800\u034f\u17b4\u180b\ufe00\ufe0f\U000e0100\U000e01ef"
 
 
 @given(st.text(st.characters(exclude_categories=())))
@@ -33,7 +35,18 @@ def test_nothing_that_cannot_be_seen_is_left(text: str) -> None:
     assert json.loads(document) == {text: [text]}
 
 
+@pytest.mark.parametrize("character", [*BLANK, *UNSEEN])
+@pytest.mark.parametrize("before", ["orders", ""])
+def test_a_name_that_looks_like_another_does_not_once_it_is_shown(before: str, character: str) -> None:
+    name = f"{before}{character}"
+    assert visible(name).isascii() and visible(name) != before
+    assert json.loads(visible_json(json.dumps(name, ensure_ascii=False))) == name
+    assert visible_json(json.dumps(name, ensure_ascii=False)).isascii()
+    assert "orders" + visible(character) == str(_shown(f"orders{character}"))
+
+
 def test_what_can_be_seen_is_as_it_was() -> None:
+    assert visible("\u26a0\ufe0f \u2764\ufe0f") == "\u26a0\ufe0f \u2764\ufe0f"
     text = "Größe: 5 € für 日本 🙂 'x' \\n"
     assert visible(text) is text
     assert visible("a\n\x1b\u202e\U000e0001") == "a\\n\\x1b\\u202e\\U000e0001"
