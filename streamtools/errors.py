@@ -111,6 +111,7 @@ class SendError(StreamToolsError):
         unknown: ids of the messages whose confirmation never came; it may hold them.
         unfit: those of `refused` that can never be taken as they are: too large, with a name that is too long, or
             with a text that no wire carries. To send them again cannot help; to send less beside the body can.
+        early: those of `refused` that nothing can hold until they are due. Once they are due they can be sent.
         messages: the messages of `refused` and `unknown` themselves, as they were given to the send. This is the
             exact answer where several messages of one call have the same id: send these again, not all of that id.
     """
@@ -122,11 +123,13 @@ class SendError(StreamToolsError):
         refused: Sequence[str] = (),
         unknown: Sequence[str] = (),
         unfit: Sequence[str] = (),
+        early: Sequence[str] = (),
         messages: Sequence[object] = (),
     ) -> None:
         super().__init__(message)
         self.messages: Sequence[Any] = tuple(messages)
         self.unfit: tuple[str, ...] = tuple(unfit)
+        self.early: tuple[str, ...] = tuple(early)
         self.refused: tuple[str, ...] = tuple(refused)
         self.unknown: tuple[str, ...] = tuple(unknown)
 

@@ -198,7 +198,6 @@ class _Ending:
         try:
             yield
         finally:
-            _Ending.all.pop(self._loop, None)
             # asyncio warns of generators that begin now, also those of asynccontextmanager; ours come to their end.
             hooks = sys.get_asyncgen_hooks()
             sys.set_asyncgen_hooks(firstiter=None)
@@ -206,13 +205,15 @@ class _Ending:
                 await self._close_all()
             finally:
                 sys.set_asyncgen_hooks(firstiter=hooks.firstiter)
+                _Ending.all.pop(self._loop, None)
 
     async def _close_all(self) -> None:
-        closing = [asyncio.ensure_future(_close(what)) for what in self.open.values()]
-        self.open.clear()
-        if not closing:
-            return
-        _, late = await asyncio.wait(closing, timeout=CLOSING)
+        deadline = self._loop.time() + CLOSING
+        late: set[asyncio.Task[None]] = set()
+        while self.open and not late:  # closing one may begin to close another
+            closing = [asyncio.ensure_future(_close(what)) for what in self.open.values()]
+            self.open.clear()
+            _, late = await asyncio.wait(closing, timeout=max(0.0, deadline - self._loop.time()))
         for task in late:
             task.cancel()
         if late:
@@ -225,6 +226,12 @@ async def _close(what: Closable) -> None:
         await what.close()
     except Exception as error:
         log.warning("%r: closing it at the end of its event loop failed: %s", what, error)
+
+
+def unlisted(task: asyncio.Task[T]) -> asyncio.Task[T]:
+    """A task that asyncio does not list, and so does not cancel when its event loop ends: `at_end` waits for it."""
+    asyncio.tasks._unregister_task(task)
+    return task
 
 
 def at_end(what: Closable) -> None:

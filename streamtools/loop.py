@@ -366,7 +366,8 @@ class Loop:
             self._fail(error, batch)
         except Exception as error:
             if isinstance(error, SendError | QueueError):
-                log.error("The broker refused what is to be sent before settling: %s", error)  # noqa: TRY400
+                level = logging.DEBUG if isinstance(error, SendError) and error.early else logging.ERROR
+                log.log(level, "The broker refused what is to be sent before settling: %s", error)
             else:
                 log.exception("%d deliveries could not be settled together; each is settled by itself.", len(batch))
             for settlement in batch:
@@ -384,10 +385,14 @@ class Loop:
         try:
             if refusal is not None:
                 await one.change(refusal)
-            await self._insist(one)
+            await self._insist(one, refusal)
         except ConnectError as error:
             self._held -= 1
             self._fail(error, [one.settlement])
+        except asyncio.CancelledError:
+            if self._lost is not None:  # what was decided holds over a reconnect: the handler is not run again
+                self._remember([one.settlement])
+            raise
         except Unsettled:
             # It stays with the broker, which gives it to whoever comes next.
             log.exception("%r cannot be settled in any form; it is left with the broker.", settlement.delivery)
@@ -397,26 +402,31 @@ class Loop:
             if self._left >= self._prefetch:  # the broker gives no more while it holds so many
                 self._fail(ConnectionLost(f"{self._left} deliveries cannot be settled in any form."), [])
 
-    async def _insist(self, one: OneSettlement) -> None:
-        delay, said = REFUSED_DELAY, ""
+    async def _insist(self, one: OneSettlement, refusal: SendError | None) -> None:
+        # What nothing can hold until it is due needs no other try before that, and is no error.
+        early = one.early(refusal)
+        delay, said = REFUSED_DELAY, str(refusal) if early else ""
         with self._refused.place(one.settlement.delivery.message) as place:
             while True:
+                if early or said:
+                    place.take(said)
+                    self._changed.set()  # there is room for one more
+                    if await self._stops_within(early or delay):
+                        self._held -= 1
+                        return self._give_back([one.settlement.delivery])
+                    delay = delay if early else min(delay * 2, REFUSED_MAX_DELAY)
                 try:
-                    await self._refused.redeclare(self._source._redeclare)  # the error queue may have been deleted
+                    if not early:  # else the error queue may have been deleted
+                        await self._refused.redeclare(self._source._redeclare)
                     await one.perform()
                 except (ConnectError, Unsettled):
                     raise
                 except (SendError, QueueError) as error:
                     message = one.settlement.delivery.message
-                    level = logging.DEBUG if str(error) == said else logging.ERROR
+                    early = one.early(error)
+                    level = logging.DEBUG if early or str(error) == said else logging.ERROR
                     log.log(level, "Message %s of %r is held back: %s", message.id, message.queue, error)
                     said = str(error)
-                    place.take(said)
-                    self._changed.set()  # there is room for one more
-                    if await self._stops_within(delay):
-                        self._held -= 1
-                        return self._give_back([one.settlement.delivery])
-                    delay = min(delay * 2, REFUSED_MAX_DELAY)
                 else:
                     self._held -= 1
                     return self._done(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -91,6 +92,14 @@ class OneSettlement:
                     raise
             else:
                 return
+
+    def early(self, error: Exception | None) -> float:
+        """Seconds until all is due that this refusal says nothing can hold; 0 where it is about something else."""
+        if not isinstance(error, SendError) or not error.early:
+            return 0.0
+        now = time.time()
+        early = error.among(self.settlement.outgoing, error.early)
+        return max([0.0, *(message.deliver_at - now for message in early if message.deliver_at is not None)])
 
     async def change(self, error: Exception) -> bool:
         """Choose the form to be tried next; False where it stays the same, and only time can help.

@@ -18,6 +18,8 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Any, Generic, TypeVar
 
+from streamtools.eventloops import at_end, forget, unlisted
+
 T = TypeVar("T")
 
 #: The shared objects of one event loop, by key.
@@ -42,8 +44,6 @@ class Sharing(Generic[T]):
         self._close = close
         self._is_dead = is_dead
         self._loops: dict[asyncio.AbstractEventLoop, Shelf[T]] = {}
-        #: Tasks that close an object, referenced until they end: an event loop alone does not keep them.
-        self._closings: set[asyncio.Task[None]] = set()
 
     async def acquire(self, key: Hashable, open_: Callable[[], Coroutine[Any, Any, T]]) -> Lease[T]:
         """The object of this key on the running loop: opened if nobody has it, waited for while somebody opens it.
@@ -85,9 +85,11 @@ class Sharing(Generic[T]):
             return None
         if not entry.opening.done():
             entry.opening.cancel()
-        entry.closing = closing = entry.loop.create_task(self._end(entry), context=Context())
-        self._closings.add(closing)
-        closing.add_done_callback(self._closings.discard)
+        # The end of the loop lets it come to its end: cancelled, or not even begun, it would leave the object open.
+        entry.closing = closing = unlisted(entry.loop.create_task(self._end(entry), context=Context()))
+        end = _Closing(closing)
+        at_end(end)
+        closing.add_done_callback(lambda _: forget(end))
         return closing
 
     async def _end(self, entry: _Entry[T]) -> None:
@@ -137,6 +139,22 @@ class Lease(Generic[T]):
         if (closing := self._sharing._leave(entry)) is not None:
             await asyncio.wait({closing})
             closing.result()
+
+
+class _Closing:
+    """The closing of an object; the end of the event loop waits for it."""
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self._task = task
+
+    async def close(self) -> None:
+        """Wait until it has ended."""
+        try:
+            await asyncio.wait({self._task})
+        except asyncio.CancelledError:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+            raise
 
 
 class _Entry(Generic[T]):

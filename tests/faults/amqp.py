@@ -14,6 +14,8 @@ from pamqp.heartbeat import Heartbeat
 
 #: Codes that close a channel (specification 0-9-1, section 1.2: soft errors); all others close the connection.
 SOFT: Final = (311, 312, 313, 403, 404, 405, 406)
+#: Seconds for a client to go before it has the answer to its goodbye, which it is not to do.
+PATIENCE: Final = 0.05
 #: The answer to each request.
 ANSWERS: Final[dict[str, Any]] = {
     "Connection.StartOk": lambda _: spec.Connection.Tune(2047, 131_072, 0),
@@ -44,6 +46,9 @@ class RefusingBroker:
         refused: how often it has said no.
         held: bodies that it took.
         connections: how many were made.
+        asked: the requests, in order.
+        mute: requests that it does not answer.
+        left_early: connections that ended without a goodbye, or before its answer.
     """
 
     def __init__(self, at: str, code: int, text: str, *, times: int, unroutable: int = 0) -> None:
@@ -52,6 +57,9 @@ class RefusingBroker:
         self.refused = 0
         self.held: list[bytes] = []
         self.connections = 0
+        self.asked: list[str] = []
+        self.mute: set[str] = set()
+        self.left_early = 0
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -79,10 +87,13 @@ class RefusingBroker:
         assert task is not None
         self._tasks.add(task)
         self.connections += 1
+        peer = _Peer(self, reader, writer)
         try:
-            await _Peer(self, reader, writer).run()
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client has gone, or the test is over
+            await peer.run()
+        except (OSError, asyncio.IncompleteReadError):  # the client has gone
+            self.left_early += not peer.is_over
+        except asyncio.CancelledError:
+            pass  # the test is over
         finally:
             writer.transport.abort()
             self._tasks.discard(task)
@@ -94,7 +105,7 @@ class RefusingBroker:
             close = spec.Channel.Close if self._code in SOFT else spec.Connection.Close
             return close(self._code, self._text, 0, 0)
         make = ANSWERS.get(frame.name)
-        return make(frame) if make is not None else None
+        return make(frame) if make is not None and frame.name not in self.mute else None
 
 
 class _Peer:
@@ -106,6 +117,8 @@ class _Peer:
         self._headers: dict[int, ContentHeader] = {}
         self._tags: dict[int, int] = {}
         self._closed: set[int] = set()
+        #: The client has said goodbye, and waited for the answer.
+        self.is_over = False
 
     async def run(self) -> None:
         """Answer until the client goes."""
@@ -115,7 +128,17 @@ class _Peer:
             head = await self._reader.readexactly(7)
             size = int.from_bytes(head[3:7], "big")
             _, channel, frame = pamqp.frame.unmarshal(head + await self._reader.readexactly(size + 1))
+            self._broker.asked.append(frame.name)
+            if frame.name == "Connection.Close":
+                self.is_over = await self._is_waited_for()
             self._take(channel, frame)
+
+    async def _is_waited_for(self) -> bool:
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return bool(await self._reader.read(1))
+        except TimeoutError:
+            return True
 
     def _take(self, channel: int, frame: Any) -> None:
         if isinstance(frame, Heartbeat | ProtocolHeader):

@@ -232,6 +232,8 @@ class FrameReader(asyncio.StreamReaderProtocol):
             code, text = frames.close_reason(data, start + 4)
             self.said = f"{code} {text}"
             self._on_lost(f"the broker closed it: {self.said}")
+        elif method == frames.CONNECTION_CLOSE_OK:
+            self._on_lost("it was closed by us")
         elif method == frames.CONNECTION_BLOCKED:
             self.blocked = frames.text_at(data, start + 4) or "an alarm"
         elif method == frames.CONNECTION_UNBLOCKED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
@@ -84,6 +84,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     _was_open = False
     #: The log says that the queue is gone, and that it is waited for.
     _says_gone = False
+    #: The log says that retries wait here.
+    _says_early = False
     #: Nothing is taken in any more, by a stop or a cancellation; the channel is about to be closed.
     _ending = False
     #: The queue counts deliveries, as far as is known; else a count in a header was copied along by somebody.
@@ -275,6 +277,9 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
                 continue
             try:
                 waits = self._is_idle(intake) and (await Topology(intake.link).count(self.queue))[0] > 0
+            except MissingQueue:  # the broker does not tell each consumer that waits for its turn
+                intake.fail("its queue was deleted")
+                return
             except QueueError:
                 return
             if waits and self._is_idle(intake) and waited_at == intake.arrived:
@@ -311,7 +316,19 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
                 "ended; the broker delivers them again."
             )
         if refused is not None:
+            if refused.early:
+                self._note_early(refused, settlements)
             raise refused
+
+    def _note_early(self, refused: SendError, settlements: Sequence[Settlement]) -> None:
+        """Say once that retries wait here, where no queue of the broker's can hold them until they are due."""
+        copies = [m for s in settlements if s.verdict.kind is Kind.RETRY for m in s.outgoing]
+        if not self._says_early and refused.among(copies, refused.early):
+            self._says_early = True
+            log.warning(
+                "%r: a message that is to be retried after a delay waits for that in this process, beside others: %s",
+                self, refused,
+            )  # fmt: skip
 
     async def _publish(self, settlements: Sequence[Settlement]) -> tuple[list[Settlement], SendError | None]:
         """Those of which the broker holds all that was to be sent, and what is said of the others.
@@ -429,12 +446,13 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         lock, self._lock = self._lock, None
         if outlet is not None:
             outlet.close()
+        deadline = asyncio.get_running_loop().time() + CLOSE_TIMEOUT
         try:
-            await self._let_go(intake, beside)
+            await _by(deadline, self._let_go(intake, beside))
             if lock is not None:
-                await lock.release()  # now: the next must find what we held
+                await _by(deadline, lock.release())  # now: the next must find what we held
             if place is not None and self._closed and self.options.exclusive:
-                await Topology(place.link).delete_unused(self.queue)
+                await _by(deadline, Topology(place.link).delete_unused(self.queue))
         finally:
             await asyncio.gather(*(one.release() for one in (place, out_place) if one is not None))
 
@@ -452,7 +470,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         if beside:
             await asyncio.wait(beside)
         if closing and intake is not None and intake.link.lost is None:
-            await asyncio.wait(closing, timeout=CLOSE_TIMEOUT)
+            await asyncio.wait(closing)
 
     async def _last_acknowledgements(self, intake: Intake) -> None:
         # The channel of a quorum queue has 32 acknowledgements under way at a time, and forgets the
@@ -460,9 +478,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         # A classic queue with a single active consumer crashes at the next message once that one is cancelled
         # while it has its whole prefetch in hand and another waits (seen on 3.10); it forgets nothing.
         if self.ordered_by is None and not (self._queue is not None and self._queue.is_classic):
-            with suppress(StreamToolsError, TimeoutError):  # what is lost with the connection comes again
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await intake.cancel()
+            with suppress(StreamToolsError):  # what is lost with the connection comes again
+                await intake.cancel()
 
     @classmethod
     def validate_queue(cls, queue: str) -> None:
@@ -480,6 +497,13 @@ SETTLING: Final = 1.0
 LOOK: Final = 0.005
 #: Seconds for a change of prefetch that is under way when the consumer stops.
 STOP_TIMEOUT: Final = 5.0
+
+
+async def _by(deadline: float, work: Coroutine[Any, Any, None]) -> None:
+    """Await this until then, on the loop's clock: what a silent broker does not answer ends with the connection."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout_at(deadline):
+            await work
 
 
 async def _ended(task: asyncio.Task[None], timeout: float) -> None:

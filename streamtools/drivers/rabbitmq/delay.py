@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
@@ -32,7 +32,7 @@ from typing import Any, Final
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ChannelNotFoundEntity
 
-from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, is_missing
+from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, is_missing, plain
 from streamtools.drivers.rabbitmq.frames import Unsendable
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
@@ -121,6 +121,14 @@ def _target(message: Message) -> str:
     return word(f"{message.exchange.name}\n{message.queue}")
 
 
+class Unheld(QueueError):
+    """Nothing can hold a message for this target until it is due: what that needs is missing, or is not for us."""
+
+
+class _Absent(Unheld):
+    """Levels of the chain are missing."""
+
+
 class DelayChain:
     """The chain as one connection sees it: levels declared and targets bound when they are first needed."""
 
@@ -134,6 +142,9 @@ class DelayChain:
         self._avoided: dict[int, float] = {}
         #: We may make queues and exchanges here, as far as is known; else those that stand are used.
         self._may_make = True
+        #: What cannot be used, a target's word or so many levels, with or without declaring: until when we do not ask
+        #: again, and why.
+        self._unusable: dict[tuple[str | int, bool], tuple[float, str]] = {}
         self._lock = asyncio.Lock()
         self._time = asyncio.get_running_loop().time
 
@@ -177,13 +188,20 @@ class DelayChain:
         self._levels = 0
         self._targets.clear()
 
-    async def prepare(self, message: Message, now: float) -> str:
+    def forbid(self, why: str) -> None:
+        """We may not send to the chain; ask again after a while."""
+        for declares in (True, False):
+            self._note_unusable(0, why, declares=declares)
+
+    async def prepare(self, message: Message, now: float, *, declares: bool = True) -> str:
         """Make sure that the chain stands for this message; the word of its target.
 
         Parameters:
             now: seconds since the epoch.
+            declares: what is missing is made; else only what stands is used, and the target is bound to it.
 
         Raises:
+            Unheld: the chain is missing and not to be made, or we may not use it.
             QueueError: the target does not exist.
             ConfigurationError: its name cannot be used.
             Unsendable: the delay is too long.
@@ -192,32 +210,54 @@ class DelayChain:
         target = _target(message)
         levels = len(digits(self._passable(steps((message.deliver_at or now) - now))))
         trusted_until = min(self._renew_at, self._targets.get(target, 0.0))
+        if self._unusable:
+            self._check_usable(target, levels, declares=declares)
         if levels <= self._levels and trusted_until > self._time():
             return target
         async with self._lock:
             try:
-                await self._declare(levels)
-                await self._bind(message, target)
+                await self._declare(levels, declares=declares)
+                await self._bind(message, target, declares=declares)
+            except Unheld as error:
+                what = levels if isinstance(error, _Absent) and levels > self._levels else target
+                self._note_unusable(what, str(error), declares=declares)
+                raise
             except StreamToolsError:
                 raise
+            except ChannelAccessRefused as error:
+                why = f"RabbitMQ at {self._link.where} does not allow it: {plain(error)}"
+                self._note_unusable(target, why, declares=declares)
+                raise Unheld(why) from error
             except CLIENT_ERRORS as error:
                 raise channel_error(error, self._link.where) from error
         return target
 
-    async def _bind(self, message: Message, target: str) -> None:
+    def _note_unusable(self, what: str | int, why: str, *, declares: bool) -> None:
+        self._unusable[what, declares] = self._time() + TRUST, why
+
+    def _check_usable(self, target: str, levels: int, *, declares: bool) -> None:
+        """Raise Unheld where the same was found out a moment ago: each request would end a channel."""
+        now = self._time()
+        self._unusable = {what: found for what, found in self._unusable.items() if found[0] > now}
+        for (what, declaring), (_, why) in self._unusable.items():
+            is_meant = what in (target, 0) or (isinstance(what, int) and self._levels < what <= levels)
+            if is_meant and declaring is declares:
+                raise Unheld(why)
+
+    async def _bind(self, message: Message, target: str, *, declares: bool) -> None:
         if self._targets.get(target, 0.0) > self._time():
             return
         queue = message.queue
         if message.exchange is None:
             await self._look_for(queue)
         else:
-            queue = await self._declare_hop(message.exchange, queue, target)
+            queue = await self._declare_hop(message.exchange, queue, target, declares=declares)
         async with self._link.declaring() as channel:
             # "#" stands for the digits, however many: the word is always the last, and has no dot.
             await self._link.call(channel.queue_bind(queue, OUT, f"#.{target}"))
         self._targets[target] = self._time() + TRUST
 
-    async def _declare_hop(self, exchange: Exchange, topic: str, target: str) -> str:
+    async def _declare_hop(self, exchange: Exchange, topic: str, target: str, *, declares: bool) -> str:
         """The queue from which what is due goes to an exchange, which is there."""
         name = f"{PREFIX}.to.{target[1:]}"
         onwards = {"x-dead-letter-exchange": exchange.name, "x-dead-letter-routing-key": topic}
@@ -226,7 +266,7 @@ class DelayChain:
         async def make(channel: AbstractChannel) -> None:
             await self._link.call(channel.queue_declare(name, durable=True, arguments=arguments))
 
-        await self._make(make, queues=(name,))
+        await self._make(make, queues=(name,), declares=declares)
         return name
 
     async def _look_for(self, queue: str) -> None:
@@ -235,7 +275,7 @@ class DelayChain:
                 await self._link.call(channel.queue_declare(queue, passive=True))
         except ChannelLockedResource:
             # Exclusive to another connection: it exists, but only that one may bind it.
-            raise QueueError(
+            raise Unheld(
                 f"The queue {queue!r} is exclusive to another connection, so a delayed message cannot be sent to it. "
                 "Use Retry(delay=0), or a queue that is not exclusive."
             ) from None
@@ -247,20 +287,23 @@ class DelayChain:
                 "declare=True."
             ) from error
 
-    async def _declare(self, levels: int) -> None:
+    async def _declare(self, levels: int, *, declares: bool) -> None:
         """Declare what is missing, from the end of the chain upwards: a level is used when all below stand."""
         if self._renew_at < self._time():
-            levels, self._levels = max(levels, self._levels), 0
+            levels, self._levels, self._may_make = max(levels, self._levels), 0, True
         if levels <= self._levels:
             return
         if self._levels == 0:
-            with suppress(ChannelAccessRefused):  # what is missing then is found out below
-                await declare_undeliverable(self._link)
-            await self._make(self._declare_end, queues=(UNDELIVERABLE,), exchanges=(UNDELIVERABLE, OUT))
+            if declares:
+                with suppress(ChannelAccessRefused):  # what is missing then is found out below
+                    await declare_undeliverable(self._link)
+            end = {"queues": (UNDELIVERABLE,), "exchanges": (UNDELIVERABLE, OUT)}
+            await self._make(self._declare_end, **end, declares=declares)
             self._renew_at = self._time() + RENEW
         for level in range(self._levels, levels):
             name = level_name(level)
-            await self._make(partial(self._declare_level, level=level), queues=(name,), exchanges=(name,))
+            make = partial(self._declare_level, level=level)
+            await self._make(make, queues=(name,), exchanges=(name,), declares=declares)
             self._levels = level + 1
 
     async def _make(
@@ -269,9 +312,10 @@ class DelayChain:
         *,
         queues: Sequence[str] = (),
         exchanges: Sequence[str] = (),
+        declares: bool,
     ) -> None:
-        """Declare a part of the chain; without the permission to, see that it stands."""
-        if self._may_make:
+        """Declare a part of the chain; where that is not wanted, or not allowed, see that it stands."""
+        if declares and self._may_make:
             try:
                 async with self._link.declaring() as channel:
                     return await make(channel)
@@ -286,12 +330,22 @@ class DelayChain:
         except ChannelNotFoundEntity as error:
             if not is_missing(error):
                 raise
-            raise QueueError(
-                f"Queues or exchanges that hold delayed messages are missing at {self._link.where} "
-                f"({', '.join(dict.fromkeys((*queues, *exchanges)))}), and this user may not declare them. Have "
-                "another user send one message with the same delay, or allow it: rabbitmqctl set_permissions with a "
-                f"configure pattern that matches {PREFIX}.* and {UNDELIVERABLE}."
-            ) from error
+            raise self._absent(dict.fromkeys((*queues, *exchanges)), declares=declares) from error
+
+    def _absent(self, names: Iterable[str], *, declares: bool) -> _Absent:
+        missing = (
+            f"Queues or exchanges that hold delayed messages are missing at {self._link.where} ({', '.join(names)}), "
+        )
+        if not declares:
+            return _Absent(
+                f"{missing}and without declare=True none are made. Use declare=True, which leaves a queue that "
+                "exists as it is; have somebody else send one message with the same delay; or send without a delay."
+            )
+        return _Absent(
+            f"{missing}and this user may not declare them. Have another user send one message with the same delay, "
+            "or allow it: rabbitmqctl set_permissions with a configure pattern that matches "
+            f"{PREFIX}.* and {UNDELIVERABLE}."
+        )
 
     async def _declare_end(self, channel: AbstractChannel) -> None:
         call = self._link.call

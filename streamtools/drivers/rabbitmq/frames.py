@@ -29,8 +29,11 @@ SHORT: Final = Struct(">H")
 LONGLONG: Final = Struct(">Q")
 
 CONNECTION_CLOSE: Final = 10 << 16 | 50
+CONNECTION_CLOSE_OK: Final = 10 << 16 | 51
 CONNECTION_BLOCKED: Final = 10 << 16 | 60
 CONNECTION_UNBLOCKED: Final = 10 << 16 | 61
+#: A whole frame that closes the connection: code 200, no text, and no method at fault.
+GOODBYE: Final = b"\x01\x00\x00\x00\x00\x00\x0b" + LONG.pack(CONNECTION_CLOSE) + b"\x00\xc8\x00\x00\x00\x00\x00\xce"
 CHANNEL_CLOSE: Final = 20 << 16 | 40
 CANCEL: Final = 60 << 16 | 30
 RETURN: Final = 60 << 16 | 50
@@ -55,6 +58,12 @@ class Unsendable(ValueError):
 
 class NeverSent(str):
     """Why a message can never be sent as it is, where other reasons may pass."""
+
+    __slots__ = ()
+
+
+class TooEarly(str):
+    """Why nothing can hold a message until it is due; once it is due it can be sent."""
 
     __slots__ = ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -16,10 +16,12 @@ from aiormq.abc import AbstractChannel, AbstractConnection
 from aiormq.connection import TransportFactory
 from yarl import URL
 
-from streamtools.cancelling import asked_to_stop
+from streamtools.cancelling import asked_to_stop, end
 from streamtools.drivers.rabbitmq.channel import FrameReader, HotChannel
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, connect_error, lost
+from streamtools.drivers.rabbitmq.frames import GOODBYE
 from streamtools.errors import ConnectError, ConnectionLost
+from streamtools.eventloops import unlisted
 from streamtools.settings import RabbitMQSettings
 from streamtools.tls import client_context, warn_unverified
 
@@ -27,6 +29,8 @@ T = TypeVar("T")
 
 #: Seconds for a goodbye to the broker; after it the socket is closed without one.
 CLOSE_TIMEOUT: Final = 2.0
+#: Seconds for the client library's tasks to end once the socket is closed.
+ENDING: Final = 0.5
 #: Seconds for the answer to one request, unless the broker has blocked the connection.
 CALL_TIMEOUT: Final = 30.0
 #: Channels of one connection, where the broker names no limit (channel_max 0).
@@ -61,12 +65,40 @@ class _Ready(TransportFactory):
         return self._pair
 
 
-class _Connection(aio_pika.Connection):
-    """aio-pika's connection over a transport of ours."""
+class _UnlistedTasks:
+    """The event loop as the library has it: asyncio does not list the tasks that it starts there.
 
-    def __init__(self, url: URL, transport: TransportFactory, properties: dict[str, Any]) -> None:
+    At the end of an event loop asyncio cancels whatever it lists. The library's tasks would close the socket in that
+    moment, and what was acknowledged last would come again: the broker ends a channel whose socket is closed before
+    it looks at the channel's last frames. So they go on until `Link.close`, which comes later and waits for them.
+
+    Attributes:
+        tasks: those that have not ended.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+    def create_task(self, work: Coroutine[Any, Any, T], **options: Any) -> asyncio.Task[T]:
+        """As the loop's own."""
+        task = unlisted(self._loop.create_task(work, **options))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+
+class _Connection(aio_pika.Connection):
+    """aio-pika's connection over a transport of ours, with tasks that the end of the event loop does not cancel."""
+
+    def __init__(
+        self, url: URL, transport: TransportFactory, loop: _UnlistedTasks, properties: dict[str, Any]
+    ) -> None:
         super().__init__(url, client_properties=properties)
-        self.kwargs["transport_factory"] = transport
+        self.kwargs |= {"transport_factory": transport, "loop": loop}
 
 
 class Link:
@@ -104,8 +136,8 @@ class Link:
         #: Locks of those who share the connection, by name.
         self.locks: dict[str, asyncio.Lock] = {}
         self._idle: list[AbstractChannel] = []
-        #: Tasks that end by themselves, referenced until then.
-        self._kept: set[asyncio.Task[Any]] = set()
+        #: The library's tasks, and those of ours that close something.
+        self._work = _UnlistedTasks(self._loop)
         self.frame_max: int = FRAME_MAX
         self.channel_max: int = CHANNEL_MAX
 
@@ -117,7 +149,10 @@ class Link:
         self._transport = transport
         self._writer = asyncio.StreamWriter(transport, self._frames, self._reader, self._loop)
         connection = _Connection(
-            _url(settings, host, port), _Ready(self._reader, self._writer), {"connection_name": name, **_ABOUT}
+            _url(settings, host, port),
+            _Ready(self._reader, self._writer),
+            self._work,
+            {"connection_name": name, **_ABOUT},
         )
         try:
             await connection.connect()
@@ -254,9 +289,7 @@ class Link:
             self._keep(channel.close())
 
     def _keep(self, work: Any) -> asyncio.Task[Any]:
-        task = self._loop.create_task(work)
-        self._kept.add(task)
-        task.add_done_callback(self._kept.discard)
+        task: asyncio.Task[Any] = self._work.create_task(work)
         task.add_done_callback(_retrieve)
         return task
 
@@ -330,19 +363,23 @@ class Link:
         connection = self._connection
         if connection is None:
             return
-        # In a task of its own: the library does not always give in to a cancellation while it closes.
-        goodbye = self._keep(connection.close())
         try:
-            if self.lost is None:
-                await asyncio.wait({goodbye}, timeout=CLOSE_TIMEOUT)
+            if self.lost is None:  # not by the library: some of its tasks are listed, and may have been cancelled
+                self._transport.write(GOODBYE)
+                await asyncio.wait({self.gone}, timeout=CLOSE_TIMEOUT)
         finally:
             self.lose("it was closed by us")
             self._transport.abort()
+        # In a task of its own: the library does not always give in to a cancellation while it closes.
+        goodbye = self._keep(connection.close())
         await asyncio.wait({goodbye}, timeout=CLOSE_TIMEOUT)
         goodbye.cancel()  # does nothing to one that is done
         with suppress(OSError, TimeoutError):  # how the socket ended is no matter any more
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._writer.wait_closed()
+        if tasks := set(self._work.tasks):  # they have no socket any more, and nobody else waits for them
+            await asyncio.wait(tasks, timeout=ENDING)
+            await end(tasks, ENDING)
 
 
 async def open_link(settings: RabbitMQSettings, name: str) -> Link:

@@ -10,7 +10,7 @@ from typing import Final
 
 from streamtools.drivers.rabbitmq.batch import Batch, Limits
 from streamtools.drivers.rabbitmq.connections import Sending
-from streamtools.drivers.rabbitmq.frames import NeverSent
+from streamtools.drivers.rabbitmq.frames import NeverSent, TooEarly
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.publisher import Publisher
 from streamtools.drivers.rabbitmq.topology import Topology
@@ -34,7 +34,7 @@ class Outlet:
         sending: the connection, and what is known of it.
         limits: what the broker is known to take.
         patience: seconds for which what a queue has not taken is tried again.
-        declares: exchanges that are missing are made.
+        declares: exchanges and queues of delays that are missing are made.
     """
 
     def __init__(
@@ -229,6 +229,7 @@ def _refusal(
         refused=[m.id for m in named if id(m) not in unknown],
         unknown=[m.id for m in named if id(m) in unknown],
         unfit=[m.id for m in named if isinstance(said[id(m)], NeverSent)],
+        early=[m.id for m in named if isinstance(said[id(m)], TooEarly)],
         messages=named,
     )
 

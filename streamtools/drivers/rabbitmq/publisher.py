@@ -20,9 +20,9 @@ from streamtools.drivers.rabbitmq import frames, properties
 from streamtools.drivers.rabbitmq.batch import EXCHANGE, Batch, Limits
 from streamtools.drivers.rabbitmq.channel import HotChannel
 from streamtools.drivers.rabbitmq.connections import Sending
-from streamtools.drivers.rabbitmq.delay import PREFIX, DelayChain
+from streamtools.drivers.rabbitmq.delay import PREFIX, DelayChain, Unheld
 from streamtools.drivers.rabbitmq.errors import channel_lost, lost, trouble
-from streamtools.drivers.rabbitmq.frames import NeverSent, Unsendable
+from streamtools.drivers.rabbitmq.frames import NeverSent, TooEarly, Unsendable
 from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.topology import Topology
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, StreamToolsError
@@ -59,7 +59,7 @@ class Publisher(HotChannel):
         sending: the connection, and what is known of it.
         channel: the library's channel, opened with confirms.
         limits: what the broker is known to take.
-        declares: exchanges that are missing are made.
+        declares: exchanges and queues of delays that are missing are made.
     """
 
     def __init__(self, sending: Sending, channel: AbstractChannel, limits: Limits, *, declares: bool = True) -> None:
@@ -188,7 +188,9 @@ class Publisher(HotChannel):
             if message.deliver_at is None or message.deliver_at <= now or batch.is_held_back(message):
                 continue
             try:
-                batch.words[id(message)] = await self._delay.prepare(message, now)
+                batch.words[id(message)] = await self._delay.prepare(message, now, declares=self._declares)
+            except Unheld as error:
+                batch.refused[id(message)] = TooEarly(error)
             except ConfigurationError as error:
                 batch.refused[id(message)] = str(error)
             except Unsendable as error:
@@ -481,12 +483,21 @@ class Publisher(HotChannel):
             elif kind.passes or code == 404:
                 batch.nacked[id(message)] = why
             else:
-                batch.refused[id(message)] = why if EXCHANGE.search(text) else NeverSent(why)
+                batch.refused[id(message)] = self._reason(why, text, is_delayed=id(message) in batch.ways)
             batch.left -= 1
         for batch in dict.fromkeys(pending.values()):
             batch.passes = kind.passes
             batch.settle_if_done()
         self._wake(len(self._waiting))
+
+    def _reason(self, why: str, text: str, *, is_delayed: bool) -> str:
+        """Why the broker does not take this message, as the class of the text tells it."""
+        if EXCHANGE.search(text) is None:
+            return NeverSent(why)
+        if not is_delayed:
+            return why
+        self._delay.forbid(why)
+        return TooEarly(why)
 
     def _forget(self, text: str) -> None:
         """An exchange is gone: it is looked for, and made, before the next message."""

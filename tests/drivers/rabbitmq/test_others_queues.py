@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
 from aiormq.abc import AbstractChannel
 from pamqp.commands import Basic
 
-from streamtools import Binding, Bus, Command, ConsumerFactory, ConsumerRunner, Exchange, Retry
+from streamtools import (
+    Binding,
+    Bus,
+    Command,
+    ConsumerFactory,
+    ConsumerRunner,
+    Exchange,
+    Message,
+    MessageContext,
+    Retry,
+)
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
+from streamtools.drivers.rabbitmq.frames import ack_frame
 from streamtools.errors import ConfigurationError, QueueError, SendError
 from tests.brokers.address import RabbitMQAddress
 from tests.drivers.rabbitmq.conftest import take
@@ -224,36 +236,154 @@ def _made(broker: RabbitMQAddress) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("delay", "ordered_by"),
-    [(0, None), (0.2, "queue"), (0.2, "key"), (0.2, None)],
-    ids=["none", "queue", "key", "delay"],
+    ("delay", "ordered_by", "declare"),
+    [
+        (0, None, False),
+        (0.2, "queue", False),
+        (0.2, "key", False),
+        (0.2, None, False),
+        (0.2, None, "passive"),
+    ],
 )
-async def test_without_declaring_only_a_delay_that_the_broker_holds_makes_something(
-    foreign: AbstractChannel, rabbitmq_vhost: RabbitMQAddress, delay: float, ordered_by: Any
+async def test_without_declaring_no_retry_makes_anything(
+    foreign: AbstractChannel,
+    rabbitmq_vhost: RabbitMQAddress,
+    caplog: pytest.LogCaptureFixture,
+    delay: float,
+    ordered_by: Any,
+    declare: Any,
 ) -> None:
     for name in ("orders", "error"):
         await foreign.queue_declare(name, durable=True)
-    retry = Retry(retries=1, delay=delay)
-    consumer = RabbitMQConsumer("orders", url=rabbitmq_vhost.url, declare=False, ordered_by=ordered_by)
+    consumer = RabbitMQConsumer("orders", url=rabbitmq_vhost.url, declare=declare, ordered_by=ordered_by)
     attempts: list[bytes] = []
 
-    @consumer(retry=retry)
-    async def fail(message: bytes) -> None:
+    @consumer(retry=Retry(retries=1, delay=delay))
+    async def fail_once(message: bytes) -> None:
         attempts.append(message)
-        raise ValueError("no")
+        if len(attempts) == 1:
+            raise ValueError("not now")
 
-    running = asyncio.create_task(fail())
+    running = asyncio.create_task(fail_once())
     await foreign.basic_publish(b"x", routing_key="orders")
     await wait_until(lambda: len(attempts) == 2)
-    await consumer.close()
+    consumer.stop()
+    await running
+    assert _made(rabbitmq_vhost) == {"orders", "error"}
+    waits = delay and ordered_by is None
+    assert caplog.text.count("waits for that in this process") == bool(waits)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_retry_that_waits_in_the_process_is_on_time_and_others_are_handled_meanwhile(
+    foreign: AbstractChannel, consumer: Any, url: str
+) -> None:
+    for name in ("orders", "error"):
+        await foreign.queue_declare(name, durable=True)
+    runs: list[tuple[bytes, float]] = []
+    receiver = RabbitMQConsumer("orders", url=url, declare=False, retry=Retry(2, delay=0.3, backoff=1, jitter=0))
+
+    @receiver()
+    async def handle(message: bytes) -> None:
+        runs.append((message, time.monotonic()))
+        if message == b"bad":
+            raise ValueError("not now")
+
+    running = asyncio.create_task(handle())
+    for body in (b"bad", b"1", b"2", b"3"):
+        await foreign.basic_publish(body, routing_key="orders")
+    (failed,) = await take(await consumer("error", declare=False), 1)
+    assert [body for body, _ in runs] == [b"bad", b"1", b"2", b"3", b"bad", b"bad"]
+    first, second, third = (when for body, when in runs if body == b"bad")
+    assert second - first > 0.29 and third - second > 0.29
+    assert failed.message.attempt == 3
+    receiver.stop()
     await running
 
-    made = _made(rabbitmq_vhost) - {"orders", "error"}
-    if delay and ordered_by is None:
-        assert f"{DELAY}out to orders" in made
-        assert {name for name in made if not name.startswith((DELAY, "streamtools.undeliverable"))} == set()
-    else:
-        assert made == set()
+
+async def test_what_waits_for_its_retry_waits_on_over_a_reconnect(foreign: AbstractChannel, url: str) -> None:
+    for name in ("orders", "error"):
+        await foreign.queue_declare(name, durable=True)
+    receiver = RabbitMQConsumer("orders", url=url, declare=False, retry=Retry(1, delay=1.5, jitter=0))
+    attempts: list[int] = []
+
+    @receiver()
+    async def handle(message: Message) -> None:
+        attempts.append(message.attempt)
+        if message.attempt == 1:
+            raise ValueError("not now")
+
+    running = asyncio.create_task(handle())
+    await foreign.basic_publish(b"x", routing_key="orders")
+    await wait_until(lambda: receiver._says_early)
+    assert receiver._intake is not None
+    receiver._intake.link.write(ack_frame(receiver._intake.number, 1 << 40, multiple=False))  # ends the channel
+    await wait_until(lambda: receiver._opened == 2)
+    await wait_until(lambda: len(attempts) == 2)
+    assert attempts == [1, 2]
+    receiver.stop()
+    await running
+
+
+async def test_what_waits_for_its_retry_goes_back_at_a_stop(foreign: AbstractChannel, url: str) -> None:
+    for name in ("orders", "error"):
+        await foreign.queue_declare(name, durable=True)
+    receiver = RabbitMQConsumer("orders", url=url, declare=False, retry=Retry(1, delay=60))
+
+    @receiver()
+    async def handle(message: bytes) -> None:
+        raise ValueError("not now")
+
+    running = asyncio.create_task(handle())
+    await foreign.basic_publish(b"x", routing_key="orders")
+    await wait_until(lambda: receiver._says_early)
+    receiver.stop()
+    await running
+    async with RabbitMQConsumer("orders", url=url, declare=False) as last:
+        assert [delivery.message.body for delivery in await take(last, 1)] == [b"x"]
+
+
+@pytest.mark.parametrize("declare", [False, "passive"])
+async def test_a_delay_without_declaring_uses_what_stands_and_else_is_refused(
+    foreign: AbstractChannel, rabbitmq_vhost: RabbitMQAddress, declare: Any
+) -> None:
+    await foreign.queue_declare("orders", durable=True)
+    url = rabbitmq_vhost.url
+    async with RabbitMQProducer("orders", url=url, declare=declare) as sender:
+        for _ in range(2):
+            with pytest.raises(SendError, match="without declare=True none are made. Use declare=True") as caught:
+                await sender.send(b"later", delay=0.2)
+            assert caught.value.early == caught.value.refused != ()
+        assert _made(rabbitmq_vhost) == {"orders"}
+        async with RabbitMQProducer("others", url=url) as other:
+            await other.send(b"", delay=3)
+        before = _made(rabbitmq_vhost)
+        await sender.send(b"later", delay=0.2)  # over the connection that has just made them
+    async with RabbitMQProducer("orders", url=url, declare=declare) as sender:
+        await sender.send(b"later", delay=0.2)
+        with pytest.raises(SendError, match="delay"):
+            await sender.send(b"later", delay=3600)  # nobody has made so much
+    assert _made(rabbitmq_vhost) - before == {f"{DELAY}out to orders"}
+    async with RabbitMQConsumer("orders", url=url, declare=False) as receiver:
+        assert len(await take(receiver, 2)) == 2
+
+
+async def test_a_handler_whose_delayed_message_nothing_can_hold_fails_with_that(
+    foreign: AbstractChannel, consumer: Any, url: str
+) -> None:
+    for name in ("count", "error"):
+        await foreign.queue_declare(name, durable=True)
+    bus = Bus("count", url=url, declare=False, retry=Retry(retries=0))
+
+    @bus.handler
+    async def count(command: Count, context: MessageContext) -> None:
+        await context.defer(Count(id=1), delay=5, to="count")
+
+    async with bus:
+        await bus.start()
+        await bus.send(Count(id=0), to="count")
+        (failed,) = await take(await consumer("error", declare=False), 1)
+    assert failed.message.error is not None and "declare=True" in failed.message.error.reason
 
 
 # --- queues that go and come ----------------------------------------------------------------------

@@ -137,6 +137,47 @@ async def test_delays_need_no_right_to_make_anything_where_the_chain_stands(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+@pytest.mark.parametrize(
+    ("stands", "read", "write"),
+    [
+        (False, "orders", DEFAULT),
+        (True, "orders|streamtools\\.delay\\.out", f"{DEFAULT}|orders"),
+        (True, "orders", f"{DEFAULT}|streamtools\\.delay\\..*"),
+    ],
+    ids=["missing", "may not be sent to", "may not be bound"],
+)
+async def test_a_retry_whose_delay_the_broker_may_not_hold_waits_in_the_process(
+    user: MakeUser,
+    url: str,
+    producer: Any,
+    caplog: pytest.LogCaptureFixture,
+    stands: bool,
+    read: str,
+    write: str,
+) -> None:
+    async with RabbitMQConsumer("orders", url=url):
+        pass
+    sender = await producer()
+    if stands:
+        await (await producer("others")).send(b"", delay=3)
+    attempts: list[int] = []
+    receiver = Consumer("orders", url=user(read=read, write=write), retry=Retry(retries=2, delay=0.1))
+
+    @receiver()
+    async def handle(message: int) -> None:
+        attempts.append(message)
+        if attempts.count(message) < 3:
+            raise ValueError("not yet")
+
+    running = asyncio.create_task(handle())
+    await sender.send_many(range(3))
+    await wait_until(lambda: sorted(attempts) == [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    receiver.stop()
+    await running
+    assert caplog.text.count("waits for that in this process") == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_a_delay_without_the_chain_and_the_right_to_make_it_says_what_is_missing(
     user: MakeUser, consumer: Any
 ) -> None:
