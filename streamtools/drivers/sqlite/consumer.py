@@ -14,7 +14,7 @@ from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.producer import FEATURES, bind, declare, insert, missing, refusal
 from streamtools.drivers.sqlite.requests import Holder
 from streamtools.drivers.sqlite.rows import Claimed, Row, encode
-from streamtools.drivers.sqlite.schema import NoRoom, is_missing
+from streamtools.drivers.sqlite.schema import NoRoom, TooBig, is_missing
 from streamtools.drivers.sqlite.tables import SUSPECT, Tables
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError
 from streamtools.settings import SQLiteSettings
@@ -172,12 +172,13 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         try:
             full = bool(verdicts.moves)
             refused = await self._session.call(settle, verdicts, full=full, new=verdicts.new, moved=verdicts.moved)
-        except NoRoom as error:
+        except (NoRoom, TooBig) as error:
             if len(settlements) > 1:  # a few at a time take less
                 return await self._settle_halves(settlements)
             if not verdicts.moves:
                 raise
-            raise refusal(str(error), [row for _, _, rows in verdicts.moves for row in rows]) from error
+            rows = [row for _, _, rows in verdicts.moves for row in rows]
+            raise refusal(str(error), rows, unfit=isinstance(error, TooBig)) from error
         except Closed:
             return  # closed meanwhile: likewise
         except ConnectError:

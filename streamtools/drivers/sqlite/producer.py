@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 from streamtools.checks import Declare
 from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.rows import Row, encode
-from streamtools.drivers.sqlite.schema import NoRoom
+from streamtools.drivers.sqlite.schema import NoRoom, TooBig
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConnectionLost, QueueError, SendError
 from streamtools.exchange import Binding, another_type, no_subscriber
@@ -65,8 +65,10 @@ class SQLiteProducer(Producer, protocol="sqlite"):
             rows = [encode(message) for message in batch]
             size = sum([row.size for row in rows])
             refused = await self._session.call(insert, rows, full=True, patience=patience, new=size)
-        except NoRoom as error:
-            raise SendError(str(error), refused=[m.id for m in batch], messages=batch) from error
+        except (NoRoom, TooBig) as error:
+            ids = [m.id for m in batch]
+            unfit = ids if isinstance(error, TooBig) else ()
+            raise SendError(str(error), refused=ids, unfit=unfit, messages=batch) from error
         except (sqlite3.Error, ValueError, OverflowError) as error:
             why = f"SQLite does not take this: {error}."
             raise SendError(why, refused=[m.id for m in batch], messages=batch) from error
@@ -140,6 +142,11 @@ def missing(rows: Sequence[Row]) -> SendError:
     return refusal(why, rows)
 
 
-def refusal(why: str, rows: Sequence[Row]) -> SendError:
-    """The error for rows that were not written."""
-    return SendError(why, refused=[row.id for row in rows], messages=[row.message for row in rows])
+def refusal(why: str, rows: Sequence[Row], *, unfit: bool = False) -> SendError:
+    """The error for rows that were not written.
+
+    Parameters:
+        unfit: they never can be, as they are.
+    """
+    ids = [row.id for row in rows]
+    return SendError(why, refused=ids, unfit=ids if unfit else (), messages=[row.message for row in rows])

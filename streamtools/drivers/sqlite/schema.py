@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -78,8 +80,24 @@ CREATE TABLE claims (id INTEGER PRIMARY KEY, expires REAL NOT NULL);
 """
 
 
+#: A table of the file with its columns, as one text.
+_TABLES_THERE: Final = (
+    "SELECT m.name, (SELECT group_concat(name, ', ') FROM (SELECT name FROM pragma_table_info(m.name) ORDER BY cid)) "
+    "FROM sqlite_master m WHERE m.type = 'table'"
+)
+#: What to do about a file whose tables are not ours.
+_MEND: Final = (
+    "Another program has changed it. Stop all that use it, then restore a copy of it, or have a new one made: "
+    "mv {path} {path}.changed (what waits in it stays there)."
+)
+
+
 class NoRoom(ConnectionLost):
     """The disk, or the file's allowance, is full; nothing was written."""
+
+
+class TooBig(ConnectionLost):
+    """A message is larger than SQLite takes; it was not written."""
 
 
 def absolute(path: str) -> str:
@@ -188,16 +206,16 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
     run(f"PRAGMA cache_size=-{CACHE_KIB}")
     # Some builds overwrite what is deleted with zeros; that is a write for each page let go.
     run("PRAGMA secure_delete=OFF")
-    if run("PRAGMA user_version").fetchone()[0] == VERSION:
-        return
-    run("BEGIN IMMEDIATE")
-    try:
-        _make_tables(connection, path)
-        run("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            run("ROLLBACK")
-        raise
+    if run("PRAGMA user_version").fetchone()[0] != VERSION:
+        run("BEGIN IMMEDIATE")
+        try:
+            _make_tables(connection, path)
+            run("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                run("ROLLBACK")
+            raise
+    _check_tables(connection, path)
 
 
 def _check_foreign(connection: sqlite3.Connection, path: str) -> None:
@@ -222,11 +240,42 @@ def _make_tables(connection: sqlite3.Connection, path: str) -> None:
         )
     if version == VERSION:
         return  # another process was first
+    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        raise ConnectError(
+            f"{path} has the tables of streamtools, but their version is {version} instead of {VERSION}. "
+            + _MEND.format(path=path),
+            permanent=True,
+        )
     for statement in TABLES.split(";\n"):
         if statement.strip():
             connection.execute(statement)
     connection.execute(f"PRAGMA application_id={APPLICATION}")
     connection.execute(f"PRAGMA user_version={VERSION}")
+
+
+@lru_cache(maxsize=1)
+def _own_tables() -> dict[str, str]:
+    """Each table that we make, with its columns."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(TABLES)
+        return dict(connection.execute(_TABLES_THERE).fetchall())
+
+
+def _check_tables(connection: sqlite3.Connection, path: str) -> None:
+    """Check that the tables have the columns that they were made with.
+
+    Raises:
+        ConnectError: (permanent) they do not.
+    """
+    there = dict(connection.execute(_TABLES_THERE).fetchall())
+    for table, columns in _own_tables().items():
+        if there.get(table) != columns:
+            found = f"has the columns {there[table]}" if table in there else "is missing"
+            raise ConnectError(
+                f"{path} is not as streamtools has made it: the table {table!r} ({columns}) {found}. "
+                + _MEND.format(path=path),
+                permanent=True,
+            )
 
 
 def is_busy(error: BaseException) -> bool:
@@ -238,7 +287,7 @@ def is_fatal(error: BaseException) -> bool:
     """The connection cannot go on: the disk or the file itself is in trouble."""
     if not isinstance(error, sqlite3.Error) or is_full(error):
         return False
-    return _code(error) == sqlite3.SQLITE_IOERR or _code(error) in _PERMANENT
+    return _code(error) == sqlite3.SQLITE_IOERR or _code(error) in _PERMANENT.keys() - _UNFIT
 
 
 def is_too_big(error: BaseException) -> bool:
@@ -255,11 +304,23 @@ def explain(error: BaseException, path: str) -> StreamToolsError:
     code = _code(error) if isinstance(error, sqlite3.Error) else -1
     if isinstance(error, PermissionError):
         code = sqlite3.SQLITE_PERM
+    if code == sqlite3.SQLITE_CANTOPEN and _has_no_file_left():
+        return ConnectionLost(f"{path} cannot be opened: this process has too many files open already: ulimit -n")
     if code in _PERMANENT and getattr(error, "sqlite_errorcode", 0) not in _PASSING:
         return ConnectError(_PERMANENT[code].format(path=path, error=error), permanent=True)
     if is_full(error):
         return no_room(path)
+    if is_too_big(error):
+        return TooBig(f"SQLite does not take this: {error}. A message in {path} is under 1 GB.")
     return ConnectionLost(f"{path} could not be read or written: {error}.")
+
+
+def _has_no_file_left() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 def no_room(path: str) -> NoRoom:
@@ -293,6 +354,10 @@ def _code(error: sqlite3.Error) -> int:
 _PASSING: Final = frozenset(
     {sqlite3.SQLITE_READONLY_DBMOVED, sqlite3.SQLITE_READONLY_RECOVERY, sqlite3.SQLITE_READONLY_CANTLOCK}
 )
+#: A statement does not fit what stands in the file; the next one may.
+_UNFIT: Final = frozenset(
+    {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
+)
 #: What is for good; all else passes: another's lock, a full disk, an error of the disk, a file that is another now.
 _PERMANENT: Final = {
     sqlite3.SQLITE_NOTADB: "{path} is not a SQLite file. Name another file, or move this one away.",
@@ -304,4 +369,5 @@ _PERMANENT: Final = {
     "its directory.",
     sqlite3.SQLITE_PERM: "{path} cannot be opened: this user needs permission to read and write it.",
     sqlite3.SQLITE_AUTH: "{path} cannot be opened: this user needs permission to read and write it.",
+    **dict.fromkeys(_UNFIT, "{path} is not as streamtools has made it: {error}. " + _MEND),
 }

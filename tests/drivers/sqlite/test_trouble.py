@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import resource
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from streamtools import ConsumerFactory, ConsumerRunner, Retry
+from streamtools.cli.app import app
 from streamtools.delivery import Settlement
-from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProducer
+from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProducer, schema
 from streamtools.drivers.sqlite.schema import VERSION, NoRoom, explain
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, SendError
@@ -24,16 +30,155 @@ from tests.faults.waiting import wait_until
 
 
 async def refused(path: object, text: str) -> None:
-    """Opening gives one permanent error of this text, for every kind of client."""
-    for client in (
-        SQLiteProducer("orders", url=f"sqlite:///{path}"),
-        SQLiteConsumer("orders", url=f"sqlite:///{path}"),
-        SQLiteAdmin(url=f"sqlite:///{path}"),
-    ):
+    """One permanent error of this text, for whatever way the file is used."""
+    url = f"sqlite:///{path}"
+    producer, consumer, admin = (
+        SQLiteProducer("orders", url=url),
+        SQLiteConsumer("orders", url=url),
+        SQLiteAdmin(url=url),
+    )
+    factory = ConsumerFactory(url=url)
+
+    @factory.route("orders")
+    async def handle(msg: object) -> None: ...
+
+    ways: list[Callable[[], Awaitable[object]]] = [
+        producer.open, lambda: producer.send(1), consumer.open, consumer.receive, admin.open,
+        lambda: ConsumerRunner(factory).serve(signals=False),
+    ]  # fmt: skip
+    for way in ways:
         with pytest.raises(ConnectError, match=text) as caught:
-            await client.open()
+            await way()
         assert caught.value.permanent
+    for client in (producer, consumer, admin):
         await client.close()
+    for command in COMMANDS:
+        arguments = [*command, "--url", url]
+        result = await asyncio.to_thread(CliRunner().invoke, app, arguments)
+        assert result.exit_code == 1, result.output
+        assert command == ["doctor"] or re.search(text, " ".join(result.output.split())), result.output
+        assert "Traceback" not in result.output
+
+
+#: What looks into the file, and what writes.
+COMMANDS = [
+    ["queues", "list"], ["queues", "stats", "orders"], ["queues", "create", "orders"], ["send", "orders", "x"],
+    ["receive", "orders"], ["errors", "list"], ["doctor"],
+]  # fmt: skip
+DAMAGES = {
+    "a table is missing": "DROP TABLE later",
+    "a column is missing": "ALTER TABLE messages DROP COLUMN due",
+    "a column has another name": "ALTER TABLE claims RENAME COLUMN expires TO until",
+    "a column is new": "ALTER TABLE ready ADD COLUMN more",
+    "a table is a view": "ALTER TABLE held RENAME TO kept; CREATE VIEW held AS SELECT * FROM kept",
+    "the version is gone": "PRAGMA user_version=0",
+    "the version is none": "PRAGMA user_version=-1",
+}
+
+
+def change(path: Path, script: str) -> None:
+    """As an operator does by hand."""
+    with closing(sqlite3.connect(path, timeout=10)) as connection:
+        connection.executescript(script)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_a_file_that_was_changed_by_hand_is_refused_for_good(url: str, path: Path, damage: str) -> None:
+    async with SQLiteProducer("orders", url=url) as producer:
+        await producer.send("x")
+    change(path, DAMAGES[damage])
+    await refused(path, r"(is not as streamtools has made it|their version is).* Another program has .* mv ")
+    assert look(path, "SELECT count(*) FROM messages") == [(1,)]
+
+
+@pytest.mark.parametrize("table", ["messages", "ready", "later", "held", "claims", "lanes", "queues", "bindings"])
+async def test_a_table_that_goes_away_while_the_file_is_open_ends_who_needs_it(
+    url: str, path: Path, table: str
+) -> None:
+    consumer = SQLiteConsumer("orders", url=url)
+
+    @consumer()
+    async def handle(msg: str) -> None: ...
+
+    async with SQLiteProducer("orders", url=url) as producer:
+        started = asyncio.Event()
+        running = asyncio.create_task(consumer.run(handle, on_started=started.set))
+        await started.wait()
+        change(path, f"PRAGMA foreign_keys=OFF; DROP TABLE {table}")
+        found = []
+        async with asyncio.timeout(30):
+            while not found and not running.done():
+                try:
+                    await producer.send("x")
+                except ConnectError as error:
+                    found.append(error)
+                await asyncio.wait({running}, timeout=0.05)
+        consumer.stop()
+        ended = (await asyncio.gather(running, return_exceptions=True))[0]
+        found += [ended] if isinstance(ended, ConnectError) else []
+    assert found and all(error.permanent and "is not as streamtools has made it" in str(error) for error in found)
+
+
+async def test_a_trigger_of_others_that_forbids_one_statement_fails_who_makes_it_and_nobody_else(
+    url: str, path: Path
+) -> None:
+    async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
+        when = "CREATE TRIGGER no BEFORE INSERT ON messages WHEN length(new.body) > 9"
+        change(path, f"{when} BEGIN SELECT RAISE(ABORT, 'no'); END")
+        got = await asyncio.gather(*(producer.send(text) for text in ("a", "x" * 10, "b")), return_exceptions=True)
+        assert [isinstance(result, ConnectError) for result in got] == [False, True, False]
+        assert await drain(consumer) == [b"a", b"b"]
+
+
+async def test_a_message_that_is_larger_than_sqlite_takes_is_refused_and_its_copy_goes_with_less(url: str) -> None:
+    def limit(tables: Tables, arguments: Sequence[Any]) -> list[None]:
+        tables.run.__self__.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)  # type: ignore[attr-defined]
+        return [None for _ in arguments]
+
+    consumer = SQLiteConsumer("orders", url=url, retry=Retry(retries=0))
+    sent: list[str] = []
+
+    @consumer()
+    async def handle(msg: str) -> None:
+        sent.append(msg)
+        async with SQLiteProducer("orders", url=url, outbox=True) as inner:
+            await inner.send("x" * 60_000)
+
+    async with SQLiteProducer("orders", url=url) as producer, SQLiteAdmin(url=url) as admin:
+        running = asyncio.create_task(handle())
+        await wait_until(lambda: consumer._session is not None)
+        assert producer._session is not None
+        await producer._session.call(limit, None, full=False)
+        with pytest.raises(SendError, match="under 1 GB") as caught:
+            await producer.send("x" * 60_000, id="large")
+        assert caught.value.refused == caught.value.unfit == ("large",)
+        await producer.send("small")
+
+        async def rejected() -> bool:
+            return (await admin.stats("error")).ready == 1
+
+        await wait_until(rejected)
+        consumer.stop()
+        await running
+    assert sent == ["small"]
+
+
+async def test_too_many_open_files_pass(url: str) -> None:
+    async with SQLiteProducer("orders", url=url) as producer:
+        await producer.send("a")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    consumer = SQLiteConsumer("orders", url=url, connect_timeout=0.5)
+    assert not await asyncio.to_thread(schema._has_no_file_left)
+    os.close(free := os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(ConnectionLost, match="too many files open already: ulimit -n"):
+            await consumer.open()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    await consumer.open()
+    assert await drain(consumer) == [b"a"]
+    await consumer.close()
 
 
 async def test_a_missing_directory_is_named_with_the_command_to_make_it(tmp_path: Path) -> None:
@@ -283,9 +428,9 @@ async def test_a_file_that_was_moved_away_is_not_written_to_any_more(url: str, p
 
 
 FOR_GOOD = ["NOTADB", "CORRUPT", "CORRUPT_VTAB", "READONLY", "READONLY_DIRECTORY", "CANTOPEN", "CANTOPEN_ISDIR"]
-FOR_GOOD += ["PERM", "AUTH"]
+FOR_GOOD += ["PERM", "AUTH", "ERROR", "SCHEMA", "CONSTRAINT", "CONSTRAINT_NOTNULL", "MISMATCH"]
 PASSING = ["BUSY", "BUSY_RECOVERY", "BUSY_SNAPSHOT", "LOCKED", "FULL", "IOERR", "IOERR_WRITE", "IOERR_FSYNC"]
-PASSING += ["IOERR_SHMSIZE", "PROTOCOL", "NOMEM", "INTERRUPT", "READONLY_DBMOVED", "READONLY_RECOVERY"]
+PASSING += ["IOERR_SHMSIZE", "TOOBIG", "PROTOCOL", "NOMEM", "INTERRUPT", "READONLY_DBMOVED", "READONLY_RECOVERY"]
 
 
 @pytest.mark.parametrize("name", FOR_GOOD + PASSING)
