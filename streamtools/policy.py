@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -25,6 +24,7 @@ from streamtools.errors import (
     text_of,
 )
 from streamtools.message import ErrorDetails, Message
+from streamtools.tracebacks import format_error
 from streamtools.verdicts import DROP, Kind, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -47,7 +47,7 @@ class Retry:
     """How often and how soon a failed message is run again.
 
     Of several errors in one `ExceptionGroup`, as a `TaskGroup` raises it, the gravest decides: one that rejects, else
-    one that retries (with the longest of the delays), else `Drop`.
+    one that retries (with the longest of the delays), else `Drop`. The first 10,000 errors of a group are looked at.
 
     Parameters:
         retries: runs after the first one; 0 goes straight to the error queue, None never gives up.
@@ -307,7 +307,7 @@ def _format(error: object) -> str:
     if not isinstance(error, BaseException):
         return ""
     try:
-        return "".join(traceback.format_exception(error))
+        return format_error(error)
     except BaseException as broken:
         return f"(its traceback could not be read: {type(broken).__name__})"
 

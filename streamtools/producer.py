@@ -7,7 +7,7 @@ import inspect
 import logging
 import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol, Self
 
 from pydantic import BaseModel
 
@@ -28,6 +28,7 @@ from streamtools.outbox import Outbox, current_outbox
 from streamtools.outbox import Receipt as Receipt
 from streamtools.policy import backoff_within
 from streamtools.registry import Registry
+from streamtools.times import refusal, wrong_time
 from streamtools.wire import checked_key
 
 if TYPE_CHECKING:
@@ -254,11 +255,14 @@ class Producer(Endpoint):
 
         Raises:
             SendError: some are not known to be held; `.messages` has exactly those of `batch`, whatever their ids.
+                Those with a time that is none (NaN, infinity, milliseconds) are refused by themselves.
             FeatureError: one is a tombstone, which this protocol cannot carry.
         """
         if not self.features.tombstones and any(message.body is None for message in batch):
             raise self._no_tombstones()
         here = self._here()
+        if timeless := [message for message in batch if wrong_time(message) is not None]:
+            return await here._deliver_others(batch, timeless)
         return await here._deliver(batch, here._no_options) if batch else []
 
     async def flush(self) -> None:
@@ -381,6 +385,16 @@ class Producer(Endpoint):
             "causation_id": incoming and incoming.id,
             "reply_to": reply_to,
         }
+
+    async def _deliver_others(self, batch: Sequence[Message], unfit: Sequence[Message]) -> NoReturn:
+        """Send all but the `unfit` ones, of which a time is none; then say so."""
+        left = set(map(id, unfit))
+        try:
+            if others := [message for message in batch if id(message) not in left]:
+                await self._deliver(others, self._no_options)
+        except SendError as error:
+            raise refusal(unfit, error) from error
+        raise refusal(unfit)
 
     async def _deliver(self, batch: Sequence[Message], options: Any) -> list[Receipt]:
         """Send through reconnects until the deadline; what is not confirmed then is named."""

@@ -10,8 +10,9 @@ import dataclasses
 import gc
 import inspect
 import itertools
+import logging
 from collections import ChainMap, UserDict, UserList, deque
-from collections.abc import Collection, Iterable, Reversible
+from collections.abc import Collection, Hashable, Iterable, Reversible
 from dis import opmap
 from functools import lru_cache, partial
 from operator import length_hint
@@ -25,14 +26,17 @@ from types import (
     NoneType,
     SimpleNamespace,
 )
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
+log: logging.Logger = logging.getLogger("streamtools")
+
 #: Types of results that cannot be awaited and hold nothing; checking all others takes some time.
 PLAIN: Final = frozenset({NoneType, bool, int, float, str, bytes})
-#: How many values within one result are looked at.
-_MANY: Final = 10_000
+#: Values within one result that are looked at, at most, and how many of them a container counts for.
+MOST: Final = 250_000
+CONTAINER: Final = 5
 
 
 @contextlib.contextmanager
@@ -54,6 +58,8 @@ _PLAIN_CONTAINERS: Final[tuple[Any, ...]] = (list, tuple, set, frozenset, deque)
 _COMMON: Final = frozenset({dict, *_PLAIN_CONTAINERS})
 #: Iterators that call a function for each item.
 _CALLERS: Final = (map, filter, itertools.starmap)
+#: Everything of which it can be told that it has not begun.
+_WORK: Final = frozenset({CoroutineType, GeneratorType, AsyncGeneratorType, *_CALLERS})
 _EMPTY: Final[tuple[Collection[Any], ...]] = (
     *([], (), set(), frozenset(), {}, deque(), range(0)),
     *({}.keys(), {}.values(), {}.items()),
@@ -73,8 +79,9 @@ _CONTAINERS: Final[tuple[type, ...]] = (
 def left_unrun(value: Any) -> list[Any]:
     """What has not run of a result: the result itself, or coroutines and generators that it holds.
 
-    It looks into the containers of the standard library, dataclasses and pydantic models, for 10,000 values at most.
-    Nothing is iterated that would change, and no code of the user runs.
+    It looks into the containers of the standard library, dataclasses and pydantic models, for 250,000 values at most
+    (containers count for five); a warning says once where a result holds more. Nothing is iterated that would
+    change, and no code of the user runs.
     """
     kind = type(value)
     if kind in PLAIN or (kind in _COMMON and _holds_plain_values(value)):
@@ -88,7 +95,7 @@ def left_unrun(value: Any) -> list[Any]:
 
 def _holds_plain_values(value: Any) -> bool:
     """Whether nothing needs a search, as in most results: this takes a third of its time."""
-    if len(value) > _MANY:
+    if len(value) > MOST:
         return False
     return PLAIN.issuperset(map(type, value)) and (
         type(value) is not dict or PLAIN.issuperset(map(type, value.values()))
@@ -112,7 +119,11 @@ def refuse_unrun(value: Any, left: list[Any], refusal: type[Exception]) -> None:
 
 
 def _named(value: Any, article: str = "a") -> str:
-    name = str(type(value).__name__).removeprefix("_")
+    return _name_of(type(value), article)
+
+
+def _name_of(kind: type, article: str = "a") -> str:
+    name = str(kind.__name__).removeprefix("_")
     return f"{article}{'n' if name[:1].lower() in set('aeio') else ''} {name}"
 
 
@@ -128,21 +139,42 @@ def _advice(value: Any) -> str:
 
 def _search(value: Any) -> list[Any]:
     found: list[Any] = []
-    seen, waiting, room = {id(value)}, deque([value]), _MANY
-    while waiting:
-        each = waiting.popleft()
-        kind: Any = type(each)
-        if _not_begun(each):
-            found.append(each)
-        elif room > 0 and _is_container(kind):
-            held = tuple(itertools.islice(_inside(each), room))
-            room -= len(held)
-            if PLAIN.issuperset(map(type, held)):
-                continue
-            fresh = {id(item): item for item in held if type(item) not in PLAIN and id(item) not in seen}
+    seen, waiting, room = {id(value)}, deque[Any](), MOST
+    _sort([value], found, waiting)
+    while waiting and room > 0:
+        held = tuple(itertools.islice(_inside(waiting.popleft()), room))
+        room -= len(held) + CONTAINER
+        if not PLAIN.issuperset(map(type, held)) and (kinds := _worth_a_look(held)):
+            fresh = {id(item): item for item in held if type(item) in kinds and id(item) not in seen}
             seen.update(fresh)
-            waiting.extend(fresh.values())
+            _sort(fresh.values(), found, waiting)
+    if room <= 0 and not found:
+        _say_that_more_is_held(cast(Hashable, type(value)))
     return found
+
+
+def _worth_a_look(held: Iterable[Any]) -> set[Any]:
+    """The types of those that may have work to do, or hold others: most values are neither."""
+    kinds: set[Any] = set(map(type, held))
+    return {kind for kind in kinds if kind in _WORK or _is_container(kind)}
+
+
+def _sort(items: Iterable[Any], found: list[Any], waiting: deque[Any]) -> None:
+    """Keep what has not begun, and what is to be looked into."""
+    for item in items:
+        kind: Any = type(item)
+        if kind in _WORK and _not_begun(item):
+            found.append(item)
+        elif _is_container(kind):
+            waiting.append(item)
+
+
+@lru_cache(maxsize=256)
+def _say_that_more_is_held(kind: Any) -> None:
+    log.warning(
+        "A function has returned %s with some %d values or more. Those behind are not looked at: a coroutine among "
+        "them would not run. Await coroutines before you return.", _name_of(kind), MOST,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=256)

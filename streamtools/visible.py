@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Final
+
+from streamtools.tracebacks import format_error
 
 #: Values that are as they are.
 _PLAIN: Final = (int, float, type(None))
@@ -143,7 +144,7 @@ def _cut(write: Callable[[object], str], value: object) -> str:
 
 def _formatted(info: Any) -> str:
     try:
-        text = "".join(traceback.format_exception(*info)).rstrip("\n")
+        text = format_error(info[1]).rstrip("\n") if info[1] is not None else "(no exception)"
     except BaseException as broken:  # an exception whose own text or attributes raise
         return f"(its traceback could not be read: {type(broken).__name__})"
     left = len(text) - 2 * LONGEST  # an exception's text may hold a whole message

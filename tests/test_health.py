@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import socket
 import sys
 import time
@@ -16,8 +15,7 @@ import pytest
 
 from streamtools import ConsumerFactory, ConsumerRunner, Producer
 from streamtools.errors import ConfigurationError, ConnectError
-from streamtools.installation import install_line
-from streamtools.observability import health
+from streamtools.observability import port as health_port
 from streamtools.observability.health import HealthReport, HealthServer, LoopHealth
 from streamtools.tokens import is_loopback
 from tests.faults.waiting import wait_until
@@ -95,10 +93,12 @@ async def test_a_port_in_use_is_a_clear_error() -> None:
     await server.stop()
 
 
-async def test_without_aiohttp_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_other_library_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
-    with pytest.raises(ConfigurationError, match=re.escape(install_line("http"))):
-        await HealthServer("127.0.0.1", 0, HealthReport).start()
+    server = HealthServer("127.0.0.1", 0, HealthReport)
+    await server.start()
+    assert (await get(server.port, "/health"))[0] == 200
+    await server.stop()
 
 
 async def test_a_runner_is_ready_while_it_runs_and_not_while_it_drains() -> None:
@@ -196,11 +196,15 @@ async def strangers() -> AsyncIterator[HealthServer]:
 
 
 async def test_connections_that_say_nothing_do_not_keep_out_who_asks(strangers: HealthServer) -> None:
-    silent = [await asyncio.open_connection("127.0.0.1", strangers.port) for _ in range(3 * health.CONNECTIONS)]
+    number = 3 * health_port.CONNECTIONS
+    silent = [await asyncio.open_connection("127.0.0.1", strangers.port) for _ in range(number)]
+    silent[-1][1].write(b"GET /health HTTP/1.1\r\nHost: ")
     assert (await get(strangers.port, "/health/live"))[0] == 200
-    assert len(strangers._server.connections) <= health.CONNECTIONS
-    for reader, _ in silent[: health.CONNECTIONS]:
+    assert len(strangers._server._open) <= health_port.CONNECTIONS
+    for reader, _ in silent[: health_port.CONNECTIONS]:
         assert await asyncio.wait_for(reader.read(), 10) == b""  # the oldest were ended
+    silent[-1][1].write(b"x\r\n\r\n")
+    assert (await asyncio.wait_for(silent[-1][0].read(), 10)).startswith(b"HTTP/1.1 200")
     for _, writer in silent:
         writer.close()
 
@@ -221,6 +225,54 @@ async def test_what_strangers_send_is_in_no_log_and_no_answer_names_versions(
     assert head.split()[1][:1] == b"4"
     assert b"aiohttp" not in head and b"Python" not in head
     assert caplog.text == ""
+
+
+async def say(number: int, request: bytes) -> bytes:
+    """What is answered to these bytes until the connection ends."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", number)
+    writer.write(request)
+    try:
+        return await asyncio.wait_for(reader.read(), 10)
+    except ConnectionResetError:
+        return b""
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /health?x=1 HTTP/1.1\r\n\r\n", 200),
+        (b"GET /health HTTP/1.0\r\n\r\n", 200),
+        (b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+        (b"GET /health/ready HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", 200),
+        (b"GET /health HTTP/1.1\r\n\xff: \xff\r\nno colon\r\n\r\nGET / HTTP/1.1\r\n\r\n", 200),
+        (b"GET /healthy HTTP/1.1\r\n\r\n", 404),
+        (b"POST /health HTTP/1.1\r\n\r\n", 405),
+        (b"GET /health HTTP/2\r\n\r\n", 400),
+        (b"GET  /health HTTP/1.1\r\n\r\n", 400),
+        (b"\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00" + b"x" * 8192, 431),
+        (b"GET /health HTTP/1.1\r\nx: " + b"x" * 8200 + b"\r\n\r\n", 431),
+    ],
+)
+async def test_each_request_has_one_answer_and_then_the_connection_ends(
+    strangers: HealthServer, request_: bytes, status: int
+) -> None:
+    answer = await say(strangers.port, request_)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status) and b"\r\nConnection: close" in head
+    assert bool(body) is not request_.startswith(b"HEAD")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
+async def test_a_connection_without_a_whole_request_ends(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(health_port, "TIME", 0.05)
+    server = HealthServer("127.0.0.1", 0, HealthReport)
+    await server.start()
+    assert await say(server.port, sent) == b""
+    assert not server._server._open
+    await server.stop()
 
 
 async def test_a_report_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,12 +15,13 @@ from streamtools.bus.entries import Entries, Entry, of_class
 from streamtools.delivery import Delivery, Settlement
 from streamtools.dispatch import Answer, Dispatcher, chain
 from streamtools.envelope import event_type
-from streamtools.errors import Reject, SendError, near
+from streamtools.errors import ConfigurationError, Reject, SendError, near
 from streamtools.message import Message
 from streamtools.outbox import Outbox, Sender
 from streamtools.policy import describe
 from streamtools.replies import lost_replies
 from streamtools.threads import Threads
+from streamtools.times import wrong_time
 from streamtools.types import Handler, Middleware
 from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
 
@@ -234,6 +235,8 @@ async def through(messages: Sequence[Message], outgoing: Sequence[Middleware]) -
     let_go: list[Message] = []
 
     async def last(message: Message) -> None:
+        if (why := wrong_time(message)) is not None:
+            raise ConfigurationError(f"An outgoing middleware has changed message {message.id}: {why}.")
         let_go.append(message)
 
     way = chain(last, outgoing)

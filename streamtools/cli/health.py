@@ -215,7 +215,7 @@ class WorkersHealth:
 
         Raises:
             ConnectError: the port is taken.
-            ConfigurationError: aiohttp is not installed.
+            ConfigurationError: the tokens cannot be used.
         """
         if address not in self._servers:
             server = self._servers[address] = HealthServer(*address, lambda: self._report(address))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,7 @@ from streamtools.drivers.http.answers import answer
 from streamtools.errors import ConfigurationError, DecodeError, Drop, OptionError, Reject, RetryLater, text_of
 from streamtools.policy import checked
 from streamtools.testing import Harness
+from streamtools.tracebacks import format_error
 from streamtools.types import Handler
 from streamtools.verdicts import DROP, Kind, Verdict
 
@@ -274,3 +276,74 @@ async def test_many_belong_to_one_conversation() -> None:
         assert [(m.correlation_id, m.reply_to) for m in found] == [("talk", "answers")] * 2
         with pytest.raises(OptionError, match=r"gives each message an id itself: await send\(\.\.\., id="):
             await producer.send_many([1], id="mine")
+
+
+def chained(number: int) -> BaseException:
+    """An error that was raised from another one, that from another one, and so on."""
+    error: BaseException = ValueError("the first one")
+    for n in range(number):
+        error, cause = ValueError(f"number {n}"), error
+        error.__cause__ = cause
+    return error
+
+
+def nested(number: int) -> BaseException:
+    error: BaseException = ValueError("the innermost")
+    for _ in range(number):
+        error = group(error)
+    return error
+
+
+def noted(number: int) -> BaseException:
+    error = ValueError("with notes")
+    error.__notes__ = [f"note {n}" for n in range(number)]
+    return error
+
+
+LARGE: dict[str, Callable[[], BaseException]] = {
+    "a wide group": lambda: group(*(ValueError(f"number {n}") for n in range(20_000))),
+    "groups of groups": lambda: group(*(group(*(ValueError() for _ in range(100))) for _ in range(200))),
+    "a deep group": lambda: nested(20_000),
+    "a long line of causes": lambda: chained(20_000),
+    "a group in a line of causes": lambda: group(*(chained(100) for _ in range(200))),
+    "many notes": lambda: noted(20_000),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+async def test_an_error_that_brings_thousands_along_is_told_in_little_time(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[object] = []
+    make = traceback.TracebackException.__init__
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> None:
+        made.append(self)
+        make(self, *arguments, **options)
+
+    monkeypatch.setattr(traceback.TracebackException, "__init__", counted)
+    error = LARGE[kind]()
+    factory = ConsumerFactory(url="asyncio://", retry=Retry(retries=0))
+
+    @factory.route("orders")
+    async def handle(msg: int) -> None:
+        raise error
+
+    async with Harness(factory) as service:
+        await service.send("orders", 1)
+        await service.settled()
+        [rejected] = service.rejected
+    assert rejected.error is not None
+    assert type(error).__name__ in rejected.error.traceback and "not shown" in caplog.text
+    assert len(made) < 1000 and len(caplog.text) < 50_000
+
+
+def test_an_error_that_brings_few_along_is_told_whole() -> None:
+    try:
+        try:
+            raise group(ValueError("one"), group(KeyError("two")))
+        except ExceptionGroup as inner:
+            inner.add_note("a note")
+            raise RuntimeError("outer") from inner
+    except RuntimeError as error:
+        assert format_error(error) == "".join(traceback.format_exception(error))

@@ -21,7 +21,7 @@ from unittest.mock import AsyncMock, MagicMock, Mock, create_autospec
 import pytest
 from pydantic import BaseModel
 
-from streamtools import ConsumerFactory, Message
+from streamtools import ConsumerFactory, Message, unrun
 from streamtools.binding import compile_handler
 from streamtools.errors import Reject
 from streamtools.testing import Harness
@@ -98,7 +98,9 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
     "list in a list": lambda held: [[held]],
     "tuple in a dict": lambda held: {"a": (held,)},
     "list of 500 lists": nested,
-    "list with much before": lambda held: [*range(9_000), held],
+    "list with much before": lambda held: [*range(200_000), held],
+    "list behind many lists": lambda held: [*([n] for n in range(20_000)), [held]],
+    "list behind many objects": lambda held: [*map(complex, range(20_000)), held],
     "list that holds itself": holds_itself,
     "key": lambda held: {held: 1},
     "set": lambda held: {held},
@@ -278,4 +280,29 @@ async def test_a_cached_handler_that_returns_a_coroutine_of_another_message_has_
     handle = functools.cache(work)
     assert await compile_handler(handle)(FIVE) == "did 5"
     with pytest.raises(RuntimeError, match="already awaited coroutine"):
+        await compile_handler(handle)(FIVE)
+
+
+async def test_a_result_with_more_than_is_looked_at_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(unrun, "MOST", 100)
+    unrun._say_that_more_is_held.cache_clear()
+
+    async def handle(msg: Any) -> Any:
+        return [[n] for n in range(1000)]
+
+    handler = compile_handler(handle)
+    assert [await handler(FIVE), await handler(FIVE)] == [[[n] for n in range(1000)]] * 2
+    [record] = caplog.records
+    assert "a list with some 100 values or more. Those behind are not looked at" in record.getMessage()
+
+
+async def test_what_runs_is_found_before_the_limit_whatever_stands_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unrun, "MOST", 100)
+
+    async def handle(msg: Any) -> Any:
+        return [*([n] for n in range(90)), work(msg)]
+
+    with pytest.raises(Reject, match="with a coroutine in it"):
         await compile_handler(handle)(FIVE)

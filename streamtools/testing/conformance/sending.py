@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from typing import Any
@@ -20,6 +21,8 @@ from streamtools.testing.waiting import eventually
 MANY = 1000
 #: Seconds by which clocks of one machine may differ: RabbitMQ's timers count whole milliseconds.
 TICK = 0.002
+#: No times: not finite, in milliseconds, beyond all calendars.
+NEVER = [math.nan, math.inf, -math.inf, 1.7e12, -1e300]
 
 
 class SendingCases(Cases):
@@ -241,6 +244,29 @@ class SendingCases(Cases):
         assert inbox.items == [n for n, m in enumerate(batch, 1) if not any(m is each for each in left)] + [4]
 
     # --- time -----------------------------------------------------------------------------------
+
+    async def test_a_message_with_a_time_that_is_none_is_refused_by_itself(self, stage: Stage) -> None:
+        inbox, producer = Inbox(), await stage.producer()
+        fields: list[dict[str, Any]] = [{}]
+        fields += [{field: value} for field in ("deliver_at", "expires_at") for value in NEVER]
+        batch = [
+            Message(body=b"%d" % n, queue=stage.queue, id=f"{n}", content_type="application/json", **each)
+            for n, each in enumerate([*fields, {}])
+        ]
+        async with stage.running(inbox):
+            with pytest.raises(SendError, match=r"deliver_at=nan is no time of the years 1 to 9999") as caught:
+                await producer.send_messages(batch)
+            await eventually(lambda: len(inbox.items) == 2)
+        assert inbox.items == [0, len(fields)]
+        assert caught.value.messages == tuple(batch[1:-1])
+        assert caught.value.refused == caught.value.unfit == tuple(message.id for message in batch[1:-1])
+
+    @pytest.mark.parametrize("option", ["delay", "ttl"])
+    async def test_a_span_of_time_that_is_none_is_refused_at_once(self, stage: Stage, option: str) -> None:
+        producer = await stage.producer()
+        for value in (math.nan, math.inf, -math.inf, -1):
+            with pytest.raises(ConfigurationError, match=option):
+                await producer.send(1, **{option: value})  # type: ignore[arg-type]
 
     @needs("delay")
     async def test_a_delayed_message_is_never_early_and_holds_up_nobody(self, stage: Stage) -> None:
