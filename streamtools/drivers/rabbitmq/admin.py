@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 from urllib.parse import quote
 
@@ -15,7 +16,7 @@ from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.management import Management
 from streamtools.drivers.rabbitmq.reader import RabbitMQReader
 from streamtools.drivers.rabbitmq.topology import MakingOptions, Topology, error_queue, missing, work_queue
-from streamtools.errors import StreamToolsError
+from streamtools.errors import ConnectionLost, StreamToolsError
 from streamtools.exchange import Binding
 from streamtools.options import QUEUE_OPTIONS, read_options
 from streamtools.queues import QueueInfo
@@ -31,6 +32,11 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
     settings_class: ClassVar[type[RabbitMQSettings]] = RabbitMQSettings
     settings: RabbitMQSettings
     _place: Place[Receiving] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Queues that are not streams, each of which was looked at once.
+        self._no_streams: set[str] = set()
 
     async def _open(self) -> None:
         await self._get_link()
@@ -65,17 +71,26 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
         await topology.declare(work_queue(queue, declare_options, name), True)
 
     async def _delete(self, queue: str) -> None:
-        await self._stats(queue)
+        await Topology(await self._get_link()).count(queue)
         await self._request(queue, "queue_delete")
 
     async def _purge(self, queue: str) -> int:
-        await self._stats(queue)
+        await self._refuse_stream(queue, "purged")  # the broker would end the connection, which others share
         answer = await self._request(queue, "queue_purge")
         return int(answer.message_count or 0)
 
     async def _stats(self, queue: str) -> QueueInfo:
+        await self._refuse_stream(queue, "counted")
         ready, consumers = await Topology(await self._get_link()).count(queue)
         return QueueInfo(name=queue, ready=ready, consumers=consumers)
+
+    async def _refuse_stream(self, queue: str, use: str) -> None:
+        """Raise QueueError for a stream: nothing waits in it, and the number that the broker tells may be late."""
+        if queue not in self._no_streams:
+            probably = work_queue(queue, MakingOptions(), "error")
+            with suppress(ConnectionLost):  # RabbitMQ 4 may fail to word what differs, and go on with another one
+                await Topology(await self._get_link()).as_it_is(probably, "passive", use)
+            self._no_streams.add(queue)
 
     async def _bind(self, queue: str, binding: Binding) -> None:
         await Topology(await self._get_link()).bind(queue, binding)

@@ -213,9 +213,9 @@ class FrameReader(asyncio.StreamReaderProtocol):
             if channel is None:
                 if number == 0 and kind == METHOD:
                     self._note(data, position + 7)
-                self._pass(data[position:stop])
+                self._pass(frames.readable(data[position:stop]))
             elif not channel.frame(kind, data, position + 7, stop - 1):
-                self._pass(data[position:stop])
+                self._pass(frames.readable(data[position:stop]))
                 if channel.closed:  # what was on its way goes nowhere, until the number is another's
                     self._channels[number] = HotChannel(number)
             position = stop

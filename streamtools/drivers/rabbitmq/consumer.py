@@ -46,6 +46,8 @@ GATHERING: Final = 0.05
 ALONE: Final = 5.0
 #: Seconds between two looks at a queue from which nothing comes.
 IDLE: Final = 30.0
+#: Looks at a queue that may end in the end of the connection.
+VAIN_LOOKS: Final = 2
 #: A header that deliveries of a stream have, and no others.
 STREAM_OFFSET: Final = b"\x0fx-stream-offset"
 #: What settles a delivery: the channel that it came on, and its tag there.
@@ -84,6 +86,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     _was_open = False
     #: The log says that the queue is gone, and that it is waited for.
     _says_gone = False
+    #: Connections that ended while the queue was looked at.
+    _vain_looks = 0
     #: The log says that retries wait here.
     _says_early = False
     #: Nothing is taken in any more, by a stop or a cancellation; the channel is about to be closed.
@@ -151,11 +155,24 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         wanted = work_queue(self.queue, self.options, name, single_active=ordered)
         queue = await topology.declare(wanted, self.declare)
         is_known = bool(queue.arguments) and self.declare is not False
-        self._queue = queue if is_known else await topology.as_it_is(wanted, self.declare)
+        self._queue = queue if is_known else await self._look_at(topology, wanted)
         self._is_counted = self._queue is None or not self._queue.is_classic
         for binding in self.bindings:
             await topology.bind(self.queue, binding, self.declare)
         return ordered and sees_to_order(self.queue, self._queue, self.declare)
+
+    async def _look_at(self, topology: Topology, wanted: Queue) -> Queue | None:
+        """The queue as it is; None where we may not look, or where it has ended the connection each time.
+
+        RabbitMQ 4 fails to word what differs where that is longer than 255 bytes and not of ASCII alone.
+        """
+        if self._vain_looks >= VAIN_LOOKS:
+            return None
+        try:
+            return await topology.as_it_is(wanted, self.declare)
+        except ConnectionLost:
+            self._vain_looks += 1
+            raise
 
     async def _redeclare(self) -> None:
         if self._place is not None:

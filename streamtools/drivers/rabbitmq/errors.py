@@ -93,8 +93,10 @@ def trouble(code: int, text: str) -> Trouble:
 
 #: "inequivalent arg 'durable' for queue 'q' in vhost '/': received 'false' but current is 'true'"
 _DIFFERENCE: Final = re.compile(
-    r"inequivalent arg '(?P<name>[^']+)'.*: received (?P<asked>.*) but current is (?P<current>.*)$"
+    r"inequivalent arg '(?P<name>[^']+)'(?:.*: received (?P<asked>.*) but current is (?P<current>.*)$)?", re.DOTALL
 )
+#: How the broker ends a text that it has cut off, as AMQP has room for 255 bytes.
+_CUT: Final = "..."
 _VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '(?P<type>\w+)')?", re.DOTALL)
 
 
@@ -204,9 +206,16 @@ def is_missing(error: ChannelNotFoundEntity) -> bool:
 
 
 def difference(error: ChannelPreconditionFailed) -> tuple[str, str, str] | None:
-    """(argument, asked for, current) as the broker words them; None when it complains of something else."""
-    found = _DIFFERENCE.search(plain(error))
-    return (found["name"], found["asked"], found["current"]) if found else None
+    """(argument, asked for, current) as the broker words them; None when it complains of something else.
+
+    With long names its words may be cut off before the values: these are empty then.
+    """
+    text = plain(error)
+    found = _DIFFERENCE.search(text)
+    if found is None:
+        return None
+    is_whole = found["current"] and not text.endswith(_CUT)
+    return (found["name"], found["asked"], found["current"]) if is_whole else (found["name"], "", "")
 
 
 def value(text: str, like: object = None) -> str | int | bool | float | None:

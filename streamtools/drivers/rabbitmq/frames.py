@@ -52,6 +52,20 @@ _MANDATORY: Final = b"\x01"
 _REQUEUE: Final = 2
 
 
+def readable(frame: bytes) -> bytes:
+    """A frame whose text the client library can read; the broker may have cut that off within a character."""
+    if frame[0] != METHOD or LONG.unpack_from(frame, 7)[0] not in (CHANNEL_CLOSE, CONNECTION_CLOSE):
+        return frame
+    start = 14  # behind the head, the method, the code, and the text's length
+    stop = start + frame[start - 1]
+    try:
+        frame[start:stop].decode()
+    except UnicodeDecodeError:
+        text = bytes(byte if byte < 128 else ord("?") for byte in frame[start:stop])
+        return frame[:start] + text + frame[stop:]
+    return frame
+
+
 class Unsendable(ValueError):
     """A message that no AMQP frame can carry; the text says why."""
 

@@ -83,7 +83,11 @@ class RabbitMQReader:
         """
         self._link = link = await open_link(self._settings, self._name)
         try:
-            await self._learn(link)
+            try:
+                await self._learn(link)
+            except ConnectionLost:  # RabbitMQ 4 may fail to word what differs; then it is taken for any kind
+                await link.close()
+                self._link = link = await open_link(self._settings, self._name)
             self._putback = PutBack(link, self._queue, self._settings.username)
             await self._putback.open()
             self._channel = await HoldingChannel.open(link, self._queue)
@@ -145,7 +149,7 @@ class RabbitMQReader:
     async def _learn(self, link: Link) -> None:
         """Learn what kind of queue it is, before anything is taken; who may not ask takes it for any kind."""
         probably = work_queue(self._queue, QueueOptions(), "error")
-        if (queue := await Topology(link).as_it_is(probably, "passive")) is not None:
+        if (queue := await Topology(link).as_it_is(probably, "passive", "looked at")) is not None:
             self._counts = not queue.is_classic
             self._gets = queue.is_classic
             self._alone = queue.is_single_active and not queue.is_classic

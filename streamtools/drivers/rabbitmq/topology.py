@@ -317,13 +317,14 @@ class Topology:
         async with self._link.declaring() as channel:
             await self._mapped(self._link.call(channel.queue_unbind(queue, binding.exchange.name, binding.topic)))
 
-    async def as_it_is(self, queue: Queue, declare: Declare) -> Queue | None:
-        """An existing queue with the arguments that it has; None where we may not look.
+    async def as_it_is(self, queue: Queue, declare: Declare, use: str = "consumed") -> Queue | None:
+        """An existing queue with the arguments that it has; None where we may not look, or are not told enough.
 
         Parameters:
             queue: what it probably is, which saves questions.
             declare: with anything but True, a queue that is gone meanwhile is not made: it is asked for with a type
                 that does not exist. The broker compares the type last.
+            use: what is to be done with it, for the error.
 
         Raises:
             QueueError: there is no such queue, or it is a stream.
@@ -332,25 +333,23 @@ class Topology:
         queue = replace(queue, arguments=asked, explicit=frozenset())
         for _ in range(MOST_DIFFERENCES):
             try:
-                async with self._link.declaring() as channel:
-                    await self._link.call(_declaration(channel, queue))
-            except ChannelPreconditionFailed as error:
-                found = errors.difference(error)
-                if found is None:
-                    raise missing(queue.name, self._link.where) from error
-                queue = _adapted(queue, error, self._link.where)
-                if found[0] == TYPE:
-                    break
-            except (ChannelAccessRefused, ChannelLockedResource):
-                return None
-            except StreamToolsError:
+                refusal = await self._declare_as(queue)
+            except (QueueError, ConnectError) as error:
+                if isinstance(error.__cause__, ChannelAccessRefused | ChannelLockedResource):
+                    return None
                 raise
-            except errors.CLIENT_ERRORS as error:
-                raise errors.channel_error(error, self._link.where) from error
-            else:
+            if refusal is None:
+                break
+            found = errors.difference(refusal)
+            if found is None:
+                raise missing(queue.name, self._link.where) from refusal
+            if (adapted := _adapted(queue, refusal, self._link.where)) is None:
+                return None
+            queue = adapted
+            if found[0] == TYPE:
                 break
         if queue.arguments.get(TYPE) == "stream":
-            raise QueueError(f"The queue {queue.name!r} cannot be consumed: {STREAM}.")
+            raise QueueError(f"The queue {queue.name!r} cannot be {use}: {STREAM}.")
         return queue
 
     async def _passive(self, name: str) -> tuple[int, int] | None:
@@ -375,20 +374,27 @@ class Topology:
     async def _make(self, queue: Queue) -> Queue:
         """Declare; where the queue stands with other arguments, take those that were not asked for by name."""
         for _ in range(MOST_DIFFERENCES):
-            try:
-                async with self._link.declaring() as channel:
-                    await self._link.call(_declaration(channel, queue))
-            except ChannelPreconditionFailed as error:
-                queue = _adapted(queue, error, self._link.where)
-            except StreamToolsError:
-                raise
-            except errors.CLIENT_ERRORS as error:
-                raise errors.channel_error(error, self._link.where) from error
-            else:
+            if (refusal := await self._declare_as(queue)) is None:
                 return queue
+            if (adapted := _adapted(queue, refusal, self._link.where)) is None:
+                return replace(queue, arguments={})
+            queue = adapted
         raise QueueError(
             f"The queue {queue.name!r} differs in more than {MOST_DIFFERENCES} arguments from what is asked."
         )
+
+    async def _declare_as(self, queue: Queue) -> ChannelPreconditionFailed | None:
+        """Declare a queue; what the broker says where it stands with other arguments."""
+        try:
+            async with self._link.declaring() as channel:
+                await self._link.call(_declaration(channel, queue))
+        except ChannelPreconditionFailed as error:
+            return error
+        except StreamToolsError:
+            raise
+        except errors.CLIENT_ERRORS as error:
+            raise errors.channel_error(error, self._link.where) from error
+        return None
 
     async def _mapped(self, work: Any) -> None:
         try:
@@ -413,7 +419,8 @@ def _declaration(channel: Any, queue: Queue) -> Any:
     )
 
 
-def _adapted(queue: Queue, error: ChannelPreconditionFailed, where: str) -> Queue:
+def _adapted(queue: Queue, error: ChannelPreconditionFailed, where: str) -> Queue | None:
+    """The queue with the value that the broker tells of one argument; None if its words do not come to that."""
     found = errors.difference(error)
     if found is None:
         raise QueueError(
@@ -422,18 +429,31 @@ def _adapted(queue: Queue, error: ChannelPreconditionFailed, where: str) -> Queu
     name, asked, current = found
     if name in queue.explicit:
         raise QueueError(
-            f"The queue {queue.name!r} exists with another {_option(name)}: {name} is {current}, and {asked} "
-            f"is asked for. Three ways out: leave {_option(name)} away and use it as it is; choose another queue "
-            f"name; or move its messages elsewhere and delete it (streamtools queues delete {queue.name}). If a "
-            f"producer of yours makes it first, write Producer({queue.name!r}, declare=False), or give it the same "
-            "options."
+            f"The queue {queue.name!r} exists with another {_option(name)}: {name} is {current or 'another'}, and "
+            f"{asked or queue.arguments.get(name)} is asked for. Three ways out: leave {_option(name)} away and use "
+            "it as it is; choose another queue name; or move its messages elsewhere and delete it (streamtools "
+            f"queues delete {queue.name}). If a producer of yours makes it first, write Producer({queue.name!r}, "
+            "declare=False), or give it the same options."
         ) from error
+    if not current:
+        return _guessed(queue, name)
     value = errors.value(current, queue.arguments.get(name))
     if name in _ATTRIBUTES:
         changes: dict[str, Any] = {name: value is True}
         return replace(queue, **changes)
     arguments = {n: v for n, v in queue.arguments.items() if n != name}
     return replace(queue, arguments=arguments if value is None else {**arguments, name: value})
+
+
+def _guessed(queue: Queue, name: str) -> Queue | None:
+    """The queue with another value of this argument, where only one can be meant, or it may have none at all."""
+    if name in _ATTRIBUTES:
+        changes: dict[str, Any] = {name: not getattr(queue, name)}
+        return replace(queue, **changes)
+    others = {n: v for n, v in queue.arguments.items() if n != name}
+    if name == ACTIVE:
+        return replace(queue, arguments=others if queue.is_single_active else {**others, ACTIVE: True})
+    return replace(queue, arguments=others) if name in queue.arguments and name != TYPE else None
 
 
 def _option(name: str) -> str:

@@ -254,8 +254,11 @@ async def test_a_stream_is_refused(
     await foreign.basic_publish(b"1", routing_key="stream")
     theirs = as_user(configure, ".*", ".*")
 
+    async def is_counted() -> bool:
+        return (await foreign.queue_declare("stream", passive=True)).message_count == 1
+
+    await wait_until(is_counted)
     async with RabbitMQAdmin(url=theirs) as admin:
-        await wait_until(lambda: _holds(admin, "stream", 1))
         with pytest.raises(QueueError, match="a stream is not a queue"):
             await admin.peek("stream")
     result = await asyncio.to_thread(cli, "errors", "list", "--queue", "stream", "--url", theirs)

@@ -22,8 +22,16 @@ from streamtools import (
     MessageContext,
     Retry,
 )
-from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
-from streamtools.drivers.rabbitmq.frames import ack_frame
+from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
+from streamtools.drivers.rabbitmq.frames import (
+    CHANNEL_CLOSE,
+    CONNECTION_CLOSE,
+    HEAD,
+    LONG,
+    METHOD,
+    ack_frame,
+    readable,
+)
 from streamtools.errors import ConfigurationError, QueueError, SendError
 from tests.brokers.address import RabbitMQAddress
 from tests.drivers.rabbitmq.conftest import take
@@ -215,6 +223,46 @@ async def test_a_classic_queue_is_never_believed_a_count_that_somebody_copied(
     async with RabbitMQConsumer("orders", url=url, declare=declare, error_declare=False) as consumer:
         (delivery,) = await consumer.receive(timeout=20)
     assert delivery.count == 1
+
+
+# --- what the broker tells of them ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("declare", [True, False])
+@pytest.mark.parametrize("ordered_by", [None, "queue"])
+@pytest.mark.parametrize(
+    ("length", "arguments"),
+    [
+        (95, {}),
+        (95, {"x-message-ttl": 60_000, "x-dead-letter-exchange": "amq.direct", "x-single-active-consumer": True}),
+        (95, {"x-dead-letter-exchange": "d" * 100, "x-dead-letter-routing-key": "two\nlines" * 20}),
+        (5, {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "two\nlines"}),
+        (5, {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "\u20ac" * 60}),
+        (250, {"x-queue-type": "quorum"}),
+    ],
+)
+async def test_a_queue_is_used_though_the_broker_cuts_off_what_it_says_of_it(
+    foreign: AbstractChannel, url: str, length: int, arguments: dict[str, Any], ordered_by: Any, declare: Any
+) -> None:
+    name = "q" * length
+    await foreign.queue_declare(name, durable=True, arguments=arguments)
+    await foreign.queue_declare("error", durable=True)
+    await foreign.basic_publish(b"x", routing_key=name)
+    async with RabbitMQAdmin(url=url) as admin:
+        assert [message.body for message in await admin.peek(name)] == [b"x"]
+        assert (await admin.stats(name)).ready == 1
+    async with RabbitMQConsumer(name, url=url, declare=declare, ordered_by=ordered_by) as receiver:
+        (delivery,) = await take(receiver, 1)
+        await delivery.ack()
+
+
+def test_a_text_that_is_cut_off_within_a_character_does_not_end_the_connection() -> None:
+    for method in (CHANNEL_CLOSE, CONNECTION_CLOSE):
+        text = "gr\u00fcn".encode()[:3]
+        payload = LONG.pack(method) + b"\x01\x96" + bytes((len(text),)) + text + b"\0\0\0\0"
+        frame = HEAD.pack(METHOD, 1, len(payload)) + payload + b"\xce"
+        assert readable(frame) == frame.replace(text, b"gr?")
+        assert readable(frame.replace(text, b"grn")) == frame.replace(text, b"grn")
 
 
 # --- what is made without declaring ---------------------------------------------------------------
@@ -433,6 +481,20 @@ async def test_a_stream_is_refused_at_opening(foreign: AbstractChannel, url: str
     await foreign.queue_declare("orders", durable=True, arguments={"x-queue-type": "stream"})
     with pytest.raises(QueueError, match="a stream is not a queue"):
         await RabbitMQConsumer("orders", url=url, declare=declare, error_declare=False).open()
+
+
+async def test_a_stream_is_neither_counted_nor_shown_nor_emptied_and_can_be_deleted(
+    foreign: AbstractChannel, url: str
+) -> None:
+    await foreign.queue_declare("orders", durable=True, arguments={"x-queue-type": "stream"})
+    await foreign.basic_publish(b"x", routing_key="orders")
+    async with RabbitMQAdmin(url=url) as admin:
+        link = await admin._get_link()
+        for ask in (admin.stats, admin.peek, admin.purge, admin.discard, admin.move):
+            with pytest.raises(QueueError, match="a stream is not a queue"):
+                await ask("orders")
+        assert link.lost is None  # as it was by a purge, for all who share the connection
+        await admin.delete("orders")
 
 
 def test_a_stream_is_not_made() -> None:
