@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
@@ -17,6 +17,7 @@ from streamtools.eventloops import LoopBound, at_end, forget
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
 from streamtools.options import QUEUE_OPTIONS, check_known
+from streamtools.origin import check_home, failed_there, queues_named
 from streamtools.policy import redrive_copy
 from streamtools.queues import GroupInfo, Place, QueueInfo, QueueSettings
 from streamtools.registry import Registry
@@ -267,6 +268,7 @@ class QueueAdmin(LoopBound):
         source: str,
         target: str | None = None,
         *,
+        failed_in: Iterable[str] | None = None,
         where: Callable[[Message], bool] | None = None,
         limit: int | None = None,
         progress: Callable[[int], None] | None = None,
@@ -278,18 +280,30 @@ class QueueAdmin(LoopBound):
 
         Parameters:
             target: where to; the queue that each message failed in when None.
+            failed_in: only those that failed in one of these queues. Where a message failed stands in the message,
+                and whoever may write to `source` may have written it. So without a `target` messages go only to
+                queues that are named here. When None, they go to the queue whose own error queue `source` is, as
+                `orders` for `orders.error`; others stay.
             where: moves only those for which it is true.
             limit: look at this many at most.
             progress: called with the number moved so far.
 
         Raises:
             QueueError: there is no such queue.
-            ConfigurationError: messages do not say where they failed, and no target is given.
+            ConfigurationError: messages do not say where they failed, or their queue is not named, and no target is
+                given.
             SendError: a target does not take a message.
 
         Messages that cannot be moved stay in `source`; the error about them is raised after all others have moved.
         """
-        return await self._here()._settle_where(source, where, limit, progress, lambda m: (self._back(m, target),))
+        named = queues_named(failed_in)
+
+        def outgoing(message: Message) -> tuple[Message, ...]:
+            if target is None and named is None:
+                check_home(message, source)
+            return (self._back(message, target),)
+
+        return await self._here()._settle_where(source, failed_there(named, where), limit, progress, outgoing)
 
     async def discard(
         self,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Final, Never
 
-from streamtools.checks import Seconds, check_not_ours, check_seconds, is_number, is_whole
+from streamtools.checks import Seconds, check_seconds, is_number, is_whole
 from streamtools.errors import (
     LONGEST,
     ConfigurationError,
@@ -24,6 +24,7 @@ from streamtools.errors import (
     text_of,
 )
 from streamtools.message import ErrorDetails, Message
+from streamtools.origin import home_of
 from streamtools.tracebacks import format_error
 from streamtools.verdicts import DROP, Kind, Verdict
 
@@ -282,20 +283,6 @@ def redrive_copy(message: Message, queue: str | None = None) -> Message:
         )
     error = None if target == home else message.error
     return message.replace(queue=target, attempt=1, error=error, deliver_at=None, expires_at=None)
-
-
-def home_of(message: Message) -> str | None:
-    """The queue that a message says it failed in; None where it does not say, or names none that can fail a message.
-
-    Whoever may write to the error queue may have written it: who moves messages there has to know the queue.
-    """
-    if message.error is None:
-        return None
-    try:
-        check_not_ours(message.error.queue)
-    except ConfigurationError:
-        return None
-    return message.error.queue or None
 
 
 def _class_name(error: object) -> str:

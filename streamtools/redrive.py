@@ -11,6 +11,7 @@ from typing import Final
 from streamtools.admin import QueueAdmin
 from streamtools.errors import ConfigurationError, near
 from streamtools.message import ErrorDetails, Message
+from streamtools.origin import failed_there, queues_named
 from streamtools.wire import key_text
 
 #: Called with the number of messages looked at so far.
@@ -147,6 +148,7 @@ async def redrive(
     *,
     where: Condition = lambda message: True,
     target: str | None = None,
+    failed_in: Iterable[str] | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> int:
@@ -158,17 +160,22 @@ async def redrive(
     Parameters:
         queue: the error queue.
         where: only those for which it is true.
-        target: where to; the queue that each one says it failed in when None. Whoever may write to the error queue
-            may have written that: choose by `where`, as in `ErrorFilter(["queue=orders"])`, where others write there.
+        target: where to; the queue that each one failed in when None.
+        failed_in: only those that failed in one of these queues. Where a message failed stands in the message, and
+            whoever may write to the error queue may have written it. So without a `target` messages go only to queues
+            that are named here. When None, they go to the queue whose own error queue this is, as `orders` for
+            `orders.error`; others stay.
         limit: this many at most.
         progress: called with the number looked at so far.
 
     Raises:
         QueueError: there is no such queue.
-        ConfigurationError: a message does not say where it failed, and no target is given.
+        ConfigurationError: a message does not say where it failed, or its queue is not named, and no target is given.
         SendError: a target does not take a message; it stays in the error queue.
     """
-    return await admin.move(queue, target, where=_counted(where, limit, progress))
+    named = queues_named(failed_in)
+    chosen = _counted(failed_there(named, where) or where, limit, progress)
+    return await admin.move(queue, target, failed_in=named, where=chosen)
 
 
 async def discard(

@@ -141,7 +141,8 @@ def redrive(
     from streamtools.redrive import redrive
 
     def work(admin: QueueAdmin, looked: Progress) -> Awaitable[int]:
-        return redrive(admin, queue, where=chosen, target=to, limit=limit, progress=looked)
+        named = chosen.allowed if chosen.allowed and to is None else None
+        return redrive(admin, queue, where=chosen, target=to, failed_in=named, limit=limit, progress=looked)
 
     chosen.begin()
     try:

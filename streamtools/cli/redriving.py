@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from streamtools.admin import QueueAdmin
     from streamtools.message import Message
 
-#: What stands between the name of a queue and the word that says that its failures are there.
-SEPARATORS: Final = (".", "-", "_", "/", ":")
 #: Queues that are named in one sentence, at most.
 NAMED: Final = 20
 #: Characters of a queue's name that are shown: no queue has more.
@@ -54,13 +52,13 @@ class Movable:
         self._unnamed: Counter[str] = Counter()
 
     def _chosen(self, message: Message) -> bool:
-        from streamtools.policy import home_of
+        from streamtools.origin import home_of
 
         return self._meant(message) and (not self._sources or home_of(message) in self._sources)
 
     def target(self, message: Message) -> str | None:
         """Its target; None if it was not selected, or its queue is unknown."""
-        from streamtools.policy import home_of
+        from streamtools.origin import home_of
 
         return (self._to or home_of(message)) if self._chosen(message) else None
 
@@ -96,6 +94,8 @@ class Movable:
         return True
 
     def _may_go_to(self, target: str) -> bool:
+        from streamtools.origin import belongs_to
+
         return target in self.allowed or (self._own is not None and belongs_to(self._own, target))
 
     def say_what_stays(self, queue: str) -> None:
@@ -117,11 +117,6 @@ class Movable:
             )
         if lines:
             output.fail(" ".join(lines))
-
-
-def belongs_to(error_queue: str, queue: str) -> bool:
-    """Whether an error queue bears a queue's name, as `orders.error` that of `orders`."""
-    return any(error_queue == f"{queue}{separator}error" for separator in SEPARATORS)
 
 
 def told(targets: Mapping[str, int]) -> str:

@@ -289,7 +289,8 @@ class Mix:
         else:
             ids = {message.id for message in honest}
             async with QueueAdmin(url=self.place.url) as admin:
-                await admin.move(self.place.errors, where=lambda message: message.id in ids)
+                named = [self.place.queue, self.place.bus]
+                await admin.move(self.place.errors, failed_in=named, where=lambda message: message.id in ids)
 
     async def _check(self, failed: Sequence[Message]) -> None:
         book = self.book

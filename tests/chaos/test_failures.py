@@ -143,7 +143,7 @@ async def put_back(protocol: str, url: str) -> int:
     """Redrive all, by the command line where another process can reach them; how many."""
     if protocol == "asyncio":
         async with QueueAdmin(url=url) as admin:
-            return await redrive(admin, "error")
+            return await redrive(admin, "error", failed_in=["orders"])
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "streamtools", "errors", "redrive", "--url", url, "--json",
         "--yes", "--from", "orders",

@@ -217,7 +217,10 @@ class Machine(Queues):
         ):
             return  # onto itself: what has been moved is met again in place of what has not
         unknown = goal is None and any(e.error is None and which(e.meta[3]) for _, e in looked_at)
-        work = self.admin.move(queue, goal, where=lambda message: which(message.key), limit=limit)
+        named = [ORDERS, ERROR] if goal is None and not unknown else None
+        if unknown and any(e.error is not None and e.error[0] != queue for _, e in looked_at):
+            return  # those are named, and what has no home is left by that
+        work = self.admin.move(queue, goal, failed_in=named, where=lambda message: which(message.key), limit=limit)
         if unknown:
             with pytest.raises(ConfigurationError, match="does not say in which queue it failed"):
                 self.run(work)

@@ -152,7 +152,7 @@ class Course:
         self._narrator.phase("Tromsø opens again: its shipments are redriven", number)
         self._warehouses.open(CLOSED)
         before = len(self._tally.handled[self._queues.shipments])
-        moved = await redrive(self._admin, self._queues.error, where=chosen)
+        moved = await redrive(self._admin, self._queues.error, where=chosen, failed_in=[self._queues.shipments])
 
         def shipped() -> bool:
             done = len(self._tally.handled[self._queues.shipments]) - before

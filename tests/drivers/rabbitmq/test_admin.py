@@ -99,7 +99,7 @@ async def test_move_puts_failed_messages_back_once(admin: QueueAdmin, producer: 
         return (await admin.stats("error")).ready == 250
 
     await wait_until(failed)
-    assert await admin.move("error", where=lambda m: int(m.body) % 2 == 0) == 125
+    assert await admin.move("error", failed_in=["orders"], where=lambda m: int(m.body) % 2 == 0) == 125
 
     moved = await take(receiver, 125)
     assert sorted(int(d.message.body) for d in moved) == list(range(0, 250, 2))

@@ -144,7 +144,7 @@ async def test_retries_the_error_queue_and_a_redrive_keep_the_priority(
         consumer.stop()
         await loop
         assert attempts == [1, 2]
-        assert await admin.move("error") == 1
+        assert await admin.move("error", failed_in=["orders"]) == 1
         got = await foreign.basic_get("orders", no_ack=True)
         assert (got.body, got.header.properties.priority, got.header.properties.user_id) == (b"x", 7, None)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProducer
-from streamtools.errors import ConnectError, QueueError, SendError
+from streamtools.errors import ConfigurationError, ConnectError, QueueError, SendError
+from streamtools.message import ErrorDetails, Message
+from streamtools.redrive import redrive
 from tests.drivers.sqlite.conftest import drain, look, take
 
 
@@ -129,7 +132,10 @@ async def test_move_takes_failed_messages_back_where_they_came_from(url: str, ad
             await producer.send_many(["keep", "move"])
             for delivery in await consumer.receive(2):
                 await delivery.reject("no")
-        assert await admin.move("error", where=lambda message: message.body == b"move") == 2
+        assert (
+            await admin.move("error", failed_in=["orders", "payments"], where=lambda message: message.body == b"move")
+            == 2
+        )
         assert await drain(one) == await drain(two) == [b"move"]
         assert (await admin.stats("error")).ready == 2
 
@@ -137,3 +143,29 @@ async def test_move_takes_failed_messages_back_where_they_came_from(url: str, ad
 async def test_an_admin_that_is_closed_says_how_to_open_it(url: str) -> None:
     with pytest.raises(ConnectError, match="async with"):
         await SQLiteAdmin(url=url).list()
+
+
+async def test_a_redrive_by_code_goes_only_where_it_is_told_to(url: str, admin: SQLiteAdmin) -> None:
+    forged = ErrorDetails(queue="payouts", reason="forged")
+    own = ErrorDetails(queue="orders", reason="failed")
+    batch = [
+        Message(body=b"forged", queue="orders.error", id="1", error=forged),
+        Message(body=b"own", queue="orders.error", id="2", error=own),
+        Message(body=b"ours", queue="orders.error", id="3", error=replace(own, queue="orders-2")),
+    ]
+    for name in ("orders", "orders-2", "orders.error", "payouts"):
+        await admin.create(name)
+    async with SQLiteProducer("orders.error", url=url) as producer:
+        await producer.send_messages(batch)
+    for verb in (redrive, SQLiteAdmin.move):
+        with pytest.raises(ConfigurationError, match=r"2 stay .*failed_in=\['payouts'\], and 1 more reasons"):
+            await verb(admin, "orders.error")
+    assert [m.body for m in await admin.peek("orders")] == [b"own"]
+    assert await redrive(admin, "orders.error", failed_in=["orders-2"], limit=1) == 1
+    assert [m.body for m in await admin.peek("orders-2")] == [b"ours"]
+    assert [m.body for m in await admin.peek("orders.error")] == [b"forged"]
+    assert not await admin.peek("payouts")
+    for wrong in ("payouts", [""], [5]):
+        with pytest.raises(ConfigurationError):
+            await redrive(admin, "orders.error", failed_in=wrong)  # type: ignore[arg-type]
+    assert await redrive(admin, "orders.error", target="orders") == 1
