@@ -288,7 +288,8 @@ def _beside(annotation: Any) -> tuple[Any, ...]:
 
 
 def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
-    validate_small, parse = adapter.validate_json, Parser(adapter)
+    parse = Parser(adapter)
+    validate_small = parse.validate_small
     others = _validator_of_others(adapter, parse, str in _kinds(annotation))
 
     def validate(message: Message) -> Any:

@@ -10,7 +10,10 @@ The time for a body grows with the values in it, each of which may become an obj
 from __future__ import annotations
 
 import re
+import socket
 from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,6 +21,7 @@ from pydantic_core import SchemaError, SchemaValidator, from_json, to_json
 
 from streamtools.bodies import LIMITS
 from streamtools.errors import DecodeError
+from streamtools.unions import doubling
 
 #: Bytes over which a body is large.
 LARGE: Final = 16 * 1024
@@ -26,11 +30,17 @@ PREFIX: Final = 64 * 1024
 #: Numbers of one hash that a body may have, where it has more than MANY long ones.
 SAME_HASH: Final = 100
 MANY: Final = 500
+#: A value that is tried takes so many times as long as one that is parsed.
+WORK: Final = 5
 #: Plain data may have so many times as many values as what is validated: they take as much less time.
 PLAIN: Final = 5
 #: Python's hash of a number is the number modulo this; UUIDs are numbers too.
 MODULUS: Final = (1 << 61) - 1
-_LONG_NUMBER: Final = re.compile(rb"(?<![0-9a-fA-F-])[0-9a-fA-F-]{19,}")
+#: An integer or a UUID of many digits, or an IPv6 address.
+_LONG_NUMBER: Final = re.compile(
+    rb"(?<![0-9a-fA-F:-])(?:[0-9a-fA-F-]{19,}|[0-9a-fA-F]*:[0-9a-fA-F:]+)(?![0-9a-fA-F:])"
+)
+_ONE_HASH: Final = "The body has many values with the same hash, which a set or a dict takes minutes for."
 
 
 class TooManyValues(DecodeError):
@@ -85,7 +95,8 @@ class Parser:
 
     def __init__(self, adapter: TypeAdapter[Any]) -> None:
         self._adapter = adapter
-        self._validate = adapter.validate_json
+        self._doubling = doubling(adapter.core_schema)
+        self._validate = adapter.validate_json if self._doubling is None else self._validate_if_quick
         self._made: SchemaValidator | TypeAdapter[Any] | None = None
         self._hashes_numbers: bool | None = None
 
@@ -96,7 +107,32 @@ class Parser:
             ValidationError: it is not JSON, or not valid; of a large body the first problems.
             DecodeError: it is beyond a limit.
         """
-        return self._validate(body) if len(body) <= LARGE else self._large(body)
+        return self.validate_small(body) if len(body) <= LARGE else self._large(body)
+
+    @property
+    def validate_small(self) -> Callable[[bytes | str], Any]:
+        """What validates bodies of `LARGE` bytes at most."""
+        return self._validate
+
+    def _validate_if_quick(self, body: bytes | str) -> Any:
+        self._check_work(_as_bytes(body))
+        return self._adapter.validate_json(body)
+
+    def _check_work(self, data: bytes) -> None:
+        """Check that no more values are tried than are parsed.
+
+        Raises:
+            TooManyValues: there are more.
+        """
+        growth, most = self._doubling, LIMITS.values and LIMITS.values // WORK
+        if growth is None or most is None or not growth.exceeds(data, most):
+            return
+        if growth.exceeds(_without_strings(data), most):
+            raise TooManyValues(
+                f"The body is nested so deeply that over {most:,} values would be tried: {growth.members} types of a "
+                f"union have the field {growth.field!r}, in which it stands again. Tell them apart by "
+                "Field(discriminator=...)."
+            )
 
     def first_problem(self, body: bytes | str) -> ValidationError | None:
         """The first thing that is wrong; None where that cannot be told."""
@@ -107,7 +143,8 @@ class Parser:
         return None
 
     def _large(self, body: bytes | str) -> Any:
-        data = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
+        data = _as_bytes(body)
+        self._check_work(data)
         try:
             check_values(data)
         except TooManyValues:
@@ -132,46 +169,93 @@ class Parser:
     def _failing_fast(self) -> SchemaValidator | TypeAdapter[Any]:
         if self._made is None:
             try:
-                self._made = SchemaValidator(failing_fast(self._adapter.core_schema))
+                # Else a model within is validated by the validator of its class, which was made of its own schema.
+                self._made = SchemaValidator(failing_fast(self._adapter.core_schema), _use_prebuilt=False)
             except (SchemaError, RecursionError):  # the schema cannot be changed so
                 self._made = self._adapter
         return self._made
 
 
+def _as_bytes(body: bytes | str) -> bytes:
+    return body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
+
+
 def failing_fast(schema: Any) -> Any:
-    """A core schema whose sequences end at their first item that is wrong."""
+    """A core schema whose sequences end at their first item that is wrong, and whose sets look at hashes first."""
     if isinstance(schema, list):
         return [failing_fast(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     copy = {name: failing_fast(part) for name, part in schema.items()}
-    return {**copy, "fail_fast": True} if schema.get("type") in ("list", "set", "frozenset", "tuple") else copy
+    if schema.get("type") in ("set", "frozenset"):
+        return _with_hashes_checked(copy)
+    return {**copy, "fail_fast": True} if schema.get("type") in ("list", "tuple") else copy
+
+
+def _with_hashes_checked(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a set: first a list of its items, whose hashes are counted, then the set."""
+    items = {"type": "list", "fail_fast": True, **{n: v for n, v in schema.items() if n == "items_schema"}}
+    checked = {"type": "function-after", "function": {"type": "no-info", "function": _checked}, "schema": items}
+    made = {name: value for name, value in schema.items() if name not in ("items_schema", "strict", "ref")}
+    return {"type": "chain", "steps": [checked, made], **{n: v for n, v in schema.items() if n == "ref"}}
+
+
+def _checked(items: list[Any]) -> list[Any]:
+    """The items of a set, which are not chosen to have one hash.
+
+    Raises:
+        DecodeError: they are.
+    """
+    if len(items) > MANY:
+        try:
+            hashes = list(map(hash, items))
+        except TypeError:  # one has no hash, which is said when the set is made
+            return items
+        [(most, number)] = Counter(hashes).most_common(1)
+        if number > SAME_HASH:
+            _check_distinct(item for item, found in zip(items, hashes, strict=True) if found == most)
+    return items
+
+
+def _check_distinct(items: Iterable[Any]) -> None:
+    """Check that items of one hash are mostly the same ones."""
+    distinct: list[Any] = []
+    for item in items:
+        if item not in distinct:
+            distinct.append(item)
+            if len(distinct) > SAME_HASH:
+                raise DecodeError(_ONE_HASH)
 
 
 def _has_number_keys(schema: Any) -> bool:
-    """Whether a set, or the keys of a dict, may be anything but texts."""
+    """Whether the keys of a dict may be anything but texts."""
     if isinstance(schema, list):
         return any(map(_has_number_keys, schema))
     if not isinstance(schema, dict):
         return False
-    keys = {"set": "items_schema", "frozenset": "items_schema", "dict": "keys_schema"}.get(str(schema.get("type")))
-    if keys is not None and isinstance(schema.get(keys), dict) and schema[keys].get("type") != "str":
+    keys = schema.get("keys_schema") if schema.get("type") == "dict" else None
+    if isinstance(keys, dict) and keys.get("type") != "str":
         return True
     return any(_has_number_keys(part) for part in schema.values())
 
 
 def _check_hashes(body: bytes) -> None:
+    if b"\\u" in body:  # what is escaped is no less a number
+        with suppress(ValueError):
+            body = to_json(from_json(body))
     found = _LONG_NUMBER.findall(body)
     if len(found) <= MANY:
         return
     hashes = Counter(number % MODULUS for number in map(_number, found) if number is not None)
     if hashes and hashes.most_common(1)[0][1] > SAME_HASH:
-        raise DecodeError("The body has many numbers with the same hash, which a set or a dict takes minutes for.")
+        raise DecodeError(_ONE_HASH)
 
 
 def _number(text: bytes) -> int | None:
     digits = text.replace(b"-", b"")
     try:
+        if b":" in digits:
+            return int.from_bytes(socket.inet_pton(socket.AF_INET6, digits.decode()))
         return int(digits) if digits.isdigit() else int(digits, 16)
-    except ValueError:  # of more digits than Python converts
+    except (ValueError, OSError):  # of more digits than Python converts; no address
         return None

@@ -5,21 +5,24 @@ from __future__ import annotations
 import base64
 import datetime
 import gzip
+import ipaddress
 import json
 import time
 import tracemalloc
 import uuid
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from streamtools import ConfigurationError, Message, codec, set_body_limits
 from streamtools.bodies import LIMITS
 from streamtools.envelope import unwrapped
 from streamtools.errors import DecodeError
+from streamtools.unions import doubling
 
 MIB = 1024 * 1024
 #: Seconds of processor time for one body: several times the 0.2 s that are promised, for a machine that does other
@@ -58,6 +61,25 @@ class Tree(BaseModel):
 class Point:
     x: int
     y: str
+
+
+class And(BaseModel):
+    items: list[And | Or | int]
+
+
+class Or(BaseModel):
+    items: list[And | Or | int]
+    child: Or | And | None = None
+
+
+def decimals(number: int) -> list[str]:
+    """Different ones with the same hash, of few digits."""
+    inverse, mantissa, found = pow(10, -1, MODULUS), 12345, list[str]()
+    for exponent in range(1, 10 * number):
+        mantissa = mantissa * inverse % MODULUS
+        if mantissa < 10**18:
+            found.append(f"{mantissa}e{exponent}")
+    return found[:number]
 
 
 def many(item: bytes, size: int = MIB) -> bytes:
@@ -131,6 +153,102 @@ def test_no_body_of_a_mebibyte_takes_long_or_fills_the_memory(annotation: str, e
         assert took < LIMIT, f"{name} took {took:.2f} s"
 
 
+#: Bodies that are made for one annotation.
+MADE: dict[str, bytes] = {
+    "addresses of one hash": json.dumps([str(ipaddress.IPv6Address(n * MODULUS)) for n in range(1, 24_000)]).encode(),
+    "keys of one hash that are addresses": json.dumps(
+        {str(ipaddress.IPv6Address(n * MODULUS)): 1 for n in range(1, 24_000)}
+    ).encode(),
+    "decimals of one hash": json.dumps(decimals(24_000)).encode(),
+    "ids of one hash, escaped": b"[%b]"
+    % b",".join(b'"\\u0030%b"' % str(uuid.UUID(int=n * MODULUS)).encode()[1:] for n in range(1, 23_000)),
+    "types that cannot be told apart": b'{"items":[' * 60 + b'"x"' + b"]}" * 60,
+    "such types, many times": b'{"items":[%b]}' % b",".join([b'{"items":[' * 9 + b'"x"' + b"]}" * 9] * 7_000),
+}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "name"),
+    [
+        (set[ipaddress.IPv6Address], "addresses of one hash"),
+        (dict[ipaddress.IPv6Address, int], "keys of one hash that are addresses"),
+        (frozenset[Decimal], "decimals of one hash"),
+        (set[uuid.UUID], "ids of one hash, escaped"),
+        (And | Or, "types that cannot be told apart"),
+        (And | Or, "such types, many times"),
+    ],
+)
+def test_no_body_that_is_made_for_its_annotation_takes_long(annotation: Any, name: str) -> None:
+    decode = codec.decoder(annotation)
+    begun = time.thread_time()
+    with pytest.raises(DecodeError, match=r"the same hash|would be tried"):
+        decode(message(MADE[name]))
+    assert time.thread_time() - begun < LIMIT
+
+
+TREE = {"items": [{"items": [1, {"items": [2, 3], "child": {"items": []}}]}, 4]}
+
+
+def test_types_that_cannot_be_told_apart_are_tried_a_limited_number_of_times() -> None:
+    decode = codec.decoder(And | Or)
+    assert decode(message(json.dumps(TREE).encode())) == TypeAdapter(And | Or).validate_python(TREE)
+    brackets = json.dumps({"items": ["[{" * 1000]})  # in a text they are none
+    with pytest.raises(DecodeError, match="valid int"):
+        decode(message(brackets.encode()))
+    deep = message(b'{"items":[' * 20 + b"1" + b"]}" * 20)
+    with pytest.raises(DecodeError, match=r"2 types of a union have the field 'items'.*discriminator"):
+        decode(deep)
+    set_body_limits(values=None)
+    try:
+        decode(message(b'{"items":[' * 12 + b"1" + b"]}" * 12))
+    finally:
+        set_body_limits()
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        Tree,
+        list[Cat | Dog],
+        dict[str, Any],
+        Annotated[Cat | Dog, Field(discriminator="kind")] | None,
+        "Json",
+        "Named",
+    ],
+)
+def test_types_that_are_told_apart_have_no_such_limit(annotation: Any) -> None:
+    class Not(BaseModel):
+        inner: Not | All
+
+    class All(BaseModel):
+        every: list[Not | All]
+
+    if annotation == "Json":
+        annotation = list["list[Any] | dict[str, Any] | str"]
+    assert doubling(TypeAdapter(All if annotation == "Named" else annotation).core_schema) is None
+
+
+def test_a_set_of_a_large_body_is_as_one_of_a_small_one() -> None:
+    class Sets(BaseModel):
+        numbers: set[int] = set()
+        names: frozenset[str] = frozenset()
+        few: Annotated[set[int], Field(max_length=3)] = set()
+
+    decode = codec.decoder(Sets)
+    given = {
+        "numbers": [*range(-9000, 9000), *[7] * 9000, *[-1, -2] * 9000],
+        "names": ["a"] * 9000,
+        "few": [1] * 9000,
+    }
+    found = decode(message(json.dumps(given).encode()))
+    assert found == Sets(numbers=set(range(-9000, 9000)), names=frozenset("a"), few={1})
+    for wrong in ({"few": list(range(9000))}, {"numbers": ["x"] * 9000}, {"numbers": "x" * 20_000}):
+        with pytest.raises(DecodeError) as caught:
+            decode(message(json.dumps(wrong).encode()))
+        assert caught.value.errors[0]["loc"][0] in wrong
+        assert len(caught.value.errors) == 1
+
+
 def timed(decode: codec.Decoder, sent: Message) -> float:
     begun = time.thread_time()
     with_problems(decode, sent)
@@ -146,8 +264,11 @@ def with_problems(decode: codec.Decoder, sent: Message) -> None:
         assert len(error.errors) <= codec.PROBLEMS
 
 
+compressed = cache(gzip.compress)
+
+
 def message(body: bytes, encoding: str | None = None, content_type: str = codec.JSON) -> Message:
-    body = gzip.compress(body) if encoding else body
+    body = compressed(body) if encoding else body
     return Message(body=body, queue="q", id="1", content_type=content_type, content_encoding=encoding)
 
 

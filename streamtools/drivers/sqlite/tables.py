@@ -45,7 +45,7 @@ ALLOWED: Final[Mapping[str | None, str]] = {
 def candidates(ordered_by: str | None) -> str:
     """The statement that reads what can be claimed, as one row."""
     return (
-        "SELECT json_group_array(id), json_group_array(count), json_group_array(size), "
+        "SELECT json_group_array(id), json_group_array(count), json_group_array(size), "  # nosec B608: ALLOWED has constants
         "CAST(group_concat(meta, char(30)) AS BLOB), CAST(group_concat(body, '') AS BLOB) FROM ("
         # As what they should be: other programs may have written anything.
         "SELECT r.id, CAST(r.count AS INTEGER) AS count, length(CAST(m.body AS BLOB)) AS size, "
@@ -66,7 +66,7 @@ WITHOUT_MESSAGE: Final = "NOT EXISTS (SELECT 1 FROM messages m WHERE m.id = r.id
 
 def _look(ordered_by: str | None) -> str:
     return (
-        f"SELECT EXISTS (SELECT 1 FROM ready r WHERE r.lane = :lane {ALLOWED[ordered_by]}), "
+        f"SELECT EXISTS (SELECT 1 FROM ready r WHERE r.lane = :lane {ALLOWED[ordered_by]}), "  # nosec B608: ALLOWED has constants
         f"coalesce((SELECT 0 FROM later WHERE lane = :lane AND {NO_TIME.format('due')} LIMIT 1), "
         "(SELECT min(due) FROM later WHERE lane = :lane)), "
         "EXISTS (SELECT 1 FROM lanes WHERE id = :lane)"
@@ -76,7 +76,7 @@ def _look(ordered_by: str | None) -> str:
 CANDIDATES: Final = {ordered_by: candidates(ordered_by) for ordered_by in ALLOWED}
 #: Whether some delayed messages of a lane have no time that can come, and whether some are due.
 RIPE: Final = (
-    f"SELECT EXISTS (SELECT 1 FROM later WHERE lane = :lane AND {NO_TIME.format('due')}), "
+    f"SELECT EXISTS (SELECT 1 FROM later WHERE lane = :lane AND {NO_TIME.format('due')}), "  # nosec B608: NO_TIME is a constant
     "EXISTS (SELECT 1 FROM later WHERE lane = :lane AND due <= :now)"
 )
 LOOK: Final = {ordered_by: _look(ordered_by) for ordered_by in ALLOWED}
@@ -94,7 +94,7 @@ def of_meta(name: str, *types: str) -> str:
 
 def _insert(rows: int) -> str:
     values = ",".join(["(" + ",".join("?" * COLUMNS) + ")"] * rows)
-    return f"INSERT INTO messages SELECT * FROM (VALUES {values}) WHERE column1 IS NOT NULL"
+    return f"INSERT INTO messages SELECT * FROM (VALUES {values}) WHERE column1 IS NOT NULL"  # nosec B608: values are marks of parameters
 
 
 INSERT: Final = {rows: _insert(rows) for rows in CHUNKS}
@@ -163,15 +163,15 @@ class Tables:
         number = 0
         for kind in ("ready", "later"):
             ids = self.value(
-                f"SELECT json_group_array(id) FROM (SELECT r.id FROM {kind} r CROSS JOIN messages m ON m.id = r.id "
+                f"SELECT json_group_array(id) FROM (SELECT r.id FROM {kind} r CROSS JOIN messages m ON m.id = r.id "  # nosec B608: kind is one of the two names above
                 "WHERE r.lane = ? AND r.id <= ? LIMIT ?)",
                 (lane, last, -1 if limit is None else limit),
             )
             given = {"lane": lane, "ids": ids}
-            self.run(f"DELETE FROM messages WHERE id IN {_IDS}", given)
-            found = self.run(f"DELETE FROM {kind} WHERE lane = :lane AND id IN {_IDS}", given).rowcount
+            self.run(f"DELETE FROM messages WHERE id IN {_IDS}", given)  # nosec B608: _IDS is a constant
+            found = self.run(f"DELETE FROM {kind} WHERE lane = :lane AND id IN {_IDS}", given).rowcount  # nosec B608: kind is one of the two names above
             if not found:
-                self.run(f"DELETE FROM {kind} AS r WHERE r.lane = :lane AND {WITHOUT_MESSAGE}", given)
+                self.run(f"DELETE FROM {kind} AS r WHERE r.lane = :lane AND {WITHOUT_MESSAGE}", given)  # nosec B608: kind is one of the two names above
             number += found
         return number
 
@@ -225,12 +225,12 @@ class Tables:
         """Forget a message that is not due yet; False when there is none of this id."""
         given = {"lanes": to_json(self.lanes(queue)).decode(), "id": id, "now": now}
         found = self.value(
-            "SELECT json_group_array(m.id) FROM json_each(:lanes) n JOIN later l ON l.lane = n.value "
+            "SELECT json_group_array(m.id) FROM json_each(:lanes) n JOIN later l ON l.lane = n.value "  # nosec B608: of_meta is given constants
             f"CROSS JOIN messages m ON m.id = l.id WHERE l.due > :now AND {of_meta('id', 'text')} = :id",
             given,
         )
-        self.run(f"DELETE FROM messages WHERE id IN {_IDS}", {"ids": found})
-        return self.run(f"DELETE FROM later WHERE id IN {_IDS}", {"ids": found}).rowcount > 0
+        self.run(f"DELETE FROM messages WHERE id IN {_IDS}", {"ids": found})  # nosec B608: _IDS is a constant
+        return self.run(f"DELETE FROM later WHERE id IN {_IDS}", {"ids": found}).rowcount > 0  # nosec B608: _IDS is a constant
 
     def forget_lanes(self) -> None:
         """Read the lanes anew at the next send: what was read may have been rolled back."""
@@ -346,7 +346,7 @@ class Tables:
         if taken is None:
             # What may be claimed and cannot be read leads to no message: it would count as ready for ever.
             self.run(
-                f"DELETE FROM ready AS r WHERE r.lane = :lane AND {WITHOUT_MESSAGE} {ALLOWED[ordered_by]}",
+                f"DELETE FROM ready AS r WHERE r.lane = :lane AND {WITHOUT_MESSAGE} {ALLOWED[ordered_by]}",  # nosec B608: ALLOWED has constants
                 {"lane": lane, "claim": claim},
             )
             return None
@@ -356,11 +356,11 @@ class Tables:
         # All that is ready up to the last one, unless keys were left out between.
         which = f"id IN {_IDS}" if ordered_by == "key" else "id <= :last"
         self.run(
-            "INSERT OR REPLACE INTO held SELECT id, :claim, lane, count FROM ready "
+            "INSERT OR REPLACE INTO held SELECT id, :claim, lane, count FROM ready "  # nosec B608: which is _IDS, a bound, or nothing
             f"WHERE lane = :lane AND {which} AND id IN (SELECT id FROM messages)",
             given,
         )
-        self.run(f"DELETE FROM ready WHERE lane = :lane AND {which}", given)
+        self.run(f"DELETE FROM ready WHERE lane = :lane AND {which}", given)  # nosec B608: which is _IDS, a bound, or nothing
         return taken
 
     def _read(self, lane: int, claim: int, ordered_by: str | None, limit: int) -> Claimed | None:
@@ -380,7 +380,7 @@ class Tables:
     def _ripen(self, lane: int, now: float) -> None:
         odd, due = self.run(RIPE, {"lane": lane, "now": now}).fetchone()
         if odd:
-            self.run(f"UPDATE OR REPLACE later SET due = 0 WHERE lane = ? AND {NO_TIME.format('due')}", (lane,))
+            self.run(f"UPDATE OR REPLACE later SET due = 0 WHERE lane = ? AND {NO_TIME.format('due')}", (lane,))  # nosec B608: NO_TIME is a constant
         if odd or due:
             self._make_ready(lane, now)
 
@@ -400,27 +400,28 @@ class Tables:
 
     def still_held(self, claim: int, ids: Sequence[int]) -> set[int]:
         """Those of `ids` that this claim still has in hand."""
-        statement = f"SELECT json_group_array(id) FROM held WHERE claim = :claim AND id IN {_IDS}"
+        statement = f"SELECT json_group_array(id) FROM held WHERE claim = :claim AND id IN {_IDS}"  # nosec B608: _IDS is a constant
         return set(from_json(self.value(statement, {"claim": claim, "ids": ids_json(ids)})))
 
     def remove(self, claim: int, ids: Sequence[int]) -> int:
         """Delete messages that this claim has in hand; the number. Others of `ids` are left."""
         given = {"claim": claim, "ids": ids_json(ids)}
         self.run(
-            f"DELETE FROM messages WHERE id IN (SELECT id FROM held WHERE claim = :claim AND id IN {_IDS})", given
+            f"DELETE FROM messages WHERE id IN (SELECT id FROM held WHERE claim = :claim AND id IN {_IDS})",  # nosec B608: _IDS is a constant
+            given,
         )
-        return self.run(f"DELETE FROM held WHERE claim = :claim AND id IN {_IDS}", given).rowcount
+        return self.run(f"DELETE FROM held WHERE claim = :claim AND id IN {_IDS}", given).rowcount  # nosec B608: _IDS is a constant
 
     def put_back(self, claim: int, ids: Sequence[int] | None = None, *, count: int = 0) -> int:
         """Make messages that this claim has in hand (all of them when `ids` is None) ready again; the number."""
         given = {"claim": claim, "count": count, "ids": "[]" if ids is None else ids_json(ids)}
         which = "" if ids is None else f"AND h.id IN {_IDS}"
         self.run(
-            "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + :count, m.key FROM held h "
+            "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + :count, m.key FROM held h "  # nosec B608: which is _IDS, a bound, or nothing
             f"CROSS JOIN messages m ON m.id = h.id WHERE h.claim = :claim {which}",
             given,
         )
-        return self.run(f"DELETE FROM held AS h WHERE h.claim = :claim {which}", given).rowcount
+        return self.run(f"DELETE FROM held AS h WHERE h.claim = :claim {which}", given).rowcount  # nosec B608: which is _IDS, a bound, or nothing
 
     # --- leases ---------------------------------------------------------------------------------
 
@@ -449,7 +450,7 @@ class Tables:
     def next_expiry(self) -> float | None:
         """When the first lease ends; 0.0 where something is held that no lease would ever bring back."""
         expires = self.value(
-            f"SELECT iif(EXISTS (SELECT 1 FROM held h WHERE {UNCLAIMED}) OR EXISTS (SELECT 1 FROM claims WHERE "
+            f"SELECT iif(EXISTS (SELECT 1 FROM held h WHERE {UNCLAIMED}) OR EXISTS (SELECT 1 FROM claims WHERE "  # nosec B608: UNCLAIMED is a constant
             f"{NO_TIME.format('expires')}), 0, (SELECT min(expires) FROM claims))"
         )
         return None if expires is None else float(expires)
@@ -458,15 +459,15 @@ class Tables:
         """Put back what consumers have in hand whose lease has run out, counted; the number."""
         number = 0
         over = f"expires <= ? OR {NO_TIME.format('expires')}"
-        for claim in from_json(self.value(f"SELECT json_group_array(id) FROM claims WHERE {over}", (now,))):
+        for claim in from_json(self.value(f"SELECT json_group_array(id) FROM claims WHERE {over}", (now,))):  # nosec B608: over is the constant above
             number += self.put_back(claim, count=1)
             self.run("DELETE FROM claims WHERE id = ?", (claim,))
         # What is held under no lease at all nothing else would ever bring back.
         self.run(
-            "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + 1, m.key FROM held h "
+            "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + 1, m.key FROM held h "  # nosec B608: UNCLAIMED is a constant
             f"CROSS JOIN messages m ON m.id = h.id WHERE {UNCLAIMED}"
         )
-        return number + self.run(f"DELETE FROM held AS h WHERE {UNCLAIMED}").rowcount
+        return number + self.run(f"DELETE FROM held AS h WHERE {UNCLAIMED}").rowcount  # nosec B608: UNCLAIMED is a constant
 
     # --- numbers --------------------------------------------------------------------------------
 
@@ -475,7 +476,7 @@ class Tables:
         ids = to_json(self.lanes(name)).decode()
         among = "lane IN (SELECT value FROM json_each(:ids))"
         ready, due, delayed, in_hand, oldest = self.run(
-            f"SELECT (SELECT count(*) FROM ready WHERE {among}), "
+            f"SELECT (SELECT count(*) FROM ready WHERE {among}), "  # nosec B608: among is the constant above
             f"(SELECT count(*) FROM later WHERE {among} AND (due <= :now OR {NO_TIME.format('due')})), "
             f"(SELECT count(*) FROM later WHERE {among} AND due > :now AND NOT {NO_TIME.format('due')}), "
             f"(SELECT count(*) FROM held WHERE {among}), "
