@@ -52,7 +52,7 @@ class RefusingBroker:
     """
 
     def __init__(self, at: str, code: int, text: str, *, times: int, unroutable: int = 0) -> None:
-        self._at, self._code, self._text, self._times = at, code, text, times
+        self._at, self._code, self._text, self.times = at, code, text, times
         self.unroutable = unroutable
         self.refused = 0
         self.held: list[bytes] = []
@@ -100,7 +100,7 @@ class RefusingBroker:
 
     def answer(self, frame: Any) -> Any:
         """What it says to this request; None for nothing."""
-        if frame.name == self._at and self.refused < self._times:
+        if frame.name == self._at and self.refused < self.times:
             self.refused += 1
             close = spec.Channel.Close if self._code in SOFT else spec.Connection.Close
             return close(self._code, self._text, 0, 0)

@@ -112,7 +112,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         try:
             await self._open_anew()
         except MissingQueue as error:
-            if not self._was_open:
+            makes_it = self.declare is True and error.queue == self.queue  # it was deleted while we opened
+            if not self._was_open and not makes_it:
                 raise
             raise self._gone(error) from error
         self._was_open, self._says_gone = True, False

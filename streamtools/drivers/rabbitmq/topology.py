@@ -485,12 +485,21 @@ def sees_to_order(name: str, queue: Queue | None, declare: Declare) -> bool:
 
 
 class MissingQueue(QueueError):
-    """There is no such queue."""
+    """There is no such queue.
+
+    Attributes:
+        queue: its name.
+    """
+
+    def __init__(self, message: str, queue: str) -> None:
+        super().__init__(message)
+        self.queue = queue
 
 
 def missing(name: str, where: str) -> MissingQueue:
     """A queue that is not there, and what to do about it."""
     return MissingQueue(
         f"There is no queue {name!r} at {where}. Check the name and the virtual host, or make it: "
-        f"streamtools queues create {name}. Or use declare=True to have it made."
+        f"streamtools queues create {name}. Or use declare=True to have it made.",
+        name,
     )

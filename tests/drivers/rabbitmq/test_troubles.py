@@ -67,7 +67,7 @@ def _cases(*, passes: bool) -> list[Any]:
 
 
 #: A queue that is missing is made, and an exchange that is missing is made before the message is sent again.
-ELSEWHERE: Final = {(404, False, DECLARE), (404, False, PUBLISH)}
+ELSEWHERE: Final = {(404, False, DECLARE), (404, False, CONSUME), (404, False, PUBLISH)}
 
 
 async def _do(stage: str, url: str) -> None:
@@ -124,6 +124,36 @@ async def test_a_message_to_a_queue_that_is_not_there_is_refused_at_once() -> No
             await producer.send(b"x", id="1")
         assert caught.value.refused == ("1",)
         assert broker.held == []
+
+
+async def test_a_queue_that_is_deleted_while_its_consumer_opens_is_made_again() -> None:
+    text = "NOT_FOUND - no queue 'orders' in vhost '/'"
+    async with RefusingBroker(CONSUME, 404, text, times=2) as broker, RabbitMQConsumer("orders", url=broker.url):
+        assert broker.refused == 2
+    async with RefusingBroker(CONSUME, 404, text, times=2) as broker:
+        with pytest.raises(QueueError, match="no queue 'orders'"):
+            await RabbitMQConsumer("orders", url=broker.url, declare=False).open()
+        assert broker.refused == 1
+
+
+@pytest.mark.parametrize("ordered_by", [None, "queue"])
+async def test_a_consumer_that_is_not_told_that_its_queue_is_gone_notices(
+    monkeypatch: pytest.MonkeyPatch, ordered_by: Any
+) -> None:
+    monkeypatch.setattr("streamtools.drivers.rabbitmq.consumer.IDLE", 0.02)
+    async with RefusingBroker(DECLARE, 404, "NOT_FOUND - no queue 'orders' in vhost '/'", times=0) as broker:
+        consumer = RabbitMQConsumer("orders", url=broker.url, declare=False, ordered_by=ordered_by)
+
+        @consumer()
+        async def handle(message: bytes) -> None: ...
+
+        running = asyncio.create_task(handle())
+        await wait_until(lambda: "Basic.Consume" in broker.asked)
+        broker.times = 1
+        await wait_until(lambda: consumer._opened == 2 or running.done())
+        assert consumer._opened == 2
+        consumer.stop()
+        await running
 
 
 def test_the_page_shows_the_table_as_it_is() -> None:
