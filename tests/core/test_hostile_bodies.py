@@ -16,9 +16,11 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel, Field, TypeAdapter
 
-from streamtools import ConfigurationError, Message, codec, set_body_limits
+from streamtools import ConfigurationError, Message, codec, parsing, set_body_limits
 from streamtools.bodies import LIMITS
 from streamtools.envelope import unwrapped
 from streamtools.errors import DecodeError
@@ -151,6 +153,30 @@ def test_no_body_of_a_mebibyte_takes_long_or_fills_the_memory(annotation: str, e
         if took >= LIMIT:  # it may have met a collection of garbage
             took = min(timed(decode, sent) for _ in range(2))
         assert took < LIMIT, f"{name} took {took:.2f} s"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[" + b'"",' * 5_000_000 + b"1]", b'["' + b"x" * MIB + b'",' + b'"",' * 5_000_000 + b"1]"]
+    + [b'["' + b'\\"' * 8 * MIB + b'"]', b'["' + b"\\\\" * 8 * MIB + b'"]', b'["' + b"-" * 16 * MIB + b'"]'],
+    ids=["texts", "texts behind a long one", "quotes", "backslashes", "dashes"],
+)
+def test_no_body_that_is_large_once_decompressed_takes_long(body: bytes) -> None:
+    sent = message(body[: LIMITS.inflated], "gzip")
+    assert len(sent.body or b"") < 40_000
+    for annotation in (set[uuid.UUID], dict[int, str]):
+        assert timed(codec.decoder(annotation), sent) < LIMIT
+
+
+@given(
+    st.lists(st.sampled_from([b'"', b"\\", b'\\"', b",", b"[", b"{", b"a", b"\\\\"]), max_size=40), st.integers(1, 9)
+)
+def test_values_are_counted_alike_in_pieces_of_any_size(parts: list[bytes], portion: int) -> None:
+    body = b"".join(parts)
+    number = parsing._count(parsing._without_strings(body))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parsing, "PORTION", portion)
+        assert [parsing._has_more_values(body, limit) for limit in range(41)] == [number > n for n in range(41)]
 
 
 #: Bodies that are made for one annotation.
