@@ -26,6 +26,7 @@ from streamtools.drivers.kafka.outbox import Outbox
 from streamtools.drivers.kafka.outgoing import COPY_ROOM
 from streamtools.drivers.kafka.records import QUEUE, decode_plain, header_texts, read_record
 from streamtools.drivers.kafka.starts import Start
+from streamtools.drivers.kafka.subscribed import Subscribed
 from streamtools.drivers.kafka.terms import Terms
 from streamtools.drivers.kafka.tiers import TIERS, leaves_at
 from streamtools.drivers.kafka.topics import MAX_MESSAGE, Topic, topics_at
@@ -73,7 +74,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         self._given_group: str | None = self.group
         self._apply_options()
         self._wake: asyncio.Future[None] | None = None
-        self._partitions: dict[str, int] = {}  # of each topic
+        self._subscribed = Subscribed(self.settings)
 
     def _apply_options(self) -> None:
         options = self.options
@@ -110,7 +111,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         retries = await self._declare()
         membership = Membership(
             self.settings, self._terms(retries), self._name, changed=self._wake_up, drained=self._drained,
-            passed_over=self._pass_over, partitions=self._partitions,
+            passed_over=self._pass_over, subscribed=self._subscribed,
         )  # fmt: skip
         self._membership = membership
         self._outbox = Outbox(
@@ -139,8 +140,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     async def _declare(self) -> bool:
         """Declare what is to be; True when there is a topic for retries."""
         options = self.options
+        known = self._subscribed.count  # one that was deleted in use comes back as it was
         queues = [
-            Topic(name=name, partitions=options.partitions, replication=options.replication)
+            Topic(name=name, partitions=options.partitions or known(name), replication=options.replication)
             for name in dict.fromkeys((self.queue, *options.topics))
         ]
         named = len(queues)

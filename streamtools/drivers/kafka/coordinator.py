@@ -78,6 +78,7 @@ class Coordinator:
 
         Raises:
             CommitFailedError: the place is not ours any more.
+            UnknownTopicOrPartitionError: a topic was deleted. The next one of that name is not to have this commit.
             KafkaError: the broker refuses it.
         """
         inner = self._inner
@@ -96,11 +97,18 @@ class Coordinator:
             ) as error:
                 raise kafka.CommitFailedError from error
             except kafka.KafkaError as error:
-                if not error.retriable:
+                if not error.retriable or (
+                    isinstance(error, kafka.UnknownTopicOrPartitionError) and not self.has(offsets)
+                ):
                     raise
                 await asyncio.sleep(BACKOFF / 1000)
             else:
                 return
+
+    def has(self, partitions: Collection[TopicPartition]) -> bool:
+        """All of them exist, as far as is known."""
+        cluster = self._inner._client.cluster
+        return all(p.partition in (cluster.partitions_for_topic(p.topic) or ()) for p in partitions)
 
     async def leave(self) -> None:
         """Tell the coordinator that we go, where the library has not done so; others then need not wait for us.

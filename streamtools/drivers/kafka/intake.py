@@ -114,10 +114,12 @@ class Intake:
                     if track is not None and not track.going:  # else whoever has it next reads it
                         track.arrive(found)
                 self._pass_over_markers()
-                if fetched:
-                    self.pause_and_resume()
-                    self._changed()
-                    await self._wait_for_room()
+                if not fetched:
+                    self._membership.subscribed.look(self._membership.consumer)
+                    continue
+                self.pause_and_resume()
+                self._changed()
+                await self._wait_for_room()
         except CLIENT_ERRORS as error:
             self._failed(client_error(error, self._settings))
         except Exception as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -24,6 +24,7 @@ from streamtools.drivers.kafka.errors import CLIENT_ERRORS, TROUBLE, client_erro
 from streamtools.drivers.kafka.offsets import METADATA_LIMIT, Offsets, Run
 from streamtools.drivers.kafka.reach import Reach
 from streamtools.drivers.kafka.starts import Commits, Starts
+from streamtools.drivers.kafka.subscribed import Subscribed
 from streamtools.drivers.kafka.terms import Terms
 from streamtools.drivers.kafka.track import Track
 from streamtools.drivers.kafka.transactions import Identity, fence
@@ -57,7 +58,7 @@ class Membership:
         changed: called whenever a partition comes or goes, or the membership fails.
         drained: called before partitions go; returns once nothing of them is at work, or at the deadline.
         passed_over: commits, with exactly_once, what is finished of these partitions without a message being handled.
-        partitions: how many each topic had, as an earlier member of the same consumer knew; it is kept up to date.
+        subscribed: what is known of the topics.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Membership:
         changed: Callable[[], None],
         drained: Callable[[Collection[Track]], Awaitable[None]],
         passed_over: Callable[[Collection[Track]], Awaitable[None]],
-        partitions: dict[str, int] | None = None,
+        subscribed: Subscribed,
     ) -> None:
-        self._partitions = {} if partitions is None else partitions
+        #: What is known of the topics.
+        self.subscribed: Subscribed = subscribed
         self._settings = settings
         self._terms = terms
         self._client_id = client_id
@@ -167,15 +169,18 @@ class Membership:
 
     async def _begin(self, assigned: list[TopicPartition]) -> None:
         self.consumer.pause(*assigned)  # nothing is read before we know where
-        self._compare_topics()
+        anew = self.subscribed.compare(self.consumer)
         coordinator = self._get_coordinator()
         self._place = coordinator.place
         # What others have begun is ended first: else it could still change what is committed.
         identities = await self._fenced(assigned) if self._terms.exactly_once else {}
-        known: dict[TopicPartition, OffsetAndMetadata] = await coordinator.committed(assigned)
+        known = await coordinator.committed([p for p in assigned if p.topic not in anew])
+        if begun := [p for p in assigned if p.topic in anew]:  # a commit there may be of the topic before
+            known |= await self.unless_gone(self._starts(coordinator).beginnings(begun), begun)
         if missing := [p for p in assigned if p not in known]:
-            known |= await self._unless_gone(self._starts(coordinator).find(missing), missing)
-        unconfirmed, self.unconfirmed = self.unconfirmed, {}
+            known |= await self.unless_gone(self._starts(coordinator).find(missing), missing)
+        unconfirmed = {p: found for p, found in self.unconfirmed.items() if p.topic not in anew}
+        self.unconfirmed = {}
         tracks = {}
         exactly = self._settings if self._terms.exactly_once else None
         for partition in assigned:
@@ -192,30 +197,6 @@ class Membership:
             self.consumer.seek(partition, offset)
         self.tracks = tracks
         self.consumer.resume(*assigned)
-
-    def _compare_topics(self) -> None:
-        """A topic that was deleted in use comes back with as many partitions as the broker gives by itself."""
-        for topic in self.consumer.subscription():
-            now, before = len(self.consumer.partitions_for_topic(topic) or ()), self._partitions.get(topic, 0)
-            if before and not now:
-                log.warning(
-                    "The topic %r at %s was deleted while it was read; reading goes on once it exists again.",
-                    topic,
-                    self._settings.safe_url,
-                )
-            elif now < before:
-                log.warning(
-                    "The topic %r at %s was deleted and made anew while it was read: it has %d partition(s) instead "
-                    "of %d. Its old messages are gone. To have as many again: streamtools queues alter %s "
-                    "--partitions %d",
-                    topic,
-                    self._settings.safe_url,
-                    now,
-                    before,
-                    topic,
-                    before,
-                )
-            self._partitions[topic] = now or before
 
     def _get_coordinator(self) -> Coordinator:
         if self.coordinator is None:
@@ -242,7 +223,7 @@ class Membership:
         """Of whoever has this partition for the group: one id for each, whoever it is."""
         return f"streamtools/{self._terms.group}/{partition.topic}/{partition.partition}"  # no name has a slash
 
-    async def _unless_gone(self, asking: Awaitable[T], partitions: Collection[TopicPartition]) -> T:
+    async def unless_gone(self, asking: Awaitable[T], partitions: Collection[TopicPartition]) -> T:
         """What the library answers; where a topic was deleted, it goes on asking for ever.
 
         Raises:
@@ -251,12 +232,15 @@ class Membership:
         task = asyncio.ensure_future(asking)
         try:
             while not (await asyncio.wait({task}, timeout=GONE))[0]:
-                if gone := sorted({p.topic for p in partitions} - self.consumer._client.cluster.topics()):
-                    names = ", ".join(map(repr, gone))
-                    raise ConnectionLost(f"{names} at {self._settings.safe_url} was deleted under its consumer.")
+                if gone := {p.topic for p in partitions} - self.consumer._client.cluster.topics():
+                    raise self._deleted(gone)
             return task.result()
         finally:
             task.cancel()
+
+    def _deleted(self, topics: Collection[str]) -> ConnectionLost:
+        names = ", ".join(map(repr, sorted(topics)))
+        return ConnectionLost(f"{names} at {self._settings.safe_url} was deleted under its consumer.")
 
     # --- being a member ---------------------------------------------------------------------------
 
@@ -438,12 +422,12 @@ class Membership:
             if tracks:
                 await self._commit(tracks)
 
-    async def _commit(self, tracks: Iterable[Track]) -> None:
+    async def _commit(self, tracks: Collection[Track]) -> None:
         while True:
             taken = [(track, track.offsets.changes, *track.offsets.commit(self.limit)) for track in tracks]
             offsets = {t.partition: OffsetAndMetadata(at, text) for t, _, at, text, _ in taken}
             try:
-                await self._unless_gone(self._get_coordinator().commit(offsets, self._place), offsets)
+                await self.unless_gone(self._get_coordinator().commit(offsets, self._place), offsets)
             except StreamToolsError:
                 raise
             except kafka.OffsetMetadataTooLargeError:
@@ -453,6 +437,11 @@ class Membership:
                     self._settings.safe_url,
                     self.limit,
                 )
+            except kafka.UnknownTopicOrPartitionError:
+                # What was finished of a topic that was deleted is to be committed nowhere; it is let go of soon.
+                tracks = [track for track in tracks if self._get_coordinator().has([track.partition])]
+                if not tracks:
+                    return
             except kafka.CommitFailedError:
                 # Someone else may have the partitions by now. What is finished is told when we have them again.
                 log.warning(

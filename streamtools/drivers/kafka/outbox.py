@@ -221,7 +221,8 @@ class Outbox:
             raise
         changes = track.offsets.changes
         at, metadata, whole = track.offsets.commit(self._membership.limit, also=offsets)
-        await transactional.add_offsets({track.partition: (at, metadata)}, self._membership.group)
+        adding = transactional.add_offsets({track.partition: (at, metadata)}, self._membership.group)
+        await self._membership.unless_gone(adding, [track.partition])
         await transactional.commit()
         track.full = not whole
         return changes

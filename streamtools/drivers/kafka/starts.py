@@ -72,7 +72,7 @@ class Starts:
             everything = sorted(self._all_partitions().union(partitions))
             if not await self._committed(everything):
                 return await self._begin(everything, partitions)
-        return await self._beginnings(partitions)
+        return await self.beginnings(partitions)
 
     async def _begin(
         self, everything: list[TopicPartition], partitions: list[TopicPartition]
@@ -85,9 +85,10 @@ class Starts:
             await self._commit(chosen)
             return {p: chosen[p] for p in partitions}
         missing = [p for p in partitions if p not in known]
-        return {p: known[p] for p in partitions if p in known} | await self._beginnings(missing)
+        return {p: known[p] for p in partitions if p in known} | await self.beginnings(missing)
 
-    async def _beginnings(self, partitions: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
+    async def beginnings(self, partitions: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
+        """Where the oldest message is, or will be."""
         return _commits(await self._consumer.beginning_offsets(partitions)) if partitions else {}
 
     async def _chosen(self, partitions: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:

@@ -34,6 +34,8 @@ MAX_MESSAGE: Final = "max.message.bytes"
 INT_32: Final = 2**31 - 1
 #: Seconds between two looks at a topic that is being made.
 LOOK: Final = 0.05
+#: In what a controller says while no broker is ready, with the code for too many replicas.
+FENCED: Final = "brokers are currently fenced"
 #: "As the broker does by default", in a request to make a topic (KIP-464).
 DEFAULT: Final = -1
 #: No topic needs to have more partitions than it has.
@@ -173,9 +175,9 @@ class Topics:
             error = kafka.for_code(error_code)
             if error not in (kafka.NoError, kafka.TopicAlreadyExistsError):
                 words = (said[0] if said and said[0] else plain(error())).rstrip(".")
-                raise QueueError(
-                    f"The topic {name!r} cannot be made at {self._settings.safe_url}: {words}."
-                ) from error()
+                # A broker that starts, or has too much to do, is fenced: nothing can be placed there for a while.
+                kind = ConnectError if FENCED in words else QueueError
+                raise kind(f"The topic {name!r} cannot be made at {self._settings.safe_url}: {words}.") from error()
 
     async def _as_wide(self, topic: Topic) -> Topic:
         """The same, taking what the topics take whose copies it is for, and what a copy has besides."""

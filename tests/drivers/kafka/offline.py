@@ -178,6 +178,7 @@ class OfflineConsumer(KafkaConsumer):
             changed=self._wake_up,
             drained=self._drained,
             passed_over=self._pass_over,
+            subscribed=self._subscribed,
         )
         membership.coordinator = coordinator  # type: ignore[assignment]
         self._membership = membership

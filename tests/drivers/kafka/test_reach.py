@@ -86,7 +86,7 @@ async def test_a_client_that_asks_for_topics_over_and_over_is_slowed_down(monkey
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
-    client = SimpleNamespace(_get_conn=None, _metadata_update=ask, _conns={})
+    client = SimpleNamespace(_get_conn=None, _metadata_update=ask, _conns={}, bootstrap=None, coordinator_lookup=None)
     Reach(client, "Group orders", KafkaSettings())
     monkeypatch.setattr("streamtools.drivers.kafka.reach.time.monotonic", lambda: 100.0)
     monkeypatch.setattr("streamtools.drivers.kafka.reach.asyncio.sleep", sleep)

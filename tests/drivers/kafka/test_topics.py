@@ -6,10 +6,11 @@ from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from aiokafka import errors as kafka
 
-from streamtools import KafkaSettings
-from streamtools.drivers.kafka.topics import Topics
+from streamtools import ConnectError, KafkaSettings, QueueError
+from streamtools.drivers.kafka.topics import Topic, Topics
 
 KNOWN, UNKNOWN, NOT_READY = 0, kafka.UnknownTopicOrPartitionError.errno, kafka.LeaderNotAvailableError.errno
 PARTITION = (0, 0, 1, [1], [1])
@@ -69,3 +70,25 @@ async def test_partitions_that_one_broker_does_not_know_yet_are_asked_for_elsewh
     assert found["orders"].partitions == 2
     assert brokers.asked == [1, 1, 2]
     assert set(brokers.cluster._partitions["orders"]) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("Unable to replicate the partition 1 time(s): All brokers are currently fenced.", ConnectError),
+        ("The target replication factor of 3 cannot be reached because only 1 broker(s) are registered.", QueueError),
+    ],
+)
+async def test_a_topic_that_cannot_be_made_while_no_broker_is_ready_is_made_later(
+    words: str, kind: type[Exception]
+) -> None:
+    async def refuse(_node: int, request: Any) -> Any:
+        code = kafka.InvalidReplicationFactorError.errno
+        return SimpleNamespace(topic_errors=[(name, code, words) for name, *_ in request.create_topic_requests])
+
+    brokers = Brokers({1: {"others": (KNOWN, [PARTITION])}})
+    topics = Topics(brokers, KafkaSettings(host="h"))
+    brokers.cluster.controller, brokers.send = None, refuse  # type: ignore[method-assign]
+    with pytest.raises(kind, match=r"'orders' cannot be made.*(fenced|registered)\.$") as caught:
+        await topics._create([Topic(name="orders")])
+    assert not getattr(caught.value, "permanent", False)
