@@ -52,6 +52,11 @@ def compile_handler(
     """
     function = undecorated(function)
     check_handler(function)
+    if isinstance(function, classmethod):
+        raise ConfigurationError(
+            f"The handler {name_of(function.__func__)} is a class method without its class: decorate it in the body "
+            "of its class, or give the bound one, as in ConsumerRunner(Service.handle)."
+        )
     decode, further = _plan(function, resolvers, payload)
     call = function if is_async(function) else in_thread(function, executor)
     if not further:
@@ -166,7 +171,8 @@ def check_decorators(function: Callable[..., Any]) -> None:
 
 
 def _is_wrapper(function: Callable[..., Any]) -> bool:
-    return hasattr(unbound(function), "__wrapped__")
+    # Not by hasattr(): a proxy has whatever it is asked for.
+    return inspect.getattr_static(unbound(function), "__wrapped__", None) is not None
 
 
 def _called(function: Callable[..., Any]) -> str:
@@ -244,7 +250,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     _tell_parameters(function)
     try:
         return list(inspect.signature(function).parameters.values())
-    except ValueError:  # a builtin that does not tell, such as deque().append: it is given the message
+    except (ValueError, TypeError):  # a builtin, or a proxy, that does not tell: it is given the message
         return [inspect.Parameter("message", inspect.Parameter.POSITIONAL_ONLY)]
 
 
@@ -272,6 +278,13 @@ def _decoder(annotation: Any, name: str) -> codec.Decoder:
         ) from error
 
 
+def _innermost(function: Any) -> Any:
+    try:
+        return inspect.unwrap(function)
+    except ValueError:  # a proxy that shows another one for ever
+        return function
+
+
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a function.
 
@@ -279,10 +292,10 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
         ConfigurationError: one cannot be found.
     """
     function = unbound(undecorated(function))
-    inner = inspect.unwrap(function)
+    inner = _innermost(function)
     target = inner if inspect.isroutine(inner) else type(inner).__call__
     try:
-        return get_type_hints(inspect.unwrap(target), include_extras=True)
+        return get_type_hints(_innermost(target), include_extras=True)
     except NameError as error:
         raise ConfigurationError(
             f"The handler {name_of(function)} has an annotation that cannot be found: {error}. Import the name "

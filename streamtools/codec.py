@@ -239,6 +239,7 @@ def decoder(annotation: Any) -> Decoder:
 
     Raises:
         pydantic.PydanticUserError: pydantic cannot validate this annotation.
+        pydantic.errors.PydanticUndefinedAnnotation: a name in it, or in its models, is not defined.
     """
     if (plain := bare(annotation)) is not annotation and plain in (bytes, Message, Any, object):
         return _checked(decoder(plain), plain, annotation)
@@ -248,8 +249,13 @@ def decoder(annotation: Any) -> Decoder:
         return lambda message: message
     if annotation is Any or annotation is object:
         return decode
+    kinds = _kinds(annotation) - {NoneType}
+    if kinds == {Message}:
+        return lambda message: message
     adapter = TypeAdapter(annotation)
-    if _kinds(annotation) - {NoneType} == {bytes}:
+    if not adapter.pydantic_complete:  # a name in it is defined by now, or never: not at the first message
+        adapter.rebuild(force=True)
+    if kinds == {bytes}:
         return _guarded(lambda message: adapter.validate_python(message.body), adapter, annotation)
     return _guarded(_validator(adapter, annotation), adapter, annotation)
 

@@ -618,7 +618,7 @@ class BoundHandler(Decorated):
         self.__doc__ = function.__doc__
         self.__name__: str = getattr(function, "__name__", self.name)
         self.__qualname__ = self.name
-        self.__module__ = function.__module__
+        self.__module__ = getattr(function, "__module__", None) or type(function).__module__
         self.__wrapped__ = function
 
     def __set_name__(self, owner: type, name: str) -> None:

@@ -25,18 +25,24 @@ def format_error(error: BaseException) -> str:
 
 
 def _brings_few(error: BaseException) -> bool:
-    waiting, seen = [error], set[int]()
+    # One that several groups hold is shown, and counted, each time: few errors can hold each other very often.
+    waiting, number = [error], 0
     while waiting:
         each = waiting.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
+        number += 1
         held = each.exceptions if isinstance(each, BaseExceptionGroup) else ()
-        if len(seen) + len(waiting) + len(held) > MOST or len(_notes(each)) > MOST:
+        if number + len(waiting) + len(held) > MOST or len(_notes(each)) > MOST:
             return False
         waiting.extend(held)
-        waiting.extend(other for other in (each.__cause__, each.__context__) if other is not None)
+        if (before := _raised_from(each)) is not None:
+            waiting.append(before)
     return True
+
+
+def _raised_from(error: BaseException) -> BaseException | None:
+    if error.__cause__ is not None:
+        return error.__cause__
+    return None if error.__suppress_context__ else error.__context__
 
 
 def _notes(error: BaseException) -> list[str]:
@@ -68,12 +74,12 @@ def _stand_in(error: BaseException, depth: int) -> BaseException:
 
 
 def _show_cause(made: BaseException, error: BaseException, depth: int) -> None:
-    cause, context = error.__cause__, None if error.__suppress_context__ else error.__context__
-    if cause is None and context is None:
+    before = _raised_from(error)
+    if before is None:
         return
     if not depth:
         made.add_note("(what it was raised from is not shown)")
-    elif cause is not None:
-        made.__cause__ = _stand_in(cause, depth - 1)
-    elif context is not None:
-        made.__context__ = _stand_in(context, depth - 1)
+        return
+    made.__context__ = _stand_in(before, depth - 1)
+    if error.__cause__ is not None:
+        made.__cause__ = made.__context__

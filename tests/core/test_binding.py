@@ -143,6 +143,81 @@ class NotValidated:
 async def not_validated(msg: NotValidated) -> None: ...
 
 
+class Unfinished(BaseModel):
+    further: Missing  # type: ignore[name-defined]  # noqa: F821
+
+
+@dataclass
+class AlsoUnfinished:
+    further: list[Missing]  # type: ignore[name-defined]  # noqa: F821
+
+
+async def unfinished(msg: Unfinished) -> None: ...
+
+
+async def many_unfinished(msg: list[Unfinished] | None) -> None: ...
+
+
+async def also_unfinished(msg: AlsoUnfinished) -> None: ...
+
+
+async def message_or_number(msg: Message | int) -> None: ...
+
+
+def of_a_class(cls: type, msg: Order) -> None: ...
+
+
+@pytest.mark.parametrize("function", [unfinished, many_unfinished, also_unfinished, message_or_number])
+def test_a_name_that_is_missing_in_a_model_is_an_error_at_start_up(function: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigurationError, match="cannot validate.*is not defined") as caught:
+        compile_handler(function)
+    assert name_of(function) in str(caught.value)
+
+
+class Early(BaseModel):
+    further: Later
+
+
+class Later(BaseModel):
+    id: int
+
+
+async def test_a_name_that_is_defined_by_the_start_is_none() -> None:
+    async def handle(msg: Early) -> Early:
+        return msg
+
+    assert await compile_handler(handle)(message(b'{"further": {"id": 1}}')) == Early(further=Later(id=1))
+
+
+async def test_a_message_or_none_is_a_message() -> None:
+    async def handle(msg: Message | None) -> Message | None:
+        return msg
+
+    assert await compile_handler(handle)(message()) == message()
+
+
+def test_a_class_method_without_its_class_is_an_error_at_start_up() -> None:
+    with pytest.raises(ConfigurationError, match="of_a_class is a class method without its class"):
+        compile_handler(classmethod(of_a_class))
+
+
+class Proxy:
+    """Has whatever it is asked for, as the clients of remote services do."""
+
+    def __getattr__(self, name: str) -> Any:
+        return Proxy()
+
+    def __call__(self, msg: Any) -> Any:
+        return msg
+
+
+@pytest.mark.parametrize("function", [Proxy(), dict.items])
+async def test_a_callable_that_does_not_tell_its_parameters_is_given_the_message(function: Any) -> None:
+    consumers = ConsumerFactory(url="asyncio://")
+    consumers.route("orders")(function)
+    assert dict(await compile_handler(function)(message())) == {"id": 1}
+
+
 @pytest.mark.parametrize(
     ("function", "why"),
     [(nothing, "takes no message"), (only_keywords, "takes no message"), (unknown_further, "'database'")]

@@ -300,7 +300,23 @@ def noted(number: int) -> BaseException:
     return error
 
 
+def shared(number: int) -> BaseException:
+    """A group that holds another one twice, which holds another one twice, and so on."""
+    error: BaseException = ValueError("the innermost")
+    for _ in range(number):
+        error = group(error, error)
+    return error
+
+
+class HoldsItself(ExceptionGroup[Exception]):
+    @property
+    def exceptions(self) -> Any:
+        return (self,)
+
+
 LARGE: dict[str, Callable[[], BaseException]] = {
+    "groups that share what they hold": lambda: shared(50),
+    "a group that holds itself": lambda: HoldsItself("g", [ValueError()]),
     "a wide group": lambda: group(*(ValueError(f"number {n}") for n in range(20_000))),
     "groups of groups": lambda: group(*(group(*(ValueError() for _ in range(100))) for _ in range(200))),
     "a deep group": lambda: nested(20_000),
@@ -344,6 +360,7 @@ def test_an_error_that_brings_few_along_is_told_whole() -> None:
             raise group(ValueError("one"), group(KeyError("two")))
         except ExceptionGroup as inner:
             inner.add_note("a note")
+            inner.__context__ = chained(50)
             raise RuntimeError("outer") from inner
     except RuntimeError as error:
         assert format_error(error) == "".join(traceback.format_exception(error))
