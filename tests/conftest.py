@@ -62,12 +62,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.kafka)
         if names & {"own_rabbitmq", "rabbitmq_cluster", "own_kafka", "kafka_cluster"}:
             item.add_marker(pytest.mark.chaos)
-        item.add_marker(pytest.mark.xdist_group(_together(item, names)))
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(_together(item, names)))
 
 
 def _together(item: pytest.Item, fixtures: set[str]) -> str:
     """The name of those that one process runs one after the other: a class, a file, or all that share a node."""
-    for node in ("own_rabbitmq", "own_kafka"):
+    for node in ("own_rabbitmq", "own_kafka", "strict"):
         if node in fixtures:
             return node
     if "tests/test_docs.py" in item.nodeid and "kafka" not in fixtures:

@@ -14,7 +14,7 @@ import pytest
 from tests.brokers.address import ROOT, RabbitMQAddress
 from tests.brokers.handshake import shake_hands
 from tests.brokers.processes import BrokerError, is_alive
-from tests.brokers.rabbitmq import RabbitMQCluster, RabbitMQNode
+from tests.brokers.rabbitmq import RabbitMQNode
 from tests.faults.waiting import wait_until
 
 QUORUM = {"durable": True, "arguments": {"x-queue-type": "quorum"}}
@@ -99,13 +99,3 @@ async def test_nothing_survives_the_sudden_end_of_its_owner(rabbitmq: RabbitMQAd
     os.kill(owner.pid, signal.SIGKILL)
     owner.communicate()
     await wait_until(lambda: not (is_alive(int(pid)) or is_alive(epmd) or Path(directory).exists()))
-
-
-@pytest.mark.slow
-def test_a_cluster_goes_on_without_one_node(rabbitmq_cluster: RabbitMQCluster) -> None:
-    first, second, _ = rabbitmq_cluster.nodes
-    first.manage("PUT", "queues/%2F/orders", QUORUM)
-    first.kill()
-    shake_hands(second.url)
-    rabbitmq_cluster.start()
-    assert [queue["name"] for queue in first.list_queues("name")] == ["orders"]

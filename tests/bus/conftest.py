@@ -24,6 +24,8 @@ from tests.brokers.kafka.node import KafkaNode
 ROOT = Path(__file__).parents[2]
 #: A policy that is soon done: two retries.
 SOON = Retry(retries=2, delay=0.01, backoff=1, jitter=0)
+#: Seconds until SQLite gives on what a killed process had in hand.
+LEASE = 3
 #: None.
 NO_RETRY = Retry(retries=0)
 
@@ -31,7 +33,11 @@ MakeBus = Callable[..., Bus]
 Running = Callable[..., Awaitable[None]]
 
 
-@pytest.fixture(params=["asyncio", "sqlite", "rabbitmq", "kafka"])
+#: One process runs all of them: they share a node, which each empties.
+KAFKA = pytest.param("kafka", marks=(pytest.mark.kafka, pytest.mark.xdist_group("bus_on_kafka")))
+
+
+@pytest.fixture(params=["asyncio", "sqlite", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq), KAFKA])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Empty, and the test's own."""
     if request.param == "kafka":
@@ -39,7 +45,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         asyncio.run(emptied(KafkaSettings.from_url(node.address.url)))
         return node.address.url
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/bus.db"
+        return f"sqlite:///{tmp_path}/bus.db?lease={LEASE}"
     if request.param == "rabbitmq":
         address: RabbitMQAddress = request.getfixturevalue("rabbitmq_vhost")
         return address.url

@@ -27,7 +27,7 @@ from tests.chaos.mix import ANYWHERE, EVERYTHING, Mix, Place
 from tests.chaos.tally import show
 from tests.drivers import foreign
 
-SECONDS: Final = float(os.environ.get("STREAMTOOLS_MIX", "12"))
+SECONDS: Final = float(os.environ.get("STREAMTOOLS_MIX", "6"))
 SEED: Final = int(os.environ.get("STREAMTOOLS_MIX_SEED", "0"))
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 240)]

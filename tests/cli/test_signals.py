@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from tests.brokers.address import ROOT
+from tests.lengths import length
 
 #: Seconds within which a process that has nothing to wait for ends, on a busy machine.
 SOON = 8.0
 #: Moments between the start of a process and its running; other ones each time that the test runs.
-MOMENTS = 6
+MOMENTS = length(2, 20)
 
 SERVICE = """
 import os

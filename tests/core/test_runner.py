@@ -357,7 +357,7 @@ async def test_a_signal_ends_it_with_code_0_and_nothing_lost_or_done_twice(tmp_p
 
 
 async def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/queues.db"
+    url = f"sqlite:///{tmp_path}/queues.db?lease=2"
     async with Producer("orders", url=url) as producer:
         await producer.send(1)
     async with process(url, "hangs") as running:
@@ -371,7 +371,7 @@ async def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
                 running.process.send_signal(signal.SIGTERM)
         # One more may come when the interpreter has no handler for it any more: then it ends by the signal itself.
         assert await running.ends() in (128 + signal.SIGTERM, -signal.SIGTERM)
-    async with Consumer("orders", url=f"{url}?lease=0.1") as consumer:
+    async with Consumer("orders", url=url) as consumer:
         [delivery] = await consumer.receive(1, timeout=60)
         await delivery.ack()
 

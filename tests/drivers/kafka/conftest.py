@@ -144,7 +144,7 @@ async def member(address: KafkaAddress, group: str, topic: str) -> AsyncIterator
         await consumer.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def strict() -> Iterator[KafkaNode]:
     """A node that allows its own tools everything, and other users what a test allows."""
     node = KafkaNode(

@@ -9,6 +9,14 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
 
 from streamtools import ConnectError, Reject, Retry, SendError
 from streamtools.consumer import BoundHandler
@@ -26,9 +34,16 @@ Allow = Callable[..., None]
 
 @pytest.fixture
 def allow(strict: KafkaNode) -> Allow:
+    admin = AdminClient({"bootstrap.servers": strict.address.bootstrap})
+
     def allow(kind: str, name: str, *operations: str) -> None:
-        each = [word for operation in operations for word in ("--operation", operation)]
-        strict.tool("kafka-acls", "--add", "--allow-principal", "User:tester", *each, f"--{kind}", name)
+        on = ResourceType[kind.upper().replace("-", "_")], name, ResourcePatternType.LITERAL
+        given = [
+            AclBinding(*on, "User:tester", "*", AclOperation[operation.upper()], AclPermissionType.ALLOW)
+            for operation in operations
+        ]
+        for answer in admin.create_acls(given).values():
+            answer.result(30)
 
     return allow
 
