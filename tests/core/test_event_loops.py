@@ -35,6 +35,7 @@ from streamtools.jobs import connect
 from streamtools.testing.waiting import eventually, reaches
 from tests.brokers.address import ROOT
 from tests.brokers.processes import free_ports
+from tests.lengths import length
 
 PROTOCOLS = [
     "asyncio",
@@ -320,7 +321,7 @@ from service import consumers, orders, paid, payments, runner
 from streamtools import ConsumerRunner
 from streamtools.testing import eventually
 
-@pytest.mark.parametrize("number", range(50))
+@pytest.mark.parametrize("number", range(NUMBER))
 async def test_an_order_is_paid(number: int) -> None:
     # Every way in turn: the module's runner, one of the test's own, a producer that is closed or is not.
     async with runner if number % 2 else ConsumerRunner(consumers, payments):
@@ -335,12 +336,14 @@ async def test_an_order_is_paid(number: int) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("protocol", PROTOCOLS, indirect=True)
-@pytest.mark.parametrize("plugin", ["asyncio", "anyio"])
-def test_fifty_tests_each_with_a_loop_of_its_own(url: str, queue: str, tmp_path: Path, plugin: str) -> None:
-    tests = TESTS if plugin == "asyncio" else ANYIO + TESTS
+@pytest.mark.parametrize(("plugin", "number"), [("asyncio", 50), ("anyio", length(10, 50))], ids=["asyncio", "anyio"])
+def test_many_tests_each_with_a_loop_of_its_own(
+    url: str, queue: str, tmp_path: Path, plugin: str, number: int
+) -> None:
+    tests = (TESTS if plugin == "asyncio" else ANYIO + TESTS).replace("NUMBER", str(number))
     settings = SETTINGS.replace("auto", "auto" if plugin == "asyncio" else "strict")
     output = _pytest(tmp_path, tests, settings, STREAMTOOLS_URL=url, QUEUE=queue)
-    assert "\n50 passed" in output, output[-4000:]
+    assert f"\n{number} passed" in output, output[-4000:]
     for text in ("ResourceWarning", "Event loop is closed", "Task was destroyed", "never retrieved"):
         assert text not in output, output[-4000:]
 
