@@ -29,9 +29,11 @@ from tests.brokers.kafka.tools import TOOL_JAVA, kafka_tool, leaders
 from tests.brokers.node import START_TIMEOUT, Cluster, Node
 from tests.brokers.processes import BrokerError
 
-SERVER_JAVA = ("java", "-Xmx512m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError", "-Djava.awt.headless=true")
-#: The quick compiler only, for a node that lives for seconds: it starts in half the processor time.
-QUICK = ("-XX:TieredStopAtLevel=1",)
+SERVER_JAVA = ("java", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError", "-Djava.awt.headless=true")
+#: A node that lives for seconds has the quick compiler only: it starts in half the processor time.
+QUICK = ("-Xmx512m", "-XX:TieredStopAtLevel=1")
+#: One that stays keeps the topics of many runs.
+LASTING = ("-Xmx1g",)
 LOG = ("-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLogger.showDateTime=true")
 #: Seconds for formatting an empty directory; 1 on a quiet machine.
 FORMAT_TIMEOUT = 60.0
@@ -43,7 +45,7 @@ class KafkaHome(Home):
     def __init__(self, *, guarded: bool = True) -> None:
         jars.ensure_installed()
         super().__init__("kafka", guarded=guarded)
-        self.java = (*SERVER_JAVA, *QUICK) if guarded else SERVER_JAVA
+        self.java = (*SERVER_JAVA, *(QUICK if guarded else LASTING))
         self.cluster_id = new_cluster_id()
         self.keystore = self.directory / "keystore.pem"
         self.keystore.write_text(keystore(self.certificates))
