@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import Final
 
@@ -36,6 +37,12 @@ _XERIAL, _XERIAL_HEADER = b"\x82SNAPPY\0", 16
 _LENGTH: Final = struct.Struct(">i")
 
 
+_INTO: Final = {LZ4: cramjam.lz4.decompress_into, ZSTD: cramjam.zstd.decompress_into}
+#: Written over by all, in any thread, and read by nobody.
+_SCRATCH: Final = bytearray(LARGE + 1)
+_GZIP_WINDOW: Final = 31
+
+
 class Unreadable(Exception):  # noqa: N818 - of one batch, and told as its message's
     """A batch cannot be unpacked, or not within the limit; the text says so."""
 
@@ -52,7 +59,7 @@ def unpacked(data: memoryview, codec: int) -> memoryview | None:
     """
     if codec not in _GROWTH:
         return data if len(data) > LARGE else None
-    if len(data) * _GROWTH[codec] <= LARGE:
+    if len(data) * _GROWTH[codec] <= LARGE or _is_small(data, codec):
         return None
     limit = max(MOST_UNPACKED, RATIO * len(data))
     try:
@@ -60,6 +67,20 @@ def unpacked(data: memoryview, codec: int) -> memoryview | None:
     except (DecodeError, cramjam.DecompressionError, struct.error, ValueError) as error:
         raise Unreadable(f"does not decompress into {limit:,} bytes or less, which are read at most") from error
     return plain if len(plain) > LARGE else None
+
+
+def _is_small(data: memoryview, codec: int) -> bool:
+    """Whether the records surely take no more than `LARGE` bytes: as most do, it is found out without any memory."""
+    if codec == SNAPPY:
+        return False  # which says its size
+    try:
+        if codec == GZIP:
+            stream = zlib.decompressobj(_GZIP_WINDOW)
+            stream.decompress(data, LARGE)
+            return stream.eof and not stream.unused_data
+        return _INTO[codec](data, _SCRATCH) <= LARGE
+    except (zlib.error, cramjam.DecompressionError):  # it is larger, or is malformed
+        return False
 
 
 def end_of_record(plain: memoryview, start: int) -> tuple[int, bool]:
@@ -89,8 +110,7 @@ def _plain(data: memoryview, codec: int, limit: int) -> memoryview:
     if codec == SNAPPY:
         return _plain_of_snappy(data, limit)
     room = mmap.mmap(-1, limit)  # memory that is taken as it is written
-    into = cramjam.lz4.decompress_into if codec == LZ4 else cramjam.zstd.decompress_into
-    return memoryview(room)[: into(data, room)]
+    return memoryview(room)[: _INTO[codec](data, room)]
 
 
 def _plain_of_snappy(data: memoryview, limit: int) -> memoryview:
