@@ -83,7 +83,7 @@ CREATE TABLE claims (id INTEGER PRIMARY KEY, expires REAL NOT NULL);
 #: A table of the file with its columns, as one text.
 _TABLES_THERE: Final = (
     "SELECT m.name, (SELECT group_concat(name, ', ') FROM (SELECT name FROM pragma_table_info(m.name) ORDER BY cid)) "
-    "FROM sqlite_master m WHERE m.type = 'table'"
+    "FROM sqlite_master m WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite%'"
 )
 #: What to do about a file whose tables are not ours.
 _MEND: Final = (
