@@ -51,7 +51,7 @@ def test_where_no_service_answers_it_says_so_and_does_not_fail(
         monkeypatch.setattr(advisories.subprocess, "run", lambda *_, done=done, **__: done)
         assert advisories.main() == 0
         said = capsys.readouterr().out
-        assert f"note: no advisory service was asked: {why}" in said or f"asked: the service {why}" in said
+        assert f"note: no advisory service answers here: {why}" in said or f"here: the service {why}" in said
         assert "the list in scripts/advisories alone" in said
 
 

@@ -20,7 +20,7 @@ from streamtools.cli.schema import schema
 from streamtools.installation import DISTRIBUTION
 
 
-class Commands(TyperGroup):
+class _Commands(TyperGroup):
     """The commands; what the parser of options repeats of what was typed is shown as everything else is."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
@@ -46,7 +46,7 @@ def _harmless_errors() -> Iterator[None]:
 
 
 app: typer.Typer = typer.Typer(
-    cls=Commands,
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
