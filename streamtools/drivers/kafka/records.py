@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 
 from aiokafka import TopicPartition
 
+from streamtools.codec import JSON
 from streamtools.delivery import read_message
 from streamtools.drivers.kafka.bounds import MOST_HEADERS, UNREAD
 from streamtools.errors import DecodeError
@@ -70,6 +71,7 @@ _META: Final = frozenset(
 )
 _IGNORED: Final = frozenset(PREFIX + name for name in ("specversion", TEXT["key"], KEY_BYTES, TEXT["content_type"]))
 _SPECVERSION: Final = (PREFIX + "specversion", b"1.0")
+_JSON: Final = JSON.encode()
 #: Where the message's id stands.
 ID: Final = PREFIX + TEXT["id"]
 
@@ -208,28 +210,34 @@ def _join(headers: dict[str, str], repeated: Mapping[str, Sequence[str]]) -> Non
 
 def decode_plain(record: Any, place: TopicPartition) -> Message | None:
     """The message of a record with no headers but id and content type; None for any other."""
-    headers = record.headers
-    if headers and not (
-        len(headers) == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE and headers[0][1]
-    ):
-        return None
-    if headers and (headers[1][1] or b"")[:23].lower() == b"application/cloudevents":
-        return None
+    headers, content_type = record.headers, None
+    if headers:
+        if not (len(headers) == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE and headers[0][1]):
+            return None
+        told = headers[1][1]
+        if told == _JSON:
+            content_type = JSON
+        elif told is not None:
+            if told[:23].lower() == b"application/cloudevents":
+                return None
+            content_type = read_text(told)
     message = _new(Plain)
     _set_source(message, record if headers else (record, place))
     _set_body(message, record.value)
     _set_queue(message, place.topic)
+    _set_content_type(message, content_type)
     return message
 
 
 class Plain(LazyMessage):
-    """A message that has body and queue; the rest is read when it is asked for. Its source is the record, with its
-    place where its id is made of that."""
+    """A message that has body, queue and content type; the rest is read when it is asked for. Its source is the
+    record, with its place where its id is made of that."""
 
     __slots__ = ()
 
-    expired = False  # it has no such time
-    enveloped = False
+    # What is asked of every message, and this one has not: reading all for it would take longer than its handler.
+    deliver_at = expires_at = reply_to = content_encoding = None
+    expired = enveloped = False
 
     def _all(self, source: Any) -> dict[str, Any]:
         record, place = source if isinstance(source, tuple) else (source, TopicPartition(self.queue, -1))
@@ -243,7 +251,7 @@ def id_of(place: TopicPartition, offset: int) -> str:
 
 
 _new: Final = Plain.__new__
-_set_source, _set_body, _set_queue = setters("body", "queue")
+_set_source, _set_body, _set_queue, _set_content_type = setters("body", "queue", "content_type")
 
 
 def _decode_meta(meta: dict[str, str], record: Any) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from streamtools import ConfigurationError, Message, QueueError, Reject, Retry
+from streamtools.delivery import current
 from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer
 from streamtools.drivers.kafka.offsets import decode
+from streamtools.drivers.kafka.records import Plain
 from streamtools.drivers.kafka.tiers import TIERS
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
@@ -473,3 +475,21 @@ async def _committed(address: KafkaAddress, queue: str, offset: int, ahead: list
         if partition.topic == queue:
             return (commit.offset, decode(commit.offset, commit.metadata)) == (offset, ahead)
     return False
+
+
+@pytest.mark.parametrize("payload", [{"id": 1}, b"x"])
+async def test_a_message_without_metadata_is_handled_without_reading_all_of_it(
+    producer: MakeProducer, running: Running, queue: str, payload: Any
+) -> None:
+    """That takes as long as all else together."""
+    kinds: list[type] = []
+
+    async def handle(body: Any) -> None:
+        delivery = current.get()
+        assert delivery is not None and body == payload
+        kinds.append(type(delivery.message))
+
+    await (await producer()).send_many([payload] * 3)
+    async with running(handle):
+        await eventually(lambda: len(kinds) == 3)
+    assert kinds == [Plain] * 3

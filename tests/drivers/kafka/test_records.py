@@ -63,7 +63,11 @@ def test_a_message_comes_back_as_it_was_sent(message: Message) -> None:
 def test_a_plain_message_is_read_as_any_other(message: Message) -> None:
     read = sent(message)
     if (plain := decode_plain(read, PLACE)) is not None:
-        assert len(read.headers) in (0, 2) and not plain.expired and type(plain) is Plain
+        assert len(read.headers) in (0, 2) and not plain.expired
+        whole = decode_record(read, PLACE)
+        for name in ("deliver_at", "expires_at", "reply_to", "content_encoding", "content_type", "enveloped"):
+            assert getattr(plain, name) == getattr(whole, name)
+        assert type(plain) is Plain
         assert plain == decode_record(read, PLACE) and type(plain) is Message
 
 
