@@ -114,6 +114,9 @@ class RabbitMQReader:
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         refused: SendError | None = None
+        settlements = [
+            s for s in settlements if not s.delivery.token.settled
+        ]  # with others, of which one was refused
         outgoing = [message for s in settlements for message in s.outgoing]
         if outgoing:
             try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from aiormq.abc import AbstractChannel
 
 from streamtools.admin import QueueAdmin
-from streamtools.errors import ConnectError, QueueError
+from streamtools.errors import ConnectError, QueueError, SendError
+from streamtools.message import ErrorDetails, Message
 from streamtools.settings import RabbitMQSettings
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.processes import free_ports
@@ -119,3 +122,40 @@ async def test_the_connection_is_made_again_when_it_was_cut(admin: QueueAdmin, p
     await wait_until(lambda: link.lost is not None)
 
     assert (await admin.stats("orders")).ready == 0
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_a_move_that_is_refused_in_part_moves_the_rest_once(
+    admin: QueueAdmin, foreign: AbstractChannel, kind: str
+) -> None:
+    full = {"x-max-length": 3, "x-overflow": "reject-publish"}
+    await foreign.queue_declare("full", durable=True, arguments=full)
+    await foreign.queue_declare("parked", durable=True, arguments={"x-queue-type": kind})
+    for number in range(6):
+        await foreign.basic_publish(b"%d" % number, routing_key="parked")
+    await wait_until(lambda: _holds(admin, "parked", 6))
+
+    with pytest.raises(SendError, match="3 moved; 3 stay in 'parked'"):
+        await admin.move("parked", "full")
+
+    assert [message.body for message in await admin.peek("full")] == [b"0", b"1", b"2"]
+    assert [message.body for message in await admin.peek("parked")] == [b"3", b"4", b"5"]
+
+
+async def test_a_redrive_to_several_queues_of_which_one_is_gone_repeats_nothing(
+    admin: QueueAdmin, foreign: AbstractChannel, producer: Any
+) -> None:
+    sender = await producer("parked")
+    for name in ("here", "gone", "here", "gone", "here"):
+        details = ErrorDetails(queue=name, reason="no")
+        await sender.send_messages([Message(body=b"x", queue="parked", id=secrets.token_hex(8), error=details)])
+    await foreign.queue_declare("here", durable=True)
+
+    with pytest.raises(SendError, match="3 moved; 2 stay in 'parked'"):
+        await admin.move("parked", failed_in=["here", "gone"])
+
+    assert [len(await admin.peek(name)) for name in ("here", "parked")] == [3, 2]
+
+
+async def _holds(admin: QueueAdmin, queue: str, number: int) -> bool:
+    return (await admin.stats(queue)).ready == number
