@@ -290,7 +290,8 @@ class HTTPProducer(Producer, protocol="http"):
         except aiohttp.ClientConnectorError as error:
             raise ConnectError(f"{where}: cannot connect: {error.strerror or error}.") from error
         except aiohttp.ClientResponseError as error:
-            raise SendError(f"{where} was not answered in HTTP: {error.message}.", unknown=[message.id]) from error
+            why = _printable(" ".join(error.message.split()))
+            raise SendError(f"{where} was not answered in HTTP: {why}.", unknown=[message.id]) from error
         except aiohttp.ClientError as error:
             if self._session is None:
                 raise self._was_closed() from error
