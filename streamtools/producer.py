@@ -369,6 +369,7 @@ class Producer(Endpoint):
                 f"{self.protocol!r} holds no message back: leave delay= away, or send it later yourself."
             )
         check_texts({"type": type, "correlation_id": correlation_id, "reply_to": reply_to})
+        wait = 0.0 if delay is None else check_seconds("delay", delay)
         now = time.time()
         box = current_outbox()
         incoming = box.incoming if box is not None else None
@@ -377,7 +378,7 @@ class Producer(Endpoint):
             "source": self.client_id,
             "time": now,
             "headers": check_headers(headers) if headers else NO_HEADERS,
-            "deliver_at": None if not delay else now + check_seconds("delay", delay),
+            "deliver_at": now + wait if wait else None,
             "expires_at": None if ttl is None else now + check_seconds("ttl", ttl),
             "type": type,
             "key": None if key is None else checked_key(key),

@@ -206,6 +206,7 @@ class Composer:
         check_texts({"type": type})
         type, version = _named(payload, type)  # noqa: A001
         incoming, box = _incoming(), current_outbox()
+        wait = 0.0 if delay is None else check_seconds("delay", delay)
         now = time.time()
         asks = intent == "request"
         question = f"{queue}\n{type}\n".encode() + body if asks else b""
@@ -231,7 +232,7 @@ class Composer:
             topic=queue if intent == "event" else None,
             key=None if key is None else checked_key(key),
             headers=check_headers(headers) if headers else NO_HEADERS,
-            deliver_at=now + check_seconds("delay", delay) if delay else None,
+            deliver_at=now + wait if wait else None,
             expires_at=None if ttl is None else now + check_seconds("ttl", ttl),
         )
 
