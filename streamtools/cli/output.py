@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 #: Exit codes.
 FAILED = 1
 USAGE = 2
+#: Characters of one cell of a table: what a message says of itself may have any number.
+CELL: Final = 500
 #: In a URL, from behind its "://" to the "@"; but for the words that stand for it in hints. A path has but one "/".
 PASSWORD: Final = re.compile(r"(?<=:/)/?(?!/?user:password@)[^\s/:@]*:\S+(?=@)")
 #: How the file names of those frames begin that lie between a command and the service's own code.
@@ -156,7 +158,8 @@ def cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return visible(str(value))
+    text = str(value)
+    return visible(text if len(text) <= CELL else f"{text[:CELL]}...")
 
 
 def moment(seconds: float | None) -> str | None:

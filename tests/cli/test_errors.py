@@ -259,6 +259,7 @@ class TestWhatCannotGoHome:
         said = cli("errors", "redrive", "--dry-run")
         assert "there is no queue 'qqq" in said.stderr
         assert len(said.stderr) < 1000
+        assert len(cli("errors", "list").stdout) < 10_000
 
     def test_what_is_parked_keeps_why_it_failed_and_goes_home_from_there(self, cli: Cli) -> None:
         cli("queues", "create", "parked")
