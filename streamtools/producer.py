@@ -261,8 +261,9 @@ class Producer(Endpoint):
         if not self.features.tombstones and any(message.body is None for message in batch):
             raise self._no_tombstones()
         here = self._here()
-        if timeless := [message for message in batch if wrong_time(message) is not None]:
-            return await here._deliver_others(batch, timeless)
+        for message in batch:  # most have no such time
+            if (message.deliver_at is not None or message.expires_at is not None) and wrong_time(message) is not None:
+                return await here._deliver_others(batch)
         return await here._deliver(batch, here._no_options) if batch else []
 
     async def flush(self) -> None:
@@ -387,11 +388,11 @@ class Producer(Endpoint):
             "reply_to": reply_to,
         }
 
-    async def _deliver_others(self, batch: Sequence[Message], unfit: Sequence[Message]) -> NoReturn:
-        """Send all but the `unfit` ones, of which a time is none; then say so."""
-        left = set(map(id, unfit))
+    async def _deliver_others(self, batch: Sequence[Message]) -> NoReturn:
+        """Send all but those of which a time is none; then say so."""
+        unfit = [message for message in batch if wrong_time(message) is not None]
         try:
-            if others := [message for message in batch if id(message) not in left]:
+            if others := [message for message in batch if wrong_time(message) is None]:
                 await self._deliver(others, self._no_options)
         except SendError as error:
             raise refusal(unfit, error) from error
