@@ -236,8 +236,12 @@ class Plain(LazyMessage):
     __slots__ = ()
 
     # What is asked of every message, and this one has not: reading all for it would take longer than its handler.
-    deliver_at = expires_at = reply_to = content_encoding = None
-    expired = enveloped = False
+    deliver_at: float | None = None
+    expires_at: float | None = None
+    reply_to: str | None = None
+    content_encoding: str | None = None
+    expired = False
+    enveloped = False
 
     def _all(self, source: Any) -> dict[str, Any]:
         record, place = source if isinstance(source, tuple) else (source, TopicPartition(self.queue, -1))
