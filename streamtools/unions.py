@@ -7,7 +7,7 @@ as long for each level: 17 s for 225 bytes. A discriminator tells them apart at 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -69,13 +69,23 @@ class _Graph:
         self._definitions: dict[str, Any] = {}
         #: Its unions without a discriminator.
         self.unions: list[Any] = []
-        self._collect(schema)
+        nodes = self._collect(schema)
+        #: By the id of a node: what it leads to, and by which place; by None where that is the same value.
+        self._ways: dict[int, list[tuple[str | None, Any]]] = {id(node): list(self._children(node)) for node in nodes}
+        #: By the id of a node: the ids of those that lead to it, and whether that is a level of the body.
+        self._back: defaultdict[int, list[tuple[int, bool]]] = defaultdict(list)
+        for start, ways in self._ways.items():
+            for place, child in ways:
+                self._back[id(child)].append((start, place is not None))
 
-    def _collect(self, part: Any) -> None:
-        waiting = [part]
+    def _collect(self, part: Any) -> list[Any]:
+        """All nodes."""
+        waiting, nodes = [part], []
         while waiting:
             part = waiting.pop()
             if isinstance(part, dict):
+                if isinstance(part.get("type"), str):
+                    nodes.append(part)
                 if isinstance(ref := part.get("ref"), str):
                     self._definitions[ref] = part
                 if part.get("type") == "union":
@@ -83,53 +93,48 @@ class _Graph:
                 waiting += part.values()
             elif isinstance(part, list | tuple):
                 waiting += part
+        return nodes
 
     def doubling(self, union: Any) -> Doubling | None:
         """How the work of this union grows."""
+        distances = self._distances(union)
         names: Counter[str] = Counter()
         levels = DEEPEST
         for choice in union["choices"]:
-            back = dict(self._ways_back(choice[0] if isinstance(choice, tuple) else choice, union))
-            names.update(back.keys())
-            levels = min([levels, *back.values()])
+            node = choice[0] if isinstance(choice, tuple) else choice
+            places = {p: distances[id(c)] + 1 for p, c in self._entries(node) if id(c) in distances}
+            names.update(places.keys())
+            levels = min([levels, *places.values()])
         anything = names.pop(_ANY, 0)
         field, number = names.most_common(1)[0] if names else (_ANY, 0)
         members = number + (anything if field != _ITEM else 0)
         return Doubling(members, levels, field) if members > 1 else None
 
-    def _ways_back(self, choice: Any, union: Any) -> Iterator[tuple[str, int]]:
-        """The places of a member in which the union stands again, and how many levels lower."""
-        for place, child in self._entries(choice):
-            if (levels := self._distance(child, union)) is not None:
-                yield place, levels + 1
-
-    def _distance(self, node: Any, union: Any) -> int | None:
-        """Levels from here to the union; None where no way leads there."""
-        seen, now, levels = {id(node)}, [node], 0
-        while now:
-            lower: list[Any] = []
-            for one in self._level(now, seen):
-                if one is union:
-                    return levels
-                lower += [child for place, child in self._children(one) if place and id(child) not in seen]
-            seen.update(map(id, lower))
-            now, levels = lower, levels + 1
-        return None
-
-    def _level(self, nodes: list[Any], seen: set[int]) -> Iterator[Any]:
-        """These nodes, and those that stand for the same value."""
-        waiting = [*nodes]
+    def _distances(self, union: Any) -> dict[int, int]:
+        """By the ids of all nodes that lead to the union: how many levels lower it stands."""
+        found, waiting = dict[int, int](), deque([(id(union), 0)])
         while waiting:
-            yield (node := waiting.pop())
-            more = [child for place, child in self._children(node) if place is None and id(child) not in seen]
-            seen.update(map(id, more))
-            waiting += more
+            node, levels = waiting.popleft()
+            if node in found:
+                continue
+            found[node] = levels
+            for start, lower in self._back[node]:
+                if lower:
+                    waiting.append((start, levels + 1))
+                else:
+                    waiting.appendleft((start, levels))
+        return found
 
     def _entries(self, node: Any) -> Iterator[tuple[str, Any]]:
-        for one in self._level([node], {id(node)}):
-            for place, child in self._children(one):
+        """The places in the value of a node, and what stands there."""
+        seen, waiting = {id(node)}, [node]
+        while waiting:
+            for place, child in self._ways.get(id(waiting.pop()), ()):
                 if place is not None:
                     yield place, child
+                elif id(child) not in seen:
+                    seen.add(id(child))
+                    waiting.append(child)
 
     def _children(self, node: Any) -> Iterator[tuple[str | None, Any]]:
         """What a node leads to, and by which place; by None where that is the same value."""
