@@ -144,8 +144,8 @@ class _Graph:
         elif isinstance(fields := node.get("fields"), dict):
             for name, field in fields.items():
                 yield name, field["schema"]
-        elif isinstance(fields, list):
-            for field in fields:
+        elif kind == "dataclass-args":
+            for field in node["fields"]:
                 yield field["name"], field["schema"]
         elif kind in _SEQUENCES:
             yield from ((_ITEM, part) for part in _schemas(node.get("items_schema")))

@@ -10,6 +10,7 @@ import json
 import time
 import tracemalloc
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from streamtools import ConfigurationError, Message, codec, parsing, set_body_limits
 from streamtools.bodies import LIMITS
@@ -252,6 +254,44 @@ def test_types_that_are_told_apart_have_no_such_limit(annotation: Any) -> None:
     if annotation == "Json":
         annotation = list["list[Any] | dict[str, Any] | str"]
     assert doubling(TypeAdapter(All if annotation == "Named" else annotation).core_schema) is None
+
+
+class Typed(TypedDict):
+    inner: Typed | Named | None
+
+
+class Named(TypedDict):
+    inner: Typed | Named | None
+
+
+@dataclass
+class Left:
+    sub: Left | Right | None = None
+
+
+@dataclass
+class Right:
+    sub: Left | Right | None = None
+
+
+@pytest.mark.parametrize(
+    ("annotation", "field"),
+    [
+        (Left | Right, "sub"),
+        (Typed | Named, "inner"),
+        (list[Left | Right | Point], "sub"),
+        (Point | Item, None),
+    ]
+    + [
+        (dict[str, Point | Order] | tuple[int, ...], None),
+        (Callable[[int], str] | int, None),
+        (Sequence[Tree], None),
+    ],
+)
+def test_schemas_of_every_kind_are_looked_at(annotation: Any, field: str | None) -> None:
+    codec.decoder(annotation)
+    found = doubling(TypeAdapter(annotation).core_schema)
+    assert (found and found.field) == field
 
 
 def test_a_set_of_a_large_body_is_as_one_of_a_small_one() -> None:
