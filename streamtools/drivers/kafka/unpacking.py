@@ -9,6 +9,7 @@ stands one record, which says so.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -27,6 +28,8 @@ from streamtools.drivers.kafka.bounds import MOST_HEADERS, UNREAD, Unreadable, e
 _LENGTH, _RECORDS = 8, 61
 #: Why a record's headers are not read.
 TOO_MANY: Final = f"it has over {MOST_HEADERS:,} headers, more than are read".encode()
+#: Seconds before partitions are asked again of which nothing may be read now: they have no leader, or its disk fails.
+REFUSED: Final = 0.1
 
 
 class Records:
@@ -187,10 +190,16 @@ class Answers:
     async def _sent(self, node: Any, request: Any, **options: Any) -> Any:
         answer = await self._send(node, request, **options)
         if type(request) is FetchRequest:
+            refused, brought = False, False
             for topic, partitions in answer.topics:
-                for partition, *_, data in partitions:
-                    if data:
+                for partition, code, *_, data in partitions:
+                    if code:
+                        refused = True
+                    elif data:
+                        brought = True
                         self._found[TopicPartition(topic, partition)] = data
+            if refused and not brought:  # the library asks again at once, a thousand times a second
+                await asyncio.sleep(REFUSED)
         return answer
 
 

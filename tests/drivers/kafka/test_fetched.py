@@ -13,6 +13,7 @@ from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.codec import gzip_encode, zstd_encode
 from aiokafka.consumer.fetcher import READ_COMMITTED, FetchResult, PartitionRecords
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.legacy_records import LegacyRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
@@ -27,7 +28,7 @@ from streamtools.drivers.kafka.intake import UNPACKED, Intake
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.records import read_record
 from streamtools.drivers.kafka.track import Track
-from streamtools.drivers.kafka.unpacking import Answers, Records
+from streamtools.drivers.kafka.unpacking import REFUSED, Answers, Records
 
 PLACE = TopicPartition("t", 0)
 #: Of a batch's header, see https://kafka.apache.org/documentation/#recordbatch: bytes before the field.
@@ -399,3 +400,33 @@ async def test_no_further_partition_is_unpacked_while_much_is_unpacked() -> None
     second.arrived[0].unpacked = 1
     assert {id(track) for track in intake.tracks()} == {id(first), id(second)}
     assert first.waiting_bytes == 100 + UNPACKED - 1 and third.waiting_bytes == 100
+
+
+@pytest.mark.parametrize(
+    ("rows", "pauses"),
+    [
+        ([(0, 0, b"")], 0),
+        ([(0, 6, b"")], 1),
+        ([(0, 56, b"left"), (1, 0, b"")], 1),
+        ([(0, 6, b""), (1, 0, b"data")], 0),
+    ],
+)
+async def test_partitions_that_may_not_be_read_now_are_asked_again_after_a_pause(
+    rows: list[tuple[int, int, bytes]], pauses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library asks at once, a thousand times a second; what others bring is not held up."""
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def send(*_: Any) -> Any:
+        return SimpleNamespace(topics=[("orders", [(partition, code, 0, data) for partition, code, data in rows])])
+
+    client = SimpleNamespace(send=send)
+    answers = Answers(client)
+    monkeypatch.setattr("streamtools.drivers.kafka.unpacking.asyncio", SimpleNamespace(sleep=sleep))
+    await client.send(1, FetchRequest(0, 0, 0, 0, []))
+    assert slept == [REFUSED] * pauses
+    kept = {partition: answers.take(TopicPartition("orders", partition)) for partition, _, _ in rows}
+    assert kept == {partition: data if data and not code else None for partition, code, data in rows}
