@@ -62,6 +62,11 @@ async def _get_conn(client: Any, connect: Callable[..., Awaitable[Any]], *args: 
         client.force_metadata_update()
         return None
     if found is not None and "send" not in vars(found):
+        if MetadataRequest.API_KEY not in found._versions:  # as every broker has; over this one nothing can be asked
+            _tell(f"{found.host}:{found.port}", ValueError("it has told of no versions"))
+            found.close()
+            client.force_metadata_update()
+            return None
         found.send = partial(_ask_for_what_is, found.send)
         found._handle_frame = partial(_read, found, found._handle_frame)
     return found

@@ -170,6 +170,16 @@ async def test_a_broker_that_cannot_be_used_is_as_one_that_cannot_be_reached(kin
     assert await client._metadata_update(None, None) is False
 
 
+@pytest.mark.real_kafka("groups")
+async def test_a_connection_whose_versions_are_not_told_is_made_anew(kafka: KafkaAddress, queue: str) -> None:
+    def without(answer: Answer) -> bytes:
+        return b"\0" * len(answer.body) if answer.api == VERSIONS and answer.nth in (0, 2, 3) else answer.body
+
+    async with KafkaProxy(kafka, without) as proxy, KafkaProducer(queue, url=proxy.url) as producer:
+        await producer.send("x")
+        assert proxy.seen[VERSIONS] > 4
+
+
 @pytest.mark.parametrize("kind", GARBAGE)
 def test_each_of_them_passes(kind: type[Exception]) -> None:
     lost = client_error(kind("0xff"), SETTINGS)
