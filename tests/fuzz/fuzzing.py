@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.fuzz.changes import KINDS, changed
@@ -65,7 +67,24 @@ def fuzz(name: str, check: Callable[[bytes, random.Random], object], still: floa
         check: tries one input; more may be chosen at random.
         still: the most that one input may take.
     """
-    seeds = corpus(name)
+    with _no_log_kept():
+        _fuzz(corpus(name), check, still)
+
+
+@contextmanager
+def _no_log_kept() -> Iterator[None]:
+    """Logs are written and forgotten: pytest would keep them all, and memory would grow."""
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    with open(os.devnull, "w", encoding="utf-8", errors="backslashreplace") as nowhere:
+        root.handlers[:] = [logging.StreamHandler(nowhere)]
+        try:
+            yield
+        finally:
+            root.handlers[:] = handlers
+
+
+def _fuzz(seeds: Sequence[bytes], check: Callable[[bytes, random.Random], object], still: float) -> None:
     until, number, begun = time.monotonic() + SECONDS, 0, 0.0
     while number < len(seeds) or time.monotonic() < until:
         data = seeds[number] if number < len(seeds) else mutated(random.Random(SEED + number), seeds)  # noqa: S311
