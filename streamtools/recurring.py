@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
+K = TypeVar("K", str, bytes)
 T = TypeVar("T")
 
-#: Characters of a text that is kept. Longer ones do not recur: a stranger wrote them, and they would fill the memory.
+#: Characters or bytes of a text that is kept. Longer ones do not recur: a stranger wrote them, to fill the memory.
 SHORT: Final = 255
 #: Texts that are kept at most.
 MOST: Final = 1024
 
 
-class Recurring(dict[str, T], Generic[T]):
+class Recurring(dict[K, T], Generic[K, T]):
     """What a function makes of each text.
 
     Parameters:
         make: the function; it always makes the same of one text.
     """
 
-    def __init__(self, make: Callable[[str], T]) -> None:
+    def __init__(self, make: Callable[[K], T]) -> None:
         super().__init__()
-        self._make = make
+        self._make: Callable[[K], T] = make
 
-    def __missing__(self, text: str) -> T:
+    def __missing__(self, text: K) -> T:
         made = self._make(text)
         if len(text) <= SHORT:
             if len(self) >= MOST:

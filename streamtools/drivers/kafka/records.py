@@ -19,11 +19,11 @@ from typing import Any, Final, NamedTuple
 
 from aiokafka import TopicPartition
 
-from streamtools.codec import JSON
 from streamtools.delivery import read_message
 from streamtools.drivers.kafka.bounds import MOST_HEADERS, UNREAD
 from streamtools.errors import DecodeError
 from streamtools.message import NO_HEADERS, LazyMessage, Message, setters
+from streamtools.recurring import Recurring
 from streamtools.wire import (
     ATTEMPT,
     ERROR_ATTEMPTS,
@@ -71,7 +71,6 @@ _META: Final = frozenset(
 )
 _IGNORED: Final = frozenset(PREFIX + name for name in ("specversion", TEXT["key"], KEY_BYTES, TEXT["content_type"]))
 _SPECVERSION: Final = (PREFIX + "specversion", b"1.0")
-_JSON: Final = JSON.encode()
 #: Where the message's id stands.
 ID: Final = PREFIX + TEXT["id"]
 
@@ -215,18 +214,22 @@ def decode_plain(record: Any, place: TopicPartition) -> Message | None:
         if not (len(headers) == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE and headers[0][1]):
             return None
         told = headers[1][1]
-        if told == _JSON:
-            content_type = JSON
-        elif told is not None:
-            if told[:23].lower() == b"application/cloudevents":
-                return None
-            content_type = read_text(told)
+        if told is not None and (content_type := _content_types[told]) is None:
+            return None
     message = _new(Plain)
     _set_source(message, record if headers else (record, place))
     _set_body(message, record.value)
     _set_queue(message, place.topic)
     _set_content_type(message, content_type)
     return message
+
+
+def _outside_envelope(told: bytes) -> str | None:
+    """The content type; None where the body is an envelope, which has the message's other fields."""
+    return None if told[:23].lower() == b"application/cloudevents" else read_text(told)
+
+
+_content_types: Final = Recurring(_outside_envelope)
 
 
 class Plain(LazyMessage):
