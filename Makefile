@@ -2,6 +2,7 @@
 #   make demo    the demo, on STREAMTOOLS_URL or the embedded default
 #   make test    brokers, lint, docs and the whole suite       (ARGS="-k name" reaches pytest)
 #   make dist    what is released, in dist/: sdist, wheel, SBOM and hashes; the same bytes for the same commit
+#   make measure sizes of the package, and the calls for one message; ARGS="--root DIR" for another checkout's
 #   make lint | docs | bench | format | clean
 # PYTHON=/path/to/python3 chooses the interpreter.
 
@@ -18,7 +19,7 @@ DEMO := $(VENV)/.installed-demo$(DEMO_BROKER:%=-%)
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
 
-.PHONY: help demo test lint format docs dist bench brokers-up brokers-down clean
+.PHONY: help demo test lint format docs dist bench measure brokers-up brokers-down clean
 
 help:
 	@sed -n '1,/^$$/{/^#/p}' Makefile
@@ -43,6 +44,9 @@ dist: $(DEV)
 
 bench: $(DEV) $(BENCH)
 	@scripts/bench $(ARGS)
+
+measure: $(DEV)
+	@$(BIN)/python scripts/measure $(ARGS)
 
 brokers-up brokers-down: brokers-%:
 	@scripts/brokers $*
