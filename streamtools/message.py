@@ -114,7 +114,7 @@ class Message:
         correlation_id: common to all messages of one conversation.
         causation_id: the id of the message whose handling sent this one.
         reply_to: where a reply is to go.
-        intent: `command` or `event`, or None.
+        intent: `command`, `event`, `request` or `reply`, or None.
         handler: the one handler that is to run it, where several would; on copies for a retry.
         topic: the topic that it was published to, for a subscriber of `orders.*`; None if it was sent to a queue.
         key: messages of one key stay in order where the consumer asks for it; bytes where it is no plain UTF-8 text.

@@ -24,14 +24,21 @@ class Verdict:
     """What is to become of a delivery: `ack`, `retry` after a delay, `reject`, `drop` or `release`.
 
     Attributes:
-        kind: which of the five.
+        kind: which of the five; its name will do.
         delay: for a retry, the seconds to wait.
         reason: for a reject, why.
+
+    Raises:
+        ValueError: there is no such kind.
     """
 
     kind: Kind
     delay: float = 0.0
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        if type(self.kind) is not Kind:
+            object.__setattr__(self, "kind", Kind(self.kind))
 
     @classmethod
     def retry(cls, delay: float | timedelta = 0.0) -> Self:

@@ -243,3 +243,9 @@ def test_the_delay_of_a_subclass_may_be_a_timedelta() -> None:
 
     assert Retry().decide(Later(), 1) == Verdict.retry(9)
     assert Retry().decide(group, 1) == Verdict.retry(9)
+
+
+def test_a_verdict_takes_the_name_of_its_kind_and_no_other() -> None:
+    assert Verdict("retry", 5).kind is Kind.RETRY  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'later' is not a valid Kind"):
+        Verdict("later")  # type: ignore[arg-type]

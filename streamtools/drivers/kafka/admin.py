@@ -307,8 +307,11 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         return found
 
     async def _has_partitions(self, queue: str, total: int) -> bool:
-        leaders = (await self._topic(queue)).leaders
-        return len(leaders) == total and min(leaders.values()) >= 0
+        # By all brokers: whoever is asked next answers so.
+        states = await self._connected().everywhere(queue)
+        return bool(states) and all(
+            state is not None and len(state.leaders) == total and min(state.leaders.values()) >= 0 for state in states
+        )
 
     async def _are_gone(self, queues: Sequence[str]) -> bool:
         return not await self._connected().topics(queues)

@@ -34,6 +34,8 @@ EARLIEST: Final = -2
 LATEST: Final = -1
 #: Seconds before a request is asked again.
 PAUSE: Final = 0.1
+#: A broker does not answer.
+UNREACHABLE: Final = (kafka.KafkaConnectionError, kafka.NodeNotReadyError, kafka.RequestTimedOutError)
 
 #: Chooses the node to ask.
 Find = Callable[[], Awaitable[int]]
@@ -116,9 +118,17 @@ class Cluster:
         for broker in self._client.cluster.brokers():
             # What was just made is known to one broker a moment before it is to the next.
             if missing := [name for name in wanted if name not in found]:
-                with suppress(kafka.KafkaConnectionError, kafka.NodeNotReadyError, kafka.RequestTimedOutError):
+                with suppress(*UNREACHABLE):
                     found |= await self._ask_topics(missing, broker.nodeId)
         return found
+
+    async def everywhere(self, name: str) -> list[TopicState | None]:
+        """A topic as each broker that answers knows it; None where it knows none."""
+        states = []
+        for broker in self._client.cluster.brokers():
+            with suppress(*UNREACHABLE):
+                states.append((await self._ask_topics([name], broker.nodeId)).get(name))
+        return states
 
     async def _topics(self, names: list[str] | None, node: int | Find) -> dict[str, TopicState]:
         return await self.persist(lambda: self._ask_topics(names, node))

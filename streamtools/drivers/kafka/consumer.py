@@ -36,7 +36,7 @@ from streamtools.loop import Ack
 from streamtools.message import Message
 from streamtools.policy import error_queue_of
 from streamtools.settings import KafkaSettings
-from streamtools.verdicts import RELEASE, Verdict
+from streamtools.verdicts import Kind, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -313,11 +313,11 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
     def _finish(self, settlements: Sequence[Settlement]) -> None:
         """Those that send nothing need no one's answer."""
-        number = 0
+        number, release = 0, Kind.RELEASE
         for settlement in settlements:
             delivery = delivery_of(settlement)
             track = delivery.track
-            if settlement.verdict is not RELEASE:
+            if settlement.verdict.kind is not release:
                 if not track.gone and track.offsets.finish(delivery.offset, delivery):
                     number += 1
             elif track.is_mine(delivery):
@@ -369,7 +369,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             delivery.track.settling -= 1
             if id(settlement) not in finished:
                 delivery.track.offsets.pending[delivery.offset] = delivery
-            elif settlement.verdict is RELEASE:
+            elif settlement.verdict.kind is Kind.RELEASE:
                 self._give_back(delivery)
             else:
                 delivery.track.offsets.finish(delivery.offset)

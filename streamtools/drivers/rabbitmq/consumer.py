@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
+from streamtools.cancelling import asked_to_stop
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq import properties
@@ -418,8 +419,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         if intake is None or intake.error is not None:
             return
         self._ending = True
+        stopping = self._take_no_more(intake)
         try:
-            await self._take_no_more(intake)
+            if asked_to_stop():  # the program ends: it does not wait long for a broker that has fallen silent
+                await _by(asyncio.get_running_loop().time() + CLOSE_TIMEOUT, stopping)
+            else:
+                await stopping
         finally:
             self._calm.set()
 

@@ -188,7 +188,7 @@ async def test_a_message_that_is_already_due_is_sent() -> None:
     async with peer(fine) as it, HTTPProducer("orders", port=it.port) as producer:
         await producer.send_messages([Message(body=b"1", queue="other", id="1", deliver_at=1.0)])
         with pytest.raises(ConfigurationError, match="holds no message back"):
-            await producer.send_messages([Message(body=b"1", queue="other", id="1", deliver_at=2.0**40)])
+            await producer.send_messages([Message(body=b"1", queue="other", id="1", deliver_at=2.0**36)])
     assert [asked.path for asked in it.asked] == ["/other"]
 
 

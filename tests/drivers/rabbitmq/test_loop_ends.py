@@ -46,8 +46,13 @@ def _interrupted(work: Work) -> None:
         signal.raise_signal(signal.SIGINT)
         await asyncio.Event().wait()
 
-    with suppress(KeyboardInterrupt):
-        asyncio.run(main())
+    # Whoever starts the tests in the background has SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):
+            asyncio.run(main())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -103,6 +108,7 @@ def test_a_broker_that_has_fallen_silent_is_not_waited_for_long(
 ) -> None:
     for module in (link, consumer):
         monkeypatch.setattr(module, "CLOSE_TIMEOUT", 0.1)
+    monkeypatch.setattr(link, "CALL_TIMEOUT", 600)  # longer than this test may take
     broker.mute = mute
     asyncio.run(_leave_open(broker.url))
     for words in ("were not closed", "was destroyed", "never retrieved"):
