@@ -35,7 +35,11 @@ LATEST: Final = -1
 #: Seconds before a request is asked again.
 PAUSE: Final = 0.1
 #: A broker does not answer.
-UNREACHABLE: Final = (kafka.KafkaConnectionError, kafka.NodeNotReadyError, kafka.RequestTimedOutError)
+UNREACHABLE: Final[tuple[type[Exception], ...]] = (
+    kafka.KafkaConnectionError,
+    kafka.NodeNotReadyError,
+    kafka.RequestTimedOutError,
+)
 
 #: Chooses the node to ask.
 Find = Callable[[], Awaitable[int]]
