@@ -66,7 +66,11 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
             names = await self._call(names_of, None)
         except QueueError:
             return []
-        return [await self._stats(name) for name in names]
+        found = []
+        for name in names:
+            with suppress(QueueError):  # it went meanwhile, or its name is no text that can be asked for
+                found.append(await self._stats(name))
+        return found
 
     async def _create(self, queue: str, options: dict[str, Any]) -> None:
         await declare(await self._connect(), [queue], True)
@@ -121,8 +125,8 @@ class SQLiteAdmin(QueueAdmin, protocol="sqlite"):
 
 
 def names_of(tables: Tables, arguments: Sequence[None]) -> list[list[str]]:
-    """The names of all queues."""
-    names = [row[0] for row in tables.run("SELECT name FROM queues").fetchall()]
+    """The names of all queues; a name that is no text is none that can be used."""
+    names = [row[0] for row in tables.run("SELECT name FROM queues WHERE typeof(name) = 'text'").fetchall()]
     return [names for _ in arguments]
 
 

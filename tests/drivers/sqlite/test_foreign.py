@@ -351,3 +351,15 @@ async def test_a_row_with_the_greatest_id_is_delivered(ordered_by: Any, url: str
         (delivery,) = await consumer.receive(timeout=30)
         assert delivery.message.body == b"a"
         await delivery.ack()
+
+
+@pytest.mark.parametrize("name", ["x'71'", "NULL", "7", "1.5", "CAST(x'ff' AS TEXT)", "''"])
+async def test_a_queue_whose_name_nobody_can_use_hides_no_other(name: str, url: str, path: Path) -> None:
+    async with SQLiteAdmin(url=url) as admin:
+        await admin.create("orders")
+        await admin.create("parcels")
+        with sqlite3.connect(path) as connection, suppress(sqlite3.IntegrityError):
+            connection.execute(f"UPDATE queues SET name = {name} WHERE name = 'parcels'")
+        connection.close()
+
+        assert "orders" in [info.name for info in await admin.list()]
