@@ -17,10 +17,11 @@ from contextlib import suppress
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import SchemaError, SchemaValidator, from_json, to_json
+from pydantic_core import PydanticKnownError, SchemaError, SchemaValidator, from_json, to_json
 
 from streamtools.bodies import LIMITS
 from streamtools.errors import DecodeError
+from streamtools.schemas import Schema, nodes, parts, with_parts
 from streamtools.unions import doubling
 
 #: Bytes over which a body is large.
@@ -200,41 +201,55 @@ def _as_bytes(body: bytes | str) -> bytes:
     return body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
 
 
-def failing_fast(schema: Any) -> Any:
+def failing_fast(schema: Schema) -> Schema:
     """A core schema whose sequences end at their first item that is wrong, and whose sets look at hashes first."""
-    if isinstance(schema, list):
-        return [failing_fast(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    copy = {name: failing_fast(part) for name, part in schema.items()}
+    copy = with_parts(schema, failing_fast)
     if schema.get("type") in ("set", "frozenset"):
         return _with_hashes_checked(copy)
-    return {**copy, "fail_fast": True} if schema.get("type") in ("list", "tuple") else copy
+    return {**copy, "fail_fast": True} if schema.get("type") in ("list", "tuple", "deque") else copy
 
 
-def _with_hashes_checked(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a set: first a list of its items, whose hashes are counted, then the set."""
-    items = {"type": "list", "fail_fast": True, **{n: v for n, v in schema.items() if n == "items_schema"}}
-    checked = {"type": "function-after", "function": {"type": "no-info", "function": _checked}, "schema": items}
-    made = {name: value for name, value in schema.items() if name not in ("items_schema", "strict", "ref")}
-    return {"type": "chain", "steps": [checked, made], **{n: v for n, v in schema.items() if n == "ref"}}
+def _with_hashes_checked(schema: Schema) -> Schema:
+    """The schema of a set: first a tuple of its items, whose hashes are counted, then the set.
+
+    A union prefers a list to a set. It has to see a tuple therefore, which is to it as a set is. It takes a set as
+    well, which a default may be.
+    """
+    items = {"type": "tuple", "variadic_item_index": 0, "fail_fast": True, "strict": False}
+    items["items_schema"] = [schema.get("items_schema", {"type": "any"})]
+    made = _checked_set if schema["type"] == "set" else _checked_frozenset
+    checked = {"type": "function-after", "function": {"type": "no-info", "function": made}, "schema": items}
+    counted = {name: value for name, value in schema.items() if name not in ("items_schema", "ref")}
+    return {"type": "chain", "steps": [checked, counted], **{n: v for n, v in schema.items() if n == "ref"}}
 
 
-def _checked(items: list[Any]) -> list[Any]:
-    """The items of a set, which are not chosen to have one hash.
+def _checked_set(items: tuple[Any, ...]) -> Any:
+    return _checked(items, set)
+
+
+def _checked_frozenset(items: tuple[Any, ...]) -> Any:
+    return _checked(items, frozenset)
+
+
+def _checked(items: tuple[Any, ...], kind: Callable[[Iterable[Any]], Any]) -> Any:
+    """The set of items that are not chosen to have one hash.
 
     Raises:
         DecodeError: they are.
     """
-    if len(items) > MANY:
-        try:
-            hashes = list(map(hash, items))
-        except TypeError:  # one has no hash, which is said when the set is made
-            return items
-        [(most, number)] = Counter(hashes).most_common(1)
-        if number > SAME_HASH:
-            _check_distinct(item for item, found in zip(items, hashes, strict=True) if found == most)
-    return items
+    try:
+        if len(items) > MANY:
+            _check_hashes_of(items)
+        return kind(items)
+    except TypeError as error:  # one has no hash
+        raise PydanticKnownError("set_item_not_hashable") from error
+
+
+def _check_hashes_of(items: tuple[Any, ...]) -> None:
+    hashes = list(map(hash, items))
+    [(most, number)] = Counter(hashes).most_common(1)
+    if number > SAME_HASH:
+        _check_distinct(item for item, found in zip(items, hashes, strict=True) if found == most)
 
 
 def _check_distinct(items: Iterable[Any]) -> None:
@@ -247,16 +262,11 @@ def _check_distinct(items: Iterable[Any]) -> None:
                 raise DecodeError(_ONE_HASH)
 
 
-def _has_number_keys(schema: Any) -> bool:
+def _has_number_keys(schema: Schema) -> bool:
     """Whether the keys of a dict may be anything but texts."""
-    if isinstance(schema, list):
-        return any(map(_has_number_keys, schema))
-    if not isinstance(schema, dict):
-        return False
-    keys = schema.get("keys_schema") if schema.get("type") == "dict" else None
-    if isinstance(keys, dict) and keys.get("type") != "str":
-        return True
-    return any(_has_number_keys(part) for part in schema.values())
+    return any(
+        key == "keys_schema" and part["type"] != "str" for node in nodes(schema) for key, _, part in parts(node)
+    )
 
 
 def _check_hashes(body: bytes) -> None:

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from streamtools.schemas import Schema, nodes, parts
+
 #: The place of an item in a sequence, and of any value in a mapping, beside the names of fields.
 _ITEM: Final = "[]"
 _ANY: Final = "*"
-_SEQUENCES: Final = frozenset({"list", "set", "frozenset", "tuple", "generator"})
+#: Keys of schemas of values whose names may be any.
+_OF_ANY_NAME: Final = frozenset({"values_schema", "extras_schema", "var_kwargs_schema"})
 #: Deletes all bytes of a JSON body but its brackets.
 _OTHERS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
 #: Levels of JSON at most, as its parser has it.
@@ -66,34 +69,17 @@ class _Graph:
     """A core schema as nodes, and the places in a body by which one leads to another."""
 
     def __init__(self, schema: Any) -> None:
-        self._definitions: dict[str, Any] = {}
+        found = list(nodes(schema))
+        self._definitions = {node["ref"]: node for node in found if "ref" in node}
         #: Its unions without a discriminator.
-        self.unions: list[Any] = []
-        nodes = self._collect(schema)
+        self.unions = [node for node in found if node.get("type") == "union"]
         #: By the id of a node: what it leads to, and by which place; by None where that is the same value.
-        self._ways: dict[int, list[tuple[str | None, Any]]] = {id(node): list(self._children(node)) for node in nodes}
+        self._ways: dict[int, list[tuple[str | None, Any]]] = {id(node): list(self._children(node)) for node in found}
         #: By the id of a node: the ids of those that lead to it, and whether that is a level of the body.
         self._back: defaultdict[int, list[tuple[int, bool]]] = defaultdict(list)
         for start, ways in self._ways.items():
             for place, child in ways:
                 self._back[id(child)].append((start, place is not None))
-
-    def _collect(self, part: Any) -> list[Any]:
-        """All nodes."""
-        waiting, nodes = [part], []
-        while waiting:
-            part = waiting.pop()
-            if isinstance(part, dict):
-                if isinstance(part.get("type"), str):
-                    nodes.append(part)
-                if isinstance(ref := part.get("ref"), str):
-                    self._definitions[ref] = part
-                if part.get("type") == "union":
-                    self.unions.append(part)
-                waiting += part.values()
-            elif isinstance(part, list | tuple):
-                waiting += part
-        return nodes
 
     def doubling(self, union: Any) -> Doubling | None:
         """How the work of this union grows."""
@@ -138,31 +124,24 @@ class _Graph:
 
     def _children(self, node: Any) -> Iterator[tuple[str | None, Any]]:
         """What a node leads to, and by which place; by None where that is the same value."""
-        kind = node.get("type")
-        if kind == "definition-ref":
-            yield None, self._definitions[node["schema_ref"]]
-        elif isinstance(fields := node.get("fields"), dict):
-            for name, field in fields.items():
-                yield name, field["schema"]
-        elif kind == "dataclass-args":
-            for field in node["fields"]:
-                yield field["name"], field["schema"]
-        elif kind in _SEQUENCES:
-            yield from ((_ITEM, part) for part in _schemas(node.get("items_schema")))
-        elif kind == "dict":
-            yield from ((_ANY, part) for part in _schemas(node.get("values_schema")))
-        else:
-            yield from ((None, part) for value in node.values() for part in _schemas(value))
+        if node.get("type") == "definition-ref":
+            yield from ((None, found) for found in [self._definitions.get(node["schema_ref"])] if found is not None)
+        for key, name, part in parts(node):
+            yield from ((place, part) for place in _places(node, key, name, part))
 
 
-def _schemas(value: Any) -> Iterator[Any]:
-    """The schemas in a part of another one."""
-    if isinstance(value, dict):
-        if isinstance(value.get("type"), str):
-            yield value
-        else:
-            for part in value.values():
-                yield from _schemas(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _schemas(part)
+def _places(node: Schema, key: str, name: str | None, part: Schema) -> list[str | None]:
+    """The places in a body at which a part of a schema may stand; None is where the schema stands itself."""
+    if key in ("fields", "arguments_schema") and node["type"] != "call":
+        named = [name or part["name"], *_aliases(part.get("validation_alias", part.get("alias")))]
+        return [*named, _ITEM] if node["type"] == "named-tuple" else [*named]
+    if key in ("items_schema", "var_args_schema"):
+        return [_ITEM]
+    return [_ANY] if key in _OF_ANY_NAME else [None]
+
+
+def _aliases(alias: Any) -> list[str]:
+    """The names of a body's fields that an alias begins with: it is a name, or a path, or a list of paths."""
+    if isinstance(alias, list):
+        return [found for part in (alias if isinstance(alias[0], list) else alias[:1]) for found in _aliases(part)]
+    return [alias] if isinstance(alias, str) else []

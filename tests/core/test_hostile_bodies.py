@@ -10,6 +10,7 @@ import json
 import time
 import tracemalloc
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from streamtools import ConfigurationError, Message, codec, parsing, set_body_limits
@@ -313,6 +314,66 @@ def test_a_set_of_a_large_body_is_as_one_of_a_small_one() -> None:
             decode(message(json.dumps(wrong).encode()))
         assert caught.value.errors[0]["loc"][0] in wrong
         assert len(caught.value.errors) == 1
+
+
+LOOKS_LIKE_A_SCHEMA: list[Any] = [
+    {"type": "list", "fields": ["id"]},
+    {"type": "set", "items_schema": 3},
+    {"type": "union"},
+    {"type": "definition-ref"},
+    {"type": "dict", "ref": "x"},
+    {"a": {"type": "dataclass-args"}},
+    OrderedDict(a=1),
+    [{"type": "tagged-union", "choices": {"a": 1}}],
+]
+CONTAINS_ITSELF: dict[str, Any] = {"type": "union"}
+CONTAINS_ITSELF["choices"] = [CONTAINS_ITSELF]
+
+
+@pytest.mark.parametrize("default", [*LOOKS_LIKE_A_SCHEMA, CONTAINS_ITSELF], ids=range(9))
+def test_a_default_that_looks_like_a_schema_is_left_as_it_is(default: Any) -> None:
+    class Report(BaseModel):
+        shared: Any = Field(default_factory=lambda: default)
+        filter: Any = Field(default, json_schema_extra=LOOKS_LIKE_A_SCHEMA[2])
+        kind: Literal["list", "union"] = "list"
+        rows: list[int] = []
+
+    schema: Any = TypeAdapter(Report).core_schema
+    assert parsing.failing_fast(schema)["schema"]["fields"]["filter"]["schema"]["default"] is default
+    if default is not CONTAINS_ITSELF:  # which pydantic cannot copy either
+        found = codec.decoder(Report)(message(LARGE_ROWS))
+        assert (found.filter, type(found.filter)) == (default, type(default))
+        assert found.shared is default
+        assert len(found.rows) == 10_000
+    else:
+        assert doubling(schema) is None
+
+
+LARGE_ROWS = json.dumps({"rows": [*range(10_000)]}).encode()
+
+
+def test_strict_sets_of_a_large_body_are_as_those_of_a_small_one() -> None:
+    class Strict(BaseModel):
+        model_config = ConfigDict(strict=True, validate_default=True)
+
+        tags: set[str]
+        either: set[int] | list[int] = [1]
+        names: frozenset[str] = frozenset("a")
+        rows: list[int]
+
+    for tags in (["a", "b", "a"], [1], "a", [["a"]]):
+        body = json.dumps({"tags": tags, "either": [1, 2], "rows": [*range(10_000)]}).encode()
+        assert outcome(codec.decoder(Strict), message(body)) == outcome(
+            lambda m: Strict.model_validate_json(m.body or b""), message(body)
+        )
+
+
+def outcome(decode: codec.Decoder, sent: Message) -> Any:
+    """What is made of it; None where it is refused."""
+    try:
+        return decode(sent)
+    except (DecodeError, ValidationError):
+        return None
 
 
 def timed(decode: codec.Decoder, sent: Message) -> float:

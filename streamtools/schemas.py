@@ -1,0 +1,86 @@
+"""The core schemas that pydantic makes of annotations: which of their keys hold schemas.
+
+All other keys hold what belongs to the user: defaults, literal values, metadata, functions. That may look like a
+schema and is none: it is neither looked at nor copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+#: One of pydantic's core.
+Schema = Any
+
+_SEQUENCE: Final = ("items_schema",)
+_MAPPING: Final = ("keys_schema", "values_schema")
+_WITHIN: Final = ("schema",)
+#: What describes a parameter of "arguments" has no type.
+_PARAMETER: Final = "parameter"
+#: By the type of a schema: its keys that hold a schema, a list of schemas, or a mapping of names to schemas.
+_KEYS: Final[dict[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("list", "deque", "set", "frozenset", "tuple", "generator"), _SEQUENCE),
+    **dict.fromkeys(("dict", "frozendict", "ordered-dict", "counter"), _MAPPING),
+    **dict.fromkeys(("function-before", "function-after", "function-wrap", "default", "nullable"), _WITHIN),
+    **dict.fromkeys(("model", "dataclass", "custom-error", "json", "missing-sentinel", _PARAMETER), _WITHIN),
+    **dict.fromkeys(("model-field", "typed-dict-field", "dataclass-field", "named-tuple-field"), _WITHIN),
+    **dict.fromkeys(("union", "tagged-union"), ("choices",)),
+    **dict.fromkeys(("dataclass-args", "named-tuple"), ("fields",)),
+    "chain": ("steps",),
+    "lax-or-strict": ("lax_schema", "strict_schema"),
+    "json-or-python": ("json_schema", "python_schema"),
+    "typed-dict": ("fields", "extras_schema"),
+    "model-fields": ("fields", "extras_schema", "extras_keys_schema"),
+    "arguments": ("arguments_schema", "var_args_schema", "var_kwargs_schema"),
+    "arguments-v3": ("arguments_schema",),
+    "call": ("arguments_schema",),
+    "definitions": ("schema", "definitions"),
+}
+#: Keys that hold a mapping of names to schemas, where they hold a dict.
+_NAMED: Final = frozenset({"fields", "choices"})
+
+
+def parts(schema: Schema) -> Iterator[tuple[str, str | None, Schema]]:
+    """The schemas that stand in one: the key of each, its name where it is in a mapping, and itself."""
+    for key in _keys(schema):
+        for name, part in _held(key, schema.get(key)):
+            yield key, name, part
+
+
+def nodes(schema: Schema) -> Iterator[Schema]:
+    """A schema and all that stand in it."""
+    waiting = [schema]
+    while waiting:
+        yield (node := waiting.pop())
+        waiting += [part for _, _, part in parts(node)]
+
+
+def with_parts(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
+    """A copy of a schema in which each that stands in it is what `change` returns for it; all else is the same."""
+    return {**schema, **{key: _changed(key, schema[key], change) for key in _keys(schema) if key in schema}}
+
+
+def _keys(schema: Schema) -> tuple[str, ...]:
+    return _KEYS.get(schema.get("type", _PARAMETER), ())
+
+
+def _held(key: str, value: Any) -> Iterator[tuple[str | None, Schema]]:
+    if isinstance(value, dict) and key in _NAMED:
+        yield from ((name, part) for name, part in value.items() if isinstance(part, dict))
+    elif isinstance(value, dict):
+        yield None, value
+    elif isinstance(value, list):  # a choice may be a tuple: the schema and its label
+        parts = (part[0] if isinstance(part, tuple) else part for part in value)
+        yield from ((None, part) for part in parts if isinstance(part, dict))
+
+
+def _changed(key: str, value: Any, change: Callable[[Schema], Schema]) -> Any:
+    if isinstance(value, dict) and key in _NAMED:
+        return {name: _changed("", part, change) for name, part in value.items()}
+    if isinstance(value, dict):
+        return change(value)
+    if isinstance(value, list):
+        return [_changed("", part, change) for part in value]
+    if isinstance(value, tuple):
+        return (_changed("", value[0], change), *value[1:])
+    return value
