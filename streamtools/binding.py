@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Executor
-from types import UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Final, Union, get_args, get_origin, get_type_hints
 
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
@@ -30,6 +31,9 @@ def _delivery(message: Message) -> Delivery | None:
 
 #: What a handler's further parameters may be annotated with.
 RESOLVERS: Mapping[type, Resolver] = {Message: lambda message: message, Delivery: _delivery}
+
+#: The names of all such types, a bus's as well.
+FILLED: Final = frozenset({"Message", "Delivery", "MessageContext"})
 
 
 def compile_handler(
@@ -268,6 +272,11 @@ def asks_for(function: Callable[..., Any], kind: type) -> bool:
 
 
 def _decoder(annotation: Any, name: str) -> codec.Decoder:
+    if Message in _all_parts(annotation) and {*parts_of(annotation)} - {None, NoneType} != {Message}:
+        raise ConfigurationError(
+            f"The handler {name} wants {annotation!r}. Message stands alone or with None: annotate the first "
+            "parameter with what the body is to be, and add a further one, message: Message, for the message itself."
+        )
     try:
         return codec.decoder(annotation)
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
@@ -278,6 +287,16 @@ def _decoder(annotation: Any, name: str) -> codec.Decoder:
         ) from error
 
 
+def _all_parts(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of, at any depth."""
+    parts = get_args(codec.bare(annotation))
+    return {found for part in parts for found in _all_parts(part)} if parts else _hashable(codec.bare(annotation))
+
+
+def _hashable(part: Any) -> set[Any]:
+    return {part} if isinstance(part, Hashable) else set()
+
+
 def _innermost(function: Any) -> Any:
     try:
         return inspect.unwrap(function)
@@ -285,19 +304,41 @@ def _innermost(function: Any) -> Any:
         return function
 
 
-def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of a function.
+def hints_of(function: Callable[..., Any], filled: Iterable[Any] = ()) -> dict[str, Any]:
+    """The annotations of a function, without those that cannot be found and that nobody needs.
+
+    Parameters:
+        filled: types that parameters are filled by, beside `Message`, `Delivery` and `MessageContext`.
 
     Raises:
-        ConfigurationError: one cannot be found.
+        ConfigurationError: one cannot be found that may say what a parameter is filled with.
     """
     function = unbound(undecorated(function))
     inner = _innermost(function)
-    target = inner if inspect.isroutine(inner) else type(inner).__call__
+    target = _innermost(inner if inspect.isroutine(inner) else type(inner).__call__)
     try:
-        return get_type_hints(_innermost(target), include_extras=True)
-    except NameError as error:
-        raise ConfigurationError(
-            f"The handler {name_of(function)} has an annotation that cannot be found: {error}. Import the name "
-            "at module level, not under TYPE_CHECKING or inside a function."
-        ) from error
+        return get_type_hints(target, include_extras=True)
+    except NameError:
+        return _needed_hints(function, target, {*FILLED, *(getattr(kind, "__name__", "") for kind in filled)})
+
+
+def _needed_hints(function: Callable[..., Any], target: Any, filled: set[str]) -> dict[str, Any]:
+    hints, needed = dict[str, Any](), _needed(function)
+    for name, written in target.__annotations__.items():
+        alone = SimpleNamespace(__annotations__={name: written}, __globals__=getattr(target, "__globals__", {}))
+        try:
+            hints |= get_type_hints(alone, include_extras=True)
+        except NameError as error:
+            if name in needed or (name != "return" and not filled.isdisjoint(re.findall(r"\w+", str(written)))):
+                raise ConfigurationError(
+                    f"The handler {name_of(function)} has an annotation that cannot be found: {error}. Import the "
+                    "name at module level, not under TYPE_CHECKING or inside a function."
+                ) from error
+    return hints
+
+
+def _needed(function: Callable[..., Any]) -> set[str]:
+    """The parameters that have to be filled."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [each for each in _parameters(function) if each.kind not in variable]
+    return {each.name for each in named if each is named[0] or each.default is each.empty}

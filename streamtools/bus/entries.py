@@ -248,7 +248,7 @@ def _as_method(handler: type, function: Callable[..., Any]) -> Callable[..., Any
 def _arguments(handler: type, provided: Mapping[type, Any]) -> dict[str, Any]:
     if handler.__init__ is object.__init__:  # type: ignore[misc]
         return {}
-    hints = hints_of(handler.__init__)  # type: ignore[misc]
+    hints = hints_of(handler.__init__, provided)  # type: ignore[misc]
     arguments = {}
     for parameter in inspect.signature(handler).parameters.values():
         kind: Any = hints.get(parameter.name)

@@ -161,13 +161,10 @@ async def many_unfinished(msg: list[Unfinished] | None) -> None: ...
 async def also_unfinished(msg: AlsoUnfinished) -> None: ...
 
 
-async def message_or_number(msg: Message | int) -> None: ...
-
-
 def of_a_class(cls: type, msg: Order) -> None: ...
 
 
-@pytest.mark.parametrize("function", [unfinished, many_unfinished, also_unfinished, message_or_number])
+@pytest.mark.parametrize("function", [unfinished, many_unfinished, also_unfinished])
 def test_a_name_that_is_missing_in_a_model_is_an_error_at_start_up(function: Callable[..., Any]) -> None:
     with pytest.raises(ConfigurationError, match="cannot validate.*is not defined") as caught:
         compile_handler(function)
@@ -229,6 +226,46 @@ def test_a_signature_that_cannot_be_filled_is_a_clear_error_at_start_up(
     with pytest.raises(ConfigurationError, match=why) as caught:
         compile_handler(function)
     assert name_of(function) in str(caught.value)
+
+
+async def hidden_result(msg: int) -> Decimal | int:
+    return msg + 1
+
+
+async def hidden_default(msg: int, db: Decimal | None = None, *args: Decimal, message: Message | None = None) -> int:
+    return msg + (message is not None)
+
+
+class HiddenMethod:
+    async def __call__(self: Any, msg: int, **more: Decimal) -> int:
+        return msg + 1
+
+
+@pytest.mark.parametrize("function", [hidden_result, hidden_default, HiddenMethod(), HiddenMethod().__call__])
+async def test_annotations_that_nothing_needs_may_be_hidden(function: Callable[..., Any]) -> None:
+    assert await compile_handler(function)(message(b"1")) == 2
+
+
+async def hidden_message(msg: int, message: Message | Decimal | None = None) -> None: ...
+async def hidden_further(msg: int, database: Decimal) -> None: ...
+async def hidden_first(msg: Decimal | None = None) -> None: ...
+
+
+@pytest.mark.parametrize("function", [hidden_message, hidden_further, hidden_first])
+def test_annotations_that_may_say_what_is_filled_are_looked_for(function: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be found: name 'Decimal'"):
+        compile_handler(function)
+
+
+@pytest.mark.parametrize(
+    "annotation", [Message | Order, list[Message], dict[str, Message | None], Order | None | Message]
+)
+def test_the_message_stands_alone_or_with_none(annotation: Any) -> None:
+    async def handle(msg: Any) -> None: ...
+
+    handle.__annotations__["msg"] = annotation
+    with pytest.raises(ConfigurationError, match=r"handle wants .*Message stands alone or with None"):
+        compile_handler(handle)
 
 
 async def test_the_runner_says_so_before_the_first_message() -> None:
