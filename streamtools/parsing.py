@@ -21,7 +21,7 @@ from pydantic_core import PydanticKnownError, SchemaError, SchemaValidator, from
 
 from streamtools.bodies import LIMITS
 from streamtools.errors import DecodeError
-from streamtools.schemas import Schema, nodes, parts, with_parts
+from streamtools.schemas import Schema, is_quick, nodes, parts, with_parts
 from streamtools.unions import doubling
 
 #: Bytes over which a body is large.
@@ -33,10 +33,12 @@ PREFIX: Final = 64 * 1024
 #: Numbers of one hash that a body may have, where it has more than MANY long ones.
 SAME_HASH: Final = 100
 MANY: Final = 500
-#: A value that is tried takes so many times as long as one that is parsed.
-WORK: Final = 5
+#: An object that is tried takes so many times as long as a value that is parsed.
+WORK: Final = 2
 #: Plain data may have so many times as many values as what is validated: they take as much less time.
 PLAIN: Final = 5
+#: So many times as many values are parsed where all types are quick ones.
+QUICK: Final = 1.5
 #: Python's hash of a number is the number modulo this; UUIDs are numbers too.
 MODULUS: Final = (1 << 61) - 1
 #: An integer or a UUID of many digits, or an IPv6 address.
@@ -51,7 +53,7 @@ class TooManyValues(DecodeError):
     """A body has more values than are parsed."""
 
 
-def check_values(body: bytes, times: int = 1) -> None:
+def check_values(body: bytes, times: float = 1) -> None:
     """Check that a JSON body has no more values than `set_body_limits` says.
 
     Parameters:
@@ -62,7 +64,7 @@ def check_values(body: bytes, times: int = 1) -> None:
     """
     if LIMITS.values is None or len(body) <= LARGE:
         return
-    limit = LIMITS.values * times
+    limit = int(LIMITS.values * times)
     if len(body) > limit and _count(body) > limit and _has_more_values(body, limit):
         raise TooManyValues(
             f"The body has over {limit:,} values, more than are parsed: split it into several messages, or have the "
@@ -120,6 +122,7 @@ class Parser:
         self._validate = adapter.validate_json if self._doubling is None else self._validate_if_quick
         self._made: SchemaValidator | TypeAdapter[Any] | None = None
         self._hashes_numbers: bool | None = None
+        self._times: float | None = None
 
     def __call__(self, body: bytes | str) -> Any:
         """The body as the annotation says.
@@ -146,9 +149,7 @@ class Parser:
             TooManyValues: there are more.
         """
         growth, most = self._doubling, LIMITS.values and LIMITS.values // WORK
-        if growth is None or most is None or not growth.exceeds(data, most):
-            return
-        if growth.exceeds(_without_strings(data), most):
+        if growth is not None and most is not None and growth.exceeds(_without_strings(data), most):
             raise TooManyValues(
                 f"The body is nested so deeply that over {most:,} values would be tried: {growth.members} types of a "
                 f"union have the field {growth.field!r}, in which it stands again. Tell them apart by "
@@ -165,12 +166,14 @@ class Parser:
 
     def _large(self, body: bytes | str) -> Any:
         data = _as_bytes(body)
-        self._check_work(data)
+        if self._times is None:
+            self._times = QUICK if is_quick(self._adapter.core_schema) else 1
         try:
-            check_values(data)
+            check_values(data, self._times)
         except TooManyValues:
             self._check_beginning(data)
             raise
+        self._check_work(data)
         if self._hashes_numbers is None:
             self._hashes_numbers = _has_number_keys(self._adapter.core_schema)
         if self._hashes_numbers:

@@ -19,8 +19,11 @@ _ITEM: Final = "[]"
 _ANY: Final = "*"
 #: Keys of schemas of values whose names may be any.
 _OF_ANY_NAME: Final = frozenset({"values_schema", "extras_schema", "var_kwargs_schema"})
-#: Deletes all bytes of a JSON body but its brackets.
-_OTHERS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
+#: Deletes all bytes of a JSON body but its brackets and commas.
+_OTHERS: Final = bytes(byte for byte in range(256) if byte not in b"[]{},")
+_COMMA: Final = ord(",")
+#: So many numbers or texts take as long as one list or object.
+SIMPLE: Final = 4
 #: Levels of JSON at most, as its parser has it.
 DEEPEST: Final = 256
 
@@ -39,18 +42,27 @@ class Doubling:
     levels: int
     field: str
 
-    def exceeds(self, body: bytes, most: int) -> bool:
-        """Whether more values than `most` are tried, each as often as it is."""
+    def exceeds(self, outline: bytes, most: int) -> bool:
+        """Whether more values than `most` are tried, each as often as it is.
+
+        Parameters:
+            outline: a body of JSON without its texts.
+        """
         weights = [self.members ** (level // self.levels) for level in range(DEEPEST + 1)]
         level = work = 0
-        for byte in body.translate(None, _OTHERS):
-            if byte in b"[{":
+        most *= SIMPLE
+        for byte in outline.translate(None, _OTHERS):
+            if byte == _COMMA:
+                work += weights[max(level - 1, 0)]
+            elif byte in b"[{":
                 level = min(level + 1, DEEPEST)
-                work += weights[level - 1]
-                if work > most:
-                    return True
+                work += weights[level - 1] * SIMPLE
+            elif level == 0:  # it is no JSON
+                return False
             else:
-                level = max(0, level - 1)
+                level -= 1
+            if work > most:
+                return True
         return False
 
 

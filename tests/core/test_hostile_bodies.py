@@ -20,13 +20,14 @@ from typing import Annotated, Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AnyUrl, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from streamtools import ConfigurationError, Message, codec, parsing, set_body_limits
 from streamtools.bodies import LIMITS
 from streamtools.envelope import unwrapped
 from streamtools.errors import DecodeError
+from streamtools.schemas import is_quick
 from streamtools.unions import doubling
 
 MIB = 1024 * 1024
@@ -210,7 +211,7 @@ MADE: dict[str, bytes] = {
 def test_no_body_that_is_made_for_its_annotation_takes_long(annotation: Any, name: str) -> None:
     decode = codec.decoder(annotation)
     begun = time.thread_time()
-    with pytest.raises(DecodeError, match=r"the same hash|would be tried"):
+    with pytest.raises(DecodeError, match=r"the same hash|would be tried|more than are parsed"):
         decode(message(MADE[name]))
     assert time.thread_time() - begun < LIMIT
 
@@ -232,6 +233,33 @@ def test_types_that_cannot_be_told_apart_are_tried_a_limited_number_of_times() -
         decode(message(b'{"items":[' * 12 + b"1" + b"]}" * 12))
     finally:
         set_body_limits()
+
+
+class Leaf(BaseModel):
+    x: int
+
+
+class Both(BaseModel):
+    items: list[Both | Either | Leaf] = []
+
+
+class Either(BaseModel):
+    kind: Literal["either"] = "either"
+    items: list[Both | Either | Leaf] = []
+
+
+def test_flat_bodies_of_types_that_cannot_be_told_apart_are_taken() -> None:
+    body = json.dumps({"items": [{"x": 1}, {"kind": "either", "items": [{"x": 3}] * 20}] * 300})
+    assert len(codec.decoder(Both)(message(body.encode())).items) == 600
+
+
+@pytest.mark.parametrize("field", [',"x":"' + "]}" * 9 + '"', ""], ids=["closed in texts", "plain"])
+@pytest.mark.parametrize("inner", ["1", '{"items":[%s]}' % ",".join(["1"] * 2_000)], ids=["deep", "many numbers"])  # noqa: UP031
+def test_texts_do_not_hide_how_often_types_are_tried(field: str, inner: str) -> None:
+    levels = 20 if inner == "1" else 9
+    body = '{"items":[' * levels + inner + f"]{field}}}" * levels
+    with pytest.raises(DecodeError, match="would be tried"):
+        codec.decoder(And | Or)(message(body.encode()))
 
 
 @pytest.mark.parametrize(
@@ -441,9 +469,28 @@ def test_an_event_in_an_envelope_is_bounded_as_well(name: str) -> None:
     assert time.thread_time() - begun < 2 * LIMIT
 
 
+def test_more_values_are_parsed_where_all_types_are_quick() -> None:
+    class Quick(BaseModel):
+        id: int
+        name: str
+        price: float | None = None
+
+    class Addressed(Quick):
+        address: AnyUrl | None = None
+
+    rows = json.dumps([{"id": n, "name": "x" * 99, "price": 1.5} for n in range(30_000)]).encode()
+    assert len(codec.decoder(list[Quick])(message(rows))) == 30_000
+    for annotation in (list[Addressed], list[And], list[Order | Quick], list[Annotated[Quick, AfterValidator(repr)]]):
+        with pytest.raises(DecodeError, match=r"over 100,000 values|not a valid"):
+            codec.decoder(annotation)(message(rows))
+        assert not is_quick(TypeAdapter(annotation).core_schema)
+    with pytest.raises(DecodeError, match="over 150,000 values"):
+        codec.decoder(list[Quick])(message(b"[%b]" % b",".join([rows[1:-1]] * 2)))
+
+
 def test_the_limits_are_settings() -> None:
     body = b"[" + b"1," * 100_000 + b"1]"
-    decode = codec.decoder(list[int])
+    decode = codec.decoder(list[int | str])
     before = LIMITS.values, LIMITS.inflated
     try:
         with pytest.raises(DecodeError, match=r"over 100,000 values.*set_body_limits"):
