@@ -61,6 +61,14 @@ def garbled(answer: Answer) -> bytes:
     return b"\xff" * len(answer.body)
 
 
+def with_brokers_at(answer: Answer, host: str, port: int) -> bytes:
+    """An answer that tells of the brokers, with all of them at this address."""
+    kind = kinds()[answer.api, answer.version]
+    found = kind.decode(answer.body)
+    found.brokers = [(number, host, port, *more) for number, _, _, *more in found.brokers]
+    return bytes(found.encode())
+
+
 def with_code(answer: Answer, code: int) -> bytes:
     """The same with this error in each place for one; as it is where its form is not known."""
     kind = kinds().get((answer.api, answer.version))

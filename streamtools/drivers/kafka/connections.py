@@ -9,26 +9,26 @@ answers are read, for all who ask. One that is no broker's ends its connection, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
-from io import BytesIO
 from traceback import walk_tb
 from typing import Any, Final
 
 from aiokafka import errors as kafka
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.protocol.metadata import MetadataRequest
-from aiokafka.protocol.types import Array, Schema
+from aiokafka.structs import BrokerMetadata
 
-from streamtools.drivers.kafka.errors import GARBAGE, NO_KAFKA, plain
+from streamtools.drivers.kafka.answers import Whole
+from streamtools.drivers.kafka.errors import CLIENT_ERRORS, GARBAGE, NO_KAFKA, plain
 
 #: Of its own, so that a line which is repeated is told once.
 log: logging.Logger = logging.getLogger("streamtools.kafka")
 
 #: What the library raises where it could not read what a broker has sent, or cannot use it.
 UNREADABLE: Final[tuple[type[Exception], ...]] = (*GARBAGE, AssertionError)
-#: Lists that a broker may leave out.
-OPTIONAL: Final = frozenset({"aborted_transactions"})
+#: Names of the addresses that a client was given; brokers have numbers.
+FIRST: Final = "first-{}"
 
 
 def guard(client: Any) -> None:
@@ -39,7 +39,7 @@ def guard(client: Any) -> None:
     """
     client.bootstrap = partial(_bootstrap, client, client.bootstrap)
     client._get_conn = partial(_get_conn, client, client._get_conn)
-    client._metadata_update = partial(_metadata_update, client._metadata_update)
+    client._metadata_update = partial(_metadata_update, client, client._metadata_update)
     client.coordinator_lookup = partial(_coordinator_lookup, client.coordinator_lookup)
 
 
@@ -72,12 +72,47 @@ async def _get_conn(client: Any, connect: Callable[..., Awaitable[Any]], *args: 
     return found
 
 
-async def _metadata_update(look: Callable[..., Awaitable[bool]], *args: Any, **kwargs: Any) -> bool:
+async def _metadata_update(client: Any, look: Callable[..., Awaitable[bool]], cluster: Any, topics: Any) -> bool:
+    for way in (look, partial(_look_from_the_first, client)):
+        try:
+            if await way(cluster, topics):
+                return True
+        except UNREADABLE as error:  # it would end the task that does this for all others
+            _tell("A broker", error)
+    return False
+
+
+async def _look_from_the_first(client: Any, cluster: Any, topics: Any) -> bool:
+    """Ask at the addresses that the client was given, where none of the brokers that it knows answers.
+
+    They may all have moved, or an answer that was spoiled on its way has named others. The library (0.14) asks at
+    these addresses once, when it begins.
+    """
+    known = client.cluster
+    first = [BrokerMetadata(FIRST.format(n), host, port, None) for n, (host, port, _) in enumerate(client.hosts)]
+    known._bootstrap_brokers = {each.nodeId: each for each in first}  # where it looks up what it connects to
     try:
-        return await look(*args, **kwargs)
-    except UNREADABLE as error:  # it would end the task that does this for all others
-        _tell("A broker", error)
+        for each in first:
+            if await _look_at(client, each.nodeId, cluster, topics):
+                return True
         return False
+    finally:
+        known._bootstrap_brokers = {}
+
+
+async def _look_at(client: Any, node: str, cluster: Any, topics: Any) -> bool:
+    connection = await client._get_conn(node)
+    if connection is None:
+        return False
+    try:
+        answer = await connection.send(MetadataRequest(list(topics) if topics else None))
+    except CLIENT_ERRORS as error:
+        log.debug("%s:%s does not tell of its brokers: %s", connection.host, connection.port, plain(error))
+        return False
+    finally:
+        connection.close()
+    cluster.update_metadata(answer)
+    return bool(answer.brokers)
 
 
 async def _coordinator_lookup(find: Callable[..., Awaitable[int]], *args: Any, **kwargs: Any) -> int:
@@ -120,48 +155,12 @@ def _read(connection: Any, handle: Callable[[bytes], None], frame: bytes) -> Non
     waiting = connection._requests
     request = waiting[0][1] if waiting else None
     if request is not None:
-        request.RESPONSE_TYPE = _Whole(request)
+        request.RESPONSE_TYPE = Whole(request)
     try:
         handle(frame)
     except UNREADABLE as error:
         _tell(f"{connection.host}:{connection.port}", error)
         raise ConnectionResetError(f"an answer cannot be read: {plain(error)}") from error
-
-
-class _Whole:
-    """Reads the answer to a request, all of it.
-
-    Parameters:
-        request: as the library sends it.
-    """
-
-    __slots__ = ("_kind", "_length_is_known")
-
-    def __init__(self, request: Any) -> None:
-        self._kind = request.RESPONSE_TYPE
-        # The library reads some answers by the fields of an older version, and leaves the rest.
-        self._length_is_known = self._kind.API_VERSION == request.API_VERSION
-
-    def decode(self, data: BytesIO) -> Any:
-        answer, schema = self._kind.decode(data), self._kind.SCHEMA
-        if self._length_is_known and data.read(1):
-            raise ValueError("it is longer than its fields")
-        if (name := _missing(schema, [getattr(answer, name) for name in schema.names])) is not None:
-            raise ValueError(f"it has no {name}")
-        return answer
-
-
-def _missing(schema: Schema, values: Sequence[Any]) -> str | None:
-    """The name of a list that is null and may not be; None where there is none."""
-    for name, kind, value in zip(schema.names, schema.fields, values, strict=True):
-        if isinstance(kind, Array) and name not in OPTIONAL:
-            if value is None:
-                return str(name)
-            if isinstance(kind.array_of, Schema):
-                for row in value:
-                    if (found := _missing(kind.array_of, row)) is not None:
-                        return found
-    return None
 
 
 def _tell(who: str, error: BaseException) -> None:

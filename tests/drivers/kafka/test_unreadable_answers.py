@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Callable
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.protocol.commit import OffsetFetchRequest_v3
 from aiokafka.protocol.fetch import FetchRequest_v11
+from aiokafka.protocol.metadata import MetadataRequest_v5
+from aiokafka.protocol.produce import ProduceRequest_v8
 
 from streamtools import KafkaSettings
 from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
@@ -19,7 +23,18 @@ from streamtools.errors import ConnectError
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.drivers.kafka.conftest import MakeProducer, Running, records
-from tests.faults.kafka import FETCH, JOIN, OFFSET_FETCH, SYNC, VERSIONS, Answer, KafkaProxy
+from tests.faults.kafka import (
+    FETCH,
+    JOIN,
+    METADATA,
+    OFFSET_FETCH,
+    SYNC,
+    VERSIONS,
+    Answer,
+    Change,
+    KafkaProxy,
+    with_brokers_at,
+)
 
 SETTINGS = KafkaSettings(host="127.0.0.1:1")
 #: Seconds; more than enough where each kind of answer is spoiled once.
@@ -112,6 +127,80 @@ async def test_an_operator_sees_nothing_of_answers_that_cannot_be_read(
             await admin.delete(queue)
 
 
+@pytest.mark.real_kafka("groups")
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", 1), ("127.0.0.1", 99431), ("127.0\x7f0.1", 9092)], ids=["none", "port", "host"]
+)
+async def test_producer_consumer_and_operator_go_on_where_answers_have_named_brokers_where_there_are_none(
+    kafka: KafkaAddress, running: Running, queue: str, host: str, port: int
+) -> None:
+    def misleading(answer: Answer) -> bytes:
+        misleads = answer.api == METADATA and not answer.nth % 2 and answer.nth < 8
+        return with_brokers_at(answer, host, port) if misleads else answer.body
+
+    await all_goes_well(kafka, misleading, running, queue)
+
+
+@pytest.mark.real_kafka("groups", "transactions")
+async def test_producer_consumer_and_operator_go_on_where_the_first_answer_of_each_kind_is_about_another_topic(
+    kafka: KafkaAddress, running: Running, queue: str
+) -> None:
+    def of_another(answer: Answer) -> bytes:
+        other = queue[:-1] + "x"
+        return answer.body if answer.nth else answer.body.replace(queue.encode(), other.encode())
+
+    await all_goes_well(kafka, of_another, running, queue)
+
+
+async def all_goes_well(kafka: KafkaAddress, change: Change, running: Running, queue: str) -> None:
+    seen: list[int] = []
+
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+
+    async with asyncio.timeout(LONG):
+        async with KafkaProxy(kafka, change) as proxy, KafkaProducer(queue, url=proxy.url, partitions=1) as sender:
+            await sender.send(0)
+            async with sender.transaction():
+                await sender.send(1)
+        async with KafkaProxy(kafka, change) as proxy, running(handle, url=proxy.url):
+            await eventually(lambda: set(seen) == {0, 1}, timeout=LONG)
+        async with KafkaProxy(kafka, change) as proxy, KafkaAdmin(url=proxy.url) as admin:
+
+            async def all_are_read() -> bool:  # a list of groups by other names is as good as the right one
+                return (await admin.stats(queue)).ready == 0
+
+            await eventually(all_are_read)
+            await admin.purge(queue)
+    assert [record.value for record in await records(kafka, queue)] == []
+
+
+@pytest.mark.real_kafka("groups")
+async def test_all_go_back_to_the_addresses_they_were_given_when_all_brokers_have_moved(
+    kafka: KafkaAddress, running: Running, queue: str
+) -> None:
+    seen: list[int] = []
+
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+
+    async with KafkaProxy(kafka) as given, asyncio.timeout(LONG):
+        async with KafkaProxy(kafka) as old:
+            here, there = struct.pack(">i", given.port), struct.pack(">i", old.port)
+            given.change = lambda answer: answer.body.replace(here, there) if answer.api == METADATA else answer.body
+            sender = KafkaProducer(queue, url=given.url, partitions=1)
+            await sender.send(1)
+            async with running(handle, url=given.url), KafkaAdmin(url=given.url) as admin:
+                await eventually(lambda: 1 in seen)
+                await admin.stats(queue)
+                given.change = lambda answer: answer.body
+                await old.__aexit__(None, None, None)
+                await sender.send(2)
+                await eventually(lambda: 2 in seen, timeout=LONG)
+                await admin.stats(queue)
+            await sender.close()
+
+
 def answer_to(request: Any, body: bytes) -> Any:
     """What a connection makes of this body, as the answer to a question that it has sent."""
     future: Any = SimpleNamespace(answer=None)
@@ -125,7 +214,7 @@ def answer_to(request: Any, body: bytes) -> Any:
 
 
 def fetch(**changes: Any) -> tuple[Any, bytes]:
-    request = FetchRequest_v11(-1, 0, 0, 0, 0, 0, 0, [], [], "")
+    request = FetchRequest_v11(-1, 0, 0, 0, 0, 0, 0, [("orders", [(0, 0, 0, 0, 0)])], [], "")
     row = {"partition": 0, "code": 0, "end": 1, "stable": 1, "start": 0, "aborted": None, "replica": -1, "data": b""}
     rows = changes.get("rows", [tuple(row.values())])
     return request, request.RESPONSE_TYPE(0, 0, 0, changes.get("topics", [("orders", rows)])).encode()
@@ -143,6 +232,39 @@ def test_an_answer_has_the_length_of_its_fields(change: Callable[[bytes], bytes]
     request, body = fetch()
     with pytest.raises(ConnectionResetError, match="cannot be read"):
         answer_to(request, change(body))
+
+
+@pytest.mark.parametrize(
+    ("request_", "values"),
+    [
+        (ProduceRequest_v8(None, -1, 1, [("a", [(0, b"")])]), ([("b", [(0, 0, 1, 1, 1, [], None)])], 0)),
+        (ProduceRequest_v8(None, -1, 1, [("a", [(0, b"")])]), ([("a", [(1, 0, 1, 1, 1, [], None)])], 0)),
+        (ProduceRequest_v8(None, -1, 1, [("a", [(0, b"")])]), ([], 0)),
+        (OffsetFetchRequest_v3("g", [("a", [0, 1])]), (0, [("a", [(0, 5, "", 0)])], 0)),
+        (FetchRequest_v11(-1, 0, 0, 0, 0, 0, 0, [], [], ""), (0, 0, 0, [("a", [(0, 0, 1, 1, 0, None, -1, b"")])])),
+        (MetadataRequest_v5(["a"], False), (0, [(1, "k", 9092, None)], "c", 1, [])),
+        (MetadataRequest_v5(["a"], False), (0, [(1, "k", 9092, None)], "c", 1, [(0, "b", False, [])])),
+        (MetadataRequest_v5(None, False), (0, [(1, "k", 0, None)], "c", 1, [])),
+        (MetadataRequest_v5(None, False), (0, [(1, "", 9092, None)], "c", 1, [])),
+    ],
+)
+def test_an_answer_about_what_was_not_asked_for_is_none(request_: Any, values: Any) -> None:
+    with pytest.raises(ConnectionResetError, match="cannot be read"):
+        answer_to(request_, request_.RESPONSE_TYPE(*values).encode())
+
+
+@pytest.mark.parametrize(
+    ("request_", "values"),
+    [
+        (FetchRequest_v11(-1, 0, 0, 0, 0, 0, 0, [("a", [(0, 0, 0, 0, 0)])], [], ""), (0, 0, 0, [])),  # held back
+        (OffsetFetchRequest_v3("g", [("a", [0])]), (0, [], 16)),  # refused as a whole
+        (OffsetFetchRequest_v3("g", None), (0, [("a", [(0, 5, "", 0)])], 0)),  # asked for all
+        (MetadataRequest_v5(["a"], False), (0, [(1, "::1", 9092, None)], "c", 1, [(3, "a", False, [])])),
+        (MetadataRequest_v5([], False), (0, [(1, "k_1.example", 9092, None)], "c", 1, [])),
+    ],
+)
+def test_an_answer_may_say_less_where_kafka_does(request_: Any, values: Any) -> None:
+    assert answer_to(request_, request_.RESPONSE_TYPE(*values).encode()) is not None
 
 
 def test_a_frame_that_nobody_has_asked_for_ends_the_connection() -> None:
@@ -163,11 +285,11 @@ async def test_a_broker_that_cannot_be_used_is_as_one_that_cannot_be_reached(kin
     looks: list[bool] = []
     client = SimpleNamespace(
         _get_conn=broken, _metadata_update=broken, bootstrap=broken, coordinator_lookup=broken,
-        force_metadata_update=lambda: looks.append(True),
+        force_metadata_update=lambda: looks.append(True), hosts=[("k", 1, 0)], cluster=SimpleNamespace(),
     )  # fmt: skip
     guard(client)
     assert await client._get_conn(1) is None and looks == [True]
-    assert await client._metadata_update(None, None) is False
+    assert await client._metadata_update(None, None) is False and looks == [True, True]
 
 
 @pytest.mark.real_kafka("groups")
