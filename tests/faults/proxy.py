@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -41,6 +42,8 @@ class Proxy:
         #: Where clients connect to; the same over `down` and `restore`.
         self.port = free_ports(1)[0]
         self.latency = latency
+        #: What becomes of each chunk that the target sends.
+        self.garble: Callable[[bytes], bytes] = _as_it_is
         #: How many connections were accepted so far.
         self.accepted = 0
         self._server: asyncio.Server | None = None
@@ -130,19 +133,21 @@ class Proxy:
         self._links[task] = (writer, target_writer)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(reader, target_writer))
-                group.create_task(self._pump(target_reader, writer))
+                group.create_task(self._pump(reader, target_writer, _as_it_is))
+                group.create_task(self._pump(target_reader, writer, lambda chunk: self.garble(chunk)))
         finally:
             await _close(writer, *(() if target_writer in self._abandoned else (target_writer,)))
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change: Callable[[bytes], bytes]
+    ) -> None:
         """Forward one direction to its end, and pass the end on: the other direction may go on."""
         with suppress(OSError):
             while chunk := await reader.read(CHUNK):
                 if self.latency:
                     await asyncio.sleep(self.latency)
                 await self._flowing.wait()
-                writer.write(chunk)
+                writer.write(change(chunk))
                 await writer.drain()
             await self._flowing.wait()
             if writer.can_write_eof():
@@ -155,6 +160,10 @@ class Proxy:
                 _finish(writer, reset=reset)
             task.cancel()
         await asyncio.gather(*links, return_exceptions=True)
+
+
+def _as_it_is(chunk: bytes) -> bytes:
+    return chunk
 
 
 def _finish(writer: asyncio.StreamWriter, *, reset: bool) -> None:

@@ -17,13 +17,16 @@ from streamtools.drivers.rabbitmq import frames
 from streamtools.drivers.rabbitmq.frames import (
     BODY,
     END,
+    FRAME_MAX,
     HEAD,
     HEADER,
+    HEADER_MAX,
     HEARTBEAT,
     HEARTBEAT_FRAME,
     LONG,
     LONGLONG,
     METHOD,
+    METHOD_MAX,
     OVERHEAD,
 )
 from streamtools.errors import ConnectionLost
@@ -59,6 +62,7 @@ class HotChannel:
 
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         """A message arrived."""
+        raise ValueError("a delivery on a channel that receives nothing")
 
     def returned(self, routing_key: str, properties: bytes, body: bytes) -> None:
         """A message that was published could not be routed."""
@@ -74,11 +78,17 @@ class HotChannel:
         self.fail(f"the broker closed it: {code} {text}")
 
     def frame(self, kind: int, data: bytes, start: int, stop: int) -> bool:
-        """Take one frame, whose payload is `data[start:stop]`; False leaves it to the library."""
+        """Take one frame, whose payload is `data[start:stop]`; False leaves it to the library.
+
+        Raises:
+            ValueError: it cannot stand here.
+        """
         if kind == METHOD:
+            if self._method:
+                raise ValueError("a method before the whole message had come")
             return self._take_method(data, start)
         if self._method == 0:
-            return False  # content of a method that was left to the library
+            raise ValueError(f"a frame of type {kind} without a method before it")
         if kind == HEADER:
             self._left = LONGLONG.unpack_from(data, start + 4)[0]
             self._properties = data[start + 12 : stop]
@@ -86,10 +96,14 @@ class HotChannel:
                 self._complete(b"")
         elif kind == BODY:
             self._take_body(data[start:stop])
+        else:
+            raise ValueError("a heartbeat on a channel")
         return True
 
     def _take_body(self, part: bytes) -> None:
         self._left -= len(part)
+        if self._left < 0:
+            raise ValueError("a body that is longer than its header says")
         if self._left > 0:
             self._parts.append(part)
         elif self._parts:
@@ -134,8 +148,22 @@ class HotChannel:
             self.returned(self._routing_key, properties, body)
 
 
+class _ClosedChannel(HotChannel):
+    """What still comes for a channel that the broker has closed, until its number is another's."""
+
+    def frame(self, kind: int, data: bytes, start: int, stop: int) -> bool:
+        """Leave methods to the library, and what was on its way to nobody."""
+        if kind != METHOD:
+            return True
+        (method,) = LONG.unpack_from(data, start)
+        return method in (frames.DELIVER, frames.RETURN, frames.ACK, frames.NACK)
+
+
 class FrameReader(asyncio.StreamReaderProtocol):
     """Splits the byte stream into frames; those of attached channels go there, the rest to the library.
+
+    A frame that cannot be ends the connection at once. Behind it the stream is out of step: what comes next would be
+    read as something else, or be taken for a part of one frame that never ends.
 
     Parameters:
         reader: the library's.
@@ -151,14 +179,26 @@ class FrameReader(asyncio.StreamReaderProtocol):
         self._time = loop.time
         self._rest = b""
         self._foreign = False
+        self._began = False
+        #: The kinds of frames, and bytes in each of them at most.
+        self._most: dict[int, float] = {METHOD: METHOD_MAX, HEADER: HEADER_MAX, HEARTBEAT: 0}
+        self.agree(FRAME_MAX)
+        #: Numbers of channels that were asked for so far. Others cannot be; a late frame of one that is closed can.
+        self.opened: set[int] = set()
         self._transport_to_abort: asyncio.BaseTransport | None = None
-        #: When something last arrived, on the loop's clock.
+        #: When a whole frame last arrived, on the loop's clock: bytes alone are no sign of life.
         self.heard: float = loop.time()
+        #: The same, of frames that are no heartbeats.
+        self.answered: float = self.heard
         self._shown = self.heard
         #: What the broker said when it closed the connection.
         self.said: str = ""
         #: Why the broker does not take messages now ("low on memory"); empty while it does.
         self.blocked: str = ""
+
+    def agree(self, frame_max: float) -> None:
+        """The broker sends no larger frames, in bytes around and in it; a content header may be larger."""
+        self._most[BODY] = frame_max - OVERHEAD
 
     def attached(self) -> list[HotChannel]:
         """The channels whose frames are read here."""
@@ -182,7 +222,6 @@ class FrameReader(asyncio.StreamReaderProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self.heard = self._time()
         if self._foreign:
             super().data_received(data)
             return
@@ -195,12 +234,14 @@ class FrameReader(asyncio.StreamReaderProtocol):
             self._pass(HEARTBEAT_FRAME)
 
     def _split(self, data: bytes) -> None:
-        position, end = 0, len(data)
-        channels = self._channels
+        position, end, heartbeats = 0, len(data), 0
+        channels, most = self._channels, self._most
         while end - position >= OVERHEAD:
             kind, number, size = HEAD.unpack_from(data, position)
             stop = position + size + OVERHEAD
-            if kind not in _KINDS:
+            if size > most.get(kind, -1):
+                if kind in most or self._began:
+                    raise ValueError(f"a frame of type {kind} and {size} bytes")
                 # A greeting instead of a frame: the other side speaks another protocol or version.
                 self._foreign = True
                 self._pass(data[position:])
@@ -211,19 +252,43 @@ class FrameReader(asyncio.StreamReaderProtocol):
                 raise ValueError(f"a frame of type {kind} without its end octet")
             channel = channels.get(number)
             if channel is None:
-                if number == 0 and kind == METHOD:
-                    self._note(data, position + 7)
+                self._check(kind, number, data, position + 7)
+                heartbeats += kind == HEARTBEAT
                 self._pass(frames.readable(data[position:stop]))
             elif not channel.frame(kind, data, position + 7, stop - 1):
                 self._pass(frames.readable(data[position:stop]))
                 if channel.closed:  # what was on its way goes nowhere, until the number is another's
-                    self._channels[number] = HotChannel(number)
+                    self._channels[number] = _ClosedChannel(number)
             position = stop
         self._rest = data[position:]
+        if position:
+            self._note_life(is_answer=position > heartbeats * OVERHEAD)
+
+    def _note_life(self, *, is_answer: bool) -> None:
+        self._began = True
+        self.heard = self._time()
+        if is_answer:
+            self.answered = self.heard
 
     def _pass(self, data: bytes) -> None:
-        self._shown = self.heard
+        self._shown = self._time()
         super().data_received(data)
+
+    def _check(self, kind: int, number: int, data: bytes, start: int) -> None:
+        """Look at a frame that is for no attached channel.
+
+        Raises:
+            ValueError: it cannot be.
+        """
+        if kind == HEARTBEAT:
+            if number:
+                raise ValueError("a heartbeat on a channel")
+        elif number == 0:
+            if kind != METHOD:
+                raise ValueError("content on channel 0")
+            self._note(data, start)
+        elif number not in self.opened:
+            raise ValueError(f"a frame for channel {number}, which was never opened")
 
     def _note(self, data: bytes, start: int) -> None:
         """Look at what the broker says about the connection; the library answers it."""
@@ -243,6 +308,3 @@ class FrameReader(asyncio.StreamReaderProtocol):
         self._on_lost(f"what arrived is not AMQP: {error}")
         if isinstance(self._transport_to_abort, asyncio.WriteTransport):
             self._transport_to_abort.abort()
-
-
-_KINDS: Final = frozenset({METHOD, HEADER, BODY, HEARTBEAT})

@@ -24,6 +24,14 @@ HEARTBEAT: Final = 8
 #: A whole heartbeat frame.
 HEARTBEAT_FRAME: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 
+#: The largest frame that RabbitMQ proposes, and the largest that is read before both sides have agreed on one.
+FRAME_MAX: Final = 131_072
+#: The largest method that is read: a broker's hold a few short strings, and the first one of all a table.
+METHOD_MAX: Final = 8192
+#: The largest content header that is read. RabbitMQ does not split it, and what a broker adds (x-death) may make it
+#: larger than a frame may be; no message of it is larger than this.
+HEADER_MAX: Final = 512 * 1024 * 1024
+
 LONG: Final = Struct(">I")
 SHORT: Final = Struct(">H")
 LONGLONG: Final = Struct(">Q")

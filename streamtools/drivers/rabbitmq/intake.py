@@ -132,6 +132,8 @@ class Intake(HotChannel):
     # --- what arrives -------------------------------------------------------------------------------
 
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+        if tag != self._high + 1:  # the broker would wait for the one between, and we never have it
+            raise ValueError(f"delivery {tag} after delivery {self._high}")
         self._high = tag
         self.buffer.append((tag, redelivered, properties, body, self.topic))
         if self._waiter is not None and not self._resting:

@@ -7,9 +7,11 @@ import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar, copy_context
 from functools import partial
 from itertools import chain
-from typing import Any, Final, TypeVar
+from math import inf
+from typing import Any, Final, TypeVar, cast
 
 import aio_pika
 from aiormq.abc import AbstractChannel, AbstractConnection
@@ -19,7 +21,7 @@ from yarl import URL
 from streamtools.cancelling import asked_to_stop, end
 from streamtools.drivers.rabbitmq.channel import FrameReader, HotChannel
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, connect_error, lost
-from streamtools.drivers.rabbitmq.frames import GOODBYE
+from streamtools.drivers.rabbitmq.frames import FRAME_MAX, GOODBYE
 from streamtools.errors import ConnectError, ConnectionLost
 from streamtools.eventloops import unlisted
 from streamtools.settings import RabbitMQSettings
@@ -27,32 +29,44 @@ from streamtools.tls import client_context, warn_unverified
 
 T = TypeVar("T")
 
+log: logging.Logger = logging.getLogger("streamtools")
+
 #: Seconds for a goodbye to the broker; after it the socket is closed without one.
 CLOSE_TIMEOUT: Final = 2.0
 #: Seconds for the client library's tasks to end once the socket is closed.
 ENDING: Final = 0.5
 #: Seconds for the answer to one request, unless the broker has blocked the connection.
 CALL_TIMEOUT: Final = 30.0
+#: Seconds for a channel to be opened while nothing else is answered: no queue holds that up, so it is the connection.
+OPENING: Final = 15.0
 #: Channels of one connection, where the broker names no limit (channel_max 0).
 CHANNEL_MAX: Final = 65_535
 #: Channels for declarations at once: a queue that gives no answer holds one of them up, not the others.
 DECLARING: Final = 16
 #: Channels for declarations that are kept open.
 IDLE: Final = 2
-#: A broker that names no limit (frame_max 0) takes frames of any size; this is what RabbitMQ proposes.
-FRAME_MAX: Final = 131_072
+
+#: Whose work is being done, in the library's tasks and callbacks.
+_whose: Final[ContextVar[Link | None]] = ContextVar("streamtools_rabbitmq_link", default=None)
 
 
-class _OneLine(logging.Filter):
-    """The library tells a connection that has ended with a traceback; the reason stands in our own line."""
+class _OurLines(logging.Filter):
+    """The library tells how a request or a connection has ended; what that means stands in our own lines."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Leave the traceback out."""
-        record.exc_info = None
-        return True
+        """Leave out the traceback, and warnings about requests that we gave up and connections that have ended."""
+        link = _whose.get()
+        if link is None or record.levelno != logging.WARNING:
+            is_said = False
+        else:
+            is_said = link.has_ended or record.name == "aiormq.channel"
+        if record.name == "aiormq.connection":
+            record.exc_info = None
+        return not is_said
 
 
-logging.getLogger("aiormq.connection").addFilter(_OneLine())
+for _name in ("aiormq.connection", "aiormq.channel"):
+    logging.getLogger(_name).addFilter(_OurLines())
 
 
 class _Ready(TransportFactory):
@@ -76,13 +90,16 @@ class _UnlistedTasks:
         tasks: those that have not ended.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, link: Link) -> None:
         self._loop = loop
+        self._link = link
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def create_task(self, work: Coroutine[Any, Any, T], **options: Any) -> asyncio.Task[T]:
         """As the loop's own."""
-        task = unlisted(self._loop.create_task(work, **options))
+        context = copy_context()
+        context.run(_whose.set, self._link)
+        task = unlisted(self._loop.create_task(work, **{"context": context, **options}))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
@@ -137,7 +154,7 @@ class Link:
         self.locks: dict[str, asyncio.Lock] = {}
         self._idle: list[AbstractChannel] = []
         #: The library's tasks, and those of ours that close something.
-        self._work = _UnlistedTasks(self._loop)
+        self._work = _UnlistedTasks(self._loop, self)
         self.frame_max: int = FRAME_MAX
         self.channel_max: int = CHANNEL_MAX
 
@@ -167,6 +184,7 @@ class Link:
         tune = self._library.connection_tune
         self.frame_max = getattr(tune, "frame_max", 0) or FRAME_MAX
         self.channel_max = getattr(tune, "channel_max", 0) or CHANNEL_MAX
+        self._frames.agree(getattr(tune, "frame_max", 0) or inf)
         self._declaring = asyncio.Semaphore(max(1, min(DECLARING, self.channel_max // 8)))
         if self._heartbeat:
             self._watch = self._loop.call_later(self._heartbeat / 2, self._check_life)
@@ -183,14 +201,15 @@ class Link:
 
     # --- requests -----------------------------------------------------------------------------------
 
-    async def call(self, request: Awaitable[T], what: str = "a request") -> T:
+    async def call(self, request: Awaitable[T], what: str = "a request", *, opens: bool = False) -> T:
         """Await a request of the client library on one channel, but no longer than the connection lives.
 
         Parameters:
             what: names it, if it has no answer.
+            opens: it opens a channel. Without an answer the connection is of no use any more, else the channel is.
 
         Raises:
-            ConnectionLost: the connection has ended, or there was no answer: the channel is of no use any more.
+            ConnectionLost: the connection has ended, or there was no answer.
             aiormq.AMQPError: what the broker answered.
         """
         task = asyncio.ensure_future(request)
@@ -201,7 +220,7 @@ class Link:
             while not done:
                 done, _ = await asyncio.wait(ends, timeout=CALL_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
                 if not done and not self.blocked:
-                    self._no_answer(f"{what} had no answer for {CALL_TIMEOUT:g} s")
+                    self._no_answer(f"{what} had no answer for {CALL_TIMEOUT:g} s", opens=opens)
         except BaseException:
             task.cancel()
             raise
@@ -210,8 +229,9 @@ class Link:
             raise self.loss()
         return task.result()
 
-    def _no_answer(self, why: str) -> None:
-        if self._heartbeat and self.lost is None:  # the connection itself is watched: it is the channel, or its queue
+    def _no_answer(self, why: str, *, opens: bool) -> None:
+        # The connection itself is watched: it is the channel, or its queue.
+        if self._heartbeat and self.lost is None and not opens:
             raise channel_lost(self.where, why)
         self.lose(why)
         self._transport.abort()
@@ -226,14 +246,39 @@ class Link:
             raise self.loss()
         number = self._free_number()
         self._opening.add(number)
+        self._frames.opened.add(number)
+        # It goes on whoever waits: a caller with less time than OPENING would never learn that there is no answer.
+        opening = self._keep(self._open(self._library, number, confirms))
         try:
-            return await self.call(self._library.channel(number, publisher_confirms=confirms), "opening a channel")
+            await asyncio.wait({opening})
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._drop_opened)
+            raise
+        if opening.cancelled():
+            raise self.loss()
+        return cast("AbstractChannel", opening.result())
+
+    async def _open(self, library: AbstractConnection, number: int, confirms: bool) -> AbstractChannel:
+        watch = self._loop.call_later(OPENING, self._check_opening, self._loop.time())
+        try:
+            request = library.channel(number, publisher_confirms=confirms)
+            return await self.call(request, "opening a channel", opens=True)
         except ConnectError:
             raise
         except CLIENT_ERRORS as error:
             raise channel_error(error, self.where) from error
         finally:
+            watch.cancel()
             self._opening.discard(number)
+
+    def _check_opening(self, asked: float) -> None:
+        # A broker that answers others may have much to read before it comes to this; then CALL_TIMEOUT counts.
+        if not self.blocked and self._frames.answered <= asked:
+            self._no_answer(f"opening a channel had no answer for {OPENING:g} s, nor had anything else", opens=True)
+
+    def _drop_opened(self, opening: asyncio.Task[AbstractChannel]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self._drop(opening.result())
 
     def _free_number(self) -> int:
         # The library would count on past the broker's limit, which ends the connection.
@@ -330,6 +375,11 @@ class Link:
 
     # --- the end ------------------------------------------------------------------------------------
 
+    @property
+    def has_ended(self) -> bool:
+        """It is lost, or being closed."""
+        return self.lost is not None or self._closing
+
     def loss(self) -> ConnectionLost:
         """A new error saying why the connection has ended."""
         return ConnectionLost(str(self.lost)) if self.lost is not None else lost(self.where, "it was cut")
@@ -367,6 +417,12 @@ class Link:
             if self.lost is None:  # not by the library: some of its tasks are listed, and may have been cancelled
                 self._transport.write(GOODBYE)
                 await asyncio.wait({self.gone}, timeout=CLOSE_TIMEOUT)
+                if not self.gone.done():
+                    log.warning(
+                        "RabbitMQ at %s gave no answer to our goodbye within %g s; the connection is closed without. "
+                        "What was acknowledged last may be delivered again.",
+                        self.where, CLOSE_TIMEOUT,
+                    )  # fmt: skip
         finally:
             self.lose("it was closed by us")
             self._transport.abort()

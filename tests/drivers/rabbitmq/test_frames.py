@@ -244,6 +244,7 @@ class TestReader:
             protocol = FrameReader(reader, lambda why: None, loop)
             channel = Recorder(1)
             protocol.attach(channel)
+            protocol.opened.add(2)
             rest, sizes = stream, cuts * (len(stream) // sum(cuts) + 1)
             for size in sizes:
                 protocol.data_received(rest[:size])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
@@ -113,3 +114,20 @@ def test_a_broker_that_has_fallen_silent_is_not_waited_for_long(
     asyncio.run(_leave_open(broker.url))
     for words in ("were not closed", "was destroyed", "never retrieved"):
         assert words not in caplog.text
+    assert not [record for record in caplog.records if record.name.startswith("aiormq")]
+    assert caplog.text.count("gave no answer to our goodbye") == 2  # from each of the two connections
+
+
+def test_a_request_that_the_end_of_the_loop_meets_is_no_line_of_the_library(
+    broker: RefusingBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(link, "CLOSE_TIMEOUT", 0.1)
+    broker.mute = {"Queue.Declare", "Channel.Close", "Connection.Close"}
+
+    async def main() -> None:
+        opening = asyncio.create_task(Consumer("orders", url=broker.url).open())
+        await wait_until(lambda: "Queue.Declare" in broker.asked)
+        del opening
+
+    asyncio.run(main())
+    assert [record.name for record in caplog.records if record.levelno >= logging.WARNING] == ["streamtools"]
