@@ -39,7 +39,7 @@ from tests.brokers.processes import BrokerError
 from tests.brokers.rabbitmq import RabbitMQCluster, RabbitMQNode, add_vhost
 
 # Cases are imported one by one too, by other ways than `ConformanceSuite`.
-pytest.register_assert_rewrite("streamtools.testing.conformance")
+pytest.register_assert_rewrite("streamtools.testing.conformance", "tests.core.machine", "tests.core.machine_verdicts")
 
 Broker = TypeVar("Broker", bound=RabbitMQNode | RabbitMQCluster | KafkaNode | KafkaMock | KafkaCluster)
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from streamtools.errors import ConfigurationError, ConnectError, OptionError, Re
 from streamtools.message import Message
 from streamtools.settings import HTTPSettings
 from streamtools.tokens import Tokens, read_tokens
+from tests.brokers.certificates import Certificates, make_certificates
 from tests.drivers.http.conftest import producer_to, request, serving, talk
 from tests.drivers.http.peer import peer
 from tests.drivers.http.test_producer import fine
@@ -258,43 +258,44 @@ def test_an_option_that_names_no_content_type_is_a_clear_error(wrong: Any) -> No
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an authority, a server and a client of it, and a client of nobody."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl. Type: apt-get install openssl")
-    folder: Path = tmp_path_factory.mktemp("authority")
-
-    def openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)  # noqa: S603, S607
-
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
-    for name in ("ca", "stranger"):
-        openssl(
-            *f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN={name} -keyout {name}.key -out {name}.pem".split()
-        )
-    for name in ("server", "client"):
-        openssl(*f"req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr".split())
-        openssl(*f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -days 2 -extfile ext -out {name}.pem".split())
+    folder: Path = tmp_path_factory.mktemp("authorities")
     return folder
 
 
-async def test_with_client_ca_only_clients_with_a_certificate_of_it_may_ask(authority: Path) -> None:
-    def pem(name: str) -> dict[str, Any]:
-        return {"certfile": str(authority / f"{name}.pem"), "keyfile": str(authority / f"{name}.key")}
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> Certificates:
+    """An authority, a server and a client of it."""
+    return make_certificates(folder / "ours")
 
-    ca = str(authority / "ca.pem")
-    async with serving(handler, url=HTTPSettings(tls=True, client_ca=ca, **pem("server"))) as consumer:
-        address = {"tls": True, "cafile": ca, "port": consumer.address[1]}
-        async with HTTPProducer("orders", url=HTTPSettings(**address, **pem("client"))) as producer:
+
+@pytest.fixture(scope="module")
+def strangers(folder: Path) -> Certificates:
+    """The same of another authority."""
+    return make_certificates(folder / "strangers")
+
+
+async def test_with_client_ca_only_clients_with_a_certificate_of_it_may_ask(
+    ours: Certificates, strangers: Certificates
+) -> None:
+    def client_of(made: Certificates) -> dict[str, Any]:
+        return {"certfile": str(made.client_cert), "keyfile": str(made.client_key)}
+
+    server = {"certfile": str(ours.server_cert), "keyfile": str(ours.server_key)}
+    async with serving(handler, url=HTTPSettings(tls=True, client_ca=str(ours.ca), **server)) as consumer:
+        address = {"tls": True, "cafile": str(ours.ca), "port": consumer.address[1]}
+        async with HTTPProducer("orders", url=HTTPSettings(**address, **client_of(ours))) as producer:
             assert (await producer.send({})).status == 200
-        for stranger in ({}, pem("stranger")):
+        for stranger in ({}, client_of(strangers)):
             async with HTTPProducer("orders", url=HTTPSettings(**address, **stranger), send_timeout=1) as producer:
                 with pytest.raises((SendError, ConnectError)):
                     await producer.send({})
 
 
-async def test_client_ca_without_tls_or_of_no_file_is_a_clear_error(authority: Path) -> None:
-    server = {"certfile": str(authority / "server.pem"), "keyfile": str(authority / "server.key")}
+async def test_client_ca_without_tls_or_of_no_file_is_a_clear_error(ours: Certificates) -> None:
+    server = {"certfile": str(ours.server_cert), "keyfile": str(ours.server_key)}
     for settings in (HTTPSettings(client_ca="ca.pem"), HTTPSettings(tls=True, client_ca="missing.pem", **server)):
         with pytest.raises(ConfigurationError, match="client_ca"):
             await HTTPConsumer("orders", port=0, url=settings).open()
