@@ -224,18 +224,15 @@ class Membership:
         return f"streamtools/{self._terms.group}/{partition.topic}/{partition.partition}"  # no name has a slash
 
     async def unless_gone(self, asking: Awaitable[T], partitions: Collection[TopicPartition]) -> T:
-        """What the library answers; where a partition is not there any more, it goes on asking for ever.
+        """What the library answers; where a topic was deleted, it goes on asking for ever.
 
         Raises:
-            ConnectionLost: a topic was deleted, and may have been made anew with fewer partitions.
+            ConnectionLost: a topic was deleted.
         """
-        cluster = self.consumer._client.cluster
         task = asyncio.ensure_future(asking)
         try:
             while not (await asyncio.wait({task}, timeout=GONE))[0]:
-                if gone := {
-                    p.topic for p in partitions if p.partition not in (cluster.partitions_for_topic(p.topic) or ())
-                }:
+                if gone := {p.topic for p in partitions} - self.consumer._client.cluster.topics():
                     raise self._deleted(gone)
             return task.result()
         finally:
