@@ -12,6 +12,8 @@ from pamqp.body import ContentBody
 from pamqp.header import ContentHeader, ProtocolHeader
 from pamqp.heartbeat import Heartbeat
 
+from tests.faults.ending import end_server
+
 #: Codes that close a channel (specification 0-9-1, section 1.2: soft errors); all others close the connection.
 SOFT: Final = (311, 312, 313, 403, 404, 405, 406)
 #: Seconds for a client to go before it has the answer to its goodbye, which it is not to do.
@@ -77,10 +79,7 @@ class RefusingBroker:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         assert self._server is not None
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_server(self._server, self._tasks)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -24,6 +24,7 @@ from aiokafka.protocol.api import RequestStruct, Response
 from aiokafka.protocol.types import Array, Schema
 
 from tests.brokers.kafka.address import KafkaAddress
+from tests.faults.ending import end_server
 
 #: Of questions, by number: https://kafka.apache.org/protocol#protocol_api_keys
 PRODUCE, FETCH, OFFSETS, METADATA = 0, 1, 2, 3
@@ -136,10 +137,7 @@ class KafkaProxy:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_server(self._server, self._tasks)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -232,15 +232,12 @@ class Membership:
         task = asyncio.ensure_future(asking)
         try:
             while not (await asyncio.wait({task}, timeout=GONE))[0]:
-                if gone := {p.topic for p in partitions} - self.consumer._client.cluster.topics():
-                    raise self._deleted(gone)
+                if gone := sorted({p.topic for p in partitions} - self.consumer._client.cluster.topics()):
+                    names = ", ".join(map(repr, gone))
+                    raise ConnectionLost(f"{names} at {self._settings.safe_url} was deleted under its consumer.")
             return task.result()
         finally:
             task.cancel()
-
-    def _deleted(self, topics: Collection[str]) -> ConnectionLost:
-        names = ", ".join(map(repr, sorted(topics)))
-        return ConnectionLost(f"{names} at {self._settings.safe_url} was deleted under its consumer.")
 
     # --- being a member ---------------------------------------------------------------------------
 

@@ -114,9 +114,8 @@ class RabbitMQReader:
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         refused: SendError | None = None
-        settlements = [
-            s for s in settlements if not s.delivery.token.settled
-        ]  # with others, of which one was refused
+        # Some are settled already: they came together with one that was refused.
+        settlements = [s for s in settlements if not s.delivery.token.settled]
         outgoing = [message for s in settlements for message in s.outgoing]
         if outgoing:
             try:
