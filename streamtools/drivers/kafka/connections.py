@@ -61,6 +61,9 @@ async def _get_conn(client: Any, connect: Callable[..., Awaitable[Any]], *args: 
         _tell("A broker", error)
         client.force_metadata_update()
         return None
+    if found is not None and client._sync_task is None:  # closed meanwhile: nobody would close this connection
+        found.close()
+        return None
     if found is not None and "send" not in vars(found):
         if MetadataRequest.API_KEY not in found._versions:  # as every broker has; over this one nothing can be asked
             _tell(f"{found.host}:{found.port}", ValueError("it has told of no versions"))

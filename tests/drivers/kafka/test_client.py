@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from aiokafka.client import AIOKafkaClient
 
 from streamtools.drivers.kafka.client import stopped
+from streamtools.drivers.kafka.connections import guard
+from tests.brokers.kafka.address import KafkaAddress
 
 
 class Stubborn:
@@ -36,3 +39,15 @@ async def test_a_stop_that_never_ends_is_given_up_and_our_own_cancellation_goes_
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_connection_that_is_made_while_its_client_ends_is_closed(kafka: KafkaAddress) -> None:
+    client = AIOKafkaClient(bootstrap_servers=kafka.bootstrap)
+    guard(client)
+    await client.bootstrap()
+    [broker, *_] = client.cluster.brokers()
+    connecting = asyncio.create_task(client._get_conn(broker.nodeId))
+    await asyncio.sleep(0)
+    await client.close()
+    assert await connecting is None
+    assert not any(connection.connected() for connection in client._conns.values())
