@@ -224,16 +224,17 @@ class Membership:
         return f"streamtools/{self._terms.group}/{partition.topic}/{partition.partition}"  # no name has a slash
 
     async def unless_gone(self, asking: Awaitable[T], partitions: Collection[TopicPartition]) -> T:
-        """What the library answers; where a topic was deleted, it goes on asking for ever.
+        """What the library answers; where a partition is not there any more, it goes on asking for ever.
 
         Raises:
-            ConnectionLost: a topic was deleted.
+            ConnectionLost: a topic was deleted, and may have been made anew with fewer partitions.
         """
         task = asyncio.ensure_future(asking)
         try:
             while not (await asyncio.wait({task}, timeout=GONE))[0]:
-                if gone := sorted({p.topic for p in partitions} - self.consumer._client.cluster.topics()):
-                    names = ", ".join(map(repr, gone))
+                there = self.consumer._client.cluster.partitions_for_topic
+                if gone := {p.topic for p in partitions if p.partition not in (there(p.topic) or ())}:
+                    names = ", ".join(map(repr, sorted(gone)))
                     raise ConnectionLost(f"{names} at {self._settings.safe_url} was deleted under its consumer.")
             return task.result()
         finally:

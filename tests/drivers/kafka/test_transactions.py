@@ -11,6 +11,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from streamtools import KafkaSettings, Reject, Retry, SendError
+from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
 from streamtools.drivers.kafka.topics import Topic, topics_at
 from streamtools.message import Message
 from streamtools.testing import eventually
@@ -294,3 +295,30 @@ async def test_a_transaction_that_takes_too_long_says_so_and_nothing_of_it_is_vi
     async with sender.transaction():
         await sender.send("after")
     assert await visible(kafka, queue) == [b"outside", b"after"]
+
+
+async def test_what_is_in_hand_of_partitions_that_are_gone_keeps_nobody_waiting(
+    kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library commits for a partition that is no more until it is told to stop."""
+    monkeypatch.setattr("streamtools.drivers.kafka.membership.GONE", 0.5)
+    seen: list[int] = []
+    go_on = asyncio.Event()
+
+    async def handle(msg: int) -> None:
+        seen.append(msg)
+        await go_on.wait()
+
+    sender = await producer(partitions=3)
+    for number in range(3):
+        await sender.send(number, partition=number)
+    patient = KafkaSettings(host=kafka.bootstrap, request_timeout=120)
+    async with KafkaAdmin(url=kafka.url) as admin:
+        async with running(handle, exactly_once=True, concurrency=3, url=patient, revoke_timeout=120):
+            await eventually(lambda: len(seen) == 3)
+            await admin.delete(queue)
+            await admin.create(queue, partitions=1)
+            go_on.set()
+            async with KafkaProducer(queue, url=kafka.url) as anew:
+                await anew.send(10)
+            await eventually(lambda: 10 in seen, timeout=30)
