@@ -14,9 +14,10 @@ import pytest
 
 from streamtools import Bus, Consumer, ConsumerFactory, ConsumerRunner, Message, Producer, Retry
 from streamtools.errors import SendError
+from streamtools.settings import KafkaSettings
 from streamtools.testing.waiting import eventually
 from tests.brokers.kafka.node import KafkaNode
-from tests.bus.conftest import NO_RETRY, SOON, MakeBus
+from tests.bus.conftest import NO_RETRY, SOON, MakeBus, emptied
 from tests.bus.contracts import OrderPlaced, PlaceOrder
 
 SINK = "sink"
@@ -303,6 +304,7 @@ async def test_what_is_deferred_in_a_route_comes_when_its_time_has_come(
 
 async def test_exactly_once_carries_what_a_route_sends(own_kafka: KafkaNode) -> None:
     url, fails = own_kafka.address.url, Fails()
+    await emptied(KafkaSettings.from_url(url))
     async with Bus("exact-sink", url=url) as sink:
         await sink.declare()
     bus, out = Bus("exact-orders", url=url), Producer("exact-sink", url=url, outbox=True)
