@@ -265,7 +265,11 @@ class Tables:
         first = last - max(len(rows), len(spread)) + 1
         self._write(first, spread)
         if spread:
-            self._enqueue(first, last, now, any(row.due is not None for row in rows))
+            entered = self._enqueue(first, last, now, any(row.due is not None for row in rows))
+            if entered != len(spread):  # RAISE(IGNORE) skips a row, and says nothing
+                error = sqlite3.IntegrityError("a trigger in this file keeps messages out")
+                error.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT_TRIGGER
+                raise error
         known = {id(row) for row, _ in spread}
         return [row for row in rows if id(row) not in known and (row.mandatory or row.clash)]
 
@@ -312,19 +316,20 @@ class Tables:
             self.run(INSERT[size], flat)
             start += size
 
-    def _enqueue(self, first: int, last: int, now: float, delayed: bool) -> None:
+    def _enqueue(self, first: int, last: int, now: float, delayed: bool) -> int:
         given = {"first": first, "last": last, "now": now}
-        self.run(
+        entered: int = self.run(
             "INSERT INTO ready SELECT lane, id, 0, key FROM messages "
             "WHERE id BETWEEN :first AND :last AND (due IS NULL OR due <= :now)",
             given,
-        )
+        ).rowcount
         if delayed:
-            self.run(
+            entered += self.run(
                 "INSERT INTO later SELECT lane, due, id FROM messages "
                 "WHERE id BETWEEN :first AND :last AND due > :now",
                 given,
-            )
+            ).rowcount
+        return entered
 
     # --- out ------------------------------------------------------------------------------------
 
