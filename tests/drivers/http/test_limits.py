@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import ssl
-import sys
 import time
-from contextlib import suppress
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -243,47 +244,41 @@ async def test_a_client_that_asks_to_go_on_and_leaves_is_no_error(caplog: pytest
 
 
 async def test_what_a_refused_body_held_is_free_at_once() -> None:
-    others = large_objects()
-    gc.disable()  # what only the collector of cycles would free counts as held
-    try:
+    with counted() as held:
         async with serving(echo, url=HTTPSettings(max_connections=8)) as consumer:
             slow = [
                 await opened(consumer, HEAD + b"Content-Length: 1048576\r\n\r\n" + b"x" * 900_000) for _ in range(60)
             ]
             await wait_until(lambda: len(port_of(consumer)) <= 8)
-            await wait_until(lambda: large_objects() - others <= 12)
+            await wait_until(lambda: held() <= 12_000_000)
             for _, writer in slow:
                 writer.close()
-    finally:
-        gc.enable()
 
 
 async def test_an_idle_connection_keeps_neither_its_last_answer_nor_a_large_head() -> None:
     async def large(msg: Any) -> str:
         return "x" * 900_000
 
-    others = large_objects()
-    gc.disable()
-    try:
+    with counted() as held:
         async with serving(large) as consumer:
             idle = [await opened(consumer, request(body=b"{}", Connection="keep-alive")) for _ in range(30)]
             for reader, _ in idle:
                 assert (await read_reply(reader)).status == 200
-            await wait_until(lambda: large_objects() - others <= 3)
+            await wait_until(lambda: held() <= 4_000_000)
             reader, writer = await opened(consumer, request(body=b"{}", Connection="keep-alive", X_A="a" * 20_000))
             assert (await read_reply(reader)).headers["connection"] == "close"
             for _, each in (*idle, (reader, writer)):
                 each.close()
+
+
+@contextmanager
+def counted() -> Iterator[Callable[[], int]]:
+    """How many bytes are held that were not before; what only the collector of cycles would free counts as held."""
+    gc.collect()
+    gc.disable()
+    tracemalloc.start(1)
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[0]
     finally:
+        tracemalloc.stop()
         gc.enable()
-
-
-def large_objects() -> int:
-    """Texts and bytes of more than 500 KB that something holds."""
-    found = {
-        id(part)
-        for one in gc.get_objects()
-        for part in gc.get_referents(one)
-        if isinstance(part, str | bytes | bytearray) and sys.getsizeof(part) > 500_000
-    }
-    return len(found)
