@@ -290,7 +290,7 @@ class Producer(Endpoint):
 
     def _why_unconfirmed(self) -> str:
         """A sentence on why `_send` has not returned in time, as far as is known."""
-        return "no confirmation came."
+        return f"no confirmation came from {self.settings.safe_url}."
 
     def _make_twin(self) -> Self:
         twin = super()._make_twin()

@@ -226,8 +226,9 @@ async def test_a_server_that_never_comes_up_ends_in_a_clear_error() -> None:
     assert caught.value.unknown == ("7",)
 
 
-async def test_a_host_that_is_not_one_ends_in_a_clear_error() -> None:
-    async with HTTPProducer("orders", host="no.such.host.invalid", send_timeout=0.5) as producer:
+@pytest.mark.parametrize("send_timeout", [0.5, 0.0001])
+async def test_a_host_that_is_not_one_ends_in_a_clear_error(send_timeout: float) -> None:
+    async with HTTPProducer("orders", host="no.such.host.invalid", send_timeout=send_timeout) as producer:
         with pytest.raises(SendError, match="no.such.host.invalid"):
             await producer.send(1)
 
