@@ -97,6 +97,11 @@ class _Request:
     body: bytes
     attempt: int
 
+    @property
+    def where(self) -> str:
+        """What an error names."""
+        return f"{self.method} {_shown(self.url)}"
+
 
 class _Sending:
     """One call of `send` or `send_many`, through all reconnects: what is done is not done again."""
@@ -107,6 +112,8 @@ class _Sending:
         self.requests: list[_Request | None] = [None] * number
         self.receipts: list[HTTPReceipt | None] = [None] * number
         self.refusals: dict[int, ResponseError] = {}
+        #: The position of the one whose answer is awaited.
+        self.asking = 0
 
 
 class HTTPProducer(Producer, protocol="http"):
@@ -217,7 +224,16 @@ class HTTPProducer(Producer, protocol="http"):
     async def _deliver(self, batch: Sequence[Message], options: Options) -> list[Receipt]:
         deadline = time.monotonic() + self.send_timeout - min(MARGIN, self.send_timeout / 10)
         sending: Any = _Sending(options, len(batch), deadline)
-        return await super()._deliver(batch, sending)
+        try:
+            return await super()._deliver(batch, sending)
+        except SendError as error:
+            request = sending.requests[sending.asking]
+            if request is None or not isinstance(error.__cause__, TimeoutError):
+                raise
+            # On a busy event loop the time for the whole batch ends in the same moment as that for one answer.
+            late = _no_answer(request.where, batch[sending.asking], self.settings.timeout)
+            _name_left(late, batch, sending, sending.asking)
+            raise late from error
 
     async def _send(self, batch: Sequence[Message], options: _Sending) -> Sequence[Receipt]:
         sending = options
@@ -227,6 +243,7 @@ class HTTPProducer(Producer, protocol="http"):
             request = sending.requests[position]
             if request is None:
                 request = sending.requests[position] = self._request(message, sending.options)
+            sending.asking = position
             try:
                 sending.receipts[position] = await self._call(message, request, sending.deadline)
             except ResponseError as error:
@@ -270,7 +287,7 @@ class HTTPProducer(Producer, protocol="http"):
     async def _exchange(
         self, message: Message, request: _Request, deadline: float
     ) -> tuple[int, Mapping[str, str], bytes]:
-        where = f"{request.method} {_shown(request.url)}"
+        where = request.where
         if self._session is None:
             raise self._was_closed()
         try:

@@ -244,6 +244,20 @@ async def test_an_answer_that_does_not_come_in_time_leaves_the_message_unknown(o
     assert (len(caught.value.unknown), len(caught.value.refused), gate.entered) == (1, 1, 1)
 
 
+async def test_where_the_time_for_all_ends_with_that_for_one_answer_the_others_are_not_in_doubt(gate: Gate) -> None:
+    async with (
+        serving(gate) as consumer,
+        HTTPProducer("orders", url=HTTPSettings(port=consumer.address[1]), send_timeout=0.3) as producer,
+    ):
+        sending = asyncio.create_task(producer.send_many([1, 2]))
+        await wait_until(lambda: gate.entered == 1)
+        time.sleep(0.4)  # noqa: ASYNC251 - both are over when the loop goes on
+        with pytest.raises(SendError, match="/orders was not answered in time") as caught:
+            await sending
+        gate.open.set()
+    assert (len(caught.value.unknown), len(caught.value.refused)) == (1, 1)
+
+
 async def test_a_peer_that_does_not_speak_http_is_a_clear_error() -> None:
     async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
