@@ -38,6 +38,8 @@ def unwrapped(message: Message) -> Message:
     event = _event(message)
     meta = {name: text for name, value in event.items() if (text := _as_text(value)) is not None}
     fields = {name: value for name, value in decode_meta(meta).items() if name in FIELDS}
+    if not fields.get("id"):  # an empty one is none
+        fields["id"] = message.id
     body, content_type = event_data(event)
     headers = dict(message.headers)
     for name, text in meta.items():

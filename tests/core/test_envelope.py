@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from streamtools import Bus, Command, ConsumerFactory, ConsumerRunner, Producer, Retry
@@ -112,6 +112,7 @@ def test_data_that_is_called_base64_and_is_none_is_refused(data: Any) -> None:
         unwrapped(carrier(event(data_base64=data)))
 
 
+@example({"id": ""})
 @given(st.dictionaries(st.sampled_from(["id", "time", "source", "data", "data_base64", "datacontenttype", "key"])
                        | strategies.text, strategies.json))  # fmt: skip
 def test_any_envelope_is_read_or_refused(attributes: dict[str, Any]) -> None:
