@@ -19,7 +19,7 @@ from tests.brokers.address import ROOT
 from tests.lengths import length
 
 #: Seconds within which a process that has nothing to wait for ends, on a busy machine.
-SOON = 8.0
+SOON = 20.0
 #: Moments between the start of a process and its running; other ones each time that the test runs.
 MOMENTS = length(2, 20)
 

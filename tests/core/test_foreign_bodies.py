@@ -202,10 +202,10 @@ def test_known_charsets_are_read(charset: str) -> None:
     "charset", ["punycode", "idna", "undefined", "rot13", "zip", "unicode_escape", "utf-7", "\0", "x"]
 )
 def test_other_charsets_are_named_at_once(charset: str) -> None:
-    begun = time.monotonic()
+    begun = time.thread_time()
     with pytest.raises(DecodeError, match="charset"):
         codec.decoder(str)(message(b"-a" * 2**19, f"text/plain; charset={charset}"))
-    assert time.monotonic() - begun < 1  # punycode takes 24 s for this
+    assert time.thread_time() - begun < 1  # punycode takes 24 s for this
 
 
 def test_an_encoding_that_is_a_charset_counts_where_the_content_type_names_none() -> None:

@@ -21,7 +21,7 @@ from streamtools.testing.waiting import eventually, reaches
 from tests.brokers.address import ROOT
 
 #: Seconds within which a process that has nothing to wait for ends, on a busy machine.
-SOON = 8.0
+SOON = 20.0
 
 SCRIPT = """
 import asyncio, logging, os, sys, time

@@ -57,7 +57,7 @@ async def test_a_broker_that_never_greets_costs_no_more_than_the_time_given() ->
     with pytest.raises(ConnectError, match="does anything answer there"):
         await producer.open()
     assert caught.value.unknown == ("a",)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
 
 
 async def test_what_never_left_is_said_to_have_never_left() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import ssl
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -133,10 +132,9 @@ async def test_bodies_that_stand_still_go_before_one_that_arrives(monkeypatch: p
         slow = [await opened(consumer, head + b"x" * 900_000) for _ in range(12)]
         await wait_until(lambda: port_of(consumer)._ended > 6)
         for _ in range(5):
-            start = time.perf_counter()
             body = b'"' + b"y" * 1_000_000 + b'"'
-            assert (await talk(consumer, request(body=body, Content_Type="application/json"))).status == 200
-            assert time.perf_counter() - start < 1
+            async with asyncio.timeout(20):  # those that stand still have 30 s
+                assert (await talk(consumer, request(body=body, Content_Type="application/json"))).status == 200
         assert port_of(consumer).held <= 4 * 2**20
         for _, each in slow:
             each.close()

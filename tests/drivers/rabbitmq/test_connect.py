@@ -186,11 +186,11 @@ async def test_a_connection_that_hangs_is_given_up_after_two_heartbeats(rabbitmq
             begin = time.monotonic()
             with pytest.raises(ConnectError, match="nothing was heard"):
                 await consumer._receive(1)
-            assert 1.5 < time.monotonic() - begin < 6
+            assert 1.5 < time.monotonic() - begin < 20
 
             begin = time.monotonic()
             await consumer.close()
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 20
 
 
 def test_a_circle_of_causes_is_walked_once() -> None:

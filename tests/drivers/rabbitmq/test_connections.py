@@ -171,7 +171,7 @@ async def test_a_channel_that_ends_again_and_again_costs_the_others_nothing(rabb
         await wait_until(lambda: len(numbers) >= sent and len(seen) == sent)
     assert numbers == list(range(sent))  # each once, in order
     assert other._opened == 1
-    assert max(later - sooner for sooner, later in zip(times, times[1:], strict=False)) < 2
+    assert max(later - sooner for sooner, later in zip(times, times[1:], strict=False)) < 10
     for consumer in (other, victim):
         consumer.stop()
     await asyncio.gather(*running)
