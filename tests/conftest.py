@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import NoReturn, Protocol, TypeVar
 
 import pytest
+from _pytest.nodeid import coerce_node_id
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import settings
 
@@ -62,12 +63,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.kafka)
         if names & {"own_rabbitmq", "rabbitmq_cluster", "own_kafka", "kafka_cluster"}:
             item.add_marker(pytest.mark.chaos)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(_together(item, names)))
+        if item.config.getoption("loadgroup", default=False):
+            # pytest-xdist 3.8 writes the group where pytest 9.2 does not read it, and spreads the tests one by one
+            # (its issue 1386).
+            item._id = coerce_node_id(f"{item.nodeid}@{_together(item, names)}")
 
 
 def _together(item: pytest.Item, fixtures: set[str]) -> str:
     """The name of those that one process runs one after the other: a class, a file, or all that share a node."""
+    if (mark := item.get_closest_marker("xdist_group")) is not None:
+        return str(mark.args[0])
     for node in ("own_rabbitmq", "own_kafka", "strict"):
         if node in fixtures:
             return node
