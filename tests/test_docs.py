@@ -143,7 +143,7 @@ COLUMNS = ("rabbitmq", "kafka", "sqlite", "asyncio", "http")
 
 
 def _features_table() -> dict[str, list[bool]]:
-    page = next(page for page in PAGES if page.path == "docs/how-to/switch-the-protocol.md")
+    page = next(page for page in PAGES if page.path == "docs/protocols/index.md")
     rows = [line.strip("| ").split("|") for line in page.text.splitlines() if line.startswith("| `")]
     return {
         row[0].split("`")[1]: [cell.strip() == "yes" for cell in row[1:]]

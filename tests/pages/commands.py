@@ -23,7 +23,7 @@ INTRODUCTION = """\
 # Command line
 
 The extra `cli` brings the command `streamtools`; `python -m streamtools` is the same. What follows is what `--help`
-says. [Operate](../how-to/operate.md) shows the commands at work.
+says. [Operate](../operate/command-line.md) shows the commands at work.
 
 Exit codes: 0 it is done, 1 it failed, 2 it was asked for wrongly; 130 and 143 when Ctrl-C or SIGTERM ended a command
 that only looks. `--json` leaves nothing but JSON on stdout. Commands that destroy ask first, unless `--yes`.
