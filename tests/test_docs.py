@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from types import FunctionType
 from urllib.parse import unquote
@@ -20,6 +19,7 @@ from tests.brokers.kafka.address import KafkaAddress
 from tests.pages.commands import REFERENCE, check_usage, commands, reference
 from tests.pages.markdown import ROOT, Page, pages
 from tests.pages.reader import Reader, broker_of
+from tests.pages.reference import made, sources
 
 #: A page has up to twenty commands, each a process; on a busy machine they take their time.
 pytestmark = pytest.mark.timeout(300)
@@ -29,8 +29,7 @@ PAGES = list(pages())
 SHOWN_ONLY = ("CONTRIBUTING.md", "docs/reference/cli.md")
 RUN = [page for page in PAGES if page.path not in SHOWN_ONLY and page.blocks]
 OFFERED = [(page.path, command) for page in PAGES for command in commands(page)]
-#: Before the name of what a page of the reference shows the docstrings of.
-DOCSTRING = "::: "
+MADE = [page for page in PAGES if sources(page.text)]
 
 
 def _id(page: Page) -> str:
@@ -80,7 +79,12 @@ def test_a_command_that_is_only_shown_exists(path: str, command: str) -> None:
 
 
 def test_the_page_of_commands_says_what_their_help_says() -> None:
-    assert REFERENCE.read_text("utf-8") == reference(), "write it anew: python -m tests.pages.commands"
+    assert REFERENCE.read_text("utf-8") == reference(), "write it anew: python -m tests.pages.reference"
+
+
+@pytest.mark.parametrize("page", MADE, ids=_id)
+def test_a_page_says_what_the_code_says(page: Page) -> None:
+    assert page.text == made(page.text), "write it anew: python -m tests.pages.reference"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_id)
@@ -104,25 +108,7 @@ def _leads(page: Page, link: str) -> bool:
     if not file.exists():
         return False
     target = Page(str(file), file.read_text("utf-8")) if file.suffix == ".md" else None
-    return not anchor or (target is not None and (anchor in target.anchors or _documents(target, anchor)))
-
-
-def _documents(page: Page, name: str) -> bool:
-    """A page of the reference has this name's docstring."""
-    return any(name == shown or name.startswith(shown + ".") for shown in _shown(page)) and _exists(name)
-
-
-def _shown(page: Page) -> list[str]:
-    """What a page takes its text from: modules, classes, functions."""
-    return [line.removeprefix(DOCSTRING) for line in page.text.splitlines() if line.startswith(DOCSTRING)]
-
-
-def _exists(name: str) -> bool:
-    owner, _, attribute = name.rpartition(".")
-    try:
-        return hasattr(import_module(owner), attribute)
-    except ModuleNotFoundError:
-        return _exists(owner)  # an attribute of a class
+    return not anchor or (target is not None and anchor in target.anchors)
 
 
 @pytest.mark.parametrize("name", streamtools.__all__)
@@ -132,7 +118,7 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
 
     if isinstance(value, type | FunctionType):
         homes = {f"streamtools.{name}", value.__module__}
-        assert any(homes & set(_shown(page)) for page in reference), f"no page has {DOCSTRING}streamtools.{name}"
+        assert any(homes & set(sources(page.text)) for page in reference), f"no page is made from streamtools.{name}"
         assert value.__doc__
     else:  # a registry, a protocol's name, a type alias: these have no docstrings
         assert any(f"`{name}`" in page.text for page in reference if page.path != "docs/reference/index.md")

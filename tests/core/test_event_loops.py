@@ -364,7 +364,7 @@ async def test_the_queue_is_empty_at_first(number: int) -> None:
 
 
 def test_the_documented_fixture_keeps_messages_from_the_next_test(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "how-to" / "test-your-service.md").read_text()
+    page = (ROOT / "docs" / "guides" / "test-your-service.md").read_text()
     fixture = page.partition('title="conftest.py"\n')[2].partition("```")[0]
     for conftest, passed in (("", "1 passed"), (fixture, "3 passed")):
         (tmp_path / "conftest.py").write_text(conftest)

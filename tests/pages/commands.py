@@ -1,7 +1,4 @@
-"""Commands as pages write them, read by the real command line without being run; and the page that shows them all.
-
-python -m tests.pages.commands          writes docs/reference/cli.md anew
-"""
+"""Commands as pages write them, read by the real command line without being run; and the page that shows them all."""
 
 from __future__ import annotations
 
@@ -74,7 +71,3 @@ def _help(command: Any, path: list[str]) -> Iterator[str]:
     yield f"{heading}\n```console\n$ {line}\n{said.rstrip()}\n```\n"
     for name, inner in getattr(command, "commands", {}).items():
         yield from _help(inner, [*path, name])
-
-
-if __name__ == "__main__":
-    REFERENCE.write_text(reference(), "utf-8")
