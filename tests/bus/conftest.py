@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from streamtools import ADMINS, Bus, Consumer, Delivery, Message, Retry
-from streamtools.drivers.kafka.cluster import Cluster
+from streamtools.drivers.kafka.brokers.cluster import Cluster
 from streamtools.producer import PRODUCERS
 from streamtools.settings import KafkaSettings
 from streamtools.testing.waiting import eventually
@@ -136,7 +136,7 @@ def nothing_waits(depth: Callable[[str], Awaitable[int]]) -> Callable[[str], Awa
 
 @pytest.fixture
 async def process(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
-    """Starts processes that serve a queue, on the test's address or another; returns once they do."""
+    """StartOffsets processes that serve a queue, on the test's address or another; returns once they do."""
     started: list[subprocess.Popen[bytes]] = []
 
     async def start(url: str | None = None, *words: str) -> subprocess.Popen[bytes]:

@@ -19,8 +19,8 @@ from streamtools import (
     QueueError,
     SendError,
 )
-from streamtools.drivers.kafka.bindings import Bindings, bind, unbind
-from streamtools.drivers.kafka.cluster import Cluster
+from streamtools.drivers.kafka.brokers.bindings import Bindings, bind, unbind
+from streamtools.drivers.kafka.brokers.cluster import Cluster
 from streamtools.drivers.kafka.names import BINDINGS
 from streamtools.exchange import Binding
 from streamtools.settings import KafkaSettings

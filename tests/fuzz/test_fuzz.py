@@ -22,7 +22,7 @@ from streamtools.bus.pikabus import PikaBus
 from streamtools.cli import output
 from streamtools.cli.app import app
 from streamtools.copies import lesser_copies
-from streamtools.drivers.kafka.outgoing import outgoing
+from streamtools.drivers.kafka.producing.record import records_of
 from streamtools.drivers.kafka.records import decode_origin, read_record
 from streamtools.drivers.rabbitmq import properties
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_reply
@@ -103,7 +103,7 @@ def test_kafka_records() -> None:
         decode_origin(found, place)
         for copy in judged(message):
             try:
-                outgoing([copy], read=found.headers)
+                records_of([copy], read=found.headers)
             except SendError:
                 continue
 

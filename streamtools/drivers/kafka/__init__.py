@@ -1,15 +1,13 @@
 """`kafka://`: Apache Kafka, by aiokafka.
 
-producer.py, consumer.py       what the base classes call
-admin.py, reader.py            what an operator calls
-publisher.py                   lanes to partitions, batches, what is refused
-membership.py, track.py        the group, its partitions, commits
-offsets.py                     what is finished of a partition, and how a commit tells it
-tiers.py                       waiting for a time
-records.py                     messages to records and back
-topics.py, cluster.py          looking for topics, making and changing them
-groups.py, ages.py             groups as an operator sees them, and how old what waits for them is
-client.py, errors.py           connections, and what can be wrong with them
+producer.py, consumer.py, admin.py   what the base classes call
+consuming/                           a member of a group; consuming/delays.py says when a retry comes
+producing/                           batches, partitions, transactions
+operating/                           groups as an operator sees them
+brokers/                             topics, offsets and bindings
+client/                              connections, and all that reaches into aiokafka
+records.py                           messages to records and back
+errors.py                            what a broker's error means
 """
 
 from streamtools.drivers.kafka.admin import KafkaAdmin

@@ -15,15 +15,15 @@ from aiokafka import errors as kafka
 from pydantic import Field
 
 from streamtools.admin import QueueAdmin, Reader
-from streamtools.drivers.kafka.ages import next_times
-from streamtools.drivers.kafka.bindings import bind, unbind
-from streamtools.drivers.kafka.cluster import EARLIEST, LATEST, Cluster, TopicState
-from streamtools.drivers.kafka.counts import count
+from streamtools.drivers.kafka.brokers.bindings import bind, unbind
+from streamtools.drivers.kafka.brokers.cluster import EARLIEST, LATEST, Cluster, TopicState
+from streamtools.drivers.kafka.brokers.topics import Topic, Topics
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
-from streamtools.drivers.kafka.groups import Commit, Groups, Membership, Progress, busy
 from streamtools.drivers.kafka.names import BINDINGS, RETRY, check_kafka_name, is_retry_topic, reader_of
-from streamtools.drivers.kafka.reader import KafkaReader, KafkaViewer, Returning
-from streamtools.drivers.kafka.topics import Topic, Topics
+from streamtools.drivers.kafka.operating.ages import next_times
+from streamtools.drivers.kafka.operating.counts import count
+from streamtools.drivers.kafka.operating.groups import Commit, GroupDescription, Groups, Progress, busy
+from streamtools.drivers.kafka.operating.reader import AdminReader, AdminViewer, RedrivenMessage
 from streamtools.errors import ConfigurationError, ConnectError, QueueError
 from streamtools.exchange import Binding
 from streamtools.message import Message
@@ -232,13 +232,13 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
 
     def _back(self, message: Message, target: str | None) -> Message:
         copy = super()._back(message, target)
-        return Returning.of(copy) if target is None else copy
+        return RedrivenMessage.of(copy) if target is None else copy
 
     def _reader(self, queue: str, prefetch: int) -> Reader:
-        return KafkaReader(queue, self._connected(), self.settings, client_id=self.client_id)
+        return AdminReader(queue, self._connected(), self.settings, client_id=self.client_id)
 
     def _viewer(self, queue: str, most: int) -> Reader:
-        return KafkaViewer(queue, self.settings, client_id=self.client_id)
+        return AdminViewer(queue, self.settings, client_id=self.client_id)
 
     async def _infos(self, topics: Mapping[str, TopicState], *, counted: bool = False) -> list[QueueInfo]:
         """The numbers of each topic; those of the retry topic of its own group are with it.
@@ -338,7 +338,9 @@ def _settings(retention: float | None, retention_bytes: float | None) -> dict[st
     return changed
 
 
-def _group(name: str, queue: str, membership: Membership, progress: Mapping[TopicPartition, Progress]) -> GroupInfo:
+def _group(
+    name: str, queue: str, membership: GroupDescription, progress: Mapping[TopicPartition, Progress]
+) -> GroupInfo:
     partitions = tuple(
         PartitionInfo(
             partition=partition.partition,

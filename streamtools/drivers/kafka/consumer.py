@@ -14,23 +14,22 @@ from aiokafka import TopicPartition
 from streamtools.checks import check_name
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
-from streamtools.drivers.kafka.beforehand import commit_first
-from streamtools.drivers.kafka.bindings import bind
+from streamtools.drivers.kafka.brokers.bindings import bind
+from streamtools.drivers.kafka.brokers.topics import MAX_MESSAGE, Topic, topics_at
+from streamtools.drivers.kafka.consuming.delays import DELAY_LEVELS, leaves_at
+from streamtools.drivers.kafka.consuming.member import ABANDONED, GroupMember
+from streamtools.drivers.kafka.consuming.on_receive import commit_first
+from streamtools.drivers.kafka.consuming.partition import AssignedPartition, KafkaDelivery, delivery_of
+from streamtools.drivers.kafka.consuming.prefetch import Prefetcher
+from streamtools.drivers.kafka.consuming.retries import RetryPublisher
+from streamtools.drivers.kafka.consuming.starts import Start
+from streamtools.drivers.kafka.consuming.subscription import SubscriptionConfig
+from streamtools.drivers.kafka.consuming.topic_changes import TopicChanges
 from streamtools.drivers.kafka.errors import client_error
 from streamtools.drivers.kafka.features import FEATURES
-from streamtools.drivers.kafka.intake import Intake
-from streamtools.drivers.kafka.membership import ABANDONED, Membership
 from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply, retry_topic
 from streamtools.drivers.kafka.options import ConsumerOptions, subscription
-from streamtools.drivers.kafka.outbox import Outbox
-from streamtools.drivers.kafka.outgoing import COPY_ROOM
-from streamtools.drivers.kafka.records import QUEUE, decode_plain, header_texts, read_record
-from streamtools.drivers.kafka.starts import Start
-from streamtools.drivers.kafka.subscribed import Subscribed
-from streamtools.drivers.kafka.terms import Terms
-from streamtools.drivers.kafka.tiers import TIERS, leaves_at
-from streamtools.drivers.kafka.topics import MAX_MESSAGE, Topic, topics_at
-from streamtools.drivers.kafka.track import KafkaDelivery, Track, delivery_of
+from streamtools.drivers.kafka.records import COPY_ROOM, QUEUE, decode_plain, header_texts, read_record
 from streamtools.errors import Closed, ConfigurationError, SendError, StreamToolsError
 from streamtools.loop import Ack
 from streamtools.message import Message
@@ -64,9 +63,9 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     settings: KafkaSettings
     options: ConsumerOptions
     look: ClassVar[float] = 0.5
-    _membership: Membership | None = None
-    _outbox: Outbox | None = None
-    _intake: Intake | None = None
+    _membership: GroupMember | None = None
+    _outbox: RetryPublisher | None = None
+    _intake: Prefetcher | None = None
     _mover: asyncio.Task[None] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +73,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         self._given_group: str | None = self.group
         self._apply_options()
         self._wake: asyncio.Future[None] | None = None
-        self._subscribed = Subscribed(self.settings)
+        self._subscribed = TopicChanges(self.settings)
 
     def _apply_options(self) -> None:
         options = self.options
@@ -104,17 +103,17 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         await self._close()
         self._apply_options()  # the decorator may have brought more
         self._returned: list[KafkaDelivery] = []  # given back, to be handed over again
-        self._moves: deque[tuple[Track, Any, Message]] = deque()  # not due: to go to the retry topic
+        self._moves: deque[tuple[AssignedPartition, Any, Message]] = deque()  # not due: to go to the retry topic
         self._moving = 0
         self._move_wake = asyncio.Event()
         self._settled = asyncio.Event()
         retries = await self._declare()
-        membership = Membership(
+        membership = GroupMember(
             self.settings, self._terms(retries), self._name, changed=self._wake_up, drained=self._drained,
             passed_over=self._pass_over, subscribed=self._subscribed,
         )  # fmt: skip
         self._membership = membership
-        self._outbox = Outbox(
+        self._outbox = RetryPublisher(
             self.settings, self._name, membership, queue=self.queue, retry_topic=self.retry_topic, tiers=self._tiers,
             sender_id=self.client_id,
         )  # fmt: skip
@@ -123,7 +122,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         except BaseException:
             await self._close()
             raise
-        self._intake = Intake(membership, self.settings, changed=self._wake_up, failed=self._fail)
+        self._intake = Prefetcher(membership, self.settings, changed=self._wake_up, failed=self._fail)
         self._mover = asyncio.create_task(self._move_routine(), name="streamtools-moves")
 
     @property
@@ -151,7 +150,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             "replication": options.replication, "copies_of": tuple(topic.name for topic in queues),
         }  # fmt: skip
         error = Topic(name=self._error_topic, config=copies | KEEP, **common)
-        retry = Topic(name=self.retry_topic, partitions=len(TIERS), config=copies, **common)
+        retry = Topic(name=self.retry_topic, partitions=len(DELAY_LEVELS), config=copies, **common)
         if error.name not in {topic.name for topic in queues}:
             queues.append(error)
         async with topics_at(self.settings, self._name) as topics:
@@ -165,10 +164,10 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 await bind(topics.client, self.settings, self.queue, self.bindings, replication=options.replication)
             return self._tiers > 0
 
-    def _terms(self, retries: bool) -> Terms:
+    def _terms(self, retries: bool) -> SubscriptionConfig:
         options = self.options
         topics = dict.fromkeys((self.queue, *options.topics, *([self.retry_topic] if retries else [])))
-        return Terms(
+        return SubscriptionConfig(
             group=self.group_id,
             topics=tuple(topics),
             retry_topic=self.retry_topic,
@@ -202,13 +201,13 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 return batch
             await self._arrival(membership, self._wake)
 
-    async def _arrival(self, membership: Membership, wake: asyncio.Future[None]) -> None:
+    async def _arrival(self, membership: GroupMember, wake: asyncio.Future[None]) -> None:
         """Wait until something may have changed."""
         due = min((track.shelf[0][0] for track in membership.tracks.values() if track.shelf), default=None)
         timeout = None if due is None else max(0.0, due - time.time())
         await asyncio.wait({wake}, timeout=timeout)
 
-    def _take(self, membership: Membership, limit: int) -> list[Delivery]:
+    def _take(self, membership: GroupMember, limit: int) -> list[Delivery]:
         batch: list[Delivery] = []
         if membership.is_doubtful:
             return batch
@@ -231,7 +230,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         return batch
 
     def _take_arrived(
-        self, membership: Membership, track: Track, batch: list[Delivery], limit: int, now: float
+        self, membership: GroupMember, track: AssignedPartition, batch: list[Delivery], limit: int, now: float
     ) -> None:
         arrived, offsets, pending, place = track.arrived, track.offsets, track.offsets.pending, track.partition
         decode = _none if track.is_retry else decode_plain
@@ -260,11 +259,11 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             if not (old.track.gone or old.track.going):
                 batch.append(old.track.deliver(old.offset, old.message, old.token, old.trouble))
 
-    def _take_due(self, track: Track, batch: list[Delivery], limit: int, now: float) -> None:
+    def _take_due(self, track: AssignedPartition, batch: list[Delivery], limit: int, now: float) -> None:
         for record in track.due(now, limit - len(batch)):
             self._deliver(track, record, batch, now)
 
-    def _deliver(self, track: Track, record: Any, batch: list[Delivery], now: float) -> None:
+    def _deliver(self, track: AssignedPartition, record: Any, batch: list[Delivery], now: float) -> None:
         """Hand it over; what is not due goes on the shelf, or is moved to where it waits."""
         queue = None
         if track.is_retry:  # messages of several queues wait there
@@ -275,10 +274,10 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             return
         batch.append(track.deliver(record.offset, message, record, trouble))
 
-    def _hold_back(self, track: Track, record: Any, message: Message, now: float) -> None:
+    def _hold_back(self, track: AssignedPartition, record: Any, message: Message, now: float) -> None:
         due = message.deliver_at or now
         leaves = leaves_at(track.partition.partition, record.timestamp / 1000, due) if track.is_retry else due
-        if (track.is_retry and leaves > now) or due - now <= TIERS[1]:
+        if (track.is_retry and leaves > now) or due - now <= DELAY_LEVELS[1]:
             track.hold(leaves, record)
         else:
             self._moves.append((track, record, message))
@@ -398,7 +397,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             self._settled.set()
             self._wake_up()
 
-    def _keep_unmoved(self, batch: list[tuple[Track, Any, Message]], error: SendError) -> None:
+    def _keep_unmoved(self, batch: list[tuple[AssignedPartition, Any, Message]], error: SendError) -> None:
         """What Kafka refuses stays where it is, uncommitted, and waits in memory here."""
         log.error("%r: what waits for its time stays in its topic: %s", self, error)
         for track, record, message in batch:
@@ -412,20 +411,20 @@ class KafkaConsumer(Consumer, protocol="kafka"):
                 self._moves.append((track, record, message))
                 self._move_wake.set()
 
-    async def _move(self, batch: list[tuple[Track, Any, Message]]) -> None:
+    async def _move(self, batch: list[tuple[AssignedPartition, Any, Message]]) -> None:
         batch = [(track, record, message) for track, record, message in batch if not track.gone]
         if batch and self._outbox is not None:
             await self._outbox.move(batch)
             if self._membership is not None:
                 self._membership.finished(len(batch), at_once=True)
 
-    async def _pass_over(self, tracks: Collection[Track]) -> None:
+    async def _pass_over(self, tracks: Collection[AssignedPartition]) -> None:
         if self._outbox is not None:
             await self._outbox.pass_over(tracks)
 
     # --- partitions that go -----------------------------------------------------------------------
 
-    async def _drained(self, tracks: Collection[Track]) -> None:
+    async def _drained(self, tracks: Collection[AssignedPartition]) -> None:
         """Begin nothing more of these partitions; wait for what is at work, until the deadline."""
         for track in tracks:
             track.going = True
@@ -443,7 +442,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         if self._outbox is not None:
             await self._outbox.release(tracks)
 
-    async def _until_idle(self, tracks: Collection[Track], seconds: float) -> None:
+    async def _until_idle(self, tracks: Collection[AssignedPartition], seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
                 while self._membership is not None and self._at_work(tracks):
@@ -452,7 +451,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         except TimeoutError:
             pass
 
-    def _at_work(self, tracks: Collection[Track]) -> bool:
+    def _at_work(self, tracks: Collection[AssignedPartition]) -> bool:
         by_hand = self._loop is None or self.ack == "manual"
         for track in tracks:
             if track.settling:

@@ -13,16 +13,16 @@ from secrets import token_hex
 from typing import Any, ClassVar, Final
 
 from streamtools.delivery import Delivery, current
+from streamtools.drivers.kafka.brokers.topics import Topic
+from streamtools.drivers.kafka.consuming.partition import KafkaDelivery
 from streamtools.drivers.kafka.errors import Missing, was_undone
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply
 from streamtools.drivers.kafka.options import ProducerOptions, SendOptions, is_async
-from streamtools.drivers.kafka.outgoing import Outgoing, not_held, outgoing
+from streamtools.drivers.kafka.producing.record import ProducerRecord, not_held, records_of
+from streamtools.drivers.kafka.producing.sender import Sender
+from streamtools.drivers.kafka.producing.transactions import TIMEOUT, TransactionalProducer, opened, same_kafka
 from streamtools.drivers.kafka.records import Placed
-from streamtools.drivers.kafka.sending import Sender
-from streamtools.drivers.kafka.topics import Topic
-from streamtools.drivers.kafka.track import KafkaDelivery
-from streamtools.drivers.kafka.transactions import TIMEOUT, Transactional, opened, same_kafka
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError, StreamToolsError
 from streamtools.message import Message, sets_slots
 from streamtools.policy import backoff_within
@@ -76,7 +76,7 @@ class KafkaProducer(Producer, protocol="kafka"):
         super().__init__(*args, **kwargs)
         self._under_way: set[asyncio.Task[list[Receipt]]] = set()
         self._failed: list[SendError] = []
-        self._idle: list[Transactional] = []
+        self._idle: list[TransactionalProducer] = []
 
     async def flush(self) -> None:
         """Return when all that was sent with `wait=False` is confirmed.
@@ -129,7 +129,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             if self._closed:
                 raise Closed(f"{self!r} was closed; call open() to use it again.")
             raise ConnectionLost(f"{self!r} is not connected.")
-        items = outgoing(batch)
+        items = records_of(batch)
         try:
             await self._publish(self._sender, items)
         except SendError as error:
@@ -137,7 +137,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             raise
         return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
 
-    async def _publish(self, sender: Sender, items: Sequence[Outgoing]) -> None:
+    async def _publish(self, sender: Sender, items: Sequence[ProducerRecord]) -> None:
         try:
             await sender.publish(items)
         except SendError:
@@ -147,7 +147,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             await self._make_again(sender)
             await sender.publish(again)
 
-    def _lost_with_topic(self, items: Sequence[Outgoing]) -> list[Outgoing]:
+    def _lost_with_topic(self, items: Sequence[ProducerRecord]) -> list[ProducerRecord]:
         """Those refused because our own topic was deleted while we use it, if that is all that was refused."""
         refused = [item for item in items if item.error is not None]
         ours = all(item.topic == self.queue and isinstance(item.error, Missing) for item in refused)
@@ -221,16 +221,16 @@ class KafkaProducer(Producer, protocol="kafka"):
             _current.reset(token)
             await here._put_back(transaction.transactional)
 
-    async def _get_transactional(self) -> Transactional:
+    async def _get_transactional(self) -> TransactionalProducer:
         if not self._connected:
             await self.open()
         return self._idle.pop() if self._idle else await self._open_transactional(self.client_id or self.queue)
 
-    async def _open_transactional(self, name: str) -> Transactional:
+    async def _open_transactional(self, name: str) -> TransactionalProducer:
         """One with a new id, as nobody's transactions are gone on with; until `send_timeout` where that helps."""
         deadline, failures = time.monotonic() + self.send_timeout, 0
         while True:
-            made = Transactional(
+            made = TransactionalProducer(
                 self.settings, f"streamtools-{name}-{token_hex(8)}", self.client_id or f"streamtools-{name}"
             )
             try:
@@ -243,7 +243,7 @@ class KafkaProducer(Producer, protocol="kafka"):
                 log.debug("%r: a transaction could not begin: %s Trying again in %.1f s.", self, error, delay)
             await asyncio.sleep(delay)
 
-    async def _put_back(self, transactional: Transactional) -> None:
+    async def _put_back(self, transactional: TransactionalProducer) -> None:
         if transactional.broken or self._closed:
             await transactional.close()
         else:
@@ -296,8 +296,8 @@ class Transaction:
         settings: where.
     """
 
-    def __init__(self, transactional: Transactional, settings: KafkaSettings) -> None:
-        self.transactional: Transactional = transactional
+    def __init__(self, transactional: TransactionalProducer, settings: KafkaSettings) -> None:
+        self.transactional: TransactionalProducer = transactional
         self.settings: KafkaSettings = settings
         self._lock = asyncio.Lock()  # many tasks may send in it
         self._sent: list[Message] = []
@@ -315,7 +315,7 @@ class Transaction:
         Parameters:
             given: the same messages as whoever sends has them, for errors.
         """
-        items = outgoing(batch)
+        items = records_of(batch)
         async with self._lock:
             try:
                 await self.transactional.send(items)

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 from aiokafka import TopicPartition
 
 from streamtools.delivery import read_message
-from streamtools.drivers.kafka.bounds import MOST_HEADERS, UNREAD
+from streamtools.drivers.kafka.client.limits import MOST_HEADERS, UNREAD
 from streamtools.errors import DecodeError
 from streamtools.message import NO_HEADERS, LazyMessage, Message, setters
 from streamtools.recurring import Recurring
@@ -53,6 +53,8 @@ GROUP: Final = "streamtools-group"
 RETRIES: Final = "streamtools-retries"
 #: Where a failed message was read first.
 ORIGIN: Final = ("streamtools-origin-topic", "streamtools-origin-partition", "streamtools-origin-offset")
+#: Bytes by which a copy may be larger than its message: why it failed, where it was read first, whose retry it is.
+COPY_ROOM: Final = 64 * 1024
 #: Characters of the reason for which something was not read.
 LONGEST_REASON: Final = 200
 #: Digits of the greatest offset, 2**63 - 1.

@@ -16,13 +16,13 @@ from typing import Any
 from aiokafka import TopicPartition
 
 from streamtools.drivers.kafka import KafkaConsumer
-from streamtools.drivers.kafka.fetched import Fetched
-from streamtools.drivers.kafka.membership import Membership
+from streamtools.drivers.kafka.client.fetched import Fetched
+from streamtools.drivers.kafka.consuming.delays import DELAY_LEVELS
+from streamtools.drivers.kafka.consuming.member import GroupMember
+from streamtools.drivers.kafka.consuming.partition import AssignedPartition
+from streamtools.drivers.kafka.consuming.retries import RetryPublisher
 from streamtools.drivers.kafka.offsets import Offsets
-from streamtools.drivers.kafka.outbox import Outbox
-from streamtools.drivers.kafka.outgoing import Outgoing, outgoing, refused
-from streamtools.drivers.kafka.tiers import TIERS
-from streamtools.drivers.kafka.track import Track
+from streamtools.drivers.kafka.producing.record import ProducerRecord, records_of, refused
 from streamtools.errors import ConnectionLost
 from streamtools.message import Message
 from streamtools.settings import KafkaSettings
@@ -34,12 +34,12 @@ SETTINGS = KafkaSettings(host="127.0.0.1:1")
 def record(offset: int, message: Message | None = None, **changes: Any) -> Any:
     """A record as the library parses it; its message's id is the offset, so that copies tell where they are from."""
     message = message or Message(body=b"x", queue=PLACE.topic, id=str(offset), content_type="text/plain")
-    [item] = outgoing([message])
+    [item] = records_of([message])
     usual = {"offset": offset, "timestamp": item.timestamp, "key": item.key, "value": item.value}
     return SimpleNamespace(**{**usual, "headers": item.headers, **changes})
 
 
-def _refused(batch: Sequence[Outgoing], trouble: Any) -> dict[str, BaseException]:
+def _refused(batch: Sequence[ProducerRecord], trouble: Any) -> dict[str, BaseException]:
     bad: dict[str, BaseException] = {}
     for item in batch:
         if isinstance(trouble, set) and item.id in trouble:
@@ -75,7 +75,7 @@ class Broker:
             raise ConnectionLost("lost")
         return trouble
 
-    async def publish(self, batch: Sequence[Outgoing]) -> None:
+    async def publish(self, batch: Sequence[ProducerRecord]) -> None:
         """As a Publisher does."""
         trouble = await self.trouble()
         bad = _refused(batch, trouble)
@@ -98,7 +98,7 @@ class Broker:
 
 
 class Transactions:
-    """In the place of Transactional: what it sends and commits is the broker's once it is committed."""
+    """In the place of TransactionalProducer: what it sends and commits is the broker's once it is committed."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
@@ -110,7 +110,7 @@ class Transactions:
         assert not self.broken, "a producer whose transaction failed is of no use"
         self.items, self.offset = [], None
 
-    async def send(self, batch: Sequence[Outgoing]) -> None:
+    async def send(self, batch: Sequence[ProducerRecord]) -> None:
         trouble = await self._trouble()
         if bad := _refused(batch, trouble):
             raise refused(bad, SETTINGS)
@@ -142,7 +142,7 @@ class Transactions:
             raise
 
 
-class OfflineOutbox(Outbox):
+class OfflineRetryPublisher(RetryPublisher):
     """Sends to the broker in memory."""
 
     broker: Broker
@@ -150,7 +150,7 @@ class OfflineOutbox(Outbox):
     async def _get_sender(self) -> Any:
         return self.broker
 
-    async def _get_transactional(self, track: Track) -> Any:
+    async def _get_transactional(self, track: AssignedPartition) -> Any:
         # As the real one: an identity serves once.
         if track.transactional is None and track.identity is not None and not track.gone:
             track.identity, track.transactional = None, Transactions(self.broker)  # type: ignore[assignment]
@@ -169,7 +169,7 @@ class OfflineConsumer(KafkaConsumer):
         await self._close()
         self._returned, self._moves, self._moving = [], deque(), 0
         self._move_wake, self._settled = asyncio.Event(), asyncio.Event()
-        self._tiers = len(TIERS)
+        self._tiers = len(DELAY_LEVELS)
         coordinator = SimpleNamespace(commit=self.broker.commit, confirmed_at=math.inf)
         membership = _Membership(
             self.settings,
@@ -182,7 +182,7 @@ class OfflineConsumer(KafkaConsumer):
         )
         membership.coordinator = coordinator  # type: ignore[assignment]
         self._membership = membership
-        self._outbox = outbox = OfflineOutbox(
+        self._outbox = outbox = OfflineRetryPublisher(
             self.settings, "test", membership, queue=self.queue, retry_topic=self.retry_topic, tiers=self._tiers
         )
         outbox.broker = self.broker
@@ -190,7 +190,7 @@ class OfflineConsumer(KafkaConsumer):
         self._mover = asyncio.create_task(self._move_routine())
         self.assign()
 
-    async def _arrival(self, membership: Membership, wake: asyncio.Future[None]) -> None:
+    async def _arrival(self, membership: GroupMember, wake: asyncio.Future[None]) -> None:
         if not self.waits:
             raise TimeoutError
         await super()._arrival(membership, wake)
@@ -200,23 +200,25 @@ class OfflineConsumer(KafkaConsumer):
         membership = self._membership
         assert membership is not None
         exactly = SETTINGS if self.options.exactly_once else None
-        track = Track(PLACE, Offsets(*self.broker.kept), exactly=exactly, identity=(1, 0) if exactly else None)
+        track = AssignedPartition(
+            PLACE, Offsets(*self.broker.kept), exactly=exactly, identity=(1, 0) if exactly else None
+        )
         membership.tracks = {PLACE: track}
         waiting = [record for offset, record in sorted(self.broker.log.items()) if offset >= track.offsets.next]
         track.arrive(Fetched(iter(waiting), self.broker.end, 100))
         self._wake_up()
 
     @property
-    def membership(self) -> Membership:
+    def membership(self) -> GroupMember:
         assert self._membership is not None
         return self._membership
 
     @property
-    def track(self) -> Track:
+    def track(self) -> AssignedPartition:
         return self.membership.tracks[PLACE]
 
 
-class _Membership(Membership):
+class _Membership(GroupMember):
     async def leave(self) -> None:
         """Without the library."""
         self._closing = True
@@ -232,10 +234,10 @@ class _Membership(Membership):
 class _Intake:
     """All has arrived already."""
 
-    def __init__(self, membership: Membership) -> None:
+    def __init__(self, membership: GroupMember) -> None:
         self._membership = membership
 
-    def tracks(self) -> Collection[Track]:
+    def tracks(self) -> Collection[AssignedPartition]:
         return [track for track in self._membership.tracks.values() if track.arrived]
 
     def taken(self) -> None:

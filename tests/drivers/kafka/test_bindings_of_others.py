@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtools import Binding, ConfigurationError, Exchange
-from streamtools.drivers.kafka.bindings import Bindings
+from streamtools.drivers.kafka.brokers.bindings import Bindings
 from streamtools.settings import KafkaSettings
 
 SHOP = Exchange("shop")

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 from aiokafka.client import AIOKafkaClient
 
-from streamtools.drivers.kafka.client import stopped
-from streamtools.drivers.kafka.connections import guard
+from streamtools.drivers.kafka.client.connect import stopped
+from streamtools.drivers.kafka.client.guard import harden
 from tests.brokers.kafka.address import KafkaAddress
 
 
@@ -43,7 +43,7 @@ async def test_a_stop_that_never_ends_is_given_up_and_our_own_cancellation_goes_
 
 async def test_a_connection_that_is_made_while_its_client_ends_is_closed(kafka: KafkaAddress) -> None:
     client = AIOKafkaClient(bootstrap_servers=kafka.bootstrap)
-    guard(client)
+    harden(client)
     await client.bootstrap()
     [broker, *_] = client.cluster.brokers()
     connecting = asyncio.create_task(client._get_conn(broker.nodeId))

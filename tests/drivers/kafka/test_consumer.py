@@ -14,9 +14,9 @@ from aiokafka import AIOKafkaProducer
 from streamtools import ConfigurationError, Message, QueueError, Reject, Retry
 from streamtools.delivery import current
 from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer
+from streamtools.drivers.kafka.consuming.delays import DELAY_LEVELS
 from streamtools.drivers.kafka.offsets import decode
 from streamtools.drivers.kafka.records import Plain
-from streamtools.drivers.kafka.tiers import TIERS
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.drivers.kafka.conftest import MakeProducer, Running, records
@@ -270,7 +270,7 @@ async def test_a_static_member_comes_back_without_the_others_noticing(
     sender = await producer(partitions=2)
     async with running(handle) as other:
         async with running(handle, static_id="one"):
-            await eventually(lambda: len(other._membership.tracks) < 2 + len(TIERS))
+            await eventually(lambda: len(other._membership.tracks) < 2 + len(DELAY_LEVELS))
         generation = other._membership.consumer._coordinator.generation
         await sender.send(0, partition=0)
         await sender.send(1, partition=1)
@@ -414,7 +414,7 @@ async def test_a_partition_that_is_added_is_read_from_its_beginning_though_the_g
     begin: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("streamtools.drivers.kafka.client.METADATA_AGE", 0.5)
+    monkeypatch.setattr("streamtools.drivers.kafka.client.connect.METADATA_AGE", 0.5)
     seen: list[str] = []
 
     async def handle(msg: str) -> None:
@@ -435,7 +435,7 @@ async def test_a_partition_that_is_added_is_read_from_its_beginning_though_the_g
 async def test_a_topic_that_is_made_later_is_read_by_its_pattern_from_its_first_message(
     producer: MakeProducer, running: Running, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamtools.drivers.kafka.client.METADATA_AGE", 0.5)
+    monkeypatch.setattr("streamtools.drivers.kafka.client.connect.METADATA_AGE", 0.5)
     seen: list[str] = []
 
     async def handle(msg: str) -> None:

@@ -14,10 +14,10 @@ from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.structs import OffsetAndMetadata
 
-from streamtools.drivers.kafka.coordinator import Coordinator, Place
-from streamtools.drivers.kafka.fetched import Fetched
+from streamtools.drivers.kafka.client.coordinator import Coordinator, Place
+from streamtools.drivers.kafka.client.fetched import Fetched
+from streamtools.drivers.kafka.consuming.partition import AssignedPartition
 from streamtools.drivers.kafka.offsets import Offsets, encode
-from streamtools.drivers.kafka.track import Track
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.drivers.kafka.conftest import MakeProducer, Running
@@ -71,7 +71,7 @@ async def test_what_was_deleted_while_the_service_was_away_is_told_once(
 
 def test_what_others_had_finished_is_not_missed(caplog: pytest.LogCaptureFixture) -> None:
     ahead, _ = encode(5, [(5, 10)])
-    track = Track(PLACE, Offsets(5, ahead))
+    track = AssignedPartition(PLACE, Offsets(5, ahead))
     track.arrive(Fetched(iter(()), 20, 1, start=10))
     assert told(caplog) == []
     track.arrive(Fetched(iter(()), 30, 1, start=20))

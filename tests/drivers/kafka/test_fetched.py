@@ -21,14 +21,14 @@ from aiokafka.record.util import calc_crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtools.drivers.kafka import bounds
-from streamtools.drivers.kafka.ages import _first_time
-from streamtools.drivers.kafka.fetched import Buffers, Fetched
-from streamtools.drivers.kafka.intake import UNPACKED, Intake
+from streamtools.drivers.kafka.client import limits
+from streamtools.drivers.kafka.client.batches import REFUSED, Answers, Records
+from streamtools.drivers.kafka.client.fetched import Buffers, Fetched
+from streamtools.drivers.kafka.consuming.partition import AssignedPartition
+from streamtools.drivers.kafka.consuming.prefetch import UNPACKED, Prefetcher
 from streamtools.drivers.kafka.offsets import Offsets
+from streamtools.drivers.kafka.operating.ages import _first_time
 from streamtools.drivers.kafka.records import read_record
-from streamtools.drivers.kafka.track import Track
-from streamtools.drivers.kafka.unpacking import REFUSED, Answers, Records
 
 PLACE = TopicPartition("t", 0)
 #: Of a batch's header, see https://kafka.apache.org/documentation/#recordbatch: bytes before the field.
@@ -351,9 +351,9 @@ def troubles(records: list[Any]) -> list[str]:
 def test_a_batch_that_is_a_bomb_is_one_message_that_cannot_be_read(
     codec: int, start: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bounds, "MOST_UNPACKED", 2_000_000)
+    monkeypatch.setattr(limits, "MOST_UNPACKED", 2_000_000)
     bomb, good = batch([b"\0" * 1_100_000] * 3, codec), bytearray(batch([b"good"], codec))
-    monkeypatch.setattr(bounds, "RATIO", 1_000_000 // len(bomb))
+    monkeypatch.setattr(limits, "RATIO", 1_000_000 // len(bomb))
     struct.pack_into(">q", good, 0, 3)
     records, end, fetched = taken(bomb + good, [], start)
     assert [(offset, value) for offset, _, _, value, _ in records] == [(2, b""), (3, b"good")]
@@ -390,9 +390,9 @@ async def test_no_further_partition_is_unpacked_while_much_is_unpacked() -> None
     tracks = {}
     for number in range(4):
         place = TopicPartition("t", number)
-        tracks[place] = track = Track(place, Offsets(0))
+        tracks[place] = track = AssignedPartition(place, Offsets(0))
         track.arrive(Fetched(iter(()), 10, 100))
-    intake = Intake.__new__(Intake)
+    intake = Prefetcher.__new__(Prefetcher)
     intake._membership, intake._turn = SimpleNamespace(tracks=tracks), 0
     first, second, third, _ = tracks.values()
     first.arrived[0].unpacked = UNPACKED - 1
@@ -425,7 +425,7 @@ async def test_partitions_that_may_not_be_read_now_are_asked_again_after_a_pause
 
     client = SimpleNamespace(send=send)
     answers = Answers(client)
-    monkeypatch.setattr("streamtools.drivers.kafka.unpacking.asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr("streamtools.drivers.kafka.client.batches.asyncio", SimpleNamespace(sleep=sleep))
     await client.send(1, FetchRequest(0, 0, 0, 0, []))
     assert slept == [REFUSED] * pauses
     kept = {partition: answers.take(TopicPartition("orders", partition)) for partition, _, _ in rows}

@@ -13,7 +13,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from streamtools import ConnectError, QueueAdmin
 from streamtools.consumer import BoundHandler
-from streamtools.drivers.kafka import KafkaConsumer, static_names
+from streamtools.drivers.kafka import KafkaConsumer
+from streamtools.drivers.kafka.consuming import static_names
 from streamtools.settings import WORKER_VARIABLE, KafkaSettings
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
@@ -95,7 +96,7 @@ async def test_what_a_member_finished_before_it_lost_its_place_is_not_handled_ag
     commits: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("streamtools.drivers.kafka.membership.COMMIT_AGE", 600)
+    monkeypatch.setattr("streamtools.drivers.kafka.consuming.member.COMMIT_AGE", 600)
     seen: list[int] = []
     slow = asyncio.Event()
 
@@ -137,7 +138,7 @@ async def test_what_an_operator_moved_backwards_meanwhile_is_handled_again(
         await sender.send_many(range(5))
         await eventually(lambda: len(seen) == 5)
         await consumer._membership.commit()
-        monkeypatch.setattr("streamtools.drivers.kafka.membership.COMMIT_AGE", 600)
+        monkeypatch.setattr("streamtools.drivers.kafka.consuming.member.COMMIT_AGE", 600)
         await sender.send_many(range(5, 10))
         await eventually(lambda: len(seen) == 10)
         await consumer._membership.coordinator.leave()

@@ -12,8 +12,8 @@ import pytest
 
 from streamtools import ConfigurationError, ConnectError, KafkaSettings, Message, QueueError, SendError
 from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
+from streamtools.drivers.kafka.brokers.topics import Seen, Topic, Topics, topics_at
 from streamtools.drivers.kafka.producer import KafkaReceipt
-from streamtools.drivers.kafka.topics import Seen, Topic, Topics, topics_at
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import kafka_tool
@@ -91,8 +91,8 @@ async def test_a_missing_topic_is_never_made_when_creation_is_off(
 async def test_a_producer_at_work_uses_partitions_that_are_added(
     kafka: KafkaAddress, producer: MakeProducer, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamtools.drivers.kafka.client.METADATA_AGE", 0.3)
-    monkeypatch.setattr("streamtools.drivers.kafka.partitions.LOOK_AGAIN", 0.0)
+    monkeypatch.setattr("streamtools.drivers.kafka.client.connect.METADATA_AGE", 0.3)
+    monkeypatch.setattr("streamtools.drivers.kafka.producing.partitions.LOOK_AGAIN", 0.0)
     sender = await producer(partitions=1)
     await sender.send("x", key="k")
     async with KafkaAdmin(url=kafka.url) as admin:

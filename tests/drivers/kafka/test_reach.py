@@ -11,7 +11,7 @@ import pytest
 from aiokafka.errors import NotLeaderForPartitionError, TopicAuthorizationFailedError
 
 from streamtools import ConsumerFactory, ConsumerRunner, Producer, QueueAdmin
-from streamtools.drivers.kafka.reach import LOOK, Reach, Repeated, quieten
+from streamtools.drivers.kafka.client.monitor import LOOK, ConnectionMonitor, Repeated, quieten
 from streamtools.settings import KafkaSettings
 from streamtools.testing import eventually
 from tests.brokers.kafka.node import KafkaNode
@@ -87,9 +87,9 @@ async def test_a_client_that_asks_for_topics_over_and_over_is_slowed_down(monkey
         pauses.append(seconds)
 
     client = SimpleNamespace(_get_conn=None, _metadata_update=ask, _conns={}, bootstrap=None, coordinator_lookup=None)
-    Reach(client, "Group orders", KafkaSettings())
-    monkeypatch.setattr("streamtools.drivers.kafka.reach.time.monotonic", lambda: 100.0)
-    monkeypatch.setattr("streamtools.drivers.kafka.reach.asyncio.sleep", sleep)
+    ConnectionMonitor(client, "Group orders", KafkaSettings())
+    monkeypatch.setattr("streamtools.drivers.kafka.client.monitor.time.monotonic", lambda: 100.0)
+    monkeypatch.setattr("streamtools.drivers.kafka.client.monitor.asyncio.sleep", sleep)
     for topic in ("a", "b", "c"):
         await client._metadata_update(None, topic)
 
@@ -102,7 +102,7 @@ def test_a_line_of_the_library_passes_once_a_minute_and_says_how_often_it_was_le
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("streamtools.drivers.kafka.reach.time.monotonic", lambda: now)
+    monkeypatch.setattr("streamtools.drivers.kafka.client.monitor.time.monotonic", lambda: now)
     repeated = Repeated()
 
     def log(text: str) -> str | None:

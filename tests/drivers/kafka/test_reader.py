@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition, errors
 from streamtools import Message, QueueAdmin, QueueError, Retry
 from streamtools.delivery import Settlement
 from streamtools.drivers.kafka import KafkaAdmin
-from streamtools.drivers.kafka.reader import KafkaReader
+from streamtools.drivers.kafka.operating.reader import AdminReader
 from streamtools.testing import eventually
 from streamtools.verdicts import ACK
 from tests.brokers.kafka.address import KafkaAddress
@@ -52,7 +52,7 @@ async def test_of_two_who_move_the_same_messages_the_second_is_told_and_sends_no
 ) -> None:
     await filled(4)
     await admin.create(f"{queue}-2")
-    first, second = (KafkaReader(queue, admin._cluster, admin.settings, client_id=None) for _ in range(2))
+    first, second = (AdminReader(queue, admin._cluster, admin.settings, client_id=None) for _ in range(2))
     for reader in (first, second):
         await reader.open()
     try:
@@ -160,7 +160,7 @@ async def test_a_move_whose_commit_failed_is_committed_when_it_is_tried_again(
 ) -> None:
     await filled(2)
     async with KafkaAdmin(url=kafka.url) as admin:
-        reader = KafkaReader(queue, admin._cluster, admin.settings, client_id=None)
+        reader = AdminReader(queue, admin._cluster, admin.settings, client_id=None)
         await reader.open()
         try:
             [delivery] = await reader.receive(1)
@@ -199,7 +199,7 @@ async def test_a_reader_leaves_what_came_after_it_was_opened(
 ) -> None:
     await filled(3)
     reader = admin._reader(queue, 10)
-    assert isinstance(reader, KafkaReader)
+    assert isinstance(reader, AdminReader)
     await reader.open()
     await (await producer()).send("late")
     found = []

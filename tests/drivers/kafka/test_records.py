@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from streamtools.drivers.kafka.names import is_retry_topic, retry_topic
 from streamtools.drivers.kafka.options import subscription
-from streamtools.drivers.kafka.outgoing import outgoing
+from streamtools.drivers.kafka.producing.record import records_of
 from streamtools.drivers.kafka.records import (
     Origin,
     Plain,
@@ -42,7 +42,7 @@ def record(**changes: Any) -> Any:
 
 
 def sent(message: Message) -> Any:
-    [item] = outgoing([message])
+    [item] = records_of([message])
     return record(key=item.key, value=item.value, headers=item.headers, timestamp=item.timestamp)
 
 
@@ -142,7 +142,7 @@ def test_what_other_programs_wrote_is_the_same_in_every_copy(
     for _ in range(2):  # a copy, and a copy of that
         message = decode_record(read, PLACE)
         assert all(text.encode() is not None for text in message.headers.values())
-        [item] = outgoing([message.replace(attempt=2)], read=read.headers)
+        [item] = records_of([message.replace(attempt=2)], read=read.headers)
         assert (item.key, item.value) == (key, value)
         read = record(key=item.key, value=item.value, headers=item.headers)
     assert by_name(item.headers) == by_name(headers)
@@ -161,7 +161,7 @@ def test_a_header_that_was_changed_goes_out_as_it_was_changed() -> None:
     read = record(headers=[("a", b"\xff"), ("a", b"2"), ("b", None)])
     message = decode_record(read, PLACE)
     assert dict(message.headers) == {"a": r"\xff, 2", "b": ""}
-    [item] = outgoing([message.replace(headers={"a": "new", "b": "", "c": "more"})], read=read.headers)
+    [item] = records_of([message.replace(headers={"a": "new", "b": "", "c": "more"})], read=read.headers)
     assert [h for h in item.headers if not h[0].startswith("ce_")] == [("a", b"new"), ("b", None), ("c", b"more")]
 
 
@@ -170,14 +170,14 @@ def test_a_header_that_was_changed_goes_out_as_it_was_changed() -> None:
 def test_a_time_out_of_range_can_be_copied(name: str, text: str) -> None:
     read = record(headers=[(name, text.encode()), ("ce_errorqueue", b"q")])
     message = decode_record(read, PLACE)
-    [item] = outgoing([message.replace(attempt=2)], read=read.headers)
+    [item] = records_of([message.replace(attempt=2)], read=read.headers)
     assert 0 <= item.timestamp < 2**53 and decode_record(record(headers=item.headers), PLACE).attempt == 2
 
 
 @given(st.integers(-(2**63), 2**63 - 1))
 def test_a_timestamp_out_of_range_can_be_copied(timestamp: int) -> None:
     read = record(timestamp=timestamp)
-    [item] = outgoing([decode_record(read, PLACE).replace(attempt=2)])
+    [item] = records_of([decode_record(read, PLACE).replace(attempt=2)])
     assert abs(item.timestamp - time.time() * 1000) < 60_000
     plain = decode_plain(read, PLACE)
     assert plain is not None and plain == decode_record(read, PLACE)

@@ -14,10 +14,11 @@ from aiokafka.partitioner import murmur2
 
 from streamtools import KafkaSettings, Message, QueueAdmin, QueueError, Retry
 from streamtools.consumer import BoundHandler
-from streamtools.drivers.kafka import KafkaConsumer, KafkaProducer, publisher
-from streamtools.drivers.kafka.outgoing import outgoing
-from streamtools.drivers.kafka.sending import _PUBLISHERS, Sender
-from streamtools.drivers.kafka.topics import Topic, Topics, topics_at
+from streamtools.drivers.kafka import KafkaConsumer, KafkaProducer
+from streamtools.drivers.kafka.brokers.topics import Topic, Topics, topics_at
+from streamtools.drivers.kafka.producing import publisher
+from streamtools.drivers.kafka.producing.record import records_of
+from streamtools.drivers.kafka.producing.sender import _PUBLISHERS, Sender
 from streamtools.errors import Closed, SendError
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
@@ -97,8 +98,8 @@ async def test_what_one_has_closed_fails_and_the_others_go_on(kafka: KafkaAddres
             return await send(*args, **kwargs)
 
         producer.send_batch = slow
-        first = asyncio.create_task(one.publish(outgoing([Message(body=b"1", queue=queue, id="1")] * 1000)))
-        second = asyncio.create_task(two.publish(outgoing([Message(body=b"2", queue=queue, id="2")] * 1000)))
+        first = asyncio.create_task(one.publish(records_of([Message(body=b"1", queue=queue, id="1")] * 1000)))
+        second = asyncio.create_task(two.publish(records_of([Message(body=b"2", queue=queue, id="2")] * 1000)))
         await eventually(lambda: one._pending and two._pending)
         await one.close()
         with pytest.raises(Closed):
@@ -106,7 +107,7 @@ async def test_what_one_has_closed_fails_and_the_others_go_on(kafka: KafkaAddres
         confirmed.set()
         await second
         with pytest.raises(Closed):
-            await one.publish(outgoing([Message(body=b"1", queue=queue, id="1")]))
+            await one.publish(records_of([Message(body=b"1", queue=queue, id="1")]))
     assert sum(record.value == b"2" for record in await records(kafka, queue)) == 1000
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from streamtools import ConnectionLost, Message, SendError
 from streamtools.delivery import Settlement
-from streamtools.drivers.kafka.fetched import Fetched
+from streamtools.drivers.kafka.client.fetched import Fetched
 from streamtools.testing import eventually
 from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
 from tests.drivers.kafka.offline import PLACE, Broker, OfflineConsumer, consumer, record

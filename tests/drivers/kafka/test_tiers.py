@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtools.drivers.kafka.tiers import TIERS, leaves_at, tier_of
+from streamtools.drivers.kafka.consuming.delays import DELAY_LEVELS, leaves_at, level_of
 
 
 def test_each_delay_has_the_longest_tier_that_does_not_exceed_it() -> None:
     delays = (-1, 0, 0.01, 0.25, 1.9, 2, 14.9, 15, 120, 86400 * 365)
-    assert [tier_of(s) for s in delays] == [0, 0, 1, 1, 1, 2, 2, 3, 4, 5]
-    assert tier_of(3600, partitions=3) == 2  # a topic that somebody made with fewer
+    assert [level_of(s) for s in delays] == [0, 0, 1, 1, 1, 2, 2, 3, 4, 5]
+    assert level_of(3600, partitions=3) == 2  # a topic that somebody made with fewer
 
 
 @given(st.floats(0, 10 * 366 * 86400))
@@ -20,13 +20,13 @@ def test_from_tier_to_tier_a_message_is_delivered_when_it_is_due_and_never_befor
     due = start + delay
     hops = 0
     while now < due:
-        partition = tier_of(due - now)
+        partition = level_of(due - now)
         leaves = leaves_at(partition, now, due)
         assert leaves <= due and leaves > now
         now = leaves
         hops += 1
     assert now == due or hops == 0
-    assert hops <= 40 + delay / TIERS[-1]
+    assert hops <= 40 + delay / DELAY_LEVELS[-1]
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 100)), min_size=2))
@@ -35,6 +35,7 @@ def test_in_one_tier_the_first_to_come_is_the_first_to_go(pairs: list[tuple[floa
     partition = 3
     entered = sorted(at for at, _ in pairs)
     leaves = [
-        leaves_at(partition, at, at + TIERS[partition] + more) for at, (_, more) in zip(entered, pairs, strict=True)
+        leaves_at(partition, at, at + DELAY_LEVELS[partition] + more)
+        for at, (_, more) in zip(entered, pairs, strict=True)
     ]
     assert leaves == sorted(leaves)

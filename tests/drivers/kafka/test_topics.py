@@ -10,7 +10,7 @@ import pytest
 from aiokafka import errors as kafka
 
 from streamtools import ConnectError, KafkaSettings, QueueError
-from streamtools.drivers.kafka.topics import Topic, Topics
+from streamtools.drivers.kafka.brokers.topics import Topic, Topics
 
 KNOWN, UNKNOWN, NOT_READY = 0, kafka.UnknownTopicOrPartitionError.errno, kafka.LeaderNotAvailableError.errno
 PARTITION = (0, 0, 1, [1], [1])

@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from streamtools import KafkaSettings, Reject, Retry, SendError
 from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
-from streamtools.drivers.kafka.topics import Topic, topics_at
+from streamtools.drivers.kafka.brokers.topics import Topic, topics_at
 from streamtools.message import Message
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
@@ -277,7 +277,7 @@ async def test_a_group_that_stands_behind_the_end_of_its_log_begins_anew(
 async def test_a_transaction_that_takes_too_long_says_so_and_nothing_of_it_is_visible(
     kafka: KafkaAddress, producer: MakeProducer, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("transactions", "producer"):
+    for module in ("producing.transactions", "producer"):
         monkeypatch.setattr(f"streamtools.drivers.kafka.{module}.TIMEOUT", 2.0)
     sender = await producer()
     await sender.send("outside")
@@ -301,7 +301,7 @@ async def test_what_is_in_hand_of_partitions_that_are_gone_keeps_nobody_waiting(
     kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library commits for a partition that is no more until it is told to stop."""
-    monkeypatch.setattr("streamtools.drivers.kafka.membership.GONE", 0.5)
+    monkeypatch.setattr("streamtools.drivers.kafka.consuming.member.GONE", 0.5)
     seen: list[int] = []
     go_on = asyncio.Event()
 

@@ -17,7 +17,7 @@ from aiokafka.protocol.produce import ProduceRequest_v8
 
 from streamtools import KafkaSettings
 from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
-from streamtools.drivers.kafka.connections import _read, guard
+from streamtools.drivers.kafka.client.guard import _read, harden
 from streamtools.drivers.kafka.errors import GARBAGE, client_error
 from streamtools.errors import ConnectError
 from streamtools.testing import eventually
@@ -287,7 +287,7 @@ async def test_a_broker_that_cannot_be_used_is_as_one_that_cannot_be_reached(kin
         _get_conn=broken, _metadata_update=broken, bootstrap=broken, coordinator_lookup=broken,
         force_metadata_update=lambda: looks.append(True), hosts=[("k", 1, 0)], cluster=SimpleNamespace(),
     )  # fmt: skip
-    guard(client)
+    harden(client)
     assert await client._get_conn(1) is None and looks == [True]
     assert await client._metadata_update(None, None) is False and looks == [True, True]
 

@@ -12,7 +12,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from streamtools import QueueAdmin
 from streamtools.drivers.kafka import KafkaConsumer
-from streamtools.drivers.kafka.starts import Start, Starts
+from streamtools.drivers.kafka.consuming.starts import Start, StartOffsets
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.drivers.kafka.conftest import MakeProducer, Running, Tool, shown
@@ -70,7 +70,7 @@ async def test_partitions_that_are_added_while_an_idle_group_is_away_are_read_fr
 async def test_partitions_that_are_added_under_an_idle_group_are_read_from_their_beginning_by_a_member_that_joins(
     producer: MakeProducer, running: Running, admin: QueueAdmin, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamtools.drivers.kafka.client.METADATA_AGE", 0.5)
+    monkeypatch.setattr("streamtools.drivers.kafka.client.connect.METADATA_AGE", 0.5)
     seen = Seen()
     await (await producer()).send("old")
     async with running(seen.handle, offset="latest"):
@@ -170,7 +170,7 @@ async def test_of_two_members_that_begin_at_once_the_one_that_commits_first_deci
     async def commit(offsets: Mapping[TopicPartition, Any]) -> None:
         committed.append(offsets)
 
-    starts = Starts(Library(), Start(latest=True), retry_topic="orders.retry", committed=read, commit=commit)
+    starts = StartOffsets(Library(), Start(latest=True), retry_topic="orders.retry", committed=read, commit=commit)
     found = await starts.find([zero, one])
     assert {p: at.offset for p, at in found.items()} == {zero: 0, one: 7}
     assert committed == []

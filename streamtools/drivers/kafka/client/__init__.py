@@ -1,0 +1,1 @@
+"""All that reaches into aiokafka, the client library; nothing outside this room uses its private names."""

@@ -1,0 +1,1 @@
+"""What an operator asks: groups, what waits for them, and reading it without joining them."""

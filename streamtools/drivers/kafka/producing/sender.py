@@ -1,0 +1,110 @@
+"""Sending: one producing client for each event loop and Kafka, for producers, a bus, and the retries of consumers.
+
+Each has a Sender, with room of its own for what is not confirmed: one who sends faster than Kafka takes it holds up
+nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from streamtools.drivers.kafka.brokers.topics import Topic, Topics
+from streamtools.drivers.kafka.producing.publisher import CLOSED, Publisher
+from streamtools.drivers.kafka.producing.record import ProducerRecord, refused
+from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, UnconfirmedBatch
+from streamtools.errors import Closed
+from streamtools.settings import KafkaSettings
+from streamtools.sharing import Lease, Sharing
+
+#: The name that brokers show where nobody has given one.
+CLIENT_ID: Final = "streamtools"
+_PUBLISHERS: Final = Sharing(Publisher.close)
+
+
+class Sender:
+    """One's own way to the producing client that all share.
+
+    Parameters:
+        settings: where; those with equal settings share.
+        client_id: as the broker shows it; those with another have a client of their own.
+        room: bytes that a message may have beyond `max_message`.
+    """
+
+    def __init__(self, settings: KafkaSettings, client_id: str | None, *, room: int = 0) -> None:
+        self._settings = settings
+        self._client_id = client_id or CLIENT_ID
+        self._limit = settings.max_message + room
+        self._room = ByteLimit()
+        self._pending: set[UnconfirmedBatch] = set()
+        self._lease: Lease[Publisher] | None = None
+
+    async def open(self) -> Topics:
+        """Connect, where nobody has; what looks at topics over the same connection.
+
+        Raises:
+            ConnectError: no broker lets us in.
+        """
+        lease = await _PUBLISHERS.acquire((self._settings, self._client_id), self._new_publisher)
+        try:
+            await lease.value.open()  # the last attempt to connect anew may have failed
+        except BaseException:
+            await lease.release()
+            raise
+        self._lease = lease
+        return lease.value.topics
+
+    async def publish(self, batch: Sequence[ProducerRecord]) -> None:
+        """Return when all are confirmed.
+
+        Raises:
+            SendError: naming those that Kafka refuses; the others of the batch are confirmed.
+            ConnectError: the connection ended, and no new one can be made.
+        """
+        if self._lease is None:
+            raise Closed(CLOSED)
+        pending = await self._lease.value.submit(batch, self._room, self._limit)
+        self._pending.add(pending)
+        try:
+            if self._lease is None:
+                raise Closed(CLOSED)
+            await pending.future
+        finally:
+            pending.given_up = True
+            self._pending.discard(pending)
+        if pending.failed:
+            raise refused(pending.failed, self._settings, batch)
+
+    def what_it_waits_for(self) -> str:
+        """A sentence on why something is not confirmed, as far as is known."""
+        return self._lease.value.what_it_waits_for() if self._lease is not None else "it is not connected."
+
+    def partitions(self, topic: str) -> int | None:
+        """How many partitions it has, or had when it was last seen."""
+        return self._lease.value.partitions.count(topic) if self._lease is not None else None
+
+    async def make(self, topic: Topic) -> bool:
+        """Make a topic that was deleted while it was in use; False where it is there again."""
+        if self._lease is None:
+            raise Closed(CLOSED)
+        return await self._lease.value.make(topic)
+
+    async def close(self) -> None:
+        """Let go; what is not confirmed by then fails. Safe to repeat."""
+        lease, self._lease = self._lease, None
+        for pending in self._pending:
+            pending.given_up = True
+            pending.fail(Closed("The producer was closed before this was confirmed."))
+        self._pending.clear()
+        self._room.clear()
+        if lease is not None:
+            await lease.release()
+
+    async def _new_publisher(self) -> Publisher:
+        publisher = Publisher(self._settings, self._client_id)
+        try:
+            await publisher.open()
+        except BaseException:
+            await publisher.close()
+            raise
+        return publisher
