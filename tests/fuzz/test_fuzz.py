@@ -24,7 +24,7 @@ from streamtools.cli.app import app
 from streamtools.copies import lesser_copies
 from streamtools.drivers.kafka.producing.record import records_of
 from streamtools.drivers.kafka.records import decode_origin, read_record
-from streamtools.drivers.rabbitmq import properties
+from streamtools.drivers.rabbitmq.amqp import properties
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_reply
 from streamtools.drivers.sqlite import rows
 from streamtools.envelope import event_type, unwrapped

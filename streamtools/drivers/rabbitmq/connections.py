@@ -15,8 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
-from streamtools.drivers.rabbitmq.delay import DelayChain
-from streamtools.drivers.rabbitmq.link import Link, open_link
+from streamtools.drivers.rabbitmq.amqp.connection import Link, open_link
+from streamtools.drivers.rabbitmq.topology.delay_chain import DelayChain
 from streamtools.exchange import Exchange
 from streamtools.settings import RabbitMQSettings
 from streamtools.sharing import Lease, Sharing

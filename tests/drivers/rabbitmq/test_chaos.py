@@ -10,8 +10,10 @@ import pytest
 from streamtools import Consumer, Message, Producer, Retry
 from streamtools.admin import QueueAdmin
 from streamtools.consumer import OrderedBy
-from streamtools.drivers.rabbitmq import RabbitMQProducer, link, publisher
-from streamtools.drivers.rabbitmq import consumer as driver
+from streamtools.drivers.rabbitmq import RabbitMQProducer
+from streamtools.drivers.rabbitmq.amqp import connection as link
+from streamtools.drivers.rabbitmq.consuming import consumer as driver
+from streamtools.drivers.rabbitmq.publishing import publisher_channel as publisher
 from streamtools.errors import SendError, StreamToolsError
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.rabbitmq import RabbitMQNode

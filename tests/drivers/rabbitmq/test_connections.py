@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from streamtools import Bus, Command, ConsumerFactory, ConsumerRunner, Event, Retry
-from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer, frames, link
+from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
+from streamtools.drivers.rabbitmq.amqp import connection as link
+from streamtools.drivers.rabbitmq.amqp import frames
 from tests.brokers.address import RabbitMQAddress
 from tests.faults.proxy import Proxy
 from tests.faults.waiting import wait_until

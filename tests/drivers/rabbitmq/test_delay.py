@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtools.admin import QueueAdmin
-from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer, delay
-from streamtools.drivers.rabbitmq.frames import Unsendable
-from streamtools.drivers.rabbitmq.link import Link
+from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
+from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
+from streamtools.drivers.rabbitmq.topology import delay_chain as delay
 from streamtools.errors import SendError
 from streamtools.message import Message
 from tests.brokers.rabbitmq import RabbitMQNode

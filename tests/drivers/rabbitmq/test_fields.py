@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtools.drivers.rabbitmq import properties
-from streamtools.drivers.rabbitmq.fields import DEEPEST, TOO_DEEP
+from streamtools.drivers.rabbitmq.amqp import properties
+from streamtools.drivers.rabbitmq.amqp.fields import DEEPEST, TOO_DEEP
 from streamtools.message import Message
 
 HEADERS, MESSAGE_ID, TYPE = 1 << 13, 1 << 7, 1 << 5

@@ -12,8 +12,8 @@ from aiormq.abc import AbstractChannel
 from pamqp.commands import Basic
 
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
-from streamtools.drivers.rabbitmq.holding import CopyChannel
-from streamtools.drivers.rabbitmq.link import open_link
+from streamtools.drivers.rabbitmq.amqp.connection import open_link
+from streamtools.drivers.rabbitmq.looking.held import CopyChannel
 from streamtools.message import Message
 from streamtools.policy import Retry
 from streamtools.settings import RabbitMQSettings

@@ -13,9 +13,9 @@ from pamqp import commands
 from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 
-from streamtools.drivers.rabbitmq import frames, properties
-from streamtools.drivers.rabbitmq.channel import FrameReader, HotChannel
-from streamtools.drivers.rabbitmq.frames import Unsendable
+from streamtools.drivers.rabbitmq.amqp import frames, properties
+from streamtools.drivers.rabbitmq.amqp.fast_channel import FrameReader, HotChannel
+from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
 from streamtools.message import ErrorDetails, Message
 
 FRAME_MAX = 131_072

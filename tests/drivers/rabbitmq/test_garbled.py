@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer, link
+from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
+from streamtools.drivers.rabbitmq.amqp import connection as link
 from streamtools.errors import ConnectionLost
 from tests.brokers.address import RabbitMQAddress
 from tests.drivers.rabbitmq.conftest import take

@@ -18,8 +18,10 @@ from pamqp import commands
 from pamqp.common import FieldTable
 
 from streamtools.admin import QueueAdmin
-from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer, putback, reader
-from streamtools.drivers.rabbitmq.reader import RabbitMQReader
+from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
+from streamtools.drivers.rabbitmq.looking import put_back as putback
+from streamtools.drivers.rabbitmq.looking import reader
+from streamtools.drivers.rabbitmq.looking.reader import RabbitMQReader
 from streamtools.errors import QueueError, Reject
 from streamtools.loop import SUSPECT
 from streamtools.settings import RabbitMQSettings

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from streamtools import Consumer, Producer
-from streamtools.drivers.rabbitmq import consumer, link
+from streamtools.drivers.rabbitmq.amqp import connection as link
+from streamtools.drivers.rabbitmq.consuming import consumer
 from tests.core.test_event_loops import InThread
 from tests.faults.amqp import RefusingBroker
 from tests.faults.waiting import wait_until

@@ -12,8 +12,8 @@ import pytest
 from aiohttp import web
 
 from streamtools import ADMINS, ConfigurationError, ConnectError
-from streamtools.drivers.rabbitmq import management
-from streamtools.drivers.rabbitmq.management import Management
+from streamtools.drivers.rabbitmq.looking import management
+from streamtools.drivers.rabbitmq.looking.management import Management
 from streamtools.settings import RabbitMQSettings
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.certificates import Certificates, make_certificates

@@ -23,7 +23,7 @@ from streamtools import (
     Retry,
 )
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
-from streamtools.drivers.rabbitmq.frames import (
+from streamtools.drivers.rabbitmq.amqp.frames import (
     CHANNEL_CLOSE,
     CONNECTION_CLOSE,
     HEAD,
@@ -152,7 +152,7 @@ async def test_a_foreign_queue_with_a_single_active_consumer_keeps_its_order_bes
 async def test_a_standby_begins_nothing_while_the_active_one_handles_its_first_message(
     foreign: AbstractChannel, url: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamtools.drivers.rabbitmq.consumer.ALONE", 0.05)
+    monkeypatch.setattr("streamtools.drivers.rabbitmq.consuming.consumer.ALONE", 0.05)
     arguments = {"x-single-active-consumer": True, "x-queue-type": kind}
     await foreign.queue_declare("orders", durable=True, arguments=arguments)
     begun: list[int] = []

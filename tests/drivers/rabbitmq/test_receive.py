@@ -13,9 +13,9 @@ from streamtools import Retry, pace
 from streamtools.admin import QueueAdmin
 from streamtools.delivery import Settlement
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
-from streamtools.drivers.rabbitmq import consumer as driver
-from streamtools.drivers.rabbitmq.consumer import GATHERING
-from streamtools.drivers.rabbitmq.intake import Intake
+from streamtools.drivers.rabbitmq.consuming import consumer as driver
+from streamtools.drivers.rabbitmq.consuming.consumer import GATHERING
+from streamtools.drivers.rabbitmq.consuming.consumer_channel import Intake
 from streamtools.errors import ConnectionLost, SendError
 from streamtools.message import Message
 from streamtools.verdicts import ACK, RELEASE

@@ -13,7 +13,7 @@ from pamqp.commands import Basic
 
 from streamtools import Exchange, Retry
 from streamtools.drivers.rabbitmq import RabbitMQConsumer
-from streamtools.drivers.rabbitmq.publisher import WINDOW
+from streamtools.drivers.rabbitmq.publishing.publisher_channel import WINDOW
 from streamtools.errors import Closed, SendError
 from streamtools.message import Message
 from tests.drivers.rabbitmq.conftest import take

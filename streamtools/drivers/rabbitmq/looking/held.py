@@ -11,11 +11,11 @@ from typing import Final, cast
 
 from aiormq.abc import AbstractChannel
 
-from streamtools.drivers.rabbitmq import frames
-from streamtools.drivers.rabbitmq.channel import HotChannel
+from streamtools.drivers.rabbitmq.amqp import frames
+from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.fast_channel import HotChannel
+from streamtools.drivers.rabbitmq.amqp.frames import END, HEAD, LONG, LONGLONG, METHOD
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, lost
-from streamtools.drivers.rabbitmq.frames import END, HEAD, LONG, LONGLONG, METHOD
-from streamtools.drivers.rabbitmq.link import Link
 from streamtools.errors import ConnectionLost, StreamToolsError
 
 GET: Final = 60 << 16 | 70

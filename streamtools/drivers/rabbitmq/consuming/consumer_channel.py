@@ -10,11 +10,11 @@ from itertools import count
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
 
-from streamtools.drivers.rabbitmq import frames
-from streamtools.drivers.rabbitmq.channel import HotChannel
+from streamtools.drivers.rabbitmq.amqp import frames
+from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.fast_channel import HotChannel
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, is_missing, lost
-from streamtools.drivers.rabbitmq.link import Link
-from streamtools.drivers.rabbitmq.topology import missing
+from streamtools.drivers.rabbitmq.topology.declarations import missing
 from streamtools.errors import ConnectionLost, QueueError, StreamToolsError
 
 #: The largest prefetch that basic.qos can say; 0 stands for no limit.

@@ -19,9 +19,9 @@ from aiormq.connection import TransportFactory
 from yarl import URL
 
 from streamtools.cancelling import asked_to_stop, end
-from streamtools.drivers.rabbitmq.channel import FrameReader, HotChannel
+from streamtools.drivers.rabbitmq.amqp.fast_channel import FrameReader, HotChannel
+from streamtools.drivers.rabbitmq.amqp.frames import FRAME_MAX, GOODBYE
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, connect_error, lost
-from streamtools.drivers.rabbitmq.frames import FRAME_MAX, GOODBYE
 from streamtools.errors import ConnectError, ConnectionLost
 from streamtools.eventloops import unlisted
 from streamtools.settings import RabbitMQSettings

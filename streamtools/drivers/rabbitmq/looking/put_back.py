@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 
-from streamtools.drivers.rabbitmq import properties
+from streamtools.drivers.rabbitmq.amqp import properties
+from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.frames import OWN_EXCHANGES
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
-from streamtools.drivers.rabbitmq.frames import OWN_EXCHANGES
-from streamtools.drivers.rabbitmq.holding import REFUSED, CopyChannel, Held, HoldingChannel
-from streamtools.drivers.rabbitmq.link import Link
+from streamtools.drivers.rabbitmq.looking.held import REFUSED, CopyChannel, Held, HoldingChannel
 from streamtools.errors import ConnectionLost, QueueError, StreamToolsError
 
 #: Before the name of the lock of those who look at a queue, and of the exchange by which some copies go.

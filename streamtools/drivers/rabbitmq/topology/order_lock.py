@@ -16,8 +16,8 @@ from typing import Final
 
 from aiormq.exceptions import ChannelLockedResource
 
+from streamtools.drivers.rabbitmq.amqp.connection import Link
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
-from streamtools.drivers.rabbitmq.link import Link
 from streamtools.errors import StreamToolsError
 
 PREFIX: Final = "streamtools.order."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamtools.delivery import Settlement, goes_last
-from streamtools.drivers.rabbitmq.outlet import Outlet
+from streamtools.drivers.rabbitmq.publishing.publisher import Outlet
 from streamtools.errors import ConnectError, SendError
 from streamtools.message import Message
 

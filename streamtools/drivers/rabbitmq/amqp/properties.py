@@ -17,10 +17,10 @@ from functools import lru_cache, partial
 from typing import Any, Final
 
 from streamtools import wire
-from streamtools.drivers.rabbitmq.fields import STRING, as_text, end_of, name_text
-from streamtools.drivers.rabbitmq.fields import entries as field_entries
-from streamtools.drivers.rabbitmq.fields import value as field_value
-from streamtools.drivers.rabbitmq.frames import LONG, LONGLONG, SHORT, Unsendable, shortstr
+from streamtools.drivers.rabbitmq.amqp.fields import STRING, as_text, end_of, name_text
+from streamtools.drivers.rabbitmq.amqp.fields import entries as field_entries
+from streamtools.drivers.rabbitmq.amqp.fields import value as field_value
+from streamtools.drivers.rabbitmq.amqp.frames import LONG, LONGLONG, SHORT, Unsendable, shortstr
 from streamtools.message import NO_HEADERS, ErrorDetails, Message
 from streamtools.recurring import Recurring
 

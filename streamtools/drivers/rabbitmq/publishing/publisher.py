@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Final
 
-from streamtools.drivers.rabbitmq.batch import Batch, Limits
+from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.frames import NeverSent, TooEarly
 from streamtools.drivers.rabbitmq.connections import Sending
-from streamtools.drivers.rabbitmq.frames import NeverSent, TooEarly
-from streamtools.drivers.rabbitmq.link import Link
-from streamtools.drivers.rabbitmq.publisher import Publisher
-from streamtools.drivers.rabbitmq.topology import Topology
+from streamtools.drivers.rabbitmq.publishing.batch import Batch, Limits
+from streamtools.drivers.rabbitmq.publishing.publisher_channel import Publisher
+from streamtools.drivers.rabbitmq.topology.declarations import Topology
 from streamtools.errors import ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
 

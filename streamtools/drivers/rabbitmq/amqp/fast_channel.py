@@ -13,8 +13,8 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from streamtools.drivers.rabbitmq import frames
-from streamtools.drivers.rabbitmq.frames import (
+from streamtools.drivers.rabbitmq.amqp import frames
+from streamtools.drivers.rabbitmq.amqp.frames import (
     BODY,
     END,
     FRAME_MAX,

@@ -16,15 +16,15 @@ from typing import Final
 
 from aiormq.abc import AbstractChannel
 
-from streamtools.drivers.rabbitmq import frames, properties
-from streamtools.drivers.rabbitmq.batch import EXCHANGE, Batch, Limits
-from streamtools.drivers.rabbitmq.channel import HotChannel
+from streamtools.drivers.rabbitmq.amqp import frames, properties
+from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.fast_channel import HotChannel
+from streamtools.drivers.rabbitmq.amqp.frames import NeverSent, TooEarly, Unsendable
 from streamtools.drivers.rabbitmq.connections import Sending
-from streamtools.drivers.rabbitmq.delay import PREFIX, DelayChain, Unheld
 from streamtools.drivers.rabbitmq.errors import channel_lost, lost, trouble
-from streamtools.drivers.rabbitmq.frames import NeverSent, TooEarly, Unsendable
-from streamtools.drivers.rabbitmq.link import Link
-from streamtools.drivers.rabbitmq.topology import Topology
+from streamtools.drivers.rabbitmq.publishing.batch import EXCHANGE, Batch, Limits
+from streamtools.drivers.rabbitmq.topology.declarations import Topology
+from streamtools.drivers.rabbitmq.topology.delay_chain import PREFIX, DelayChain, Unheld
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, StreamToolsError
 from streamtools.exchange import no_subscriber
 from streamtools.message import Message, ids

@@ -32,9 +32,9 @@ from typing import Any, Final
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ChannelNotFoundEntity
 
+from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, is_missing, plain
-from streamtools.drivers.rabbitmq.frames import Unsendable
-from streamtools.drivers.rabbitmq.link import Link
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.errors import QueueError, StreamToolsError
 from streamtools.exchange import Exchange

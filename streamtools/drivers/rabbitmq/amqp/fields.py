@@ -20,7 +20,7 @@ from decimal import Decimal
 from hashlib import blake2b
 from typing import Any, Final
 
-from streamtools.drivers.rabbitmq.frames import LONG
+from streamtools.drivers.rabbitmq.amqp.frames import LONG
 
 #: Levels of tables and arrays that are read.
 DEEPEST: Final = 32

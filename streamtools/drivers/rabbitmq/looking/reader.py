@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from typing import Final
 
 from streamtools.delivery import Delivery, Settlement
-from streamtools.drivers.rabbitmq import properties
-from streamtools.drivers.rabbitmq.batch import Limits
+from streamtools.drivers.rabbitmq.amqp import properties
+from streamtools.drivers.rabbitmq.amqp.connection import Link, open_link
 from streamtools.drivers.rabbitmq.connections import Sending
-from streamtools.drivers.rabbitmq.copies import held
-from streamtools.drivers.rabbitmq.holding import LOCKED, NOT_FOUND, Held, HoldingChannel
-from streamtools.drivers.rabbitmq.link import Link, open_link
-from streamtools.drivers.rabbitmq.outlet import Outlet
-from streamtools.drivers.rabbitmq.putback import PutBack
-from streamtools.drivers.rabbitmq.topology import STREAM, QueueOptions, Topology, missing, work_queue
+from streamtools.drivers.rabbitmq.looking.held import LOCKED, NOT_FOUND, Held, HoldingChannel
+from streamtools.drivers.rabbitmq.looking.put_back import PutBack
+from streamtools.drivers.rabbitmq.publishing.batch import Limits
+from streamtools.drivers.rabbitmq.publishing.copies import held
+from streamtools.drivers.rabbitmq.publishing.publisher import Outlet
+from streamtools.drivers.rabbitmq.topology.declarations import STREAM, QueueOptions, Topology, missing, work_queue
 from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
 from streamtools.message import ids
 from streamtools.settings import RabbitMQSettings

@@ -11,17 +11,16 @@ from typing import Any, ClassVar, Final
 from streamtools.cancelling import asked_to_stop
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
-from streamtools.drivers.rabbitmq import properties
-from streamtools.drivers.rabbitmq.batch import Limits
+from streamtools.drivers.rabbitmq.amqp import properties
+from streamtools.drivers.rabbitmq.amqp.connection import CLOSE_TIMEOUT
 from streamtools.drivers.rabbitmq.connections import Place, Receiving, Sending, receiving, sending
-from streamtools.drivers.rabbitmq.copies import send_before_settling, unsent
+from streamtools.drivers.rabbitmq.consuming.consumer_channel import Intake, Raw
 from streamtools.drivers.rabbitmq.features import FEATURES
-from streamtools.drivers.rabbitmq.intake import Intake, Raw
-from streamtools.drivers.rabbitmq.link import CLOSE_TIMEOUT
-from streamtools.drivers.rabbitmq.lock import OrderLock
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
-from streamtools.drivers.rabbitmq.outlet import Outlet
-from streamtools.drivers.rabbitmq.topology import (
+from streamtools.drivers.rabbitmq.publishing.batch import Limits
+from streamtools.drivers.rabbitmq.publishing.copies import send_before_settling, unsent
+from streamtools.drivers.rabbitmq.publishing.publisher import Outlet
+from streamtools.drivers.rabbitmq.topology.declarations import (
     STREAM,
     MissingQueue,
     Queue,
@@ -32,6 +31,7 @@ from streamtools.drivers.rabbitmq.topology import (
     sees_to_order,
     work_queue,
 )
+from streamtools.drivers.rabbitmq.topology.order_lock import OrderLock
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError, StreamToolsError
 from streamtools.loop import SUSPECT
 from streamtools.message import ids

@@ -18,9 +18,9 @@ from pydantic import BeforeValidator, field_validator, model_validator
 
 from streamtools.checks import Declare, check_declare
 from streamtools.drivers.rabbitmq import errors
-from streamtools.drivers.rabbitmq.delay import SAFE, UNDELIVERABLE, declare_undeliverable
-from streamtools.drivers.rabbitmq.link import Link
+from streamtools.drivers.rabbitmq.amqp.connection import Link
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
+from streamtools.drivers.rabbitmq.topology.delay_chain import SAFE, UNDELIVERABLE, declare_undeliverable
 from streamtools.errors import ConnectError, QueueError, StreamToolsError
 from streamtools.exchange import TYPES, Binding, Exchange, another_type
 from streamtools.options import Options

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from aiormq.exceptions import ChannelLockedResource
 
-from streamtools.drivers.rabbitmq.batch import Limits
 from streamtools.drivers.rabbitmq.connections import Place, Sending, receiving, sending
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
-from streamtools.drivers.rabbitmq.outlet import Outlet
-from streamtools.drivers.rabbitmq.topology import (
+from streamtools.drivers.rabbitmq.publishing.batch import Limits
+from streamtools.drivers.rabbitmq.publishing.publisher import Outlet
+from streamtools.drivers.rabbitmq.topology.declarations import (
     MakingOptions,
     Topology,
     error_queue,

@@ -11,11 +11,17 @@ from aiormq.exceptions import ChannelNotFoundEntity
 
 from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.rabbitmq import errors
+from streamtools.drivers.rabbitmq.amqp.connection import Link
 from streamtools.drivers.rabbitmq.connections import Place, Receiving, receiving
-from streamtools.drivers.rabbitmq.link import Link
-from streamtools.drivers.rabbitmq.management import Management
-from streamtools.drivers.rabbitmq.reader import RabbitMQReader
-from streamtools.drivers.rabbitmq.topology import MakingOptions, Topology, error_queue, missing, work_queue
+from streamtools.drivers.rabbitmq.looking.management import Management
+from streamtools.drivers.rabbitmq.looking.reader import RabbitMQReader
+from streamtools.drivers.rabbitmq.topology.declarations import (
+    MakingOptions,
+    Topology,
+    error_queue,
+    missing,
+    work_queue,
+)
 from streamtools.errors import ConnectionLost, StreamToolsError
 from streamtools.exchange import Binding
 from streamtools.options import QUEUE_OPTIONS, read_options

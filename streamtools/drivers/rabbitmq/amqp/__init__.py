@@ -1,0 +1,1 @@
+"""AMQP 0-9-1: frames, properties, one connection and its channels."""

@@ -1,0 +1,1 @@
+"""For operators: queues listed, looked at and changed."""

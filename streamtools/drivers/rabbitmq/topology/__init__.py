@@ -1,0 +1,1 @@
+"""Queues, exchanges, bindings and delays: declared, checked and compared."""
