@@ -5,7 +5,7 @@ Modules:
     connections: the two connections that a process shares, one for sending and one for receiving.
     errors: the client library's errors become ours.
     amqp: connections, channels, frames and properties.
-    topology: queues, exchanges, bindings, and the queues that hold delayed messages.
+    declarations: queues, exchanges, bindings, and the queues that hold delayed messages.
     publishing: the producer, and how it sends with confirms.
     consuming: the consumer, and how it receives and settles.
     looking: for operators: queues are listed, looked at and changed.
@@ -14,6 +14,6 @@ Modules:
 from streamtools.drivers.rabbitmq.consuming.consumer import RabbitMQConsumer
 from streamtools.drivers.rabbitmq.looking.admin import RabbitMQAdmin
 from streamtools.drivers.rabbitmq.publishing.producer import RabbitMQProducer
-from streamtools.drivers.rabbitmq.topology.declarations import MakingOptions, QueueOptions
+from streamtools.drivers.rabbitmq.topology.declarations import ProducerOptions, QueueOptions
 
-__all__ = ["MakingOptions", "QueueOptions", "RabbitMQAdmin", "RabbitMQConsumer", "RabbitMQProducer"]
+__all__ = ["ProducerOptions", "QueueOptions", "RabbitMQAdmin", "RabbitMQConsumer", "RabbitMQProducer"]

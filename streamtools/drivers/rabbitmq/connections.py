@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
-from streamtools.drivers.rabbitmq.amqp.connection import Link, open_link
+from streamtools.drivers.rabbitmq.amqp.connection import Connection, open_connection
 from streamtools.drivers.rabbitmq.topology.delay_chain import DelayChain
 from streamtools.exchange import Exchange
 from streamtools.settings import RabbitMQSettings
@@ -30,8 +30,8 @@ ROUTES: Final = 1000
 class Receiving:
     """The connection that receives, acknowledges and declares."""
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
 
 
 class Sending:
@@ -43,9 +43,9 @@ class Sending:
         trying: held while a route is tried.
     """
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self.chain: DelayChain = DelayChain(link)
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.chain: DelayChain = DelayChain(connection)
         self.exchanges: set[Exchange] = set()
         self.trying: Semaphore = Semaphore(TRYING)
         self._tried: dict[str, set[str]] = {}
@@ -72,18 +72,18 @@ class Sending:
 
 
 class _Shared(Protocol):
-    link: Link
+    connection: Connection
 
 
 S = TypeVar("S", bound=_Shared)
 
 
 async def _close(shared: _Shared) -> None:
-    await shared.link.close()
+    await shared.connection.close()
 
 
 def _is_lost(shared: _Shared) -> bool:
-    return shared.link.lost is not None
+    return shared.connection.lost is not None
 
 
 _receiving: Final[Sharing[Receiving]] = Sharing(_close, is_dead=_is_lost)
@@ -97,7 +97,7 @@ class Place(Generic[S]):
         self._lease = lease
         self._released = False
         self.shared: S = lease.value
-        self.link: Link = lease.value.link
+        self.connection: Connection = lease.value.connection
 
     @classmethod
     async def take(cls, sharing: Sharing[S], kind: type[S], settings: RabbitMQSettings, name: str) -> Self:
@@ -105,7 +105,7 @@ class Place(Generic[S]):
         address = settings.model_copy(update={"management_url": None})
         for number in count():
             lease = await sharing.acquire((address, number), partial(_open, kind, settings, name))
-            if lease.value.link.join():
+            if lease.value.connection.join():
                 return cls(lease)
             await lease.release()
         raise AssertionError  # count() does not end
@@ -114,12 +114,12 @@ class Place(Generic[S]):
         """Give the place up; the last one closes the connection. Safe to repeat."""
         if not self._released:
             self._released = True
-            self.link.leave()
+            self.connection.leave()
             await self._lease.release()
 
 
 async def _open(kind: Any, settings: RabbitMQSettings, name: str) -> Any:
-    return kind(await open_link(settings, name))
+    return kind(await open_connection(settings, name))
 
 
 def receiving(settings: RabbitMQSettings, name: str | None) -> Coroutine[Any, Any, Place[Receiving]]:

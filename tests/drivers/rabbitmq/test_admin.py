@@ -117,9 +117,9 @@ async def test_move_puts_failed_messages_back_once(admin: QueueAdmin, producer: 
 
 async def test_the_connection_is_made_again_when_it_was_cut(admin: QueueAdmin, producer: Any) -> None:
     await producer()
-    link = admin._place.link  # type: ignore[attr-defined]
-    link._transport.abort()
-    await wait_until(lambda: link.lost is not None)
+    connection = admin._place.connection  # type: ignore[attr-defined]
+    connection._transport.abort()
+    await wait_until(lambda: connection.lost is not None)
 
     assert (await admin.stats("orders")).ready == 0
 

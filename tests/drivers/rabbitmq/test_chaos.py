@@ -11,9 +11,9 @@ from streamtools import Consumer, Message, Producer, Retry
 from streamtools.admin import QueueAdmin
 from streamtools.consumer import OrderedBy
 from streamtools.drivers.rabbitmq import RabbitMQProducer
-from streamtools.drivers.rabbitmq.amqp import connection as link
+from streamtools.drivers.rabbitmq.amqp import connection
 from streamtools.drivers.rabbitmq.consuming import consumer as driver
-from streamtools.drivers.rabbitmq.publishing import publisher_channel as publisher
+from streamtools.drivers.rabbitmq.publishing import publisher_channel
 from streamtools.errors import SendError, StreamToolsError
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.rabbitmq import RabbitMQNode
@@ -24,8 +24,13 @@ from tests.faults.waiting import wait_until
 
 def ask_soon(monkeypatch: pytest.MonkeyPatch, slow: float) -> None:
     """The times of a channel that gets no confirmations, shorter."""
-    for name, seconds in {"SLOW": slow, "TRIAL": 4.0, "GRACE": 0.2, "ASK_AGAIN": (slow, 10.0)}.items():
-        monkeypatch.setattr(publisher, name, seconds)
+    for name, seconds in {
+        "CONFIRM_TIMEOUT": slow,
+        "TRIAL_TIMEOUT": 4.0,
+        "GRACE_TIMEOUT": 0.2,
+        "ASK_INTERVAL": (slow, 10.0),
+    }.items():
+        monkeypatch.setattr(publisher_channel, name, seconds)
 
 
 @pytest.mark.parametrize("fault", ["cut", "reset"])
@@ -78,7 +83,7 @@ async def test_a_queue_deleted_under_its_consumer_is_made_again(rabbitmq_vhost: 
 async def test_a_queue_that_gives_no_answer_is_named_and_taken_up_when_it_does(
     own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(link, "CALL_TIMEOUT", 1.0)
+    monkeypatch.setattr(connection, "CALL_TIMEOUT", 1.0)
     ask_soon(monkeypatch, 1.0)
     handled: list[int] = []
     consumer = Consumer("orders", url=own_rabbitmq.url)
@@ -108,7 +113,7 @@ async def test_a_queue_that_gives_no_answer_holds_up_no_message_to_another(
     own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ask_soon(monkeypatch, 1.0)
-    monkeypatch.setattr(publisher, "ASK_AGAIN", (100.0, 100.0))
+    monkeypatch.setattr(publisher_channel, "ASK_INTERVAL", (100.0, 100.0))
     url = own_rabbitmq.url
     async with RabbitMQProducer("dead", url=url), RabbitMQProducer("orders", url=url) as producer:
         await producer.send(b"", delay=0.5)  # makes the levels
@@ -221,7 +226,7 @@ async def test_what_the_writer_of_the_brokers_log_lost_is_sent_again(
 async def test_a_consumer_that_its_queue_has_forgotten_begins_anew(
     own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, by_hand: bool, ordered_by: OrderedBy
 ) -> None:
-    monkeypatch.setattr(driver, "IDLE", 1.0)
+    monkeypatch.setattr(driver, "SILENCE_POLL_INTERVAL", 1.0)
     handled: list[int] = []
     consumer = Consumer("orders", url=own_rabbitmq.url, ordered_by=ordered_by)
 
@@ -249,7 +254,7 @@ async def test_a_consumer_that_its_queue_has_forgotten_begins_anew(
 async def test_a_consumer_to_which_its_queue_does_not_deliver_yet_begins_anew_once(
     rabbitmq_vhost: RabbitMQAddress, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(driver, "IDLE", 0.2)
+    monkeypatch.setattr(driver, "SILENCE_POLL_INTERVAL", 0.2)
     options = {"url": rabbitmq_vhost.url, "arguments": {"x-single-active-consumer": True}}
     async with Consumer("orders", **options) as active, Producer("orders", url=rabbitmq_vhost.url) as producer:
         await producer.send_many(range(200))
@@ -268,15 +273,17 @@ async def test_a_channel_whose_confirmations_are_lost_is_given_up(
     rabbitmq_vhost: RabbitMQAddress, monkeypatch: pytest.MonkeyPatch, slow: float, send_timeout: int
 ) -> None:
     ask_soon(monkeypatch, slow)
-    confirm = publisher.Publisher.confirm
-    dead: list[publisher.Publisher] = []
+    confirm = publisher_channel.PublisherChannel.confirm
+    dead: list[publisher_channel.PublisherChannel] = []
 
-    def confirm_unless_dead(channel: publisher.Publisher, tag: int, *, multiple: bool, held: bool) -> None:
+    def confirm_unless_dead(
+        channel: publisher_channel.PublisherChannel, tag: int, *, multiple: bool, held: bool
+    ) -> None:
         dead[:] = dead or [channel]
         if channel is not dead[0]:
             confirm(channel, tag, multiple=multiple, held=held)
 
-    monkeypatch.setattr(publisher.Publisher, "confirm", confirm_unless_dead)
+    monkeypatch.setattr(publisher_channel.PublisherChannel, "confirm", confirm_unless_dead)
     async with Producer("orders", url=rabbitmq_vhost.url, send_timeout=send_timeout) as producer:
         if send_timeout == 1:
             with pytest.raises(SendError):

@@ -11,8 +11,7 @@ import pytest
 
 from streamtools import Bus, Command, ConsumerFactory, ConsumerRunner, Event, Retry
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
-from streamtools.drivers.rabbitmq.amqp import connection as link
-from streamtools.drivers.rabbitmq.amqp import frames
+from streamtools.drivers.rabbitmq.amqp import connection, frames
 from tests.brokers.address import RabbitMQAddress
 from tests.faults.proxy import Proxy
 from tests.faults.waiting import wait_until
@@ -48,10 +47,10 @@ async def _has(address: RabbitMQAddress, number: int) -> None:
 
 def _kill(consumer: RabbitMQConsumer) -> bool:
     """End a consumer's channel by an acknowledgement that makes no sense (406); False while it has none."""
-    intake = consumer._intake
-    if intake is None or intake.error is not None:
+    channel = consumer._channel
+    if channel is None or channel.error is not None:
         return False
-    intake.link.write(frames.ack_frame(intake.number, 1 << 40, multiple=False))
+    channel.connection.write(frames.ack_frame(channel.number, 1 << 40, multiple=False))
     return True
 
 
@@ -182,15 +181,15 @@ async def test_a_channel_that_ends_again_and_again_costs_the_others_nothing(rabb
 async def test_a_producers_channel_that_ends_is_opened_anew(rabbitmq_vhost: RabbitMQAddress) -> None:
     url = rabbitmq_vhost.url
     async with RabbitMQProducer("orders", url=url) as one, RabbitMQProducer("orders", url=url) as other:
-        before: Any = other._outlet
+        before: Any = other._publisher
         for _ in range(20):
             await one.send(b"x")  # opens the channel
-            publisher = one._outlet._publisher  # type: ignore[union-attr]
+            publisher = one._publisher._channel  # type: ignore[union-attr]
             assert publisher is not None
-            one._place.link.write(frames.ack_frame(publisher.number, 1 << 40, multiple=False))  # type: ignore[union-attr]
+            one._place.connection.write(frames.ack_frame(publisher.number, 1 << 40, multiple=False))  # type: ignore[union-attr]
             await asyncio.gather(one.send(b"x"), other.send(b"x"))
         assert one._opened == other._opened == 1
-        assert other._outlet is before
+        assert other._publisher is before
 
 
 async def test_a_connection_that_was_lost_is_made_again_once_for_all(rabbitmq_vhost: RabbitMQAddress) -> None:
@@ -221,13 +220,13 @@ async def test_a_connection_that_was_lost_is_made_again_once_for_all(rabbitmq_vh
 async def test_a_further_connection_is_opened_when_one_has_no_channels_left(
     rabbitmq_vhost: RabbitMQAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connect = link.Link.connect
+    connect = connection.Connection.connect
 
-    async def connect_to_a_small_broker(self: link.Link, *arguments: Any) -> None:
+    async def connect_to_a_small_broker(self: connection.Connection, *arguments: Any) -> None:
         await connect(self, *arguments)
         self.channel_max = 16
 
-    monkeypatch.setattr(link.Link, "connect", connect_to_a_small_broker)
+    monkeypatch.setattr(connection.Connection, "connect", connect_to_a_small_broker)
     url = rabbitmq_vhost.url
     async with AsyncExitStack() as stack:
         for number in range(30):

@@ -12,7 +12,7 @@ from aiormq.abc import AbstractChannel
 from pamqp.commands import Basic
 
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
-from streamtools.drivers.rabbitmq.amqp.connection import open_link
+from streamtools.drivers.rabbitmq.amqp.connection import open_connection
 from streamtools.drivers.rabbitmq.looking.held import CopyChannel
 from streamtools.message import Message
 from streamtools.policy import Retry
@@ -51,8 +51,8 @@ STRANGE: dict[str, bytes] = {
 
 @pytest.fixture
 async def publish(url: str) -> AsyncIterator[Publish]:
-    link = await open_link(RabbitMQSettings.from_url(url), "another program")
-    channel = await CopyChannel.open(link)
+    connection = await open_connection(RabbitMQSettings.from_url(url), "another program")
+    channel = await CopyChannel.open(connection)
 
     async def publish_(messages: Sequence[tuple[bytes, bytes]]) -> None:
         await channel.publish([("", b"orders", data, body) for data, body in messages], 10)
@@ -60,7 +60,7 @@ async def publish(url: str) -> AsyncIterator[Publish]:
         assert channel.unroutable == 0
 
     yield publish_
-    await link.close()
+    await connection.close()
 
 
 @pytest.mark.parametrize("queue_type", ["quorum", "classic"])

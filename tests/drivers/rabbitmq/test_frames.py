@@ -14,7 +14,7 @@ from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 
 from streamtools.drivers.rabbitmq.amqp import frames, properties
-from streamtools.drivers.rabbitmq.amqp.fast_channel import FrameReader, HotChannel
+from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel, FrameReader
 from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
 from streamtools.message import ErrorDetails, Message
 
@@ -179,7 +179,7 @@ class TestFrames:
         assert read == bytes(size)
 
 
-class Recorder(HotChannel):
+class Recorder(FastChannel):
     """Keeps what arrives."""
 
     def __init__(self, number: int) -> None:

@@ -19,8 +19,7 @@ from pamqp.common import FieldTable
 
 from streamtools.admin import QueueAdmin
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
-from streamtools.drivers.rabbitmq.looking import put_back as putback
-from streamtools.drivers.rabbitmq.looking import reader
+from streamtools.drivers.rabbitmq.looking import put_back, reader
 from streamtools.drivers.rabbitmq.looking.reader import RabbitMQReader
 from streamtools.errors import QueueError, Reject
 from streamtools.loop import SUSPECT
@@ -316,7 +315,7 @@ async def test_who_finds_the_queue_being_looked_at_is_told(
     foreign: AbstractChannel, admin: QueueAdmin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await fill(foreign, "shared", 3, QUEUES["quorum"])
-    monkeypatch.setattr(putback, "LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr(put_back, "LOCK_TIMEOUT", 0.2)
     first = admin._reader("shared", 3)
     await first.open()
     try:
@@ -590,7 +589,7 @@ async def test_one_that_stands_as_it_was_made_before_is_used(url: str, foreign: 
 async def test_while_the_broker_takes_no_messages_a_look_says_so_and_counts_nothing(
     own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(putback, "TRIAL_TIMEOUT", 1.0)
+    monkeypatch.setattr(put_back, "TRIAL_TIMEOUT", 1.0)
     async with RabbitMQProducer("orders", url=own_rabbitmq.url) as producer:
         await producer.send_many(range(3))
     async with RabbitMQAdmin(url=own_rabbitmq.url) as admin:

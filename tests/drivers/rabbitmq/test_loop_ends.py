@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from streamtools import Consumer, Producer
-from streamtools.drivers.rabbitmq.amqp import connection as link
+from streamtools.drivers.rabbitmq.amqp import connection
 from streamtools.drivers.rabbitmq.consuming import consumer
 from tests.core.test_event_loops import InThread
 from tests.faults.amqp import RefusingBroker
@@ -108,9 +108,9 @@ def test_a_close_that_the_end_of_the_loop_meets_is_orderly(broker: RefusingBroke
 def test_a_broker_that_has_fallen_silent_is_not_waited_for_long(
     broker: RefusingBroker, mute: set[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (link, consumer):
+    for module in (connection, consumer):
         monkeypatch.setattr(module, "CLOSE_TIMEOUT", 0.1)
-    monkeypatch.setattr(link, "CALL_TIMEOUT", 600)  # longer than this test may take
+    monkeypatch.setattr(connection, "CALL_TIMEOUT", 600)  # longer than this test may take
     broker.mute = mute
     asyncio.run(_leave_open(broker.url))
     for words in ("were not closed", "was destroyed", "never retrieved"):
@@ -122,7 +122,7 @@ def test_a_broker_that_has_fallen_silent_is_not_waited_for_long(
 def test_a_request_that_the_end_of_the_loop_meets_is_no_line_of_the_library(
     broker: RefusingBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(link, "CLOSE_TIMEOUT", 0.1)
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.1)
     broker.mute = {"Queue.Declare", "Channel.Close", "Connection.Close"}
 
     async def main() -> None:

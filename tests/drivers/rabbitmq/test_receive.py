@@ -14,8 +14,8 @@ from streamtools.admin import QueueAdmin
 from streamtools.delivery import Settlement
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
 from streamtools.drivers.rabbitmq.consuming import consumer as driver
-from streamtools.drivers.rabbitmq.consuming.consumer import GATHERING
-from streamtools.drivers.rabbitmq.consuming.consumer_channel import Intake
+from streamtools.drivers.rabbitmq.consuming.consumer import GATHER_TIMEOUT
+from streamtools.drivers.rabbitmq.consuming.consumer_channel import ConsumerChannel
 from streamtools.errors import ConnectionLost, SendError
 from streamtools.message import Message
 from streamtools.verdicts import ACK, RELEASE
@@ -229,7 +229,7 @@ async def test_suspects_are_taken_one_at_a_time_until_an_innocent_comes(producer
 async def test_who_holds_a_suspect_and_asks_for_more_is_given_more(
     producer: Any, consumer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "ALONE", 0.5)
+    monkeypatch.setattr(driver, "ALONE_TIMEOUT", 0.5)
     sender = await producer()
     await sender.send_many([str(n) for n in range(5)])
     for _ in range(2):
@@ -247,7 +247,7 @@ async def test_who_holds_a_suspect_and_asks_for_more_is_given_more(
 async def test_a_suspect_that_is_held_back_lets_others_pass(
     producer: Any, consumer: Any, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "ALONE", 0.5)
+    monkeypatch.setattr(driver, "ALONE_TIMEOUT", 0.5)
     sender = await producer(error_arguments={"x-max-length": 1, "x-overflow": "reject-publish"})
     await sender.send_many([str(n) for n in range(5)])
     for _ in range(2):
@@ -305,13 +305,13 @@ async def test_deferred_messages_that_come_one_by_one_gather_and_others_do_not(
     if tls and address.tls_url is None:
         pytest.skip("STREAMTOOLS_TEST_RABBITMQ_TLS_URL is not set")
     rests: list[float] = []
-    rest = Intake.rest
+    rest = ConsumerChannel.rest
 
-    def count(intake: Intake, seconds: float) -> None:
+    def count(channel: ConsumerChannel, seconds: float) -> None:
         rests.append(seconds)
-        rest(intake, seconds)
+        rest(channel, seconds)
 
-    monkeypatch.setattr(Intake, "rest", count)
+    monkeypatch.setattr(ConsumerChannel, "rest", count)
     monkeypatch.setattr(pace, "CREDIT", 0.0)
     receiver = await consumer(url=secure if tls else address.url)
 
@@ -326,7 +326,7 @@ async def test_deferred_messages_that_come_one_by_one_gather_and_others_do_not(
     assert not rests
     await arrive(20, delay=0.1)
     assert rests
-    assert max(rests) <= GATHERING
+    assert max(rests) <= GATHER_TIMEOUT
     rests.clear()
     await arrive(20)
     assert not rests

@@ -91,7 +91,7 @@ async def test_a_missing_queue_without_declaring_it_is_refused(producer: Any) ->
 
 async def test_what_a_queue_does_not_take_for_a_moment_is_sent_again(producer: Any, consumer: Any) -> None:
     sender = await producer()
-    first_channel, said_no = sender._outlet._publisher, []
+    first_channel, said_no = sender._publisher._channel, []
     confirm = first_channel.confirm
 
     def refuse(tag: int, *, multiple: bool, held: bool) -> None:
@@ -102,7 +102,7 @@ async def test_what_a_queue_does_not_take_for_a_moment_is_sent_again(producer: A
     await sender.send(b"x", id="1")
 
     assert len(said_no) == 1
-    await wait_until(lambda: first_channel.number not in sender._place.link._frames._channels)  # it was closed
+    await wait_until(lambda: first_channel.number not in sender._place.connection._frames._channels)  # it was closed
     await sender.send(b"x", id="1")
     assert {d.message.id for d in await take(await consumer(), 3)} == {"1"}
 

@@ -19,7 +19,7 @@ from aiormq.connection import TransportFactory
 from yarl import URL
 
 from streamtools.cancelling import asked_to_stop, end
-from streamtools.drivers.rabbitmq.amqp.fast_channel import FrameReader, HotChannel
+from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel, FrameReader
 from streamtools.drivers.rabbitmq.amqp.frames import FRAME_MAX, GOODBYE
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, connect_error, lost
 from streamtools.errors import ConnectError, ConnectionLost
@@ -34,20 +34,20 @@ log: logging.Logger = logging.getLogger("streamtools")
 #: Seconds for a goodbye to the broker; after it the socket is closed without one.
 CLOSE_TIMEOUT: Final = 2.0
 #: Seconds for the client library's tasks to end once the socket is closed.
-ENDING: Final = 0.5
+END_TIMEOUT: Final = 0.5
 #: Seconds for the answer to one request, unless the broker has blocked the connection.
 CALL_TIMEOUT: Final = 30.0
 #: Seconds for a channel to be opened while nothing else is answered: no queue holds that up, so it is the connection.
-OPENING: Final = 15.0
+OPEN_TIMEOUT: Final = 15.0
 #: Channels of one connection, where the broker names no limit (channel_max 0).
 CHANNEL_MAX: Final = 65_535
 #: Channels for declarations at once: a queue that gives no answer holds one of them up, not the others.
-DECLARING: Final = 16
+DECLARING_CHANNELS: Final = 16
 #: Channels for declarations that are kept open.
-IDLE: Final = 2
+IDLE_CHANNELS: Final = 2
 
 #: Whose work is being done, in the library's tasks and callbacks.
-_whose: Final[ContextVar[Link | None]] = ContextVar("streamtools_rabbitmq_link", default=None)
+_whose: Final[ContextVar[Connection | None]] = ContextVar("streamtools_rabbitmq_link", default=None)
 
 
 class _OurLines(logging.Filter):
@@ -55,11 +55,11 @@ class _OurLines(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Leave out the traceback, and warnings about requests that we gave up and connections that have ended."""
-        link = _whose.get()
-        if link is None or record.levelno != logging.WARNING:
+        connection = _whose.get()
+        if connection is None or record.levelno != logging.WARNING:
             is_said = False
         else:
-            is_said = link.has_ended or record.name == "aiormq.channel"
+            is_said = connection.has_ended or record.name == "aiormq.channel"
         if record.name == "aiormq.connection":
             record.exc_info = None
         return not is_said
@@ -69,7 +69,7 @@ for _name in ("aiormq.connection", "aiormq.channel"):
     logging.getLogger(_name).addFilter(_OurLines())
 
 
-class _Ready(TransportFactory):
+class _OpenTransport(TransportFactory):
     """Hands the library a transport that is open already."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -82,23 +82,24 @@ class _Ready(TransportFactory):
 class _UnlistedTasks:
     """The event loop as the library has it: asyncio does not list the tasks that it starts there.
 
-    At the end of an event loop asyncio cancels whatever it lists. The library's tasks would close the socket in that
-    moment, and what was acknowledged last would come again: the broker ends a channel whose socket is closed before
-    it looks at the channel's last frames. So they go on until `Link.close`, which comes later and waits for them.
+    At the end of an event loop asyncio cancels all tasks that it lists. The library's tasks would then close the
+    socket, and what was acknowledged last would be delivered again: the broker ends a channel whose socket is closed
+    before it reads the channel's last frames. So they go on until `Connection.close`, which runs later and waits for
+    them.
 
     Attributes:
         tasks: those that have not ended.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, link: Link) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, connection: Connection) -> None:
         self._loop = loop
-        self._link = link
+        self._connection = connection
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def create_task(self, work: Coroutine[Any, Any, T], **options: Any) -> asyncio.Task[T]:
         """As the loop's own."""
         context = copy_context()
-        context.run(_whose.set, self._link)
+        context.run(_whose.set, self._connection)
         task = unlisted(self._loop.create_task(work, **{"context": context, **options}))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -108,7 +109,7 @@ class _UnlistedTasks:
         return getattr(self._loop, name)
 
 
-class _Connection(aio_pika.Connection):
+class _LibraryConnection(aio_pika.Connection):
     """aio-pika's connection over a transport of ours, with tasks that the end of the event loop does not cancel."""
 
     def __init__(
@@ -118,7 +119,7 @@ class _Connection(aio_pika.Connection):
         self.kwargs |= {"transport_factory": transport, "loop": loop}
 
 
-class Link:
+class Connection:
     """An open connection, which many share: what happens to one channel is no matter to the others.
 
     Once `lost` is set it is of no use any more.
@@ -131,9 +132,9 @@ class Link:
         channel_max: the most channels that it may have.
     """
 
-    def __init__(self, where: str, heartbeat: int, another: Callable[[], Awaitable[Link]]) -> None:
+    def __init__(self, where: str, heartbeat: int, another: Callable[[], Awaitable[Connection]]) -> None:
         self.where = where
-        self.another: Callable[[], Awaitable[Link]] = another
+        self.another: Callable[[], Awaitable[Connection]] = another
         self.lost: ConnectionLost | None = None
         self._loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = self._loop.create_future()
@@ -143,7 +144,7 @@ class Link:
         reader = asyncio.StreamReader(loop=self._loop)
         self._frames = FrameReader(reader, self.lose, self._loop)
         self._reader = reader
-        self._connection: _Connection | None = None
+        self._client: _LibraryConnection | None = None
         self._library: AbstractConnection | None = None
         #: The channel that was opened last.
         self._number = 0
@@ -165,9 +166,9 @@ class Link:
         transport, _ = await self._loop.create_connection(lambda: self._frames, host, port, ssl=context)
         self._transport = transport
         self._writer = asyncio.StreamWriter(transport, self._frames, self._reader, self._loop)
-        connection = _Connection(
+        connection = _LibraryConnection(
             _url(settings, host, port),
-            _Ready(self._reader, self._writer),
+            _OpenTransport(self._reader, self._writer),
             self._work,
             {"connection_name": name, **_ABOUT},
         )
@@ -178,14 +179,14 @@ class Link:
             # There is nothing to close, but without this its finalizer starts a task, in any thread.
             await connection.close()
             raise
-        self._connection = connection
+        self._client = connection
         assert connection.transport is not None  # it is connected
         self._library = connection.transport.connection
         tune = self._library.connection_tune
         self.frame_max = getattr(tune, "frame_max", 0) or FRAME_MAX
         self.channel_max = getattr(tune, "channel_max", 0) or CHANNEL_MAX
         self._frames.agree(getattr(tune, "frame_max", 0) or inf)
-        self._declaring = asyncio.Semaphore(max(1, min(DECLARING, self.channel_max // 8)))
+        self._declaring = asyncio.Semaphore(max(1, min(DECLARING_CHANNELS, self.channel_max // 8)))
         if self._heartbeat:
             self._watch = self._loop.call_later(self._heartbeat / 2, self._check_life)
 
@@ -247,7 +248,7 @@ class Link:
         number = self._free_number()
         self._opening.add(number)
         self._frames.opened.add(number)
-        # It goes on whoever waits: a caller with less time than OPENING would never learn that there is no answer.
+        # In a task of its own: a caller that waits less than OPEN_TIMEOUT would never learn that no answer comes.
         opening = self._keep(self._open(self._library, number, confirms))
         try:
             await asyncio.wait({opening})
@@ -259,7 +260,7 @@ class Link:
         return cast("AbstractChannel", opening.result())
 
     async def _open(self, library: AbstractConnection, number: int, confirms: bool) -> AbstractChannel:
-        watch = self._loop.call_later(OPENING, self._check_opening, self._loop.time())
+        watch = self._loop.call_later(OPEN_TIMEOUT, self._check_opening, self._loop.time())
         try:
             request = library.channel(number, publisher_confirms=confirms)
             return await self.call(request, "opening a channel", opens=True)
@@ -274,7 +275,9 @@ class Link:
     def _check_opening(self, asked: float) -> None:
         # A broker that answers others may have much to read before it comes to this; then CALL_TIMEOUT counts.
         if not self.blocked and self._frames.answered <= asked:
-            self._no_answer(f"opening a channel had no answer for {OPENING:g} s, nor had anything else", opens=True)
+            self._no_answer(
+                f"opening a channel had no answer for {OPEN_TIMEOUT:g} s, nor had anything else", opens=True
+            )
 
     def _drop_opened(self, opening: asyncio.Task[AbstractChannel]) -> None:
         if not opening.cancelled() and opening.exception() is None:
@@ -324,7 +327,7 @@ class Link:
             except BaseException:
                 self._drop(channel)
                 raise
-            if len(self._idle) < IDLE and not channel.is_closed:
+            if len(self._idle) < IDLE_CHANNELS and not channel.is_closed:
                 self._idle.append(channel)
             else:
                 self._drop(channel)
@@ -340,17 +343,17 @@ class Link:
 
     # --- the hot path -------------------------------------------------------------------------------
 
-    def attach(self, channel: HotChannel) -> None:
+    def attach(self, channel: FastChannel) -> None:
         """Read this channel's frames here, and tell it when the connection ends."""
         self._frames.attach(channel)
         if self.lost is not None:
             channel.fail("it was cut", connection=True)
 
-    def discard(self, channel: HotChannel, library: AbstractChannel) -> asyncio.Task[None]:
+    def discard(self, channel: FastChannel, library: AbstractChannel) -> asyncio.Task[None]:
         """Close a channel that nobody uses any more, in a task that goes on whoever waits for it."""
         return self._keep(self._discard(channel, library))
 
-    async def _discard(self, channel: HotChannel, library: AbstractChannel) -> None:
+    async def _discard(self, channel: FastChannel, library: AbstractChannel) -> None:
         # Attached until it is closed: a late confirm is no business of the library's.
         try:
             if not channel.closed:  # else the library, which may not have seen it yet, says so a second time
@@ -410,7 +413,7 @@ class Link:
         self._closing = True
         if self._watch is not None:
             self._watch.cancel()
-        connection = self._connection
+        connection = self._client
         if connection is None:
             return
         try:
@@ -434,11 +437,11 @@ class Link:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._writer.wait_closed()
         if tasks := set(self._work.tasks):  # they have no socket any more, and nobody else waits for them
-            await asyncio.wait(tasks, timeout=ENDING)
-            await end(tasks, ENDING)
+            await asyncio.wait(tasks, timeout=END_TIMEOUT)
+            await end(tasks, END_TIMEOUT)
 
 
-async def open_link(settings: RabbitMQSettings, name: str) -> Link:
+async def open_connection(settings: RabbitMQSettings, name: str) -> Connection:
     """Connect to the first host that answers.
 
     Parameters:
@@ -453,20 +456,22 @@ async def open_link(settings: RabbitMQSettings, name: str) -> Link:
         warn_unverified(settings, *settings.addresses)
     failures: list[ConnectError] = []
     for host, port in settings.addresses:
-        link = Link(f"{host}:{port}", settings.heartbeat, partial(open_link, settings, name))
+        connection = Connection(f"{host}:{port}", settings.heartbeat, partial(open_connection, settings, name))
         try:
             async with asyncio.timeout(settings.connect_timeout):
-                await link.connect(settings, host, port, context, name)
+                await connection.connect(settings, host, port, context, name)
         except asyncio.CancelledError as error:
             if asked_to_stop():  # the library cancels its callers when a connection ends
                 raise
-            failure = connect_error(ConnectionError("the connection ended at once"), settings, link.where, link.said)
+            failure = connect_error(
+                ConnectionError("the connection ended at once"), settings, connection.where, connection.said
+            )
             failure.__cause__ = error
         except CLIENT_ERRORS as error:
-            failure = connect_error(error, settings, link.where, link.said)
+            failure = connect_error(error, settings, connection.where, connection.said)
             failure.__cause__ = error
         else:
-            return link
+            return connection
         if failure.permanent:
             raise failure
         failures.append(failure)

@@ -33,10 +33,10 @@ from streamtools.errors import ConnectionLost
 
 #: Seconds after which the library is shown a heartbeat, when all else that arrived was ours: it
 #: takes a connection on which it sees nothing for dead.
-SHOW_HEARTBEAT: Final = 1.0
+HEARTBEAT_INTERVAL: Final = 1.0
 
 
-class HotChannel:
+class FastChannel:
     """One channel whose deliveries or confirms are read here. A subclass says what becomes of them."""
 
     def __init__(self, number: int) -> None:
@@ -148,7 +148,7 @@ class HotChannel:
             self.returned(self._routing_key, properties, body)
 
 
-class _ClosedChannel(HotChannel):
+class _ClosedChannel(FastChannel):
     """What still comes for a channel that the broker has closed, until its number is another's."""
 
     def frame(self, kind: int, data: bytes, start: int, stop: int) -> bool:
@@ -174,7 +174,7 @@ class FrameReader(asyncio.StreamReaderProtocol):
         self, reader: asyncio.StreamReader, on_lost: Callable[[str], None], loop: asyncio.AbstractEventLoop
     ) -> None:
         super().__init__(reader, loop=loop)
-        self._channels: dict[int, HotChannel] = {}
+        self._channels: dict[int, FastChannel] = {}
         self._on_lost = on_lost
         self._time = loop.time
         self._rest = b""
@@ -200,15 +200,15 @@ class FrameReader(asyncio.StreamReaderProtocol):
         """The broker sends no larger frames, in bytes around and in it; a content header may be larger."""
         self._most[BODY] = frame_max - OVERHEAD
 
-    def attached(self) -> list[HotChannel]:
+    def attached(self) -> list[FastChannel]:
         """The channels whose frames are read here."""
         return list(self._channels.values())
 
-    def attach(self, channel: HotChannel) -> None:
+    def attach(self, channel: FastChannel) -> None:
         """Read this channel's frames here."""
         self._channels[channel.number] = channel
 
-    def detach(self, channel: HotChannel) -> None:
+    def detach(self, channel: FastChannel) -> None:
         """Leave its frames to the library again."""
         if self._channels.get(channel.number) is channel:
             del self._channels[channel.number]
@@ -230,7 +230,7 @@ class FrameReader(asyncio.StreamReaderProtocol):
         except (IndexError, ValueError, struct.error) as error:
             self._broken(error)
             return
-        if self.heard - self._shown > SHOW_HEARTBEAT:
+        if self.heard - self._shown > HEARTBEAT_INTERVAL:
             self._pass(HEARTBEAT_FRAME)
 
     def _split(self, data: bytes) -> None:

@@ -14,18 +14,18 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq.amqp import properties
 from streamtools.drivers.rabbitmq.amqp.connection import CLOSE_TIMEOUT
 from streamtools.drivers.rabbitmq.connections import Place, Receiving, Sending, receiving, sending
-from streamtools.drivers.rabbitmq.consuming.consumer_channel import Intake, Raw
+from streamtools.drivers.rabbitmq.consuming.consumer_channel import ConsumerChannel, Raw
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
 from streamtools.drivers.rabbitmq.publishing.batch import Limits
 from streamtools.drivers.rabbitmq.publishing.copies import send_before_settling, unsent
-from streamtools.drivers.rabbitmq.publishing.publisher import Outlet
+from streamtools.drivers.rabbitmq.publishing.publisher import Publisher
 from streamtools.drivers.rabbitmq.topology.declarations import (
     STREAM,
+    Declarations,
     MissingQueue,
     Queue,
     QueueOptions,
-    Topology,
     error_queue,
     missing,
     sees_to_order,
@@ -42,17 +42,17 @@ from streamtools.verdicts import Kind
 log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds that deferred messages gather for, at most; the chain that held them makes them late by as much again.
-GATHERING: Final = 0.05
+GATHER_TIMEOUT: Final = 0.05
 #: Seconds for which nothing comes beside a suspect that is not settled, though more is asked for.
-ALONE: Final = 5.0
+ALONE_TIMEOUT: Final = 5.0
 #: Seconds between two looks at a queue from which nothing comes.
-IDLE: Final = 30.0
+SILENCE_POLL_INTERVAL: Final = 30.0
 #: Looks at a queue that may end in the end of the connection.
-VAIN_LOOKS: Final = 2
+FAILED_LOOKS: Final = 2
 #: A header that deliveries of a stream have, and no others.
 STREAM_OFFSET: Final = b"\x0fx-stream-offset"
 #: What settles a delivery: the channel that it came on, and its tag there.
-Token = tuple[Intake, int]
+Token = tuple[ConsumerChannel, int]
 
 
 class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
@@ -70,9 +70,9 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     settings: RabbitMQSettings
     options: QueueOptions
     _place: Place[Receiving] | None = None
-    _intake: Intake | None = None
+    _channel: ConsumerChannel | None = None
     _out_place: Place[Sending] | None = None
-    _outlet: Outlet | None = None
+    _publisher: Publisher | None = None
     #: As it is; None where we may not look.
     _queue: Queue | None = None
     _lock: OrderLock | None = None
@@ -102,8 +102,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         super().__init__(*args, **kwargs)
         self._limits = Limits()
         self._new_id = ids()
-        self._pace = Pace(GATHERING)
-        self._outlet_lock = asyncio.Lock()
+        self._pace = Pace(GATHER_TIMEOUT)
+        self._publisher_lock = asyncio.Lock()
         #: While we are ending: nothing is under way to us any more.
         self._calm = asyncio.Event()
 
@@ -130,55 +130,55 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         await self._close()
         self._place = place = await receiving(self.settings, self.client_id)
         try:
-            alone = await self._declare(Topology(place.link))
-            self._intake = await Intake.open(place.link, self.queue, self.client_id or "streamtools")
+            alone = await self._declare(Declarations(place.connection))
+            self._channel = await ConsumerChannel.open(place.connection, self.queue, self.client_id or "streamtools")
             self._narrow = self._is_counted and self.prefetch > 1
             self._widen_after = self._ending = self._looked = False
             self._calm.clear()
             if self.ordered_by is None or alone:
-                await self._intake.consume(1 if self._narrow else self.prefetch)
-                self._watching = self._beside(self._watch_silence, self._intake)
+                await self._channel.consume(1 if self._narrow else self.prefetch)
+                self._watching = self._beside(self._watch_silence, self._channel)
             else:
-                self._lock = OrderLock(place.link, self.queue)
-                self._turning = self._beside(self._take_turn, self._intake, self._lock)
+                self._lock = OrderLock(place.connection, self.queue)
+                self._turning = self._beside(self._take_turn, self._channel, self._lock)
         except BaseException:
             await self._close()
             raise
 
-    async def _declare(self, topology: Topology) -> bool:
+    async def _declare(self, declarations: Declarations) -> bool:
         """Declare what is to be; True when one consumer at a time receives without our doing."""
         name = self.error_queue.replace("{queue}", self.queue)
         declare = self.declare if self.options.error_declare is None else self.options.error_declare
-        is_new = self.declare is not False and not await topology.exists(self.queue)
+        is_new = self.declare is not False and not await declarations.exists(self.queue)
         if is_new and self.declare == "passive":
-            raise missing(self.queue, topology.where)
-        await topology.declare_error_queue(error_queue(name, self.options), declare)
+            raise missing(self.queue, declarations.where)
+        await declarations.declare_error_queue(error_queue(name, self.options), declare)
         ordered = self.ordered_by is not None
         wanted = work_queue(self.queue, self.options, name, single_active=ordered)
-        queue = await topology.declare(wanted, self.declare)
+        queue = await declarations.declare(wanted, self.declare)
         is_known = bool(queue.arguments) and self.declare is not False
-        self._queue = queue if is_known else await self._look_at(topology, wanted)
+        self._queue = queue if is_known else await self._look_at(declarations, wanted)
         self._is_counted = self._queue is None or not self._queue.is_classic
         for binding in self.bindings:
-            await topology.bind(self.queue, binding, self.declare)
+            await declarations.bind(self.queue, binding, self.declare)
         return ordered and sees_to_order(self.queue, self._queue, self.declare)
 
-    async def _look_at(self, topology: Topology, wanted: Queue) -> Queue | None:
+    async def _look_at(self, declarations: Declarations, wanted: Queue) -> Queue | None:
         """The queue as it is; None where we may not look, or where it has ended the connection each time.
 
         RabbitMQ 4 fails to word what differs where that is longer than 255 bytes and not of ASCII alone.
         """
-        if self._vain_looks >= VAIN_LOOKS:
+        if self._vain_looks >= FAILED_LOOKS:
             return None
         try:
-            return await topology.as_it_is(wanted, self.declare)
+            return await declarations.as_it_is(wanted, self.declare)
         except ConnectionLost:
             self._vain_looks += 1
             raise
 
     async def _redeclare(self) -> None:
         if self._place is not None:
-            await self._declare(Topology(self._place.link))
+            await self._declare(Declarations(self._place.connection))
 
     # --- receiving ----------------------------------------------------------------------------------
 
@@ -187,39 +187,39 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             if self._widening is not None:
                 await asyncio.wait({self._widening})
                 self._widening = None
-            intake = self._intake
-            if intake is None:
+            channel = self._channel
+            if channel is None:
                 raise Closed(f"{self!r} was closed while it waited for messages.")
-            if not await self._arrival(intake) or (self._narrow and self._begins_to_widen(intake)):
+            if not await self._arrival(channel) or (self._narrow and self._begins_to_widen(channel)):
                 continue
             if not self._looked:
                 self._looked = True
-                self._check_no_stream(intake.buffer[0])
-            self._alone_until = asyncio.get_running_loop().time() + ALONE
-            buffer = intake.buffer
-            taken = [self._delivery(intake, buffer.popleft()) for _ in range(min(limit, len(buffer)))]
-            self._keep_pace(intake, taken)
+                self._check_no_stream(channel.buffer[0])
+            self._alone_until = asyncio.get_running_loop().time() + ALONE_TIMEOUT
+            buffer = channel.buffer
+            taken = [self._delivery(channel, buffer.popleft()) for _ in range(min(limit, len(buffer)))]
+            self._keep_pace(channel, taken)
             return taken
 
-    async def _arrival(self, intake: Intake) -> bool:
+    async def _arrival(self, channel: ConsumerChannel) -> bool:
         """Wait for a delivery; False: more is taken from now on, for one who holds what came alone and asks on.
 
         So do a handler that gathers several before it settles them, and a loop that holds a message back whose
         copy the broker refuses: with one message at a time they would wait for ever.
         """
         is_narrow = self._narrow or self._widen_after
-        if not is_narrow or self.ordered_by is not None or intake.buffer or not intake.in_hand:
-            await intake.arrival()
+        if not is_narrow or self.ordered_by is not None or channel.buffer or not channel.in_hand:
+            await channel.arrival()
             return True
         try:
             async with asyncio.timeout_at(self._alone_until):
-                await intake.arrival()
+                await channel.arrival()
         except TimeoutError:
             if self._is_handled_alone:
-                self._alone_until += ALONE
+                self._alone_until += ALONE_TIMEOUT
                 return False
             self._narrow = self._widen_after = False
-            self._widening = self._beside(self._widen, intake)
+            self._widening = self._beside(self._widen, channel)
             return False
         return True
 
@@ -233,23 +233,23 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     def _may_be_single_active(self) -> bool:
         return self._queue is None or self._queue.is_single_active
 
-    def _keep_pace(self, intake: Intake, taken: Sequence[Delivery]) -> None:
+    def _keep_pace(self, channel: ConsumerChannel, taken: Sequence[Delivery]) -> None:
         """Let deferred messages gather where they come one by one, and nothing else with them."""
         singly = 2 * len(taken) < self.prefetch
         if singly and all(delivery.message.deliver_at is not None for delivery in taken):
             self._pace.woke(len(taken))
             if wait := self._pace.wait():
-                intake.rest(wait)
+                channel.rest(wait)
         else:
             self._pace.forget()
 
-    def _begins_to_widen(self, intake: Intake) -> bool:
+    def _begins_to_widen(self, channel: ConsumerChannel) -> bool:
         """Take the whole prefetch from now on, if a message above suspicion has come.
 
         It is handed over only then: were it settled before, the broker would deliver the next to the
         consumer that is about to be cancelled, and may take it back behind later ones (seen on 3.10).
         """
-        if self._delivery(intake, intake.buffer[0]).count >= SUSPECT:
+        if self._delivery(channel, channel.buffer[0]).count >= SUSPECT:
             return False
         self._narrow = False
         if self.ordered_by is not None or self._may_be_single_active:
@@ -257,32 +257,32 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             # handled first, alone, and the rest is taken once it is done.
             self._widen_after = True
             return False
-        self._widening = self._beside(self._widen, intake)
+        self._widening = self._beside(self._widen, channel)
         return True
 
     def _check_no_stream(self, raw: Raw) -> None:
         if STREAM_OFFSET in raw[2]:
             raise QueueError(f"The queue {self.queue!r} cannot be consumed: {STREAM}.")
 
-    def _delivery(self, intake: Intake, raw: Raw) -> Delivery:
+    def _delivery(self, channel: ConsumerChannel, raw: Raw) -> Delivery:
         tag, redelivered, data, body, topic = raw
         is_counted = redelivered and self._is_counted
         message, count = properties.decode(data, body, self.queue, self._new_id, topic=topic, redelivered=is_counted)
         if redelivered and count < 1:
             self._is_counted = False  # a quorum queue writes a count on whatever it delivers again
             count = 1
-        return Delivery(message, (intake, tag), count)
+        return Delivery(message, (channel, tag), count)
 
-    async def _widen(self, intake: Intake, acks: Sequence[int] = ()) -> None:
-        await intake.widen(self.prefetch)
-        intake.settle(acks)
+    async def _widen(self, channel: ConsumerChannel, acks: Sequence[int] = ()) -> None:
+        await channel.widen(self.prefetch)
+        channel.settle(acks)
 
-    async def _take_turn(self, intake: Intake, lock: OrderLock) -> None:
+    async def _take_turn(self, channel: ConsumerChannel, lock: OrderLock) -> None:
         await lock.acquire()
-        await intake.consume(1 if self._narrow else self.prefetch)
-        await self._watch_silence(intake)
+        await channel.consume(1 if self._narrow else self.prefetch)
+        await self._watch_silence(channel)
 
-    async def _watch_silence(self, intake: Intake) -> None:
+    async def _watch_silence(self, channel: ConsumerChannel) -> None:
         """Give the channel up when messages wait in the queue, nothing is in hand, and none comes.
 
         RabbitMQ can forget a consumer, or acknowledgements that would make room for more, when a queue changes its
@@ -291,34 +291,36 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         """
         waited_at = -1
         while True:
-            await asyncio.sleep(IDLE)
-            if self._in_vain and not intake.arrived:
+            await asyncio.sleep(SILENCE_POLL_INTERVAL)
+            if self._in_vain and not channel.arrived:
                 continue
             try:
-                waits = self._is_idle(intake) and (await Topology(intake.link).count(self.queue))[0] > 0
+                waits = self._is_idle(channel) and (await Declarations(channel.connection).count(self.queue))[0] > 0
             except MissingQueue:  # the broker does not tell each consumer that waits for its turn
-                intake.fail("its queue was deleted")
+                channel.fail("its queue was deleted")
                 return
             except QueueError:
                 return
-            if waits and self._is_idle(intake) and waited_at == intake.arrived:
+            if waits and self._is_idle(channel) and waited_at == channel.arrived:
                 self._in_vain = True
-                intake.fail("messages wait in the queue, and it delivers none")
+                channel.fail("messages wait in the queue, and it delivers none")
                 return
-            waited_at = intake.arrived if waits else -1
+            waited_at = channel.arrived if waits else -1
 
-    def _is_idle(self, intake: Intake) -> bool:
-        return not (intake.in_hand or intake.receiving or self._ending or self._stopping.is_set())
+    def _is_idle(self, channel: ConsumerChannel) -> bool:
+        return not (channel.in_hand or channel.receiving or self._ending or self._stopping.is_set())
 
-    def _beside(self, work: Callable[..., Awaitable[None]], intake: Intake, *arguments: Any) -> asyncio.Task[None]:
+    def _beside(
+        self, work: Callable[..., Awaitable[None]], channel: ConsumerChannel, *arguments: Any
+    ) -> asyncio.Task[None]:
         """Run this beside `_receive`, which may be cancelled at any time; a failure shows there."""
-        return asyncio.create_task(self._guarded(work, intake, *arguments))
+        return asyncio.create_task(self._guarded(work, channel, *arguments))
 
-    async def _guarded(self, work: Callable[..., Awaitable[None]], intake: Intake, *arguments: Any) -> None:
+    async def _guarded(self, work: Callable[..., Awaitable[None]], channel: ConsumerChannel, *arguments: Any) -> None:
         try:
-            await work(intake, *arguments)
+            await work(channel, *arguments)
         except StreamToolsError as error:
-            intake.end(error)
+            channel.end(error)
 
     # --- settling -----------------------------------------------------------------------------------
 
@@ -355,32 +357,32 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         Trouble of the connection that sends is no trouble of this one: what could not be sent is tried again.
         """
         try:
-            outlet = await self._get_outlet()
+            publisher = await self._get_publisher()
         except ConnectError as error:
             outgoing = [m for s in settlements for m in s.outgoing]
             return unsent(settlements, outgoing, error)
-        return await send_before_settling(outlet, settlements)
+        return await send_before_settling(publisher, settlements)
 
     def _sort(self, settlements: Sequence[Settlement]) -> tuple[list[Settlement], int]:
         """Those that are to be settled here and now, and how many of another connection are left."""
         mine: list[Settlement] = []
         stale = 0
-        intake = self._intake
+        channel = self._channel
         for settlement in settlements:
-            channel, tag = settlement.delivery.token
-            if channel.is_settled(tag):
+            came_on, tag = settlement.delivery.token
+            if came_on.is_settled(tag):
                 continue
-            if intake is not None and channel is intake and intake.error is None:
+            if channel is not None and came_on is channel and channel.error is None:
                 mine.append(settlement)
             elif settlement.verdict.kind is not Kind.RELEASE:  # given back with its connection
                 stale += 1
         return mine, stale
 
     async def _acknowledge(self, settlements: Sequence[Settlement]) -> None:
-        intake = settlements[0].delivery.token[0]
+        channel = settlements[0].delivery.token[0]
         if self._ending:
             await self._calm.wait()
-        intake.check()  # it may have ended while the copies were confirmed
+        channel.check()  # it may have ended while the copies were confirmed
         release = Kind.RELEASE
         acks = [s.delivery.token[1] for s in settlements if s.verdict.kind is not release]
         # While stopping, what goes back stays with us until the channel is closed; see `_stop`.
@@ -388,19 +390,19 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         releases = [s.delivery.token[1] for s in settlements if s.verdict.kind is release and not held]
         if self._widen_after and acks and not releases and not held:
             self._widen_after = False
-            self._widening = self._beside(self._widen, intake, acks)
+            self._widening = self._beside(self._widen, channel, acks)
             await asyncio.wait({self._widening})
-            intake.check()
+            channel.check()
         else:
-            intake.settle(acks, releases)
-        await intake.link.drain()
+            channel.settle(acks, releases)
+        await channel.connection.drain()
 
-    async def _get_outlet(self) -> Outlet:
+    async def _get_publisher(self) -> Publisher:
         """What publishes, on the connection that sends: a broker that blocks it still takes acknowledgements."""
-        async with self._outlet_lock:
-            if self._outlet is not None and self._outlet.error is None:
-                return self._outlet
-            place, self._out_place, self._outlet = self._out_place, None, None
+        async with self._publisher_lock:
+            if self._publisher is not None and self._publisher.error is None:
+                return self._publisher
+            place, self._out_place, self._publisher = self._out_place, None, None
             if place is not None:
                 await place.release()
             home = self._place
@@ -409,17 +411,17 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
                 await place.release()
                 raise ConnectionLost(f"{self!r} was closed meanwhile.")
             self._out_place = place
-            self._outlet = Outlet(place.shared, self._limits, declares=self.declare is True)
-            return self._outlet
+            self._publisher = Publisher(place.shared, self._limits, declares=self.declare is True)
+            return self._publisher
 
     # --- the end ------------------------------------------------------------------------------------
 
     async def _stop(self) -> None:
-        intake = self._intake
-        if intake is None or intake.error is not None:
+        channel = self._channel
+        if channel is None or channel.error is not None:
             return
         self._ending = True
-        stopping = self._take_no_more(intake)
+        stopping = self._take_no_more(channel)
         try:
             if asked_to_stop():  # the program ends: it does not wait long for a broker that has fallen silent
                 await _by(asyncio.get_running_loop().time() + CLOSE_TIMEOUT, stopping)
@@ -428,7 +430,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         finally:
             self._calm.set()
 
-    async def _take_no_more(self, intake: Intake) -> None:
+    async def _take_no_more(self, channel: ConsumerChannel) -> None:
         wide = 1 if self._narrow or self._widen_after else self.prefetch
         self._narrow = False
         if self._turning is not None:
@@ -438,24 +440,24 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         # What has arrived and what the loop gives back stays with us until the channel is closed: then
         # it goes to the front of the queue, in order. Given back now it would go to its end.
         if self.ordered_by is None and not (self._queue is not None and self._queue.is_single_active):
-            await self._settle_down(intake, wide)
-            await intake.cancel()
+            await self._settle_down(channel, wide)
+            await channel.cancel()
         # Else another process would become the active one, and overtake what we still hold. The broker
         # delivers on, up to the prefetch, and nobody takes it.
 
-    async def _settle_down(self, intake: Intake, wide: int) -> None:
+    async def _settle_down(self, channel: ConsumerChannel, wide: int) -> None:
         """Wait until nothing is under way to us: what meets a cancel goes to the queue's end (seen on 3.10).
 
         Nothing is once we have as much in hand as we asked for, and acknowledge nothing, or once the queue is empty.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + SETTLING
+        deadline = loop.time() + DRAIN_TIMEOUT
         with suppress(QueueError):  # it was deleted
-            while intake.in_hand < wide and intake.error is None and loop.time() < deadline:
-                ready, _ = await Topology(intake.link).count(self.queue)
+            while channel.in_hand < wide and channel.error is None and loop.time() < deadline:
+                ready, _ = await Declarations(channel.connection).count(self.queue)
                 if not ready:
                     break
-                await asyncio.sleep(LOOK)
+                await asyncio.sleep(DRAIN_POLL_INTERVAL)
 
     async def _close(self) -> None:
         self._calm.set()
@@ -464,45 +466,45 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         self._turning = self._widening = self._watching = None
         place, self._place = self._place, None
         out_place, self._out_place = self._out_place, None
-        intake, self._intake = self._intake, None
-        outlet, self._outlet = self._outlet, None
+        channel, self._channel = self._channel, None
+        publisher, self._publisher = self._publisher, None
         lock, self._lock = self._lock, None
-        if outlet is not None:
-            outlet.close()
+        if publisher is not None:
+            publisher.close()
         deadline = asyncio.get_running_loop().time() + CLOSE_TIMEOUT
         try:
-            await _by(deadline, self._let_go(intake, beside))
+            await _by(deadline, self._let_go(channel, beside))
             if lock is not None:
                 await _by(deadline, lock.release())  # now: the next must find what we held
             if place is not None and self._closed and self.options.exclusive:
-                await _by(deadline, Topology(place.link).delete_unused(self.queue))
+                await _by(deadline, Declarations(place.connection).delete_unused(self.queue))
         finally:
             await asyncio.gather(*(one.release() for one in (place, out_place) if one is not None))
 
-    async def _let_go(self, intake: Intake | None, beside: Sequence[asyncio.Task[None]]) -> None:
+    async def _let_go(self, channel: ConsumerChannel | None, beside: Sequence[asyncio.Task[None]]) -> None:
         """Close the channel, whoever cancels us meanwhile; others go on using its connection."""
         closing: set[asyncio.Task[None]] = set()
         try:
-            if intake is not None:
-                await self._last_acknowledgements(intake)
+            if channel is not None:
+                await self._last_acknowledgements(channel)
         finally:
             for task in beside:
                 task.cancel()
-            if intake is not None:
-                closing = {intake.discard()}
+            if channel is not None:
+                closing = {channel.discard()}
         if beside:
             await asyncio.wait(beside)
-        if closing and intake is not None and intake.link.lost is None:
+        if closing and channel is not None and channel.connection.lost is None:
             await asyncio.wait(closing)
 
-    async def _last_acknowledgements(self, intake: Intake) -> None:
+    async def _last_acknowledgements(self, channel: ConsumerChannel) -> None:
         # The channel of a quorum queue has 32 acknowledgements under way at a time, and forgets the
         # others when it is closed right behind them (seen on 3.10); a cancel waits for the queue.
         # A classic queue with a single active consumer crashes at the next message once that one is cancelled
         # while it has its whole prefetch in hand and another waits (seen on 3.10); it forgets nothing.
         if self.ordered_by is None and not (self._queue is not None and self._queue.is_classic):
             with suppress(StreamToolsError):  # what is lost with the connection comes again
-                await intake.cancel()
+                await channel.cancel()
 
     @classmethod
     def validate_queue(cls, queue: str) -> None:
@@ -515,9 +517,9 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
 
 #: Seconds for what is under way to a consumer that stops; other consumers may take what it waits for.
-SETTLING: Final = 1.0
+DRAIN_TIMEOUT: Final = 1.0
 #: Seconds between two looks at it.
-LOOK: Final = 0.005
+DRAIN_POLL_INTERVAL: Final = 0.005
 #: Seconds for a change of prefetch that is under way when the consumer stops.
 STOP_TIMEOUT: Final = 5.0
 

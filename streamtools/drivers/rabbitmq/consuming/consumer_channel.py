@@ -11,8 +11,8 @@ from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
 
 from streamtools.drivers.rabbitmq.amqp import frames
-from streamtools.drivers.rabbitmq.amqp.connection import Link
-from streamtools.drivers.rabbitmq.amqp.fast_channel import HotChannel
+from streamtools.drivers.rabbitmq.amqp.connection import Connection
+from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, is_missing, lost
 from streamtools.drivers.rabbitmq.topology.declarations import missing
 from streamtools.errors import ConnectionLost, QueueError, StreamToolsError
@@ -26,23 +26,23 @@ NAME_MAX = 200
 Raw = tuple[int, bool, bytes, bytes, str | None]
 
 
-class Intake(HotChannel):
+class ConsumerChannel(FastChannel):
     """Receives one queue.
 
     Parameters:
-        link: the connection.
+        connection: the connection.
         channel: the library's channel, opened without confirms.
         queue: the queue's name.
         name: what the broker shows the consumer as.
     """
 
-    def __init__(self, link: Link, channel: AbstractChannel, queue: str, name: str) -> None:
+    def __init__(self, connection: Connection, channel: AbstractChannel, queue: str, name: str) -> None:
         super().__init__(channel.number)
-        self.link = link
+        self.connection = connection
         self.queue = queue
         self._name = name.encode()[:NAME_MAX].decode(errors="ignore")
         self.buffer: deque[Raw] = deque()
-        self._channel = channel
+        self._library = channel
         self._consumer_tags: list[str] = []
         self._numbers = count(1)
         self._waiter: asyncio.Future[None] | None = None
@@ -56,11 +56,11 @@ class Intake(HotChannel):
         self._high = 0
 
     @classmethod
-    async def open(cls, link: Link, queue: str, name: str = "streamtools") -> Intake:
+    async def open(cls, connection: Connection, queue: str, name: str = "streamtools") -> ConsumerChannel:
         """Open a channel; nothing is received before `consume()`."""
-        intake = cls(link, await link.channel(confirms=False), queue, name)
-        link.attach(intake)
-        return intake
+        channel = cls(connection, await connection.channel(confirms=False), queue, name)
+        connection.attach(channel)
+        return channel
 
     # --- the consumer -------------------------------------------------------------------------------
 
@@ -77,9 +77,9 @@ class Intake(HotChannel):
         tag = f"{self._name}-{next(self._numbers)}"
         self._consumer_tags.append(tag)
         try:
-            await self.link.call(self._channel.basic_qos(prefetch_count=limit))
-            consume = self._channel.basic_consume(self.queue, _never, consumer_tag=tag)
-            await self.link.call(consume, f"the request to consume {self.queue!r}, which may have no leader,")
+            await self.connection.call(self._library.basic_qos(prefetch_count=limit))
+            consume = self._library.basic_consume(self.queue, _never, consumer_tag=tag)
+            await self.connection.call(consume, f"the request to consume {self.queue!r}, which may have no leader,")
         except BaseException as error:
             raise self._ended_by(error) from error
 
@@ -111,23 +111,23 @@ class Intake(HotChannel):
             if self.error is not None:
                 continue
             try:
-                await self.link.call(self._channel.basic_cancel(tag))
+                await self.connection.call(self._library.basic_cancel(tag))
             except BaseException as error:
                 raise self._ended_by(error) from error
 
     def _ended_by(self, error: BaseException) -> BaseException:
         """What to raise for it; the library closes a channel whose request it gives up."""
         if isinstance(error, ChannelNotFoundEntity) and is_missing(error):
-            return missing(self.queue, self.link.where)
+            return missing(self.queue, self.connection.where)
         if isinstance(error, StreamToolsError) or not isinstance(error, CLIENT_ERRORS):
             self.fail("a request was given up")
             return error
-        return channel_error(error, self.link.where)
+        return channel_error(error, self.connection.where)
 
     def discard(self) -> asyncio.Task[None]:
         """Begin to close the channel, which goes on whoever waits; what is not settled goes back to the queue."""
         self.fail("it was closed by us")
-        return self.link.discard(self, self._channel)
+        return self.connection.discard(self, self._library)
 
     # --- what arrives -------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class Intake(HotChannel):
 
     def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is None:
-            self.error: ConnectionLost | None = (lost if connection else channel_lost)(self.link.where, why)
+            self.error: ConnectionLost | None = (lost if connection else channel_lost)(self.connection.where, why)
         self._wake()
 
     def end(self, error: StreamToolsError) -> None:
@@ -216,7 +216,7 @@ class Intake(HotChannel):
         if back := sorted(tag for tag in set(releases) if not self.is_settled(tag)):
             out += self._release(back)
         if out and self.error is None:  # else its number may be another's
-            self.link.write(b"".join(out))
+            self.connection.write(b"".join(out))
 
     def _ack(self, tags: list[int]) -> list[bytes]:
         self._mark(tags)

@@ -11,13 +11,13 @@ from aiormq.exceptions import ChannelNotFoundEntity
 
 from streamtools.admin import QueueAdmin, Reader
 from streamtools.drivers.rabbitmq import errors
-from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.connection import Connection
 from streamtools.drivers.rabbitmq.connections import Place, Receiving, receiving
 from streamtools.drivers.rabbitmq.looking.management import Management
 from streamtools.drivers.rabbitmq.looking.reader import RabbitMQReader
 from streamtools.drivers.rabbitmq.topology.declarations import (
-    MakingOptions,
-    Topology,
+    Declarations,
+    ProducerOptions,
     error_queue,
     missing,
     work_queue,
@@ -45,18 +45,18 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
         self._no_streams: set[str] = set()
 
     async def _open(self) -> None:
-        await self._get_link()
+        await self._get_connection()
 
     async def _close(self) -> None:
         place, self._place = self._place, None
         if place is not None:
             await place.release()
 
-    async def _get_link(self) -> Link:
-        if self._place is None or self._place.link.lost is not None:
+    async def _get_connection(self) -> Connection:
+        if self._place is None or self._place.connection.lost is not None:
             await self._close()
             self._place = await receiving(self.settings, self.client_id)
-        return self._place.link
+        return self._place.connection
 
     async def _list(self) -> Sequence[QueueInfo]:
         path = f"queues/{quote(self.settings.vhost, safe='')}?disable_stats=false&enable_queue_totals=true"
@@ -64,20 +64,20 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
 
     async def _create(self, queue: str, options: dict[str, Any]) -> None:
         declare_options, _ = read_options(
-            MakingOptions,
+            ProducerOptions,
             options,
             known=QUEUE_OPTIONS,
             own=frozenset(),
             owner=f"{type(self).__name__}.create",
         )
-        topology = Topology(await self._get_link())
+        declarations = Declarations(await self._get_connection())
         declare = True if declare_options.error_declare is None else declare_options.error_declare
         name = declare_options.error_queue_of(queue)
-        await topology.declare_error_queue(error_queue(name, declare_options), declare)
-        await topology.declare(work_queue(queue, declare_options, name), True)
+        await declarations.declare_error_queue(error_queue(name, declare_options), declare)
+        await declarations.declare(work_queue(queue, declare_options, name), True)
 
     async def _delete(self, queue: str) -> None:
-        await Topology(await self._get_link()).count(queue)
+        await Declarations(await self._get_connection()).count(queue)
         await self._request(queue, "queue_delete")
 
     async def _purge(self, queue: str) -> int:
@@ -87,22 +87,22 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
 
     async def _stats(self, queue: str) -> QueueInfo:
         await self._refuse_stream(queue, "counted")
-        ready, consumers = await Topology(await self._get_link()).count(queue)
+        ready, consumers = await Declarations(await self._get_connection()).count(queue)
         return QueueInfo(name=queue, ready=ready, consumers=consumers)
 
     async def _refuse_stream(self, queue: str, use: str) -> None:
         """Raise QueueError for a stream: nothing waits in it, and the number that the broker tells may be late."""
         if queue not in self._no_streams:
-            probably = work_queue(queue, MakingOptions(), "error")
+            probably = work_queue(queue, ProducerOptions(), "error")
             with suppress(ConnectionLost):  # RabbitMQ 4 may fail to word what differs, and go on with another one
-                await Topology(await self._get_link()).as_it_is(probably, "passive", use)
+                await Declarations(await self._get_connection()).as_it_is(probably, "passive", use)
             self._no_streams.add(queue)
 
     async def _bind(self, queue: str, binding: Binding) -> None:
-        await Topology(await self._get_link()).bind(queue, binding)
+        await Declarations(await self._get_connection()).bind(queue, binding)
 
     async def _unbind(self, queue: str, binding: Binding) -> None:
-        await Topology(await self._get_link()).unbind(queue, binding)
+        await Declarations(await self._get_connection()).unbind(queue, binding)
 
     def _viewer(self, queue: str, most: int) -> Reader:
         return self._reader(queue, most)
@@ -111,16 +111,16 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
         return RabbitMQReader(queue, self.settings, most=prefetch, client_id=self.client_id)
 
     async def _request(self, queue: str, method: str) -> Any:
-        link = await self._get_link()
+        connection = await self._get_connection()
         try:
-            async with link.declaring() as channel:
-                return await link.call(getattr(channel, method)(queue))
+            async with connection.declaring() as channel:
+                return await connection.call(getattr(channel, method)(queue))
         except StreamToolsError:
             raise
         except ChannelNotFoundEntity as error:
-            raise missing(queue, link.where) from error
+            raise missing(queue, connection.where) from error
         except errors.CLIENT_ERRORS as error:
-            raise errors.channel_error(error, link.where) from error
+            raise errors.channel_error(error, connection.where) from error
 
 
 def _info(row: dict[str, Any]) -> QueueInfo:

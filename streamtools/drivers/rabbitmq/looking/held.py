@@ -12,8 +12,8 @@ from typing import Final, cast
 from aiormq.abc import AbstractChannel
 
 from streamtools.drivers.rabbitmq.amqp import frames
-from streamtools.drivers.rabbitmq.amqp.connection import Link
-from streamtools.drivers.rabbitmq.amqp.fast_channel import HotChannel
+from streamtools.drivers.rabbitmq.amqp.connection import Connection
+from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel
 from streamtools.drivers.rabbitmq.amqp.frames import END, HEAD, LONG, LONGLONG, METHOD
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, lost
 from streamtools.errors import ConnectionLost, StreamToolsError
@@ -56,13 +56,13 @@ class Held:
     settled: bool = False
 
 
-class HoldingChannel(HotChannel):
+class HoldingChannel(FastChannel):
     """Takes messages of one queue, and keeps them in hand until they are acknowledged or it is closed."""
 
-    def __init__(self, link: Link, channel: AbstractChannel, queue: str) -> None:
+    def __init__(self, connection: Connection, channel: AbstractChannel, queue: str) -> None:
         super().__init__(channel.number)
-        self._link = link
-        self._channel = channel
+        self._connection = connection
+        self._library = channel
         self._queue = queue
         self._arrived = asyncio.Event()
         self._consumers: list[str] = []
@@ -73,30 +73,30 @@ class HoldingChannel(HotChannel):
         self.buffer: deque[Held | None] = deque()
 
     @classmethod
-    async def open(cls, link: Link, queue: str) -> HoldingChannel:
+    async def open(cls, connection: Connection, queue: str) -> HoldingChannel:
         """Open a channel; nothing is taken yet."""
-        holding = cls(link, await link.channel(confirms=False), queue)
-        link.attach(holding)
+        holding = cls(connection, await connection.channel(confirms=False), queue)
+        connection.attach(holding)
         return holding
 
     def get(self, number: int) -> None:
         """Ask for so many messages: as many arrive, or None for each that is not there (basic.get)."""
         name = self._queue.encode()
         payload = _GET.pack(GET, 0) + bytes((len(name),)) + name + b"\0"
-        self._link.write((HEAD.pack(METHOD, self.number, len(payload)) + payload + b"\xce") * number)
+        self._connection.write((HEAD.pack(METHOD, self.number, len(payload)) + payload + b"\xce") * number)
 
     async def consume(self, prefetch: int) -> None:
         """Have so many more messages delivered, beside those that were asked for before."""
         tag = f"streamtools-look-{len(self._consumers)}"
-        await self._call(self._channel.basic_qos(prefetch_count=prefetch))
+        await self._call(self._library.basic_qos(prefetch_count=prefetch))
         self._consumers.append(tag)
-        await self._call(self._channel.basic_consume(self._queue, _never, consumer_tag=tag))
+        await self._call(self._library.basic_consume(self._queue, _never, consumer_tag=tag))
 
     async def cancel(self) -> None:
         """Have no more delivered. Acknowledgements that were sent before are with the queue when this returns."""
         consumers, self._consumers = self._consumers, []
         for tag in consumers:
-            await self._call(self._channel.basic_cancel(tag))
+            await self._call(self._library.basic_cancel(tag))
 
     async def arrival(self, timeout: float | None = None) -> bool:
         """Wait until something is in the buffer; False when nothing came in time.
@@ -122,16 +122,16 @@ class HoldingChannel(HotChannel):
             if not one.settled:
                 one.settled = True
                 out.append(frames.ack_frame(self.number, one.tag, multiple=False))
-        self._link.write(b"".join(out))
+        self._connection.write(b"".join(out))
 
     def acknowledge_to(self, last: Held) -> None:
         """Acknowledge this one, which is not settled, and all that came before it."""
-        self._link.write(frames.ack_frame(self.number, last.tag, multiple=True))
+        self._connection.write(frames.ack_frame(self.number, last.tag, multiple=True))
 
     async def close(self) -> None:
         """Close the channel: what is not acknowledged goes back to the front of its queue, in order."""
         if self.error is None:
-            await self._call(self._channel.close())
+            await self._call(self._library.close())
 
     # --- what arrives -------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class HoldingChannel(HotChannel):
 
     def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is None:
-            self.error: ConnectionLost | None = (lost if connection else channel_lost)(self._link.where, why)
+            self.error: ConnectionLost | None = (lost if connection else channel_lost)(self._connection.where, why)
         self._arrived.set()
 
     def _take_method(self, data: bytes, start: int) -> bool:
@@ -171,7 +171,7 @@ class HoldingChannel(HotChannel):
 
     async def _call(self, request: object) -> None:
         # The library closes a channel whose request is cancelled; what is in hand would go back, and be counted.
-        asked = asyncio.ensure_future(self._link.call(cast("asyncio.Future[object]", request)))
+        asked = asyncio.ensure_future(self._connection.call(cast("asyncio.Future[object]", request)))
         try:
             await asyncio.shield(asked)
         except asyncio.CancelledError:
@@ -182,15 +182,15 @@ class HoldingChannel(HotChannel):
         except StreamToolsError:
             raise
         except CLIENT_ERRORS as error:
-            raise channel_error(error, self._link.where) from error
+            raise channel_error(error, self._connection.where) from error
 
 
-class CopyChannel(HotChannel):
+class CopyChannel(FastChannel):
     """Publishes with confirms what was taken as it is on the wire."""
 
-    def __init__(self, link: Link, number: int) -> None:
+    def __init__(self, connection: Connection, number: int) -> None:
         super().__init__(number)
-        self._link = link
+        self._connection = connection
         self._next = 1
         self._low = 1
         #: Tags that the broker has not answered yet, and those that it did not take.
@@ -203,11 +203,11 @@ class CopyChannel(HotChannel):
         self.code: int = 0
 
     @classmethod
-    async def open(cls, link: Link) -> CopyChannel:
+    async def open(cls, connection: Connection) -> CopyChannel:
         """Open a channel for publishing on this connection."""
-        channel = await link.channel(confirms=True)
-        copies = cls(link, channel.number)
-        link.attach(copies)
+        channel = await connection.channel(confirms=True)
+        copies = cls(connection, channel.number)
+        connection.attach(copies)
         return copies
 
     async def publish(self, messages: Sequence[tuple[str, bytes, bytes, bytes]], timeout: float) -> set[int]:
@@ -226,8 +226,8 @@ class CopyChannel(HotChannel):
         self._open.update(range(first, self._next))
         self._refused.clear()
         for start in range(0, len(messages), PIECE):
-            self._link.write(b"".join(self._frames(*message) for message in messages[start : start + PIECE]))
-            await self._link.drain()
+            self._connection.write(b"".join(self._frames(*message) for message in messages[start : start + PIECE]))
+            await self._connection.drain()
         while self._open:
             self._check()
             self._answered.clear()
@@ -245,7 +245,7 @@ class CopyChannel(HotChannel):
             (_PUBLISH.pack(PUBLISH, 0), bytes((len(name),)), name, bytes((len(key),)), key, _MANDATORY)
         )
         method = HEAD.pack(METHOD, self.number, len(payload)) + payload + bytes((END,))
-        size = self._link.frame_max
+        size = self._connection.frame_max
         return (
             method
             + frames.header_frame(self.number, data, len(body), size)
@@ -271,7 +271,7 @@ class CopyChannel(HotChannel):
 
     def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is None:
-            self.error: ConnectionLost | None = (lost if connection else channel_lost)(self._link.where, why)
+            self.error: ConnectionLost | None = (lost if connection else channel_lost)(self._connection.where, why)
         self._answered.set()
 
 

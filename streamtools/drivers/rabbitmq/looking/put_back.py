@@ -11,7 +11,7 @@ from typing import Any, Final
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 
 from streamtools.drivers.rabbitmq.amqp import properties
-from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.connection import Connection
 from streamtools.drivers.rabbitmq.amqp.frames import OWN_EXCHANGES
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
 from streamtools.drivers.rabbitmq.looking.held import REFUSED, CopyChannel, Held, HoldingChannel
@@ -21,12 +21,12 @@ from streamtools.errors import ConnectionLost, QueueError, StreamToolsError
 PREFIX: Final = "streamtools.look."
 #: Seconds to wait for another look at the same queue, and between two tries.
 LOCK_TIMEOUT: Final = 30.0
-LOCK_POLL: Final = 0.05
+LOCK_POLL_INTERVAL: Final = 0.05
 #: Seconds for the first confirmation, and for each further one.
 TRIAL_TIMEOUT: Final = 5.0
 CONFIRM_TIMEOUT: Final = 30.0
 #: Seconds between tries of copies that a queue did not take just now (it has no leader for a moment).
-DELAYS: Final = (0.1, 0.3, 1.0)
+RETRY_DELAYS: Final = (0.1, 0.3, 1.0)
 
 
 class PutBack:
@@ -36,8 +36,8 @@ class PutBack:
         user: who publishes.
     """
 
-    def __init__(self, link: Link, queue: str, user: str) -> None:
-        self._link = link
+    def __init__(self, connection: Connection, queue: str, user: str) -> None:
+        self._connection = connection
         self._queue = queue
         self._user = user
         name = PREFIX + queue
@@ -53,7 +53,7 @@ class PutBack:
         Raises:
             QueueError: another look has not ended, or we may not publish.
         """
-        self._copies = await CopyChannel.open(self._link)
+        self._copies = await CopyChannel.open(self._connection)
         await self._try_publishing(self._copies)
         # Afterwards: while an alarm lasts, the broker does not see that a connection that has published is gone.
         await self._lock()
@@ -66,7 +66,7 @@ class PutBack:
             ConnectionLost: the connection has ended; what was not acknowledged goes back to the queue.
         """
         if self._copies is None or self._copies.error is not None:
-            self._copies = await CopyChannel.open(self._link)
+            self._copies = await CopyChannel.open(self._connection)
         copies = self._copies
         messages = [await self._copy(one) for one in held]
         try:
@@ -89,7 +89,7 @@ class PutBack:
     async def _publish(self, copies: CopyChannel, messages: Sequence[tuple[str, bytes, bytes, bytes]]) -> set[int]:
         """The places of those that the queue does not take."""
         refused = await copies.publish(messages, CONFIRM_TIMEOUT)
-        for delay in DELAYS:
+        for delay in RETRY_DELAYS:
             if not refused:
                 break
             await asyncio.sleep(delay)
@@ -116,21 +116,23 @@ class PutBack:
     async def _make_detour(self) -> str:
         is_made = False
         try:
-            async with self._link.declaring() as channel:
-                await self._link.call(channel.exchange_declare(self._name, exchange_type="fanout", auto_delete=True))
+            async with self._connection.declaring() as channel:
+                await self._connection.call(
+                    channel.exchange_declare(self._name, exchange_type="fanout", auto_delete=True)
+                )
                 is_made = True
-                await self._link.call(channel.queue_bind(self._queue, self._name))
+                await self._connection.call(channel.queue_bind(self._queue, self._name))
         except ChannelAccessRefused:
             if is_made:  # without a binding it does not end by itself
                 await self._declaring(lambda channel: channel.exchange_delete(self._name))
             return ""
         except CLIENT_ERRORS as error:
-            raise _mapped(error, self._link.where) from error
+            raise _mapped(error, self._connection.where) from error
         return self._name
 
     async def _remove_detour(self) -> None:
         name, self._detour = self._detour, None
-        if name and self._link.lost is None:
+        if name and self._connection.lost is None:
             await self._declaring(lambda channel: channel.exchange_delete(name))
 
     async def _lock(self) -> None:
@@ -139,7 +141,7 @@ class PutBack:
             async with asyncio.timeout(LOCK_TIMEOUT):
                 # An exclusive queue sends no word when it ends, so there is nothing to wait for but the time.
                 while not await self._try_lock():  # noqa: ASYNC110
-                    await asyncio.sleep(LOCK_POLL)
+                    await asyncio.sleep(LOCK_POLL_INTERVAL)
         except TimeoutError:
             raise QueueError(
                 f"Somebody else looks at the queue {self._queue!r} (streamtools receive --follow?) and has its "
@@ -167,31 +169,31 @@ class PutBack:
             for _ in range(2):  # while an alarm lasts, the first one of a connection is taken, and no other
                 await copies.publish([("", nowhere, b"\0\0", b"")], TRIAL_TIMEOUT)
         except TimeoutError:
-            why = self._link.blocked or "no answer"
+            why = self._connection.blocked or "no answer"
             raise QueueError(
-                f"RabbitMQ at {self._link.where} takes no messages now ({why}), so what is looked at in "
+                f"RabbitMQ at {self._connection.where} takes no messages now ({why}), so what is looked at in "
                 f"{self._queue!r} could not be put back. Try again when it does: rabbitmq-diagnostics alarms."
             ) from None
         except ConnectionLost as error:
             if copies.code != REFUSED:
                 raise
             raise QueueError(
-                f"The user {self._user!r} may not write to the default exchange of RabbitMQ at {self._link.where}. "
-                f"To look at {self._queue!r} that is needed: a quorum queue counts what comes back to it, so its "
-                "messages are put back as copies. Allow it: rabbitmqctl set_permissions with a write pattern that "
-                "matches amq.default."
+                f"The user {self._user!r} may not write to the default exchange of RabbitMQ at "
+                f"{self._connection.where}. To look at {self._queue!r} that is needed: a quorum queue counts what "
+                "comes back to it, so its messages are put back as copies. Allow it: rabbitmqctl set_permissions "
+                "with a write pattern that matches amq.default."
             ) from error
         copies.unroutable = 0
 
     async def _declaring(self, request: Any, *, passing: tuple[type[Exception], ...] = ()) -> None:
         try:
-            async with self._link.declaring() as channel:
+            async with self._connection.declaring() as channel:
                 work: Awaitable[Any] = request(channel)
-                await self._link.call(work)
+                await self._connection.call(work)
         except passing:
             raise
         except CLIENT_ERRORS as error:
-            raise _mapped(error, self._link.where) from error
+            raise _mapped(error, self._connection.where) from error
 
     def _unable(self, why: str) -> QueueError:
         return QueueError(

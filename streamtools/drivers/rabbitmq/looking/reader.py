@@ -18,14 +18,14 @@ from typing import Final
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq.amqp import properties
-from streamtools.drivers.rabbitmq.amqp.connection import Link, open_link
+from streamtools.drivers.rabbitmq.amqp.connection import Connection, open_connection
 from streamtools.drivers.rabbitmq.connections import Sending
 from streamtools.drivers.rabbitmq.looking.held import LOCKED, NOT_FOUND, Held, HoldingChannel
 from streamtools.drivers.rabbitmq.looking.put_back import PutBack
 from streamtools.drivers.rabbitmq.publishing.batch import Limits
 from streamtools.drivers.rabbitmq.publishing.copies import held
-from streamtools.drivers.rabbitmq.publishing.publisher import Outlet
-from streamtools.drivers.rabbitmq.topology.declarations import STREAM, QueueOptions, Topology, missing, work_queue
+from streamtools.drivers.rabbitmq.publishing.publisher import Publisher
+from streamtools.drivers.rabbitmq.topology.declarations import STREAM, Declarations, QueueOptions, missing, work_queue
 from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
 from streamtools.message import ids
 from streamtools.settings import RabbitMQSettings
@@ -37,9 +37,9 @@ GROWTH: Final = 9
 MOST: Final = 10_000
 MOST_BYTES: Final = 64 * 1024 * 1024
 #: Seconds of silence after which a queue is taken to hold no more for us.
-SILENCE: Final = 1.0
+SILENCE_TIMEOUT: Final = 1.0
 #: Seconds between two looks into an empty queue.
-POLL: Final = 0.1
+POLL_INTERVAL: Final = 0.1
 
 
 class RabbitMQReader:
@@ -55,9 +55,9 @@ class RabbitMQReader:
         self._most = max(1, most)
         self._name = client_id or f"streamtools look at {queue}"
         self._new_id = ids()
-        self._link: Link | None = None
-        self._out_link: Link | None = None
-        self._outlet: Outlet | None = None
+        self._connection: Connection | None = None
+        self._out_connection: Connection | None = None
+        self._publisher: Publisher | None = None
         self._putback: PutBack | None = None
         self._channel: HoldingChannel | None = None
         #: What was taken, in the queue's order, and how many of them were handed out.
@@ -81,16 +81,16 @@ class RabbitMQReader:
             QueueError: there is no such queue, it is a stream, another look has not ended, or what is looked at could
                 not be put back.
         """
-        self._link = link = await open_link(self._settings, self._name)
+        self._connection = connection = await open_connection(self._settings, self._name)
         try:
             try:
-                await self._learn(link)
+                await self._learn(connection)
             except ConnectionLost:  # RabbitMQ 4 may fail to word what differs; then it is taken for any kind
-                await link.close()
-                self._link = link = await open_link(self._settings, self._name)
-            self._putback = PutBack(link, self._queue, self._settings.username)
+                await connection.close()
+                self._connection = connection = await open_connection(self._settings, self._name)
+            self._putback = PutBack(connection, self._queue, self._settings.username)
             await self._putback.open()
-            self._channel = await HoldingChannel.open(link, self._queue)
+            self._channel = await HoldingChannel.open(connection, self._queue)
         except BaseException:
             await self._disconnect()
             raise
@@ -105,9 +105,9 @@ class RabbitMQReader:
         if wanted > 0 and len(self._held) == self._seen:
             deadline = math.inf if timeout is None else time.monotonic() + timeout
             while not await self._take(wanted, deadline):
-                if time.monotonic() + POLL > deadline:
+                if time.monotonic() + POLL_INTERVAL > deadline:
                     return []
-                await asyncio.sleep(POLL)
+                await asyncio.sleep(POLL_INTERVAL)
         new = self._held[self._seen : self._seen + max(0, wanted)]
         self._seen += len(new)
         return [self._delivery(held) for held in new]
@@ -119,7 +119,7 @@ class RabbitMQReader:
         outgoing = [message for s in settlements for message in s.outgoing]
         if outgoing:
             try:
-                await (await self._get_outlet()).publish(outgoing)
+                await (await self._get_publisher()).publish(outgoing)
             except SendError as error:
                 refused = error
         done = held(settlements, refused.messages if refused is not None else ())
@@ -148,10 +148,10 @@ class RabbitMQReader:
 
     # --- taking -------------------------------------------------------------------------------------
 
-    async def _learn(self, link: Link) -> None:
+    async def _learn(self, connection: Connection) -> None:
         """Learn what kind of queue it is, before anything is taken; who may not ask takes it for any kind."""
         probably = work_queue(self._queue, QueueOptions(), "error")
-        if (queue := await Topology(link).as_it_is(probably, "passive", "looked at")) is not None:
+        if (queue := await Declarations(connection).as_it_is(probably, "passive", "looked at")) is not None:
             self._counts = not queue.is_classic
             self._gets = queue.is_classic
             self._alone = queue.is_single_active and not queue.is_classic
@@ -168,7 +168,7 @@ class RabbitMQReader:
             await self._take_by_get(number)
         else:
             await self._ask(number)
-            left = None if deadline == math.inf else max(SILENCE, deadline - time.monotonic())
+            left = None if deadline == math.inf else max(SILENCE_TIMEOUT, deadline - time.monotonic())
             await self._opened().arrival(left)
             self._drain(self._opened())
         return len(self._held) > self._seen
@@ -208,31 +208,31 @@ class RabbitMQReader:
     async def _reopen(self, channel: HoldingChannel) -> None:
         """A quorum queue with a single active consumer gives nothing out to basic.get, and a stream never does."""
         if channel.code == NOT_FOUND:
-            raise missing(self._queue, self._opened_link().where)
-        if "stream queue" in self._opened_link().said:
+            raise missing(self._queue, self._opened_connection().where)
+        if "stream queue" in self._opened_connection().said:
             raise QueueError(f"The queue {self._queue!r} cannot be looked at: {STREAM}.")
         if channel.code != LOCKED:
             raise QueueError(f"The queue {self._queue!r} cannot be looked at: {channel.error}")
         self._gets, self._alone = False, True
-        self._channel = await HoldingChannel.open(self._opened_link(), self._queue)
+        self._channel = await HoldingChannel.open(self._opened_connection(), self._queue)
 
     def _opened(self) -> HoldingChannel:
         if self._channel is None:
             raise Closed(f"The look at {self._queue!r} was closed.")
         return self._channel
 
-    def _opened_link(self) -> Link:
-        if self._link is None:
+    def _opened_connection(self) -> Connection:
+        if self._connection is None:
             raise Closed(f"The look at {self._queue!r} was closed.")
-        return self._link
+        return self._connection
 
-    async def _get_outlet(self) -> Outlet:
-        if self._outlet is None or self._outlet.error is not None:
-            if self._out_link is not None:
-                await self._out_link.close()
-            self._out_link = await open_link(self._settings, f"{self._name} (publishing)")
-            self._outlet = Outlet(Sending(self._out_link), Limits())
-        return self._outlet
+    async def _get_publisher(self) -> Publisher:
+        if self._publisher is None or self._publisher.error is not None:
+            if self._out_connection is not None:
+                await self._out_connection.close()
+            self._out_connection = await open_connection(self._settings, f"{self._name} (publishing)")
+            self._publisher = Publisher(Sending(self._out_connection), Limits())
+        return self._publisher
 
     # --- leaving it as it was -----------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ class RabbitMQReader:
         if not self._counts:
             await channel.close()
             return
-        while self._alone and await self._ready() and await channel.arrival(SILENCE):
+        while self._alone and await self._ready() and await channel.arrival(SILENCE_TIMEOUT):
             self._drain(channel)
         await channel.cancel()
         self._drain(channel)
@@ -275,7 +275,7 @@ class RabbitMQReader:
         found: list[Held] = []
         if number <= 0 or room <= 0:
             return found
-        channel = await HoldingChannel.open(self._opened_link(), self._queue)
+        channel = await HoldingChannel.open(self._opened_connection(), self._queue)
         if self._gets:
             return await self._rest_by_get(channel, number, room)
         due = 0
@@ -283,7 +283,7 @@ class RabbitMQReader:
             if due <= 0:
                 due = _next(found, number, room)
                 await channel.consume(due)
-            if not await channel.arrival(SILENCE):
+            if not await channel.arrival(SILENCE_TIMEOUT):
                 break  # somebody else has them
             due -= len(channel.buffer)
             found += [held for held in channel.buffer if held is not None]
@@ -302,12 +302,12 @@ class RabbitMQReader:
         return found
 
     async def _ready(self) -> int:
-        return (await Topology(self._opened_link()).count(self._queue))[0]
+        return (await Declarations(self._opened_connection()).count(self._queue))[0]
 
     async def _disconnect(self) -> None:
-        links, self._link, self._out_link = (self._link, self._out_link), None, None
-        self._channel = self._outlet = self._putback = None
-        await asyncio.gather(*(link.close() for link in links if link is not None))
+        connections, self._connection, self._out_connection = (self._connection, self._out_connection), None, None
+        self._channel = self._publisher = self._putback = None
+        await asyncio.gather(*(connection.close() for connection in connections if connection is not None))
 
 
 def _next(found: Sequence[Held], number: int, room: int) -> int:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamtools.delivery import Settlement, goes_last
-from streamtools.drivers.rabbitmq.publishing.publisher import Outlet
+from streamtools.drivers.rabbitmq.publishing.publisher import Publisher
 from streamtools.errors import ConnectError, SendError
 from streamtools.message import Message
 
 
 async def send_before_settling(
-    outlet: Outlet, settlements: Sequence[Settlement]
+    publisher: Publisher, settlements: Sequence[Settlement]
 ) -> tuple[list[Settlement], SendError | None]:
     """Those of which the broker holds all that was to be sent, and what it says of the others."""
     first = [m for s in settlements for m in s.outgoing if not goes_last(m, s)]
-    held, refused = await _publish(outlet, first, settlements)
+    held, refused = await _publish(publisher, first, settlements)
     if last := [m for s in held for m in s.outgoing if goes_last(m, s)]:
-        held, more = await _publish(outlet, last, held)
+        held, more = await _publish(publisher, last, held)
         refused = refused or more  # the others are tried again, and then say so themselves
     if refused is not None:
         kept = {id(s) for s in held}
@@ -28,12 +28,12 @@ async def send_before_settling(
 
 
 async def _publish(
-    outlet: Outlet, messages: Sequence[Message], settlements: Sequence[Settlement]
+    publisher: Publisher, messages: Sequence[Message], settlements: Sequence[Settlement]
 ) -> tuple[list[Settlement], SendError | None]:
     """Those of which none was refused, and the refusal."""
     try:
         if messages:
-            await outlet.publish(messages)
+            await publisher.publish(messages)
     except SendError as error:
         return held(settlements, error.messages), error
     except ConnectError as error:

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Final
 
-from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.connection import Connection
 from streamtools.drivers.rabbitmq.amqp.frames import NeverSent, TooEarly
 from streamtools.drivers.rabbitmq.connections import Sending
 from streamtools.drivers.rabbitmq.publishing.batch import Batch, Limits
-from streamtools.drivers.rabbitmq.publishing.publisher_channel import Publisher
-from streamtools.drivers.rabbitmq.topology.declarations import Topology
+from streamtools.drivers.rabbitmq.publishing.publisher_channel import PublisherChannel
+from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.errors import ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
 
 #: Seconds between tries of what a queue did not take; the last one again and again.
-DELAYS: Final = (0.05, 0.15, 0.5, 1.5)
+RETRY_DELAYS: Final = (0.05, 0.15, 0.5, 1.5)
 
 
-class Outlet:
+class Publisher:
     """Publishes for one consumer or producer, and again what a queue did not take.
 
     A quorum queue without a leader for a moment (just declared, or the leader's node has gone) says no in the
@@ -38,31 +38,31 @@ class Outlet:
     """
 
     def __init__(
-        self, sending: Sending, limits: Limits, *, patience: float = sum(DELAYS), declares: bool = True
+        self, sending: Sending, limits: Limits, *, patience: float = sum(RETRY_DELAYS), declares: bool = True
     ) -> None:
         self._sending = sending
-        self._link: Link = sending.link
+        self._connection: Connection = sending.connection
         self._limits = limits
         self._patience = patience
         self._declares = declares
-        self._publisher: Publisher | None = None
+        self._channel: PublisherChannel | None = None
         self._renewing = asyncio.Lock()
 
     @property
     def error(self) -> ConnectionLost | None:
         """Why it is of no use any more: its connection has ended."""
-        return self._link.lost
+        return self._connection.lost
 
     async def open(self) -> None:
         """Open the channel now, instead of with the first message."""
-        await self._channel()
+        await self._renewed()
 
     def close(self) -> None:
         """Let go of the channel; who is publishing on it is told."""
-        publisher, self._publisher = self._publisher, None
-        if publisher is not None:
-            publisher.fail("it was closed by us")
-            publisher.retire()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.fail("it was closed by us")
+            channel.retire()
 
     async def publish(self, messages: Sequence[Message]) -> None:
         """Return when the broker holds all of them, each in the queue that it names.
@@ -72,12 +72,12 @@ class Outlet:
             ConnectError: the connection has ended, or something that was needed is out of reach for a while.
         """
         begun = time.monotonic()
-        publisher = self._publisher
-        if publisher is None or publisher.error is not None or publisher.stuck or _has_exchange(messages):
+        channel = self._channel
+        if channel is None or channel.error is not None or channel.stuck or _has_exchange(messages):
             return await self._insist(messages, begun)
-        batch = await publisher.publish(messages)
+        batch = await channel.publish(messages)
         if batch.refused or batch.nacked or batch.suspects:
-            await self._insist(messages, begun, batch, publisher)
+            await self._insist(messages, begun, batch, channel)
         return None
 
     async def _insist(
@@ -85,22 +85,22 @@ class Outlet:
         messages: Sequence[Message],
         begun: float,
         batch: Batch | None = None,
-        publisher: Publisher | None = None,
+        channel: PublisherChannel | None = None,
     ) -> None:
         """Publish what has not been, and again what was not taken.
 
         Parameters:
-            batch: what became of them so far, over this publisher.
+            batch: what became of them so far, over this channel.
         """
         refused: dict[int, str] = {}
-        if batch is None or publisher is None:
-            batch, publisher = await self._first(messages, refused)
+        if batch is None or channel is None:
+            batch, channel = await self._first(messages, refused)
         else:
             await self._note(messages, batch, refused)
         doubtful = set(batch.doubtful)
         # A no may be long in coming, and then some tries are due all the same.
-        deadline = max(begun + self._patience, time.monotonic() + min(self._patience, sum(DELAYS)))
-        for delay in chain(DELAYS, repeat(DELAYS[-1])):
+        deadline = max(begun + self._patience, time.monotonic() + min(self._patience, sum(RETRY_DELAYS)))
+        for delay in chain(RETRY_DELAYS, repeat(RETRY_DELAYS[-1])):
             if not batch.again or time.monotonic() + delay > deadline:
                 break
             await asyncio.sleep(delay)
@@ -108,26 +108,28 @@ class Outlet:
             if batch.suspects:
                 batch = await self._one_by_one(left, batch, refused)
             else:
-                publisher = await self._channel(newer_than=publisher)
-                batch = await self._publish(publisher, left, refused)
+                channel = await self._renewed(newer_than=channel)
+                batch = await self._publish(channel, left, refused)
             doubtful |= batch.doubtful
         if refused or batch.again:
             raise _refusal(messages, refused, batch.again, doubtful)
 
-    async def _first(self, messages: Sequence[Message], refused: dict[int, str]) -> tuple[Batch, Publisher]:
+    async def _first(self, messages: Sequence[Message], refused: dict[int, str]) -> tuple[Batch, PublisherChannel]:
         if _has_exchange(messages):
             return await self._try_routes(messages, refused)
-        publisher = await self._usable()
-        return await self._publish(publisher, messages, refused), publisher
+        channel = await self._usable()
+        return await self._publish(channel, messages, refused), channel
 
-    async def _usable(self) -> Publisher:
-        publisher = self._publisher
-        if publisher is None or publisher.error is not None or publisher.stuck:
-            return await self._channel(newer_than=publisher)
-        return publisher
+    async def _usable(self) -> PublisherChannel:
+        channel = self._channel
+        if channel is None or channel.error is not None or channel.stuck:
+            return await self._renewed(newer_than=channel)
+        return channel
 
-    async def _publish(self, publisher: Publisher, messages: Sequence[Message], refused: dict[int, str]) -> Batch:
-        batch = await publisher.publish(messages)
+    async def _publish(
+        self, channel: PublisherChannel, messages: Sequence[Message], refused: dict[int, str]
+    ) -> Batch:
+        batch = await channel.publish(messages)
         await self._note(messages, batch, refused)
         return batch
 
@@ -138,10 +140,10 @@ class Outlet:
 
     async def _look_for_queues(self, messages: Sequence[Message], batch: Batch) -> None:
         """A classic queue whose node is down takes nothing, as one that is not there; but it comes back."""
-        topology = Topology(self._link)
+        declarations = Declarations(self._connection)
         for queue in dict.fromkeys(m.queue for m in messages if id(m) in batch.unrouted):
             try:
-                found, why = await topology.exists(queue), "It is there again."
+                found, why = await declarations.exists(queue), "It is there again."
             except ConnectionLost:
                 raise
             except ConnectError as error:
@@ -154,7 +156,9 @@ class Outlet:
 
     # --- what the broker may not let us send ------------------------------------------------------
 
-    async def _try_routes(self, messages: Sequence[Message], refused: dict[int, str]) -> tuple[Batch, Publisher]:
+    async def _try_routes(
+        self, messages: Sequence[Message], refused: dict[int, str]
+    ) -> tuple[Batch, PublisherChannel]:
         """Publish in order; the first message to each topic of an exchange over a channel of its own."""
         outcome, before, now = _nothing(), list[Message](), time.time()
         for message in messages:
@@ -167,10 +171,10 @@ class Outlet:
                 outcome.take_over(await self._publish(await self._usable(), before, refused))
                 before = []
             outcome.take_over(await self._alone(message, refused))
-        publisher = await self._usable()
+        channel = await self._usable()
         if before:
-            outcome.take_over(await self._publish(publisher, before, refused))
-        return outcome, publisher
+            outcome.take_over(await self._publish(channel, before, refused))
+        return outcome, channel
 
     async def _one_by_one(self, messages: Sequence[Message], batch: Batch, refused: dict[int, str]) -> Batch:
         """Send those again with which a channel has ended: who ends another one, alone, is refused."""
@@ -184,11 +188,11 @@ class Outlet:
 
     async def _alone(self, message: Message, refused: dict[int, str]) -> Batch:
         async with self._sending.trying:
-            publisher = await Publisher.open(self._sending, self._limits, declares=self._declares)
+            channel = await PublisherChannel.open(self._sending, self._limits, declares=self._declares)
             try:
-                batch = await publisher.publish([message])
+                batch = await channel.publish([message])
             finally:
-                publisher.retire()
+                channel.retire()
         if batch.unrouted:
             await self._look_for_queues([message], batch)
         if batch.suspects:
@@ -200,19 +204,19 @@ class Outlet:
 
     # --- channels -----------------------------------------------------------------------------------
 
-    async def _channel(self, newer_than: Publisher | None = None) -> Publisher:
+    async def _renewed(self, newer_than: PublisherChannel | None = None) -> PublisherChannel:
         """The channel, or one that is newer than this one; the old one is closed when nobody uses it any more."""
-        publisher = self._publisher
-        if publisher is not None and publisher is not newer_than and publisher.error is None:
-            return publisher
+        channel = self._channel
+        if channel is not None and channel is not newer_than and channel.error is None:
+            return channel
         async with self._renewing:
-            publisher = self._publisher
-            if publisher is None or publisher is newer_than or publisher.error is not None:
-                self._publisher = await Publisher.open(self._sending, self._limits, declares=self._declares)
-                if publisher is not None:
-                    publisher.retire()
-            assert self._publisher is not None
-            return self._publisher
+            channel = self._channel
+            if channel is None or channel is newer_than or channel.error is not None:
+                self._channel = await PublisherChannel.open(self._sending, self._limits, declares=self._declares)
+                if channel is not None:
+                    channel.retire()
+            assert self._channel is not None
+            return self._channel
 
 
 def _refusal(

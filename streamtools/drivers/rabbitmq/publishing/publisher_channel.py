@@ -17,13 +17,13 @@ from typing import Final
 from aiormq.abc import AbstractChannel
 
 from streamtools.drivers.rabbitmq.amqp import frames, properties
-from streamtools.drivers.rabbitmq.amqp.connection import Link
-from streamtools.drivers.rabbitmq.amqp.fast_channel import HotChannel
+from streamtools.drivers.rabbitmq.amqp.connection import Connection
+from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel
 from streamtools.drivers.rabbitmq.amqp.frames import NeverSent, TooEarly, Unsendable
 from streamtools.drivers.rabbitmq.connections import Sending
 from streamtools.drivers.rabbitmq.errors import channel_lost, lost, trouble
 from streamtools.drivers.rabbitmq.publishing.batch import EXCHANGE, Batch, Limits
-from streamtools.drivers.rabbitmq.topology.declarations import Topology
+from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.drivers.rabbitmq.topology.delay_chain import PREFIX, DelayChain, Unheld
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, StreamToolsError
 from streamtools.exchange import no_subscriber
@@ -35,24 +35,24 @@ log: logging.Logger = logging.getLogger("streamtools")
 WINDOW: Final = 2000
 #: Messages written in one piece.
 CHUNK: Final = 100
-#: Seconds without a confirmation after which we look whether its queue answers another channel. With TRIAL it is less
-#: than a sender waits by default, so that it helps.
-SLOW: Final = 15.0
+#: Seconds without a confirmation after which another channel is asked whether it gets one from the same queue. With
+#: TRIAL_TIMEOUT this is less than a sender waits by default, so that it helps.
+CONFIRM_TIMEOUT: Final = 15.0
 #: Looks in this time.
-LOOKS: Final = 4
+CHECKS: Final = 4
 #: Seconds for that answer.
-TRIAL: Final = 5.0
+TRIAL_TIMEOUT: Final = 5.0
 #: Seconds for a confirmation that may be on its way.
-GRACE: Final = 1.0
+GRACE_TIMEOUT: Final = 1.0
 #: Queues asked at once.
 ASKED: Final = 50
 #: Seconds until a queue that gave no answer is asked again; doubled each time, up to the last.
-ASK_AGAIN: Final = (15.0, 300.0)
+ASK_INTERVAL: Final = (15.0, 300.0)
 #: Routes remembered with their encoded frames.
 ROUTES: Final = 1000
 
 
-class Publisher(HotChannel):
+class PublisherChannel(FastChannel):
     """A channel in confirm mode.
 
     Parameters:
@@ -65,8 +65,8 @@ class Publisher(HotChannel):
     def __init__(self, sending: Sending, channel: AbstractChannel, limits: Limits, *, declares: bool = True) -> None:
         super().__init__(channel.number)
         self._sending = sending
-        self._link: Link = sending.link
-        self._channel = channel
+        self._connection: Connection = sending.connection
+        self._library = channel
         self._limits = limits
         self._declares = declares
         self._delay: DelayChain = sending.chain
@@ -76,7 +76,7 @@ class Publisher(HotChannel):
         #: How often one of this id and routing key came back, and was not confirmed since.
         self._returned: Counter[tuple[str, str]] = Counter()
         self._routes: dict[tuple[str, str], bytes] = {}
-        self._topology = Topology(sending.link)
+        self._topology = Declarations(sending.connection)
         self._users = 0
         self._retired = False
         self._discarded = False
@@ -86,7 +86,7 @@ class Publisher(HotChannel):
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.TimerHandle | None = None
         #: The tags written last at each of the last looks.
-        self._looks: deque[int] = deque(maxlen=LOOKS)
+        self._looks: deque[int] = deque(maxlen=CHECKS)
         #: What gave no answer here for long: whether it gave another channel one.
         self._answers: dict[str, bool] = {}
         #: Those that gave none: when they are asked again, on the loop's clock, and seconds until then.
@@ -96,11 +96,11 @@ class Publisher(HotChannel):
         self.stuck: bool = False
 
     @classmethod
-    async def open(cls, sending: Sending, limits: Limits, *, declares: bool = True) -> Publisher:
+    async def open(cls, sending: Sending, limits: Limits, *, declares: bool = True) -> PublisherChannel:
         """Open a channel for publishing on this connection."""
-        publisher = cls(sending, await sending.link.channel(confirms=True), limits, declares=declares)
-        sending.link.attach(publisher)
-        return publisher
+        channel = cls(sending, await sending.connection.channel(confirms=True), limits, declares=declares)
+        sending.connection.attach(channel)
+        return channel
 
     async def publish(self, messages: Sequence[Message]) -> Batch:
         """Publish once; what cannot be sent, and what the broker did not take just now, stands in the batch.
@@ -124,8 +124,8 @@ class Publisher(HotChannel):
         if self._retired and self._users == 0 and not self._discarded:
             self._discarded = True
             self._watch_no_more()
-            self.error = self.error or channel_lost(self._link.where, "it was replaced")
-            self._link.discard(self, self._channel)
+            self.error = self.error or channel_lost(self._connection.where, "it was replaced")
+            self._connection.discard(self, self._library)
 
     async def _publish(self, messages: Sequence[Message]) -> Batch:
         batch = Batch(self._loop.create_future())
@@ -142,7 +142,7 @@ class Publisher(HotChannel):
                 batch.nacked.update(dict.fromkeys(left, why))
                 break
             self._write(chunk, batch)
-            await self._link.drain()
+            await self._connection.drain()
         batch.left -= 1
         batch.settle_if_done()
         await batch.future
@@ -225,7 +225,7 @@ class Publisher(HotChannel):
         self._send(out)
 
     def _encode(self, message: Message, batch: Batch) -> bytes:
-        body, number, frame_max = message.body, self.number, self._link.frame_max
+        body, number, frame_max = message.body, self.number, self._connection.frame_max
         if body is None:
             raise Unsendable("it has no body (a tombstone), which AMQP cannot carry; kafka:// can.")
         if len(body) > self._limits.body:
@@ -261,13 +261,13 @@ class Publisher(HotChannel):
     def _flush(self) -> None:
         out, self._out = self._out, []
         if out and self.error is None:
-            self._link.write(b"".join(out))
+            self._connection.write(b"".join(out))
 
     # --- what is not confirmed ----------------------------------------------------------------------
 
     @property
     def _silence(self) -> str:
-        return f"A channel of RabbitMQ at {self._link.where} confirms nothing any more."
+        return f"A channel of RabbitMQ at {self._connection.where} confirms nothing any more."
 
     def _look_for_slow(self) -> None:
         """Help what waits for its confirmation since the first of the last looks.
@@ -277,9 +277,9 @@ class Publisher(HotChannel):
         the writer of its log was killed; github.com/rabbitmq/rabbitmq-server/pull/13095 and /14589 tell of other
         ways, up to 4.1). So each queue concerned is asked over a channel of its own, by one message.
         """
-        slow = self._looks[0] if len(self._looks) == LOOKS else 0
+        slow = self._looks[0] if len(self._looks) == CHECKS else 0
         oldest = next(iter(self._pending), None)
-        if oldest is not None and oldest <= slow and not self._link.blocked:
+        if oldest is not None and oldest <= slow and not self._connection.blocked:
             self.stuck = True
             self._wake(len(self._waiting))
             self._help(self._looks[-1])  # what is behind it, too
@@ -290,8 +290,8 @@ class Publisher(HotChannel):
             self._looks.clear()
 
     def _look_later(self) -> None:
-        self._looks.append(0 if self._link.blocked else self._next - 1)
-        self._watch = self._loop.call_later(SLOW / LOOKS, self._look_for_slow)
+        self._looks.append(0 if self._connection.blocked else self._next - 1)
+        self._watch = self._loop.call_later(CONFIRM_TIMEOUT / CHECKS, self._look_for_slow)
 
     def _help(self, last: int) -> None:
         """Of what was written up to `last`, have sent again what need not wait, and ask about the rest."""
@@ -316,19 +316,19 @@ class Publisher(HotChannel):
     async def _try(self, places: dict[str, int], last: int) -> None:
         """Send one message to each place over another connection, a channel for each; help those that wait."""
         try:
-            async with asyncio.timeout(SLOW):
-                link = await self._link.another()
+            async with asyncio.timeout(CONFIRM_TIMEOUT):
+                connection = await self._connection.another()
         except (StreamToolsError, TimeoutError):
             return  # it is not only ours; at the next look it is tried again
         try:
-            other = Sending(link)
+            other = Sending(connection)
             held = await asyncio.gather(*(self._ask(other, tag) for tag in places.values()))
-            await asyncio.sleep(GRACE)
-            if not (link.lost or link.blocked or self._link.blocked):
+            await asyncio.sleep(GRACE_TIMEOUT)
+            if not (connection.lost or connection.blocked or self._connection.blocked):
                 self._learn(dict(zip(places.items(), held, strict=True)))
                 self._help(last)
         finally:
-            await link.close()
+            await connection.close()
 
     def _learn(self, held: dict[tuple[str, int], bool | None]) -> None:
         waiting = {asked: holds for asked, holds in held.items() if asked[1] in self._pending}
@@ -342,7 +342,7 @@ class Publisher(HotChannel):
             log.warning(
                 "A channel of RabbitMQ at %s does not confirm messages to %s%s, and another one does; what it "
                 "has not confirmed is sent again.",
-                self._link.where, ", ".join(map(repr, answering[:5])), ", ..." if answering[5:] else "",
+                self._connection.where, ", ".join(map(repr, answering[:5])), ", ..." if answering[5:] else "",
             )  # fmt: skip
 
     async def _ask(self, other: Sending, tag: int) -> bool | None:
@@ -355,10 +355,10 @@ class Publisher(HotChannel):
         if id(message) in batch.ways:
             copy.ways[id(message)] = batch.ways[id(message)]
         try:
-            async with asyncio.timeout(TRIAL):
-                publisher = await Publisher.open(other, self._limits)
-                publisher._write([message], copy)
-                publisher._watch_no_more()  # it is we who wait for it
+            async with asyncio.timeout(TRIAL_TIMEOUT):
+                channel = await PublisherChannel.open(other, self._limits)
+                channel._write([message], copy)
+                channel._watch_no_more()  # it is we who wait for it
                 await copy.future
         except (StreamToolsError, TimeoutError):
             return None
@@ -366,13 +366,13 @@ class Publisher(HotChannel):
 
     def _note_silence(self, place: str, message: Message, batch: Batch) -> None:
         _, waited = self._ask_at.get(place, (0.0, 0.0))
-        wait = min(2 * waited, ASK_AGAIN[1]) or ASK_AGAIN[0]
+        wait = min(2 * waited, ASK_INTERVAL[1]) or ASK_INTERVAL[0]
         self._ask_at[place] = self._loop.time() + wait, wait
         if _place(message, batch)[1]:
             self._delay.avoid(place)
         log.warning(
             "RabbitMQ at %s has not confirmed a message to %r for %g s, nor one over a new channel; its queue "
-            "may have no leader: rabbitmq-queues quorum_status.", self._link.where, place, SLOW,
+            "may have no leader: rabbitmq-queues quorum_status.", self._connection.where, place, CONFIRM_TIMEOUT,
         )  # fmt: skip
 
     def _watch_no_more(self) -> None:
@@ -422,14 +422,14 @@ class Publisher(HotChannel):
             self._returned -= Counter([back])
             self._delay.forget()  # so that the next try makes it anew
             batch.nacked[id(message)] = (
-                f"The delay of a message to {message.queue!r} needs a queue that is gone from {self._link.where}: "
-                f"one of {PREFIX}."
+                f"The delay of a message to {message.queue!r} needs a queue that is gone from "
+                f"{self._connection.where}: one of {PREFIX}."
             )
         elif not held:
             # Whoever asked gave a reply's address: the request does not wait for a queue that is full.
             kept = batch.refused if message.intent == "reply" else batch.nacked
             kept[id(message)] = (
-                f"The queue {message.queue!r} at {self._link.where} does not take it: it is full (x-max-length "
+                f"The queue {message.queue!r} at {self._connection.where} does not take it: it is full (x-max-length "
                 "with x-overflow reject-publish), or its node has failed."
             )
 
@@ -442,7 +442,7 @@ class Publisher(HotChannel):
         if message.exchange is not None:
             return str(no_subscriber(message.queue, message.exchange))
         return (
-            f"There is no queue {message.queue!r} at {self._link.where}. Open a consumer of it first, or a "
+            f"There is no queue {message.queue!r} at {self._connection.where}. Open a consumer of it first, or a "
             "producer with declare=True."
         )
 
@@ -455,10 +455,10 @@ class Publisher(HotChannel):
             return
         self._watch_no_more()
         make = lost if connection else channel_lost
-        self.error = make(self._link.where, why)
+        self.error = make(self._connection.where, why)
         for batch in dict.fromkeys(self._pending.values()):
             if not batch.future.done():
-                batch.future.set_exception(make(self._link.where, why))
+                batch.future.set_exception(make(self._connection.where, why))
                 batch.future.exception()  # its caller may have been cancelled
         self._pending.clear()
         self._wake(len(self._waiting))
@@ -470,8 +470,8 @@ class Publisher(HotChannel):
         self._watch_no_more()
         self._limits.learn(text)
         kind = trouble(code, text)
-        self.error: ConnectionLost | None = channel_lost(self._link.where, f"{code} {text}")
-        why = f"RabbitMQ at {self._link.where} {'cannot take it now' if kind.passes else 'refuses it'}: {text}."
+        self.error: ConnectionLost | None = channel_lost(self._connection.where, f"{code} {text}")
+        why = f"RabbitMQ at {self._connection.where} {'cannot take it now' if kind.passes else 'refuses it'}: {text}."
         pending, self._pending = self._pending, {}
         meant = {tag for tag, batch in pending.items() if batch.is_meant(text, batch.message(tag), self._limits)}
         if code == 404:

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, field_validator, model_validator
 
 from streamtools.checks import Declare, check_declare
 from streamtools.drivers.rabbitmq import errors
-from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.connection import Connection
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.drivers.rabbitmq.topology.delay_chain import SAFE, UNDELIVERABLE, declare_undeliverable
 from streamtools.errors import ConnectError, QueueError, StreamToolsError
@@ -86,7 +86,7 @@ class QueueOptions(Options):
         return self
 
 
-class MakingOptions(QueueOptions):
+class ProducerOptions(QueueOptions):
     """Options for making a queue without consuming it.
 
     Parameters:
@@ -190,17 +190,17 @@ def _wanted(arguments: Mapping[str, Any] | None) -> set[str]:
     return {name for name, value in (arguments or {}).items() if value is not None}
 
 
-class Topology:
+class Declarations:
     """Declares queues over one connection.
 
     Every refusal ends the channel it came on (specification 0-9-1, section 1.2), so each try has a
     fresh one where the last was refused.
     """
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         #: The broker's host and port, for errors.
-        self.where: str = link.where
+        self.where: str = connection.where
 
     async def count(self, name: str) -> tuple[int, int]:
         """Messages that wait in a queue, and its consumers.
@@ -210,7 +210,7 @@ class Topology:
         """
         found = await self._passive(name)
         if found is None:
-            raise missing(name, self._link.where)
+            raise missing(name, self._connection.where)
         return found
 
     async def exists(self, name: str) -> bool:
@@ -228,20 +228,20 @@ class Topology:
         found = await self._passive(queue.name)
         if found is None:
             if declare == "passive":
-                raise missing(queue.name, self._link.where)
+                raise missing(queue.name, self._connection.where)
             return await self._make(queue)
         return await self._make(queue) if queue.explicit else replace(queue, arguments={})
 
     async def delete_unused(self, name: str) -> None:
         """Delete a queue unless somebody consumes it."""
         with suppress(StreamToolsError, *errors.CLIENT_ERRORS):
-            async with self._link.declaring() as channel:
-                await self._link.call(channel.queue_delete(name, if_unused=True))
+            async with self._connection.declaring() as channel:
+                await self._connection.call(channel.queue_delete(name, if_unused=True))
 
     async def declare_error_queue(self, queue: Queue, declare: Declare) -> None:
         """Declare or check an error queue, and what stands behind it."""
         if declare is True and await self._passive(queue.name) is None:
-            await self._mapped(declare_undeliverable(self._link))
+            await self._mapped(declare_undeliverable(self._connection))
         await self.declare(queue, declare)
 
     async def declare_exchange(self, exchange: Exchange, declare: Declare = True) -> None:
@@ -257,31 +257,31 @@ class Topology:
             await self._make_exchange(exchange)
         else:
             raise QueueError(
-                f"There is no exchange {exchange.name!r} at {self._link.where}. Make it, or use declare=True to "
-                "have it made."
+                f"There is no exchange {exchange.name!r} at {self._connection.where}. Make it, or use declare=True "
+                "to have it made."
             )
 
     async def _has_exchange(self, name: str) -> bool:
         try:
-            async with self._link.declaring() as channel:
-                await self._link.call(channel.exchange_declare(name, passive=True))
+            async with self._connection.declaring() as channel:
+                await self._connection.call(channel.exchange_declare(name, passive=True))
         except ChannelNotFoundEntity:
             return False
         except StreamToolsError:
             raise
         except errors.CLIENT_ERRORS as error:
-            raise errors.channel_error(error, self._link.where) from error
+            raise errors.channel_error(error, self._connection.where) from error
         return True
 
     async def _make_exchange(self, exchange: Exchange) -> None:
-        async with self._link.declaring() as channel:
-            await self._mapped(self._link.call(_exchange_declaration(channel, exchange)))
+        async with self._connection.declaring() as channel:
+            await self._mapped(self._connection.call(_exchange_declaration(channel, exchange)))
 
     async def _compare_type(self, exchange: Exchange) -> None:
         """Of an exchange that is there: it is durable or not, has arguments or none, as its owner likes."""
         try:
-            async with self._link.declaring() as channel:
-                await self._link.call(_exchange_declaration(channel, exchange))
+            async with self._connection.declaring() as channel:
+                await self._connection.call(_exchange_declaration(channel, exchange))
         except ChannelAccessRefused:
             return  # we may not make any, so we cannot compare
         except ChannelPreconditionFailed as error:
@@ -291,7 +291,7 @@ class Topology:
         except StreamToolsError:
             raise
         except errors.CLIENT_ERRORS as error:
-            raise errors.channel_error(error, self._link.where) from error
+            raise errors.channel_error(error, self._connection.where) from error
 
     async def bind(self, queue: str, binding: Binding, declare: Declare = True) -> None:
         """Give a queue the messages of a topic; safe to repeat. Nothing is done with declare=False.
@@ -303,19 +303,21 @@ class Topology:
             return
         await self.declare_exchange(binding.exchange, declare)
         try:
-            async with self._link.declaring() as channel:
-                await self._link.call(channel.queue_bind(queue, binding.exchange.name, binding.topic))
+            async with self._connection.declaring() as channel:
+                await self._connection.call(channel.queue_bind(queue, binding.exchange.name, binding.topic))
         except StreamToolsError:
             raise
         except errors.CLIENT_ERRORS as error:
             if isinstance(error, ChannelNotFoundEntity) and errors.is_missing(error):
-                raise missing(queue, self._link.where) from error
-            raise errors.channel_error(error, self._link.where) from error
+                raise missing(queue, self._connection.where) from error
+            raise errors.channel_error(error, self._connection.where) from error
 
     async def unbind(self, queue: str, binding: Binding) -> None:
         """Take a binding away; safe to repeat, and where there is neither queue nor exchange."""
-        async with self._link.declaring() as channel:
-            await self._mapped(self._link.call(channel.queue_unbind(queue, binding.exchange.name, binding.topic)))
+        async with self._connection.declaring() as channel:
+            await self._mapped(
+                self._connection.call(channel.queue_unbind(queue, binding.exchange.name, binding.topic))
+            )
 
     async def as_it_is(self, queue: Queue, declare: Declare, use: str = "consumed") -> Queue | None:
         """An existing queue with the arguments that it has; None where we may not look, or are not told enough.
@@ -342,8 +344,8 @@ class Topology:
                 break
             found = errors.difference(refusal)
             if found is None:
-                raise missing(queue.name, self._link.where) from refusal
-            if (adapted := _adapted(queue, refusal, self._link.where)) is None:
+                raise missing(queue.name, self._connection.where) from refusal
+            if (adapted := _adapted(queue, refusal, self._connection.where)) is None:
                 return None
             queue = adapted
             if found[0] == TYPE:
@@ -355,8 +357,8 @@ class Topology:
     async def _passive(self, name: str) -> tuple[int, int] | None:
         check_rabbitmq_name(name)
         try:
-            async with self._link.declaring() as channel:
-                answer = await self._link.call(channel.queue_declare(name, passive=True))
+            async with self._connection.declaring() as channel:
+                answer = await self._connection.call(channel.queue_declare(name, passive=True))
         except ChannelLockedResource as error:
             raise ConnectError(
                 f"The queue {name!r} is exclusive to another connection. If that is one of ours which has ended, "
@@ -368,7 +370,7 @@ class Topology:
         except errors.CLIENT_ERRORS as error:
             if isinstance(error, ChannelNotFoundEntity) and errors.is_missing(error):
                 return None
-            raise errors.channel_error(error, self._link.where) from error
+            raise errors.channel_error(error, self._connection.where) from error
         return answer.message_count or 0, answer.consumer_count or 0
 
     async def _make(self, queue: Queue) -> Queue:
@@ -376,7 +378,7 @@ class Topology:
         for _ in range(MOST_DIFFERENCES):
             if (refusal := await self._declare_as(queue)) is None:
                 return queue
-            if (adapted := _adapted(queue, refusal, self._link.where)) is None:
+            if (adapted := _adapted(queue, refusal, self._connection.where)) is None:
                 return replace(queue, arguments={})
             queue = adapted
         raise QueueError(
@@ -386,14 +388,14 @@ class Topology:
     async def _declare_as(self, queue: Queue) -> ChannelPreconditionFailed | None:
         """Declare a queue; what the broker says where it stands with other arguments."""
         try:
-            async with self._link.declaring() as channel:
-                await self._link.call(_declaration(channel, queue))
+            async with self._connection.declaring() as channel:
+                await self._connection.call(_declaration(channel, queue))
         except ChannelPreconditionFailed as error:
             return error
         except StreamToolsError:
             raise
         except errors.CLIENT_ERRORS as error:
-            raise errors.channel_error(error, self._link.where) from error
+            raise errors.channel_error(error, self._connection.where) from error
         return None
 
     async def _mapped(self, work: Any) -> None:
@@ -402,7 +404,7 @@ class Topology:
         except StreamToolsError:
             raise
         except errors.CLIENT_ERRORS as error:
-            raise errors.channel_error(error, self._link.where) from error
+            raise errors.channel_error(error, self._connection.where) from error
 
 
 def _exchange_declaration(channel: Any, exchange: Exchange) -> Any:

@@ -32,7 +32,7 @@ from typing import Any, Final
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ChannelNotFoundEntity
 
-from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.connection import Connection
 from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, is_missing, plain
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
@@ -53,11 +53,11 @@ MOST: Final = (1 << DOUBLING) - 1 + LAPS * LAP
 #: Seconds added, so that rounding in the broker's clock makes nothing early.
 MARGIN: Final = 0.005
 #: Seconds for which a target that was found and bound is taken to be so.
-TRUST: Final = 30.0
+TARGET_TTL: Final = 30.0
 #: Seconds after which the levels are declared again before the next use: an operator may have deleted one.
-RENEW: Final = 300.0
+LEVELS_TTL: Final = 300.0
 #: Seconds for which nothing is sent by way of a level that gave no answer.
-AVOID: Final = 300.0
+AVOID_TTL: Final = 300.0
 
 PREFIX: Final = "streamtools.delay"
 OUT: Final = f"{PREFIX}.out"
@@ -132,8 +132,8 @@ class _Absent(Unheld):
 class DelayChain:
     """The chain as one connection sees it: levels declared and targets bound when they are first needed."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._levels = 0
         #: When they are to be declared again.
         self._renew_at = 0.0
@@ -166,7 +166,7 @@ class DelayChain:
     def avoid(self, name: str) -> None:
         """Send nothing by way of this level for a while: what needs it is held longer, until a time without it."""
         level = int(name.rpartition(".")[2])
-        self._avoided[level] = self._time() + AVOID
+        self._avoided[level] = self._time() + AVOID_TTL
 
     def _passable(self, number: int) -> int:
         """The least number of steps from this one on that needs no level which is avoided."""
@@ -225,15 +225,15 @@ class DelayChain:
             except StreamToolsError:
                 raise
             except ChannelAccessRefused as error:
-                why = f"RabbitMQ at {self._link.where} does not allow it: {plain(error)}"
+                why = f"RabbitMQ at {self._connection.where} does not allow it: {plain(error)}"
                 self._note_unusable(target, why, declares=declares)
                 raise Unheld(why) from error
             except CLIENT_ERRORS as error:
-                raise channel_error(error, self._link.where) from error
+                raise channel_error(error, self._connection.where) from error
         return target
 
     def _note_unusable(self, what: str | int, why: str, *, declares: bool) -> None:
-        self._unusable[what, declares] = self._time() + TRUST, why
+        self._unusable[what, declares] = self._time() + TARGET_TTL, why
 
     def _check_usable(self, target: str, levels: int, *, declares: bool) -> None:
         """Raise Unheld where the same was found out a moment ago: each request would end a channel."""
@@ -252,10 +252,10 @@ class DelayChain:
             await self._look_for(queue)
         else:
             queue = await self._declare_hop(message.exchange, queue, target, declares=declares)
-        async with self._link.declaring() as channel:
+        async with self._connection.declaring() as channel:
             # "#" stands for the digits, however many: the word is always the last, and has no dot.
-            await self._link.call(channel.queue_bind(queue, OUT, f"#.{target}"))
-        self._targets[target] = self._time() + TRUST
+            await self._connection.call(channel.queue_bind(queue, OUT, f"#.{target}"))
+        self._targets[target] = self._time() + TARGET_TTL
 
     async def _declare_hop(self, exchange: Exchange, topic: str, target: str, *, declares: bool) -> str:
         """The queue from which what is due goes to an exchange, which is there."""
@@ -264,15 +264,15 @@ class DelayChain:
         arguments = {**SAFE, "x-message-ttl": 1, **onwards}
 
         async def make(channel: AbstractChannel) -> None:
-            await self._link.call(channel.queue_declare(name, durable=True, arguments=arguments))
+            await self._connection.call(channel.queue_declare(name, durable=True, arguments=arguments))
 
         await self._make(make, queues=(name,), declares=declares)
         return name
 
     async def _look_for(self, queue: str) -> None:
         try:
-            async with self._link.declaring() as channel:
-                await self._link.call(channel.queue_declare(queue, passive=True))
+            async with self._connection.declaring() as channel:
+                await self._connection.call(channel.queue_declare(queue, passive=True))
         except ChannelLockedResource:
             # Exclusive to another connection: it exists, but only that one may bind it.
             raise Unheld(
@@ -281,10 +281,10 @@ class DelayChain:
             ) from None
         except ChannelNotFoundEntity as error:
             if not is_missing(error):
-                raise channel_error(error, self._link.where) from error
+                raise channel_error(error, self._connection.where) from error
             raise QueueError(
-                f"There is no queue {queue!r} at {self._link.where}. Open a consumer of it first, or a producer with "
-                "declare=True."
+                f"There is no queue {queue!r} at {self._connection.where}. Open a consumer of it first, or a "
+                "producer with declare=True."
             ) from error
 
     async def _declare(self, levels: int, *, declares: bool) -> None:
@@ -296,10 +296,10 @@ class DelayChain:
         if self._levels == 0:
             if declares:
                 with suppress(ChannelAccessRefused):  # what is missing then is found out below
-                    await declare_undeliverable(self._link)
+                    await declare_undeliverable(self._connection)
             end = {"queues": (UNDELIVERABLE,), "exchanges": (UNDELIVERABLE, OUT)}
             await self._make(self._declare_end, **end, declares=declares)
-            self._renew_at = self._time() + RENEW
+            self._renew_at = self._time() + LEVELS_TTL
         for level in range(self._levels, levels):
             name = level_name(level)
             make = partial(self._declare_level, level=level)
@@ -317,25 +317,24 @@ class DelayChain:
         """Declare a part of the chain; where that is not wanted, or not allowed, see that it stands."""
         if declares and self._may_make:
             try:
-                async with self._link.declaring() as channel:
+                async with self._connection.declaring() as channel:
                     return await make(channel)
             except ChannelAccessRefused:
                 self._may_make = False
         try:
-            async with self._link.declaring() as channel:
+            async with self._connection.declaring() as channel:
                 for name in queues:
-                    await self._link.call(channel.queue_declare(name, passive=True))
+                    await self._connection.call(channel.queue_declare(name, passive=True))
                 for name in exchanges:
-                    await self._link.call(channel.exchange_declare(name, passive=True))
+                    await self._connection.call(channel.exchange_declare(name, passive=True))
         except ChannelNotFoundEntity as error:
             if not is_missing(error):
                 raise
             raise self._absent(dict.fromkeys((*queues, *exchanges)), declares=declares) from error
 
     def _absent(self, names: Iterable[str], *, declares: bool) -> _Absent:
-        missing = (
-            f"Queues or exchanges that hold delayed messages are missing at {self._link.where} ({', '.join(names)}), "
-        )
+        where = self._connection.where
+        missing = f"Queues or exchanges that hold delayed messages are missing at {where} ({', '.join(names)}), "
         if not declares:
             return _Absent(
                 f"{missing}and without declare=True none are made. Use declare=True, which leaves a queue that "
@@ -348,7 +347,7 @@ class DelayChain:
         )
 
     async def _declare_end(self, channel: AbstractChannel) -> None:
-        call = self._link.call
+        call = self._connection.call
         await call(channel.exchange_declare(UNDELIVERABLE, exchange_type="fanout", durable=True))
         await call(channel.queue_bind(UNDELIVERABLE, UNDELIVERABLE))
         await call(
@@ -358,7 +357,7 @@ class DelayChain:
         )
 
     async def _declare_level(self, channel: AbstractChannel, level: int) -> None:
-        call = self._link.call
+        call = self._connection.call
         name, below = level_name(level), level_name(level - 1) if level else OUT
         arguments = {**SAFE, "x-message-ttl": level_time(level), "x-dead-letter-exchange": below}
         await call(channel.queue_declare(name, durable=True, arguments=arguments))
@@ -368,18 +367,18 @@ class DelayChain:
         await call(channel.exchange_bind(below, name, f"{place}0.#"))
 
 
-async def declare_undeliverable(link: Link) -> None:
+async def declare_undeliverable(connection: Connection) -> None:
     """The queue where messages wait that would have nowhere else to go; as it is, where it stands.
 
     From RabbitMQ 4 on a quorum queue without an argument drops what was delivered more than 20 times.
     """
     try:
-        async with link.declaring() as channel:
-            await link.call(channel.queue_declare(UNDELIVERABLE, passive=True))
+        async with connection.declaring() as channel:
+            await connection.call(channel.queue_declare(UNDELIVERABLE, passive=True))
     except ChannelNotFoundEntity:
-        async with link.declaring() as channel:
+        async with connection.declaring() as channel:
             arguments = {"x-queue-type": "quorum", **_without_limit(channel)}
-            await link.call(channel.queue_declare(UNDELIVERABLE, durable=True, arguments=arguments))
+            await connection.call(channel.queue_declare(UNDELIVERABLE, durable=True, arguments=arguments))
 
 
 def _without_limit(channel: AbstractChannel) -> dict[str, Any]:

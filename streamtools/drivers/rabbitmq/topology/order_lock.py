@@ -16,20 +16,20 @@ from typing import Final
 
 from aiormq.exceptions import ChannelLockedResource
 
-from streamtools.drivers.rabbitmq.amqp.connection import Link
+from streamtools.drivers.rabbitmq.amqp.connection import Connection
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
 from streamtools.errors import StreamToolsError
 
 PREFIX: Final = "streamtools.order."
 #: Seconds between two tries for the lock; a standby takes over within this time.
-POLL: Final = 1.0
+POLL_INTERVAL: Final = 1.0
 
 
 class OrderLock:
     """Held from `acquire()` until `release()`, or until the connection ends."""
 
-    def __init__(self, link: Link, queue: str) -> None:
-        self._link = link
+    def __init__(self, connection: Connection, queue: str) -> None:
+        self._connection = connection
         name = PREFIX + queue
         fits = len(name.encode()) <= 255
         self._held = False
@@ -41,12 +41,12 @@ class OrderLock:
         Raises:
             ConnectionLost: the connection has ended.
         """
-        self._near = self._link.locks.setdefault(self.name, asyncio.Lock())
+        self._near = self._connection.locks.setdefault(self.name, asyncio.Lock())
         await self._near.acquire()
         self._held = True
         # An exclusive queue sends no word when it ends, so there is nothing to wait for but the time.
         while not await self._try():  # noqa: ASYNC110
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(POLL_INTERVAL)
 
     async def release(self) -> None:
         """Let another have it. Safe to repeat, and while `acquire()` waits (cancel that first)."""
@@ -55,15 +55,15 @@ class OrderLock:
         self._held = False
         try:
             with suppress(StreamToolsError, *CLIENT_ERRORS):  # else it ends with the connection
-                async with self._link.declaring() as channel:
-                    await self._link.call(channel.queue_delete(self.name))
+                async with self._connection.declaring() as channel:
+                    await self._connection.call(channel.queue_delete(self.name))
         finally:
             self._near.release()
 
     async def _try(self) -> bool:
         try:
-            async with self._link.declaring() as channel:
-                await self._link.call(
+            async with self._connection.declaring() as channel:
+                await self._connection.call(
                     channel.queue_declare(self.name, exclusive=True, arguments={"x-queue-type": "classic"})
                 )
         except ChannelLockedResource:
@@ -71,5 +71,5 @@ class OrderLock:
         except StreamToolsError:
             raise
         except CLIENT_ERRORS as error:
-            raise channel_error(error, self._link.where) from error
+            raise channel_error(error, self._connection.where) from error
         return True
