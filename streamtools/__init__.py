@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from streamtools.admin import ADMINS, QueueAdmin
-    from streamtools.bodies import set_body_limits
     from streamtools.bus import Bus, Command, Event, MessageContext
     from streamtools.codec import register_codec
+    from streamtools.compat.handlers import HandleMsgs, HandlerFactory
     from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
     from streamtools.delivery import Delivery
     from streamtools.errors import (
@@ -35,16 +35,17 @@ if TYPE_CHECKING:
     )
     from streamtools.exchange import Binding, Exchange
     from streamtools.features import Features
-    from streamtools.handlers import HandleMsgs, HandlerFactory
     from streamtools.message import ErrorDetails, Message
-    from streamtools.policy import Retry
-    from streamtools.producer import PRODUCERS, Producer, Receipt
+    from streamtools.producer import PRODUCERS, Producer
+    from streamtools.protocols import ASYNCIO, HTTP, KAFKA, RABBITMQ, SQLITE
     from streamtools.queues import GroupInfo, PartitionInfo, QueueInfo, QueueSettings
-    from streamtools.registry import ASYNCIO, HTTP, KAFKA, RABBITMQ, SQLITE
+    from streamtools.receipt import Receipt
+    from streamtools.retry import Retry
     from streamtools.routing import ConsumerFactory
     from streamtools.runner import ConsumerRunner
     from streamtools.settings import AsyncIOSettings, HTTPSettings, KafkaSettings, RabbitMQSettings, SQLiteSettings
     from streamtools.types import Handler, Middleware
+    from streamtools.validation.bodies import set_body_limits
     from streamtools.verdicts import Verdict
 
 __all__ = [
@@ -125,7 +126,7 @@ _HOMES: Final = {
     "BoundHandler": "consumer",
     "CONSUMER_LOOPS": "consumer",
     "register_codec": "codec",
-    "set_body_limits": "bodies",
+    "set_body_limits": "validation.bodies",
     "Consumer": "consumer",
     "Delivery": "delivery",
     "Closed": "errors",
@@ -147,21 +148,21 @@ _HOMES: Final = {
     "StreamToolsError": "errors",
     "UnknownProtocol": "errors",
     "Features": "features",
-    "HandleMsgs": "handlers",
-    "HandlerFactory": "handlers",
+    "HandleMsgs": "compat.handlers",
+    "HandlerFactory": "compat.handlers",
     "Binding": "exchange",
     "Exchange": "exchange",
     "ErrorDetails": "message",
     "Message": "message",
-    "Retry": "policy",
+    "Retry": "retry",
     "PRODUCERS": "producer",
     "Producer": "producer",
-    "Receipt": "producer",
-    "ASYNCIO": "registry",
-    "HTTP": "registry",
-    "KAFKA": "registry",
-    "RABBITMQ": "registry",
-    "SQLITE": "registry",
+    "Receipt": "receipt",
+    "ASYNCIO": "protocols",
+    "HTTP": "protocols",
+    "KAFKA": "protocols",
+    "RABBITMQ": "protocols",
+    "SQLITE": "protocols",
     "ConsumerFactory": "routing",
     "ConsumerRunner": "runner",
     "AsyncIOSettings": "settings",

@@ -8,19 +8,21 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from streamtools.checks import check_count, check_name, check_seconds
 from streamtools.delivery import Delivery, Settlement
-from streamtools.errors import ConfigurationError, ConnectError, FeatureError, QueueError, SendError, text_of
-from streamtools.eventloops import LoopBound, at_end, forget
+from streamtools.driver import AdminHooks, Reader
+from streamtools.engine.messages.failures import redrive_copy
+from streamtools.engine.messages.origin import check_home, failed_there, queues_named
+from streamtools.engine.options import check_known
+from streamtools.engine.tasks.eventloops import LoopBound, at_end, forget
+from streamtools.errors import ConfigurationError, ConnectError, QueueError, SendError, text_of
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
-from streamtools.options import QUEUE_OPTIONS, check_known
-from streamtools.origin import check_home, failed_there, queues_named
-from streamtools.policy import redrive_copy
+from streamtools.protocols import NO_ADMIN, QUEUE_OPTIONS, targets
 from streamtools.queues import GroupInfo, Place, QueueInfo, QueueSettings
 from streamtools.registry import Registry
+from streamtools.validation.checks import check_count, check_name, check_seconds
 from streamtools.verdicts import ACK
 
 if TYPE_CHECKING:
@@ -34,41 +36,16 @@ SILENCE: Final = 1.0
 RETURN_LOOK: Final = 0.02
 
 #: Protocol name to admin class.
-ADMINS: Registry[QueueAdmin] = Registry(
-    "admin",
-    {
-        "asyncio": "streamtools.drivers.asyncio:AsyncIOAdmin",
-        "sqlite": "streamtools.drivers.sqlite:SQLiteAdmin",
-        "rabbitmq": "streamtools.drivers.rabbitmq:RabbitMQAdmin",
-        "kafka": "streamtools.drivers.kafka:KafkaAdmin",
-    },
-    {
-        "http": "is a call, with no queues to look at: its senders keep their messages. For queues and an error "
-        "queue choose sqlite://, asyncio:// or amqp://."
-    },
-)
+ADMINS: Registry[QueueAdmin] = Registry("admin", targets("admin"), NO_ADMIN)
 
 
-class Reader(Protocol):
-    """What `peek` and `move` need: a consumer of the same protocol."""
-
-    async def open(self) -> Any: ...
-    async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]: ...
-    async def _settle(self, settlements: Sequence[Settlement]) -> None: ...
-    async def _stop(self) -> None: ...
-    async def close(self) -> None: ...
-
-
-class QueueAdmin(LoopBound):
+class QueueAdmin(AdminHooks, LoopBound):
     """Looks at queues and changes them: `async with ADMINS["sqlite"](url=...) as admin: await admin.list()`.
 
     Parameters:
         url: the address, or a settings object; see `streamtools.settings`.
         client_id: this client's name, where the broker shows connections.
     """
-
-    protocol: ClassVar[str] = ""
-    settings_class: ClassVar[type[ProtocolSettings]]
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -331,80 +308,11 @@ class QueueAdmin(LoopBound):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self.settings.safe_url}>"
 
-    # --- for drivers ----------------------------------------------------------------------------
-
-    async def _open(self) -> None:
-        """Connect."""
-
-    async def _close(self) -> None:
-        """Let go of everything; idempotent."""
-
-    async def _list(self) -> Sequence[QueueInfo]:
-        """Every queue, in any order."""
-        raise TypeError(f"{type(self).__name__} does not say how: write its _list().")
-
-    async def _create(self, queue: str, options: dict[str, Any]) -> None:
-        """Make a queue if it is missing."""
-        raise TypeError(f"{type(self).__name__} does not say how: write its _create().")
-
-    async def _delete(self, queue: str) -> None:
-        """Delete a queue, or raise QueueError."""
-        raise TypeError(f"{type(self).__name__} does not say how: write its _delete().")
-
-    async def _purge(self, queue: str) -> int:
-        """Forget what waits, or raise QueueError."""
-        raise TypeError(f"{type(self).__name__} does not say how: write its _purge().")
-
-    async def _stats(self, queue: str) -> QueueInfo:
-        """One queue's numbers, or raise QueueError."""
-        raise TypeError(f"{type(self).__name__} does not say how: write its _stats().")
-
-    async def _describe(self, queue: str) -> QueueSettings:
-        """How a queue is kept, or raise QueueError."""
-        raise self._cannot("has no partitions and keeps no message that is done, so there is nothing to describe")
-
-    async def _alter(
-        self, queue: str, partitions: int | None, retention: float | None, retention_bytes: float | None
-    ) -> None:
-        """Change what is not None, and nothing else."""
-        raise self._cannot("has no partitions and keeps no message that is done, so there is nothing to alter")
-
-    async def _groups(self, queue: str) -> Sequence[GroupInfo]:
-        """The groups of a queue, in any order."""
-        raise self._cannot("counts no lag of groups; stats() has its numbers")
-
-    async def _seek(self, queue: str, to: Place, group: str, partition: int | None) -> GroupInfo:
-        """Move a group."""
-        raise self._cannot("forgets a message when it is done, so no group can go back or ahead")
-
-    def _cannot(self, why: str) -> FeatureError:
-        return FeatureError(f"{self.protocol} {why}. kafka:// can.")
-
-    async def _bind(self, queue: str, binding: Binding) -> None:
-        """Bind a queue, or raise QueueError."""
-        raise FeatureError(f"{self.protocol!r} has no exchanges: send to each queue by its name.")
-
-    async def _unbind(self, queue: str, binding: Binding) -> None:
-        """Take a binding away."""
-        raise FeatureError(f"{self.protocol!r} has no exchanges.")
-
-    async def _cancel(self, queue: str, id: str) -> bool:  # noqa: A002
-        """Forget a delayed message; whether it was there."""
-        raise FeatureError(f"{self.protocol!r} does not let a delayed message be taken back: have its handler look.")
+    # --- shared by peek, move and discard -------------------------------------------------------
 
     def _back(self, message: Message, target: str | None) -> Message:
         """What goes back to work; to the queue that it failed in when there is no target."""
         return redrive_copy(message, target)
-
-    def _reader(self, queue: str, prefetch: int) -> Reader:
-        """A consumer of this queue that declares nothing and can hold `prefetch` deliveries in hand."""
-        raise TypeError(f"{type(self).__name__} does not say how: write its _reader().")
-
-    def _viewer(self, queue: str, most: int) -> Reader | None:
-        """What shows up to `most` messages as they come and leaves them; None where a consumer that closes does."""
-        return None
-
-    # --- shared by peek, move and discard -------------------------------------------------------
 
     async def _settle_where(
         self,

@@ -10,7 +10,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, Final, TypeVar
 
-from streamtools.cancelling import end
+from streamtools.engine.tasks.cancellation import end
 
 T = TypeVar("T")
 

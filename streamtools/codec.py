@@ -17,12 +17,12 @@ from pydantic_core import (
     to_jsonable_python,
 )
 
-from streamtools.bodies import is_known_charset, read_characters, undone
 from streamtools.errors import ConfigurationError, DecodeError, near
-from streamtools.forms import FORM, is_form, read_form, validate_form
 from streamtools.message import Message
-from streamtools.parsing import LARGE, Parser, parse_json
-from streamtools.recurring import Recurring
+from streamtools.text.bounded_cache import BoundedCache
+from streamtools.validation.bodies import is_known_charset, read_characters, undone
+from streamtools.validation.forms import FORM, is_form, read_form, validate_form
+from streamtools.validation.parsing import LARGE, Parser, parse_json
 
 JSON: Final = "application/json"
 TEXT: Final = "text/plain; charset=utf-8"
@@ -506,7 +506,7 @@ def is_json(content_type: str) -> bool:
     return media == JSON or media.endswith("+json")
 
 
-_MEDIA: Final = Recurring(lambda content_type: content_type.partition(";")[0].strip().lower())
+_MEDIA: Final = BoundedCache(lambda content_type: content_type.partition(";")[0].strip().lower())
 
 
 def media_type(content_type: str | None) -> str:

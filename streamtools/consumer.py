@@ -5,39 +5,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self
 
-from streamtools.answering import RouteAnswers
-from streamtools.binding import RESOLVERS, Resolver, check_decorators, compile_handler
-from streamtools.calling import Decorated, check_handler, name_of, undecorated
-from streamtools.cancelling import guard, until
-from streamtools.checks import (
-    Declare,
-    Seconds,
-    check_choice,
-    check_count,
-    check_name,
-    check_seconds,
-)
 from streamtools.delivery import Delivery, Settlement
-from streamtools.dispatch import Answer, Dispatcher, chain, check_middleware
-from streamtools.endpoint import Endpoint
+from streamtools.driver import ConsumerHooks, Options
+from streamtools.engine.answering import RouteAnswers
+from streamtools.engine.backoff import backoff
+from streamtools.engine.dispatch import Answer, Dispatcher, chain, check_middleware
+from streamtools.engine.endpoint import Endpoint
+from streamtools.engine.functions.calling import Decorated, check_handler, name_of, undecorated
+from streamtools.engine.functions.invoke import RESOLVERS, Resolver, check_decorators, compile_handler
+from streamtools.engine.loop import Ack, Finished, Loop, Source
+from streamtools.engine.messages.failures import error_queue_of
+from streamtools.engine.replies import ReplyRule
+from streamtools.engine.settling import Dispatch, OneSettlement
+from streamtools.engine.tasks.cancellation import guard, until
+from streamtools.engine.tasks.eventloops import in_its_loop
+from streamtools.engine.tasks.threads import Threads
+from streamtools.engine.tasks.watch import watched
 from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
-from streamtools.eventloops import in_its_loop
 from streamtools.exchange import Binding
-from streamtools.loop import Ack, Finished, Loop, Source
-from streamtools.options import Options
-from streamtools.policy import Retry, backoff, check_retry, error_queue_of
+from streamtools.protocols import targets
 from streamtools.registry import Registry
-from streamtools.replies import ReplyRule
-from streamtools.settling import Dispatch, OneSettlement
-from streamtools.threads import Threads
+from streamtools.retry import Retry, check_retry
 from streamtools.types import ErrorHandler, Handler, Middleware
-from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
-from streamtools.watch import watched
+from streamtools.validation.checks import Declare, Seconds, check_choice, check_count, check_name, check_seconds
+from streamtools.verdicts import DROP, RELEASE, Verdict
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -51,16 +47,7 @@ ASKING: Final = 5.0
 PREFETCH: Final = 100
 
 #: Protocol name to consumer class.
-CONSUMER_LOOPS: Registry[Consumer] = Registry(
-    "consumer",
-    {
-        "asyncio": "streamtools.drivers.asyncio:AsyncIOConsumer",
-        "sqlite": "streamtools.drivers.sqlite:SQLiteConsumer",
-        "rabbitmq": "streamtools.drivers.rabbitmq:RabbitMQConsumer",
-        "kafka": "streamtools.drivers.kafka:KafkaConsumer",
-        "http": "streamtools.drivers.http:HTTPConsumer",
-    },
-)
+CONSUMER_LOOPS: Registry[Consumer] = Registry("consumer", targets("consumer"))
 
 
 class Translator(Source, Protocol):
@@ -69,7 +56,7 @@ class Translator(Source, Protocol):
     async def _poll(self, limit: int) -> Sequence[Delivery]: ...
 
 
-class Consumer(Endpoint):
+class Consumer(ConsumerHooks, Endpoint):
     """Receives the messages of one queue.
 
     `Consumer("orders", url="amqp://...")` picks the protocol by the URL; `CONSUMER_LOOPS["rabbitmq"]("orders")`
@@ -104,12 +91,8 @@ class Consumer(Endpoint):
         TypeError: an option that no protocol knows.
     """
 
-    #: Seconds in which `_receive` has surely found what is there.
-    look: ClassVar[float] = 0.25
     #: Stands before the driver where messages come and go with another system's headers.
     translator: Translator | None = None
-    #: Messages that have expired are not handed over; an operator's reader sees them all the same.
-    drops_expired: ClassVar[bool] = True
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -343,66 +326,6 @@ class Consumer(Endpoint):
     def progress(self) -> float | None:
         """When a delivery was last settled, on the monotonic clock; None before the loop began."""
         return self._loop.progress if self._loop is not None else None
-
-    # --- for drivers ----------------------------------------------------------------------------
-
-    async def _receive(self, limit: int) -> Sequence[Delivery]:
-        """Wait for at least one message and return at most `limit`.
-
-        Cancelling it loses nothing: a message that is not returned stays with the broker, or is
-        returned by the next call. One call at a time.
-
-        Raises:
-            ConnectionLost: the connection ended.
-        """
-        raise TypeError(f"{type(self).__name__} does not say how to receive: write its _receive().")
-
-    async def _poll(self, limit: int) -> Sequence[Delivery]:
-        """What is there now, at most `limit`; as it stands, what `_receive` finds within `look` seconds.
-
-        Written anew by drivers that can ask and be told that there is nothing.
-
-        Raises:
-            TimeoutError: there is nothing.
-        """
-        async with asyncio.timeout(self.look):
-            return await self._receive(limit)
-
-    async def _settle(self, settlements: Sequence[Settlement]) -> None:
-        """Send each one's `outgoing` and have it confirmed, then acknowledge (or give back) the delivery.
-
-        May be called several times at once. Settling what is settled already does nothing.
-
-        Raises:
-            ConnectionLost: the connection ended; what was not settled is delivered again.
-            SendError: the broker refused something outgoing; the deliveries concerned are still in
-                hand, and those whose outgoing messages it took are settled. It names every message
-                that the broker does not hold, unless `Features.atomic`: then none of a delivery has left.
-        """
-        raise TypeError(f"{type(self).__name__} does not say how to settle: write its _settle().")
-
-    async def _ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Acknowledge all of them; written anew by drivers that need no Settlement for each.
-
-        Raises:
-            ConnectionLost: as for `_settle`.
-        """
-        await (self.translator or self)._settle([Settlement(delivery, ACK) for delivery in deliveries])
-
-    async def _redeclare(self) -> None:
-        """Make again what `_open` declares, where it is missing; asked for when an outgoing message was refused.
-
-        Raises:
-            ConnectionLost: the connection ended.
-            QueueError: about a queue.
-        """
-
-    async def _stop(self) -> None:
-        """Take in no more; called once before the last settlements. Deliveries in hand stay so."""
-
-    def _line(self, delivery: Delivery) -> Hashable:
-        """Deliveries of which this is the same are handled one after the other; None: of no matter."""
-        return delivery.message.key
 
     # --- the way of a message -------------------------------------------------------------------
 

@@ -8,9 +8,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from streamtools.checks import Seconds, check_seconds
 from streamtools.errors import DecodeError, text_of
 from streamtools.message import Message
+from streamtools.validation.checks import Seconds, check_seconds
 from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
 
 #: What settles a delivery by hand: (delivery, verdict) -> None, given by the consumer.

@@ -34,7 +34,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, Final
 
-from streamtools.visible import guard_log
+from streamtools.text.escaping import guard_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
 
-from streamtools.checks import check_name
 from streamtools.errors import ConfigurationError, QueueError
+from streamtools.validation.checks import check_name
 
 ExchangeType = Literal["direct", "topic", "fanout"]
 TYPES: Final = ("direct", "topic", "fanout")

@@ -7,28 +7,24 @@ import inspect
 import logging
 import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self
 
 from pydantic import BaseModel
 
 from streamtools import codec
-from streamtools.cancelling import guard
-from streamtools.checks import (
-    Declare,
-    Seconds,
-    check_headers,
-    check_seconds,
-    check_texts,
-)
-from streamtools.endpoint import Endpoint
+from streamtools.driver import Options, ProducerHooks
+from streamtools.engine.backoff import backoff_within
+from streamtools.engine.endpoint import Endpoint
+from streamtools.engine.messages.times import refusal, wrong_time
+from streamtools.engine.options import parameters, read_options
+from streamtools.engine.outbox import Outbox, current_outbox
+from streamtools.engine.tasks.cancellation import guard
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, FeatureError, OptionError, SendError
 from streamtools.message import NO_HEADERS, Draft, Message, ids, setters
-from streamtools.options import SEND_OPTIONS, Options, parameters, read_options
-from streamtools.outbox import Outbox, current_outbox
-from streamtools.outbox import Receipt as Receipt
-from streamtools.policy import backoff_within
+from streamtools.protocols import SEND_OPTIONS, targets, that_can
+from streamtools.receipt import Receipt as Receipt
 from streamtools.registry import Registry
-from streamtools.times import refusal, wrong_time
+from streamtools.validation.checks import Declare, Seconds, check_headers, check_seconds, check_texts
 from streamtools.wire import checked_key
 
 if TYPE_CHECKING:
@@ -37,16 +33,7 @@ if TYPE_CHECKING:
 log: logging.Logger = logging.getLogger("streamtools")
 
 #: Protocol name to producer class.
-PRODUCERS: Registry[Producer] = Registry(
-    "producer",
-    {
-        "asyncio": "streamtools.drivers.asyncio:AsyncIOProducer",
-        "sqlite": "streamtools.drivers.sqlite:SQLiteProducer",
-        "rabbitmq": "streamtools.drivers.rabbitmq:RabbitMQProducer",
-        "kafka": "streamtools.drivers.kafka:KafkaProducer",
-        "http": "streamtools.drivers.http:HTTPProducer",
-    },
-)
+PRODUCERS: Registry[Producer] = Registry("producer", targets("producer"))
 
 
 _new: Final = Draft.__new__
@@ -98,7 +85,7 @@ class Sink(Protocol):
         ...
 
 
-class Producer(Endpoint):
+class Producer(ProducerHooks, Endpoint):
     """Sends messages to one queue.
 
     `Producer("orders", url="amqp://...")` picks the protocol by the URL; `PRODUCERS["rabbitmq"]("orders")`
@@ -123,7 +110,6 @@ class Producer(Endpoint):
         TypeError: an option that no protocol knows.
     """
 
-    send_options_class: ClassVar[type[Options]] = Options
     #: Stands before the driver where messages leave with another system's headers.
     translator: Sink | None = None
 
@@ -273,32 +259,13 @@ class Producer(Endpoint):
             SendError: naming those that failed since the last `flush()`.
         """
 
-    # --- for drivers ----------------------------------------------------------------------------
-
-    async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None:
-        """Return when the broker holds every message of `batch`, each in the queue that it names.
-
-        Returns:
-            Receipts in the order of `batch` where the protocol has something to add, else None.
-
-        Raises:
-            SendError: naming those that it does not hold.
-            ConnectionLost: the connection ended; nothing of the batch is known. The base reopens and
-                sends the batch again, with the same ids.
-        """
-        raise TypeError(f"{type(self).__name__} does not say how to send: write its _send().")
-
-    def _why_unconfirmed(self) -> str:
-        """A sentence on why `_send` has not returned in time, as far as is known."""
-        return f"no confirmation came from {self.settings.safe_url}."
+    # --- the way of a message -------------------------------------------------------------------
 
     def _make_twin(self) -> Self:
         twin = super()._make_twin()
         if self.translator is not None:
             twin.translator = self.translator.for_producer(twin)
         return twin
-
-    # --- the way of a message -------------------------------------------------------------------
 
     def _let_go(self, batch: Sequence[Message], options: Any) -> Coroutine[Any, Any, list[Receipt]]:
         """Send, or have it wait for the handler around this to succeed."""
@@ -333,7 +300,7 @@ class Producer(Endpoint):
     def _no_tombstones(self) -> FeatureError:
         return FeatureError(
             f"{self.protocol!r} carries no tombstones (messages without a body): send a payload that says that the "
-            "key was deleted. kafka:// carries them."
+            f"key was deleted. {that_can('tombstones')} carries them."
         )
 
     def _drafts(self, payloads: Iterable[object], common: dict[str, Any]) -> list[Message]:

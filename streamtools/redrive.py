@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from streamtools.admin import QueueAdmin
+from streamtools.engine.messages.origin import failed_there, queues_named
 from streamtools.errors import ConfigurationError, near
 from streamtools.message import ErrorDetails, Message
-from streamtools.origin import failed_there, queues_named
 from streamtools.wire import key_text
 
 #: Called with the number of messages looked at so far.

@@ -9,9 +9,16 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar, overload
 
-from streamtools.address import default_url
 from streamtools.errors import ConfigurationError, UnknownProtocol, near
-from streamtools.installation import install_line
+from streamtools.protocols import (
+    ALIASES,
+    BUILT_IN,
+    EXTRAS,
+    PLANNED,
+    SCHEMES,
+    default_url,
+)
+from streamtools.text.installation import install_line
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -25,27 +32,6 @@ SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 #: Where third parties announce a module that registers their classes: name = protocol, value = module.
 ENTRY_POINTS: Final = "streamtools.protocols"
-
-RABBITMQ: Final = "rabbitmq"
-KAFKA: Final = "kafka"
-HTTP: Final = "http"
-SQLITE: Final = "sqlite"
-ASYNCIO: Final = "asyncio"
-
-#: Names of older systems.
-ALIASES: Final[Mapping[str, str]] = {
-    "RMQIOHandler": RABBITMQ,
-    "KafkaHandler": KAFKA,
-    "HTTPHandler": HTTP,
-    "AsyncIOHandler": ASYNCIO,
-    "SQSHandler": "sqs",
-}
-#: URL schemes that are not themselves protocol names.
-SCHEMES: Final[Mapping[str, str]] = {"amqp": RABBITMQ, "amqps": RABBITMQ, "https": HTTP, "kafkas": KAFKA}
-#: Protocols that are planned: they answer so, instead of as unknown.
-PLANNED: Final = frozenset({"sqs", "redis", "nats"})
-#: The extra that brings a built-in protocol's client library.
-EXTRAS: Final[Mapping[str, str]] = {RABBITMQ: "rabbitmq", KAFKA: "kafka", HTTP: "http"}
 
 
 class Registry(MutableMapping[str, type[T]], Generic[T]):
@@ -147,8 +133,8 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
         raise UnknownProtocol(f"No URL begins with {scheme}://. {near(scheme, self._schemes())}")
 
     def _schemes(self) -> list[str]:
-        names = [scheme for scheme, name in SCHEMES.items() if name in self]
-        return sorted({*names, *self} - {RABBITMQ})
+        others = set(self) - {protocol.name for protocol in BUILT_IN}
+        return sorted(others.union(scheme for scheme, name in SCHEMES.items() if name in self))
 
     def _key(self, name: str) -> str:
         key = ALIASES.get(name, name)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from streamtools.calling import name_of
 from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
-from streamtools.dispatch import check_middleware
+from streamtools.engine.dispatch import check_middleware
+from streamtools.engine.functions.calling import name_of
 from streamtools.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from streamtools.address import URL_VARIABLE
 from streamtools.errors import ConfigurationError, near
-from streamtools.tokens import read_tokens
+from streamtools.protocols import URL_VARIABLE
+from streamtools.validation.tokens import read_tokens
 
 #: The number of a process among those that `streamtools run --workers` started: 0, 1, and so on.
 WORKER_VARIABLE: Final = "STREAMTOOLS_WORKER"

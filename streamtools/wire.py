@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
 
-from streamtools.checks import check_texts
 from streamtools.message import ErrorDetails, Message
+from streamtools.validation.checks import check_texts
 
 #: Fields of Message that travel as text as they are.
 TEXT: Final = {

@@ -16,7 +16,7 @@ from streamtools import ConsumerFactory, ConsumerRunner, Producer
 from streamtools.errors import ConfigurationError, ConnectError
 from streamtools.observability import port as health_port
 from streamtools.observability.health import HealthReport, HealthServer, LoopHealth
-from streamtools.tokens import is_loopback
+from streamtools.validation.tokens import is_loopback
 from tests.faults.waiting import wait_until
 
 

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from streamtools.admin import ADMINS, QueueAdmin
-from streamtools.bus import pikabus
 from streamtools.bus.composer import Composer
 from streamtools.bus.connections import Connections
 from streamtools.bus.context import resolvers
@@ -16,23 +15,26 @@ from streamtools.bus.contracts import Command, Contract
 from streamtools.bus.dispatch import BusDispatch
 from streamtools.bus.entries import Entries, Entry, Subscription, bindings_given, bindings_of
 from streamtools.bus.loop import BusLoop
-from streamtools.bus.pikabus import PikaBus
 from streamtools.bus.requests import Requests
 from streamtools.bus.verbs import Verbs
-from streamtools.checks import check_choice
+from streamtools.compat import pikabus
+from streamtools.compat.pikabus import PikaBus
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery
-from streamtools.dispatch import Answer, Dispatcher, as_list, check_error_handler, check_middleware
+from streamtools.engine.dispatch import Answer, Dispatcher, as_list, check_error_handler, check_middleware
+from streamtools.engine.messages.failures import error_queue_of
+from streamtools.engine.replies import ReplyRule, check_patterns
+from streamtools.engine.tasks.eventloops import PerLoop
+from streamtools.engine.tasks.threads import Threads
 from streamtools.errors import ConfigurationError
-from streamtools.eventloops import PerLoop
 from streamtools.exchange import TOPIC, Binding, Exchange
-from streamtools.options import QUEUE_OPTIONS
-from streamtools.policy import Retry, check_retry, error_queue_of
-from streamtools.producer import Producer, Receipt
-from streamtools.replies import ReplyRule, check_patterns
+from streamtools.producer import Producer
+from streamtools.protocols import QUEUE_OPTIONS
+from streamtools.receipt import Receipt
+from streamtools.retry import Retry, check_retry
 from streamtools.runner import ConsumerRunner
-from streamtools.threads import Threads
 from streamtools.types import ErrorHandler, Handler, Middleware
+from streamtools.validation.checks import check_choice
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings

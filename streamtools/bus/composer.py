@@ -11,14 +11,14 @@ from typing import Any, Final, Literal
 
 from streamtools import codec
 from streamtools.bus.contracts import Command, Contract, Event
-from streamtools.checks import Seconds, check_headers, check_name, check_seconds, check_texts, check_topic
 from streamtools.delivery import current
+from streamtools.engine.outbox import current_outbox
+from streamtools.engine.replies import ReplyRule
 from streamtools.errors import ConfigurationError, FeatureError, OptionError, near
 from streamtools.exchange import TOPIC, Exchange
 from streamtools.message import NO_HEADERS, Message, ids
-from streamtools.outbox import current_outbox
 from streamtools.producer import Producer
-from streamtools.replies import ReplyRule
+from streamtools.validation.checks import Seconds, check_headers, check_name, check_seconds, check_texts, check_topic
 from streamtools.wire import checked_key
 
 Intent = Literal["command", "event", "request", "reply"]

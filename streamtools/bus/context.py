@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Never
 
-from streamtools.binding import RESOLVERS, Resolver
 from streamtools.bus.composer import Composer, refuse, seconds_until
-from streamtools.checks import Seconds
+from streamtools.engine.functions.invoke import RESOLVERS, Resolver
+from streamtools.engine.outbox import Outbox, Sender, Sent, outbox
 from streamtools.errors import HandlerError
 from streamtools.exchange import Exchange
 from streamtools.message import Message
-from streamtools.outbox import Outbox, Sender, Sent, outbox
+from streamtools.validation.checks import Seconds
 
 
 class MessageContext:

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Final, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
-from streamtools.binding import parts_of
-from streamtools.checks import check_name, check_topic
+from streamtools.engine.functions.invoke import parts_of
 from streamtools.errors import ConfigurationError, near
+from streamtools.validation.checks import check_name, check_topic
 
 #: What is given on the class, beside pydantic's own configuration.
 TERMS: Final = ("name", "version", "to", "topic")

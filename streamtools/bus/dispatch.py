@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from streamtools.answering import is_request
-from streamtools.binding import Resolver, compile_handler
 from streamtools.bus.composer import FAILURE, Composer, Failure
 from streamtools.bus.entries import Entries, Entry, of_class
 from streamtools.delivery import Delivery, Settlement
-from streamtools.dispatch import Answer, Dispatcher, chain
-from streamtools.envelope import event_type
+from streamtools.engine.answering import is_request
+from streamtools.engine.dispatch import Answer, Dispatcher, chain
+from streamtools.engine.functions.invoke import Resolver, compile_handler
+from streamtools.engine.messages.envelope import event_type
+from streamtools.engine.messages.failures import describe
+from streamtools.engine.messages.times import wrong_time
+from streamtools.engine.outbox import Outbox, Sender
+from streamtools.engine.replies import lost_replies
+from streamtools.engine.tasks.threads import Threads
 from streamtools.errors import ConfigurationError, Reject, SendError, near
 from streamtools.message import Message
-from streamtools.outbox import Outbox, Sender
-from streamtools.policy import describe
-from streamtools.replies import lost_replies
-from streamtools.threads import Threads
-from streamtools.times import wrong_time
 from streamtools.types import Handler, Middleware
 from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-from streamtools.binding import asks_for, hints_of, parts_of, payload_type
 from streamtools.bus.contracts import Command, Contract, Event, contracts_in, payload_for
-from streamtools.calling import check_function, check_handler, name_of, undecorated
-from streamtools.checks import check_topic
 from streamtools.codec import bare
 from streamtools.delivery import Delivery
+from streamtools.engine.functions.calling import check_function, check_handler, name_of, undecorated
+from streamtools.engine.functions.invoke import asks_for, hints_of, parts_of, payload_type
 from streamtools.errors import ConfigurationError, FeatureError
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
-from streamtools.policy import Retry
+from streamtools.retry import Retry
+from streamtools.validation.checks import check_topic
 
 #: Annotations of a first parameter that takes whatever has no typed handler.
 CATCH_ALL: Final = (dict, bytes, Message, Any, object)

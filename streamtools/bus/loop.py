@@ -6,7 +6,7 @@ from typing import Protocol
 
 from streamtools.bus.dispatch import BusDispatch
 from streamtools.consumer import BoundHandler, Consumer
-from streamtools.threads import Threads
+from streamtools.engine.tasks.threads import Threads
 
 
 class Served(Protocol):

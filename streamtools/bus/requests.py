@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.bus.composer import FAILURE, Failure
-from streamtools.bus.pikabus import REPLY_QUEUE, PikaBus
+from streamtools.compat.pikabus import REPLY_QUEUE, PikaBus
 from streamtools.consumer import Consumer
+from streamtools.engine.messages.failures import NAME_LIMIT, REASON_LIMIT
 from streamtools.errors import Closed, QueueError, RemoteError, RequestTimeout, ResponseError, StreamToolsError
 from streamtools.message import Message
-from streamtools.outbox import Receipt
-from streamtools.policy import NAME_LIMIT, REASON_LIMIT, Retry
+from streamtools.receipt import Receipt
+from streamtools.retry import Retry
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings

@@ -13,14 +13,15 @@ from streamtools.bus.composer import Composer, refuse, seconds_until
 from streamtools.bus.dispatch import through
 from streamtools.bus.entries import Entries
 from streamtools.bus.requests import Requests, call
-from streamtools.checks import Seconds, check_seconds
 from streamtools.delivery import current
+from streamtools.engine.outbox import Outbox, current_outbox, outbox, send_all
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import Exchange
 from streamtools.message import Message
-from streamtools.outbox import Outbox, current_outbox, outbox, send_all
-from streamtools.producer import Producer, Receipt
+from streamtools.producer import Producer
+from streamtools.receipt import Receipt
 from streamtools.types import Middleware
+from streamtools.validation.checks import Seconds, check_seconds
 
 
 class Verbs:

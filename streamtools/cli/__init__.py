@@ -22,7 +22,7 @@ def main() -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        from streamtools.installation import install_line
+        from streamtools.text.installation import install_line
 
         sys.exit(
             f"The command line needs {' and '.join(missing)}, not installed here. "

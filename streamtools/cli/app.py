@@ -17,7 +17,7 @@ from streamtools.cli.output import harmless
 from streamtools.cli.queues import queues
 from streamtools.cli.run import run
 from streamtools.cli.schema import schema
-from streamtools.installation import DISTRIBUTION
+from streamtools.text.installation import DISTRIBUTION
 
 
 class _Commands(TyperGroup):

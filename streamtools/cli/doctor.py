@@ -13,20 +13,15 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import typer
 
-from streamtools.address import URL_VARIABLE
 from streamtools.cli import output
 from streamtools.cli.session import Json, Url, address, drive, safe_address, source
-from streamtools.installation import DISTRIBUTION
+from streamtools.protocols import LIBRARIES, URL_VARIABLE
+from streamtools.text.installation import DISTRIBUTION
 
 if TYPE_CHECKING:
     from streamtools.features import Features
 
-#: Client libraries by protocol, and what is useful everywhere.
-LIBRARIES: Final[dict[str, tuple[str, ...]]] = {
-    "rabbitmq": ("aio-pika", "aiormq"),
-    "kafka": ("aiokafka",),
-    "http": ("aiohttp",),
-}
+#: What is useful everywhere.
 COMMON: Final = ("pydantic", "uvloop")
 #: Seconds for one step.
 STEP: Final = 10.0

@@ -116,7 +116,7 @@ def redrive(
     queues named by --from or --to, and to the queue whose own error queue this is: orders for orders.error.
     """
     if to is not None:
-        from streamtools.checks import check_name
+        from streamtools.validation.checks import check_name
 
         with plain_errors():
             check_name(to)

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from streamtools.bus import Bus, Command, Event
 from streamtools.bus.contracts import Contract
+from streamtools.compat.handlers import HandlerFactory
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.errors import ConfigurationError, FeatureError, near
-from streamtools.handlers import HandlerFactory
 from streamtools.routing import ConsumerFactory
 from streamtools.runner import ConsumerRunner
 

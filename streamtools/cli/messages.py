@@ -20,8 +20,8 @@ from streamtools.cli.session import Json, Url, address, drive, plain_errors
 from streamtools.wire import key_text
 
 if TYPE_CHECKING:
-    from streamtools.admin import Reader
     from streamtools.delivery import Delivery
+    from streamtools.driver import Reader
     from streamtools.message import Message
     from streamtools.producer import Producer
 
@@ -77,7 +77,7 @@ def send(
 
 
 def _headers(texts: Sequence[str]) -> dict[str, str]:
-    from streamtools.checks import check_headers
+    from streamtools.validation.checks import check_headers
 
     pairs = [text.partition("=") for text in texts]
     for name, equals, _ in pairs:
@@ -94,8 +94,8 @@ class Template:
     """
 
     def __init__(self, fields: Mapping[str, Any], *, delay: float, ttl: float | None, raw: bool) -> None:
-        from streamtools.checks import check_seconds
         from streamtools.message import ids
+        from streamtools.validation.checks import check_seconds
 
         with plain_errors():
             check_seconds("--delay", delay)

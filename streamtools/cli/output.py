@@ -1,7 +1,7 @@
 """What the commands print: results on stdout, everything said to a person on stderr or as a table.
 
 With `--json`, stdout holds JSON alone. Text that came in a message is never trusted: what cannot be seen is
-shown as an escape, and sent to no terminal (see `streamtools.visible`).
+shown as an escape, and sent to no terminal (see `streamtools.text.escaping`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import typer
 
-from streamtools.visible import visible, visible_block, visible_json
+from streamtools.text.escaping import visible, visible_block, visible_json
 from streamtools.wire import read_time
 
 if TYPE_CHECKING:

@@ -52,13 +52,13 @@ class Movable:
         self._unnamed: Counter[str] = Counter()
 
     def _chosen(self, message: Message) -> bool:
-        from streamtools.origin import home_of
+        from streamtools.engine.messages.origin import home_of
 
         return self._meant(message) and (not self._sources or home_of(message) in self._sources)
 
     def target(self, message: Message) -> str | None:
         """Its target; None if it was not selected, or its queue is unknown."""
-        from streamtools.origin import home_of
+        from streamtools.engine.messages.origin import home_of
 
         return (self._to or home_of(message)) if self._chosen(message) else None
 
@@ -94,7 +94,7 @@ class Movable:
         return True
 
     def _may_go_to(self, target: str) -> bool:
-        from streamtools.origin import belongs_to
+        from streamtools.engine.messages.origin import belongs_to
 
         return target in self.allowed or (self._own is not None and belongs_to(self._own, target))
 

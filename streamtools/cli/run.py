@@ -45,7 +45,7 @@ def run(
 def _run_here(target: str, parent: int | None, *, shared: bool) -> None:
     from streamtools.cli.health import ToParent
     from streamtools.cli.loading import check_shared, load
-    from streamtools.signals import Interrupted, Interruptible, heeded
+    from streamtools.engine.tasks.signals import Interrupted, Interruptible, heeded
 
     with suppress(Interrupted), heeded(), service_errors():
         watcher = None if parent is None else ToParent(parent)

@@ -13,9 +13,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from streamtools.address import URL_VARIABLE, default_url
 from streamtools.cli.output import FAILED, PASSWORD, USAGE, fail, note, print_trace
 from streamtools.errors import ConfigurationError, QueueError, StreamToolsError
+from streamtools.protocols import URL_VARIABLE, default_url
 from streamtools.settings import ProtocolSettings
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from streamtools.cli.health import Address, ToWorker, WorkerHealth, WorkersHealth
 from streamtools.cli.output import FAILED, USAGE
+from streamtools.engine.backoff import backoff
 from streamtools.errors import StreamToolsError
-from streamtools.policy import backoff
 from streamtools.settings import WORKER_VARIABLE
 
 log: logging.Logger = logging.getLogger("streamtools")

@@ -18,19 +18,19 @@ from itertools import count
 from threading import RLock
 from typing import Any, ClassVar, NamedTuple
 
-from streamtools.admin import QueueAdmin, Reader
-from streamtools.checks import Declare
+from streamtools.admin import QueueAdmin
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
+from streamtools.driver import Options, Reader
+from streamtools.engine.tasks.wake_throttle import WakeThrottle
 from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
 from streamtools.exchange import Binding, Exchange, another_type, no_subscriber
 from streamtools.features import Features
 from streamtools.message import Message
-from streamtools.options import Options
-from streamtools.pace import Pace
 from streamtools.producer import Producer
 from streamtools.queues import QueueInfo
 from streamtools.settings import AsyncIOSettings
+from streamtools.validation.checks import Declare
 from streamtools.verdicts import Kind
 
 FEATURES = Features(groups=True, redelivery=True, atomic=True, topics=True, cancel=True, tombstones=True)
@@ -67,7 +67,7 @@ class Queue:
         self._places = count()
         #: What wakes who waits when the first of `later` is due, in each event loop in which someone waits.
         self._timers: dict[asyncio.AbstractEventLoop, asyncio.TimerHandle] = {}
-        self._pace = Pace()
+        self._pace = WakeThrottle()
         self._getters: deque[asyncio.Future[None]] = deque()
         self._putters: deque[asyncio.Future[None]] = deque()
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from streamtools.errors import ConfigurationError, ConnectError
 from streamtools.observability.port import Request, SmallServer
-from streamtools.tokens import Tokens, is_loopback, read_tokens
+from streamtools.validation.tokens import Tokens, is_loopback, read_tokens
 
 #: Where the tokens are that open the details.
 TOKENS: Final = "HTTP_TOKENS"

@@ -7,9 +7,9 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
-from streamtools.installation import install_line
 from streamtools.testing.harness import Harness
 from streamtools.testing.waiting import eventually
+from streamtools.text.installation import install_line
 
 if TYPE_CHECKING:
     from streamtools.testing.conformance import ConformanceSuite

@@ -12,7 +12,7 @@ from streamtools.bus.contracts import Contract
 from streamtools.bus.dispatch import Shared
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Settlement
-from streamtools.eventloops import PerLoop
+from streamtools.engine.tasks.eventloops import PerLoop
 from streamtools.exchange import Binding
 from streamtools.message import Message
 

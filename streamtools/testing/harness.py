@@ -18,11 +18,12 @@ from streamtools.admin import QueueAdmin
 from streamtools.bus import Bus
 from streamtools.consumer import Consumer
 from streamtools.delivery import Settlement, current
-from streamtools.dispatch import Dispatcher
+from streamtools.engine.dispatch import Dispatcher
 from streamtools.errors import Closed, ConfigurationError, DecodeError, near
 from streamtools.message import Message
-from streamtools.policy import Retry
-from streamtools.producer import Producer, Receipt
+from streamtools.producer import Producer
+from streamtools.receipt import Receipt
+from streamtools.retry import Retry
 from streamtools.routing import ConsumerFactory, Route
 from streamtools.testing.buses import Attendance, is_of, moved, parts_of, type_of
 from streamtools.testing.waiting import eventually

@@ -12,7 +12,7 @@ import pytest
 
 from streamtools import Bus, ConfigurationError, Consumer, Message, MessageContext, Producer, RemoteError, Retry
 from streamtools.bus.composer import FAILURE
-from streamtools.outbox import Outbox
+from streamtools.engine.outbox import Outbox
 from streamtools.producer import PRODUCERS
 from streamtools.testing.waiting import eventually, reaches
 from tests.bus.conftest import MakeBus
@@ -201,7 +201,7 @@ class TestWhoseAnswerIsBelieved:
         # Within a handler it derives from the incoming message, and from a secret of the process.
         incoming = Message(body=b"", id="known", queue="prices")
         assert Outbox(incoming, "h").id("prices", b"q") == Outbox(incoming, "h").id("prices", b"q")
-        code = "from streamtools import Message; from streamtools.outbox import Outbox; "
+        code = "from streamtools import Message; from streamtools.engine.outbox import Outbox; "
         code += "print(Outbox(Message(body=b'', id='known', queue='prices'), 'h').id('prices', b'q'))"
         other = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
         out, _ = await other.communicate()

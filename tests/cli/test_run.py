@@ -17,8 +17,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from streamtools.installation import install_line
-from streamtools.signals import SAME_SIGNAL
+from streamtools.engine.tasks.signals import SAME_SIGNAL
+from streamtools.text.installation import install_line
 from tests.brokers.processes import free_ports
 from tests.cli.conftest import ROOT, Cli, Service, received
 

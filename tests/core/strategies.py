@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from streamtools.checks import RESERVED
 from streamtools.message import ErrorDetails, Message
+from streamtools.validation.checks import RESERVED
 from streamtools.wire import read_key
 
 #: Text of any script, without lone surrogates, which no wire carries.

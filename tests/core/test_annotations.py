@@ -9,8 +9,8 @@ import pytest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, Tag
 
 from streamtools import ConsumerFactory, Delivery, Message
-from streamtools.binding import compile_handler
 from streamtools.bus import Bus, Command, MessageContext
+from streamtools.engine.functions.invoke import compile_handler
 from streamtools.errors import ConfigurationError, DecodeError
 from streamtools.testing import Harness
 

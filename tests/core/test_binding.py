@@ -14,12 +14,12 @@ import pytest
 from pydantic import BaseModel
 
 from streamtools import Consumer, ConsumerFactory, ConsumerRunner, Delivery, Message, Producer
-from streamtools.binding import compile_handler
-from streamtools.calling import name_of
 from streamtools.delivery import current
+from streamtools.engine.functions.calling import name_of
+from streamtools.engine.functions.invoke import compile_handler
+from streamtools.engine.tasks.threads import Threads
 from streamtools.errors import ConfigurationError, DecodeError
 from streamtools.testing import eventually
-from streamtools.threads import Threads
 
 if TYPE_CHECKING:
     from decimal import Decimal

@@ -19,8 +19,8 @@ import pytest
 from pydantic import BaseModel
 
 from streamtools import Consumer, ConsumerFactory, ConsumerRunner, Message, Producer, Retry, register_codec
-from streamtools.binding import compile_handler
 from streamtools.bus import Bus, Command
+from streamtools.engine.functions.invoke import compile_handler
 from streamtools.errors import ConfigurationError, HandlerError, Reject
 from streamtools.jobs import receive_message, receive_message_sync, send_message
 from streamtools.testing import Harness, eventually

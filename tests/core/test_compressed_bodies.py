@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtools import Message, codec
-from streamtools.bodies import MEMBERS, is_undone, undone
 from streamtools.errors import DecodeError
+from streamtools.validation.bodies import MEMBERS, is_undone, undone
 
 MIB = 2**20
 #: Seconds that a body of a mebibyte may take.

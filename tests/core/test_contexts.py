@@ -12,8 +12,8 @@ import pytest
 
 from streamtools import ConsumerFactory, Message, Retry
 from streamtools.bus import Bus, Event
-from streamtools.calling import within
 from streamtools.delivery import current
+from streamtools.engine.functions.calling import within
 from streamtools.errors import RetryLater
 from streamtools.testing import Harness
 from streamtools.types import Handler

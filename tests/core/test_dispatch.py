@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtools.binding import compile_handler
 from streamtools.delivery import Delivery, Settlement, current
-from streamtools.dispatch import Dispatcher, chain
 from streamtools.drivers.asyncio import AsyncIOConsumer
+from streamtools.engine.dispatch import Dispatcher, chain
+from streamtools.engine.functions.invoke import compile_handler
 from streamtools.errors import Drop, Reject, RetryLater
 from streamtools.features import Features
 from streamtools.message import Message
-from streamtools.policy import Retry
 from streamtools.producer import Producer
+from streamtools.retry import Retry
 from streamtools.testing.waiting import reaches
 from streamtools.types import Handler
 from streamtools.verdicts import Kind, Verdict

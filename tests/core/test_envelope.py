@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from streamtools import Bus, Command, ConsumerFactory, ConsumerRunner, Producer, Retry
 from streamtools.admin import ADMINS
 from streamtools.delivery import Delivery
-from streamtools.dispatch import Dispatcher
-from streamtools.envelope import unwrapped
+from streamtools.engine.dispatch import Dispatcher
+from streamtools.engine.messages.envelope import unwrapped
 from streamtools.errors import DecodeError
 from streamtools.features import Features
 from streamtools.message import Message

@@ -30,7 +30,7 @@ from streamtools import (
     Producer,
     QueueAdmin,
 )
-from streamtools.eventloops import PerLoop
+from streamtools.engine.tasks.eventloops import PerLoop
 from streamtools.jobs import connect
 from streamtools.testing.waiting import eventually, reaches
 from tests.brokers.address import ROOT

@@ -17,9 +17,9 @@ from streamtools.bus import Bus
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.http.answers import answer
 from streamtools.errors import ConfigurationError, DecodeError, Drop, OptionError, Reject, RetryLater, text_of
-from streamtools.policy import checked
+from streamtools.retry import checked
 from streamtools.testing import Harness
-from streamtools.tracebacks import format_error
+from streamtools.text.tracebacks import format_error
 from streamtools.types import Handler
 from streamtools.verdicts import DROP, Kind, Verdict
 

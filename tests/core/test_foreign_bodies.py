@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, SecretBytes, SecretStr, StringConstraints, field_serializer
 
-from streamtools import bodies, codec
+from streamtools import codec
 from streamtools.errors import DecodeError
 from streamtools.message import Message
+from streamtools.validation import bodies
 
 
 class Order(BaseModel):

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from streamtools import held
-from streamtools import loop as loop_module
 from streamtools.delivery import Settlement
+from streamtools.engine import held
+from streamtools.engine import loop as loop_module
 from streamtools.errors import SendError
 from streamtools.message import Message
 from streamtools.testing import eventually

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from pydantic import AfterValidator, AnyUrl, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from streamtools import ConfigurationError, Message, codec, parsing, set_body_limits
-from streamtools.bodies import LIMITS
-from streamtools.envelope import unwrapped
+from streamtools import ConfigurationError, Message, codec, set_body_limits
+from streamtools.engine.messages.envelope import unwrapped
 from streamtools.errors import DecodeError
-from streamtools.schemas import is_quick
-from streamtools.unions import doubling
+from streamtools.validation import parsing
+from streamtools.validation.bodies import LIMITS
+from streamtools.validation.schemas import is_quick
+from streamtools.validation.unions import doubling
 
 MIB = 1024 * 1024
 #: Seconds of processor time for one body: several times the 0.2 s that are promised, for a machine that does other

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtools.forms import MOST, read_form, read_pairs
-from streamtools.visible import LONGEST, VisibleRecords, visible, visible_json
+from streamtools.text.escaping import LONGEST, VisibleRecords, visible, visible_json
+from streamtools.validation.forms import MOST, read_form, read_pairs
 
 MIB = 2**20
 #: Seconds that a text of a mebibyte may take.

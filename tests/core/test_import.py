@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import streamtools
-from streamtools.installation import install_line
+from streamtools.text.installation import install_line
 
 
 def run(code: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from streamtools.installation import DISTRIBUTION, install_line
+from streamtools.text.installation import DISTRIBUTION, install_line
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from streamtools import loop as loop_module
 from streamtools.delivery import Delivery, Settlement
-from streamtools.dispatch import Dispatcher
+from streamtools.engine import loop as loop_module
+from streamtools.engine.dispatch import Dispatcher
+from streamtools.engine.loop import Ack, Loop
 from streamtools.errors import ConnectionLost, SendError
 from streamtools.features import Features
-from streamtools.loop import Ack, Loop
 from streamtools.message import Message
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 from streamtools.testing import eventually
 from streamtools.types import Handler
 from streamtools.verdicts import Kind

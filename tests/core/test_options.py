@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from streamtools import CONSUMER_LOOPS, PRODUCERS, ConfigurationError, Consumer, Producer
-from streamtools.options import QUEUE_OPTIONS, SEND_OPTIONS
+from streamtools.protocols import QUEUE_OPTIONS, SEND_OPTIONS
 
 #: Options of protocols that are planned: accepted now, so that code written for them runs here.
 PLANNED_QUEUE = {"partitions", "replication", "static_id", "consumer_group", "auto_ack", "exactly_once"}

@@ -10,20 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtools.errors import ConfigurationError, DecodeError, Drop, Reject, RetryLater
-from streamtools.message import ErrorDetails, Message
-from streamtools.policy import (
-    MAX_BACKOFF,
+from streamtools.engine.backoff import MAX_BACKOFF, backoff
+from streamtools.engine.messages.failures import (
     NAME_LIMIT,
     REASON_LIMIT,
     TRACEBACK_LIMIT,
-    Retry,
-    backoff,
     describe,
     error_copy,
     redrive_copy,
     retry_copy,
 )
+from streamtools.errors import ConfigurationError, DecodeError, Drop, Reject, RetryLater
+from streamtools.message import ErrorDetails, Message
+from streamtools.retry import Retry
 from streamtools.verdicts import DROP, Kind, Verdict
 from tests.core import strategies
 

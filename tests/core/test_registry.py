@@ -12,9 +12,10 @@ import pytest
 
 from streamtools import ADMINS, CONSUMER_LOOPS, PRODUCERS, Consumer, ConsumerFactory, HandleMsgs, Producer, QueueAdmin
 from streamtools.errors import ConfigurationError, UnknownProtocol
-from streamtools.installation import install_line
-from streamtools.registry import ALIASES, EXTRAS, Registry
+from streamtools.protocols import ALIASES, EXTRAS
+from streamtools.registry import Registry
 from streamtools.settings import AsyncIOSettings
+from streamtools.text.installation import install_line
 
 BUILTIN = ("asyncio", "http", "kafka", "rabbitmq", "sqlite")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from streamtools.signals import SAME_SIGNAL
+from streamtools.engine.tasks.signals import SAME_SIGNAL
 from tests.core.test_runner_ends import SOON, ends, process, said
 
 BLOCKING = """

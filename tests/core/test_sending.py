@@ -20,7 +20,7 @@ from streamtools import (
     Producer,
     SendError,
 )
-from streamtools.policy import LAST, backoff_within
+from streamtools.engine.backoff import LAST, backoff_within
 from streamtools.settings import AsyncIOSettings
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from streamtools import loop as loop_module
 from streamtools.delivery import Delivery, Settlement, current
+from streamtools.engine import loop as loop_module
+from streamtools.engine.settling import Unsettled
 from streamtools.errors import ConnectionLost, QueueError, Reject, SendError
 from streamtools.message import Message
-from streamtools.settling import Unsettled
 from streamtools.testing import eventually
 from streamtools.verdicts import Kind
 from tests.core.test_loop import Script, make, running

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtools.sharing import Lease, Sharing
+from streamtools.engine.tasks.sharing import Lease, Sharing
 from streamtools.testing.waiting import eventually
 
 TENANT: ContextVar[str] = ContextVar("tenant", default="nobody")

@@ -21,8 +21,9 @@ from unittest.mock import AsyncMock, MagicMock, Mock, create_autospec
 import pytest
 from pydantic import BaseModel
 
-from streamtools import ConsumerFactory, Message, unrun
-from streamtools.binding import compile_handler
+from streamtools import ConsumerFactory, Message
+from streamtools.engine.functions import unrun
+from streamtools.engine.functions.invoke import compile_handler
 from streamtools.errors import Reject
 from streamtools.testing import Harness
 

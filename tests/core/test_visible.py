@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from streamtools import Bus, Message, Producer, Retry
 from streamtools.errors import text_of
 from streamtools.testing.waiting import eventually
-from streamtools.visible import VisibleRecords, _shown, visible, visible_block, visible_json
+from streamtools.text.escaping import VisibleRecords, _shown, visible, visible_block, visible_json
 
 #: What forges lines, what terminals obey, what turns the direction of writing, and what cannot be seen.
 HOSTILE = "a\nb\rc\x1b[31md\x9b2Je\x7ff\u202eg\u2066h\u200bi\u2028j\x85k\ufeffl\udcffm\x00n\ttail"

@@ -13,9 +13,9 @@ import time
 
 import pytest
 
-from streamtools import watch
+from streamtools.engine.tasks import watch
+from streamtools.engine.tasks.watch import watched
 from streamtools.testing import eventually
-from streamtools.watch import watched
 
 BLOCKED, INTERVAL = 0.3, 0.05
 
@@ -96,7 +96,7 @@ async def test_the_thread_ends_with_the_last_who_is_watched() -> None:
 
 STOPPED = """
 import asyncio, logging, os
-from streamtools import watch
+from streamtools.engine.tasks import watch
 watch.BLOCKED, watch.INTERVAL = 0.3, 0.05
 logging.basicConfig(level="WARNING", format="%(message)s")
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from streamtools.drivers.sqlite import SQLiteConsumer, SQLiteProducer
 from streamtools.message import Message
-from streamtools.producer import Receipt
+from streamtools.receipt import Receipt
 
 
 class CachedProducer(SQLiteProducer, protocol="cached"):

@@ -18,21 +18,22 @@ from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
 from streamtools import Message, Retry, codec
-from streamtools.bus.pikabus import PikaBus
 from streamtools.cli import output
 from streamtools.cli.app import app
-from streamtools.copies import lesser_copies
+from streamtools.compat.pikabus import PikaBus
 from streamtools.drivers.kafka.producing.record import records_of
 from streamtools.drivers.kafka.records import decode_origin, read_record
 from streamtools.drivers.rabbitmq.amqp import properties
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_reply
 from streamtools.drivers.sqlite import rows
-from streamtools.envelope import event_type, unwrapped
+from streamtools.engine.messages.envelope import event_type, unwrapped
+from streamtools.engine.messages.failures import describe, error_copy, redrive_copy, retry_copy
+from streamtools.engine.messages.origin import home_of
+from streamtools.engine.messages.smaller import lesser_copies
+from streamtools.engine.replies import ReplyRule
 from streamtools.errors import ConfigurationError, DecodeError, SendError
 from streamtools.message import ErrorDetails
-from streamtools.policy import describe, error_copy, home_of, redrive_copy, retry_copy
-from streamtools.replies import ReplyRule
-from streamtools.visible import visible
+from streamtools.text.escaping import visible
 from streamtools.wire import decode_meta, encode_meta
 from tests.fuzz.fuzzing import SECONDS, fuzz
 

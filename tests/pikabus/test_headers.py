@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from streamtools import Bus, ConfigurationError, Message
-from streamtools.bus.pikabus import DIRECT, PikaBus
+from streamtools.compat.pikabus import DIRECT, PikaBus
 from streamtools.errors import QueueError
 from streamtools.message import ErrorDetails
 

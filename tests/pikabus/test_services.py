@@ -21,7 +21,7 @@ from streamtools import (
     Retry,
     SendError,
 )
-from streamtools.bus.pikabus import COUNTED, OTHERS, TEXT
+from streamtools.compat.pikabus import COUNTED, OTHERS, TEXT
 from streamtools.testing import eventually
 from tests.brokers.address import RabbitMQAddress
 from tests.pikabus.conftest import PATIENCE, StartPeer

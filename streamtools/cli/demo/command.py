@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
-from streamtools.address import URL_VARIABLE
 from streamtools.cli import output
 from streamtools.cli.session import Json, Url, address, drive, plain_errors, source
-from streamtools.visible import visible
+from streamtools.protocols import URL_VARIABLE
+from streamtools.text.escaping import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -8,8 +8,8 @@ from typing import Final
 from streamtools.cli.demo.models import Order, Payment, Shipment
 from streamtools.errors import Reject
 from streamtools.message import Message
-from streamtools.policy import Retry
 from streamtools.producer import Producer
+from streamtools.retry import Retry
 from streamtools.routing import ConsumerFactory
 from streamtools.runner import ConsumerRunner
 from streamtools.types import Middleware

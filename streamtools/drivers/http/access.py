@@ -14,7 +14,7 @@ from aiohttp import web
 
 from streamtools.drivers.http import answers
 from streamtools.settings import HTTPSettings
-from streamtools.tokens import Tokens
+from streamtools.validation.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError, HttpVersion11
 
 from streamtools import codec
-from streamtools.bodies import TooLarge, is_undone, undone
-from streamtools.checks import HEADERS_LIMIT
 from streamtools.drivers.http import answers
 from streamtools.drivers.http.connections import _Connection
 from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers, meta_size, size_of, transfer_coding
 from streamtools.drivers.http.options import QUERY_METHODS
 from streamtools.errors import DecodeError
-from streamtools.forms import FORM, read_pairs, write_form
 from streamtools.message import NO_HEADERS, Message, ids
+from streamtools.validation.bodies import TooLarge, is_undone, undone
+from streamtools.validation.checks import HEADERS_LIMIT
+from streamtools.validation.forms import FORM, read_pairs, write_form
 
 log: logging.Logger = logging.getLogger("streamtools")
 

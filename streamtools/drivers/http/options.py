@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from streamtools.checks import check_name
+from streamtools.driver import Options
 from streamtools.errors import ConfigurationError
 from streamtools.features import Features
-from streamtools.options import Options
+from streamtools.validation.checks import check_name
 
 #: A call: the sender waits for the handler's answer, and keeps the message until it has one.
 FEATURES: Final = Features(delay=False, error_queue=False, reply=True, listens=True, admin=False)

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from yarl import URL
 
 from streamtools import codec
-from streamtools.bodies import TooLarge, is_undone, undone
+from streamtools.driver import Options
 from streamtools.drivers.http.headers import CE_ATTEMPT, encode_headers, transfer_coding
 from streamtools.drivers.http.options import (
     FEATURES,
@@ -29,6 +29,8 @@ from streamtools.drivers.http.options import (
 )
 from streamtools.drivers.http.tls import client_context
 from streamtools.drivers.http.troubles import passes
+from streamtools.engine.backoff import backoff
+from streamtools.engine.tls import warn_unverified
 from streamtools.errors import (
     Closed,
     ConfigurationError,
@@ -39,11 +41,10 @@ from streamtools.errors import (
     SendError,
 )
 from streamtools.message import Message
-from streamtools.options import Options
-from streamtools.policy import backoff
-from streamtools.producer import Producer, Receipt
+from streamtools.producer import Producer
+from streamtools.receipt import Receipt
 from streamtools.settings import HTTPSettings
-from streamtools.tls import warn_unverified
+from streamtools.validation.bodies import TooLarge, is_undone, undone
 
 #: Connections of one producer at most; further sends wait for one to be free.
 CONNECTIONS: Final = 1000

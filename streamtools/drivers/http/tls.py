@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import ssl
 
-from streamtools import tls
+from streamtools.engine import tls
+from streamtools.engine.tls import load_certificate
 from streamtools.errors import ConfigurationError
 from streamtools.settings import HTTPSettings
-from streamtools.tls import load_certificate
 
 
 async def server_context(settings: HTTPSettings) -> ssl.SSLContext | None:

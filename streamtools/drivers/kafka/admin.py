@@ -14,7 +14,8 @@ from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 from pydantic import Field
 
-from streamtools.admin import QueueAdmin, Reader
+from streamtools.admin import QueueAdmin
+from streamtools.driver import Options, Reader
 from streamtools.drivers.kafka.brokers.bindings import bind, unbind
 from streamtools.drivers.kafka.brokers.cluster import EARLIEST, LATEST, Cluster, TopicState
 from streamtools.drivers.kafka.brokers.topics import Topic, Topics
@@ -24,10 +25,11 @@ from streamtools.drivers.kafka.operating.ages import next_times
 from streamtools.drivers.kafka.operating.counts import count
 from streamtools.drivers.kafka.operating.groups import Commit, GroupDescription, Groups, Progress, busy
 from streamtools.drivers.kafka.operating.reader import AdminReader, AdminViewer, RedrivenMessage
+from streamtools.engine.options import read_options
 from streamtools.errors import ConfigurationError, ConnectError, QueueError
 from streamtools.exchange import Binding
 from streamtools.message import Message
-from streamtools.options import QUEUE_OPTIONS, Options, read_options
+from streamtools.protocols import QUEUE_OPTIONS
 from streamtools.queues import GroupInfo, PartitionInfo, Place, QueueInfo, QueueSettings
 from streamtools.settings import KafkaSettings
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Final, cast
 
 from aiokafka import TopicPartition
 
-from streamtools.checks import check_name
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.kafka.brokers.bindings import bind
@@ -30,11 +29,12 @@ from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply, retry_topic
 from streamtools.drivers.kafka.options import ConsumerOptions, subscription
 from streamtools.drivers.kafka.records import COPY_ROOM, QUEUE, decode_plain, header_texts, read_record
+from streamtools.engine.loop import Ack
+from streamtools.engine.messages.failures import error_queue_of
 from streamtools.errors import Closed, ConfigurationError, SendError, StreamToolsError
-from streamtools.loop import Ack
 from streamtools.message import Message
-from streamtools.policy import error_queue_of
 from streamtools.settings import KafkaSettings
+from streamtools.validation.checks import check_name
 from streamtools.verdicts import Kind, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")

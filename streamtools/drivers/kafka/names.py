@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from streamtools.checks import check_not_ours
 from streamtools.errors import ConfigurationError
+from streamtools.validation.checks import check_not_ours
 
 #: Kafka: org.apache.kafka.common.internals.Topic, LEGAL_CHARS and MAX_NAME_LENGTH.
 _LEGAL: Final = re.compile(r"[a-zA-Z0-9._-]+")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from streamtools.driver import Options
 from streamtools.drivers.kafka.names import BINDINGS, RETRY, check_kafka_name
-from streamtools.options import Options
 
 
 def is_async(method: str | None) -> bool | None:

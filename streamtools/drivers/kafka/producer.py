@@ -23,10 +23,11 @@ from streamtools.drivers.kafka.producing.record import ProducerRecord, not_held,
 from streamtools.drivers.kafka.producing.sender import Sender
 from streamtools.drivers.kafka.producing.transactions import TIMEOUT, TransactionalProducer, opened, same_kafka
 from streamtools.drivers.kafka.records import Placed
+from streamtools.engine.backoff import backoff_within
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError, StreamToolsError
 from streamtools.message import Message, sets_slots
-from streamtools.policy import backoff_within
-from streamtools.producer import Producer, Receipt
+from streamtools.producer import Producer
+from streamtools.receipt import Receipt
 from streamtools.settings import KafkaSettings
 
 log: logging.Logger = logging.getLogger("streamtools")

@@ -23,7 +23,7 @@ from streamtools.delivery import read_message
 from streamtools.drivers.kafka.client.limits import MOST_HEADERS, UNREAD
 from streamtools.errors import DecodeError
 from streamtools.message import NO_HEADERS, LazyMessage, Message, setters
-from streamtools.recurring import Recurring
+from streamtools.text.bounded_cache import BoundedCache
 from streamtools.wire import (
     ATTEMPT,
     ERROR_ATTEMPTS,
@@ -231,7 +231,7 @@ def _outside_envelope(told: bytes) -> str | None:
     return None if told[:23].lower() == b"application/cloudevents" else read_text(told)
 
 
-_content_types: Final = Recurring(_outside_envelope)
+_content_types: Final = BoundedCache(_outside_envelope)
 
 
 class Plain(LazyMessage):

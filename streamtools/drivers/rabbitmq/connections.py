@@ -17,9 +17,9 @@ from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
 from streamtools.drivers.rabbitmq.amqp.connection import Connection, open_connection
 from streamtools.drivers.rabbitmq.topology.delay_chain import DelayChain
+from streamtools.engine.tasks.sharing import Lease, Sharing
 from streamtools.exchange import Exchange
 from streamtools.settings import RabbitMQSettings
-from streamtools.sharing import Lease, Sharing
 
 #: Channels at once that try routes; see `Sending.tried`.
 TRYING: Final = 32

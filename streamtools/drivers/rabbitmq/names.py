@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from streamtools.checks import check_name, check_not_ours
 from streamtools.errors import ConfigurationError
+from streamtools.validation.checks import check_name, check_not_ours
 
 #: What the client library (pamqp) lets through in a declaration; the broker itself takes any UTF-8.
 _NAME: Final = re.compile(r"[a-zA-Z0-9-_.:@#,/+ ]+")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
-from streamtools.admin import QueueAdmin, Reader
+from streamtools.admin import QueueAdmin
+from streamtools.driver import Reader
 from streamtools.drivers.sqlite.consumer import SQLiteReader
 from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.files import Moved

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
-from streamtools.checks import Declare
+from streamtools.driver import Options
 from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.rows import Row, encode
 from streamtools.drivers.sqlite.schema import NoRoom, TooBig
@@ -16,9 +16,9 @@ from streamtools.errors import ConnectionLost, QueueError, SendError
 from streamtools.exchange import Binding, another_type, no_subscriber
 from streamtools.features import Features
 from streamtools.message import Message
-from streamtools.options import Options
 from streamtools.producer import Producer
 from streamtools.settings import SQLiteSettings
+from streamtools.validation.checks import Declare
 
 FEATURES: Final = Features(
     durable=True,

@@ -31,8 +31,8 @@ from streamtools.drivers.sqlite.requests import Holder, Job, Outcome, Run, Waite
 from streamtools.drivers.sqlite.room import Room
 from streamtools.drivers.sqlite.rows import Claimed
 from streamtools.drivers.sqlite.tables import CLAIM_BYTES, Tables
+from streamtools.engine.tasks.wake_throttle import WakeThrottle
 from streamtools.errors import ConnectError, ConnectionLost
-from streamtools.pace import Pace
 from streamtools.settings import SQLiteSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -82,7 +82,7 @@ class Worker:
         self._asked: SimpleQueue[Job | Waiter | None] = SimpleQueue()
         self._halt = threading.Event()
         self._waiters: list[Waiter] = []
-        self._pace = Pace()  # of what comes due
+        self._pace = WakeThrottle()  # of what comes due
         self._jobs: list[Job] = []  # of this turn
         self._holders: set[Holder] = set()
         #: The thread has ended, or is about to: what is asked now may get no answer.

@@ -11,7 +11,7 @@ import pytest
 
 from streamtools.errors import Drop, QueueError, Reject, RetryLater
 from streamtools.message import Message
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 from streamtools.testing.conformance.cases import Cases, except_with, needs
 from streamtools.testing.conformance.payloads import BODIES, HEADERS, Order
 from streamtools.testing.conformance.sending import TICK

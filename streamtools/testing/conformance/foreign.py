@@ -36,8 +36,8 @@ from streamtools.bus import Bus
 from streamtools.delivery import current
 from streamtools.errors import Reject
 from streamtools.message import Message
-from streamtools.policy import Retry
 from streamtools.redrive import ErrorFilter, group_errors
+from streamtools.retry import Retry
 from streamtools.runner import ConsumerRunner
 from streamtools.testing.conformance.cases import Cases, needs
 from streamtools.testing.conformance.stage import Stage

@@ -11,7 +11,7 @@ import pytest
 from streamtools.admin import QueueAdmin
 from streamtools.errors import FeatureError, Reject
 from streamtools.message import Message
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 from streamtools.testing.conformance.cases import Cases, needs
 from streamtools.testing.conformance.stage import QUICK, Gate, Inbox, Stage, gather
 from streamtools.testing.waiting import eventually, reaches

@@ -13,8 +13,9 @@ from streamtools.delivery import Delivery
 from streamtools.errors import SendError
 from streamtools.features import Features
 from streamtools.message import Message
-from streamtools.policy import Retry
-from streamtools.producer import PRODUCERS, Producer, Receipt
+from streamtools.producer import PRODUCERS, Producer
+from streamtools.receipt import Receipt
+from streamtools.retry import Retry
 from streamtools.testing.waiting import DEADLINE, eventually
 
 if TYPE_CHECKING:

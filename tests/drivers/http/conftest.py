@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from streamtools.drivers.http import HTTPConsumer, HTTPProducer
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 
 #: Retries that cost no time.
 QUICK = Retry(retries=2, delay=0, jitter=0)

@@ -14,7 +14,7 @@ from streamtools.drivers.http import HTTPConsumer, HTTPProducer
 from streamtools.errors import ConfigurationError, ConnectError, OptionError, ResponseError, SendError
 from streamtools.message import Message
 from streamtools.settings import HTTPSettings
-from streamtools.tokens import Tokens, read_tokens
+from streamtools.validation.tokens import Tokens, read_tokens
 from tests.brokers.certificates import Certificates, make_certificates
 from tests.drivers.http.conftest import producer_to, request, serving, talk
 from tests.drivers.http.peer import peer
@@ -138,7 +138,7 @@ def test_all_tokens_are_compared_whichever_is_shown(monkeypatch: pytest.MonkeyPa
         compared.append(one)
         return secrets.compare_digest(one, other)
 
-    monkeypatch.setattr("streamtools.tokens.compare_digest", compare)
+    monkeypatch.setattr("streamtools.validation.tokens.compare_digest", compare)
     tokens = Tokens(read_tokens([OLD, NEW]))
     assert [tokens.accept(f"Bearer {shown}") for shown in (OLD, NEW, "x")] == [True, True, False]
     assert (len(compared), len({len(digest) for digest in compared})) == (6, 1)

@@ -18,7 +18,7 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.http import HTTPConsumer
 from streamtools.errors import Drop, Reject, RetryLater
 from streamtools.message import Message
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 from streamtools.settings import HTTPSettings
 from streamtools.verdicts import ACK
 from tests.drivers.http.conftest import QUICK, producer_to, request, serving, talk

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamtools.checks import HEADERS_LIMIT, check_headers
 from streamtools.drivers.http.headers import PACKED, PLAIN_LIMIT, TRANSPORT, decode_headers, encode_headers
 from streamtools.errors import ConfigurationError
 from streamtools.message import ErrorDetails, Message
+from streamtools.validation.checks import HEADERS_LIMIT, check_headers
 from tests.drivers.http.conftest import producer_to, request, serving, talk
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))

@@ -16,7 +16,7 @@ from pydantic import BaseModel, field_validator
 from streamtools.drivers.http import HTTPConsumer, answers, mailbox
 from streamtools.errors import Reject
 from streamtools.message import Message
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 from tests.drivers.http.conftest import QUICK, request, serving, talk
 from tests.faults.waiting import wait_until
 

@@ -16,7 +16,7 @@ from streamtools.drivers.http import HTTPProducer
 from streamtools.drivers.http.troubles import PASSING
 from streamtools.errors import Closed, ResponseError, SendError, StreamToolsError
 from streamtools.message import Message
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 from streamtools.settings import HTTPSettings
 from tests.drivers.http.conftest import QUICK, Gate, producer_to, serving
 from tests.drivers.http.peer import hang_up, peer

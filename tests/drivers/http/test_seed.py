@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from streamtools import HTTP, PRODUCERS, ConsumerFactory, ConsumerRunner
+from streamtools.compat.handlers import HandlerFactory
 from streamtools.errors import ConfigurationError
-from streamtools.handlers import HandlerFactory
 from tests.drivers.http.conftest import request, talk
 from tests.drivers.http.test_retries import free_port
 from tests.faults.waiting import wait_until

@@ -14,7 +14,7 @@ from streamtools import Bus, Command, MessageContext
 from streamtools.drivers.http import HTTPConsumer, HTTPProducer
 from streamtools.errors import ConfigurationError
 from streamtools.message import Message
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 from tests.drivers.http.conftest import request, talk
 from tests.faults.waiting import wait_until
 

@@ -15,7 +15,7 @@ from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, Rabbit
 from streamtools.drivers.rabbitmq.amqp.connection import open_connection
 from streamtools.drivers.rabbitmq.looking.held import CopyChannel
 from streamtools.message import Message
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 from streamtools.settings import RabbitMQSettings
 from tests.drivers.rabbitmq.test_fields import entry, header, nested, sized, text
 from tests.faults.waiting import wait_until

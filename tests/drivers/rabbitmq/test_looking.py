@@ -21,8 +21,8 @@ from streamtools.admin import QueueAdmin
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
 from streamtools.drivers.rabbitmq.looking import put_back, reader
 from streamtools.drivers.rabbitmq.looking.reader import RabbitMQReader
+from streamtools.engine.loop import SUSPECT
 from streamtools.errors import QueueError, Reject
-from streamtools.loop import SUSPECT
 from streamtools.settings import RabbitMQSettings
 from tests.brokers.address import ROOT, RabbitMQAddress
 from tests.brokers.rabbitmq import RabbitMQNode

@@ -291,7 +291,7 @@ async def test_a_reader_whose_copies_may_not_be_sent_holds_them_says_so_once_and
     monkeypatch: pytest.MonkeyPatch,
     bad: int,
 ) -> None:
-    monkeypatch.setattr("streamtools.loop.REFUSED_DELAY", 0.05)
+    monkeypatch.setattr("streamtools.engine.loop.REFUSED_DELAY", 0.05)
     handled: list[int] = []
     receiver = RabbitMQConsumer("orders", url=user(read="orders"), retry=Retry(retries=0))
 
@@ -302,8 +302,8 @@ async def test_a_reader_whose_copies_may_not_be_sent_holds_them_says_so_once_and
         handled.append(message)
 
     tries = 0
-    perform = "streamtools.settling.OneSettlement.perform"
-    from streamtools.settling import OneSettlement  # noqa: PLC0415
+    perform = "streamtools.engine.settling.OneSettlement.perform"
+    from streamtools.engine.settling import OneSettlement  # noqa: PLC0415
 
     original = OneSettlement.perform
 

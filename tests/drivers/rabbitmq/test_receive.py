@@ -9,13 +9,14 @@ import pytest
 from aiormq import spec
 from aiormq.abc import AbstractChannel
 
-from streamtools import Retry, pace
+from streamtools import Retry
 from streamtools.admin import QueueAdmin
 from streamtools.delivery import Settlement
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
 from streamtools.drivers.rabbitmq.consuming import consumer as driver
 from streamtools.drivers.rabbitmq.consuming.consumer import GATHER_TIMEOUT
 from streamtools.drivers.rabbitmq.consuming.consumer_channel import ConsumerChannel
+from streamtools.engine.tasks import wake_throttle
 from streamtools.errors import ConnectionLost, SendError
 from streamtools.message import Message
 from streamtools.verdicts import ACK, RELEASE
@@ -312,7 +313,7 @@ async def test_deferred_messages_that_come_one_by_one_gather_and_others_do_not(
         rest(channel, seconds)
 
     monkeypatch.setattr(ConsumerChannel, "rest", count)
-    monkeypatch.setattr(pace, "CREDIT", 0.0)
+    monkeypatch.setattr(wake_throttle, "CREDIT", 0.0)
     receiver = await consumer(url=secure if tls else address.url)
 
     async def arrive(number: int, **options: Any) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProducer
 from streamtools.drivers.sqlite.rows import Claimed
 from streamtools.message import Message
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 from streamtools.settings import SQLiteSettings
 from tests.drivers.sqlite.conftest import look
 from tests.drivers.sqlite.test_moved import make

@@ -13,7 +13,7 @@ import pytest
 
 from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProducer
 from streamtools.errors import SendError
-from streamtools.policy import Retry
+from streamtools.retry import Retry
 from tests.drivers.sqlite.conftest import drain, look
 from tests.drivers.sqlite.test_moved import running
 from tests.faults.waiting import wait_until

@@ -17,7 +17,6 @@ from aiokafka import errors as kafka
 from aiokafka.protocol.fetch import FetchRequest
 from pydantic_core import from_json, to_json
 
-from streamtools.checks import check_topic
 from streamtools.drivers.kafka.brokers.cluster import EARLIEST, Cluster, check
 from streamtools.drivers.kafka.brokers.topics import Topic, Topics
 from streamtools.drivers.kafka.client.batches import Records
@@ -28,6 +27,7 @@ from streamtools.drivers.kafka.names import BINDINGS, check_kafka_name
 from streamtools.errors import ConfigurationError, QueueError
 from streamtools.exchange import Binding, Exchange, another_type
 from streamtools.settings import KafkaSettings
+from streamtools.validation.checks import check_topic
 
 #: The one partition, so that all see the same order.
 PLACE: Final[Any] = TopicPartition(BINDINGS, 0)

@@ -15,7 +15,6 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
-from streamtools.checks import Declare
 from streamtools.drivers.kafka.client.connect import connection, learn, started, stopped
 from streamtools.drivers.kafka.client.guard import harden
 from streamtools.drivers.kafka.client.requests import TOPIC
@@ -23,6 +22,7 @@ from streamtools.drivers.kafka.errors import CLIENT_ERRORS, Missing, client_erro
 from streamtools.drivers.kafka.records import COPY_ROOM
 from streamtools.errors import ConnectError, QueueError, StreamToolsError
 from streamtools.settings import KafkaSettings
+from streamtools.validation.checks import Declare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -15,13 +15,13 @@ from aiokafka.conn import create_conn
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.structs import PartitionMetadata
 
-from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.kafka.client.guard import close_first
 from streamtools.drivers.kafka.client.monitor import quieten
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, GARBAGE, client_error, connect_error
+from streamtools.engine.tasks.cancellation import asked_to_stop
+from streamtools.engine.tls import client_context, warn_unverified
 from streamtools.errors import ConnectError
 from streamtools.settings import KafkaSettings
-from streamtools.tls import client_context, warn_unverified
 
 #: Milliseconds between two attempts of the library at one request.
 BACKOFF: Final = 100

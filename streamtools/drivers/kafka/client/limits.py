@@ -16,8 +16,8 @@ from typing import Final
 import cramjam
 from aiokafka.record.util import decode_varint
 
-from streamtools.bodies import undone
 from streamtools.errors import DecodeError
+from streamtools.validation.bodies import undone
 
 #: Bytes of a batch once it is unpacked, at most; one that came as more may have `RATIO` times as many.
 MOST_UNPACKED: Final = 32 * 1024 * 1024

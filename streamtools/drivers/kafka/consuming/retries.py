@@ -27,9 +27,9 @@ from streamtools.drivers.kafka.records import (
     header_texts,
     now_ms,
 )
+from streamtools.engine.replies import lost_replies
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
-from streamtools.replies import lost_replies
 from streamtools.settings import KafkaSettings
 from streamtools.verdicts import ACK, Kind
 

@@ -18,7 +18,6 @@ from typing import Any, Final
 from aiokafka import AIOKafkaProducer
 from aiokafka import errors as kafka
 
-from streamtools.cancelling import asked_to_stop
 from streamtools.drivers.kafka.brokers.topics import Topic, Topics
 from streamtools.drivers.kafka.client.connect import (
     abandoned,
@@ -43,6 +42,7 @@ from streamtools.drivers.kafka.producing.partitions import PartitionChooser
 from streamtools.drivers.kafka.producing.record import UNWRITABLE, Portions, ProducerRecord, unwritable
 from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, UnconfirmedBatch
 from streamtools.drivers.kafka.records import COPY_ROOM
+from streamtools.engine.tasks.cancellation import asked_to_stop
 from streamtools.errors import Closed, ConnectError, StreamToolsError
 from streamtools.settings import KafkaSettings
 

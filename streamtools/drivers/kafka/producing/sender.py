@@ -13,9 +13,9 @@ from streamtools.drivers.kafka.brokers.topics import Topic, Topics
 from streamtools.drivers.kafka.producing.publisher import CLOSED, Publisher
 from streamtools.drivers.kafka.producing.record import ProducerRecord, refused
 from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, UnconfirmedBatch
+from streamtools.engine.tasks.sharing import Lease, Sharing
 from streamtools.errors import Closed
 from streamtools.settings import KafkaSettings
-from streamtools.sharing import Lease, Sharing
 
 #: The name that brokers show where nobody has given one.
 CLIENT_ID: Final = "streamtools"

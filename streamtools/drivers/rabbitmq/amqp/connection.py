@@ -18,14 +18,14 @@ from aiormq.abc import AbstractChannel, AbstractConnection
 from aiormq.connection import TransportFactory
 from yarl import URL
 
-from streamtools.cancelling import asked_to_stop, end
 from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel, FrameReader
 from streamtools.drivers.rabbitmq.amqp.frames import FRAME_MAX, GOODBYE
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, connect_error, lost
+from streamtools.engine.tasks.cancellation import asked_to_stop, end
+from streamtools.engine.tasks.eventloops import unlisted
+from streamtools.engine.tls import client_context, warn_unverified
 from streamtools.errors import ConnectError, ConnectionLost
-from streamtools.eventloops import unlisted
 from streamtools.settings import RabbitMQSettings
-from streamtools.tls import client_context, warn_unverified
 
 T = TypeVar("T")
 

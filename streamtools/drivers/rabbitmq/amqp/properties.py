@@ -22,7 +22,7 @@ from streamtools.drivers.rabbitmq.amqp.fields import entries as field_entries
 from streamtools.drivers.rabbitmq.amqp.fields import value as field_value
 from streamtools.drivers.rabbitmq.amqp.frames import LONG, LONGLONG, SHORT, Unsendable, shortstr
 from streamtools.message import NO_HEADERS, ErrorDetails, Message
-from streamtools.recurring import Recurring
+from streamtools.text.bounded_cache import BoundedCache
 
 PREFIX: Final = "streamtools-"
 TIME: Final = PREFIX + wire.TIMES["time"]
@@ -94,7 +94,7 @@ def _single(text: str) -> bytes:
 
 
 #: A short string that most messages share: a type, a source.
-_repeated: Final[Callable[[str], bytes]] = Recurring(_single).__getitem__
+_repeated: Final[Callable[[str], bytes]] = BoundedCache(_single).__getitem__
 
 
 #: Native text properties in the order of the specification, before and after the delivery mode.

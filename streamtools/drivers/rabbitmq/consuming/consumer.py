@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
-from streamtools.cancelling import asked_to_stop
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq.amqp import properties
@@ -32,10 +31,11 @@ from streamtools.drivers.rabbitmq.topology.declarations import (
     work_queue,
 )
 from streamtools.drivers.rabbitmq.topology.order_lock import OrderLock
+from streamtools.engine.loop import SUSPECT
+from streamtools.engine.tasks.cancellation import asked_to_stop
+from streamtools.engine.tasks.wake_throttle import WakeThrottle
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError, StreamToolsError
-from streamtools.loop import SUSPECT
 from streamtools.message import ids
-from streamtools.pace import Pace
 from streamtools.settings import RabbitMQSettings
 from streamtools.verdicts import Kind
 
@@ -102,7 +102,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         super().__init__(*args, **kwargs)
         self._limits = Limits()
         self._new_id = ids()
-        self._pace = Pace(GATHER_TIMEOUT)
+        self._pace = WakeThrottle(GATHER_TIMEOUT)
         self._publisher_lock = asyncio.Lock()
         #: While we are ending: nothing is under way to us any more.
         self._calm = asyncio.Event()

@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from aiormq.exceptions import ChannelNotFoundEntity
 
-from streamtools.admin import QueueAdmin, Reader
+from streamtools.admin import QueueAdmin
+from streamtools.driver import Reader
 from streamtools.drivers.rabbitmq import errors
 from streamtools.drivers.rabbitmq.amqp.connection import Connection
 from streamtools.drivers.rabbitmq.connections import Place, Receiving, receiving
@@ -22,9 +23,10 @@ from streamtools.drivers.rabbitmq.topology.declarations import (
     missing,
     work_queue,
 )
+from streamtools.engine.options import read_options
 from streamtools.errors import ConnectionLost, StreamToolsError
 from streamtools.exchange import Binding
-from streamtools.options import QUEUE_OPTIONS, read_options
+from streamtools.protocols import QUEUE_OPTIONS
 from streamtools.queues import QueueInfo
 from streamtools.settings import RabbitMQSettings
 

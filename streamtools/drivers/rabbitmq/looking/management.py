@@ -10,9 +10,9 @@ from typing import Any, Final
 import aiohttp
 from yarl import URL
 
+from streamtools.engine.tls import client_context, warn_unverified
 from streamtools.errors import ConnectError
 from streamtools.settings import RabbitMQSettings
-from streamtools.tls import client_context, warn_unverified
 
 log: logging.Logger = logging.getLogger("streamtools")
 

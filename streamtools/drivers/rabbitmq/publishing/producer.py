@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from aiormq.exceptions import ChannelLockedResource
 
+from streamtools.driver import Options
 from streamtools.drivers.rabbitmq.connections import Place, Sending, receiving, sending
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
@@ -20,8 +21,8 @@ from streamtools.drivers.rabbitmq.topology.declarations import (
 )
 from streamtools.errors import Closed, ConnectError, ConnectionLost
 from streamtools.message import Message
-from streamtools.options import Options
-from streamtools.producer import Producer, Receipt
+from streamtools.producer import Producer
+from streamtools.receipt import Receipt
 from streamtools.settings import RabbitMQSettings
 
 

@@ -16,14 +16,14 @@ from aiormq.exceptions import (
 )
 from pydantic import BeforeValidator, field_validator, model_validator
 
-from streamtools.checks import Declare, check_declare
+from streamtools.driver import Options
 from streamtools.drivers.rabbitmq import errors
 from streamtools.drivers.rabbitmq.amqp.connection import Connection
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.drivers.rabbitmq.topology.delay_chain import SAFE, UNDELIVERABLE, declare_undeliverable
 from streamtools.errors import ConnectError, QueueError, StreamToolsError
 from streamtools.exchange import TYPES, Binding, Exchange, another_type
-from streamtools.options import Options
+from streamtools.validation.checks import Declare, check_declare
 
 log: logging.Logger = logging.getLogger("streamtools")
 

@@ -1,0 +1,193 @@
+"""The two functions, and the connection that they use."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from streamtools import codec
+from streamtools.compat.jobs.message import JobMessage
+from streamtools.compat.jobs.receiving import LIMIT, Callback, call_for_each, check_callback, receive_list
+from streamtools.consumer import Consumer
+from streamtools.errors import SendError
+from streamtools.message import Message, ids
+from streamtools.producer import Producer
+from streamtools.validation.checks import check_seconds, check_texts
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
+
+
+class JobConnection:
+    """Sends job messages over one connection that it keeps; see `connect`."""
+
+    def __init__(self, url: str | ProtocolSettings | None = None) -> None:
+        self._url = url
+        self._new_id = ids()
+        self._producer: Producer | None = None
+        #: Queues that are there.
+        self._made: set[str] = set()
+
+    async def send_message(
+        self,
+        *,
+        title: str,
+        message_type: str,
+        send_from: str,
+        send_to: str,
+        env: str = "",
+        comments: str = "",
+        data: dict[str, Any] | None = None,
+        original_message: str | JobMessage = "None",
+    ) -> JobMessage:
+        """As `streamtools.compat.jobs.send_message`, over the kept connection; safe from many tasks at once."""
+        message = JobMessage(
+            title=title,
+            message_type=message_type,
+            send_from=send_from,
+            send_to=send_to,
+            env=env,
+            comments=comments,
+            data=data or {},
+            original_message=str(original_message),
+        )
+        await self._send(message)
+        return message
+
+    async def _send(self, message: JobMessage) -> None:
+        queue = message.send_to
+        body, content_type = codec.encode(message)
+        check_texts({"message_type": message.message_type})
+        envelope = Message(
+            body=body,
+            queue=queue,
+            id=self._new_id(),
+            type=message.message_type,
+            time=message.create_time,
+            content_type=content_type,
+        )
+        try:
+            await (await self._producer_for(queue)).send_messages([envelope])
+        except SendError:
+            self._made.discard(queue)  # it may have been deleted; the next message makes it again
+            raise
+
+    async def _producer_for(self, queue: str) -> Producer:
+        """The one that sends everything; a queue that it did not make itself is made by another, for that alone."""
+        if self._producer is None:
+            self._producer = Producer(queue, url=self._url)
+        elif queue not in self._made:
+            async with Producer(queue, url=self._url):
+                pass
+        self._made.add(queue)
+        return self._producer
+
+    async def receive_message(
+        self, queue_name: str, max_wait_time: float = 0, call_back_function: Callback | None = None
+    ) -> list[JobMessage]:
+        """As `streamtools.compat.jobs.receive_message`.
+
+        It receives over a connection of its own, for as long as it lasts: one that was kept would take
+        messages from other receivers while nobody asks.
+        """
+        wait = check_seconds("max_wait_time", max_wait_time) or None
+        if call_back_function is not None:
+            check_callback(call_back_function)
+            await call_for_each(Consumer(queue_name, url=self._url), wait, call_back_function)
+            return []
+        return await receive_list(Consumer(queue_name, url=self._url, prefetch=LIMIT - 1), wait)
+
+    async def close(self) -> None:
+        """Close the connection. Safe to repeat; it is opened again when needed."""
+        producer, self._producer = self._producer, None
+        self._made.clear()
+        if producer is not None:
+            await producer.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def connect(url: str | ProtocolSettings | None = None) -> JobConnection:
+    """`async with connect(url) as q:` keeps the connection for `q.send_message(...)`; nothing connects yet.
+
+    Parameters:
+        url: the address; see `streamtools.settings`.
+    """
+    return JobConnection(url)
+
+
+async def send_message(
+    *,
+    title: str,
+    message_type: str,
+    send_from: str,
+    send_to: str,
+    env: str = "",
+    comments: str = "",
+    data: dict[str, Any] | None = None,
+    original_message: str | JobMessage = "None",
+    url: str | ProtocolSettings | None = None,
+) -> JobMessage:
+    """Send one message to the queue `send_to`, which is made if it is missing; the message as it was sent.
+
+    Parameters: those of `JobMessage`, and
+        url: the address; see `streamtools.settings`.
+
+    Raises:
+        pydantic.ValidationError: a field has the wrong type.
+        ConfigurationError: `send_to` cannot be a queue's name.
+        SendError: it was not confirmed within 30 seconds of trying.
+        ConnectError: the broker cannot be reached within them, or refuses us.
+    """
+    async with connect(url) as q:
+        return await q.send_message(
+            title=title,
+            message_type=message_type,
+            send_from=send_from,
+            send_to=send_to,
+            env=env,
+            comments=comments,
+            data=data,
+            original_message=original_message,
+        )
+
+
+async def receive_message(
+    queue_name: str,
+    max_wait_time: float = 0,
+    call_back_function: Callback | None = None,
+    *,
+    url: str | ProtocolSettings | None = None,
+) -> list[JobMessage]:
+    """Receive the messages of one queue, which is made if it is missing.
+
+    Without a callback: wait for the first message, and return it with all that is there, 1,000 at most, and what
+    comes within two seconds. They are acknowledged as the list is returned: what becomes of them then is the
+    caller's. Before, a cancellation leaves them in the queue; one that comes while they are acknowledged is held back
+    until the caller has the list, and comes at its next `await`.
+
+    A callback loses nothing: each message is acknowledged when it has returned. One that raises has its message run
+    again, five times with growing delays, and then moved to the error queue, as is a body that is no JobMessage. The
+    call does not wait for a message that is to be run again later than `max_wait_time`: the next call has it.
+
+    Parameters:
+        queue_name: the queue, a str or a member of a `QueueName`.
+        max_wait_time: seconds for the first message; with a callback, seconds without a further one, not
+            counting those without a connection. 0 waits for ever.
+        call_back_function: called with each message, one after the other: `async def`, or `def`, in a thread.
+        url: the address; see `streamtools.settings`.
+
+    Returns:
+        The messages in order, none when the time is over; with a callback always an empty list.
+
+    Raises:
+        ConfigurationError: a name or a time that cannot be, or a callback that does not take one message.
+        ConnectError: the broker cannot be reached within 30 seconds, or refuses us.
+    """
+    return await connect(url).receive_message(queue_name, max_wait_time, call_back_function)

@@ -1,0 +1,399 @@
+"""Dispatch: one delivery in, one settlement out, whatever happens on the way.
+
+decode -> middleware -> handler        (one compiled handler; the order is the chain's)
+-> policy                              (error and attempt to a verdict)
+-> settlement                          (the verdict with the copies that it needs)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import copy_context
+from dataclasses import replace
+from functools import partial
+from inspect import CORO_CREATED, getcoroutinestate
+from types import FunctionType
+from typing import Any, Final, NamedTuple
+
+from streamtools.codec import JSON
+from streamtools.delivery import Delivery, Settlement, current
+from streamtools.engine.functions.calling import (
+    awaited,
+    check_function,
+    going_on,
+    has_decimals,
+    name_of,
+    own_decimals,
+)
+from streamtools.engine.messages.envelope import unwrapped
+from streamtools.engine.messages.failures import describe, error_copy, retry_copy
+from streamtools.engine.messages.smaller import brief_copy, lesser_copies
+from streamtools.engine.outbox import Outbox, outbox, send_all
+from streamtools.engine.replies import lost_replies
+from streamtools.engine.tasks.cancellation import come_round, is_over
+from streamtools.errors import ConfigurationError, DecodeError, Drop, HandlerError, SendError, Signal, text_of
+from streamtools.features import Features
+from streamtools.message import ErrorDetails, Message
+from streamtools.retry import Retry, checked
+from streamtools.types import ErrorHandler, Handler, Middleware
+from streamtools.verdicts import ACK, DROP, RELEASE, Kind, Verdict
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: Characters of an error's text in the log.
+SHOWN: Final = 500
+
+
+def chain(handler: Handler, middleware: Sequence[Middleware]) -> Handler:
+    """The handler inside its middleware; the first of the list is outermost."""
+    for layer in reversed(middleware):
+        handler = partial(_call_layer, layer, handler)
+    return handler
+
+
+def check_middleware(given: Any, parameter: str = "middleware") -> list[Middleware]:
+    """Check a list of middleware: each is called with a message and `call_next`.
+
+    Parameters:
+        parameter: the name of the parameter that it was given as.
+
+    Raises:
+        ConfigurationError: it is not such a list.
+    """
+    layers = as_list(given, parameter)
+    for layer in layers:
+        check_function(layer, "middleware", "async def limit(message, call_next): ...", "a message", "call_next")
+    return layers
+
+
+def as_list(given: Any, parameter: str) -> list[Middleware]:
+    """The layers in a list of middleware, which may be added to before it is used.
+
+    Raises:
+        ConfigurationError: it is no list.
+    """
+    if callable(given) or not isinstance(given, Iterable):
+        name = given.__name__ if isinstance(given, type | FunctionType) else repr(given)
+        raise ConfigurationError(f"{parameter}={name} is not a list: write {parameter}=[{name}].")
+    return list(given)
+
+
+def check_error_handler(handler: object) -> None:
+    """An error handler that can be called, or None.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if handler is not None:
+        check_function(
+            handler,
+            "on_error",
+            "async def decide(message, error, attempt): ...",
+            "a message",
+            "an error",
+            "an attempt",
+        )
+
+
+async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -> object:
+    called: list[Any] = []
+
+    def go_on(message: Message) -> Any:
+        called.append(work := call_next(message))
+        return work
+
+    result = await awaited(layer(message, go_on))
+    for work in called:
+        if getattr(work, "cr_frame", None) is not None and getcoroutinestate(work) == CORO_CREATED:
+            work.close()
+            raise HandlerError(
+                f"The middleware {name_of(layer)} calls call_next(message) and does not wait for it, so what follows "
+                "in the chain has not run: write return await call_next(message)."
+            )
+    return result
+
+
+#: Puts what a handler has returned into its outbox: (outbox, message, result).
+Answer = Callable[[Outbox, Message, Any], None]
+
+
+class Again(NamedTuple):
+    """Another run of the same delivery, in its place.
+
+    Attributes:
+        message: as it is given to the handler then.
+        delay: seconds before that.
+    """
+
+    message: Message
+    delay: float
+
+
+class Dispatcher:
+    """Turns a delivery into a settlement, whatever happens; what was cancelled by us is given back.
+
+    Parameters:
+        handler: the compiled handler within its middleware.
+        name: the handler's name, for logs and error copies.
+        retry: the retry policy.
+        error_queue: where rejected messages go; a template in which `{queue}` is the source.
+        max_deliveries: a message delivered this often without a verdict is not run any more.
+        in_place: retries wait here, holding their place in the order, instead of as copies.
+        features: what the protocol can do.
+        on_error: decides about failures instead of the policy.
+        place: the consumer's; messages that a handler sends from the same place leave with the acknowledgement.
+        together: they do so; otherwise the message is acknowledged before, or by hand, and everything leaves when
+            the handler has succeeded.
+        atomic: if a settlement is refused, nothing of it has left; otherwise all that the refusal does not name has.
+        answer: puts the handler's result into the outbox if the message is a request.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        name: str,
+        *,
+        retry: Retry,
+        error_queue: str,
+        max_deliveries: int,
+        in_place: bool,
+        features: Features,
+        on_error: ErrorHandler | None = None,
+        place: object = None,
+        together: bool = True,
+        atomic: bool = False,
+        answer: Answer | None = None,
+    ) -> None:
+        self._handler = handler
+        self._name = name
+        self._retry = retry
+        self._error_queue = error_queue
+        self._max_deliveries = max_deliveries
+        self._in_place = in_place
+        self._copies = features.error_queue
+        # A copy that no broker holds back comes at once, and waits for its time here.
+        self._holds = features.error_queue and not features.delay
+        self._stopping = False
+        self._waits: set[asyncio.Event] = set()
+        self._on_error = on_error
+        self._decimals = has_decimals()
+        self._place = place if together else None
+        self._atomic = atomic
+        self._answer = answer
+
+    def stop(self) -> None:
+        """Let retries that wait in place be given back at once."""
+        self._stopping = True
+        for wait in self._waits:
+            wait.set()
+
+    def start(self) -> None:
+        """Be usable again after `stop()`."""
+        self._stopping = False
+
+    async def __call__(self, delivery: Delivery) -> Settlement:
+        message = delivery.message
+        if delivery.withdrawn:
+            return Settlement(delivery, RELEASE)
+        if delivery.count >= self._max_deliveries:
+            return self._poison(delivery)
+        due = message.deliver_at if self._holds else None
+        if due is not None and await self._given_back_within(delivery, due - time.time()):
+            return Settlement(delivery, RELEASE)
+        if message.expires_at is not None and message.expired:
+            return Settlement(delivery, DROP)
+        while True:
+            # What a handler sets, such as a tenant, must not reach the next message or the next attempt.
+            context, work = copy_context(), self._attempt(delivery, message)
+            try:
+                waits_for = context.run(work.send, None)
+            except StopIteration as end:  # it has not waited for anything, as most do not: no generator is made
+                found: Settlement | Again = end.value
+            else:
+                found = await going_on(context, work, waits_for)
+            if not isinstance(found, Again):
+                return found
+            if await self._given_back_within(delivery, found.delay):
+                return Settlement(delivery, RELEASE)
+            message = found.message
+
+    async def _attempt(self, delivery: Delivery, message: Message) -> Settlement | Again:
+        """One run of the handler, and what becomes of it: a settlement, or another run here."""
+        current.set(delivery)
+        if self._decimals:
+            own_decimals()
+        delivery.outgoing = ()  # an attempt that failed has sent nothing
+        try:
+            if delivery.trouble is not None:
+                raise delivery.trouble
+            inner = unwrapped(message) if message.content_type != JSON and message.enveloped else message
+            if inner is not message and inner.expired:
+                return Settlement(delivery, DROP)
+            box = Outbox(inner, self._name)
+            outbox.set(box)
+            try:
+                result = await self._handler(inner)
+                if inner.reply_to is not None and self._answer is not None:
+                    self._answer(box, inner, result)
+            finally:
+                box.open = False
+            if box.gathered:
+                delivery.outgoing += tuple(await send_all(box, None if delivery.settled else self._place))
+        except BaseException as error:  # SystemExit too: a message must not end the process
+            failure = error
+        else:
+            return Settlement(delivery, ACK, delivery.outgoing, result)
+        ours = delivery.abandoned or is_over()
+        await come_round()
+        if ours:  # then whatever it raised is our doing
+            return Settlement(delivery, RELEASE)
+        verdict = await self.decide(message, failure)
+        if verdict.kind is not Kind.RETRY or not self._in_place:
+            return self.settlement(delivery, message, verdict, failure)
+        self._log(message, failure, verdict)
+        return Again(retry_copy(message, self._details(message, failure), 0), verdict.delay)
+
+    async def decide(self, message: Message, failure: BaseException) -> Verdict:
+        """What is to become of a message that failed: as `on_error` says, else by the policy."""
+        if self._on_error is None:
+            return self._retry.decide(failure, message.attempt)
+        try:
+            verdict = await awaited(self._on_error(message, failure, message.attempt))
+            if verdict is not None:
+                return checked(verdict)
+        except asyncio.CancelledError:
+            if is_over():
+                raise
+            log.exception("The error handler was cancelled; the retry policy decides.")
+        except BaseException:
+            log.exception("The error handler failed; the retry policy decides.")
+        return self._retry.decide(failure, message.attempt)
+
+    async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
+        """What to do with a settlement whose outgoing messages the broker refuses.
+
+        If a message that a handler sent was refused, the handler has failed with that error: its message is retried
+        or rejected. A refused reply is left out. A refused copy is tried again.
+        """
+        refused = error.among(settlement.outgoing, {*error.refused, *error.unfit})
+        message = settlement.delivery.message
+        if lost := lost_replies(settlement.outgoing, error):
+            log.warning("The reply to message %s of %r is not sent: %s", message.id, message.queue, error)
+            rest = self.left(settlement, error)
+            return replace(rest, outgoing=tuple(m for m in rest.outgoing if m.id not in lost))
+        if settlement.verdict.kind is not Kind.ACK or not refused:
+            return settlement
+        return self.settlement(settlement.delivery, message, await self.decide(message, error), error)
+
+    def left(self, settlement: Settlement, error: SendError) -> Settlement:
+        """A partly refused settlement without the messages that the broker holds already."""
+        if self._atomic or not settlement.outgoing:
+            return settlement
+        outgoing = tuple(error.among(settlement.outgoing, {*error.refused, *error.unknown}))
+        return settlement if len(outgoing) == len(settlement.outgoing) else replace(settlement, outgoing=outgoing)
+
+    def lesser(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
+        """Ever smaller forms of a settlement that cannot be performed as it is; the last ones reject the message.
+
+        Each has the whole body, and `ErrorDetails.omitted` says what it lacks. A handler never runs with less than
+        its sender gave: a copy that lacks more than the details of its failure goes to the error queue.
+
+        Parameters:
+            error: why it cannot be.
+        """
+        delivery = settlement.delivery
+        reason = f"it could not be settled: {type(error).__name__}: {text_of(error)}"
+        if not self._copies:
+            yield Settlement(delivery, Verdict.reject(reason), error=settlement.error or error)
+            return
+        unfit = error.among(settlement.outgoing, error.unfit) if isinstance(error, SendError) else []
+        own = [m for m in settlement.outgoing if m.id == delivery.message.id]
+        others = tuple(m for m in settlement.outgoing if m.id != delivery.message.id and m not in unfit)
+        if isinstance(error, SendError) and unfit and not any(m in unfit for m in own):
+            yield self.left(replace(settlement, outgoing=(*own, *others)), error)
+        if own:
+            yield replace(settlement, outgoing=(*map(brief_copy, own), *others))
+        rejection = Settlement(delivery, Verdict.reject(reason), error=settlement.error or error)
+        if not own:
+            own, others = [self._copy(delivery.message, rejection.verdict, error)], ()
+        small, least = zip(*(lesser_copies(self._rejected(copy, delivery.message)) for copy in own), strict=True)
+        yield replace(rejection, outgoing=(*small, *others))
+        yield replace(rejection, outgoing=(*least, *others))
+        if others:
+            yield replace(rejection, outgoing=least)
+
+    def _rejected(self, copy: Message, message: Message) -> Message:
+        """The copy for a retry, changed to one for the error queue."""
+        if copy.queue != message.queue:
+            return copy
+        target = self._error_queue.replace("{queue}", message.queue)
+        return copy.replace(queue=target, attempt=message.attempt, deliver_at=None, expires_at=None)
+
+    def settlement(
+        self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
+    ) -> Settlement:
+        """The verdict with the copies that it needs; logged where it is a failure."""
+        if verdict.kind is Kind.RETRY or verdict.kind is Kind.REJECT:
+            if error is not None and not isinstance(error, Drop):
+                self._log(message, error, verdict)
+            if self._copies:
+                copy = self._copy(message, verdict, error)
+                return Settlement(delivery, verdict, (copy,), error=error)
+        return Settlement(delivery, verdict, error=error)
+
+    def _copy(self, message: Message, verdict: Verdict, error: BaseException | None) -> Message:
+        details = self._details(message, error, verdict.reason)
+        if verdict.kind is Kind.RETRY:
+            return retry_copy(message, details, verdict.delay)
+        copy = error_copy(message, details, self._error_queue)
+        if copy.queue == message.queue:  # the error queue's own consumer failed: not again at once
+            return copy.replace(deliver_at=time.time() + self._retry.max_delay)
+        return copy
+
+    def _details(self, message: Message, error: BaseException | None, reason: str = "") -> ErrorDetails:
+        if message.error is not None and self._error_queue.replace("{queue}", message.queue) == message.queue:
+            # The error queue's own consumer failed. What brought the message here, and where a redrive
+            # takes it, stands in its details: they are not to be lost by looking at it.
+            return message.error
+        return describe(message, error, self._name, reason=reason)
+
+    def _poison(self, delivery: Delivery) -> Settlement:
+        error = HandlerError(
+            f"delivered {delivery.count} times without a verdict (max_deliveries={self._max_deliveries}): "
+            "it seems to end the process that handles it"
+        )
+        return self.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
+
+    async def _given_back_within(self, delivery: Delivery, delay: float) -> bool:
+        """Wait so long; True at once when we stop, or when the broker takes the delivery back."""
+        if self._stopping or delivery.withdrawn:
+            return True
+        wake = delivery.wake = asyncio.Event()
+        self._waits.add(wake)
+        try:
+            async with asyncio.timeout(delay):
+                return await wake.wait()
+        except TimeoutError:
+            return False
+        finally:
+            delivery.wake = None
+            self._waits.discard(wake)
+
+    def _log(self, message: Message, error: BaseException, verdict: Verdict) -> None:
+        # A verdict that the handler chose, or a body that is wrong, needs no traceback.
+        trace = None if isinstance(error, Signal | DecodeError) else error
+        if verdict.kind is Kind.RETRY:
+            log.warning(
+                "%s failed on message %s of %r, attempt %d: %s: %s; again in %.3g s.",
+                self._name, message.id, message.queue, message.attempt,
+                type(error).__name__, text_of(error)[:SHOWN], verdict.delay,
+            )  # fmt: skip
+        else:
+            log.error(
+                "%s rejected message %s of %r after attempt %d: %s: %s",
+                self._name, message.id, message.queue, message.attempt,
+                type(error).__name__, text_of(error)[:SHOWN], exc_info=trace,
+            )  # fmt: skip

@@ -1,0 +1,143 @@
+"""Endpoint: what producers and consumers share, a queue at an address and the connection to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from streamtools.driver import EndpointHooks, Options, required
+from streamtools.engine.backoff import backoff_within
+from streamtools.engine.options import parameters, read_options
+from streamtools.engine.tasks.cancellation import guard
+from streamtools.engine.tasks.eventloops import LoopBound, at_end, forget
+from streamtools.errors import Closed, ConnectError
+from streamtools.protocols import QUEUE_OPTIONS
+from streamtools.validation.checks import Declare, check_declare, check_place, check_texts
+
+if TYPE_CHECKING:
+    from streamtools.settings import ProtocolSettings
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+
+class Endpoint(LoopBound, EndpointHooks):
+    """The base of Producer and Consumer."""
+
+    def _set_up(
+        self,
+        queue: str,
+        url: str | ProtocolSettings | None,
+        declare: Declare,
+        client_id: str | None,
+        host: str | None,
+        port: int | None,
+    ) -> None:
+        self.queue: str = queue
+        self.declare: Declare = declare
+        self.client_id: str | None = client_id
+        self.host: str | None = host
+        self.port: int | None = port
+        self.validate_queue(queue)
+        check_declare(declare)
+        check_texts({"client_id": client_id})
+        check_place(host, port)
+        self.settings: ProtocolSettings = self.settings_class.resolve(url)
+        self._ignored: set[str] = set()
+        self._connected = False
+        self._closed = False
+        #: Connections made so far.
+        self._opened = 0
+        self._opening = asyncio.Lock()
+
+    # --- for users ------------------------------------------------------------------------------
+
+    @required
+    async def open(self) -> Self:
+        """Connect and declare the queue. Safe to repeat; opens again after `close()`."""
+        raise NotImplementedError
+
+    async def a_init(self) -> Self:
+        """The same as `open()`."""
+        return await self.open()
+
+    async def close(self) -> None:
+        """Close the connection. Safe to repeat; operations that are under way raise.
+
+        An object that is used in several event loops has a connection in each: this closes the running loop's.
+        When a loop ends, its connection is closed.
+        """
+        here = self._here()
+        here._closed = True
+        here._connected = False
+        forget(here)
+        await here._close()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.queue!r} at {self.settings.safe_url}>"
+
+    @property
+    def place(self) -> object:
+        """The protocol, the address and the style of headers: what leaves here may leave by another of this place."""
+        return self.protocol, self.settings, getattr(getattr(self, "translator", None), "style", None)
+
+    # --- connecting -----------------------------------------------------------------------------
+
+    async def _keep_connecting(self, deadline: float, failures: list[ConnectError]) -> None:
+        """Try until connected, until it is refused for good, or until the deadline (on the monotonic clock).
+
+        Parameters:
+            failures: where each is kept.
+        """
+        while not self._connected:
+            if self._closed:
+                raise Closed(f"{self!r} was closed; call open() to use it again.")
+            try:
+                await guard(self._open())
+            except ConnectError as error:
+                failures.append(error)
+                delay = backoff_within(len(failures), deadline - time.monotonic())
+                if error.permanent or delay is None:
+                    raise
+                if [str(failure) for failure in failures[-2:-1]] == [str(error)]:
+                    log.debug("%r: the same again. Trying again in %.1f s.", self, delay)
+                else:
+                    log.warning("%r: %s Trying again.", self, error)
+                if not await self._goes_on_after(delay):
+                    raise
+            else:
+                self._connected = True
+                self._opened += 1
+                at_end(self)
+                if failures:
+                    log.info("%r: connected.", self)
+
+    async def _goes_on_after(self, delay: float) -> bool:
+        """Wait before the next try; False when there is to be none."""
+        await asyncio.sleep(delay)
+        return True
+
+    # --- options --------------------------------------------------------------------------------
+
+    def _read_options(self, given: Mapping[str, Any], constructor: Callable[..., Any]) -> Options:
+        own = parameters(constructor)
+        owner = f"{type(self).__name__} of {self.queue!r}"
+        options, foreign = read_options(self.options_class, given, known=QUEUE_OPTIONS, own=own, owner=owner)
+        self._note_ignored(foreign)
+        return options
+
+    def _note_ignored(self, names: Iterable[str]) -> None:
+        if new := [name for name in names if name not in self._ignored]:
+            self._ignored.update(new)
+            log.info("%s ignores %s: options of another protocol.", type(self).__name__, ", ".join(new))

@@ -1,0 +1,1 @@
+"""Functions of users: checked, compiled once, and called."""

@@ -1,0 +1,96 @@
+"""What a consumer holds back because the broker refuses its copy: beside the prefetch, up to a limit of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from streamtools.engine.tasks.cancellation import guard
+from streamtools.message import Message
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: Messages that are held back at most, and bytes of their bodies, before no more are taken in.
+HELD_LIMIT: Final = 1000
+HELD_BYTES: Final = 128 * 1024 * 1024
+#: Seconds between two looks whether the queues are there: one serves all that are held back.
+LOOK: Final = 0.4
+
+
+class HeldBack:
+    """The messages that one loop holds back.
+
+    Attributes:
+        number: of the messages.
+    """
+
+    def __init__(self) -> None:
+        self.number: int = 0
+        self._bytes = 0
+        self._queue, self._reason = "", ""  # of the last one
+        self._is_said = False
+        self._looking = asyncio.Lock()
+        self._looked = float("-inf")
+
+    def has_room(self) -> bool:
+        """More may be taken in; where not, the log says once why not."""
+        if self.number < HELD_LIMIT and self._bytes < HELD_BYTES:
+            if 2 * self.number < HELD_LIMIT and 2 * self._bytes < HELD_BYTES:
+                self._is_said = False
+            return True
+        if not self._is_said:
+            self._is_said = True
+            log.warning(
+                "No more messages of %r are taken in: %d (%d bytes) are held back, and the limit is %d (%d bytes). "
+                "The last one: %s",
+                self._queue, self.number, self._bytes, HELD_LIMIT, HELD_BYTES, self._reason,
+            )  # fmt: skip
+        return False
+
+    @contextmanager
+    def place(self, message: Message) -> Iterator[Place]:
+        """The place of a message whose settlement is tried, until that has an end."""
+        place = Place(self, message)
+        try:
+            yield place
+        finally:
+            place.leave()
+
+    async def redeclare(self, redeclare: Callable[[], Awaitable[None]]) -> None:
+        """Declare the queues again, unless that was done a moment ago for another message."""
+        async with self._looking:
+            if time.monotonic() - self._looked < LOOK:
+                return
+            try:
+                await guard(redeclare())
+            finally:
+                self._looked = time.monotonic()
+
+
+class Place:
+    """One message's place among those held back."""
+
+    def __init__(self, held: HeldBack, message: Message) -> None:
+        self._held = held
+        self._queue = message.queue
+        self._bytes = len(message.body or b"")
+        self._is_taken = False
+
+    def take(self, reason: str) -> None:
+        """It is refused, for this reason."""
+        self._held._queue, self._held._reason = self._queue, reason
+        if not self._is_taken:
+            self._is_taken = True
+            self._held.number += 1
+            self._held._bytes += self._bytes
+
+    def leave(self) -> None:
+        """It has an end."""
+        if self._is_taken:
+            self._is_taken = False
+            self._held.number -= 1
+            self._held._bytes -= self._bytes

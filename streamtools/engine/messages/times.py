@@ -1,0 +1,38 @@
+"""Times in messages that programs have made themselves: what is none is refused before any driver sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamtools.errors import SendError
+from streamtools.message import Message
+from streamtools.validation.checks import is_number
+from streamtools.wire import FIRST, LAST
+
+
+def wrong_time(message: Message) -> str | None:
+    """Why a message cannot be sent: when it is due, or when it expires, is no time; None where they are times."""
+    for field, seconds in (("deliver_at", message.deliver_at), ("expires_at", message.expires_at)):
+        if seconds is not None and not (is_number(seconds) and FIRST <= seconds <= LAST):
+            return f"{field}={seconds!r} is no time of the years 1 to 9999, in seconds since the epoch"
+    return None
+
+
+def refusal(unfit: Sequence[Message], beside: SendError | None = None) -> SendError:
+    """The error for messages of which a time is none.
+
+    Parameters:
+        beside: what became of others of the same batch.
+    """
+    ids = [message.id for message in unfit]
+    of = f"Message {ids[0]}" if len(ids) == 1 else f"{len(ids)} messages"
+    text = f"{of} to {unfit[0].queue!r} cannot be sent: {wrong_time(unfit[0])}."
+    if beside is None:
+        return SendError(text, refused=ids, unfit=ids, messages=unfit)
+    return SendError(
+        f"{text} Of the others: {beside}",
+        refused=[*ids, *beside.refused],
+        unknown=beside.unknown,
+        unfit=[*ids, *beside.unfit],
+        messages=[*unfit, *beside.messages],
+    )

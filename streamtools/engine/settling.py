@@ -1,0 +1,151 @@
+"""Settling one delivery by itself, with less and less beside its body where it cannot be settled as it is."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Protocol
+
+from streamtools.delivery import Delivery, Settlement
+from streamtools.engine.tasks.cancellation import guard
+from streamtools.errors import ConnectError, QueueError, SendError, text_of
+from streamtools.message import Message
+from streamtools.verdicts import ACK, Verdict
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: A driver's `_settle`.
+Settle = Callable[[Sequence[Settlement]], Awaitable[None]]
+
+
+class Dispatch(Protocol):
+    """What turns a delivery into a settlement: by its handler, or by a verdict given by hand."""
+
+    def stop(self) -> None: ...
+    async def __call__(self, delivery: Delivery) -> Settlement: ...
+    def settlement(
+        self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
+    ) -> Settlement: ...
+    async def refused(self, settlement: Settlement, error: SendError) -> Settlement: ...
+    def lesser(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]: ...
+
+
+class Unsettled(SendError):
+    """No form of a settlement could be performed, and trying again cannot help; its cause says why."""
+
+
+async def acknowledge(settle: Settle, batch: Sequence[Delivery]) -> None:
+    """Acknowledge before the handlers run: all at once, and each by itself where that fails.
+
+    Raises:
+        ConnectError: the connection ended.
+    """
+    settlements = [Settlement(delivery, ACK) for delivery in batch]
+    try:
+        return await guard(settle(settlements))
+    except ConnectError:
+        raise
+    except Exception:
+        log.exception("%d deliveries could not be acknowledged together; each is acknowledged by itself.", len(batch))
+    for settlement in settlements:
+        try:
+            await guard(settle([settlement]))
+        except ConnectError:
+            raise
+        except Exception:
+            log.exception("%r could not be acknowledged; it is handled all the same.", settlement.delivery)
+
+
+class OneSettlement:
+    """One delivery's settlement, in the form that is to be tried next.
+
+    Parameters:
+        settle: the driver's hook.
+        dispatch: decides what becomes of a message whose outgoing messages are refused.
+        settlement: as it was first.
+    """
+
+    def __init__(self, settle: Settle, dispatch: Dispatch, settlement: Settlement) -> None:
+        self._settle = settle
+        self._dispatch = dispatch
+        self._forms: Iterator[Settlement] | None = None
+        self._whole: Settlement = settlement
+        self.settlement: Settlement = settlement
+
+    async def perform(self) -> None:
+        """Settle it, in a smaller form at once where this one cannot be carried.
+
+        Raises:
+            ConnectError: the connection ended.
+            SendError: the broker refuses what is to go out; that may pass, or an operator can mend it.
+            QueueError: a queue is missing, or not as it was.
+            Unsettled: it cannot be settled at all; a SendError as well.
+        """
+        while True:
+            try:
+                await guard(self._settle([self.settlement]))
+            except (ConnectError, QueueError):
+                raise
+            except Exception as error:
+                if not await self.change(error):
+                    raise
+            else:
+                return
+
+    def early(self, error: Exception | None) -> float:
+        """Seconds until all is due that this refusal says nothing can hold; 0 where it is about something else."""
+        if not isinstance(error, SendError) or not error.early:
+            return 0.0
+        now = time.time()
+        early = error.among(self.settlement.outgoing, error.early)
+        return max([0.0, *(message.deliver_at - now for message in early if message.deliver_at is not None)])
+
+    async def change(self, error: Exception) -> bool:
+        """Choose the form to be tried next; False where it stays the same, and only time can help.
+
+        Raises:
+            Unsettled: there is none left, and `error` is no refusal of the broker's.
+        """
+        if isinstance(error, SendError):
+            if await self._decide_anew(error):
+                return True
+            if not error.among(self.settlement.outgoing, error.unfit):
+                return False
+        elif isinstance(error, QueueError):
+            return False
+        return self._take_less(error)
+
+    async def _decide_anew(self, error: SendError) -> bool:
+        """What a handler has sent was refused: its message may have another verdict then."""
+        try:
+            instead = await self._dispatch.refused(self.settlement, error)
+        except Exception:  # a bug, or a middleware's failure: the message keeps the verdict that it has
+            log.exception("No new verdict could be decided for %r; it keeps its first one.", self.settlement.delivery)
+            return False
+        changed = instead is not self.settlement
+        if changed:
+            self.settlement, self._forms = instead, None
+        return changed
+
+    def _take_less(self, error: Exception) -> bool:
+        if self._forms is None:
+            self._whole, self._forms = self.settlement, self._dispatch.lesser(self.settlement, error)
+            self._log(error)
+        smaller = next(self._forms, None)
+        if smaller is not None:
+            self.settlement = smaller
+            return True
+        if not isinstance(error, SendError):
+            raise Unsettled(text_of(error)) from error
+        # The body itself is too large. Once an operator has raised the limit, all of it is to go.
+        self.settlement, self._forms = self._whole, None
+        return False
+
+    def _log(self, error: Exception) -> None:
+        delivery = self.settlement.delivery
+        trace = None if isinstance(error, SendError) else error
+        log.error(
+            "%r cannot be settled as it is, so its copy is sent with less metadata: %s: %s",
+            delivery, type(error).__name__, text_of(error), exc_info=trace,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Event loops, tasks, threads and signals."""

@@ -1,0 +1,191 @@
+"""Retry: what becomes of a message whose handler failed, decided without any I/O."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Final, Never
+
+from streamtools.errors import (
+    LONGEST,
+    ConfigurationError,
+    DecodeError,
+    Drop,
+    OptionError,
+    Reject,
+    RetryLater,
+    leaves,
+    near,
+    text_of,
+)
+from streamtools.validation.checks import Seconds, check_seconds, is_number, is_whole
+from streamtools.verdicts import DROP, Kind, Verdict
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Retry:
+    """How often and how soon a failed message is run again.
+
+    Of several errors in one `ExceptionGroup`, as a `TaskGroup` raises it, the gravest decides: one that rejects, else
+    one that retries (with the longest of the delays), else `Drop`. The first 10,000 errors of a group are looked at.
+
+    Parameters:
+        retries: runs after the first one; 0 goes straight to the error queue, None never gives up.
+        delay: before the first retry, in seconds or as a timedelta; 0 for none.
+        backoff: each further delay is this many times the one before.
+        max_delay: no delay is longer, in seconds or as a timedelta.
+        jitter: each delay varies by up to this part of itself, so that retries spread out.
+        errors: other policies for some errors, by their class: `{TimeoutError: Retry(retries=None, delay=5)}`. The
+            nearest class of an error's own line of bases wins.
+
+    Raises:
+        ConfigurationError: a value is out of its range.
+        OptionError: an unknown parameter.
+    """
+
+    retries: int | None
+    delay: float
+    backoff: float
+    max_delay: float
+    jitter: float
+    errors: Mapping[type[BaseException], Retry] = field(hash=False)
+
+    def __init__(
+        self,
+        retries: int | None = 5,
+        delay: Seconds = 1.0,
+        backoff: float = 2.0,
+        max_delay: Seconds = 300.0,
+        jitter: float = 0.1,
+        errors: Mapping[type[BaseException], Retry] | None = None,
+        **unknown: Never,
+    ) -> None:
+        values = {
+            "retries": retries,
+            "delay": _in_seconds(delay),
+            "backoff": backoff,
+            "max_delay": _in_seconds(max_delay),
+            "jitter": jitter,
+            "errors": {} if errors is None else errors,
+        }
+        for name in unknown:
+            raise OptionError(f"Retry takes no {name!r}. {near(name, values)}")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        checks = {
+            "retries": self.retries is None or (is_whole(self.retries) and self.retries >= 0),
+            "delay": is_number(self.delay) and 0 <= self.delay < float("inf"),
+            "backoff": is_number(self.backoff) and 1 <= self.backoff < float("inf"),
+            "max_delay": is_number(self.max_delay) and 0 <= self.max_delay < LONGEST,
+            "jitter": is_number(self.jitter) and 0 <= self.jitter <= 1,
+        }
+        if wrong := [name for name, fine in checks.items() if not fine]:
+            raise ConfigurationError(
+                f"Retry({', '.join(f'{n}={getattr(self, n)!r}' for n in wrong)}) is out of range: retries a whole "
+                "number >= 0 or None, delay >= 0, backoff >= 1, max_delay from 0 to ten years, jitter from 0 to 1."
+            )
+        for kind, policy in self.errors.items():
+            if not _is_policy(kind, policy):
+                raise ConfigurationError(
+                    f"Retry(errors=...) has {kind!r}: {policy!r}; write {{TimeoutError: Retry(retries=...)}}."
+                )
+
+    def of(self, error: BaseException) -> Retry:
+        """The policy for this error: the one for the nearest of its classes, else this one itself."""
+        if self.errors:
+            for kind in type(error).__mro__:
+                if (found := self.errors.get(kind)) is not None:
+                    return found
+        return self
+
+    def after(self, attempt: int) -> float:
+        """The seconds to wait after the failed run number `attempt` (1 is the first)."""
+        try:
+            # As a float: the power of a whole number would be computed to its last digit, for any attempt that a
+            # message claims to be.
+            delay = min(self.delay * float(self.backoff) ** (attempt - 1), self.max_delay)
+        except OverflowError:
+            delay = self.max_delay if self.delay else 0.0
+        return delay * (1 + random.uniform(-self.jitter, self.jitter)) if self.jitter else delay  # nosec B311: a pause
+
+    def decide(self, error: BaseException, attempt: int) -> Verdict:
+        """The verdict on run number `attempt` that ended with `error`."""
+        if not isinstance(error, BaseExceptionGroup):
+            return self._decide(error, attempt)
+        verdicts = [self._decide(each, attempt) for each in leaves(error, self._names)]
+        return max(verdicts, key=_gravity) if verdicts else self._decide(error, attempt)
+
+    def _decide(self, error: BaseException, attempt: int) -> Verdict:
+        if isinstance(error, Drop):
+            return DROP
+        if isinstance(error, Reject | DecodeError):
+            return Verdict.reject(text_of(error))
+        if (policy := self.of(error)) is not self:
+            return policy._decide(error, attempt)
+        if self.retries is not None and attempt > self.retries:
+            return Verdict.reject()
+        chosen = _chosen_delay(error) if isinstance(error, RetryLater) else None
+        return Verdict.retry(self.after(attempt) if chosen is None else chosen)
+
+    def _names(self, group: BaseException) -> bool:
+        """Whether there is a policy for groups like this one as a whole."""
+        return any(issubclass(kind, BaseExceptionGroup) and isinstance(group, kind) for kind in self.errors)
+
+
+def _gravity(verdict: Verdict) -> tuple[int, float, bool]:
+    return _GRAVITY.index(verdict.kind), verdict.delay, bool(verdict.reason)
+
+
+#: Verdicts on the errors of one group, the gravest last.
+_GRAVITY: Final = (Kind.DROP, Kind.RETRY, Kind.REJECT)
+
+
+def _chosen_delay(error: RetryLater) -> float | None:
+    """What it asks for; None for the policy's own. A subclass may not have called its base, or set anything."""
+    delay = getattr(error, "delay", None)
+    try:
+        return None if delay is None else check_seconds("delay", delay)
+    except ConfigurationError as wrong:
+        log.warning("%s has a delay that is none: %s", type(error).__qualname__, wrong)
+        return None
+
+
+def _in_seconds(value: Any) -> Any:
+    return value.total_seconds() if isinstance(value, timedelta) else value
+
+
+def checked(verdict: object) -> Verdict:
+    """What an error handler has returned.
+
+    Raises:
+        TypeError: it is no verdict.
+        ConfigurationError: its delay is out of range.
+    """
+    if not isinstance(verdict, Verdict):
+        raise TypeError(
+            f"An error handler returns a Verdict, such as Verdict.retry(5), not {type(verdict).__name__}."
+        )
+    delay = check_seconds("delay", verdict.delay)
+    return verdict if delay == verdict.delay else replace(verdict, delay=delay)
+
+
+def _is_policy(kind: object, policy: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseException) and isinstance(policy, Retry)
+
+
+def check_retry(retry: object) -> None:
+    """A retry policy.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if not isinstance(retry, Retry):
+        raise ConfigurationError(f"retry={retry!r} is not a policy: write retry=Retry(retries=...).")

@@ -1,0 +1,1 @@
+"""Text for people: escaped, cut to size, and made in little time."""
