@@ -3,8 +3,9 @@
 A page marks such a part by two comments, which a reader does not see, and this module writes what stands between:
 
     <!-- made from streamtools.Producer -->           the docstrings of a class, a function or a module
-    <!-- made from the settings KafkaSettings -->     a table of its fields
     <!-- made from the parameters of streamtools.Retry -->   a table of them, with their defaults
+    <!-- made from the settings KafkaSettings -->     a table of its fields, and the variables for them
+    <!-- made from the send options of kafka -->      a table; there are producer options and consumer options, too
     <!-- end -->
 
 python -m tests.pages.reference        writes all such parts anew, and the page of the command line
@@ -21,6 +22,8 @@ import griffe
 from pydantic import AliasChoices, SecretStr
 
 import streamtools.settings
+from streamtools import CONSUMER_LOOPS, PRODUCERS
+from streamtools.settings import ProtocolSettings
 from tests.pages.commands import REFERENCE, reference
 from tests.pages.markdown import ROOT, pages
 
@@ -176,14 +179,22 @@ def _described(item: Any) -> dict[str, str]:
     }
 
 
-def _settings(name: str) -> str:
-    cls: Any = getattr(streamtools.settings, name)
-    told = _described(_find(f"streamtools.{name}"))
-    rows = ["| field, and its variable | default | |", "|---|---|---|"]
+def _fields(cls: Any) -> str:
+    """A row for each field of a pydantic model; settings have variables besides."""
+    is_settings = issubclass(cls, ProtocolSettings)
+    told = {name: text for base in reversed(cls.__mro__) for name, text in _described_fields(base).items()}
+    rows = [f"| {'setting | variable' if is_settings else 'option'} | default | meaning |"]
+    rows.append("|---|---|---|---|" if is_settings else "|---|---|---|")
     for field, info in cls.model_fields.items():
-        variables = ", ".join(f"`{variable}`" for variable in _variables(cls, field, info))
-        rows.append(f"| `{field}`, {variables} | {_value(info.default)} | {_cell(told[field])} |")
+        variables = ", ".join(f"`{variable}`" for variable in _variables(cls, field, info)) if is_settings else ""
+        cells = [f"`{field}`", *([variables] if is_settings else []), _value(info.default), _cell(told[field])]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _described_fields(cls: type) -> dict[str, str]:
+    inside = cls.__module__.startswith("streamtools.")
+    return _described(_find(f"{cls.__module__}.{cls.__qualname__}")) if inside and cls.__doc__ else {}
 
 
 def _variables(cls: Any, field: str, info: Any) -> list[str]:
@@ -208,7 +219,7 @@ def _value(value: object) -> str:
 def _parameters(path: str) -> str:
     item = _find(path)
     told = _described(item)
-    rows = [f"| parameter of `{item.name}` | default | |", "|---|---|---|"]
+    rows = ["| parameter | default | meaning |", "|---|---|---|"]
     for parameter in item.parameters:
         if parameter.name in told:
             default = (
@@ -224,7 +235,13 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-_MAKERS: dict[str, Callable[[str], str]] = {"the settings ": _settings, "the parameters of ": _parameters}
+_MAKERS: dict[str, Callable[[str], str]] = {
+    "the settings ": lambda name: _fields(getattr(streamtools.settings, name)),
+    "the producer options of ": lambda name: _fields(PRODUCERS[name].options_class),
+    "the consumer options of ": lambda name: _fields(CONSUMER_LOOPS[name].options_class),
+    "the send options of ": lambda name: _fields(PRODUCERS[name].send_options_class),
+    "the parameters of ": _parameters,
+}
 
 if __name__ == "__main__":
     REFERENCE.write_text(reference(), "utf-8")
