@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from benchmarks.rounds import Contender, Stopwatch, compare
 from streamtools import Bus, Command, Consumer, Event, Message, MessageContext
 from streamtools.codec import JSON
-from streamtools.message import ids
+from streamtools.message import id_generator
 from tests.brokers.rabbitmq import RabbitMQNode
 
 MESSAGES = 20_000
@@ -74,7 +74,7 @@ class Counter:
 
 
 def _messages() -> list[Message]:
-    new_id = ids()
+    new_id = id_generator()
     body = Place(id=1, note=NOTE).model_dump_json().encode()
     kind = Place.__terms__.name
     return [

@@ -12,7 +12,7 @@ import statistics
 from benchmarks.rounds import Contender, Stopwatch, compare
 from streamtools import Consumer, Message
 from streamtools.codec import decode, encode
-from streamtools.message import ids
+from streamtools.message import id_generator
 
 MESSAGES = 20_000
 URL = f"asyncio://bench?maxsize={MESSAGES + 1}"
@@ -33,7 +33,7 @@ class Counter:
 
 
 def _messages() -> list[Message]:
-    new_id = ids()
+    new_id = id_generator()
     body, content_type = encode(PAYLOAD)
     return [Message(body=body, queue="bench", id=new_id(), content_type=content_type) for _ in range(MESSAGES)]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from streamtools.delivery import Delivery, Settlement
 from streamtools.driver import AdminHooks, Reader
 from streamtools.engine.messages.failures import redrive_copy
-from streamtools.engine.messages.origin import check_home, failed_there, queues_named
+from streamtools.engine.messages.origin import check_failed_here, failed_there, queues_named
 from streamtools.engine.options import check_known
 from streamtools.engine.tasks.eventloops import LoopBound, at_end, forget
-from streamtools.errors import ConfigurationError, ConnectError, QueueError, SendError, text_of
+from streamtools.errors import ConfigurationError, ConnectError, QueueError, SendError, safe_str
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
 from streamtools.protocols import NO_ADMIN, QUEUE_OPTIONS, targets
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 #: Messages taken at once by `peek` and `move`.
 BATCH: Final = 100
 #: Seconds of silence after which a queue that should hold more is taken as empty.
-SILENCE: Final = 1.0
+EMPTY_TIMEOUT: Final = 1.0
 #: Seconds between two looks at whether deliveries have gone back.
-RETURN_LOOK: Final = 0.02
+RETURN_POLL_INTERVAL: Final = 0.02
 
 #: Protocol name to admin class.
 ADMINS: Registry[QueueAdmin] = Registry("admin", targets("admin"), NO_ADMIN)
@@ -277,7 +277,7 @@ class QueueAdmin(AdminHooks, LoopBound):
 
         def outgoing(message: Message) -> tuple[Message, ...]:
             if target is None and named is None:
-                check_home(message, source)
+                check_failed_here(message, source)
             return (self._back(message, target),)
 
         return await self._here()._settle_where(source, failed_there(named, where), limit, progress, outgoing)
@@ -363,7 +363,7 @@ class QueueAdmin(AdminHooks, LoopBound):
         try:
             seen = 0
             while seen < number:
-                batch = await reader.receive(min(BATCH, number - seen), timeout=SILENCE)
+                batch = await reader.receive(min(BATCH, number - seen), timeout=EMPTY_TIMEOUT)
                 if not batch:
                     break
                 seen += len(batch)
@@ -380,9 +380,9 @@ class QueueAdmin(AdminHooks, LoopBound):
         RabbitMQ takes deliveries back after the connection's end, and tells nobody when it has; while
         another consumer is at work on the queue the number is never reached, hence the limit.
         """
-        deadline = time.monotonic() + SILENCE
+        deadline = time.monotonic() + EMPTY_TIMEOUT
         while (await self._stats(queue)).ready < expected and time.monotonic() < deadline:  # noqa: ASYNC110 - see above
-            await asyncio.sleep(RETURN_LOOK)
+            await asyncio.sleep(RETURN_POLL_INTERVAL)
 
 
 async def _settle_each(reader: Reader, settlements: Sequence[Settlement]) -> list[Exception]:
@@ -414,7 +414,7 @@ async def _settle_each(reader: Reader, settlements: Sequence[Settlement]) -> lis
 
 def _stay(source: str, moved: int, left: Sequence[Exception]) -> Exception:
     """The error for messages that could not be moved: of the type of the first error, with a summary of all."""
-    reasons = list(dict.fromkeys(text_of(error).rstrip(".") for error in left))
+    reasons = list(dict.fromkeys(safe_str(error).rstrip(".") for error in left))
     more = f", and {len(reasons) - 1} more reasons" if len(reasons) > 1 else ""
     text = f"{moved:,} moved; {len(left):,} stay in {source!r}: {reasons[0]}{more}."
     first = left[0]

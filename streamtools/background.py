@@ -15,7 +15,7 @@ from streamtools.engine.tasks.cancellation import end
 T = TypeVar("T")
 
 #: Seconds in which the loop's thread ends when the interpreter does.
-ENDING: Final = 1.0
+CLOSE_TIMEOUT: Final = 1.0
 
 
 class BackgroundLoop:
@@ -103,7 +103,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
-        loop.run_until_complete(end(asyncio.all_tasks(loop), ENDING / 2))
+        loop.run_until_complete(end(asyncio.all_tasks(loop), CLOSE_TIMEOUT / 2))
         loop.run_until_complete(loop.shutdown_asyncgens())  # closes what is open
     finally:
         loop.close()
@@ -112,7 +112,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     if thread.is_alive():
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(ENDING)
+        thread.join(CLOSE_TIMEOUT)
 
 
 _background: Final = BackgroundLoop()

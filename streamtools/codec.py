@@ -17,10 +17,10 @@ from pydantic_core import (
     to_jsonable_python,
 )
 
-from streamtools.errors import ConfigurationError, DecodeError, near
+from streamtools.errors import ConfigurationError, DecodeError, suggest
 from streamtools.message import Message
 from streamtools.text.bounded_cache import BoundedCache
-from streamtools.validation.bodies import is_known_charset, read_characters, undone
+from streamtools.validation.bodies import decompressed, is_known_charset, read_characters
 from streamtools.validation.forms import FORM, is_form, read_form, validate_form
 from streamtools.validation.parsing import LARGE, Parser, parse_json
 
@@ -111,7 +111,7 @@ def _encoder(content_type: str) -> Callable[[Any], bytes]:
     if found is None or found.encode is None:
         raise ConfigurationError(
             f"Nothing encodes {content_type!r}: register_codec({content_type!r}, decode, encode) first. "
-            + near(content_type, [JSON, *(media for media, codec in _CODECS.items() if codec.encode)])
+            + suggest(content_type, [JSON, *(media for media, codec in _CODECS.items() if codec.encode)])
         )
     return found.encode
 
@@ -213,7 +213,7 @@ def decode(message: Message) -> Any:
 
 
 def _decode_any(message: Message, body: bytes) -> Any:
-    body, media = undone(body, message.content_encoding), media_type(message.content_type)
+    body, media = decompressed(body, message.content_encoding), media_type(message.content_type)
     if media in _CODECS:
         return _decode_by(_CODECS[media], message, body)
     if media == BATCH:
@@ -317,7 +317,7 @@ def _validator_of_others(adapter: TypeAdapter[Any], parse: Parser, takes_text: b
     def validate(message: Message) -> Any:
         if message.body is None:
             return adapter.validate_python(None)
-        body, media = undone(message.body, message.content_encoding), media_type(message.content_type)
+        body, media = decompressed(message.body, message.content_encoding), media_type(message.content_type)
         if media in _CODECS:
             return adapter.validate_python(_decode_by(_CODECS[media], message, body))
         if media.startswith("text/"):
@@ -479,7 +479,7 @@ def _as_utf8(message: Message, body: bytes) -> bytes:
 
 def _json_of(message: Message) -> bytes:
     """What is validated of a JSON body: without its encoding, and of a batch the data alone."""
-    body = undone(message.body or b"", message.content_encoding)
+    body = decompressed(message.body or b"", message.content_encoding)
     return _payloads(message, body) if media_type(message.content_type) == BATCH else _as_utf8(message, body)
 
 

@@ -21,8 +21,8 @@ from streamtools.engine.functions.invoke import RESOLVERS, Resolver, check_decor
 from streamtools.engine.loop import Ack, Finished, Loop, Source
 from streamtools.engine.messages.failures import error_queue_of
 from streamtools.engine.replies import ReplyRule
-from streamtools.engine.settling import Dispatch, OneSettlement
-from streamtools.engine.tasks.cancellation import guard, until
+from streamtools.engine.settling import Decider, OneSettlement
+from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost, until
 from streamtools.engine.tasks.eventloops import in_its_loop
 from streamtools.engine.tasks.threads import Threads
 from streamtools.engine.tasks.watch import watched
@@ -42,7 +42,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 OrderedBy = Literal["queue", "partition", "key"]
 #: Seconds for the answer to what is there now.
-ASKING: Final = 5.0
+POLL_TIMEOUT: Final = 5.0
 #: Deliveries in hand at most, when the consumer does not say.
 PREFETCH: Final = 100
 
@@ -50,7 +50,7 @@ PREFETCH: Final = 100
 CONSUMER_LOOPS: Registry[Consumer] = Registry("consumer", targets("consumer"))
 
 
-class Translator(Source, Protocol):
+class TransportWrapper(Source, Protocol):
     """What a driver gives and takes, or what stands before it."""
 
     async def _poll(self, limit: int) -> Sequence[Delivery]: ...
@@ -92,7 +92,7 @@ class Consumer(ConsumerHooks, Endpoint):
     """
 
     #: Stands before the driver where messages come and go with another system's headers.
-    translator: Translator | None = None
+    wrapper: TransportWrapper | None = None
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -149,8 +149,8 @@ class Consumer(ConsumerHooks, Endpoint):
         self.handler: BoundHandler | None = None
         self._loop: Loop | None = None
         self._running = False
-        self._by_hand = self.dispatcher(_no_handler, "by hand")
-        self._hand = self._settle_by_hand  # one object: deliveries show by it whose they are
+        self._manual = self.make_dispatcher(_no_handler, "by hand")
+        self._settle_manually = self._settle_received  # one object: deliveries show by it whose they are
         self._pulling = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._deadline: float | None = None
@@ -228,7 +228,9 @@ class Consumer(ConsumerHooks, Endpoint):
         self._here()
         at_once = timeout == 0
         if timeout is not None:
-            timeout = asyncio.get_running_loop().time() + (ASKING if at_once else max(timeout, self.look))
+            timeout = asyncio.get_running_loop().time() + (
+                POLL_TIMEOUT if at_once else max(timeout, self.poll_timeout)
+            )
         while True:
             await self._connect(time.monotonic() + self.connect_timeout)
             try:
@@ -250,13 +252,13 @@ class Consumer(ConsumerHooks, Endpoint):
             for delivery in deliveries:
                 if delivery.settled:
                     continue
-                if delivery.hand is not self._hand:
+                if delivery.settle_manually is not self._settle_manually:
                     raise RuntimeError(f"{delivery!r} was not given by receive() of {self!r}: await delivery.ack().")
                 delivery.settled = True
                 batch.append(delivery)
             if batch:
                 self._here()
-                await guard(self._ack(batch))
+                await stray_cancellation_as_lost(self._ack(batch))
         except BaseException:
             for delivery in batch:
                 delivery.settled = False  # still in hand: another verdict may fare better
@@ -287,12 +289,12 @@ class Consumer(ConsumerHooks, Endpoint):
         self._closed = False
         threads = Threads(self.concurrency, f"streamtools-{self.queue}")
         try:
-            dispatch = handler.dispatch(self, threads)
+            decider = handler.make_decider(self, threads)
             async with until(self._stopping):
                 await self._connect(time.monotonic() + self.connect_timeout)
             if on_started is not None and not self._stopping.is_set():
                 on_started()
-            await self._run(dispatch)
+            await self._run(decider)
         except ConnectError:
             if not self._stopping.is_set():
                 raise
@@ -329,23 +331,23 @@ class Consumer(ConsumerHooks, Endpoint):
 
     # --- the way of a message -------------------------------------------------------------------
 
-    async def _run(self, dispatch: Dispatch) -> None:
+    async def _run(self, decider: Decider) -> None:
         finished: Finished = {}
         attempt = 0
         with suppress(Closed):  # close() was called from elsewhere
             while not self._stopping.is_set():
-                await self._run_loop(dispatch, finished)
+                await self._run_loop(decider, finished)
                 attempt = 0 if self._loop is not None and self._loop.settled else attempt + 1
                 if not self._stopping.is_set():
                     await self._reconnect(attempt)
 
-    async def _run_loop(self, dispatch: Dispatch, finished: Finished) -> None:
+    async def _run_loop(self, decider: Decider, finished: Finished) -> None:
         """One loop over one connection, until it is told to stop or the connection is lost."""
         self._loop = Loop(
-            self.translator or self, dispatch, concurrency=self.concurrency, prefetch=self.prefetch,
-            line=self._line if self.ordered_by in ("partition", "key") else None, ack=self.ack, finished=finished,
+            self.wrapper or self, decider, concurrency=self.concurrency, prefetch=self.prefetch, ack=self.ack,
+            ordering_key=self._ordering_key if self.ordered_by in ("partition", "key") else None, finished=finished,
         )  # fmt: skip
-        watch = asyncio.create_task(self._watch(dispatch))
+        watch = asyncio.create_task(self._watch(decider))
         try:
             with watched():
                 await self._loop.run(self._stopping, self._grace)
@@ -356,9 +358,9 @@ class Consumer(ConsumerHooks, Endpoint):
         finally:
             watch.cancel()
 
-    async def _watch(self, dispatch: Dispatch) -> None:
+    async def _watch(self, decider: Decider) -> None:
         await self._stopping.wait()
-        dispatch.stop()
+        decider.stop()
 
     async def _reconnect(self, attempt: int) -> None:
         while not self._stopping.is_set():
@@ -392,7 +394,7 @@ class Consumer(ConsumerHooks, Endpoint):
                 return batch
             fresh = [delivery for delivery in batch if delivery not in stale]
             try:
-                await guard(self._settle([Settlement(delivery, DROP) for delivery in stale]))
+                await stray_cancellation_as_lost(self._settle([Settlement(delivery, DROP) for delivery in stale]))
             except asyncio.CancelledError:
                 await self._settle([Settlement(delivery, RELEASE) for delivery in fresh])
                 raise
@@ -402,21 +404,21 @@ class Consumer(ConsumerHooks, Endpoint):
     async def _pull(self, limit: int, deadline: float | None, at_once: bool) -> list[Delivery]:
         if at_once and self._pulling.locked():
             return []  # another waits, so there is nothing
-        end = self.translator or self
+        end = self.wrapper or self
         receive = end._poll if at_once else end._receive
         try:
             async with asyncio.timeout_at(deadline), self._pulling:
-                batch = await guard(receive(limit))
+                batch = await stray_cancellation_as_lost(receive(limit))
         except TimeoutError:
             return []
         for delivery in batch:
-            delivery.hand = self._hand
+            delivery.settle_manually = self._settle_manually
         return list(batch)
 
-    async def _settle_by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
+    async def _settle_received(self, delivery: Delivery, verdict: Verdict) -> None:
         self._here()
-        settlement = self._by_hand.settlement(delivery, delivery.message, verdict, None)
-        await OneSettlement((self.translator or self)._settle, self._by_hand, settlement).perform()
+        settlement = self._manual.settlement(delivery, delivery.message, verdict, None)
+        await OneSettlement((self.wrapper or self)._settle, self._manual, settlement).perform()
 
     async def _connect(self, deadline: float) -> None:
         async with self._opening:
@@ -430,7 +432,7 @@ class Consumer(ConsumerHooks, Endpoint):
         log.warning("%r: %s Reconnecting.", self, error)
         self._connected = False
         try:
-            await guard(self._close())
+            await stray_cancellation_as_lost(self._close())
         except Exception as trouble:  # what is left of the old connection must not keep us from a new one
             log.warning("%r: closing what is left: %s", self, trouble)
 
@@ -448,7 +450,7 @@ class Consumer(ConsumerHooks, Endpoint):
     def _grace(self) -> float:
         return max(0.0, (self._deadline or time.monotonic()) - time.monotonic())
 
-    def dispatcher(
+    def make_dispatcher(
         self,
         handler: Handler,
         name: str,
@@ -575,7 +577,7 @@ class BoundHandler(Decorated):
                 loops.create_task(handler.consumer.run(handler))
         return None
 
-    def dispatch(self, consumer: Consumer, threads: Threads) -> Dispatch:
+    def make_decider(self, consumer: Consumer, threads: Threads) -> Decider:
         """What turns the deliveries of `consumer` into settlements, compiled anew for each run.
 
         Parameters:
@@ -583,7 +585,7 @@ class BoundHandler(Decorated):
         """
         function = compile_handler(self.function, threads, consumer.resolvers)
         handler = chain(function, check_middleware(consumer.middleware))
-        return consumer.dispatcher(handler, self.name, answer=consumer._answers())
+        return consumer.make_dispatcher(handler, self.name, answer=consumer._answers())
 
     def __repr__(self) -> str:
         return f"<handler {self.name} of {self.consumer!r}>"

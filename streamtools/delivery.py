@@ -8,13 +8,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from streamtools.errors import DecodeError, text_of
+from streamtools.errors import DecodeError, safe_str
 from streamtools.message import Message
 from streamtools.validation.checks import Seconds, check_seconds
 from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
 
 #: What settles a delivery by hand: (delivery, verdict) -> None, given by the consumer.
-SettleByHand = Callable[["Delivery", Verdict], Awaitable[None]]
+SettleManually = Callable[["Delivery", Verdict], Awaitable[None]]
 
 
 class Delivery:
@@ -23,9 +23,9 @@ class Delivery:
     Attributes:
         message: the message.
         token: whatever the driver needs to settle it; no one else reads it.
-        count: how often the broker delivered it before without a verdict; 0 at first, and where unknown.
+        redeliveries: how often the broker delivered it before without a verdict; 0 at first, and where unknown.
         settled: a verdict was given.
-        trouble: what the driver found wrong with it: it is rejected unread; None for nothing.
+        decode_error: what the driver found wrong with it: it is rejected unread; None for nothing.
         abandoned: its handler was cancelled because the broker does so.
         withdrawn: the broker gives it to another consumer: it is not run any more, and its verdict does nothing.
         outgoing: what its handler sends, to leave before its acknowledgement.
@@ -34,22 +34,22 @@ class Delivery:
     """
 
     __slots__ = (
-        "__weakref__", "abandoned", "count", "hand", "message", "outgoing", "settled", "task", "token", "trouble",
-        "wake", "withdrawn",
+        "__weakref__", "abandoned", "decode_error", "message", "outgoing", "redeliveries", "settle_manually",
+        "settled", "task", "token", "wake", "withdrawn",
     )  # fmt: skip
 
     def __init__(
-        self, message: Message, token: Any = None, count: int = 0, trouble: DecodeError | None = None
+        self, message: Message, token: Any = None, redeliveries: int = 0, decode_error: DecodeError | None = None
     ) -> None:
         self.message: Message = message
         self.token: Any = token
-        self.count: int = count
-        self.trouble: DecodeError | None = trouble
+        self.redeliveries: int = redeliveries
+        self.decode_error: DecodeError | None = decode_error
         self.settled: bool = False
         self.withdrawn: bool = False
         self.abandoned: bool = False
         self.outgoing: tuple[Message, ...] = ()
-        self.hand: SettleByHand | None = None
+        self.settle_manually: SettleManually | None = None
         self.task: asyncio.Task[Any] | None = None
         self.wake: asyncio.Event | None = None
 
@@ -96,11 +96,11 @@ class Delivery:
     async def _settle(self, verdict: Verdict) -> None:
         if self.settled:
             return
-        if self.hand is None:
+        if self.settle_manually is None:
             raise RuntimeError("This delivery did not come from an open consumer, so it cannot be settled.")
         self.settled = True
         try:
-            await self.hand(self, verdict)
+            await self.settle_manually(self, verdict)
         except BaseException:
             self.settled = False  # it is still in hand: another verdict may fare better
             raise
@@ -142,7 +142,7 @@ def read_message(
 ) -> tuple[Message, DecodeError | None]:
     """The decoded message and None, or the bare body and what is wrong with it; it never raises.
 
-    `Delivery(message, ..., trouble=trouble)` is then rejected unread, with its body; no other message is affected.
+    `Delivery(message, ..., decode_error=error)` is then rejected unread, with its body; no other message is affected.
 
     Parameters:
         decode: makes the message of `parts`.
@@ -166,7 +166,7 @@ def unreadable(
     place: str,  # noqa: A002
 ) -> tuple[Message, DecodeError]:
     """What `read_message` gives for a message whose decoding raised `error`; parameters as there."""
-    trouble = DecodeError(f"The message at {place} cannot be read: {type(error).__name__}: {text_of(error)}")
+    trouble = DecodeError(f"The message at {place} cannot be read: {type(error).__name__}: {safe_str(error)}")
     trouble.__cause__ = error
     return Message(body=body, queue=queue, id=id), trouble
 

@@ -140,11 +140,11 @@ class ConsumerHooks(EndpointHooks):
     """Hooks of consumers.
 
     Attributes:
-        look: seconds in which `_receive` has surely found what is there.
+        poll_timeout: seconds in which `_receive` has surely found what is there.
         drops_expired: messages that have expired are not handed over; an operator's reader sees them all the same.
     """
 
-    look: ClassVar[float] = 0.25
+    poll_timeout: ClassVar[float] = 0.25
     drops_expired: ClassVar[bool] = True
 
     @required
@@ -160,14 +160,14 @@ class ConsumerHooks(EndpointHooks):
         raise NotImplementedError
 
     async def _poll(self, limit: int) -> Sequence[Delivery]:
-        """What is there now, at most `limit`; as it stands, what `_receive` finds within `look` seconds.
+        """What is there now, at most `limit`; as it stands, what `_receive` finds within `poll_timeout` seconds.
 
         Written anew by drivers that can ask and be told that there is nothing.
 
         Raises:
             TimeoutError: there is nothing.
         """
-        async with asyncio.timeout(self.look):
+        async with asyncio.timeout(self.poll_timeout):
             return await self._receive(limit)
 
     @required
@@ -203,7 +203,7 @@ class ConsumerHooks(EndpointHooks):
     async def _stop(self) -> None:
         """Take in no more; called once before the last settlements. Deliveries in hand stay so."""
 
-    def _line(self, delivery: Delivery) -> Hashable:
+    def _ordering_key(self, delivery: Delivery) -> Hashable:
         """Deliveries of which this is the same are handled one after the other; None: of no matter."""
         return delivery.message.key
 

@@ -246,7 +246,7 @@ class Drop(Signal):
     """Acknowledge the message and forget it."""
 
 
-def text_of(error: object) -> str:
+def safe_str(error: object) -> str:
     """What it says: of a group what each in it says, and of one that says nothing where it was raised.
 
     An exception whose own text raises, whatever it raises, must not stop its report.
@@ -256,7 +256,7 @@ def text_of(error: object) -> str:
     except BaseException as broken:
         return f"(its text could not be read: {type(broken).__name__})"
     if isinstance(error, BaseExceptionGroup):
-        said = [f"{type(each).__name__}: {text_of(each)}" for each in islice(leaves(error), SHOWN)]
+        said = [f"{type(each).__name__}: {safe_str(each)}" for each in islice(leaves(error), SHOWN)]
         return f"{text}: {'; '.join(said)}"
     return text if text or not isinstance(error, BaseException) else _where(error)
 
@@ -299,7 +299,7 @@ def _own_frame(error: BaseException) -> str | None:
     return f"{code.co_qualname} ({Path(code.co_filename).name}:{line})"
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """A sentence that names the close matches of `name` and the whole list of `known`."""
     names = sorted(known)
     close = get_close_matches(name, names, n=3, cutoff=0.6)

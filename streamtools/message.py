@@ -240,7 +240,7 @@ class Draft(LazyMessage):
 common: Final[Callable[[Draft], dict[str, Any]]] = _SOURCE.__get__
 
 
-def ids() -> Callable[[], str]:
+def id_generator() -> Callable[[], str]:
     """A source of unique message ids: 32 hex digits, random in the first half, counted in the second.
 
     One random number serves a producer's whole life, so that an id costs no system call.
@@ -248,3 +248,7 @@ def ids() -> Callable[[], str]:
     prefix = token_hex(8)
     numbers = count(1)
     return lambda: f"{prefix}{next(numbers):016x}"
+
+
+#: The older name.
+ids = id_generator

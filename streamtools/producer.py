@@ -18,9 +18,9 @@ from streamtools.engine.endpoint import Endpoint
 from streamtools.engine.messages.times import refusal, wrong_time
 from streamtools.engine.options import parameters, read_options
 from streamtools.engine.outbox import Outbox, current_outbox
-from streamtools.engine.tasks.cancellation import guard
+from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, FeatureError, OptionError, SendError
-from streamtools.message import NO_HEADERS, Draft, Message, ids, setters
+from streamtools.message import NO_HEADERS, Draft, Message, id_generator, setters
 from streamtools.protocols import SEND_OPTIONS, targets, that_can
 from streamtools.receipt import Receipt as Receipt
 from streamtools.registry import Registry
@@ -75,12 +75,12 @@ class Gathering:
 PLACES: Final = 3
 
 
-class Sink(Protocol):
+class TransportWrapper(Protocol):
     """What stands before a driver and takes a batch in its place."""
 
     async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None: ...
 
-    def for_producer(self, producer: Producer) -> Sink:
+    def for_producer(self, producer: Producer) -> TransportWrapper:
         """The same before another producer: the twin in a second event loop."""
         ...
 
@@ -111,7 +111,7 @@ class Producer(ProducerHooks, Endpoint):
     """
 
     #: Stands before the driver where messages leave with another system's headers.
-    translator: Sink | None = None
+    wrapper: TransportWrapper | None = None
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -144,7 +144,7 @@ class Producer(ProducerHooks, Endpoint):
         #: Exchanges that are missing are made, where the protocol has exchanges.
         self.declares_exchanges: bool = declare is True
         self._no_options = self.send_options_class()
-        self._new_id = ids()
+        self._new_id = id_generator()
         self._outbox = outbox
         self._gathering = Gathering(self)
 
@@ -263,8 +263,8 @@ class Producer(ProducerHooks, Endpoint):
 
     def _make_twin(self) -> Self:
         twin = super()._make_twin()
-        if self.translator is not None:
-            twin.translator = self.translator.for_producer(twin)
+        if self.wrapper is not None:
+            twin.wrapper = self.wrapper.for_producer(twin)
         return twin
 
     def _let_go(self, batch: Sequence[Message], options: Any) -> Coroutine[Any, Any, list[Receipt]]:
@@ -377,7 +377,7 @@ class Producer(ProducerHooks, Endpoint):
                     await self._connect(deadline, failures)
                 connected, opened = True, self._opened
                 async with asyncio.timeout_at(_loop_time(deadline)):
-                    receipts = await guard((self.translator or self)._send(batch, options))
+                    receipts = await stray_cancellation_as_lost((self.wrapper or self)._send(batch, options))
                 return list(receipts) if receipts is not None else [Receipt(m.id, m.queue) for m in batch]
             except TimeoutError as error:
                 raise self._unconfirmed(batch, self._why_unconfirmed(), doubt=True) from error

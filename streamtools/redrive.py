@@ -10,7 +10,7 @@ from typing import Final
 
 from streamtools.admin import QueueAdmin
 from streamtools.engine.messages.origin import failed_there, queues_named
-from streamtools.errors import ConfigurationError, near
+from streamtools.errors import ConfigurationError, suggest
 from streamtools.message import ErrorDetails, Message
 from streamtools.wire import key_text
 
@@ -77,7 +77,7 @@ def _condition(text: str) -> Condition:
         header = name.removeprefix(HEADER)
         return lambda message: fnmatchcase(message.headers.get(header, ""), value)
     if name not in FIELDS:
-        raise ConfigurationError(f"A filter has no {name!r}. {near(name, [*FIELDS, HEADER + 'NAME'])}")
+        raise ConfigurationError(f"A filter has no {name!r}. {suggest(name, [*FIELDS, HEADER + 'NAME'])}")
     read, fits = FIELDS[name], _fits(name, value)
     return lambda message: fits(read(message, message.error or NO_DETAILS))
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar, overload
 
-from streamtools.errors import ConfigurationError, UnknownProtocol, near
+from streamtools.errors import ConfigurationError, UnknownProtocol, suggest
 from streamtools.protocols import (
     ALIASES,
     BUILT_IN,
@@ -130,7 +130,7 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
             return name
         if name in PLANNED or name in self._lacking:
             raise self._unknown(name, name)
-        raise UnknownProtocol(f"No URL begins with {scheme}://. {near(scheme, self._schemes())}")
+        raise UnknownProtocol(f"No URL begins with {scheme}://. {suggest(scheme, self._schemes())}")
 
     def _schemes(self) -> list[str]:
         others = set(self) - {protocol.name for protocol in BUILT_IN}
@@ -187,9 +187,9 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
         if key in self._lacking:
             return UnknownProtocol(f"{name!r} {self._lacking[key]}")
         if key in PLANNED:
-            return UnknownProtocol(f"{name!r} is not in this version. {near(name, self)}")
+            return UnknownProtocol(f"{name!r} is not in this version. {suggest(name, self)}")
         aliases = [alias for alias, target in ALIASES.items() if target in self]
-        return UnknownProtocol(f"No {self._kind} is named {name!r}. {near(name, [*self, *aliases])}")
+        return UnknownProtocol(f"No {self._kind} is named {name!r}. {suggest(name, [*self, *aliases])}")
 
 
 def _same(taken: type | str, value: type) -> bool:

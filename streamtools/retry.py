@@ -18,11 +18,11 @@ from streamtools.errors import (
     Reject,
     RetryLater,
     leaves,
-    near,
-    text_of,
+    safe_str,
+    suggest,
 )
 from streamtools.validation.checks import Seconds, check_seconds, is_number, is_whole
-from streamtools.verdicts import DROP, Kind, Verdict
+from streamtools.verdicts import DROP, Verdict, VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -74,7 +74,7 @@ class Retry:
             "errors": {} if errors is None else errors,
         }
         for name in unknown:
-            raise OptionError(f"Retry takes no {name!r}. {near(name, values)}")
+            raise OptionError(f"Retry takes no {name!r}. {suggest(name, values)}")
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self._check()
@@ -127,7 +127,7 @@ class Retry:
         if isinstance(error, Drop):
             return DROP
         if isinstance(error, Reject | DecodeError):
-            return Verdict.reject(text_of(error))
+            return Verdict.reject(safe_str(error))
         if (policy := self.of(error)) is not self:
             return policy._decide(error, attempt)
         if self.retries is not None and attempt > self.retries:
@@ -145,7 +145,7 @@ def _gravity(verdict: Verdict) -> tuple[int, float, bool]:
 
 
 #: Verdicts on the errors of one group, the gravest last.
-_GRAVITY: Final = (Kind.DROP, Kind.RETRY, Kind.REJECT)
+_GRAVITY: Final = (VerdictKind.DROP, VerdictKind.RETRY, VerdictKind.REJECT)
 
 
 def _chosen_delay(error: RetryLater) -> float | None:
@@ -162,7 +162,7 @@ def _in_seconds(value: Any) -> Any:
     return value.total_seconds() if isinstance(value, timedelta) else value
 
 
-def checked(verdict: object) -> Verdict:
+def validate_verdict(verdict: object) -> Verdict:
     """What an error handler has returned.
 
     Raises:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from streamtools.errors import ConfigurationError, near
+from streamtools.errors import ConfigurationError, suggest
 from streamtools.protocols import URL_VARIABLE
 from streamtools.validation.tokens import read_tokens
 
@@ -129,7 +129,7 @@ class ProtocolSettings(BaseSettings):
             if name not in cls.model_fields:
                 if "@" in name + value:  # not shown: behind an unencoded "?" it is a password
                     raise ConfigurationError(f"The {cls.protocol} URL has an '@' behind its '?'. {ENCODED}")
-                raise ConfigurationError(f"The {cls.protocol} URL has no {name!r}. {near(name, cls.model_fields)}")
+                raise ConfigurationError(f"The {cls.protocol} URL has no {name!r}. {suggest(name, cls.model_fields)}")
 
     @property
     def safe_url(self) -> str:
@@ -146,7 +146,7 @@ def _explain(cls: type[ProtocolSettings], error: ValidationError) -> Configurati
 def _row(cls: type[ProtocolSettings], problem: Mapping[str, Any]) -> str:
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return f"it has no {name!r}: {near(name, cls.model_fields)}".removesuffix(".")
+        return f"it has no {name!r}: {suggest(name, cls.model_fields)}".removesuffix(".")
     return f"{name}: {problem['msg']}"
 
 

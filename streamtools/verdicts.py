@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Self
 
 
-class Kind(StrEnum):
+class VerdictKind(StrEnum):
     """The five ends that a delivery can come to."""
 
     ACK = "ack"
@@ -32,25 +32,27 @@ class Verdict:
         ValueError: there is no such kind.
     """
 
-    kind: Kind
+    kind: VerdictKind
     delay: float = 0.0
     reason: str = ""
 
     def __post_init__(self) -> None:
-        if type(self.kind) is not Kind:
-            object.__setattr__(self, "kind", Kind(self.kind))
+        if type(self.kind) is not VerdictKind:
+            object.__setattr__(self, "kind", VerdictKind(self.kind))
 
     @classmethod
     def retry(cls, delay: float | timedelta = 0.0) -> Self:
         """Run the message again, after `delay`: seconds, or a timedelta."""
-        return cls(Kind.RETRY, delay=delay.total_seconds() if isinstance(delay, timedelta) else delay)
+        return cls(VerdictKind.RETRY, delay=delay.total_seconds() if isinstance(delay, timedelta) else delay)
 
     @classmethod
     def reject(cls, reason: str = "") -> Self:
         """Move the message to the error queue."""
-        return cls(Kind.REJECT, reason=reason)
+        return cls(VerdictKind.REJECT, reason=reason)
 
 
-ACK = Verdict(Kind.ACK)
-DROP = Verdict(Kind.DROP)
-RELEASE = Verdict(Kind.RELEASE)
+ACK = Verdict(VerdictKind.ACK)
+DROP = Verdict(VerdictKind.DROP)
+RELEASE = Verdict(VerdictKind.RELEASE)
+#: The older name.
+Kind = VerdictKind

@@ -265,7 +265,7 @@ async def test_each_request_has_one_answer_and_then_the_connection_ends(
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
 async def test_a_connection_without_a_whole_request_ends(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(health_port, "TIME", 0.05)
+    monkeypatch.setattr(health_port, "REQUEST_TIMEOUT", 0.05)
     server = HealthServer("127.0.0.1", 0, HealthReport)
     await server.start()
     assert await say(server.port, sent) == b""

@@ -109,7 +109,7 @@ def order(dice: Dice, position: int, moment: datetime, warehouse: str) -> Event:
     first, family, mailbox = dice.one(CUSTOMERS)
     street, code, city, country, currency, rate, decimals = dice.one(PLACES)
     convert = _converter(Decimal(rate), decimals)
-    lines = [_line(dice, convert) for _ in range(dice.number(1, 4))]
+    lines = [_ordering_key(dice, convert) for _ in range(dice.number(1, 4))]
     total = sum((line["quantity"] * Decimal(line["unit_price"]) for line in lines), Decimal(0))
     return {
         "order_id": f"ORD-2026-{position:06}",
@@ -133,7 +133,7 @@ def _converter(rate: Decimal, decimals: int) -> Callable[[str], str]:
     return lambda price: str((Decimal(price) * rate).quantize(step))
 
 
-def _line(dice: Dice, convert: Callable[[str], str]) -> Event:
+def _ordering_key(dice: Dice, convert: Callable[[str], str]) -> Event:
     sku, title, price = dice.one(PRODUCTS)
     quantity = dice.one([1, 1, 1, 2, 2, 3, 4, 6])
     return {"sku": sku, "title": title, "quantity": quantity, "unit_price": convert(price)}

@@ -320,7 +320,7 @@ class Bus(Verbs):
         if name not in pulling:
             own = name == self.queue
             pulling[name] = (
-                self._make_consumer() if own else self._attended(Consumer(name, url=self._url, declare=False))
+                self._make_consumer() if own else self._with_wrapper(Consumer(name, url=self._url, declare=False))
             )
             if own:
                 pulling[name].bindings = self._bindings()
@@ -404,15 +404,17 @@ class Bus(Verbs):
         """The consumer of this bus's queue."""
         return self._make_consumer()
 
-    def dispatch(self, consumer: Consumer, threads: Threads) -> BusDispatch:
+    def make_decider(self, consumer: Consumer, threads: Threads) -> BusDispatch:
         """The handlers, compiled for this consumer."""
 
         def make(handler: Handler, entry: Entry, answer: Answer | None) -> Dispatcher:
-            return consumer.dispatcher(handler, entry.name, retry=entry.retry, on_error=self.on_error, answer=answer)
+            return consumer.make_dispatcher(
+                handler, entry.name, retry=entry.retry, on_error=self.on_error, answer=answer
+            )
 
         check_middleware([*self.incoming, *self.outgoing])
         check_error_handler(self.on_error)
-        self._entries.check_shared(copies=consumer.features.error_queue, by_hand=consumer.ack == "manual")
+        self._entries.check_shared(copies=consumer.features.error_queue, manually=consumer.ack == "manual")
         consumer.bindings = self._bindings()
         return BusDispatch(
             self._entries,
@@ -450,11 +452,11 @@ class Bus(Verbs):
         return self._connections.here().requests
 
     def _make_consumer(self) -> Consumer:
-        return self._attended(Consumer(self._own(), url=self._url, **self._options))
+        return self._with_wrapper(Consumer(self._own(), url=self._url, **self._options))
 
-    def _attended(self, consumer: Consumer) -> Consumer:
+    def _with_wrapper(self, consumer: Consumer) -> Consumer:
         if self._style is not None:
-            self._style.attend(consumer)
+            self._style.install(consumer)
         return consumer
 
     def _share_with_pikabus(self, style: PikaBus) -> None:
@@ -462,7 +464,7 @@ class Bus(Verbs):
             raise ConfigurationError(
                 "header_style='pikabus' goes with ack='after': what comes before its DeferredTime is put back."
             )
-        style.attend(self._sender)
+        style.install(self._sender)
         self._composer.topic = pikabus.TOPIC
         self._composer.source = self.queue or self._composer.source  # an address, as PikaBus has it
         if self._sender.protocol == "rabbitmq":

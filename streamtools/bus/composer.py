@@ -14,9 +14,9 @@ from streamtools.bus.contracts import Command, Contract, Event
 from streamtools.delivery import current
 from streamtools.engine.outbox import current_outbox
 from streamtools.engine.replies import ReplyRule
-from streamtools.errors import ConfigurationError, FeatureError, OptionError, near
+from streamtools.errors import ConfigurationError, FeatureError, OptionError, suggest
 from streamtools.exchange import TOPIC, Exchange
-from streamtools.message import NO_HEADERS, Message, ids
+from streamtools.message import NO_HEADERS, Message, id_generator
 from streamtools.producer import Producer
 from streamtools.validation.checks import Seconds, check_headers, check_name, check_seconds, check_texts, check_topic
 from streamtools.wire import checked_key
@@ -66,7 +66,7 @@ class Composer:
         self._replies = replies or ReplyRule(sender.validate_reply)
         codec.check_content_type(content_type)
         self._content_type = content_type
-        self.new_id: Callable[[], str] = ids()
+        self.new_id: Callable[[], str] = id_generator()
         #: Where commands and replies go by their queue's name; None to the queue itself.
         self.direct: Exchange | None = None
         #: Where events go by their topic.
@@ -285,4 +285,4 @@ def refuse(verb: str, unknown: Mapping[str, object]) -> None:
             raise OptionError(f"{verb}() takes no {name}=, since it sends at once: await defer(command, {name}=...).")
         if name in ("correlation_id", "id", "reply_to"):
             raise OptionError(f"{verb}() takes no {name}=: the bus sets it. A Producer's send() takes what you give.")
-        raise OptionError(f"{verb}() takes no {name!r}. {near(name, TAKES[verb])}")
+        raise OptionError(f"{verb}() takes no {name!r}. {suggest(name, TAKES[verb])}")

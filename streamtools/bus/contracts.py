@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, get_args, get_origin
 from pydantic import BaseModel, ConfigDict
 
 from streamtools.engine.functions.invoke import parts_of
-from streamtools.errors import ConfigurationError, near
+from streamtools.errors import ConfigurationError, suggest
 from streamtools.validation.checks import check_name, check_topic
 
 #: What is given on the class, beside pydantic's own configuration.
@@ -54,7 +54,9 @@ class Contract(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         # pydantic would read over what nobody knows, a misspelt version= among it.
         for word in kwargs:
-            raise TypeError(f"class {cls.__name__}({word}=...) is nothing that a contract has. {near(word, TERMS)}")
+            raise TypeError(
+                f"class {cls.__name__}({word}=...) is nothing that a contract has. {suggest(word, TERMS)}"
+            )
 
     @classmethod
     def _set(cls, terms: Terms) -> None:

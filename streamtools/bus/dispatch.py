@@ -20,10 +20,10 @@ from streamtools.engine.messages.times import wrong_time
 from streamtools.engine.outbox import Outbox, Sender
 from streamtools.engine.replies import lost_replies
 from streamtools.engine.tasks.threads import Threads
-from streamtools.errors import ConfigurationError, Reject, SendError, near
+from streamtools.errors import ConfigurationError, Reject, SendError, suggest
 from streamtools.message import Message
 from streamtools.types import Handler, Middleware
-from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
+from streamtools.verdicts import ACK, RELEASE, Verdict, VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -117,7 +117,7 @@ class BusDispatch:
         for name, dispatcher in runs:
             # Where one was cut short, the next are not begun: we stop.
             part = Settlement(delivery, RELEASE) if over else await dispatcher(delivery)
-            if part.verdict.kind is Kind.RELEASE:
+            if part.verdict.kind is VerdictKind.RELEASE:
                 over, part.outgoing = True, (delivery.message,)
             parts.append((name, dispatcher, _addressed(part, name)))
         return _merged(delivery, parts)
@@ -186,8 +186,8 @@ class BusDispatch:
         if self._calls:  # the reason is the answer, and whoever asks is no one to list the contracts to
             raise Reject(f"There is no handler for {kind} here.")
         raise Reject(
-            f"There is no handler for {kind} here. {near(message.type or '', self._entries.known())} A handler whose "
-            "first parameter is dict takes what has no other."
+            f"There is no handler for {kind} here. {suggest(message.type or '', self._entries.known())} A handler "
+            "whose first parameter is dict takes what has no other."
         )
 
     # --- sending --------------------------------------------------------------------------------
@@ -211,7 +211,11 @@ class BusDispatch:
     async def _answer_failure(self, settlement: Settlement) -> None:
         """A request that failed for good is answered, so that nobody waits for its timeout."""
         message = settlement.delivery.message
-        if settlement.verdict.kind is not Kind.REJECT or message.intent != "request" or message.reply_to is None:
+        if (
+            settlement.verdict.kind is not VerdictKind.REJECT
+            or message.intent != "request"
+            or message.reply_to is None
+        ):
             return
         if self._calls or not self._composer.may_reply(message):
             return
@@ -258,7 +262,7 @@ def _addressed(part: Settlement, name: str) -> Settlement:
 
 def _merged(delivery: Delivery, parts: list[tuple[str, Dispatcher, Settlement]]) -> Settlement:
     """One settlement for all handlers: what each sends or has copied goes out, then the message is done."""
-    if all(part.verdict.kind is Kind.RELEASE for _, _, part in parts):
+    if all(part.verdict.kind is VerdictKind.RELEASE for _, _, part in parts):
         return Settlement(delivery, RELEASE)
     outgoing = tuple(m for _, _, part in parts for m in part.outgoing)
     return Shared(delivery, ACK, outgoing, parts=parts)

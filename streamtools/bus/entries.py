@@ -98,12 +98,12 @@ class Entries:
                 f'give one of them another name, class {contract.__name__}(..., name="...").'
             )
 
-    def check_shared(self, *, copies: bool, by_hand: bool) -> None:
+    def check_shared(self, *, copies: bool, manually: bool) -> None:
         """Several handlers of one message have a verdict each; their retries are copies that name them.
 
         Parameters:
             copies: a failed message can be copied; otherwise it stays with its sender, as a whole.
-            by_hand: handlers acknowledge, which is the whole message too.
+            manually: handlers acknowledge, which is the whole message too.
 
         Raises:
             ConfigurationError: that cannot be.
@@ -118,7 +118,7 @@ class Entries:
                     f"{names} both handle {what}, and here a message that failed stays with its sender, so "
                     "that neither can be retried without the other: have one handler, which calls both."
                 )
-            if by_hand or any(asks_for(_as_function(entry.function), Delivery) for entry in entries):
+            if manually or any(asks_for(_as_function(entry.function), Delivery) for entry in entries):
                 raise ConfigurationError(
                     f"{names} both handle {what}, so none of them settles it by hand: take Message instead of "
                     "Delivery, leave ack='manual' away, and raise Reject, RetryLater or Drop."

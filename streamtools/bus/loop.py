@@ -15,7 +15,7 @@ class Served(Protocol):
     @property
     def consumer(self) -> Consumer: ...
 
-    def dispatch(self, consumer: Consumer, threads: Threads) -> BusDispatch: ...
+    def make_decider(self, consumer: Consumer, threads: Threads) -> BusDispatch: ...
 
 
 class BusLoop(BoundHandler):
@@ -30,9 +30,9 @@ class BusLoop(BoundHandler):
         """The consumer of the bus's queue."""
         return self.bus.consumer
 
-    def dispatch(self, consumer: Consumer, threads: Threads) -> BusDispatch:
+    def make_decider(self, consumer: Consumer, threads: Threads) -> BusDispatch:
         """The handlers of the bus, compiled."""
-        return self.bus.dispatch(consumer, threads)
+        return self.bus.make_decider(consumer, threads)
 
     def __repr__(self) -> str:
         return f"<loop of {self.bus!r}>"

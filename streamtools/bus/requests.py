@@ -166,7 +166,7 @@ class Requests:
             **self._options,
         )
         if self._style is not None:
-            self._style.attend(consumer)
+            self._style.install(consumer)
         started = self._started = asyncio.Event()
         task = asyncio.create_task(
             consumer.run(consumer()(self._take), on_started=started.set), name="streamtools-replies"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: What is useful everywhere.
 COMMON: Final = ("pydantic", "uvloop")
 #: Seconds for one step.
-STEP: Final = 10.0
+STEP_TIMEOUT: Final = 10.0
 
 State = Literal["ok", "warning", "failed", "skipped"]
 
@@ -155,7 +155,7 @@ class Doctor:
         if self._features.listens:
             return "skipped", "this protocol has no broker: a consumer listens there once it runs"
         begin = time.monotonic()
-        producer = Producer(self._queue("connection"), url=self._url, declare=False, send_timeout=STEP)
+        producer = Producer(self._queue("connection"), url=self._url, declare=False, send_timeout=STEP_TIMEOUT)
         async with producer:
             return "ok", f"in {1000 * (time.monotonic() - begin):.0f} ms"
 
@@ -168,14 +168,14 @@ class Doctor:
         queue = self._queue("probe")
         try:
             async with (
-                Producer(queue, url=self._url, send_timeout=STEP) as producer,
-                Consumer(queue, url=self._url, error_queue=queue, connect_timeout=STEP) as consumer,
+                Producer(queue, url=self._url, send_timeout=STEP_TIMEOUT) as producer,
+                Consumer(queue, url=self._url, error_queue=queue, connect_timeout=STEP_TIMEOUT) as consumer,
             ):
                 begin = time.monotonic()
                 receipt = await producer.send({"probe": True})
-                deliveries = await consumer.receive(timeout=STEP)
+                deliveries = await consumer.receive(timeout=STEP_TIMEOUT)
                 if [delivery.message.id for delivery in deliveries] != [receipt.id]:
-                    return "failed", f"sent one message to {queue!r}, but it did not arrive within {STEP:g} s"
+                    return "failed", f"sent one message to {queue!r}, but it did not arrive within {STEP_TIMEOUT:g} s"
                 await deliveries[0].ack()
                 return "ok", f"sent, received and acknowledged in {1000 * (time.monotonic() - begin):.0f} ms"
         finally:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from streamtools.redrive import ErrorFilter, ErrorGroup, Progress
 
 #: Messages that `list` and `show` look at, when they are not told how many.
-LOOK: Final = 10_000
+PEEK_LIMIT: Final = 10_000
 
 
 errors: typer.Typer = typer.Typer(
@@ -50,7 +50,7 @@ Ids = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Message ids
 def list_(*, url: Url = None, queue: Queue = "error", filter_: Filter = None, json: Json = False) -> None:
     """The failed messages, by queue and by exception."""
     chosen = _filter(filter_)
-    seen = _peek(url, queue, LOOK)
+    seen = _peek(url, queue, PEEK_LIMIT)
     from streamtools.redrive import group_errors
 
     groups = group_errors(message for message in seen if chosen(message))
@@ -76,7 +76,7 @@ def show(
     Why and when, the traceback, headers and body.
     """
     chosen = _filter(filter_)
-    found = [m for m in _peek(url, queue, LOOK) if (not ids or m.id in ids) and chosen(m)]
+    found = [m for m in _peek(url, queue, PEEK_LIMIT) if (not ids or m.id in ids) and chosen(m)]
     shown = found if limit is None else found[:limit]
     for message in shown:
         if json:
@@ -121,7 +121,7 @@ def redrive(
         with plain_errors():
             check_name(to)
     chosen = Movable(_choose(ids, filter_), to, from_)
-    seen = _peek(url, queue, LOOK)
+    seen = _peek(url, queue, PEEK_LIMIT)
     chosen.missing = at(url, lambda admin: missing_queues(admin, filter(None, map(chosen.target, seen))))
     targets = chosen.targets(seen, limit)
     if dry_run:
@@ -169,13 +169,13 @@ def purge(
 ) -> None:
     """Forget failed messages for ever."""
     chosen = _choose(ids, filter_)
-    seen = _peek(url, queue, LOOK)
+    seen = _peek(url, queue, PEEK_LIMIT)
     number = _counted(sum(chosen(message) for message in seen), limit)
     if dry_run or not number:
         _print_dry_run("forgotten", seen, chosen, limit, json=json)
         _say_what_is_missing(ids, queue, number, limit)
         return
-    more = " or more" if len(seen) == LOOK else ""
+    more = " or more" if len(seen) == PEEK_LIMIT else ""
     output.confirm(f"Forget {number:,}{more} failed messages in {queue!r} at {safe_address(url)} for ever?", yes=yes)
 
     from streamtools.redrive import discard
@@ -274,8 +274,8 @@ def _say_what_was_seen(queue: str, seen: int, chosen: int, url: str | None) -> N
         output.note(f"{queue!r} at {safe_address(url)} is empty: nothing has failed.")
     elif not chosen:
         output.note(f"None of the {seen:,} messages in {queue!r} is meant by the filter.")
-    elif seen == LOOK:
-        output.note(f"Of the first {LOOK:,} messages; there may be more.")
+    elif seen == PEEK_LIMIT:
+        output.note(f"Of the first {PEEK_LIMIT:,} messages; there may be more.")
 
 
 def _group_data(group: ErrorGroup) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 from streamtools.observability.health import HealthReport, HealthServer
 
 #: Seconds within which a worker whose event loop runs answers.
-PATIENCE: Final = 1.0
+ANSWER_TIMEOUT: Final = 1.0
 
 Address = tuple[str, int]
 
@@ -130,7 +130,7 @@ class ToWorker:
         self._asked[number] = future
         self._writer.write(json.dumps({"ask": number}).encode() + b"\n")
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(ANSWER_TIMEOUT):
                 return await future
         except TimeoutError:
             return None

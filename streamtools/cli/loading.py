@@ -13,7 +13,7 @@ from streamtools.bus import Bus, Command, Event
 from streamtools.bus.contracts import Contract
 from streamtools.compat.handlers import HandlerFactory
 from streamtools.consumer import BoundHandler, Consumer
-from streamtools.errors import ConfigurationError, FeatureError, near
+from streamtools.errors import ConfigurationError, FeatureError, suggest
 from streamtools.routing import ConsumerFactory
 from streamtools.runner import ConsumerRunner
 
@@ -94,7 +94,7 @@ def _import(name: str) -> ModuleType:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise
         raise ConfigurationError(
-            f"There is no module {error.name!r}, looked for from {Path.cwd()}. {near(error.name, _modules())}"
+            f"There is no module {error.name!r}, looked for from {Path.cwd()}. {suggest(error.name, _modules())}"
         ) from None
 
 
@@ -114,7 +114,7 @@ def _attribute(module: ModuleType, path: str, candidates: str) -> Any:
         except AttributeError:
             known = [name for name in vars(module) if not name.startswith("_")]
             raise ConfigurationError(
-                f"{module.__name__!r} has no {path!r}. {candidates or near(path, known)}"
+                f"{module.__name__!r} has no {path!r}. {candidates or suggest(path, known)}"
             ) from None
     return found
 

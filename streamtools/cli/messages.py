@@ -94,7 +94,7 @@ class Template:
     """
 
     def __init__(self, fields: Mapping[str, Any], *, delay: float, ttl: float | None, raw: bool) -> None:
-        from streamtools.message import ids
+        from streamtools.message import id_generator
         from streamtools.validation.checks import check_seconds
 
         with plain_errors():
@@ -104,7 +104,7 @@ class Template:
         self._delay = delay
         self._ttl = ttl
         self._raw = raw
-        self._new_id = ids()
+        self._new_id = id_generator()
 
     def check(self, producer: Producer) -> None:
         """Raise if the protocol cannot do what is asked.

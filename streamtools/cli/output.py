@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import typer
 
-from streamtools.text.escaping import visible, visible_block, visible_json
+from streamtools.text.escaping import escaped, visible_block, visible_json
 from streamtools.wire import read_time
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ def err() -> Console:
 
 def say(text: str = "") -> None:
     """Print a result, on one line."""
-    print(visible(text))
+    print(escaped(text))
 
 
 def say_block(text: str) -> None:
     """Print a text of a message, which may have several lines; none of them looks like the head of a message."""
-    print(_HEAD.sub("  ---", visible(text, lines=True)))
+    print(_HEAD.sub("  ---", escaped(text, lines=True)))
 
 
 def note(text: str) -> None:
@@ -81,7 +81,7 @@ def note(text: str) -> None:
 
 def harmless(text: str) -> str:
     """A text for the terminal: on one line, without the password of a URL in it."""
-    return visible(PASSWORD.sub("***", text))
+    return escaped(PASSWORD.sub("***", text))
 
 
 def fail(text: str, code: int = FAILED) -> NoReturn:
@@ -159,7 +159,7 @@ def cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     text = str(value)
-    return visible(text if len(text) <= CELL else f"{text[:CELL]}...")
+    return escaped(text if len(text) <= CELL else f"{text[:CELL]}...")
 
 
 def moment(seconds: float | None) -> str | None:
@@ -193,6 +193,6 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if not at_terminal():
         fail(f"{question} There is no terminal to ask at; repeat the command with --yes.", USAGE)
-    if not typer.confirm(visible(question), err=True):
+    if not typer.confirm(escaped(question), err=True):
         note("Nothing was changed.")
         raise typer.Exit(FAILED)

@@ -52,15 +52,15 @@ class Movable:
         self._unnamed: Counter[str] = Counter()
 
     def _chosen(self, message: Message) -> bool:
-        from streamtools.engine.messages.origin import home_of
+        from streamtools.engine.messages.origin import failed_in_queue
 
-        return self._meant(message) and (not self._sources or home_of(message) in self._sources)
+        return self._meant(message) and (not self._sources or failed_in_queue(message) in self._sources)
 
     def target(self, message: Message) -> str | None:
         """Its target; None if it was not selected, or its queue is unknown."""
-        from streamtools.engine.messages.origin import home_of
+        from streamtools.engine.messages.origin import failed_in_queue
 
-        return (self._to or home_of(message)) if self._chosen(message) else None
+        return (self._to or failed_in_queue(message)) if self._chosen(message) else None
 
     def targets(self, seen: Iterable[Message], limit: int | None) -> Counter[str]:
         """Where those would go that can, and how many to each."""

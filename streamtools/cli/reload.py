@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 #: Seconds between two looks.
-INTERVAL: Final = 0.5
+POLL_INTERVAL: Final = 0.5
 #: Directories that hold no source of the user's.
 SKIPPED: Final = frozenset({"__pycache__", "node_modules", "site-packages", "build", "dist"})
 
@@ -21,7 +21,7 @@ async def changes(directory: Path) -> AsyncIterator[str]:
     before = await asyncio.to_thread(_stamps, directory)
     while True:
         # The file system is asked, again and again: what announces changes needs a package for each system.
-        await asyncio.sleep(INTERVAL)
+        await asyncio.sleep(POLL_INTERVAL)
         now = await asyncio.to_thread(_stamps, directory)
         if now != before:
             changed = sorted({name for name, _ in now.items() ^ before.items()})

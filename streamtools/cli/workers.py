@@ -22,7 +22,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: How often one worker is started again within WINDOW seconds.
 RESTARTS: Final = 5
-WINDOW: Final = 60.0
+RESTART_WINDOW: Final = 60.0
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -104,7 +104,7 @@ class Worker:
         """The seconds to wait before it is started again; None when that was done too often."""
         now = time.monotonic()
         self._deaths.append(now)
-        while self._deaths[0] < now - WINDOW:
+        while self._deaths[0] < now - RESTART_WINDOW:
             self._deaths.popleft()
         return backoff(len(self._deaths)) if len(self._deaths) <= RESTARTS else None
 
@@ -221,7 +221,7 @@ class Workers:
         pause = worker.pause()
         if pause is None:
             raise WorkersEnded(
-                f"Worker {worker.number} ended {how}, for the {RESTARTS + 1}th time within {WINDOW:g} s. "
+                f"Worker {worker.number} ended {how}, for the {RESTARTS + 1}th time within {RESTART_WINDOW:g} s. "
                 "Its own output above says why."
             )
         log.warning("Worker %d ended %s; starting it again in %.1f s.", worker.number, how, pause)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
-from streamtools.errors import ConfigurationError, near
+from streamtools.errors import ConfigurationError, suggest
 from streamtools.producer import PRODUCERS, Producer
 from streamtools.protocols import ALIASES, HTTP
 
@@ -107,7 +107,7 @@ class HandlerFactory(Mapping[str, HandleMsgs]):
         try:
             return self.handlers[name]
         except KeyError:
-            raise KeyError(f"No pair is named {name!r}. {near(name, self.handlers)}") from None
+            raise KeyError(f"No pair is named {name!r}. {suggest(name, self.handlers)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.handlers)
@@ -140,7 +140,7 @@ def _pair(name: str, entry: Mapping[str, str], url: str | ProtocolSettings | Non
     keys = {"name", "consumer_loop", "producer"}
     for key in entry:
         if key not in keys:
-            raise ConfigurationError(f"Pair {name!r} has the unknown key {key!r}. {near(key, keys)}")
+            raise ConfigurationError(f"Pair {name!r} has the unknown key {key!r}. {suggest(key, keys)}")
     if "consumer_loop" not in entry:
         raise ConfigurationError(f"Pair {name!r} lacks 'consumer_loop': say which protocol its consumer speaks.")
     return HandleMsgs(entry.get("name", name), entry["consumer_loop"], producer_type=entry.get("producer"), url=url)

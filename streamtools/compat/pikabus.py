@@ -85,12 +85,12 @@ class PikaBus:
         self._bind = bind
         self._bound: set[str] = set()
 
-    def attend(self, end: Producer | Consumer) -> None:
+    def install(self, end: Producer | Consumer) -> None:
         """Stand between this producer or consumer and its driver."""
         if isinstance(end, Producer):
-            end.translator = Outgoing(self, end)
+            end.wrapper = Outgoing(self, end)
         else:
-            end.translator = Incoming(self, end)
+            end.wrapper = Incoming(self, end)
 
     # --- writing --------------------------------------------------------------------------------
 

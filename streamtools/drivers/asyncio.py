@@ -31,7 +31,7 @@ from streamtools.producer import Producer
 from streamtools.queues import QueueInfo
 from streamtools.settings import AsyncIOSettings
 from streamtools.validation.checks import Declare
-from streamtools.verdicts import Kind
+from streamtools.verdicts import VerdictKind
 
 FEATURES = Features(groups=True, redelivery=True, atomic=True, topics=True, cancel=True, tombstones=True)
 
@@ -454,7 +454,7 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
     features = FEATURES
     settings_class: ClassVar[type[AsyncIOSettings]] = AsyncIOSettings
     settings: AsyncIOSettings
-    look: ClassVar[float] = 0.0
+    poll_timeout: ClassVar[float] = 0.0
     _broker: Broker
     #: What it reads: its group's queue; none when it is closed.
     _queues: Sequence[Queue] = ()
@@ -506,7 +506,7 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
                     if settlement.outgoing:
                         self._send_all(settlement, hold)
                     self._held.discard(hold)
-                    if settlement.verdict.kind is Kind.RELEASE:
+                    if settlement.verdict.kind is VerdictKind.RELEASE:
                         released.setdefault(hold.queue, []).append(hold.item)
                     else:
                         hold.queue.in_hand -= 1
@@ -520,12 +520,12 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
         for copy, queue, origin in (place for route in routes for place in route):
             queue.put(copy, origin)
 
-    def _route(self, message: Message, kind: Kind, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
+    def _route(self, message: Message, kind: VerdictKind, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
         """Where an outgoing message goes, and the queue that it failed in, if it did."""
         stays, origin = message.queue == self.queue, hold.item.origin
-        if kind is Kind.RETRY and stays:
+        if kind is VerdictKind.RETRY and stays:
             return [(message, hold.queue, origin)]  # for this group alone: the others have theirs
-        if kind is not Kind.REJECT:
+        if kind is not VerdictKind.REJECT:
             origin = None  # the handler's own
         elif not stays:
             origin = hold.queue
@@ -556,7 +556,7 @@ class AsyncIOReader(AsyncIOConsumer):
     def _join(self, topic: Topic) -> Sequence[Queue]:
         return [*topic.groups.values()]
 
-    def _route(self, message: Message, kind: Kind, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
+    def _route(self, message: Message, kind: VerdictKind, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
         # Back to the group that it failed in; the others had it.
         found = self._find(message)
         origin = hold.item.origin

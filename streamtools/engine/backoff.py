@@ -9,7 +9,7 @@ from typing import Final
 BACKOFF: Final = 0.1
 MAX_BACKOFF: Final = 5.0
 #: Seconds before a deadline within which nothing is tried again.
-LAST: Final = 0.2
+LAST_TRY_MARGIN: Final = 0.2
 
 
 def backoff(attempt: int) -> float:
@@ -22,4 +22,4 @@ def backoff_within(attempt: int, left: float) -> float | None:
     delay = backoff(attempt)
     if delay < left:
         return delay
-    return left / 2 if left > LAST else None
+    return left / 2 if left > LAST_TRY_MARGIN else None

@@ -1,4 +1,4 @@
-"""A lane of the consumer loop: settlements gather while the last batch is under way, without any timer."""
+"""SettlementBatcher: settlements gather while the last batch is under way, without any timer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from streamtools.delivery import Settlement
 
 
-class Lane:
+class SettlementBatcher:
     """Settles what is added, in batches: all that gathered while the last batch was under way."""
 
     def __init__(self, settle: Callable[[list[Settlement]], Awaitable[None]]) -> None:

@@ -33,13 +33,13 @@ from streamtools.engine.messages.failures import describe, error_copy, retry_cop
 from streamtools.engine.messages.smaller import brief_copy, lesser_copies
 from streamtools.engine.outbox import Outbox, outbox, send_all
 from streamtools.engine.replies import lost_replies
-from streamtools.engine.tasks.cancellation import come_round, is_over
-from streamtools.errors import ConfigurationError, DecodeError, Drop, HandlerError, SendError, Signal, text_of
+from streamtools.engine.tasks.cancellation import clear_cancellation, scope_ended
+from streamtools.errors import ConfigurationError, DecodeError, Drop, HandlerError, SendError, Signal, safe_str
 from streamtools.features import Features
 from streamtools.message import ErrorDetails, Message
-from streamtools.retry import Retry, checked
+from streamtools.retry import Retry, validate_verdict
 from streamtools.types import ErrorHandler, Handler, Middleware
-from streamtools.verdicts import ACK, DROP, RELEASE, Kind, Verdict
+from streamtools.verdicts import ACK, DROP, RELEASE, Verdict, VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -198,7 +198,7 @@ class Dispatcher:
         message = delivery.message
         if delivery.withdrawn:
             return Settlement(delivery, RELEASE)
-        if delivery.count >= self._max_deliveries:
+        if delivery.redeliveries >= self._max_deliveries:
             return self._poison(delivery)
         due = message.deliver_at if self._holds else None
         if due is not None and await self._given_back_within(delivery, due - time.time()):
@@ -227,8 +227,8 @@ class Dispatcher:
             own_decimals()
         delivery.outgoing = ()  # an attempt that failed has sent nothing
         try:
-            if delivery.trouble is not None:
-                raise delivery.trouble
+            if delivery.decode_error is not None:
+                raise delivery.decode_error
             inner = unwrapped(message) if message.content_type != JSON and message.enveloped else message
             if inner is not message and inner.expired:
                 return Settlement(delivery, DROP)
@@ -246,12 +246,12 @@ class Dispatcher:
             failure = error
         else:
             return Settlement(delivery, ACK, delivery.outgoing, result)
-        ours = delivery.abandoned or is_over()
-        await come_round()
+        ours = delivery.abandoned or scope_ended()
+        await clear_cancellation()
         if ours:  # then whatever it raised is our doing
             return Settlement(delivery, RELEASE)
         verdict = await self.decide(message, failure)
-        if verdict.kind is not Kind.RETRY or not self._in_place:
+        if verdict.kind is not VerdictKind.RETRY or not self._in_place:
             return self.settlement(delivery, message, verdict, failure)
         self._log(message, failure, verdict)
         return Again(retry_copy(message, self._details(message, failure), 0), verdict.delay)
@@ -263,9 +263,9 @@ class Dispatcher:
         try:
             verdict = await awaited(self._on_error(message, failure, message.attempt))
             if verdict is not None:
-                return checked(verdict)
+                return validate_verdict(verdict)
         except asyncio.CancelledError:
-            if is_over():
+            if scope_ended():
                 raise
             log.exception("The error handler was cancelled; the retry policy decides.")
         except BaseException:
@@ -284,7 +284,7 @@ class Dispatcher:
             log.warning("The reply to message %s of %r is not sent: %s", message.id, message.queue, error)
             rest = self.left(settlement, error)
             return replace(rest, outgoing=tuple(m for m in rest.outgoing if m.id not in lost))
-        if settlement.verdict.kind is not Kind.ACK or not refused:
+        if settlement.verdict.kind is not VerdictKind.ACK or not refused:
             return settlement
         return self.settlement(settlement.delivery, message, await self.decide(message, error), error)
 
@@ -305,7 +305,7 @@ class Dispatcher:
             error: why it cannot be.
         """
         delivery = settlement.delivery
-        reason = f"it could not be settled: {type(error).__name__}: {text_of(error)}"
+        reason = f"it could not be settled: {type(error).__name__}: {safe_str(error)}"
         if not self._copies:
             yield Settlement(delivery, Verdict.reject(reason), error=settlement.error or error)
             return
@@ -336,7 +336,7 @@ class Dispatcher:
         self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
     ) -> Settlement:
         """The verdict with the copies that it needs; logged where it is a failure."""
-        if verdict.kind is Kind.RETRY or verdict.kind is Kind.REJECT:
+        if verdict.kind is VerdictKind.RETRY or verdict.kind is VerdictKind.REJECT:
             if error is not None and not isinstance(error, Drop):
                 self._log(message, error, verdict)
             if self._copies:
@@ -346,7 +346,7 @@ class Dispatcher:
 
     def _copy(self, message: Message, verdict: Verdict, error: BaseException | None) -> Message:
         details = self._details(message, error, verdict.reason)
-        if verdict.kind is Kind.RETRY:
+        if verdict.kind is VerdictKind.RETRY:
             return retry_copy(message, details, verdict.delay)
         copy = error_copy(message, details, self._error_queue)
         if copy.queue == message.queue:  # the error queue's own consumer failed: not again at once
@@ -362,7 +362,7 @@ class Dispatcher:
 
     def _poison(self, delivery: Delivery) -> Settlement:
         error = HandlerError(
-            f"delivered {delivery.count} times without a verdict (max_deliveries={self._max_deliveries}): "
+            f"delivered {delivery.redeliveries} times without a verdict (max_deliveries={self._max_deliveries}): "
             "it seems to end the process that handles it"
         )
         return self.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
@@ -385,15 +385,15 @@ class Dispatcher:
     def _log(self, message: Message, error: BaseException, verdict: Verdict) -> None:
         # A verdict that the handler chose, or a body that is wrong, needs no traceback.
         trace = None if isinstance(error, Signal | DecodeError) else error
-        if verdict.kind is Kind.RETRY:
+        if verdict.kind is VerdictKind.RETRY:
             log.warning(
                 "%s failed on message %s of %r, attempt %d: %s: %s; again in %.3g s.",
                 self._name, message.id, message.queue, message.attempt,
-                type(error).__name__, text_of(error)[:SHOWN], verdict.delay,
+                type(error).__name__, safe_str(error)[:SHOWN], verdict.delay,
             )  # fmt: skip
         else:
             log.error(
                 "%s rejected message %s of %r after attempt %d: %s: %s",
                 self._name, message.id, message.queue, message.attempt,
-                type(error).__name__, text_of(error)[:SHOWN], exc_info=trace,
+                type(error).__name__, safe_str(error)[:SHOWN], exc_info=trace,
             )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from streamtools.driver import EndpointHooks, Options, required
 from streamtools.engine.backoff import backoff_within
 from streamtools.engine.options import parameters, read_options
-from streamtools.engine.tasks.cancellation import guard
+from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
 from streamtools.engine.tasks.eventloops import LoopBound, at_end, forget
 from streamtools.errors import Closed, ConnectError
 from streamtools.protocols import QUEUE_OPTIONS
@@ -90,7 +90,7 @@ class Endpoint(LoopBound, EndpointHooks):
     @property
     def place(self) -> object:
         """The protocol, the address and the style of headers: what leaves here may leave by another of this place."""
-        return self.protocol, self.settings, getattr(getattr(self, "translator", None), "style", None)
+        return self.protocol, self.settings, getattr(getattr(self, "wrapper", None), "style", None)
 
     # --- connecting -----------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class Endpoint(LoopBound, EndpointHooks):
             if self._closed:
                 raise Closed(f"{self!r} was closed; call open() to use it again.")
             try:
-                await guard(self._open())
+                await stray_cancellation_as_lost(self._open())
             except ConnectError as error:
                 failures.append(error)
                 delay = backoff_within(len(failures), deadline - time.monotonic())

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from streamtools.engine.tasks.cancellation import guard
+from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
 from streamtools.message import Message
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -18,7 +18,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 HELD_LIMIT: Final = 1000
 HELD_BYTES: Final = 128 * 1024 * 1024
 #: Seconds between two looks whether the queues are there: one serves all that are held back.
-LOOK: Final = 0.4
+REDECLARE_INTERVAL: Final = 0.4
 
 
 class HeldBack:
@@ -63,10 +63,10 @@ class HeldBack:
     async def redeclare(self, redeclare: Callable[[], Awaitable[None]]) -> None:
         """Declare the queues again, unless that was done a moment ago for another message."""
         async with self._looking:
-            if time.monotonic() - self._looked < LOOK:
+            if time.monotonic() - self._looked < REDECLARE_INTERVAL:
                 return
             try:
-                await guard(redeclare())
+                await stray_cancellation_as_lost(redeclare())
             finally:
                 self._looked = time.monotonic()
 

@@ -1,9 +1,9 @@
 """The consumer loop: receive, dispatch, settle, in batches, until told to stop.
 
-One task receives and fills `ready`; `concurrency` workers take from it and dispatch; two lanes
-settle what is finished. A lane takes all that has gathered while its last batch was under way, so
-that acknowledgements coalesce without any timer. Settlements that send something first have a lane
-of their own: a publisher that is blocked must not hold up plain acknowledgements.
+One task receives and fills `ready`; `concurrency` workers take from it and run the handler; two batchers settle what
+is finished. A batcher settles together all that was added while its last batch was under way, so acknowledgements
+gather without any timer. Settlements that send something first have a batcher of their own: a publisher that is
+blocked must not hold up plain acknowledgements.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from dataclasses import replace
 from typing import Any, Final, Literal, Protocol
 
 from streamtools.delivery import Delivery, Settlement
-from streamtools.engine.batching import Lane
+from streamtools.engine.batching import SettlementBatcher
 from streamtools.engine.held import HeldBack
-from streamtools.engine.settling import Dispatch, OneSettlement, Unsettled, acknowledge
-from streamtools.engine.tasks.cancellation import Home, come_round, end, guard, home
+from streamtools.engine.settling import Decider, OneSettlement, Unsettled, acknowledge
+from streamtools.engine.tasks.cancellation import (
+    WorkerScope,
+    clear_cancellation,
+    end,
+    stray_cancellation_as_lost,
+    worker_scope,
+)
 from streamtools.errors import ConnectError, ConnectionLost, QueueError, SendError
 from streamtools.message import Message
-from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
+from streamtools.verdicts import ACK, RELEASE, Verdict, VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -40,9 +46,9 @@ REFUSED_MAX_DELAY: Final = 30.0
 #: for, and then before they are cancelled: one that never ends must not keep all others from their messages.
 OUTLAST: Final = (10.0, 300.0)
 #: Seconds for the last settlements when the loop ends.
-FLUSH: Final = 5.0
+FLUSH_TIMEOUT: Final = 5.0
 #: Seconds for which tasks that ignore their cancellation are cancelled again; less than a runner waits for a loop.
-INSIST: Final = 3.0
+CANCEL_TIMEOUT: Final = 3.0
 #: Verdicts kept over a reconnect, at most.
 FINISHED_LIMIT: Final = 10_000
 
@@ -67,10 +73,10 @@ class Loop:
 
     Parameters:
         source: the driver's hooks.
-        dispatch: delivery -> settlement.
+        decider: delivery -> settlement.
         concurrency: handlers at once.
         prefetch: deliveries in hand at most.
-        line: deliveries of which it says the same are handled one after the other; None, or saying None, lets go.
+        ordering_key: deliveries with the same key are handled one after the other; those whose key is None, at once.
         ack: "after" the handler, "on_receive", or "manual".
         finished: settlements that an earlier connection took with it, by message id, attempt and handler.
     """
@@ -78,27 +84,28 @@ class Loop:
     def __init__(
         self,
         source: Source,
-        dispatch: Dispatch,
+        decider: Decider,
         *,
         concurrency: int,
         prefetch: int,
-        line: Callable[[Delivery], Hashable] | None,
+        ordering_key: Callable[[Delivery], Hashable] | None,
         ack: Ack,
         finished: Finished,
     ) -> None:
         self._source = source
-        self._dispatch = dispatch
+        self._decider = decider
         self._concurrency = concurrency
         self._prefetch = prefetch
-        self._line = line
+        self._ordering_key = ordering_key
         self._ack = ack
         self._finished = finished
         self._ready: deque[Delivery] = deque()
-        self._lines: dict[Hashable, deque[Delivery]] = {}
+        #: Ordering key of a delivery at work -> those that wait behind it.
+        self._behind: dict[Hashable, deque[Delivery]] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._changed = asyncio.Event()
         self._lost: ConnectError | None = None
-        self._home = Home(None)
+        self._home = WorkerScope(None)
         #: Taking in waits until there is room for half a prefetch.
         self._pausing = False
         #: Settlements that the broker refuses, and the tasks that try them again.
@@ -107,8 +114,8 @@ class Loop:
         self._left = 0
         self._refused = HeldBack()
         self._held_back: set[asyncio.Task[None]] = set()
-        self._plain = Lane(self._settle_batch)
-        self._moves = Lane(self._settle_batch)
+        self._plain = SettlementBatcher(self._settle_batch)
+        self._moves = SettlementBatcher(self._settle_batch)
         #: Deliveries received and not yet settled.
         self.in_hand: int = 0
         #: Handlers at work.
@@ -133,11 +140,11 @@ class Loop:
         Raises:
             ConnectionLost: once the handlers at work have ended; what was not settled comes back.
         """
-        self._home = Home(asyncio.current_task())
-        token = home.set(self._home)
+        self._home = WorkerScope(asyncio.current_task())
+        token = worker_scope.set(self._home)
         workers = [self._start(self._work(), "worker") for _ in range(self._concurrency)]
-        lanes = [self._start(lane.run(), "settle") for lane in (self._plain, self._moves)]
-        home.reset(token)
+        batchers = [self._start(batcher.run(), "settle") for batcher in (self._plain, self._moves)]
+        worker_scope.reset(token)
         self._stopping = stopping
         stop = asyncio.create_task(stopping.wait())
         stop.add_done_callback(lambda _: self._changed.set())
@@ -150,8 +157,8 @@ class Loop:
             self._home.ending = True
             await _end(workers)
             await self._flush()
-            await _end([*lanes, *self._held_back])
-        for task in (*workers, *lanes):
+            await _end([*batchers, *self._held_back])
+        for task in (*workers, *batchers):
             if task.done() and not task.cancelled() and (error := task.exception()) is not None:
                 raise error
         if self._lost is not None:
@@ -190,7 +197,7 @@ class Loop:
                 await self._stop_source()
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
-        return await guard(self._source._receive(limit))
+        return await stray_cancellation_as_lost(self._source._receive(limit))
 
     async def _cancel_receive(self, receive: asyncio.Task[Sequence[Delivery]]) -> None:
         receive.cancel()
@@ -202,7 +209,7 @@ class Loop:
 
     async def _stop_source(self) -> None:
         try:
-            await guard(self._source._stop())
+            await stray_cancellation_as_lost(self._source._stop())
         except ConnectError as error:
             self._lost = error
 
@@ -229,7 +236,7 @@ class Loop:
         for position, delivery in enumerate(batch):
             # By hand a handler may hold deliveries for as long as it likes: waiting for them could last for ever.
             # On receive they are acknowledged already, so that none comes again.
-            alone = delivery.count >= SUSPECT and self._ack == "after"
+            alone = delivery.redeliveries >= SUSPECT and self._ack == "after"
             if alone and not await self._idle(len(batch) - position, stopping):
                 self._give_back(batch[position:])
                 return
@@ -247,14 +254,14 @@ class Loop:
         return True
 
     def _accept(self, delivery: Delivery) -> None:
-        delivery.hand = self.by_hand
+        delivery.settle_manually = self.settle_manually
         if self._finished and self._settle_again(delivery):
             return
-        if self._line is not None and (name := self._line(delivery)) is not None:
-            if (line := self._lines.get(name)) is not None:
-                line.append(delivery)
+        if self._ordering_key is not None and (key := self._ordering_key(delivery)) is not None:
+            if (waiting := self._behind.get(key)) is not None:
+                waiting.append(delivery)
                 return
-            self._lines[name] = deque()
+            self._behind[key] = deque()
         self._make_ready(delivery)
 
     def _make_ready(self, delivery: Delivery) -> None:
@@ -269,9 +276,9 @@ class Loop:
         """Settle what had been handled when the last connection went, without handling it again."""
         done = self._finished.pop(_name(delivery.message), None)
         # The same id is not enough: a foreign sender may repeat ids. Same body, and delivered before.
-        if done is None or delivery.count < 1 or done.delivery.message.body != delivery.message.body:
+        if done is None or delivery.redeliveries < 1 or done.delivery.message.body != delivery.message.body:
             return False
-        self._to_lane(replace(done, delivery=delivery))
+        self._add_to_batch(replace(done, delivery=delivery))
         return True
 
     # --- handling -------------------------------------------------------------------------------
@@ -302,15 +309,15 @@ class Loop:
     async def _handle(self, delivery: Delivery, task: asyncio.Task[Any]) -> Settlement:
         delivery.task = task
         try:
-            return await self._dispatch(delivery)
+            return await self._decider(delivery)
         except asyncio.CancelledError:  # by `abandon()`, or by our end
             return Settlement(delivery, RELEASE)
         except Exception as error:  # before or after its handler; the handler's own errors have a verdict
             log.exception("%r could not be handled; it is rejected.", delivery)
-            return next(self._dispatch.lesser(Settlement(delivery, ACK), error))
+            return next(self._decider.lesser(Settlement(delivery, ACK), error))
         finally:
             if task.cancelling():
-                await come_round()
+                await clear_cancellation()
             delivery.task = None
 
     async def _wait(self) -> None:
@@ -320,38 +327,38 @@ class Loop:
 
     def _finish(self, settlement: Settlement) -> None:
         delivery = settlement.delivery
-        if self._line is not None and (name := self._line(delivery)) is not None:
-            self._next_in_line(name)
+        if self._ordering_key is not None and (key := self._ordering_key(delivery)) is not None:
+            self._next_of_key(key)
         if self._ack == "manual" and (delivery.settled or settlement.verdict is ACK):
             return  # the handler's own hands settle it, when they are ready
         if self._ack == "on_receive" or delivery.settled:
             self._done(1)
         else:
             delivery.settled = True
-            self._to_lane(settlement)
+            self._add_to_batch(settlement)
 
-    def _next_in_line(self, name: Hashable) -> None:
-        line = self._lines.get(name)
-        if line:
-            self._make_ready(line.popleft())
+    def _next_of_key(self, key: Hashable) -> None:
+        waiting = self._behind.get(key)
+        if waiting:
+            self._make_ready(waiting.popleft())
         else:
-            self._lines.pop(name, None)
+            self._behind.pop(key, None)
 
     # --- settling -------------------------------------------------------------------------------
 
     @property
-    def dispatch(self) -> Dispatch:
+    def decider(self) -> Decider:
         """What turns each delivery into a settlement."""
-        return self._dispatch
+        return self._decider
 
-    async def by_hand(self, delivery: Delivery, verdict: Verdict) -> None:
+    async def settle_manually(self, delivery: Delivery, verdict: Verdict) -> None:
         """Perform a verdict that the handler gave itself; returns when it is given to the broker."""
-        settlement = self._dispatch.settlement(delivery, delivery.message, verdict, None)
-        await OneSettlement(self._source._settle, self._dispatch, settlement).perform()
+        settlement = self._decider.settlement(delivery, delivery.message, verdict, None)
+        await OneSettlement(self._source._settle, self._decider, settlement).perform()
         if self._ack == "manual":
             self._done(1)
 
-    def _to_lane(self, settlement: Settlement) -> None:
+    def _add_to_batch(self, settlement: Settlement) -> None:
         if self._lost is not None:
             self._remember([settlement])
         elif settlement.outgoing:
@@ -361,7 +368,7 @@ class Loop:
 
     async def _settle_batch(self, batch: list[Settlement]) -> None:
         try:
-            await guard(self._source._settle(batch))
+            await stray_cancellation_as_lost(self._source._settle(batch))
         except ConnectError as error:
             self._fail(error, batch)
         except Exception as error:
@@ -381,7 +388,7 @@ class Loop:
         Parameters:
             refusal: why the batch was refused; it may concern other deliveries only.
         """
-        one = OneSettlement(self._source._settle, self._dispatch, settlement)
+        one = OneSettlement(self._source._settle, self._decider, settlement)
         try:
             if refusal is not None:
                 await one.change(refusal)
@@ -459,7 +466,7 @@ class Loop:
 
     def _remember(self, batch: Sequence[Settlement]) -> None:
         for settlement in batch:
-            if settlement.verdict.kind is not Kind.RELEASE:
+            if settlement.verdict.kind is not VerdictKind.RELEASE:
                 self._finished[_name(settlement.delivery.message)] = settlement
         while len(self._finished) > FINISHED_LIMIT:  # the oldest went to another consumer
             del self._finished[next(iter(self._finished))]
@@ -471,10 +478,10 @@ class Loop:
     def _release_ready(self) -> None:
         if self._ack == "on_receive":
             return  # the broker has them no more: handled within the grace, or never
-        waiting = [*self._ready, *(d for line in self._lines.values() for d in line)]
+        waiting = [*self._ready, *(d for behind in self._behind.values() for d in behind)]
         self._ready.clear()
-        for line in self._lines.values():
-            line.clear()
+        for behind in self._behind.values():
+            behind.clear()
         self._give_back(waiting)
 
     def _give_back(self, deliveries: Sequence[Delivery]) -> None:
@@ -513,7 +520,7 @@ class Loop:
     async def _flush(self) -> None:
         """Settle what is finished, even when the loop itself was cancelled, so that it is not repeated."""
         with suppress(TimeoutError):  # what is not settled in time is delivered again
-            async with asyncio.timeout(FLUSH):
+            async with asyncio.timeout(FLUSH_TIMEOUT):
                 while self._lost is None and (self._plain.busy or self._moves.busy):
                     await self._change()
 
@@ -523,7 +530,7 @@ class Loop:
         error = _stray() if task.cancelled() else task.exception()
         if error is None:
             return
-        # A worker or a lane that ended by itself is our own fault: end the loop, loudly.
+        # A worker or a batcher that ended by itself is our own fault: end the loop, loudly.
         self._lost = self._lost or (
             error if isinstance(error, ConnectError) else ConnectionLost(f"the loop ended by {error!r}")
         )
@@ -536,7 +543,7 @@ def _name(message: Message) -> tuple[str, int, str | None]:
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    if left := await end(tasks, INSIST):
+    if left := await end(tasks, CANCEL_TIMEOUT):
         log.error("%d handlers ignore that they are cancelled; they are left behind.", left)
 
 

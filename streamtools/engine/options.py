@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from streamtools.driver import Options
-from streamtools.errors import ConfigurationError, OptionError, near
+from streamtools.errors import ConfigurationError, OptionError, suggest
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -39,7 +39,7 @@ def check_known(names: Iterable[str], known: frozenset[str], *, owner: str, own:
         if name in own and name not in known:
             raise OptionError(f"{owner} takes {name!r} only where it is made: write {name}=... there.")
         if name not in known:
-            raise OptionError(f"{owner} takes no {name!r}. {near(name, {*own, *known})}")
+            raise OptionError(f"{owner} takes no {name!r}. {suggest(name, {*own, *known})}")
 
 
 def read_options(

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Protocol
 
 from streamtools.delivery import Delivery, Settlement
-from streamtools.engine.tasks.cancellation import guard
-from streamtools.errors import ConnectError, QueueError, SendError, text_of
+from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
+from streamtools.errors import ConnectError, QueueError, SendError, safe_str
 from streamtools.message import Message
 from streamtools.verdicts import ACK, Verdict
 
@@ -19,7 +19,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 Settle = Callable[[Sequence[Settlement]], Awaitable[None]]
 
 
-class Dispatch(Protocol):
+class Decider(Protocol):
     """What turns a delivery into a settlement: by its handler, or by a verdict given by hand."""
 
     def stop(self) -> None: ...
@@ -43,14 +43,14 @@ async def acknowledge(settle: Settle, batch: Sequence[Delivery]) -> None:
     """
     settlements = [Settlement(delivery, ACK) for delivery in batch]
     try:
-        return await guard(settle(settlements))
+        return await stray_cancellation_as_lost(settle(settlements))
     except ConnectError:
         raise
     except Exception:
         log.exception("%d deliveries could not be acknowledged together; each is acknowledged by itself.", len(batch))
     for settlement in settlements:
         try:
-            await guard(settle([settlement]))
+            await stray_cancellation_as_lost(settle([settlement]))
         except ConnectError:
             raise
         except Exception:
@@ -62,13 +62,13 @@ class OneSettlement:
 
     Parameters:
         settle: the driver's hook.
-        dispatch: decides what becomes of a message whose outgoing messages are refused.
+        decider: decides what becomes of a message whose outgoing messages are refused.
         settlement: as it was first.
     """
 
-    def __init__(self, settle: Settle, dispatch: Dispatch, settlement: Settlement) -> None:
+    def __init__(self, settle: Settle, decider: Decider, settlement: Settlement) -> None:
         self._settle = settle
-        self._dispatch = dispatch
+        self._decider = decider
         self._forms: Iterator[Settlement] | None = None
         self._whole: Settlement = settlement
         self.settlement: Settlement = settlement
@@ -84,7 +84,7 @@ class OneSettlement:
         """
         while True:
             try:
-                await guard(self._settle([self.settlement]))
+                await stray_cancellation_as_lost(self._settle([self.settlement]))
             except (ConnectError, QueueError):
                 raise
             except Exception as error:
@@ -119,7 +119,7 @@ class OneSettlement:
     async def _decide_anew(self, error: SendError) -> bool:
         """What a handler has sent was refused: its message may have another verdict then."""
         try:
-            instead = await self._dispatch.refused(self.settlement, error)
+            instead = await self._decider.refused(self.settlement, error)
         except Exception:  # a bug, or a middleware's failure: the message keeps the verdict that it has
             log.exception("No new verdict could be decided for %r; it keeps its first one.", self.settlement.delivery)
             return False
@@ -130,14 +130,14 @@ class OneSettlement:
 
     def _take_less(self, error: Exception) -> bool:
         if self._forms is None:
-            self._whole, self._forms = self.settlement, self._dispatch.lesser(self.settlement, error)
+            self._whole, self._forms = self.settlement, self._decider.lesser(self.settlement, error)
             self._log(error)
         smaller = next(self._forms, None)
         if smaller is not None:
             self.settlement = smaller
             return True
         if not isinstance(error, SendError):
-            raise Unsettled(text_of(error)) from error
+            raise Unsettled(safe_str(error)) from error
         # The body itself is too large. Once an operator has raised the limit, all of it is to go.
         self.settlement, self._forms = self._whole, None
         return False
@@ -147,5 +147,5 @@ class OneSettlement:
         trace = None if isinstance(error, SendError) else error
         log.error(
             "%r cannot be settled as it is, so its copy is sent with less metadata: %s: %s",
-            delivery, type(error).__name__, text_of(error), exc_info=trace,
+            delivery, type(error).__name__, safe_str(error), exc_info=trace,
         )  # fmt: skip

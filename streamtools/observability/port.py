@@ -22,9 +22,9 @@ CONNECTIONS: Final = 64
 #: Bytes of a request's head.
 HEAD: Final = 8 * 1024
 #: Seconds from the beginning of a connection to the end of its answer.
-TIME: Final = 10.0
+REQUEST_TIMEOUT: Final = 10.0
 #: Seconds that answers under way have when the server stops.
-CLOSING: Final = 1.0
+CLOSE_TIMEOUT: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class SmallServer:
             return
         server.close()
         if answering := [each.answering for each in self._open if each.answering is not None]:
-            await asyncio.wait(answering, timeout=CLOSING)
+            await asyncio.wait(answering, timeout=CLOSE_TIMEOUT)
         for connection in [*self._open]:
             connection.end()
 
@@ -111,7 +111,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It was accepted."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
-        self._limit = asyncio.get_running_loop().call_later(TIME, self.end)
+        self._limit = asyncio.get_running_loop().call_later(REQUEST_TIMEOUT, self.end)
         self._server.add(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:

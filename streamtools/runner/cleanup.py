@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 
-class Ends:
+class CleanupStack:
     """Actions for the end; the last one added is done first."""
 
     def __init__(self) -> None:

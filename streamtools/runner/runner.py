@@ -21,7 +21,7 @@ from streamtools.errors import ConfigurationError
 from streamtools.observability.health import HealthReport, HealthServer
 from streamtools.producer import Producer
 from streamtools.routing import ConsumerFactory
-from streamtools.runner.cleanup import Ends, raise_all
+from streamtools.runner.cleanup import CleanupStack, raise_all
 from streamtools.runner.supervisor import Supervisor
 from streamtools.validation.checks import Seconds, check_count, check_place, check_seconds
 
@@ -63,9 +63,9 @@ Source = ConsumerFactory | Service | Consumer | BoundHandler | Producer
 #: Threads for `asyncio.to_thread` at most.
 THREADS: Final = 32
 #: Seconds that closing connections may take beyond the shutdown deadline.
-CLOSING: Final = 5.0
+CLOSE_TIMEOUT: Final = 5.0
 #: Seconds between cancelling a hook and interrupting it.
-GRACE: Final = 1.0
+INTERRUPT_DELAY: Final = 1.0
 
 
 class _InLoop:
@@ -162,7 +162,7 @@ class ConsumerRunner:
             Exception: what ended the runner, when it was not a signal; the process then exits with 1.
         """
         with heeded(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.get_loop().set_default_executor(DefaultThreads(THREADS, CLOSING))
+            runner.get_loop().set_default_executor(DefaultThreads(THREADS, CLOSE_TIMEOUT))
             runner.run(self._serve_alone())
 
     async def serve(self, *, signals: bool = True) -> None:
@@ -187,7 +187,7 @@ class ConsumerRunner:
             raise ConfigurationError("This runner runs already: end it first by runner.stop(), or make another one.")
         here.begin(signals=signals)
         try:
-            limit = self.shutdown_timeout + CLOSING
+            limit = self.shutdown_timeout + CLOSE_TIMEOUT
             with stopped_by_signals(here.stop.set, limit) if here.signals else nullcontext():
                 await self._serve(here)
         finally:
@@ -258,11 +258,11 @@ class ConsumerRunner:
             await self.serve()
         finally:
             others = asyncio.all_tasks() - {asyncio.current_task()}
-            if left := await end(others, CLOSING):
+            if left := await end(others, CLOSE_TIMEOUT):
                 log.error("%d tasks ignore that they are cancelled; they are left behind.", left)
 
     async def _serve(self, here: _InLoop) -> None:
-        ends, failure = Ends(), None
+        ends, failure = CleanupStack(), None
         try:
             async with until(here.stop):
                 if not here.stop.is_set():  # a signal came before
@@ -281,11 +281,11 @@ class ConsumerRunner:
             raise failure
         raise_all(errors, "several things failed while the runner ended")
 
-    async def _enter(self, here: _InLoop, ends: Ends) -> None:
+    async def _enter(self, here: _InLoop, ends: CleanupStack) -> None:
         for hook in [*self.on_startup, *self.on_shutdown]:
             check_function(hook, "hook", "async def prepare(): ..., without yield", NOTHING)
         for resource in self._resources:
-            ends.add(f"Closing {resource!r}", resource.close, lambda: CLOSING)
+            ends.add(f"Closing {resource!r}", resource.close, lambda: CLOSE_TIMEOUT)
             await resource.open()
         for hook in reversed(self.on_shutdown):
             name = f"The on_shutdown hook {name_of(hook)}"
@@ -298,18 +298,18 @@ class ConsumerRunner:
         for supervisor in self._supervisors:
             self._place(supervisor.consumer)
         if self._health is not None:
-            ends.add("Closing the health endpoints", self._health.stop, lambda: CLOSING)
+            ends.add("Closing the health endpoints", self._health.stop, lambda: CLOSE_TIMEOUT)
             await self._health.start()
 
     def _limit(self, here: _InLoop) -> float:
-        return max(here.rest(self.shutdown_timeout), CLOSING)
+        return max(here.rest(self.shutdown_timeout), CLOSE_TIMEOUT)
 
     async def _end(self, hook: Hook, name: str, here: _InLoop) -> None:
         """Call a hook of `on_shutdown`; one that blocks the event loop is interrupted when its time is over."""
         seconds = self._limit(here)
         try:
             # Later than it is cancelled, where that is possible.
-            with Interruptible(seconds=seconds + GRACE) as limited:
+            with Interruptible(seconds=seconds + INTERRUPT_DELAY) as limited:
                 await _call(hook, limited)
         except Interrupted:
             raise TimeoutError(
@@ -325,7 +325,7 @@ class ConsumerRunner:
             here.rest(self.shutdown_timeout)
             await self._drain(loops)
         finally:
-            await end([stop, started, *loops], CLOSING)
+            await end([stop, started, *loops], CLOSE_TIMEOUT)
             here.ready.clear()
         raise_all([e for task in loops if (e := _failure(task)) is not None], "several loops ended")
 
@@ -340,7 +340,7 @@ class ConsumerRunner:
             supervisor.stop(self.shutdown_timeout)
         running = [task for task in loops if not task.done()]
         if running:
-            await asyncio.wait(running, timeout=self.shutdown_timeout + CLOSING)
+            await asyncio.wait(running, timeout=self.shutdown_timeout + CLOSE_TIMEOUT)
 
     def _place(self, consumer: Consumer) -> None:
         consumer.port = consumer.port if consumer.port is not None else self.port

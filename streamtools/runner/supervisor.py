@@ -9,7 +9,7 @@ from collections import deque
 
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.engine.backoff import backoff
-from streamtools.engine.tasks.cancellation import guard
+from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
 from streamtools.errors import ConfigurationError, HandlerError
 from streamtools.observability.health import LoopHealth
 
@@ -55,7 +55,7 @@ class Supervisor:
 
     async def _run_once(self) -> None:
         try:
-            await guard(self.consumer.run(self.handler, on_started=self._has_started))
+            await stray_cancellation_as_lost(self.consumer.run(self.handler, on_started=self._has_started))
         except ConfigurationError:
             raise
         except Exception as error:

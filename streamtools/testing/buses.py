@@ -46,7 +46,7 @@ async def moved(bus: Bus, url: str) -> AsyncIterator[None]:
             await bus.close()
 
 
-class Attendance:
+class BusProbe:
     """A bus as a source of a harness, like a routed handler."""
 
     def __init__(self, bus: Bus) -> None:

@@ -19,16 +19,16 @@ from streamtools.bus import Bus
 from streamtools.consumer import Consumer
 from streamtools.delivery import Settlement, current
 from streamtools.engine.dispatch import Dispatcher
-from streamtools.errors import Closed, ConfigurationError, DecodeError, near
+from streamtools.errors import Closed, ConfigurationError, DecodeError, suggest
 from streamtools.message import Message
 from streamtools.producer import Producer
 from streamtools.receipt import Receipt
 from streamtools.retry import Retry
 from streamtools.routing import ConsumerFactory, Route
-from streamtools.testing.buses import Attendance, is_of, moved, parts_of, type_of
+from streamtools.testing.buses import BusProbe, is_of, moved, parts_of, type_of
 from streamtools.testing.waiting import eventually
 from streamtools.types import Handler
-from streamtools.verdicts import Kind, Verdict
+from streamtools.verdicts import Verdict, VerdictKind
 
 #: Seconds that `settled` waits.
 TIMEOUT: Final = 10.0
@@ -116,7 +116,7 @@ class Harness:
             ConfigurationError: no handler is routed from this queue.
         """
         if queue not in self._queues:
-            raise ConfigurationError(f"No handler is routed from {queue!r}. {near(queue, self._queues)}")
+            raise ConfigurationError(f"No handler is routed from {queue!r}. {suggest(queue, self._queues)}")
         producer = self._producer(queue)
         common = producer._common(
             headers, key=key, type=type or type_of(payload), delay=delay, ttl=ttl, correlation_id=correlation_id,
@@ -260,7 +260,7 @@ class Harness:
 class _Watched:
     """One route's consumer, and what it has not settled yet."""
 
-    def __init__(self, harness: Harness, route: Route | Attendance) -> None:
+    def __init__(self, harness: Harness, route: Route | BusProbe) -> None:
         self.pending: Counter[str] = Counter()
         self.consumer: Consumer = route.build(harness._url)
         self._harness = harness
@@ -269,14 +269,14 @@ class _Watched:
         self.consumer.middleware.insert(0, self._see)
         if not harness._delays:
             self.consumer.retry = _at_once(self.consumer.retry)
-            self._dispatcher = self.consumer.dispatcher
-            self.consumer.dispatcher = self._make_dispatcher  # type: ignore[method-assign]
+            self._dispatcher = self.consumer.make_dispatcher
+            self.consumer.make_dispatcher = self._make_dispatcher  # type: ignore[method-assign]
 
     def has(self, message: Message) -> bool:
         """Whether a message comes here."""
         if message.exchange is None:
             return message.queue == self.consumer.queue
-        bindings = self._route.bindings if isinstance(self._route, Attendance) else self.consumer.bindings
+        bindings = self._route.bindings if isinstance(self._route, BusProbe) else self.consumer.bindings
         return any(b.exchange == message.exchange and b.exchange.matches(b.topic, message.queue) for b in bindings)
 
     def _make_dispatcher(self, *handler: Any, retry: Retry | None = None, **options: Any) -> Dispatcher:
@@ -299,7 +299,7 @@ class _Watched:
         """Run the loop; returns once it receives."""
         self.consumer._settle = self._record  # type: ignore[method-assign]
         started = asyncio.Event()
-        handler = self._route.loop if isinstance(self._route, Attendance) else self._route
+        handler = self._route.loop if isinstance(self._route, BusProbe) else self._route
         task = asyncio.create_task(self.consumer.run(handler, on_started=started.set))
         task.add_done_callback(lambda _: started.set())
         await started.wait()
@@ -328,7 +328,7 @@ class _Watched:
 
     def _note(self, settlement: Settlement) -> None:
         message, kind, harness = settlement.delivery.message, settlement.verdict.kind, self._harness
-        if kind in (Kind.RETRY, Kind.RELEASE) or not self.pending[message.id]:
+        if kind in (VerdictKind.RETRY, VerdictKind.RELEASE) or not self.pending[message.id]:
             return  # it comes again, or a second verdict
         self.pending -= Counter([message.id])
         for copy in _apart(settlement)[0]:
@@ -338,12 +338,12 @@ class _Watched:
 
     def _note_part(self, part: Settlement) -> None:
         message, kind = part.delivery.message, part.verdict.kind
-        if kind is Kind.ACK:
+        if kind is VerdictKind.ACK:
             if self.consumer.ack != "on_receive":  # else its handler has not begun
                 self._harness._handled.append((message, part.result))
-        elif kind is Kind.REJECT:
+        elif kind is VerdictKind.REJECT:
             self._harness.rejected += _apart(part)[0]
-        elif kind is Kind.DROP:
+        elif kind is VerdictKind.DROP:
             self._harness.dropped.append(message)
 
 
@@ -352,7 +352,7 @@ class _AtOnce(Retry):
 
     def decide(self, error: BaseException, attempt: int) -> Verdict:
         verdict = super().decide(error, attempt)
-        return Verdict.retry(0) if verdict.kind is Kind.RETRY and attempt <= AT_ONCE else verdict
+        return Verdict.retry(0) if verdict.kind is VerdictKind.RETRY and attempt <= AT_ONCE else verdict
 
 
 def _at_once(retry: Retry) -> Retry:
@@ -366,18 +366,18 @@ def _apart(settlement: Settlement) -> tuple[list[Message], list[Message]]:
     return copies, [m for m in settlement.outgoing if m.id != own]
 
 
-def _routes(source: object) -> Sequence[Route | Attendance]:
+def _routes(source: object) -> Sequence[Route | BusProbe]:
     if isinstance(source, ConsumerFactory):
         return source.handlers
     if isinstance(source, Route):
         return [each for each in source.all if isinstance(each, Route)]
     if isinstance(source, Bus):
-        return [Attendance(source)] if source.bound else []
+        return [BusProbe(source)] if source.bound else []
     raise ConfigurationError(f"A harness runs factories, routed handlers and buses, and {source!r} is none of them.")
 
 
-def _distinct(routes: Iterable[Route | Attendance]) -> list[Route | Attendance]:
-    found: dict[tuple[str, Any], Route | Attendance] = {}
+def _distinct(routes: Iterable[Route | BusProbe]) -> list[Route | BusProbe]:
+    found: dict[tuple[str, Any], Route | BusProbe] = {}
     for route in routes:
         other = found.setdefault((route.queue, route.options.get("group")), route)
         if other is not route:

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Sized
 from typing import Final
 
 #: Seconds after which what should have happened has not; long, for busy machines.
-DEADLINE: Final = 30.0
+TIMEOUT: Final = 30.0
 #: Seconds between two looks.
-LOOK: Final = 0.005
+POLL_INTERVAL: Final = 0.005
 
 
 async def eventually(
-    condition: Callable[[], object | Awaitable[object]], what: str = "", *, timeout: float = DEADLINE
+    condition: Callable[[], object | Awaitable[object]], what: str = "", *, timeout: float = TIMEOUT
 ) -> None:
     """Wait until `condition()` is true; the look in between costs 5 ms.
 
@@ -28,7 +28,7 @@ async def eventually(
     try:
         async with asyncio.timeout(timeout):
             while not await _holds(condition):  # noqa: ASYNC110 - there is nothing else to wait for
-                await asyncio.sleep(LOOK)
+                await asyncio.sleep(POLL_INTERVAL)
     except TimeoutError:
         raise TimeoutError(f"Not true after {timeout:g} s: {what or _source(condition)}") from None
 

@@ -1,7 +1,7 @@
 """Text from outside, made harmless for logs and terminals.
 
 A message may hold anything: line ends that forge lines of a log, escape sequences that a terminal obeys, characters
-that turn the direction of writing. `visible` shows them as escapes. It is applied to whatever this library logs, by a
+that turn the direction of writing. `escaped` shows them as escapes. It is applied to whatever this library logs, by a
 filter on its logger, and to whatever the command line prints.
 """
 
@@ -66,7 +66,7 @@ class _JSONEscapes(_Escapes):
 _ESCAPES, _LINE_ESCAPES, _JSON_ESCAPES = _Escapes(), _LineEscapes(), _JSONEscapes()
 
 
-def visible(text: str, *, lines: bool = False) -> str:
+def escaped(text: str, *, lines: bool = False) -> str:
     """The text with all characters that cannot be seen as escapes: controls, C1, bidirectional and invisible ones.
 
     Parameters:
@@ -93,7 +93,7 @@ def _coloured(text: str) -> str:
 
 def visible_block(text: str, indent: str = "  ") -> str:
     """A text of several lines, of which none but the first begins where a line of our own does."""
-    return visible(text, lines=True).replace("\n", f"\n{indent}")
+    return escaped(text, lines=True).replace("\n", f"\n{indent}")
 
 
 class VisibleRecords(logging.Filter):
@@ -107,7 +107,7 @@ class VisibleRecords(logging.Filter):
         elif arguments:
             record.args = tuple(map(_shown, arguments))
         elif isinstance(record.msg, str):
-            record.msg = visible(record.msg, lines=True)
+            record.msg = escaped(record.msg, lines=True)
         if record.exc_info and not record.exc_text:
             record.exc_text = visible_block(_formatted(record.exc_info))
         return True
@@ -139,7 +139,7 @@ def _cut(write: Callable[[object], str], value: object) -> str:
         text = write(value)
     except BaseException as broken:  # whatever it raises must not end what logs it
         return f"(its text could not be read: {type(broken).__name__})"
-    return visible(text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)")
+    return escaped(text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)")
 
 
 def _formatted(info: Any) -> str:

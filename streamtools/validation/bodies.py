@@ -80,7 +80,7 @@ class TooLarge(DecodeError):
     """A body is larger than it may be once it is decompressed."""
 
 
-def undone(body: bytes, encoding: str | None, limit: int | None = None) -> bytes:
+def decompressed(body: bytes, encoding: str | None, limit: int | None = None) -> bytes:
     """The body without its content encodings: gzip and deflate are decompressed, one after the other.
 
     Parameters:
@@ -101,8 +101,8 @@ def undone(body: bytes, encoding: str | None, limit: int | None = None) -> bytes
     return _Work(body, LIMITS.inflated if limit is None else limit).undo(body, names) if names else body
 
 
-def is_undone(encoding: str) -> bool:
-    """Whether `undone` knows each of these encodings."""
+def can_decompress(encoding: str) -> bool:
+    """Whether `decompressed` knows each of these encodings."""
     return len(encoding) <= LONGEST and all(name in _WINDOWS for name in _names(encoding))
 
 

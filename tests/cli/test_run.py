@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from streamtools.engine.tasks.signals import SAME_SIGNAL
+from streamtools.engine.tasks.signals import SAME_SIGNAL_TIMEOUT
 from streamtools.text.installation import install_line
 from tests.brokers.processes import free_ports
 from tests.cli.conftest import ROOT, Cli, Service, received
@@ -210,7 +210,7 @@ class TestWorkers:
         running.wait_until(lambda: running.output.count("finishing") == 2)
 
         first = time.monotonic()
-        running.wait_until(lambda: time.monotonic() > first + 4 * SAME_SIGNAL)  # sooner, it is the same one
+        running.wait_until(lambda: time.monotonic() > first + 4 * SAME_SIGNAL_TIMEOUT)  # sooner, it is the same one
 
         assert running.end() == 1
 

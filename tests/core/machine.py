@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from streamtools import ADMINS, CONSUMER_LOOPS, PRODUCERS, Consumer, Delivery, codec
 from streamtools.settings import ProtocolSettings
-from streamtools.testing.waiting import DEADLINE, eventually
+from streamtools.testing.waiting import TIMEOUT, eventually
 from tests.core import strategies
 from tests.core.clock import Clock
 from tests.core.model import ERROR, ORDERS, QUEUES, STEP, Entry, Lane, Model, seen
@@ -89,7 +89,7 @@ class Queues(RuleBasedStateMachine):
         """Do something in the event loop."""
 
         async def limited() -> T:
-            async with asyncio.timeout(2 * DEADLINE):
+            async with asyncio.timeout(2 * TIMEOUT):
                 return await work
 
         return self.runner.run(limited())
@@ -318,13 +318,13 @@ class Queues(RuleBasedStateMachine):
 
     async def _receive(self, reader: Reader, limit: int) -> list[Hold]:
         fresh, expired = self._expected(reader, limit)
-        taken = await reader.consumer.receive(limit, timeout=DEADLINE if fresh else 0)
+        taken = await reader.consumer.receive(limit, timeout=TIMEOUT if fresh else 0)
         self.model.take(reader.lane, expired)
         return self._took(reader, taken, fresh)
 
     def _took(self, reader: Reader, taken: list[Delivery], entries: list[Entry]) -> list[Hold]:
         assert [seen(d.message) for d in taken] == [entry.seen for entry in entries]
-        assert [d.count for d in taken] == [entry.count if self.counts else 0 for entry in entries]
+        assert [d.redeliveries for d in taken] == [entry.count if self.counts else 0 for entry in entries]
         assert {d.message.queue for d in taken} <= {reader.lane.queue}
         self.model.take(reader.lane, entries)
         holds = [Hold(d, entry) for d, entry in zip(taken, entries, strict=True)]

@@ -11,7 +11,7 @@ from hypothesis.stateful import precondition, rule
 
 from streamtools import CONSUMER_LOOPS, Consumer, Delivery, Reject, Retry, RetryLater
 from streamtools.errors import ConfigurationError, Drop
-from streamtools.testing.waiting import DEADLINE, eventually
+from streamtools.testing.waiting import TIMEOUT, eventually
 from tests.core import strategies
 from tests.core.machine import Hold, Queues, Reader, all_of, delays
 from tests.core.model import ERROR, ORDERS, QUEUES, STEP, Lane, seen
@@ -152,8 +152,8 @@ class Machine(Queues):
 
         started = asyncio.Event()  # a consumer that is stopped before has joined no group
         running = asyncio.create_task(consumer.run(handler, on_started=started.set))
-        await eventually(lambda: started.is_set() or running.done(), "its start", timeout=DEADLINE)
-        await eventually(lambda: len(handled) >= number or running.done(), f"{number} runs", timeout=DEADLINE)
+        await eventually(lambda: started.is_set() or running.done(), "its start", timeout=TIMEOUT)
+        await eventually(lambda: len(handled) >= number or running.done(), f"{number} runs", timeout=TIMEOUT)
         await self._settled(consumer)
         consumer.stop()
         await running
@@ -167,7 +167,7 @@ class Machine(Queues):
             info = await self.admin.stats(queue)
             return (info.ready, info.in_hand) == (self.model.numbers(queue)[0], self._in_hand(queue))
 
-        await eventually(as_expected, f"what waits in {queue!r} is what the model says", timeout=DEADLINE)
+        await eventually(as_expected, f"what waits in {queue!r} is what the model says", timeout=TIMEOUT)
 
     # --- operators ------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from streamtools import Message, codec
 from streamtools.errors import DecodeError
-from streamtools.validation.bodies import MEMBERS, is_undone, undone
+from streamtools.validation.bodies import MEMBERS, can_decompress, decompressed
 
 MIB = 2**20
 #: Seconds that a body of a mebibyte may take.
@@ -92,7 +92,7 @@ def test_no_compressed_body_of_a_mebibyte_takes_long(shape: str) -> None:
 def seconds(body: bytes, encoding: str) -> float:
     begun = time.thread_time()
     try:
-        undone(body, encoding)
+        decompressed(body, encoding)
     except DecodeError as error:
         assert len(str(error)) < 300
     return time.thread_time() - begun
@@ -102,19 +102,19 @@ def test_the_members_of_a_body_are_counted_over_all_its_encodings() -> None:
     def of(count: int) -> bytes:
         return b"".join(gzip.compress(b"%d," % n, mtime=0) for n in range(count))
 
-    assert undone(of(MEMBERS), "gzip") == b"".join(b"%d," % n for n in range(MEMBERS))
+    assert decompressed(of(MEMBERS), "gzip") == b"".join(b"%d," % n for n in range(MEMBERS))
     for body, encoding in ((of(MEMBERS + 1), "gzip"), (stacked(of(MEMBERS), 1), "gzip,gzip")):
         with pytest.raises(DecodeError, match="1,000 gzip members"):
-            undone(body, encoding)
+            decompressed(body, encoding)
 
 
 def test_what_comes_between_two_encodings_has_a_limit() -> None:
     with pytest.raises(DecodeError, match="others are not yet"):
-        undone(stacked(gzip_of(filled(8 * MIB, STORED)), 1), "gzip,gzip")
+        decompressed(stacked(gzip_of(filled(8 * MIB, STORED)), 1), "gzip,gzip")
     noise = random.Random(1).randbytes(4 * MIB)
-    assert undone(stacked(noise, 2), "gzip,gzip") == noise
-    assert undone(stacked(noise[: MIB // 2], 3), "gzip,gzip,gzip") == noise[: MIB // 2]
-    assert undone(stacked(bytes(16 * MIB), 3), "gzip,gzip,gzip") == bytes(16 * MIB)
+    assert decompressed(stacked(noise, 2), "gzip,gzip") == noise
+    assert decompressed(stacked(noise[: MIB // 2], 3), "gzip,gzip,gzip") == noise[: MIB // 2]
+    assert decompressed(stacked(bytes(16 * MIB), 3), "gzip,gzip,gzip") == bytes(16 * MIB)
 
 
 ONE, TWO = gzip.compress(b"1", mtime=0), zlib.compress(b"1")
@@ -146,27 +146,27 @@ def test_what_follows_a_stream_is_refused_and_its_place_is_said(
 
 
 def test_zeros_may_follow_gzip_as_its_own_tools_write_them() -> None:
-    assert undone(ONE + bytes(512), "gzip") == b"1"
-    assert undone(ONE + ONE + bytes(MIB), "gzip") == b"11"
+    assert decompressed(ONE + bytes(512), "gzip") == b"1"
+    assert decompressed(ONE + ONE + bytes(MIB), "gzip") == b"11"
 
 
 @given(st.lists(st.binary(max_size=40_000), min_size=1, max_size=4), st.integers(0, 9), st.booleans())
 def test_several_members_are_one_body(parts: list[bytes], level: int, padded: bool) -> None:
     body = b"".join(gzip.compress(part, level, mtime=0) for part in parts) + bytes(3 * padded)
-    assert undone(body, "gzip") == b"".join(parts)
-    assert undone(zlib.compress(body, level), "gzip, deflate") == b"".join(parts)
+    assert decompressed(body, "gzip") == b"".join(parts)
+    assert decompressed(zlib.compress(body, level), "gzip, deflate") == b"".join(parts)
 
 
 @given(st.binary(max_size=40_000), st.integers(-1, 9), st.sampled_from(range(9, 16)), st.booleans())
 def test_deflate_is_read_with_its_header_and_without(body: bytes, level: int, window: int, bare: bool) -> None:
     packer = zlib.compressobj(level, zlib.DEFLATED, -window if bare else window)
-    assert undone(packer.compress(body) + packer.flush(), "deflate") == body
+    assert decompressed(packer.compress(body) + packer.flush(), "deflate") == body
 
 
 @pytest.mark.parametrize("encoding", ["GZip", " gzip\t", "gzip,", ",,gzip , ,", "identity , gZIP", "\tX-Gzip"])
 def test_encodings_are_a_list_as_http_has_it(encoding: str) -> None:
-    assert is_undone(encoding)
-    assert undone(ONE, encoding) == b"1"
+    assert can_decompress(encoding)
+    assert decompressed(ONE, encoding) == b"1"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,6 @@ def test_encodings_are_a_list_as_http_has_it(encoding: str) -> None:
     ],
 )
 def test_what_is_no_name_of_an_encoding_is_refused_clearly(encoding: str, words: str) -> None:
-    assert not is_undone(encoding)
+    assert not can_decompress(encoding)
     with pytest.raises(DecodeError, match=words):
-        undone(ONE, encoding)
+        decompressed(ONE, encoding)

@@ -24,7 +24,7 @@ from streamtools.producer import Producer
 from streamtools.retry import Retry
 from streamtools.testing.waiting import reaches
 from streamtools.types import Handler
-from streamtools.verdicts import Kind, Verdict
+from streamtools.verdicts import Verdict, VerdictKind
 
 QUICK = Retry(retries=2, delay=0, jitter=0)
 
@@ -35,7 +35,7 @@ class Stop(BaseException):
 
 def delivery(**fields: Any) -> Delivery:
     count = fields.pop("count", 0)
-    return Delivery(Message(**{"body": b"1", "queue": "orders", "id": "1", **fields}), count=count)
+    return Delivery(Message(**{"body": b"1", "queue": "orders", "id": "1", **fields}), redeliveries=count)
 
 
 def dispatcher(handler: Handler, **options: Any) -> Dispatcher:
@@ -58,21 +58,25 @@ async def fine(message: Message) -> Any:
 
 async def test_a_handler_that_returns_acknowledges_with_its_value() -> None:
     settlement = await dispatcher(fine)(delivery())
-    assert (settlement.verdict.kind, settlement.result, settlement.outgoing) == (Kind.ACK, "value", ())
+    assert (settlement.verdict.kind, settlement.result, settlement.outgoing) == (VerdictKind.ACK, "value", ())
 
 
-ERRORS: list[tuple[BaseException, Kind]] = [
-    (ValueError("x"), Kind.RETRY), (SystemExit(1), Kind.RETRY), (KeyboardInterrupt(), Kind.RETRY),
-    (asyncio.CancelledError(), Kind.RETRY), (Stop(), Kind.RETRY), (RetryLater(5), Kind.RETRY),
-    (Reject("no"), Kind.REJECT), (Drop(), Kind.DROP), (BaseExceptionGroup("g", [Stop()]), Kind.RETRY),
+ERRORS: list[tuple[BaseException, VerdictKind]] = [
+    (ValueError("x"), VerdictKind.RETRY), (SystemExit(1), VerdictKind.RETRY),
+    (KeyboardInterrupt(), VerdictKind.RETRY), (asyncio.CancelledError(), VerdictKind.RETRY),
+    (Stop(), VerdictKind.RETRY), (RetryLater(5), VerdictKind.RETRY), (Reject("no"), VerdictKind.REJECT),
+    (Drop(), VerdictKind.DROP), (BaseExceptionGroup("g", [Stop()]), VerdictKind.RETRY),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "kind"), ERRORS)
-async def test_whatever_is_raised_is_a_verdict(error: BaseException, kind: Kind) -> None:
+async def test_whatever_is_raised_is_a_verdict(error: BaseException, kind: VerdictKind) -> None:
     settlement = await dispatcher(raising(error))(delivery())
     assert (settlement.verdict.kind, settlement.error) == (kind, error)
-    assert [m.queue for m in settlement.outgoing] == {Kind.RETRY: ["orders"], Kind.REJECT: ["error"]}.get(kind, [])
+    assert [m.queue for m in settlement.outgoing] == {
+        VerdictKind.RETRY: ["orders"],
+        VerdictKind.REJECT: ["error"],
+    }.get(kind, [])
 
 
 behaviours = st.sampled_from(["value", "middleware", "decode", *range(len(ERRORS))])
@@ -101,12 +105,12 @@ def test_every_delivery_gets_a_verdict(
 
     settlement = asyncio.run(run())
     kind = settlement.verdict.kind
-    assert kind in Kind
-    assert len(settlement.outgoing) == (kind in (Kind.RETRY, Kind.REJECT) and copies)
-    if kind is Kind.RETRY:
+    assert kind in VerdictKind
+    assert len(settlement.outgoing) == (kind in (VerdictKind.RETRY, VerdictKind.REJECT) and copies)
+    if kind is VerdictKind.RETRY:
         assert attempt <= 2
     if count >= 5:
-        assert kind is Kind.REJECT
+        assert kind is VerdictKind.REJECT
 
 
 def _behave(behaviour: Any) -> Any:
@@ -125,7 +129,7 @@ async def test_our_own_cancellation_is_none_of_the_handlers() -> None:
     task = asyncio.create_task(dispatcher(handle)(delivery()))  # type: ignore[arg-type]
     await entered.wait()
     task.cancel()
-    assert (await task).verdict.kind is Kind.RELEASE
+    assert (await task).verdict.kind is VerdictKind.RELEASE
 
 
 class Silent(Reject):
@@ -144,22 +148,22 @@ class Forgetful(RetryLater):
 
 async def test_an_error_whose_text_cannot_be_had_is_rejected_like_any_other() -> None:
     settlement = await dispatcher(raising(Silent()))(delivery())
-    assert settlement.verdict.kind is Kind.REJECT
+    assert settlement.verdict.kind is VerdictKind.REJECT
     [copy] = settlement.outgoing
     assert copy.error is not None and "KeyboardInterrupt" in copy.error.reason
 
 
 async def test_a_retry_without_a_delay_of_its_own_has_the_policys() -> None:
-    assert (await dispatcher(raising(Forgetful()))(delivery())).verdict.kind is Kind.RETRY
+    assert (await dispatcher(raising(Forgetful()))(delivery())).verdict.kind is VerdictKind.RETRY
 
 
-@pytest.mark.parametrize("answer", [None, "retry", Verdict(Kind.RETRY, delay=float("inf"))])
+@pytest.mark.parametrize("answer", [None, "retry", Verdict(VerdictKind.RETRY, delay=float("inf"))])
 async def test_where_an_error_handler_returns_no_verdict_the_policy_decides(answer: Any) -> None:
     async def decide(message: Message, error: BaseException, attempt: int) -> Any:
         return answer
 
     settlement = await dispatcher(raising(ValueError()), on_error=decide, retry=Retry(retries=0))(delivery())
-    assert settlement.verdict.kind is Kind.REJECT
+    assert settlement.verdict.kind is VerdictKind.REJECT
 
 
 async def test_the_reason_that_an_error_handler_gives_is_kept_beside_the_error() -> None:
@@ -185,7 +189,7 @@ async def test_what_a_handler_makes_of_our_cancellation_is_no_failure_of_its_mes
     task = asyncio.create_task(dispatcher(handle, retry=Retry(retries=0))(delivery()))  # type: ignore[arg-type]
     await entered.wait()
     task.cancel()
-    assert (await task).verdict.kind is Kind.RELEASE
+    assert (await task).verdict.kind is VerdictKind.RELEASE
 
 
 async def test_an_expired_message_is_dropped_and_a_poisonous_one_rejected_without_a_run() -> None:
@@ -194,9 +198,9 @@ async def test_an_expired_message_is_dropped_and_a_poisonous_one_rejected_withou
     async def handle(message: Message) -> Any:
         runs.append(message)
 
-    assert (await dispatcher(handle)(delivery(expires_at=1.0))).verdict.kind is Kind.DROP
+    assert (await dispatcher(handle)(delivery(expires_at=1.0))).verdict.kind is VerdictKind.DROP
     settlement = await dispatcher(handle)(delivery(count=5))
-    assert settlement.verdict.kind is Kind.REJECT and "max_deliveries=5" in settlement.verdict.reason
+    assert settlement.verdict.kind is VerdictKind.REJECT and "max_deliveries=5" in settlement.verdict.reason
     [copy] = settlement.outgoing
     assert copy.error is not None and copy.error.exception.endswith("HandlerError")
     assert runs == []
@@ -221,7 +225,7 @@ async def test_in_place_a_wait_is_given_up_when_the_loop_stops() -> None:
     await asyncio.sleep(0)
     dispatch.stop()
     async with asyncio.timeout(10):
-        assert (await task).verdict.kind is Kind.RELEASE
+        assert (await task).verdict.kind is VerdictKind.RELEASE
 
 
 async def test_the_error_queues_own_failure_waits_before_it_comes_again() -> None:
@@ -273,28 +277,28 @@ class TestWhereNoBrokerHoldsAMessageBack:
         due = time.time() + 0.1
         run = dispatcher(fine, features=Features(delay=False))
         late = asyncio.create_task(run(delivery(deliver_at=due)))
-        assert (await run(delivery(id="2"))).verdict.kind is Kind.ACK
+        assert (await run(delivery(id="2"))).verdict.kind is VerdictKind.ACK
         assert not late.done()
-        assert (await late).verdict.kind is Kind.ACK
+        assert (await late).verdict.kind is VerdictKind.ACK
         assert time.time() >= due
 
     async def test_what_expires_meanwhile_is_dropped(self) -> None:
         now = time.time()
         run = dispatcher(fine, features=Features(delay=False))
         settlement = await run(delivery(deliver_at=now + 0.1, expires_at=now + 0.05))
-        assert settlement.verdict.kind is Kind.DROP
+        assert settlement.verdict.kind is VerdictKind.DROP
 
     async def test_it_goes_back_when_the_consumer_stops(self) -> None:
         run = dispatcher(fine, features=Features(delay=False))
         waiting = asyncio.create_task(run(delivery(deliver_at=time.time() + 3600)))
         await asyncio.sleep(0)
         run.stop()
-        assert (await waiting).verdict.kind is Kind.RELEASE
+        assert (await waiting).verdict.kind is VerdictKind.RELEASE
 
     @pytest.mark.parametrize("features", [Features(), Features(delay=False, error_queue=False)])
     async def test_where_the_broker_or_the_sender_waits_nothing_waits_here(self, features: Features) -> None:
         run = dispatcher(fine, features=features)
-        assert (await run(delivery(deliver_at=time.time() + 3600))).verdict.kind is Kind.ACK
+        assert (await run(delivery(deliver_at=time.time() + 3600))).verdict.kind is VerdictKind.ACK
 
     async def test_a_consumer_of_such_a_protocol_keeps_to_the_delay_of_its_policy(
         self, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,7 @@ from streamtools.errors import DecodeError
 from streamtools.features import Features
 from streamtools.message import Message
 from streamtools.testing import eventually
-from streamtools.verdicts import Kind
+from streamtools.verdicts import VerdictKind
 from tests.core import strategies
 
 KIND = "application/cloudevents+json"
@@ -153,9 +153,9 @@ async def test_an_event_that_has_expired_is_dropped_and_one_that_is_none_is_reje
         features=Features(),
     )  # fmt: skip
     stale = await dispatcher(Delivery(carrier(event(data=1, expirytime="2001-01-01T00:00:00Z"))))
-    assert stale.verdict.kind is Kind.DROP
+    assert stale.verdict.kind is VerdictKind.DROP
     broken = await dispatcher(Delivery(carrier(b"{")))
-    assert broken.verdict.kind is Kind.REJECT and broken.outgoing[0].body == b"{"
+    assert broken.verdict.kind is VerdictKind.REJECT and broken.outgoing[0].body == b"{"
 
 
 class Placed(Command, name="orders.Placed"):

@@ -16,9 +16,9 @@ from pydantic import BaseModel
 
 from streamtools import CONSUMER_LOOPS, PRODUCERS, Consumer, Delivery, Message, Retry
 from streamtools.delivery import Settlement, current
-from streamtools.testing.waiting import DEADLINE, eventually
+from streamtools.testing.waiting import TIMEOUT, eventually
 from streamtools.types import Handler
-from streamtools.verdicts import Kind
+from streamtools.verdicts import VerdictKind
 from tests.core import deeds
 from tests.core.deeds import FINE, HANGS, Deeds
 
@@ -94,7 +94,7 @@ def watched(protocol: str) -> type[Consumer]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.given: list[Delivery] = []
-            self.verdicts: dict[Delivery, list[Kind]] = defaultdict(list)
+            self.verdicts: dict[Delivery, list[VerdictKind]] = defaultdict(list)
 
         async def _receive(self, limit: int) -> Sequence[Delivery]:
             batch = await super()._receive(limit)
@@ -174,7 +174,7 @@ class Service:
     def final(self) -> bool:
         """No message is on its way any more."""
         last = {d.message.id: kinds[-1] for d, kinds in self.consumer.verdicts.items()}
-        done = [kind for kind in last.values() if kind not in (Kind.RETRY, Kind.RELEASE)]
+        done = [kind for kind in last.values() if kind not in (VerdictKind.RETRY, VerdictKind.RELEASE)]
         return len(done) == len(self.case.messages) + 1 and self.consumer.in_flight == 0
 
     async def leftovers(self, queue: str) -> list[str]:
@@ -193,16 +193,16 @@ async def check(case: Case, protocol: str, url: str) -> Service:
     await service.send()
     running = asyncio.create_task(consumer.run(consumer()(service.handler())))
     await eventually(
-        lambda: running.done() or service.hanging or (service.probed.is_set() and service.final()), timeout=DEADLINE
+        lambda: running.done() or service.hanging or (service.probed.is_set() and service.final()), timeout=TIMEOUT
     )
     assert not running.done(), running.result()
-    consumer.stop(0.0 if service.hanging else DEADLINE)
-    async with asyncio.timeout(DEADLINE):
+    consumer.stop(0.0 if service.hanging else TIMEOUT)
+    async with asyncio.timeout(TIMEOUT):
         await running
     counts = Counter(len(consumer.verdicts[delivery]) for delivery in consumer.given)
     assert set(counts) <= {1} or (service.hanging and counts.keys() <= {0, 1})
     assert counts[0] <= service.hanging
-    gone = [d.message.id for d, (kind,) in consumer.verdicts.items() if kind in (Kind.ACK, Kind.DROP)]
+    gone = [d.message.id for d, (kind,) in consumer.verdicts.items() if kind in (VerdictKind.ACK, VerdictKind.DROP)]
     left = await service.leftovers("orders") + await service.leftovers("error")
     if case.ack != "on_receive":
         assert Counter(gone + left) == Counter([*(str(n) for n in range(len(case.messages))), PROBE])

@@ -16,12 +16,12 @@ from streamtools import Consumer, ConsumerFactory, ConsumerRunner, Message, Prod
 from streamtools.bus import Bus
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.http.answers import answer
-from streamtools.errors import ConfigurationError, DecodeError, Drop, OptionError, Reject, RetryLater, text_of
-from streamtools.retry import checked
+from streamtools.errors import ConfigurationError, DecodeError, Drop, OptionError, Reject, RetryLater, safe_str
+from streamtools.retry import validate_verdict
 from streamtools.testing import Harness
 from streamtools.text.tracebacks import format_error
 from streamtools.types import Handler
-from streamtools.verdicts import DROP, Kind, Verdict
+from streamtools.verdicts import DROP, Verdict, VerdictKind
 
 OTHERS = {TimeoutError: Retry(retries=0), OSError: Retry(delay=60, jitter=0)}
 BARE = Retry(retries=2, delay=1, jitter=0, errors=OTHERS)
@@ -147,10 +147,10 @@ async def test_a_timeout_says_where_it_was_raised_and_what_was_waited_for(caplog
 
 
 def test_a_group_says_what_each_of_its_errors_says() -> None:
-    text = text_of(group(ValueError("first"), group(KeyError("second"))))
+    text = safe_str(group(ValueError("first"), group(KeyError("second"))))
     assert "2 sub-exceptions" in text and "ValueError: first" in text and "KeyError: 'second'" in text
-    assert len(text_of(group(*[ValueError("x" * 9)] * 1000))) < 500
-    assert text_of(ValueError()) == ""  # never raised
+    assert len(safe_str(group(*[ValueError("x" * 9)] * 1000))) < 500
+    assert safe_str(ValueError()) == ""  # never raised
 
 
 class Order(BaseModel):
@@ -159,7 +159,12 @@ class Order(BaseModel):
 
 @pytest.mark.parametrize(
     "fail",
-    [lambda: int("x"), lambda: TypeAdapter(Order).validate_python({}), lambda: checked(5), lambda: b"\xff".decode()],
+    [
+        lambda: int("x"),
+        lambda: TypeAdapter(Order).validate_python({}),
+        lambda: validate_verdict(5),
+        lambda: b"\xff".decode(),
+    ],
     ids=["ValueError", "ValidationError", "TypeError", "UnicodeDecodeError"],
 )
 async def test_a_handlers_own_error_has_its_traceback_in_log_and_details(
@@ -202,7 +207,12 @@ FIVE = timedelta(seconds=5)
 def test_a_timedelta_is_taken_wherever_seconds_are() -> None:
     retry = Retry(retries=3, delay=FIVE, max_delay=timedelta(minutes=1), jitter=0)
     assert (retry.delay, retry.max_delay, retry.after(1)) == (5.0, 60.0, 5.0)
-    assert RetryLater(FIVE).delay == Verdict.retry(FIVE).delay == checked(Verdict(Kind.RETRY, delay=FIVE)).delay == 5  # type: ignore[arg-type]
+    assert (
+        RetryLater(FIVE).delay
+        == Verdict.retry(FIVE).delay
+        == validate_verdict(Verdict(VerdictKind.RETRY, delay=FIVE)).delay
+        == 5
+    )  # type: ignore[arg-type]
     assert Consumer("q", url="asyncio://", connect_timeout=FIVE).connect_timeout == 5
     assert Producer("q", url="asyncio://", send_timeout=FIVE).send_timeout == 5
     assert ConsumerRunner(Producer("q", url="asyncio://"), shutdown_timeout=FIVE).shutdown_timeout == 5

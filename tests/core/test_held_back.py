@@ -14,7 +14,7 @@ from streamtools.engine import loop as loop_module
 from streamtools.errors import SendError
 from streamtools.message import Message
 from streamtools.testing import eventually
-from streamtools.verdicts import Kind
+from streamtools.verdicts import VerdictKind
 from tests.core.test_loop import Script, delivery, make, running
 
 
@@ -45,14 +45,14 @@ async def test_more_than_a_prefetch_of_them_hold_up_nobody(
     monkeypatch: pytest.MonkeyPatch, prefetch: int, by_key: bool
 ) -> None:
     monkeypatch.setattr(loop_module, "REFUSED_DELAY", 0.01)
-    monkeypatch.setattr(held, "LOOK", 0)
+    monkeypatch.setattr(held, "REDECLARE_INTERVAL", 0)
     source = Refusing(*(delivery(n, key=str(n % 3)) for n in range(60)))
     loop = make(source, fails_below_ten, prefetch=prefetch, by_key=by_key)
     async with running(loop):
-        await eventually(lambda: len(source.settled(Kind.ACK)) == 50)
+        await eventually(lambda: len(source.settled(VerdictKind.ACK)) == 50)
         assert max(source.asked) <= prefetch and loop.in_hand == 10
         source.refuses = False
-        await eventually(lambda: len(source.settled(Kind.RETRY)) == 10)
+        await eventually(lambda: len(source.settled(VerdictKind.RETRY)) == 10)
         await eventually(lambda: loop.in_hand == 0)
 
 
@@ -78,9 +78,9 @@ async def test_at_the_limit_no_more_is_taken_in_and_the_log_says_why(
 
 
 async def test_one_look_at_the_queues_serves_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held, "LOOK", 3600)
+    monkeypatch.setattr(held, "REDECLARE_INTERVAL", 3600)
     source = Refusing(*map(delivery, range(20)))
     loop = make(source, fails_below_ten, prefetch=2)
     async with running(loop):
-        await eventually(lambda: len(source.settled(Kind.ACK)) == 10 and loop.in_hand == 10)
+        await eventually(lambda: len(source.settled(VerdictKind.ACK)) == 10 and loop.in_hand == 10)
         assert source.declared == 1

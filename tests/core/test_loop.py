@@ -20,7 +20,7 @@ from streamtools.message import Message
 from streamtools.retry import Retry
 from streamtools.testing import eventually
 from streamtools.types import Handler
-from streamtools.verdicts import Kind
+from streamtools.verdicts import VerdictKind
 
 Finished = dict[tuple[str, int], Settlement]
 
@@ -74,7 +74,7 @@ class Script:
         if "stop" in self.trouble:
             raise self.trouble["stop"]
 
-    def settled(self, kind: Kind | None = None) -> list[int]:
+    def settled(self, kind: VerdictKind | None = None) -> list[int]:
         found = [s for batch in self.batches for s in batch if kind is None or s.verdict.kind is kind]
         return [s.delivery.token for s in found]
 
@@ -92,7 +92,8 @@ def make(
 ) -> Loop:  # fmt: skip
     return Loop(
         source, dispatcher(handler), concurrency=concurrency, prefetch=prefetch,
-        line=(lambda d: d.message.key) if by_key else None, ack=ack, finished={} if finished is None else finished,
+        ordering_key=(lambda d: d.message.key) if by_key else None, ack=ack,
+        finished={} if finished is None else finished,
     )  # fmt: skip
 
 
@@ -132,7 +133,7 @@ async def test_it_never_has_more_in_hand_than_the_prefetch() -> None:
         await eventually(lambda: loop.in_hand == 5 and len(gate.entered) == 2)
         assert len(source.waiting) == 25
         gate.opened.set()
-        await eventually(lambda: len(source.settled(Kind.ACK)) == 30)
+        await eventually(lambda: len(source.settled(VerdictKind.ACK)) == 30)
     assert max(source.asked) <= 5
     assert (loop.in_hand, loop.settled) == (0, 30)
 
@@ -173,7 +174,7 @@ async def test_by_hand_a_suspect_does_not_wait_for_those_that_the_handler_holds(
     loop = make(source, handle, concurrency=2, ack="manual")
     async with running(loop, grace=0):
         await eventually(lambda: loop.in_hand == 2 and loop.running == 0 and not source.waiting)
-    assert held == [] and source.settled(Kind.ACK) == []
+    assert held == [] and source.settled(VerdictKind.ACK) == []
 
 
 async def test_keys_wait_for_their_own_and_for_no_other() -> None:
@@ -214,7 +215,7 @@ async def test_what_sends_something_first_does_not_hold_up_plain_acknowledgement
         await eventually(lambda: sorted(source.settled()) == list(range(1, 10)))
         source.released.set()
         await eventually(lambda: len(source.settled()) == 10)
-    assert source.settled(Kind.RETRY) == [0]
+    assert source.settled(VerdictKind.RETRY) == [0]
 
 
 async def test_a_refused_copy_is_tried_again_and_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +238,7 @@ async def test_a_refused_copy_is_tried_again_and_holds_up_nobody(monkeypatch: py
     loop = make(source, handle)
     async with running(loop):
         await eventually(lambda: len(source.settled()) == 5)
-    assert (source.settled(Kind.RETRY), loop.in_hand, source.refusals) == ([0], 0, 0)
+    assert (source.settled(VerdictKind.RETRY), loop.in_hand, source.refusals) == ([0], 0, 0)
 
 
 async def test_what_is_refused_goes_back_at_once_when_we_stop() -> None:
@@ -258,7 +259,7 @@ async def test_what_is_refused_goes_back_at_once_when_we_stop() -> None:
     begin = time.monotonic()
     async with running(loop):
         await refused.wait()
-    assert (source.settled(Kind.RELEASE), loop.in_hand) == ([0], 0)
+    assert (source.settled(VerdictKind.RELEASE), loop.in_hand) == ([0], 0)
     assert time.monotonic() - begin < 10
 
 
@@ -282,7 +283,7 @@ async def test_a_suspect_does_not_wait_for_what_the_broker_refuses(monkeypatch: 
     async with running(loop):
         await refused.wait()
         source.send(delivery(1, count=2), delivery(2))
-        await eventually(lambda: sorted(source.settled(Kind.ACK)) == [1, 2])
+        await eventually(lambda: sorted(source.settled(VerdictKind.ACK)) == [1, 2])
         source.released.set()
         await eventually(lambda: loop.in_hand == 0)
 
@@ -292,11 +293,11 @@ async def test_on_receive_they_are_acknowledged_before_they_are_handled() -> Non
     loop = make(source, gate, ack="on_receive")
     async with running(loop):
         await eventually(lambda: gate.entered == ["0"])
-        assert source.settled(Kind.ACK) == [0, 1, 2]
+        assert source.settled(VerdictKind.ACK) == [0, 1, 2]
         gate.opened.set()
     # Then stopping handles those that the broker has no more.
     assert gate.entered == ["0", "1", "2"]
-    assert source.settled(Kind.RELEASE) == []
+    assert source.settled(VerdictKind.RELEASE) == []
 
 
 async def test_a_verdict_by_hand_that_fails_leaves_the_delivery_in_hand() -> None:
@@ -314,7 +315,7 @@ async def test_a_verdict_by_hand_that_fails_leaves_the_delivery_in_hand() -> Non
     source = Keeping(delivery(1))
     loop = make(source, handle, ack="manual")
     async with running(loop):
-        await eventually(lambda: held and held[0].hand is not None)
+        await eventually(lambda: held and held[0].settle_manually is not None)
         source.fail("settle", SendError("no error queue", refused=["1"]))
         with pytest.raises(SendError):
             await held[0].reject("bad")
@@ -337,8 +338,8 @@ async def test_stopping_finishes_what_is_at_work_and_releases_the_rest_in_order(
     await eventually(lambda: source.stopped)
     gate.opened.set()
     await asyncio.wait_for(task, 20)
-    assert sorted(source.settled(Kind.ACK)) == [0, 1]
-    assert source.settled(Kind.RELEASE) == [2, 3, 4, 5]
+    assert sorted(source.settled(VerdictKind.ACK)) == [0, 1]
+    assert source.settled(VerdictKind.RELEASE) == [2, 3, 4, 5]
 
 
 async def test_what_is_not_finished_in_time_goes_back_to_the_broker() -> None:
@@ -346,7 +347,7 @@ async def test_what_is_not_finished_in_time_goes_back_to_the_broker() -> None:
     loop = make(source, gate)
     async with running(loop, grace=0.01):
         await eventually(lambda: gate.entered == ["0"] and loop.in_hand == 2)
-    assert source.settled(Kind.ACK) == [] and sorted(source.settled(Kind.RELEASE)) == [0, 1]
+    assert source.settled(VerdictKind.ACK) == [] and sorted(source.settled(VerdictKind.RELEASE)) == [0, 1]
 
 
 @pytest.mark.parametrize("awaits", [False, True])
@@ -366,8 +367,8 @@ async def test_a_handler_that_cancels_its_own_task_fails_alone(awaits: bool) -> 
     async with running(loop):
         await eventually(lambda: loop.settled == 3)
     assert handled == ["0", "1", "2"]
-    assert sorted(source.settled(Kind.ACK)) == ([1, 2] if awaits else [0, 1, 2])
-    assert source.settled(Kind.RETRY) == ([0] if awaits else [])
+    assert sorted(source.settled(VerdictKind.ACK)) == ([1, 2] if awaits else [0, 1, 2])
+    assert source.settled(VerdictKind.RETRY) == ([0] if awaits else [])
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -382,13 +383,13 @@ async def test_a_handler_that_ignores_its_cancellation_does_not_keep_the_loop(ti
 
     async with running(make(source, handle), grace=0):
         await entered.wait()
-    assert source.settled(Kind.ACK) == [0]
+    assert source.settled(VerdictKind.ACK) == [0]
 
 
 async def test_a_handler_that_nothing_ends_is_left_behind(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loop_module, "INSIST", 0.05)
+    monkeypatch.setattr(loop_module, "CANCEL_TIMEOUT", 0.05)
     source, entered, over = Script(delivery(0)), asyncio.Event(), asyncio.Event()
 
     async def handle(message: Message) -> Any:
@@ -426,7 +427,7 @@ async def test_cancelled_it_still_settles_what_is_finished() -> None:
     source.released.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert source.settled(Kind.ACK) == [0, 1]
+    assert source.settled(VerdictKind.ACK) == [0, 1]
 
 
 # --- connections that are lost ------------------------------------------------------------------
@@ -496,7 +497,7 @@ async def test_what_was_handled_and_not_settled_is_settled_and_not_handled_again
     async with running(make(second, handle, finished=finished)):
         await eventually(lambda: len(second.settled()) == 5)
     assert runs == ["0", "1", "2", "3", "9"]
-    assert second.settled(Kind.RETRY) == [1] and sorted(second.settled(Kind.ACK)) == [0, 2, 3, 9]
+    assert second.settled(VerdictKind.RETRY) == [1] and sorted(second.settled(VerdictKind.ACK)) == [0, 2, 3, 9]
     assert finished == {}
 
 
@@ -540,7 +541,7 @@ async def test_what_is_taken_back_before_its_handler_begins_is_not_run() -> None
         gate.opened.set()
         await eventually(lambda: loop.settled == 4)
     assert gate.entered == ["0", "3"]
-    assert source.settled(Kind.ACK) == [0, 3] and source.settled(Kind.RELEASE) == [1, 2]
+    assert source.settled(VerdictKind.ACK) == [0, 3] and source.settled(VerdictKind.RELEASE) == [1, 2]
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
@@ -562,8 +563,8 @@ async def test_a_handler_at_work_is_cancelled_for_its_own_delivery_alone(stubbor
         await eventually(lambda: gate.entered == ["0", "1"])
         gate.opened.set()
         await eventually(lambda: loop.settled == 3)
-    assert source.settled(Kind.RELEASE) == ([] if stubborn else [0])
-    assert source.settled(Kind.ACK) == ([0, 1, 2] if stubborn else [1, 2])
+    assert source.settled(VerdictKind.RELEASE) == ([] if stubborn else [0])
+    assert source.settled(VerdictKind.ACK) == ([0, 1, 2] if stubborn else [1, 2])
 
 
 async def test_a_retry_that_waits_in_place_ends_when_it_is_taken_back() -> None:
@@ -578,4 +579,4 @@ async def test_a_retry_that_waits_in_place_ends_when_it_is_taken_back() -> None:
     task = asyncio.create_task(dispatch(one))
     await eventually(lambda: one.wake is not None)
     one.withdraw()
-    assert (await task).verdict.kind is Kind.RELEASE
+    assert (await task).verdict.kind is VerdictKind.RELEASE

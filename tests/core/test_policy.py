@@ -23,7 +23,7 @@ from streamtools.engine.messages.failures import (
 from streamtools.errors import ConfigurationError, DecodeError, Drop, Reject, RetryLater
 from streamtools.message import ErrorDetails, Message
 from streamtools.retry import Retry
-from streamtools.verdicts import DROP, Kind, Verdict
+from streamtools.verdicts import DROP, Verdict, VerdictKind
 from tests.core import strategies
 
 policies = st.builds(
@@ -62,28 +62,28 @@ def test_without_jitter_delays_never_shrink(retry: Retry, attempt: int) -> None:
 def test_a_message_runs_once_and_then_as_often_as_there_are_retries(retry: Retry, attempt: int) -> None:
     verdict = retry.decide(ValueError("x"), attempt)
     given_up = retry.retries is not None and attempt > retry.retries
-    assert verdict.kind is (Kind.REJECT if given_up else Kind.RETRY)
+    assert verdict.kind is (VerdictKind.REJECT if given_up else VerdictKind.RETRY)
 
 
 @given(policies, attempts, st.floats(0, 1e6))
 def test_a_handler_chooses_the_delay_but_not_more_attempts(retry: Retry, attempt: int, delay: float) -> None:
     verdict = retry.decide(RetryLater(delay), attempt)
     if retry.retries is None or attempt <= retry.retries:
-        assert (verdict.kind, verdict.delay) == (Kind.RETRY, delay)
+        assert (verdict.kind, verdict.delay) == (VerdictKind.RETRY, delay)
     else:
-        assert verdict.kind is Kind.REJECT
+        assert verdict.kind is VerdictKind.REJECT
 
 
 @given(policies, attempts)
 def test_what_cannot_succeed_is_never_retried(retry: Retry, attempt: int) -> None:
-    assert retry.decide(Reject("no"), attempt).kind is Kind.REJECT
-    assert retry.decide(DecodeError("no"), attempt).kind is Kind.REJECT
+    assert retry.decide(Reject("no"), attempt).kind is VerdictKind.REJECT
+    assert retry.decide(DecodeError("no"), attempt).kind is VerdictKind.REJECT
     assert retry.decide(Drop(), attempt) is DROP
 
 
 def test_five_retries_are_the_default_so_at_most_six_runs() -> None:
     kinds = [Retry().decide(ValueError(), attempt).kind for attempt in range(1, 8)]
-    assert kinds == [Kind.RETRY] * 5 + [Kind.REJECT] * 2
+    assert kinds == [VerdictKind.RETRY] * 5 + [VerdictKind.REJECT] * 2
     assert [round(Retry(jitter=0).after(n), 3) for n in (1, 2, 3, 20)] == [1, 2, 4, 300]
 
 
@@ -245,6 +245,6 @@ def test_the_delay_of_a_subclass_may_be_a_timedelta() -> None:
 
 
 def test_a_verdict_takes_the_name_of_its_kind_and_no_other() -> None:
-    assert Verdict("retry", 5).kind is Kind.RETRY  # type: ignore[arg-type]
+    assert Verdict("retry", 5).kind is VerdictKind.RETRY  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'later' is not a valid Kind"):
         Verdict("later")  # type: ignore[arg-type]

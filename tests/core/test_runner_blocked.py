@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from streamtools.engine.tasks.signals import SAME_SIGNAL
+from streamtools.engine.tasks.signals import SAME_SIGNAL_TIMEOUT
 from tests.core.test_runner_ends import SOON, ends, process, said
 
 BLOCKING = """
@@ -108,7 +108,7 @@ async def test_a_second_signal_ends_at_once_what_blocks_the_loop(tmp_path: Path,
         await said(running, "blocks")
         if what == "handler":
             running.send_signal(number)
-        await asyncio.sleep(4 * SAME_SIGNAL)  # sooner, it is the same signal
+        await asyncio.sleep(4 * SAME_SIGNAL_TIMEOUT)  # sooner, it is the same signal
         code, _, errors, took = await ends(running, number)
     assert (code, took < SOON) == (128 + number, True), (took, errors)
 

@@ -20,7 +20,7 @@ from streamtools import (
     Producer,
     SendError,
 )
-from streamtools.engine.backoff import LAST, backoff_within
+from streamtools.engine.backoff import LAST_TRY_MARGIN, backoff_within
 from streamtools.settings import AsyncIOSettings
 
 
@@ -123,7 +123,7 @@ def test_tries_go_on_until_shortly_before_the_end(attempt: int) -> None:
             break
         assert 0 < delay < left
         left -= delay
-    assert left <= LAST
+    assert left <= LAST_TRY_MARGIN
 
 
 async def test_a_tombstone_is_refused_where_the_protocol_has_none() -> None:

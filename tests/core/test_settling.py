@@ -14,7 +14,7 @@ from streamtools.engine.settling import Unsettled
 from streamtools.errors import ConnectionLost, QueueError, Reject, SendError
 from streamtools.message import Message
 from streamtools.testing import eventually
-from streamtools.verdicts import Kind
+from streamtools.verdicts import VerdictKind
 from tests.core.test_loop import Script, make, running
 
 #: What a broker of the test takes of a message: raises what it does not.
@@ -71,7 +71,7 @@ async def test_a_copy_that_cannot_be_carried_goes_with_less_and_says_what_was_le
     odd = foreign(3, headers={"large": "x" * 2000, "small": "y"}, type="t", correlation_id="c")
     source = Strict(*(odd if n == 3 else foreign(n) for n in range(10)), takes=takes)
     async with running(make(source, fails, concurrency=4)):
-        await eventually(lambda: sorted(source.settled(Kind.REJECT)) == list(range(10)))
+        await eventually(lambda: sorted(source.settled(VerdictKind.REJECT)) == list(range(10)))
     copy = source.copies()["3"]
     assert (copy.body, copy.queue, copy.type, copy.correlation_id) == (b"body 3", "error", "t", "c")
     assert dict(copy.headers) == {"small": "y"}
@@ -89,7 +89,7 @@ async def test_what_only_its_bare_body_passes_goes_in_the_least_form_with_the_tr
 
     source = Strict(foreign(1, type="t", headers={"a": "b"}, key=b"\xff"), foreign(2), takes=bare)
     async with running(make(source, fails)):
-        await eventually(lambda: sorted(source.settled(Kind.REJECT)) == [1, 2])
+        await eventually(lambda: sorted(source.settled(VerdictKind.REJECT)) == [1, 2])
     copy = source.copies()["1"]
     assert (copy.body, copy.key, copy.type, dict(copy.headers)) == (b"body 1", None, None, {})
     assert copy.error is not None
@@ -107,7 +107,7 @@ async def test_what_cannot_be_settled_in_any_form_is_left_with_the_broker_and_no
     source = Strict(*map(foreign, range(1, 30)), takes=never)
     loop = make(source, fails, prefetch=5)
     async with running(loop):
-        await eventually(lambda: sorted(source.settled(Kind.REJECT)) == list(range(2, 30)))
+        await eventually(lambda: sorted(source.settled(VerdictKind.REJECT)) == list(range(2, 30)))
         await eventually(lambda: loop.in_hand == 0)
     assert "cannot be settled in any form" in caplog.text and "a bug of the driver" in caplog.text
 
@@ -126,7 +126,7 @@ async def test_a_driver_that_settles_nothing_gives_its_connection_up_before_the_
 async def test_an_acknowledgement_that_raises_costs_its_own_message_alone(error: Exception) -> None:
     class Odd(Script):
         async def _settle(self, settlements: Sequence[Settlement]) -> None:
-            if any(s.delivery.token == 4 and s.verdict.kind is Kind.ACK for s in settlements):
+            if any(s.delivery.token == 4 and s.verdict.kind is VerdictKind.ACK for s in settlements):
                 raise error
             await super()._settle(settlements)
 
@@ -135,7 +135,7 @@ async def test_an_acknowledgement_that_raises_costs_its_own_message_alone(error:
     source = Odd(*map(foreign, range(10)))
     async with running(make(source, fine, concurrency=3)):
         await eventually(lambda: len(source.settled()) == 10)
-    assert source.settled(Kind.REJECT) == [4] and len(source.settled(Kind.ACK)) == 9
+    assert source.settled(VerdictKind.REJECT) == [4] and len(source.settled(VerdictKind.ACK)) == 9
 
 
 async def test_a_queue_that_is_missing_is_insisted_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ async def test_a_queue_that_is_missing_is_insisted_on(monkeypatch: pytest.Monkey
 
     source = Strict(foreign(1, headers={"a": "b"}), takes=missing)
     async with running(make(source, fails)):
-        await eventually(lambda: source.settled(Kind.REJECT) == [1])
+        await eventually(lambda: source.settled(VerdictKind.REJECT) == [1])
     copy = source.copies()["1"]
     assert dict(copy.headers) == {"a": "b"} and copy.error is not None and not copy.error.omitted
 
@@ -165,9 +165,9 @@ async def test_a_body_that_the_broker_finds_too_large_is_insisted_on_whole(monke
 
     source = Strict(foreign(1, body=b"x" * 100, headers={"a": "b"}), foreign(2), takes=large)
     async with running(make(source, fails)):
-        await eventually(lambda: source.settled(Kind.REJECT) == [2])
+        await eventually(lambda: source.settled(VerdictKind.REJECT) == [2])
         limit = 1000  # the operator raises it
-        await eventually(lambda: sorted(source.settled(Kind.REJECT)) == [1, 2])
+        await eventually(lambda: sorted(source.settled(VerdictKind.REJECT)) == [1, 2])
     copy = source.copies()["1"]
     assert (copy.body, dict(copy.headers)) == (b"x" * 100, {"a": "b"})
 
@@ -179,7 +179,7 @@ async def test_a_handler_never_runs_on_less_than_its_sender_gave() -> None:
     odd = foreign(1, headers={"large": "x" * 2000})
     source = Strict(odd, takes=no_header_over(50))
     async with running(make(source, retried)):
-        await eventually(lambda: source.settled(Kind.REJECT) == [1])
+        await eventually(lambda: source.settled(VerdictKind.REJECT) == [1])
     copy = source.copies()["1"]
     assert (copy.queue, copy.attempt) == ("error", 1)
 
@@ -191,7 +191,7 @@ async def test_a_copy_that_only_its_traceback_makes_too_large_is_retried_whole()
     odd = foreign(1, headers={"large": "x" * 2000})
     source = Strict(odd, takes=refuses(lambda m: m.error is not None and bool(m.error.traceback)))
     async with running(make(source, retried)):
-        await eventually(lambda: source.settled(Kind.RETRY) == [1])
+        await eventually(lambda: source.settled(VerdictKind.RETRY) == [1])
     copy = source.copies()["1"]
     assert (copy.queue, copy.attempt, len(copy.headers["large"])) == ("orders", 2, 2000)
     assert copy.error is not None and copy.error.omitted == "traceback"
@@ -221,7 +221,7 @@ async def test_a_neighbour_that_sends_under_the_id_of_what_is_refused_keeps_its_
     source = Tells(foreign(1), foreign(2))
     async with running(make(source, send, concurrency=2)):
         await eventually(lambda: len(source.settled()) == 2)
-    assert (source.settled(Kind.ACK), source.settled(Kind.RETRY)) == ([2], [1])
+    assert (source.settled(VerdictKind.ACK), source.settled(VerdictKind.RETRY)) == ([2], [1])
     assert "failed on message 1" in caplog.text and "failed on message 2" not in caplog.text
 
 
@@ -235,7 +235,7 @@ async def test_a_verdict_by_hand_goes_with_less_as_well(ack: Any) -> None:
     source = Strict(*deliveries, takes=no_header_over(50))
     loop = make(source, by_hand, ack=ack)
     async with running(loop):
-        await eventually(lambda: sorted(source.settled(Kind.REJECT)) == [1, 2])
+        await eventually(lambda: sorted(source.settled(VerdictKind.REJECT)) == [1, 2])
         await eventually(lambda: loop.in_hand == 0)
 
 
@@ -263,7 +263,7 @@ async def test_what_raises_on_the_way_to_the_handler_rejects_that_message(caplog
 
     source = Script(*map(foreign, range(5)))
     loop = make(source, fine)
-    inner = loop._dispatch
+    inner = loop._decider
 
     class Broken:
         def __getattr__(self, name: str) -> Any:
@@ -274,10 +274,10 @@ async def test_what_raises_on_the_way_to_the_handler_rejects_that_message(caplog
                 raise RuntimeError("a bug of ours")
             return await inner(delivery)
 
-    loop._dispatch = Broken()
+    loop._decider = Broken()
     async with running(loop):
         await eventually(lambda: len(source.settled()) == 5)
-    assert source.settled(Kind.REJECT) == [2] and "a bug of ours" in caplog.text
+    assert source.settled(VerdictKind.REJECT) == [2] and "a bug of ours" in caplog.text
 
 
 async def test_an_acknowledgement_on_receive_that_raises_holds_nothing_up() -> None:

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtools import Bus, Message, Producer, Retry
-from streamtools.errors import text_of
+from streamtools.errors import safe_str
 from streamtools.testing.waiting import eventually
-from streamtools.text.escaping import VisibleRecords, _shown, visible, visible_block, visible_json
+from streamtools.text.escaping import VisibleRecords, _shown, escaped, visible_block, visible_json
 
 #: What forges lines, what terminals obey, what turns the direction of writing, and what cannot be seen.
 HOSTILE = "a\nb\rc\x1b[31md\x9b2Je\x7ff\u202eg\u2066h\u200bi\u2028j\x85k\ufeffl\udcffm\x00n\ttail"
@@ -26,9 +26,9 @@ BLANK = "\u3164\u115f\u1160\uffa0\u2800\u034f\u17b4\u180b\ufe00\ufe0f\U000e0100\
 
 @given(st.text(st.characters(exclude_categories=())))
 def test_nothing_that_cannot_be_seen_is_left(text: str) -> None:
-    assert visible(text).isprintable()
-    assert visible(visible(text)) == visible(text)
-    assert all(line.replace("\t", "").isprintable() for line in visible(text, lines=True).split("\n"))
+    assert escaped(text).isprintable()
+    assert escaped(escaped(text)) == escaped(text)
+    assert all(line.replace("\t", "").isprintable() for line in escaped(text, lines=True).split("\n"))
     assert not any(line[:1].strip() for line in visible_block(text).split("\n")[1:])
     document = visible_json(json.dumps({text: [text]}, ensure_ascii=False))
     assert document.isprintable()
@@ -39,23 +39,23 @@ def test_nothing_that_cannot_be_seen_is_left(text: str) -> None:
 @pytest.mark.parametrize("before", ["orders", ""])
 def test_a_name_that_looks_like_another_does_not_once_it_is_shown(before: str, character: str) -> None:
     name = f"{before}{character}"
-    assert visible(name).isascii() and visible(name) != before
+    assert escaped(name).isascii() and escaped(name) != before
     assert json.loads(visible_json(json.dumps(name, ensure_ascii=False))) == name
     assert visible_json(json.dumps(name, ensure_ascii=False)).isascii()
-    assert "orders" + visible(character) == str(_shown(f"orders{character}"))
+    assert "orders" + escaped(character) == str(_shown(f"orders{character}"))
 
 
 def test_what_can_be_seen_is_as_it_was() -> None:
-    assert visible("\u26a0\ufe0f \u2764\ufe0f") == "\u26a0\ufe0f \u2764\ufe0f"
+    assert escaped("\u26a0\ufe0f \u2764\ufe0f") == "\u26a0\ufe0f \u2764\ufe0f"
     text = "Größe: 5 € für 日本 🙂 'x' \\n"
-    assert visible(text) is text
-    assert visible("a\n\x1b\u202e\U000e0001") == "a\\n\\x1b\\u202e\\U000e0001"
-    assert visible("a\n\tb", lines=True) == "a\n\tb"
+    assert escaped(text) is text
+    assert escaped("a\n\x1b\u202e\U000e0001") == "a\\n\\x1b\\u202e\\U000e0001"
+    assert escaped("a\n\tb", lines=True) == "a\n\tb"
 
 
 def test_a_megabyte_of_it_takes_no_time() -> None:
     begun = time.thread_time()
-    visible("\x1b\u202ea" * 350_000)
+    escaped("\x1b\u202ea" * 350_000)
     assert time.thread_time() - begun < 1.0
 
 
@@ -148,7 +148,7 @@ def nested(depth: int, width: int) -> BaseException:
 def test_groups_of_errors_of_any_depth_and_width_are_told_and_judged(depth: int, width: int) -> None:
     error = nested(depth, width)
     begun = time.thread_time()
-    assert "ValueError: in the midst" in text_of(error)
+    assert "ValueError: in the midst" in safe_str(error)
     assert Retry(retries=0).decide(error, 1).kind.name == "REJECT"
-    assert len(text_of(error)) < 1000
+    assert len(safe_str(error)) < 1000
     assert time.thread_time() - begun < 1.0

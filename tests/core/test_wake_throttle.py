@@ -9,7 +9,7 @@ import pytest
 
 from streamtools import Consumer, Producer
 from streamtools.engine.tasks import wake_throttle
-from streamtools.engine.tasks.wake_throttle import CREDIT, SHARE, TICK, WakeThrottle
+from streamtools.engine.tasks.wake_throttle import REST_LIMIT, REST_PER_MESSAGE, WAKE_INTERVAL, WakeThrottle
 
 
 class Clock:
@@ -45,7 +45,7 @@ def test_a_few_at_once_are_all_woken_for_singly(clock: Clock) -> None:
         single.woke(1)
         wakes += 1
 
-    assert wakes == pytest.approx(CREDIT / SHARE, abs=1)
+    assert wakes == pytest.approx(REST_LIMIT / REST_PER_MESSAGE, abs=1)
 
 
 def test_fewer_than_fifty_a_second_never_wait(clock: Clock) -> None:
@@ -58,15 +58,15 @@ def test_five_hundred_a_second_are_woken_for_ten_times_a_second_and_none_waits_l
     wakes = [*_wakes(clock, rate=500, seconds=60)]
 
     assert sum(number for _, number in wakes) == pytest.approx(30_000, abs=50)
-    assert len(wakes) < 60 / TICK + 30
-    assert max(late for late, _ in wakes) <= TICK
+    assert len(wakes) < 60 / WAKE_INTERVAL + 30
+    assert max(late for late, _ in wakes) <= WAKE_INTERVAL
 
 
 def test_whatever_was_counted_the_wait_is_a_tick_at_most(clock: Clock) -> None:
     steady = WakeThrottle()
     for _ in range(100):
         steady.woke(1000)
-        assert steady.wait() <= TICK + 1e-9
+        assert steady.wait() <= WAKE_INTERVAL + 1e-9
     steady.forget()
     assert not steady.wait()
 

@@ -23,8 +23,8 @@ BLOCKED, INTERVAL = 0.3, 0.05
 @pytest.fixture(autouse=True)
 def nothing_blocks_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests do."""
-    monkeypatch.setattr(watch, "BLOCKED", BLOCKED)
-    monkeypatch.setattr(watch, "INTERVAL", INTERVAL)
+    monkeypatch.setattr(watch, "BLOCKED_TIMEOUT", BLOCKED)
+    monkeypatch.setattr(watch, "CHECK_INTERVAL", INTERVAL)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -97,7 +97,7 @@ async def test_the_thread_ends_with_the_last_who_is_watched() -> None:
 STOPPED = """
 import asyncio, logging, os
 from streamtools.engine.tasks import watch
-watch.BLOCKED, watch.INTERVAL = 0.3, 0.05
+watch.BLOCKED_TIMEOUT, watch.CHECK_INTERVAL = 0.3, 0.05
 logging.basicConfig(level="WARNING", format="%(message)s")
 
 async def main():

@@ -20,7 +20,7 @@ import pytest
 
 from streamtools import CONSUMER_LOOPS, HTTP, PRODUCERS, ConsumerFactory, ConsumerRunner, HandleMsgs, HandlerFactory
 from streamtools.errors import ConfigurationError, UnknownProtocol
-from streamtools.testing.waiting import DEADLINE, eventually
+from streamtools.testing.waiting import TIMEOUT, eventually
 from tests.brokers.address import RabbitMQAddress
 from tests.drivers.http.test_retries import free_port
 
@@ -200,7 +200,7 @@ async def test_the_script_runs_as_a_process_and_ends_by_sigterm(queue_type: str,
     )
     try:
         assert service.stdout is not None
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(TIMEOUT):
             assert await service.stdout.readline() == b"handled before anyone was there\n"
             service.send_signal(signal.SIGTERM)
             assert await service.wait() == 0
@@ -330,7 +330,7 @@ async def test_rabbitmqs_user_and_password_may_be_of_any_text(
             CONSUMER_LOOPS["RMQIOHandler"]("orders") as consumer,
         ):
             await producer.send("hello")
-            [delivery] = await consumer.receive(timeout=DEADLINE)
+            [delivery] = await consumer.receive(timeout=TIMEOUT)
             await delivery.ack()
             assert ODD_PASSWORD not in f"{producer!r} {consumer!r}"
     finally:

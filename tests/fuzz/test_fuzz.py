@@ -28,12 +28,12 @@ from streamtools.drivers.rabbitmq.names import check_rabbitmq_reply
 from streamtools.drivers.sqlite import rows
 from streamtools.engine.messages.envelope import event_type, unwrapped
 from streamtools.engine.messages.failures import describe, error_copy, redrive_copy, retry_copy
-from streamtools.engine.messages.origin import home_of
+from streamtools.engine.messages.origin import failed_in_queue
 from streamtools.engine.messages.smaller import lesser_copies
 from streamtools.engine.replies import ReplyRule
 from streamtools.errors import ConfigurationError, DecodeError, SendError
 from streamtools.message import ErrorDetails
-from streamtools.text.escaping import visible
+from streamtools.text.escaping import escaped
 from streamtools.wire import decode_meta, encode_meta
 from tests.fuzz.fuzzing import SECONDS, fuzz
 
@@ -53,10 +53,10 @@ def judged(message: Message) -> list[Message]:
     verdict = Retry().decide(error, message.attempt)
     failed = error_copy(message, details, "{queue}.error")
     copies = [retry_copy(message, details, verdict.delay), failed, *lesser_copies(failed), redrive_copy(failed)]
-    assert home_of(failed) == message.queue
-    home_of(message)
+    assert failed_in_queue(failed) == message.queue
+    failed_in_queue(message)
     assert 1 <= message.attempt <= 10**9
-    assert visible(repr(message)).isprintable()
+    assert escaped(repr(message)).isprintable()
     with suppress(ConfigurationError):
         RULE.check(message.reply_to or "")
     return copies

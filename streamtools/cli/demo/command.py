@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from streamtools.cli import output
 from streamtools.cli.session import Json, Url, address, drive, plain_errors, source
 from streamtools.protocols import URL_VARIABLE
-from streamtools.text.escaping import visible
+from streamtools.text.escaping import escaped
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -132,7 +132,7 @@ class Teller:
         made = output.table("", "failed in", "exception", "count", "the latest one's reason", right=["count"])
         for group in groups:
             name = group.queue.rpartition(".")[2], group.exception.rpartition(".")[2]
-            made.add_row(*name, str(group.count), visible(group.reason))
+            made.add_row(*name, str(group.count), escaped(group.reason))
         output.out().print(made)
 
     def _end(self, *, finished: bool = True) -> None:

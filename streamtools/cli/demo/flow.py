@@ -27,8 +27,8 @@ CLOSED: Final = "TOS-1"
 #: What an operator would type after `streamtools errors redrive --filter`.
 FILTER: Final = "exception=WarehouseClosed"
 #: Seconds between two looks at a queue's depth, and for how long.
-LOOK: Final = 0.05
-LOOK_LIMIT: Final = 10.0
+POLL_INTERVAL: Final = 0.05
+POLL_TIMEOUT: Final = 10.0
 
 
 class Narrator(Protocol):
@@ -164,12 +164,12 @@ class Course:
 
     async def _depth(self, expected: int) -> int:
         """The error queue's depth, once it is as expected or has had time to be."""
-        deadline = time.monotonic() + LOOK_LIMIT
+        deadline = time.monotonic() + POLL_TIMEOUT
         # No broker tells when a copy has been counted: a depth can only be asked for.
         while (depth := (await self._admin.stats(self._queues.error)).ready) != expected:
             if time.monotonic() > deadline:
                 break
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(POLL_INTERVAL)
         return depth
 
     def _result(self, failed: Sequence[Message], redriven: int, left: int, seconds: float) -> Result:

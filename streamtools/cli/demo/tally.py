@@ -13,7 +13,7 @@ from streamtools.message import Message
 from streamtools.types import Handler
 
 #: Seconds without any event after which the demo says that something is wrong.
-PATIENCE: Final = 30.0
+EVENT_TIMEOUT: Final = 30.0
 
 
 class Tally:
@@ -50,11 +50,11 @@ class Tally:
         while not finished():
             self._changed.clear()
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(EVENT_TIMEOUT):
                     await self._changed.wait()
             except TimeoutError:
                 raise HandlerError(
-                    f"The demo heard of no message for {PATIENCE:g} s: is another program at work on its queues?"
+                    f"The demo heard of no message for {EVENT_TIMEOUT:g} s: is another program at work on its queues?"
                 ) from None
 
 

@@ -10,7 +10,7 @@ from streamtools.compat.jobs.message import JobMessage
 from streamtools.compat.jobs.receiving import LIMIT, Callback, call_for_each, check_callback, receive_list
 from streamtools.consumer import Consumer
 from streamtools.errors import SendError
-from streamtools.message import Message, ids
+from streamtools.message import Message, id_generator
 from streamtools.producer import Producer
 from streamtools.validation.checks import check_seconds, check_texts
 
@@ -23,7 +23,7 @@ class JobConnection:
 
     def __init__(self, url: str | ProtocolSettings | None = None) -> None:
         self._url = url
-        self._new_id = ids()
+        self._new_id = id_generator()
         self._producer: Producer | None = None
         #: Queues that are there.
         self._made: set[str] = set()

@@ -15,7 +15,7 @@ from streamtools.delivery import Delivery
 from streamtools.engine.dispatch import Dispatcher, chain
 from streamtools.engine.functions.calling import check_function
 from streamtools.engine.functions.invoke import compile_handler
-from streamtools.engine.tasks.cancellation import finish, guard
+from streamtools.engine.tasks.cancellation import finish, stray_cancellation_as_lost
 from streamtools.engine.tasks.threads import Threads
 from streamtools.errors import ConnectError, DecodeError
 from streamtools.message import Message
@@ -26,7 +26,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 #: Messages that one call without a callback returns at most.
 LIMIT: Final = 1000
 #: Seconds after the first message in which such a call takes further ones, which may never cease to come.
-GATHERING: Final = 2.0
+GATHER_TIMEOUT: Final = 2.0
 
 #: What is called with each message: `def`, in a thread, or `async def`.
 Callback = Callable[[JobMessage], Any]
@@ -40,7 +40,7 @@ async def receive_list(consumer: Consumer, wait: float | None) -> list[JobMessag
         with suppress(ConnectError):  # which the acknowledgement meets as well
             # Else the broker delivers the next ones when these are acknowledged, only to have them back, and
             # RabbitMQ puts those that are under way at the queue's end.
-            await guard(consumer._stop())
+            await stray_cancellation_as_lost(consumer._stop())
         read = [(delivery, await _read(delivery)) for delivery in deliveries]
     except BaseException:
         await consumer.close()
@@ -53,7 +53,7 @@ async def receive_list(consumer: Consumer, wait: float | None) -> list[JobMessag
 async def _all_there(consumer: Consumer, wait: float | None) -> list[Delivery]:
     deliveries = await consumer.receive(LIMIT, timeout=wait)
     loop = asyncio.get_running_loop()
-    end = loop.time() + GATHERING
+    end = loop.time() + GATHER_TIMEOUT
     while deliveries and len(deliveries) < LIMIT and loop.time() < end:
         more = await consumer.receive(LIMIT - len(deliveries), timeout=0)
         if not more:
@@ -108,10 +108,10 @@ def check_callback(callback: object) -> None:
 class JobHandler(BoundHandler):
     """A callback as a handler: what it is given is a JobMessage, annotated or not."""
 
-    def dispatch(self, consumer: Consumer, threads: Threads) -> Dispatcher:
+    def make_decider(self, consumer: Consumer, threads: Threads) -> Dispatcher:
         """The callback, compiled."""
         function = compile_handler(self.function, threads, consumer.resolvers, JobMessage)
-        return consumer.dispatcher(chain(function, consumer.middleware), self.name)
+        return consumer.make_dispatcher(chain(function, consumer.middleware), self.name)
 
 
 class Idle:
@@ -125,7 +125,7 @@ class Idle:
     def __init__(self, consumer: Consumer, wait: float | None) -> None:
         self._consumer = consumer
         #: Not less than it takes to see what is there.
-        self._wait = None if wait is None else max(wait, consumer.look)
+        self._wait = None if wait is None else max(wait, consumer.poll_timeout)
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:

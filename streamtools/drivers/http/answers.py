@@ -18,9 +18,9 @@ from pydantic_core import to_json
 from streamtools import codec
 from streamtools.delivery import Settlement
 from streamtools.drivers.http.headers import CE_ATTEMPT
-from streamtools.errors import DecodeError, Reject, leaves, text_of
+from streamtools.errors import DecodeError, Reject, leaves, safe_str
 from streamtools.message import Message
-from streamtools.verdicts import Kind
+from streamtools.verdicts import VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -51,17 +51,17 @@ def answer(settlement: Settlement, reply: Message | None = None) -> web.Response
 
 def _answer(settlement: Settlement, message: Message, reply: Message | None) -> web.Response:
     match settlement.verdict.kind:
-        case Kind.ACK:
+        case VerdictKind.ACK:
             if reply is not None and settlement.result is None:
                 return _body(reply.body or b"", reply.content_type or codec.BINARY)
             return _value(settlement.result, message)
-        case Kind.DROP:
+        case VerdictKind.DROP:
             return respond(202)
-        case Kind.RETRY:
+        case VerdictKind.RETRY:
             delay = max(0, math.ceil(settlement.verdict.delay))
             problem = {"error": "The handler failed; send the message again.", "id": message.id}
             return respond(503, problem, **{"Retry-After": str(delay), CE_ATTEMPT: str(message.attempt + 1)})
-        case Kind.REJECT:
+        case VerdictKind.REJECT:
             return _rejected(settlement, message)
     return unavailable(str(message.attempt))
 
@@ -103,9 +103,9 @@ def respond(status: int, content: Mapping[str, Any] | None = None, **headers: st
 
 def _json(content: Mapping[str, Any]) -> bytes:
     try:
-        return to_json(content, fallback=text_of)
+        return to_json(content, fallback=safe_str)
     except ValueError:  # a lone surrogate: what a handler raised may quote any text
-        text = json.dumps(content, ensure_ascii=False, default=text_of)
+        text = json.dumps(content, ensure_ascii=False, default=safe_str)
         return text.encode("utf-8", "replace")
 
 

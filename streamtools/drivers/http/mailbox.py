@@ -17,8 +17,8 @@ from streamtools.drivers.http.connections import _Connection
 from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers, meta_size, size_of, transfer_coding
 from streamtools.drivers.http.options import QUERY_METHODS
 from streamtools.errors import DecodeError
-from streamtools.message import NO_HEADERS, Message, ids
-from streamtools.validation.bodies import TooLarge, is_undone, undone
+from streamtools.message import NO_HEADERS, Message, id_generator
+from streamtools.validation.bodies import TooLarge, can_decompress, decompressed
 from streamtools.validation.checks import HEADERS_LIMIT
 from streamtools.validation.forms import FORM, read_pairs, write_form
 
@@ -117,7 +117,7 @@ class Mailbox:
         self._limit = limit
         self.max_body = max_body
         self._body_timeout = body_timeout
-        self._new_id = ids()
+        self._new_id = id_generator()
         self._waiting: deque[Call] = deque()
         self._unanswered: set[Call] = set()
         self._reading: set[asyncio.Timeout] = set()
@@ -273,7 +273,7 @@ class Mailbox:
         if not body and self.method in QUERY_METHODS:
             body = _query(request.raw_path)
             fields |= {"content_type": FORM, "content_encoding": None}
-        elif encoding is not None and is_undone(encoding):
+        elif encoding is not None and can_decompress(encoding):
             body = self._undone(body, encoding)
             del fields["content_encoding"]
         fields["id"] = fields.get("id") or self._new_id()
@@ -281,7 +281,7 @@ class Mailbox:
 
     def _undone(self, body: bytes, encoding: str) -> bytes:
         try:
-            return undone(body, encoding, self.max_body)
+            return decompressed(body, encoding, self.max_body)
         except TooLarge:
             raise self._too_large() from None
         except DecodeError as error:

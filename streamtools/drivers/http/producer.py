@@ -44,7 +44,7 @@ from streamtools.message import Message
 from streamtools.producer import Producer
 from streamtools.receipt import Receipt
 from streamtools.settings import HTTPSettings
-from streamtools.validation.bodies import TooLarge, is_undone, undone
+from streamtools.validation.bodies import TooLarge, can_decompress, decompressed
 
 #: Connections of one producer at most; further sends wait for one to be free.
 CONNECTIONS: Final = 1000
@@ -327,7 +327,7 @@ class HTTPProducer(Producer, protocol="http"):
             if (coding := transfer_coding(response.headers)) is not None:
                 raise DecodeError(f"its Transfer-Encoding is {coding!r}, which no one asked for")
             encoding = response.headers.get("Content-Encoding", "")
-            return undone(bytes(body), encoding, limit) if is_undone(encoding) else bytes(body)
+            return decompressed(bytes(body), encoding, limit) if can_decompress(encoding) else bytes(body)
         except DecodeError as error:
             if not 200 <= response.status < 300:
                 return b""

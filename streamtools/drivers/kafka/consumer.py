@@ -35,7 +35,7 @@ from streamtools.errors import Closed, ConfigurationError, SendError, StreamTool
 from streamtools.message import Message
 from streamtools.settings import KafkaSettings
 from streamtools.validation.checks import check_name
-from streamtools.verdicts import Kind, Verdict
+from streamtools.verdicts import Verdict, VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -62,7 +62,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     options_class: ClassVar[type[ConsumerOptions]] = ConsumerOptions
     settings: KafkaSettings
     options: ConsumerOptions
-    look: ClassVar[float] = 0.5
+    poll_timeout: ClassVar[float] = 0.5
     _membership: GroupMember | None = None
     _outbox: RetryPublisher | None = None
     _intake: Prefetcher | None = None
@@ -257,7 +257,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         while self._returned and len(batch) < limit:
             old = self._returned.pop(0)
             if not (old.track.gone or old.track.going):
-                batch.append(old.track.deliver(old.offset, old.message, old.token, old.trouble))
+                batch.append(old.track.deliver(old.offset, old.message, old.token, old.decode_error))
 
     def _take_due(self, track: AssignedPartition, batch: list[Delivery], limit: int, now: float) -> None:
         for record in track.due(now, limit - len(batch)):
@@ -283,15 +283,15 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             self._moves.append((track, record, message))
             self._move_wake.set()
 
-    def _line(self, delivery: Delivery) -> Hashable:
+    def _ordering_key(self, delivery: Delivery) -> Hashable:
         if self.ordered_by == "partition":
             return cast(Hashable, cast(KafkaDelivery, delivery).track.partition)
-        return super()._line(delivery)
+        return super()._ordering_key(delivery)
 
     # --- settling ---------------------------------------------------------------------------------
 
     async def _ack(self, deliveries: Sequence[Delivery]) -> None:
-        if self.translator is not None or self.options.exactly_once or self.ack == "on_receive":
+        if self.wrapper is not None or self.options.exactly_once or self.ack == "on_receive":
             return await super()._ack(deliveries)
         number = 0
         for delivery in cast(Sequence[KafkaDelivery], deliveries):
@@ -312,7 +312,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
 
     def _finish(self, settlements: Sequence[Settlement]) -> None:
         """Those that send nothing need no one's answer."""
-        number, release = 0, Kind.RELEASE
+        number, release = 0, VerdictKind.RELEASE
         for settlement in settlements:
             delivery = delivery_of(settlement)
             track = delivery.track
@@ -356,7 +356,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _reject(self, settlement: Settlement, error: SendError) -> Settlement:
         """What its handler has sent is refused: that is the handler's failure, and no retry helps."""
         delivery = settlement.delivery
-        dispatch = self._by_hand if self._loop is None else self._loop.dispatch
+        dispatch = self._manual if self._loop is None else self._loop.decider
         return dispatch.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
 
     def _conclude(self, mine: list[Settlement], done: list[Settlement]) -> None:
@@ -368,7 +368,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             delivery.track.settling -= 1
             if id(settlement) not in finished:
                 delivery.track.offsets.pending[delivery.offset] = delivery
-            elif settlement.verdict.kind is Kind.RELEASE:
+            elif settlement.verdict.kind is VerdictKind.RELEASE:
                 self._give_back(delivery)
             else:
                 delivery.track.offsets.finish(delivery.offset)

@@ -15,7 +15,7 @@ from pydantic_core import to_json
 from streamtools import codec
 from streamtools.errors import DecodeError
 from streamtools.message import Message
-from streamtools.validation.bodies import undone
+from streamtools.validation.bodies import decompressed
 from streamtools.wire import decode_meta, read_text
 
 #: Prefix of a header for an attribute that has no field in Message; the same as on HTTP.
@@ -82,7 +82,7 @@ def event_data(event: dict[str, Any]) -> tuple[bytes | None, str | None]:
 
 
 def _event(message: Message) -> dict[str, Any]:
-    event = codec.read_json(message, undone(message.body or b"", message.content_encoding))
+    event = codec.read_json(message, decompressed(message.body or b"", message.content_encoding))
     if not isinstance(event, dict) or not isinstance(event.get("specversion"), str):
         raise DecodeError(
             f"The content type is {message.content_type}, but the body is not a CloudEvent: an object with "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from streamtools.engine.messages.origin import home_of
-from streamtools.errors import ConfigurationError, text_of
+from streamtools.engine.messages.origin import failed_in_queue
+from streamtools.errors import ConfigurationError, safe_str
 from streamtools.message import ErrorDetails, Message
 from streamtools.text.tracebacks import format_error
 
@@ -33,7 +33,7 @@ def describe(message: Message, error: BaseException | None, handler: str = "", *
         queue=_head(message.queue, NAME_LIMIT),
         handler=_head(handler, NAME_LIMIT),
         exception=_head(_class_name(error), NAME_LIMIT) if raised else "",
-        reason=_head(reason or (text_of(error) if raised else ""), REASON_LIMIT),
+        reason=_head(reason or (safe_str(error) if raised else ""), REASON_LIMIT),
         traceback=_tail(_format(error), TRACEBACK_LIMIT) if raised else "",
         attempts=message.attempt,
         first_failed=first,
@@ -74,7 +74,7 @@ def redrive_copy(message: Message, queue: str | None = None) -> Message:
     Raises:
         ConfigurationError: no queue is given and the message does not say where it failed.
     """
-    home = home_of(message)
+    home = failed_in_queue(message)
     if (target := queue or home) is None:
         raise ConfigurationError(
             f"message {message.id} does not say in which queue it failed: name one to move it to"

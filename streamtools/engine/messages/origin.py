@@ -18,7 +18,7 @@ SEPARATORS: Final = (".", "-", "_", "/", ":")
 SHOWN: Final = 255
 
 
-def home_of(message: Message) -> str | None:
+def failed_in_queue(message: Message) -> str | None:
     """The queue that a message says it failed in; None where it does not say, or names none that can fail a message.
 
     Whoever may write to the error queue may have written it: who moves messages there has to know the queue.
@@ -40,7 +40,7 @@ def belongs_to(error_queue: str, queue: str) -> bool:
     return any(error_queue == f"{queue}{separator}error" for separator in SEPARATORS)
 
 
-def check_home(message: Message, source: str) -> None:
+def check_failed_here(message: Message, source: str) -> None:
     """Check that a message may go where it says that it failed, though nobody has named that queue.
 
     Parameters:
@@ -49,7 +49,7 @@ def check_home(message: Message, source: str) -> None:
     Raises:
         ConfigurationError: it may not.
     """
-    home = home_of(message)
+    home = failed_in_queue(message)
     if home is None or home == source or belongs_to(source, home):
         return
     name = home[:SHOWN]
@@ -81,4 +81,4 @@ def failed_there(
     """The condition `where`, and that a message failed in one of the named queues."""
     if named is None:
         return where
-    return lambda message: (where is None or where(message)) and home_of(message) in named
+    return lambda message: (where is None or where(message)) and failed_in_queue(message) in named

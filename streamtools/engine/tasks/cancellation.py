@@ -14,7 +14,7 @@ from streamtools.errors import ConnectionLost
 T = TypeVar("T")
 
 #: Times that a task which ignores its cancellation is cancelled.
-INSIST: Final = 10
+CANCEL_TRIES: Final = 10
 
 
 def asked_to_stop() -> bool:
@@ -23,7 +23,7 @@ def asked_to_stop() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-class Home:
+class WorkerScope:
     """Whom the tasks that run handlers belong to: its end alone is theirs.
 
     A handler can cancel the task that runs it, by mistake or by a library that does not put back what it
@@ -36,22 +36,22 @@ class Home:
         self.ending: bool = False
 
     @property
-    def is_over(self) -> bool:
+    def ended(self) -> bool:
         """The tasks are to end, or the one that started them was cancelled."""
         return self.ending or (self._task is not None and self._task.cancelling() > 0)
 
 
 #: In tasks that run handlers.
-home: ContextVar[Home | None] = ContextVar("streamtools_home", default=None)
+worker_scope: ContextVar[WorkerScope | None] = ContextVar("streamtools_home", default=None)
 
 
-def is_over() -> bool:
+def scope_ended() -> bool:
     """The running task is to end; in one that runs handlers, whatever they have done to it."""
-    owner = home.get()
-    return asked_to_stop() if owner is None else owner.is_over
+    owner = worker_scope.get()
+    return asked_to_stop() if owner is None else owner.ended
 
 
-async def come_round() -> None:
+async def clear_cancellation() -> None:
     """Forget that a handler cancelled the running task."""
     task = asyncio.current_task()
     if task is None or not task.cancelling():
@@ -125,11 +125,11 @@ async def end(tasks: Iterable[asyncio.Task[Any]], seconds: float) -> int:
     """
     pending, tries = {task for task in tasks if not task.done()}, 0
     try:
-        while pending and tries < INSIST:
+        while pending and tries < CANCEL_TRIES:
             tries += 1
             for task in pending:
                 task.cancel()
-            _, pending = await asyncio.wait(pending, timeout=seconds / INSIST)
+            _, pending = await asyncio.wait(pending, timeout=seconds / CANCEL_TRIES)
     finally:
         for task in pending:
             if not task.done():
@@ -137,7 +137,7 @@ async def end(tasks: Iterable[asyncio.Task[Any]], seconds: float) -> int:
     return len(pending)
 
 
-async def guard(work: Awaitable[T]) -> T:
+async def stray_cancellation_as_lost(work: Awaitable[T]) -> T:
     """Await what a driver does; a client library that cancels its callers has lost its connection.
 
     Raises:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds in which everything that is open when an event loop ends is closed.
-CLOSING: Final = 5.0
+CLOSE_TIMEOUT: Final = 5.0
 
 #: Held while an object moves from one loop to another: threads may use it at once.
 _moving = threading.RLock()
@@ -208,7 +208,7 @@ class _Ending:
                 _Ending.all.pop(self._loop, None)
 
     async def _close_all(self) -> None:
-        deadline = self._loop.time() + CLOSING
+        deadline = self._loop.time() + CLOSE_TIMEOUT
         late: set[asyncio.Task[None]] = set()
         while self.open and not late:  # closing one may begin to close another
             closing = [asyncio.ensure_future(_close(what)) for what in self.open.values()]
@@ -217,7 +217,9 @@ class _Ending:
         for task in late:
             task.cancel()
         if late:
-            log.warning("%d connections were not closed within %g s as their event loop ended.", len(late), CLOSING)
+            log.warning(
+                "%d connections were not closed within %g s as their event loop ended.", len(late), CLOSE_TIMEOUT
+            )
             await asyncio.wait(late, timeout=1.0)
 
 

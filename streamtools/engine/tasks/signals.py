@@ -20,9 +20,9 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 #: Seconds within which a repeated signal is the same one.
-SAME_SIGNAL: Final = 0.05
+SAME_SIGNAL_TIMEOUT: Final = 0.05
 #: Seconds that the last line of the log may take.
-_LAST_WORD: Final = 0.5
+_LAST_LOG_TIMEOUT: Final = 0.5
 
 
 class Interrupted(BaseException):
@@ -70,11 +70,13 @@ class _Signals:
                 self.in_loop.stop_all(number)
             if self.interrupts:
                 raise Interrupted(signal.Signals(number).name)
-        elif time.monotonic() - self.first >= SAME_SIGNAL:  # sooner, it is the same one: timeout(1) signals twice
+        elif (
+            time.monotonic() - self.first >= SAME_SIGNAL_TIMEOUT
+        ):  # sooner, it is the same one: timeout(1) signals twice
             # By a thread, because this one may hold the lock of a handler of the log.
             last = threading.Thread(target=log.warning, args=("A second signal: ending at once.",), daemon=True)
             last.start()
-            last.join(_LAST_WORD)
+            last.join(_LAST_LOG_TIMEOUT)
             os._exit(128 + number)
 
     def interrupt_if(self, overdue: Callable[[], bool]) -> None:

@@ -6,11 +6,11 @@ import time
 from typing import Final
 
 #: Seconds between wakes, at most, while much comes due.
-TICK: Final = 0.1
+WAKE_INTERVAL: Final = 0.1
 #: Seconds of rest that each message asks for: below 50 a second all are woken for singly.
-SHARE: Final = 0.02
+REST_PER_MESSAGE: Final = 0.02
 #: Seconds of rest that may be owed: so a few at once, 25, are woken for singly, too.
-CREDIT: Final = 0.5
+REST_LIMIT: Final = 0.5
 
 
 class WakeThrottle:
@@ -22,7 +22,7 @@ class WakeThrottle:
         tick: the most seconds that anything waits for others.
     """
 
-    def __init__(self, tick: float = TICK) -> None:
+    def __init__(self, tick: float = WAKE_INTERVAL) -> None:
         self._tick = tick
         # When all rests would be over, one after the other; on the monotonic clock, since a wall clock that
         # is set back must not hold anything up.
@@ -30,12 +30,14 @@ class WakeThrottle:
 
     def wait(self) -> float:
         """Seconds until the next wake may be: 0 for at once, a tick at most."""
-        return max(0.0, self._rested - CREDIT - time.monotonic())
+        return max(0.0, self._rested - REST_LIMIT - time.monotonic())
 
     def woke(self, number: int) -> None:
         """Count a wake that so many messages came with."""
         now = time.monotonic()
-        self._rested = min(max(self._rested, now) + min(self._tick, number * SHARE), now + CREDIT + self._tick)
+        self._rested = min(
+            max(self._rested, now) + min(self._tick, number * REST_PER_MESSAGE), now + REST_LIMIT + self._tick
+        )
 
     def forget(self) -> None:
         """Owe nothing."""

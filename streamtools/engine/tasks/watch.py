@@ -23,9 +23,9 @@ from typing import Final
 log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds between two questions.
-INTERVAL: Final = 1.0
+CHECK_INTERVAL: Final = 1.0
 #: Seconds without an answer after which it is told.
-BLOCKED: Final = 3.0
+BLOCKED_TIMEOUT: Final = 3.0
 
 #: The files of this package, and of the event loop: never the ones to blame.
 _OURS: Final = str(Path(__file__).absolute().parents[2]) + os.sep
@@ -58,7 +58,7 @@ class _Watched:
 
     def look(self, now: float) -> None:
         """See how long there was no answer."""
-        if self._asked is not None and not self._blocker and now - self._asked >= BLOCKED:
+        if self._asked is not None and not self._blocker and now - self._asked >= BLOCKED_TIMEOUT:
             self._blocker = _blocker(sys._current_frames().get(self._thread))
             log.warning(
                 "The event loop has stood still for %.1f s, in %s. Meanwhile no heartbeat is sent and nothing is "
@@ -112,17 +112,17 @@ class _Watch:
 
     def _run(self, ended: threading.Event) -> None:
         last, worked = time.monotonic(), time.process_time()
-        while not ended.wait(INTERVAL):
+        while not ended.wait(CHECK_INTERVAL):
             now, work = time.monotonic(), time.process_time()
             with self._lock:
                 watched = list(self._watched.values())
             # This thread may be late itself. If the process did not work meanwhile, it was stopped; else something
             # has kept the interpreter to itself since, as a regular expression does.
-            stopped = now - last > 2 * INTERVAL and work - worked < (now - last) / 10
+            stopped = now - last > 2 * CHECK_INTERVAL and work - worked < (now - last) / 10
             for one in watched:
                 if stopped:
                     one.forgive(now)
-                one.ask(now if stopped else last + INTERVAL)
+                one.ask(now if stopped else last + CHECK_INTERVAL)
                 one.look(now)
             last, worked = now, work
 

@@ -85,7 +85,7 @@ class AdministrationCases(Cases):
         taken = await stage.take(await stage.consumer(prefetch=12), 12)
         assert [delivery.message for delivery in taken] == first
         assert {delivery.message.attempt for delivery in taken} == {1}
-        assert all(delivery.count <= 1 for delivery in taken)
+        assert all(delivery.redeliveries <= 1 for delivery in taken)
         for delivery in taken:
             await delivery.ack()
 

@@ -49,7 +49,7 @@ COUNT, SEED = "STREAMTOOLS_FOREIGN", "STREAMTOOLS_FOREIGN_SEED"
 #: Messages that are published together.
 TOGETHER: Final = 200
 #: Seconds for a hundred messages, at most.
-PATIENCE: Final = 20.0
+HUNDRED_TIMEOUT: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ class ForeignCases(Cases):
             return (await admin.stats(errors)).ready >= left and len(await admin.peek(errors, 2 * left)) >= left
 
         try:
-            await eventually(settled, timeout=PATIENCE * (1 + sent.total() / 100))
+            await eventually(settled, timeout=HUNDRED_TIMEOUT * (1 + sent.total() / 100))
         except TimeoutError:
             pass
         found = Counter(message.body for message in await admin.peek(errors, 2 * sent.total()))
@@ -242,7 +242,7 @@ class ForeignCases(Cases):
         consumer = await stage.consumer(queue, error_queue="unused", prefetch=100)
         taken: Counter[bytes | None] = Counter()
         while taken.total() < expected.total():
-            batch = await consumer.receive(100, timeout=PATIENCE)
+            batch = await consumer.receive(100, timeout=HUNDRED_TIMEOUT)
             assert batch, f"{expected.total() - taken.total()} do not come: {[*(expected - taken)]}"
             taken.update(delivery.message.body for delivery in batch)
             await asyncio.gather(*(delivery.ack() for delivery in batch))

@@ -16,7 +16,7 @@ from streamtools.message import Message
 from streamtools.testing.conformance.cases import Cases, except_with
 from streamtools.testing.conformance.payloads import Order, Parcel, Payment
 from streamtools.testing.conformance.stage import NEVER, Gate, Inbox, Stage, gather
-from streamtools.testing.waiting import DEADLINE, eventually, reaches
+from streamtools.testing.waiting import TIMEOUT, eventually, reaches
 from streamtools.types import Handler
 
 
@@ -65,7 +65,7 @@ class HandlingCases(Cases):
         go, seen = threading.Event(), []
 
         def handler(msg: int) -> None:
-            assert go.wait(DEADLINE)
+            assert go.wait(TIMEOUT)
             seen.append((msg, threading.current_thread() is threading.main_thread()))
 
         async with stage.running(handler, concurrency=4):
@@ -239,7 +239,7 @@ class HandlingCases(Cases):
             await stage.send(number)
         await gate.holds(2)
         # When it is told to stop, those at work finish
-        first.stop(DEADLINE)
+        first.stop(TIMEOUT)
         gate.opened.set()
         await gather(task)
         # Then the next consumer has all the others, and none twice
@@ -256,7 +256,7 @@ class HandlingCases(Cases):
         async with stage.running(gate, grace=0.05):
             await stage.send("slow")
             await gate.holds(1)
-        assert time.monotonic() - start < DEADLINE
+        assert time.monotonic() - start < TIMEOUT
         assert gate.left == []
         async with stage.running(inbox):
             assert await inbox.holds(1) == ["slow"]

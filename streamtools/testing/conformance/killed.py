@@ -15,7 +15,7 @@ from streamtools.consumer import CONSUMER_LOOPS
 from streamtools.delivery import Delivery
 from streamtools.testing.conformance.cases import Cases, needs
 from streamtools.testing.conformance.stage import Stage
-from streamtools.testing.waiting import DEADLINE
+from streamtools.testing.waiting import TIMEOUT
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -61,7 +61,7 @@ class KilledCases(Cases):
         await kill(kill_stage, how)
         consumer = await kill_stage.consumer()
         back: list[Delivery] = []
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(TIMEOUT):
             while len({delivery.message.id for delivery in back}) < HELD:
                 back += await consumer.receive(HELD)
         assert sorted(int(d.message.body or b"-1") for d in back) == list(range(HELD))
@@ -85,7 +85,7 @@ async def kill_holder(stage: Stage, how: str) -> None:
     )  # fmt: skip
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(TIMEOUT):
             line = await process.stdout.readline()
         assert line == b"holding\n", "the process has not taken them into hand"
     finally:

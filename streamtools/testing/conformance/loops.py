@@ -11,7 +11,7 @@ from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery
 from streamtools.testing.conformance.cases import Cases, except_with, needs
 from streamtools.testing.conformance.stage import Inbox, Stage
-from streamtools.testing.waiting import DEADLINE, eventually
+from streamtools.testing.waiting import TIMEOUT, eventually
 
 #: Event loops, one after the other.
 LOOPS: Final = 3
@@ -87,7 +87,7 @@ class LoopCases(Cases):
 
 async def in_a_loop_of_its_own(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """Run a coroutine by `asyncio.run`, in a thread."""
-    async with asyncio.timeout(3 * DEADLINE):
+    async with asyncio.timeout(3 * TIMEOUT):
         return await asyncio.to_thread(lambda: asyncio.run(work()))
 
 
@@ -99,7 +99,7 @@ async def _make(consumer: Consumer) -> None:
 
 async def _take(consumer: Consumer, number: int) -> list[Delivery]:
     taken: list[Delivery] = []
-    async with asyncio.timeout(DEADLINE):
+    async with asyncio.timeout(TIMEOUT):
         while len(taken) < number:
-            taken += await consumer.receive(number - len(taken), timeout=DEADLINE)
+            taken += await consumer.receive(number - len(taken), timeout=TIMEOUT)
     return taken

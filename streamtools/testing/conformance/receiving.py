@@ -12,7 +12,7 @@ from streamtools.delivery import Delivery
 from streamtools.errors import Closed, StreamToolsError
 from streamtools.testing.conformance.cases import Cases, except_with
 from streamtools.testing.conformance.stage import Inbox, Stage, gather
-from streamtools.testing.waiting import DEADLINE, eventually
+from streamtools.testing.waiting import TIMEOUT, eventually
 
 SETTLING = ("ack", "retry", "reject", "drop", "release")
 
@@ -24,7 +24,7 @@ class ReceivingCases(Cases):
         consumer = await stage.consumer()
         await stage.send("hello")
         [delivery] = await stage.take(consumer, 1)
-        assert (delivery.message.body, delivery.message.queue, delivery.count) == (b"hello", stage.queue, 0)
+        assert (delivery.message.body, delivery.message.queue, delivery.redeliveries) == (b"hello", stage.queue, 0)
         await delivery.ack()
         await consumer.close()
         await stage.nothing_waits()
@@ -86,7 +86,7 @@ class ReceivingCases(Cases):
         receiving = asyncio.create_task(consumer.receive(timeout=None))
         await asyncio.sleep(0)
         await stage.send("at last")
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(TIMEOUT):
             [delivery] = await receiving
         assert delivery.message.body == b"at last"
         await delivery.ack()
@@ -96,7 +96,7 @@ class ReceivingCases(Cases):
         await stage.send_many(range(9))
         bodies: list[bytes] = []
         while len(bodies) < 9:
-            batch = await consumer.receive(4, timeout=DEADLINE)
+            batch = await consumer.receive(4, timeout=TIMEOUT)
             assert 1 <= len(batch) <= 4
             bodies += [delivery.message.body or b"" for delivery in batch]
             for delivery in batch:
@@ -109,7 +109,7 @@ class ReceivingCases(Cases):
         consumer = await stage.consumer()
         await stage.send_many(range(10))
         bodies = []
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(TIMEOUT):
             async for delivery in consumer:
                 bodies.append(delivery.message.body)
                 await delivery.ack()
@@ -122,7 +122,7 @@ class ReceivingCases(Cases):
         for number in range(10):
             await stage.send(number)
         bodies = []
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(TIMEOUT):
             async for delivery in consumer:
                 bodies.append(int(delivery.message.body or b""))
                 await delivery.ack()
@@ -152,9 +152,9 @@ class ReceivingCases(Cases):
         sending = await stage.send_many(range(number))
         bodies: set[bytes] = set()
         cancelled = 0
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(TIMEOUT):
             while len(bodies) < number:
-                receiving = asyncio.create_task(consumer.receive(3, timeout=DEADLINE))
+                receiving = asyncio.create_task(consumer.receive(3, timeout=TIMEOUT))
                 if cancelled < 2 * number:
                     cancelled += 1
                     for _ in range(cancelled % 7):

@@ -16,7 +16,7 @@ from streamtools.message import Message
 from streamtools.producer import PRODUCERS, Producer
 from streamtools.receipt import Receipt
 from streamtools.retry import Retry
-from streamtools.testing.waiting import DEADLINE, eventually
+from streamtools.testing.waiting import TIMEOUT, eventually
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -42,7 +42,7 @@ class Sent:
         return self._receipts().__await__()
 
     async def _receipts(self) -> list[Receipt]:
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(TIMEOUT):
             return await asyncio.shield(self.task)
 
 
@@ -89,7 +89,7 @@ class Stage:
 
     @asynccontextmanager
     async def running(
-        self, handler: Callable[..., Any], queue: str | None = None, *, grace: float = DEADLINE, **options: Any
+        self, handler: Callable[..., Any], queue: str | None = None, *, grace: float = TIMEOUT, **options: Any
     ) -> AsyncIterator[Consumer]:
         """A consumer whose loop runs `handler`; it is stopped gracefully at the end."""
         consumer = self.new_consumer(queue, **options)
@@ -98,7 +98,7 @@ class Stage:
             yield consumer
         finally:
             consumer.stop(grace)
-            async with asyncio.timeout(2 * DEADLINE):
+            async with asyncio.timeout(2 * TIMEOUT):
                 await task
 
     async def start(self, consumer: Consumer, handler: Callable[..., Any]) -> asyncio.Task[None]:
@@ -154,9 +154,9 @@ class Stage:
     async def take(self, consumer: Consumer, number: int) -> list[Delivery]:
         """Receive exactly so many by hand."""
         taken: list[Delivery] = []
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(TIMEOUT):
             while len(taken) < number:
-                taken += await consumer.receive(number - len(taken), timeout=DEADLINE)
+                taken += await consumer.receive(number - len(taken), timeout=TIMEOUT)
         return taken
 
     async def errors(self, number: int, queue: str | None = None) -> list[Message]:
@@ -196,7 +196,7 @@ class Stage:
         for task in self._sends:
             task.cancel()
         await asyncio.gather(*self._sends, return_exceptions=True)
-        async with asyncio.timeout(2 * DEADLINE):
+        async with asyncio.timeout(2 * TIMEOUT):
             await self._stack.aclose()
 
 
@@ -244,7 +244,7 @@ class Gate:
 
 async def gather(*work: Awaitable[Any]) -> Sequence[Any]:
     """All of it at once, with a deadline."""
-    async with asyncio.timeout(2 * DEADLINE):
+    async with asyncio.timeout(2 * TIMEOUT):
         return await asyncio.gather(*work)
 
 

@@ -12,7 +12,7 @@ from streamtools import ConnectionLost, Message, SendError
 from streamtools.delivery import Settlement
 from streamtools.drivers.kafka.client.fetched import Fetched
 from streamtools.testing import eventually
-from streamtools.verdicts import ACK, RELEASE, Kind, Verdict
+from streamtools.verdicts import ACK, RELEASE, Verdict, VerdictKind
 from tests.drivers.kafka.offline import PLACE, Broker, OfflineConsumer, consumer, record
 
 LATER = 5000.0
@@ -150,7 +150,7 @@ async def test_what_is_being_settled_is_not_settled_by_anyone_else() -> None:
     await receiver.close()
 
 
-@pytest.mark.parametrize("release", [RELEASE, Verdict(Kind.RELEASE)], ids=["ours", "a handler's own"])
+@pytest.mark.parametrize("release", [RELEASE, Verdict(VerdictKind.RELEASE)], ids=["ours", "a handler's own"])
 @pytest.mark.parametrize("exactly_once", [False, True])
 async def test_what_is_given_back_beside_a_copy_comes_again(exactly_once: bool, release: Verdict) -> None:
     broker = Broker([record(0), record(1), record(2)])
@@ -170,7 +170,7 @@ async def test_only_the_delivery_given_last_is_in_hand(exactly_once: bool) -> No
     broker = Broker([record(0)])
     receiver = await opened(broker, exactly_once=exactly_once)
     [old] = await receiver.receive(10)
-    await receiver._settle([Settlement(old, Verdict(Kind.RELEASE))])
+    await receiver._settle([Settlement(old, Verdict(VerdictKind.RELEASE))])
     await receiver._ack([old])
     [new] = await receiver.receive(10)
     assert new is not old and new.message is old.message

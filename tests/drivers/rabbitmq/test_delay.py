@@ -90,7 +90,7 @@ async def test_none_is_early_and_none_is_lost(producer: Any, consumer: Any) -> N
     while len(late) < 500:
         for delivery in await receiver.receive(100, timeout=10):
             late.append(time.time() - dues[delivery.message.id])
-            assert delivery.count == 0
+            assert delivery.redeliveries == 0
             assert delivery.message.error is None
             assert delivery.message.headers == {}
 

@@ -157,11 +157,11 @@ async def test_a_copied_count_is_not_believed_when_the_message_comes_again(
     async with first:
         await publish([(STRANGE["a delivery count of a broker's"], b"1")])
         [delivery] = await first.receive(timeout=10)
-        assert delivery.count == 0
+        assert delivery.redeliveries == 0
 
     async with RabbitMQConsumer("orders", url=url, queue_type=queue_type) as second:
         [delivery] = await second.receive(timeout=10)
-        assert delivery.count == 1
+        assert delivery.redeliveries == 1
         await delivery.ack()
 
 

@@ -199,7 +199,7 @@ async def test_what_was_looked_at_is_no_suspect(url: str, admin: QueueAdmin) -> 
 
     async with RabbitMQConsumer("orders", url=url, prefetch=5) as consumer:
         taken = await consumer.receive(5, timeout=10)
-        assert all(delivery.count < SUSPECT for delivery in taken)
+        assert all(delivery.redeliveries < SUSPECT for delivery in taken)
 
 
 async def test_those_not_chosen_to_be_moved_are_as_they_were(foreign: AbstractChannel, admin: QueueAdmin) -> None:

@@ -222,7 +222,7 @@ async def test_a_classic_queue_is_never_believed_a_count_that_somebody_copied(
     await foreign.basic_nack(first.delivery.delivery_tag)
     async with RabbitMQConsumer("orders", url=url, declare=declare, error_declare=False) as consumer:
         (delivery,) = await consumer.receive(timeout=20)
-    assert delivery.count == 1
+    assert delivery.redeliveries == 1
 
 
 # --- what the broker tells of them ----------------------------------------------------------------

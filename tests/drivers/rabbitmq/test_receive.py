@@ -43,7 +43,7 @@ async def test_acknowledged_out_of_order_only_the_unfinished_come_back(producer:
 
     left = await take(await consumer(), 12)
     assert sorted(int(d.message.body) for d in left) == [5, 6, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
-    assert all(d.count >= 1 for d in left)
+    assert all(d.redeliveries >= 1 for d in left)
 
 
 async def test_settling_twice_is_harmless(producer: Any, consumer: Any) -> None:
@@ -150,7 +150,7 @@ async def test_a_delivery_of_an_ended_connection_is_not_settled_on_the_next(prod
         await old.ack()
 
     (new,) = await take(receiver, 1)
-    assert new.count >= 1
+    assert new.redeliveries >= 1
     await new.ack()
 
 
@@ -190,7 +190,7 @@ async def test_counts_rise_with_each_redelivery(producer: Any, consumer: Any) ->
     for _ in range(4):
         receiver = await consumer()
         (delivery,) = await take(receiver, 1)
-        counts.append(delivery.count)
+        counts.append(delivery.redeliveries)
         await receiver.close()
 
     assert counts == [0, 1, 2, 3]
@@ -203,7 +203,7 @@ async def test_a_classic_queue_says_at_least_that_it_is_a_redelivery(producer: A
     await take(first, 1)
     await first.close()
 
-    assert (await take(await consumer(), 1))[0].count == 1
+    assert (await take(await consumer(), 1))[0].redeliveries == 1
 
 
 async def test_suspects_are_taken_one_at_a_time_until_an_innocent_comes(producer: Any, consumer: Any) -> None:
@@ -223,7 +223,7 @@ async def test_suspects_are_taken_one_at_a_time_until_an_innocent_comes(producer
     await second[0].ack()
     rest = await take(careful, 3)
 
-    assert [d.count for d in (*first, *second, *rest)] == [2, 2, 0, 0, 0]
+    assert [d.redeliveries for d in (*first, *second, *rest)] == [2, 2, 0, 0, 0]
     assert nothing_more == []
 
 
@@ -241,7 +241,7 @@ async def test_who_holds_a_suspect_and_asks_for_more_is_given_more(
     # As a handler does that gathers several before it settles them.
     gathered = await take(await consumer(), 5)
 
-    assert [d.count for d in gathered] == [2] * 5
+    assert [d.redeliveries for d in gathered] == [2] * 5
     assert sorted(int(d.message.body) for d in gathered) == [0, 1, 2, 3, 4]
 
 
@@ -313,7 +313,7 @@ async def test_deferred_messages_that_come_one_by_one_gather_and_others_do_not(
         rest(channel, seconds)
 
     monkeypatch.setattr(ConsumerChannel, "rest", count)
-    monkeypatch.setattr(wake_throttle, "CREDIT", 0.0)
+    monkeypatch.setattr(wake_throttle, "REST_LIMIT", 0.0)
     receiver = await consumer(url=secure if tls else address.url)
 
     async def arrive(number: int, **options: Any) -> None:

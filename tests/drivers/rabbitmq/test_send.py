@@ -169,7 +169,7 @@ async def test_a_header_named_like_a_brokers_own_comes_back_as_it_was(producer: 
 
     delivery = (await take(await consumer(), 1))[0]
     assert delivery.message.headers == headers
-    assert delivery.count == 0
+    assert delivery.redeliveries == 0
 
 
 async def test_a_cancelled_send_leaves_the_producer_usable(producer: Any, consumer: Any) -> None:

@@ -159,10 +159,10 @@ async def test_a_consumer_that_is_not_told_that_its_queue_is_gone_notices(
 def test_the_page_shows_the_table_as_it_is() -> None:
     page = PAGE.read_text()
     for row in TROUBLES:
-        assert _line(row) in page
+        assert _ordering_key(row) in page
 
 
-def _line(row: Trouble) -> str:
+def _ordering_key(row: Trouble) -> str:
     return f"| {row.code} | {row.words} | {row.meaning} | {'passes' if row.passes else 'does not pass'} |"
 
 

@@ -118,7 +118,7 @@ async def test_peek_leaves_the_messages_where_they_are(url: str, admin: SQLiteAd
         assert [int(m.body) for m in await admin.peek("orders", 3)] == [0, 1, 2]
         assert len(await admin.peek("orders", 1000)) == 250
         batch = await consumer.receive(500)
-        assert [(int(d.message.body), d.count) for d in batch] == [(n, 0) for n in range(250)]
+        assert [(int(d.message.body), d.redeliveries) for d in batch] == [(n, 0) for n in range(250)]
 
 
 async def test_move_takes_failed_messages_back_where_they_came_from(url: str, admin: SQLiteAdmin) -> None:

@@ -206,7 +206,7 @@ async def test_what_is_malformed_in_a_row_is_left_out_and_the_rest_is_kept(url: 
     write(path, [{"key": 5, "due": "x", "meta": json.dumps(meta), "body": "é\0a", "count": "x", "text": False}])
     async with SQLiteConsumer("orders", url=url) as consumer:
         (delivery,) = await consumer.receive(timeout=0)
-        assert delivery.trouble is None
+        assert delivery.decode_error is None
         assert delivery.message == Message(body="é\0a".encode(), queue="orders", id="7", key="k", headers={"a": "b"})
         await delivery.ack()
     assert look(path, "SELECT count(*) FROM messages") == [(0,)]

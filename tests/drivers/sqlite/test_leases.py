@@ -25,7 +25,7 @@ async def test_what_a_closed_consumer_had_in_hand_is_there_at_once_and_not_count
             assert len(await one.receive(10)) == 2
         async with SQLiteConsumer("orders", url=url) as two:
             batch = await two.receive(10)
-            assert [(d.message.body, d.count) for d in batch] == [(b"a", 0), (b"b", 0)]
+            assert [(d.message.body, d.redeliveries) for d in batch] == [(b"a", 0), (b"b", 0)]
 
 
 async def test_what_a_dead_consumer_had_in_hand_comes_back_counted(brief: SQLiteSettings) -> None:
@@ -36,7 +36,7 @@ async def test_what_a_dead_consumer_had_in_hand_comes_back_counted(brief: SQLite
         async with SQLiteConsumer("orders", url=brief) as alive, asyncio.timeout(10):
             (b,) = await alive.receive(10)
             (a,) = await alive.receive(10)
-        assert [(a.message.body, a.count), (b.message.body, b.count)] == [(b"a", 1), (b"b", 0)]
+        assert [(a.message.body, a.redeliveries), (b.message.body, b.redeliveries)] == [(b"a", 1), (b"b", 0)]
 
 
 async def test_a_lease_is_renewed_for_as_long_as_something_is_in_hand(brief: SQLiteSettings, path: Path) -> None:
@@ -116,11 +116,11 @@ async def test_a_suspect_is_taken_alone_and_nothing_beside_it(brief: SQLiteSetti
             await producer.send_many(["c"])
             (c,) = await consumer.receive(10)
             (a,) = await consumer.receive(10)
-            assert [(c.message.body, c.count), (a.message.body, a.count)] == [(b"c", 0), (b"a", 2)]
+            assert [(c.message.body, c.redeliveries), (a.message.body, a.redeliveries)] == [(b"c", 0), (b"a", 2)]
             waiting = asyncio.create_task(consumer.receive(10))
             await a.ack()
             (b,) = await waiting
-            assert (b.message.body, b.count) == (b"b", 2)
+            assert (b.message.body, b.redeliveries) == (b"b", 2)
             await take([b, c])
 
 

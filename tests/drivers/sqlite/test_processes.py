@@ -110,7 +110,7 @@ async def test_what_a_killed_process_had_in_hand_comes_back_counted(path: Path) 
             victim.kill()
         async with asyncio.timeout(30):
             batch = await consumer.receive(100)
-        assert [(int(d.message.body), d.count) for d in batch] == [(n, 1) for n in range(20)]
+        assert [(int(d.message.body), d.redeliveries) for d in batch] == [(n, 1) for n in range(20)]
 
 
 @pytest.mark.parametrize(("size", "after"), [(1, 30), (50, 700), (500, 3000)])

@@ -46,7 +46,7 @@ async def test_every_field_of_a_message_arrives_as_it_was_sent(url: str) -> None
         (delivery,) = await consumer.receive()
         assert delivery.message == EVERYTHING
         assert delivery.message.body == EVERYTHING.body
-        assert delivery.count == 0
+        assert delivery.redeliveries == 0
 
 
 async def test_bodies_of_all_sizes_and_bytes_stay_apart_in_one_batch(url: str) -> None:
@@ -80,7 +80,7 @@ async def test_bodies_that_are_too_large_together_are_claimed_in_parts(url: str)
 async def test_timeout_0_asks_and_is_told_so_that_no_load_hides_a_message(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SQLiteConsumer, "look", 0.0)  # the time of a machine that is busy otherwise
+    monkeypatch.setattr(SQLiteConsumer, "poll_timeout", 0.0)  # the time of a machine that is busy otherwise
     async with SQLiteProducer("orders", url=url) as producer, SQLiteConsumer("orders", url=url) as consumer:
         assert await consumer.receive(timeout=0) == []
         for number in range(20):
@@ -151,7 +151,7 @@ async def test_a_released_message_is_the_first_again_and_not_counted(url: str) -
         await producer.send_many(["a", "b"])
         for _ in range(4):
             (first,) = await consumer.receive()
-            assert (first.message.body, first.count) == (b"a", 0)
+            assert (first.message.body, first.redeliveries) == (b"a", 0)
             await first.release()
         assert await drain(consumer) == [b"a", b"b"]
 

@@ -17,7 +17,7 @@ import cramjam
 from aiokafka.record.util import decode_varint
 
 from streamtools.errors import DecodeError
-from streamtools.validation.bodies import undone
+from streamtools.validation.bodies import decompressed
 
 #: Bytes of a batch once it is unpacked, at most; one that came as more may have `RATIO` times as many.
 MOST_UNPACKED: Final = 32 * 1024 * 1024
@@ -106,7 +106,7 @@ def _headers(plain: memoryview, place: int) -> int:
 
 def _plain(data: memoryview, codec: int, limit: int) -> memoryview:
     if codec == GZIP:
-        return memoryview(undone(bytes(data), "gzip", limit))
+        return memoryview(decompressed(bytes(data), "gzip", limit))
     if codec == SNAPPY:
         return _plain_of_snappy(data, limit)
     room = mmap.mmap(-1, limit)  # memory that is taken as it is written

@@ -31,7 +31,7 @@ from streamtools.engine.replies import lost_replies
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
 from streamtools.settings import KafkaSettings
-from streamtools.verdicts import ACK, Kind
+from streamtools.verdicts import ACK, VerdictKind
 
 #: A record that is not due, with its partition and its message.
 Waiting = tuple[AssignedPartition, Any, Message]
@@ -148,10 +148,10 @@ class RetryPublisher:
         Parameters:
             reject: makes the settlement of one whose handler has sent what Kafka refuses.
         """
-        done += [s for s in mine if s.verdict.kind is Kind.RELEASE]
+        done += [s for s in mine if s.verdict.kind is VerdictKind.RELEASE]
         tracks: dict[AssignedPartition, list[Settlement]] = {}
         for settlement in mine:
-            if settlement.verdict.kind is not Kind.RELEASE:
+            if settlement.verdict.kind is not VerdictKind.RELEASE:
                 tracks.setdefault(delivery_of(settlement).track, []).append(settlement)
         for track, batch in tracks.items():
             await self._settle_track(track, batch, done, reject)
@@ -282,11 +282,11 @@ class RetryPublisher:
     def _copy(self, settlement: Settlement, message: Message) -> ProducerRecord:
         kind = settlement.verdict.kind
         record = settlement.delivery.token if message.id == settlement.delivery.message.id else None
-        if kind is Kind.RETRY and message.queue == settlement.delivery.message.queue:
+        if kind is VerdictKind.RETRY and message.queue == settlement.delivery.message.queue:
             return self._retry(message, self._history(settlement, message), record)
-        headers = self._history(settlement, message) if kind is Kind.REJECT else []
+        headers = self._history(settlement, message) if kind is VerdictKind.REJECT else []
         [item] = records_of([message], headers=headers, read=_headers(record))
-        item.is_copy = kind in (Kind.RETRY, Kind.REJECT)
+        item.is_copy = kind in (VerdictKind.RETRY, VerdictKind.REJECT)
         return item
 
     def _history(self, settlement: Settlement, message: Message) -> list[Header]:
@@ -295,7 +295,7 @@ class RetryPublisher:
         if message.error is not None and message.error is delivery.message.error:
             # An error queue's own consumer has failed: what brought the message there stays with it.
             return [*delivery.origin.headers, *_rejected_by(delivery.token)]
-        group = self._group_headers if settlement.verdict.kind is Kind.REJECT else ()
+        group = self._group_headers if settlement.verdict.kind is VerdictKind.REJECT else ()
         return [*delivery.origin.headers, *group]
 
     @property

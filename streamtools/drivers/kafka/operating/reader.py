@@ -255,7 +255,7 @@ class AdminReader:
             return None
         self._records[partition][record.offset] = record
         message, trouble = read_record(record, partition)
-        return Delivery(message, token=record, trouble=trouble)
+        return Delivery(message, token=record, decode_error=trouble)
 
     async def _finish(self, settlements: Sequence[Settlement]) -> None:
         touched = set()

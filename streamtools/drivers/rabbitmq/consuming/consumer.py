@@ -35,9 +35,9 @@ from streamtools.engine.loop import SUSPECT
 from streamtools.engine.tasks.cancellation import asked_to_stop
 from streamtools.engine.tasks.wake_throttle import WakeThrottle
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError, StreamToolsError
-from streamtools.message import ids
+from streamtools.message import id_generator
 from streamtools.settings import RabbitMQSettings
-from streamtools.verdicts import Kind
+from streamtools.verdicts import VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -101,7 +101,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = Limits()
-        self._new_id = ids()
+        self._new_id = id_generator()
         self._pace = WakeThrottle(GATHER_TIMEOUT)
         self._publisher_lock = asyncio.Lock()
         #: While we are ending: nothing is under way to us any more.
@@ -249,7 +249,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         It is handed over only then: were it settled before, the broker would deliver the next to the
         consumer that is about to be cancelled, and may take it back behind later ones (seen on 3.10).
         """
-        if self._delivery(channel, channel.buffer[0]).count >= SUSPECT:
+        if self._delivery(channel, channel.buffer[0]).redeliveries >= SUSPECT:
             return False
         self._narrow = False
         if self.ordered_by is not None or self._may_be_single_active:
@@ -343,7 +343,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     def _note_early(self, refused: SendError, settlements: Sequence[Settlement]) -> None:
         """Say once that retries wait here, where no queue of the broker's can hold them until they are due."""
-        copies = [m for s in settlements if s.verdict.kind is Kind.RETRY for m in s.outgoing]
+        copies = [m for s in settlements if s.verdict.kind is VerdictKind.RETRY for m in s.outgoing]
         if not self._says_early and refused.among(copies, refused.early):
             self._says_early = True
             log.warning(
@@ -374,7 +374,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
                 continue
             if channel is not None and came_on is channel and channel.error is None:
                 mine.append(settlement)
-            elif settlement.verdict.kind is not Kind.RELEASE:  # given back with its connection
+            elif settlement.verdict.kind is not VerdictKind.RELEASE:  # given back with its connection
                 stale += 1
         return mine, stale
 
@@ -383,7 +383,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         if self._ending:
             await self._calm.wait()
         channel.check()  # it may have ended while the copies were confirmed
-        release = Kind.RELEASE
+        release = VerdictKind.RELEASE
         acks = [s.delivery.token[1] for s in settlements if s.verdict.kind is not release]
         # While stopping, what goes back stays with us until the channel is closed; see `_stop`.
         held = self._ending or self._stopping.is_set()

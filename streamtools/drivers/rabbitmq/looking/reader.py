@@ -27,7 +27,7 @@ from streamtools.drivers.rabbitmq.publishing.copies import held
 from streamtools.drivers.rabbitmq.publishing.publisher import Publisher
 from streamtools.drivers.rabbitmq.topology.declarations import STREAM, Declarations, QueueOptions, missing, work_queue
 from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
-from streamtools.message import ids
+from streamtools.message import id_generator
 from streamtools.settings import RabbitMQSettings
 
 #: Messages asked for first; then nine times as many as have come.
@@ -54,7 +54,7 @@ class RabbitMQReader:
         self._settings = settings
         self._most = max(1, most)
         self._name = client_id or f"streamtools look at {queue}"
-        self._new_id = ids()
+        self._new_id = id_generator()
         self._connection: Connection | None = None
         self._out_connection: Connection | None = None
         self._publisher: Publisher | None = None

@@ -27,7 +27,7 @@ from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.drivers.rabbitmq.topology.delay_chain import PREFIX, DelayChain, Unheld
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, StreamToolsError
 from streamtools.exchange import no_subscriber
-from streamtools.message import Message, ids
+from streamtools.message import Message, id_generator
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -81,7 +81,7 @@ class PublisherChannel(FastChannel):
         self._retired = False
         self._discarded = False
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._new_id = ids()
+        self._new_id = id_generator()
         self._out: list[bytes] = []
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.TimerHandle | None = None
