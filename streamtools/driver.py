@@ -133,7 +133,7 @@ class ProducerHooks(EndpointHooks):
 
     def _why_unconfirmed(self) -> str:
         """A sentence on why `_send` has not returned in time, as far as is known."""
-        return "no confirmation came."
+        return f"no confirmation came from {self.settings.safe_url}."
 
 
 class ConsumerHooks(EndpointHooks):
