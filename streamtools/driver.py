@@ -70,8 +70,10 @@ class EndpointHooks:
         features: what the protocol can do.
         settings_class: reads the URL.
         options_class: the protocol's own options of the constructor.
+        settings: what the URL says.
     """
 
+    settings: ProtocolSettings
     protocol: ClassVar[str] = ""
     features: ClassVar[Features] = Features()
     settings_class: ClassVar[type[ProtocolSettings]]
