@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from streamtools.drivers.kafka import KafkaProducer
-from streamtools.drivers.kafka.consuming.member import COMMIT_COUNT
+from streamtools.drivers.kafka.consuming.commits import COMMIT_COUNT
 from tests.brokers.address import ROOT
 from tests.brokers.kafka.address import KafkaAddress
 from tests.chaos.history import History

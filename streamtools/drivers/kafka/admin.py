@@ -21,10 +21,9 @@ from streamtools.drivers.kafka.brokers.cluster import EARLIEST, LATEST, Cluster,
 from streamtools.drivers.kafka.brokers.topics import Topic, Topics
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.names import BINDINGS, RETRY, check_kafka_name, is_retry_topic, reader_of
-from streamtools.drivers.kafka.operating.ages import next_times
-from streamtools.drivers.kafka.operating.counts import count
+from streamtools.drivers.kafka.operating.admin_reader import AdminReader, AdminViewer, RedrivenMessage
 from streamtools.drivers.kafka.operating.groups import Commit, GroupDescription, Groups, Progress, busy
-from streamtools.drivers.kafka.operating.reader import AdminReader, AdminViewer, RedrivenMessage
+from streamtools.drivers.kafka.operating.waiting import count, next_times
 from streamtools.engine.options import read_options
 from streamtools.errors import ConfigurationError, ConnectError, QueueError
 from streamtools.exchange import Binding

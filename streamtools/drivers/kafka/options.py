@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from streamtools.driver import Options
-from streamtools.drivers.kafka.names import BINDINGS, RETRY, check_kafka_name
+from streamtools.drivers.kafka.names import check_kafka_name
 
 
 def is_async(method: str | None) -> bool | None:
@@ -113,15 +113,3 @@ class ConsumerOptions(Options):
     def start(self) -> float | None:
         """`start_time` in seconds since the epoch."""
         return self.start_time.timestamp() if isinstance(self.start_time, datetime) else self.start_time
-
-
-def subscription(pattern: str | None, topics: tuple[str, ...], error_topic: str) -> str | None:
-    """An expression for these topics and the pattern's; without retries, bindings, and what is rejected here.
-
-    It is None without a pattern.
-    """
-    if pattern is None:
-        return None
-    own = "|".join(re.escape(topic) for topic in topics)
-    others = rf"(?!{re.escape(error_topic)}$|{re.escape(BINDINGS)}$)(?!.*{re.escape(RETRY)}(?:\.|$))"
-    return rf"(?:{own})$|{others}(?:{pattern})$"

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, ClassVar, Final
@@ -15,13 +14,14 @@ from typing import Any, ClassVar, Final
 from streamtools.delivery import Delivery, current
 from streamtools.drivers.kafka.brokers.topics import Topic
 from streamtools.drivers.kafka.consuming.partition import KafkaDelivery
-from streamtools.drivers.kafka.errors import Missing, was_undone
+from streamtools.drivers.kafka.errors import Missing
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply
 from streamtools.drivers.kafka.options import ProducerOptions, SendOptions, is_async
 from streamtools.drivers.kafka.producing.record import ProducerRecord, not_held, records_of
 from streamtools.drivers.kafka.producing.sender import Sender
-from streamtools.drivers.kafka.producing.transactions import TIMEOUT, TransactionalProducer, opened, same_kafka
+from streamtools.drivers.kafka.producing.transaction import Transaction, current_transaction
+from streamtools.drivers.kafka.producing.transactions import TransactionalProducer, opened, same_kafka
 from streamtools.drivers.kafka.records import Placed
 from streamtools.engine.backoff import backoff_within
 from streamtools.errors import Closed, ConnectError, ConnectionLost, SendError, StreamToolsError
@@ -32,18 +32,18 @@ from streamtools.settings import KafkaSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Sends with wait=False under way at most; the next one waits.
+#: Sends with wait=False under way at most; beyond, `send` waits.
 UNDER_WAY: Final = 10_000
 
 
 @sets_slots
 @dataclass(frozen=True, slots=True)
 class KafkaReceipt(Receipt):
-    """Where a message stands.
+    """Where a message stands in its topic.
 
     Attributes:
-        partition: of the topic.
-        offset: in the partition; None when Kafka held it already from an attempt before.
+        partition: the partition's number.
+        offset: in the partition; None if Kafka held the message already, from an attempt before.
     """
 
     partition: int | None = None
@@ -58,7 +58,7 @@ class PendingReceipt(Receipt):
     position: int = field(repr=False, compare=False)
 
     async def _confirmed(self) -> Receipt:
-        # The task goes on when who waits for it is cancelled.
+        # Shielded: the task goes on if whoever waits for it is cancelled.
         return (await asyncio.shield(self.task))[self.position]
 
 
@@ -80,7 +80,7 @@ class KafkaProducer(Producer, protocol="kafka"):
         self._idle: list[TransactionalProducer] = []
 
     async def flush(self) -> None:
-        """Return when all that was sent with `wait=False` is confirmed.
+        """Return when everything sent with `wait=False` is confirmed.
 
         Raises:
             SendError: naming those that failed since the last `flush()`.
@@ -96,7 +96,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             raise SendError(str(failed[0]), refused=refused, unknown=unknown, messages=messages) from failed[0]
 
     async def close(self) -> None:
-        """Wait for what was sent with `wait=False`, then close the connection. Safe to repeat."""
+        """Wait for what was sent with `wait=False`, then end. Safe to repeat."""
         try:
             await self.flush()
         except SendError as error:
@@ -120,10 +120,10 @@ class KafkaProducer(Producer, protocol="kafka"):
     async def _send(self, batch: Sequence[Message], options: SendOptions) -> Sequence[Receipt] | None:
         given, batch = batch, _placed(batch, options)
         if (delivery := self._collecting()) is not None:
-            delivery.outgoing += tuple(batch)  # they leave with the acknowledgement, or not at all
+            delivery.outgoing += tuple(batch)  # sent with the acknowledgement, or not at all
             return None
         if (transaction := self._transaction()) is not None:
-            return await transaction.send(batch, given)
+            return _receipts(await transaction.send(batch, given))
         if not self._waits(options):
             return await self._send_later(batch, options)
         if self._sender is None:
@@ -136,7 +136,7 @@ class KafkaProducer(Producer, protocol="kafka"):
         except SendError as error:
             error.messages = not_held(given, items)
             raise
-        return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
+        return _receipts(items)
 
     async def _publish(self, sender: Sender, items: Sequence[ProducerRecord]) -> None:
         try:
@@ -149,7 +149,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             await sender.publish(again)
 
     def _lost_with_topic(self, items: Sequence[ProducerRecord]) -> list[ProducerRecord]:
-        """Those refused because our own topic was deleted while we use it, if that is all that was refused."""
+        """The refused records, if all were refused because our own topic was deleted; else none."""
         refused = [item for item in items if item.error is not None]
         ours = all(item.topic == self.queue and isinstance(item.error, Missing) for item in refused)
         if self.declare is not True or not ours:
@@ -194,10 +194,10 @@ class KafkaProducer(Producer, protocol="kafka"):
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
-        """What is sent inside, by any producer of this Kafka, becomes visible together, or not at all.
+        """What any producer of this Kafka sends inside becomes visible together, or not at all.
 
-        Consumers of ours, and all that read committed messages only, see it after the end; an exception inside
-        forgets it. In a handler of a consumer with `exactly_once=True` it adds nothing: all that the handler sends
+        Our consumers, and all others that read only committed messages, see it after the end; an exception inside
+        aborts it. In a handler of a consumer with `exactly_once=True` it adds nothing: all that the handler sends
         belongs to the transaction of its message.
 
         Raises:
@@ -211,7 +211,7 @@ class KafkaProducer(Producer, protocol="kafka"):
         here = self._here()
         transaction = Transaction(await here._get_transactional(), here.settings)
         await transaction.begin()
-        token = _current.set(transaction)
+        token = current_transaction.set(transaction)
         try:
             yield
             await transaction.commit()
@@ -219,8 +219,8 @@ class KafkaProducer(Producer, protocol="kafka"):
             await transaction.abort()
             raise
         finally:
-            _current.reset(token)
-            await here._put_back(transaction.transactional)
+            current_transaction.reset(token)
+            await here._put_back(transaction.producer)
 
     async def _get_transactional(self) -> TransactionalProducer:
         if not self._connected:
@@ -228,7 +228,7 @@ class KafkaProducer(Producer, protocol="kafka"):
         return self._idle.pop() if self._idle else await self._open_transactional(self.client_id or self.queue)
 
     async def _open_transactional(self, name: str) -> TransactionalProducer:
-        """One with a new id, as nobody's transactions are gone on with; until `send_timeout` where that helps."""
+        """A producer with a new transactional id; tried again until `send_timeout` while that can help."""
         deadline, failures = time.monotonic() + self.send_timeout, 0
         while True:
             made = TransactionalProducer(
@@ -251,16 +251,18 @@ class KafkaProducer(Producer, protocol="kafka"):
             self._idle.append(transactional)
 
     def _transaction(self) -> Transaction | None:
-        transaction = _current.get()
+        transaction = current_transaction.get()
         return transaction if transaction is not None and same_kafka(transaction.settings, self.settings) else None
 
     def _collecting(self) -> Delivery | None:
-        """The message being handled, if what is sent now is to leave with its acknowledgement."""
+        """The message being handled, if what is sent now leaves with its acknowledgement (`exactly_once=True`)."""
         delivery = current.get()
         if not isinstance(delivery, KafkaDelivery):
             return None
-        exactly = delivery.track.exactly
-        return delivery if exactly is not None and same_kafka(exactly, self.settings) else None
+        transactions = delivery.partition.transactions
+        if transactions is None or not same_kafka(transactions.settings, self.settings):
+            return None
+        return delivery
 
     # --- without waiting --------------------------------------------------------------------------
 
@@ -282,95 +284,18 @@ class KafkaProducer(Producer, protocol="kafka"):
         self._under_way.discard(task)
         if task.cancelled():
             return
-        error = task.exception()  # looked at: flush() tells it, whoever awaits the receipt or not
+        error = task.exception()  # looked at: flush() raises it, whether the receipt is awaited or not
         if isinstance(error, SendError):
             self._failed.append(error)
         elif isinstance(error, StreamToolsError):
             self._failed.append(SendError(str(error)))
 
 
-class Transaction:
-    """One transaction under way.
-
-    Attributes:
-        transactional: what makes it.
-        settings: where.
-    """
-
-    def __init__(self, transactional: TransactionalProducer, settings: KafkaSettings) -> None:
-        self.transactional: TransactionalProducer = transactional
-        self.settings: KafkaSettings = settings
-        self._lock = asyncio.Lock()  # many tasks may send in it
-        self._sent: list[Message] = []
-        self._failure: SendError | None = None
-        self._begun = 0.0
-
-    async def begin(self) -> None:
-        """Begin."""
-        await self.transactional.begin()
-        self._begun = time.monotonic()
-
-    async def send(self, batch: Sequence[Message], given: Sequence[Message]) -> list[Receipt]:
-        """Send as part of it; a failure makes the whole fail, whether who sends goes on or not.
-
-        Parameters:
-            given: the same messages as whoever sends has them, for errors.
-        """
-        items = records_of(batch)
-        async with self._lock:
-            try:
-                await self.transactional.send(items)
-            except SendError as error:
-                error.messages = not_held(given, items)
-                self._failure = self._failure or error
-                raise
-            except ConnectError as error:
-                why = self._why(error)
-                ids = [m.id for m in batch]
-                self._failure = SendError(f"The transaction has failed: {why}", refused=ids, messages=given)
-                raise self._failure from error
-        self._sent += given
-        return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
-
-    async def commit(self) -> None:
-        """Make it visible."""
-        if self._failure is not None:
-            raise self._failure
-        try:
-            await self.transactional.commit()
-        except ConnectError as error:
-            if was_undone(error):
-                raise SendError(
-                    f"A transaction of {len(self._sent)} messages has failed: {self._why(error)}",
-                    refused=[m.id for m in self._sent],
-                    messages=self._sent,
-                ) from error
-            raise SendError(
-                f"It is not known whether a transaction of {len(self._sent)} messages took place: {error}",
-                unknown=[m.id for m in self._sent],
-                messages=self._sent,
-            ) from error
-
-    def _why(self, error: ConnectError) -> str:
-        took = time.monotonic() - self._begun
-        if took < TIMEOUT or not was_undone(error):
-            return str(error)
-        return (
-            f"it took {took:.0f} s, and Kafka undoes one that takes longer than {TIMEOUT:g} s. Nothing of it was "
-            "sent: do what takes long before it begins."
-        )
-
-    async def abort(self) -> None:
-        """Forget it."""
-        if not self.transactional.broken:
-            await self.transactional.abort()
-
-
-#: The transaction that this task is in.
-_current: ContextVar[Transaction | None] = ContextVar("streamtools_kafka_transaction", default=None)
-
-
 def _placed(batch: Sequence[Message], options: SendOptions) -> Sequence[Message]:
     if options.partition is None and options.timestamp is None:
         return batch
     return [Placed.of(message, options.partition, options.timestamp) for message in batch]
+
+
+def _receipts(items: Sequence[ProducerRecord]) -> list[Receipt]:
+    return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]

@@ -7,8 +7,6 @@ the places of the library stand a commit that is kept here, and producers that f
 from __future__ import annotations
 
 import asyncio
-import math
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +15,11 @@ from aiokafka import TopicPartition
 
 from streamtools.drivers.kafka import KafkaConsumer
 from streamtools.drivers.kafka.client.fetched import Fetched
+from streamtools.drivers.kafka.consuming.copies import Copies
 from streamtools.drivers.kafka.consuming.delays import DELAY_LEVELS
+from streamtools.drivers.kafka.consuming.exactly_once import TransactionalPublisher
 from streamtools.drivers.kafka.consuming.member import GroupMember
-from streamtools.drivers.kafka.consuming.partition import AssignedPartition
+from streamtools.drivers.kafka.consuming.partition import AssignedPartition, PartitionTransactions
 from streamtools.drivers.kafka.consuming.retries import RetryPublisher
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.producing.record import ProducerRecord, records_of, refused
@@ -150,100 +150,105 @@ class OfflineRetryPublisher(RetryPublisher):
     async def _get_sender(self) -> Any:
         return self.broker
 
-    async def _get_transactional(self, track: AssignedPartition) -> Any:
+
+class OfflineTransactionalPublisher(TransactionalPublisher):
+    """The same, in transactions."""
+
+    broker: Broker
+
+    async def _get_producer(self, partition: AssignedPartition, transactions: PartitionTransactions) -> Any:
         # As the real one: an identity serves once.
-        if track.transactional is None and track.identity is not None and not track.gone:
-            track.identity, track.transactional = None, Transactions(self.broker)  # type: ignore[assignment]
-        return await super()._get_transactional(track)
+        if transactions.producer is None and transactions.identity is not None and not partition.revoked:
+            transactions.identity = None
+            transactions.producer = Transactions(self.broker)  # type: ignore[assignment]
+        return await super()._get_producer(partition, transactions)
 
 
 class OfflineConsumer(KafkaConsumer):
     """A consumer whose connection is the broker in memory."""
 
-    look = 0.2
+    poll_timeout = 0.2
     broker: Broker
     #: False: what is not there now is not waited for.
     waits = True
 
     async def _open(self) -> None:
         await self._close()
-        self._returned, self._moves, self._moving = [], deque(), 0
-        self._move_wake, self._settled = asyncio.Event(), asyncio.Event()
-        self._tiers = len(DELAY_LEVELS)
-        coordinator = SimpleNamespace(commit=self.broker.commit, confirmed_at=math.inf)
-        membership = _Membership(
+        member = _Member(
             self.settings,
-            self._terms(True),
-            "test",
+            self._subscription(has_retry_topic=True),
             changed=self._wake_up,
             drained=self._drained,
             passed_over=self._pass_over,
-            subscribed=self._subscribed,
+            topic_changes=self._topic_changes,
         )
-        membership.coordinator = coordinator  # type: ignore[assignment]
-        self._membership = membership
-        self._outbox = outbox = OfflineRetryPublisher(
-            self.settings, "test", membership, queue=self.queue, retry_topic=self.retry_topic, tiers=self._tiers
-        )
-        outbox.broker = self.broker
-        self._intake = _Intake(membership)  # type: ignore[assignment]
-        self._mover = asyncio.create_task(self._move_routine())
+        cluster = SimpleNamespace(partitions_for_topic=lambda _: {PLACE.partition})
+        member.client = SimpleNamespace(cluster=cluster, is_connected=True)  # type: ignore[assignment]
+        coordinator = SimpleNamespace(commit=self.broker.commit, is_doubtful=False)
+        member.coordinator = coordinator  # type: ignore[assignment]
+        self._begin(member, len(DELAY_LEVELS))
+        self._prefetcher = _Prefetcher(member)  # type: ignore[assignment]
         self.assign()
 
-    async def _arrival(self, membership: GroupMember, wake: asyncio.Future[None]) -> None:
+    def _new_publisher(self, copies: Copies, member: GroupMember) -> RetryPublisher:
+        publisher: OfflineRetryPublisher | OfflineTransactionalPublisher
+        if self.options.exactly_once:
+            publisher = OfflineTransactionalPublisher(self.settings, copies, member, "test")
+        else:
+            publisher = OfflineRetryPublisher(self.settings, copies)
+        publisher.broker = self.broker
+        return publisher
+
+    async def _wait_for_change(self, member: GroupMember, wake: asyncio.Future[None]) -> None:
         if not self.waits:
             raise TimeoutError
-        await super()._arrival(membership, wake)
+        await super()._wait_for_change(member, wake)
 
     def assign(self) -> None:
         """The partition is ours, from what is committed on."""
-        membership = self._membership
-        assert membership is not None
-        exactly = SETTINGS if self.options.exactly_once else None
-        track = AssignedPartition(
-            PLACE, Offsets(*self.broker.kept), exactly=exactly, identity=(1, 0) if exactly else None
-        )
-        membership.tracks = {PLACE: track}
-        waiting = [record for offset, record in sorted(self.broker.log.items()) if offset >= track.offsets.next]
-        track.arrive(Fetched(iter(waiting), self.broker.end, 100))
+        member = self.member
+        transactions = PartitionTransactions(SETTINGS, (1, 0)) if self.options.exactly_once else None
+        partition = AssignedPartition(PLACE, Offsets(*self.broker.kept), transactions=transactions)
+        member.partitions = {PLACE: partition}
+        waiting = [record for offset, record in sorted(self.broker.log.items()) if offset >= partition.offsets.next]
+        partition.arrive(Fetched(iter(waiting), self.broker.end, 100))
         self._wake_up()
 
     @property
-    def membership(self) -> GroupMember:
-        assert self._membership is not None
-        return self._membership
+    def member(self) -> GroupMember:
+        assert self._member is not None
+        return self._member
 
     @property
-    def track(self) -> AssignedPartition:
-        return self.membership.tracks[PLACE]
+    def partition(self) -> AssignedPartition:
+        return self.member.partitions[PLACE]
 
 
-class _Membership(GroupMember):
+class _Member(GroupMember):
     async def leave(self) -> None:
         """Without the library."""
         self._closing = True
-        self._changed()
-        if self._timer is not None:
-            self._timer.cancel()
+        self.changed()
+        await self.commits.stop()
         try:
-            await self.commit()
+            await self.commits.commit()
         finally:
             self._let_go()
 
 
-class _Intake:
+class _Prefetcher:
     """All has arrived already."""
 
-    def __init__(self, membership: GroupMember) -> None:
-        self._membership = membership
+    def __init__(self, member: GroupMember) -> None:
+        self._member = member
 
-    def tracks(self) -> Collection[AssignedPartition]:
-        return [track for track in self._membership.tracks.values() if track.arrived]
+    def ready(self) -> Collection[AssignedPartition]:
+        return [partition for partition in self._member.partitions.values() if partition.arrived]
 
     def taken(self) -> None:
-        for track in self._membership.tracks.values():
-            if not (track.arrived or track.going) and track.offsets.pass_over(track._end):
-                self._membership.finished()
+        for partition in self._member.partitions.values():
+            if not (partition.arrived or partition.revoking) and partition.offsets.pass_over(partition._end):
+                self._member.commits.finished()
 
     async def stop(self) -> None:
         """Nothing is at work."""

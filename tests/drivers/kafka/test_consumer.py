@@ -173,14 +173,14 @@ async def test_without_room_for_what_is_finished_ahead_intake_waits_until_there_
             await gate.wait()
 
     async with running(handle, concurrency=100, prefetch=100) as consumer:
-        consumer._membership.limit = 20
+        consumer._member.commits.limit = 20
         sender = await producer()
         await sender.send_many(range(40))
-        [track] = [t for t in consumer._membership.tracks.values() if t.partition.topic == consumer.queue]
-        await eventually(lambda: track.full)
-        await eventually(lambda: track.paused)
+        [assigned] = [t for t in consumer._member.partitions.values() if t.place.topic == consumer.queue]
+        await eventually(lambda: assigned.metadata_full)
+        await eventually(lambda: assigned.paused)
         gate.set()
-        await eventually(lambda: not track.full)
+        await eventually(lambda: not assigned.metadata_full)
         await sender.send_many(range(40, 60))
         await eventually(lambda: len(seen) == 60)
     assert sorted(seen) == list(range(60))
@@ -205,7 +205,7 @@ async def test_handlers_at_work_finish_and_are_committed_before_a_partition_goes
     async with running(handle, concurrency=4) as first:
         await eventually(lambda: len(runs) == 4)
         opening = asyncio.create_task(_opened(running, handle))
-        await eventually(lambda: first._membership.consumer._subscription.reassignment_in_progress)
+        await eventually(lambda: first._member.consumer._subscription.reassignment_in_progress)
         await asyncio.sleep(0.2)
         assert len(runs) == 4, "nothing more is begun while the partitions go"
         gate.set()
@@ -229,7 +229,7 @@ async def test_what_was_not_begun_when_a_partition_goes_is_left_to_its_next_owne
     async with running(handle, concurrency=4, prefetch=20, ordered_by="key") as first:
         await eventually(lambda: history == [0])
         opening = asyncio.create_task(_opened(running, handle))
-        await eventually(lambda: first._membership.consumer._subscription.reassignment_in_progress)
+        await eventually(lambda: first._member.consumer._subscription.reassignment_in_progress)
         gate.set()
         async with await opening:
             await eventually(lambda: len(history) >= 400)
@@ -270,13 +270,13 @@ async def test_a_static_member_comes_back_without_the_others_noticing(
     sender = await producer(partitions=2)
     async with running(handle) as other:
         async with running(handle, static_id="one"):
-            await eventually(lambda: len(other._membership.tracks) < 2 + len(DELAY_LEVELS))
-        generation = other._membership.consumer._coordinator.generation
+            await eventually(lambda: len(other._member.partitions) < 2 + len(DELAY_LEVELS))
+        generation = other._member.consumer._coordinator.generation
         await sender.send(0, partition=0)
         await sender.send(1, partition=1)
         async with running(handle, static_id="one"):
             await eventually(lambda: sorted(seen) == [0, 1])
-            assert other._membership.consumer._coordinator.generation == generation
+            assert other._member.consumer._coordinator.generation == generation
 
 
 # --- waiting ----------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ async def test_a_topic_that_is_made_later_is_read_by_its_pattern_from_its_first_
     async with running(handle, pattern=rf"{queue}-.*", offset="latest") as consumer:
         await (await producer(f"{queue}-later")).send_many(["first", "second"])
         await eventually(lambda: len(seen) == 2)
-        assert f"{queue}-later" in {partition.topic for partition in consumer._membership.tracks}
+        assert f"{queue}-later" in {partition.topic for partition in consumer._member.partitions}
     assert seen == ["first", "second"]
 
 

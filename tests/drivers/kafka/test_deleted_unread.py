@@ -14,7 +14,7 @@ from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.structs import OffsetAndMetadata
 
-from streamtools.drivers.kafka.client.coordinator import Coordinator, Place
+from streamtools.drivers.kafka.client.coordinator import Coordinator, GroupPlace
 from streamtools.drivers.kafka.client.fetched import Fetched
 from streamtools.drivers.kafka.consuming.partition import AssignedPartition
 from streamtools.drivers.kafka.offsets import Offsets, encode
@@ -71,13 +71,13 @@ async def test_what_was_deleted_while_the_service_was_away_is_told_once(
 
 def test_what_others_had_finished_is_not_missed(caplog: pytest.LogCaptureFixture) -> None:
     ahead, _ = encode(5, [(5, 10)])
-    track = AssignedPartition(PLACE, Offsets(5, ahead))
-    track.arrive(Fetched(iter(()), 20, 1, start=10))
+    partition = AssignedPartition(PLACE, Offsets(5, ahead))
+    partition.arrive(Fetched(iter(()), 20, 1, start=10))
     assert told(caplog) == []
-    track.arrive(Fetched(iter(()), 30, 1, start=20))
+    partition.arrive(Fetched(iter(()), 30, 1, start=20))
     assert told(caplog) == []
     with caplog.at_level(logging.WARNING):
-        track.arrive(Fetched(iter(()), 50, 1, start=40))
+        partition.arrive(Fetched(iter(()), 50, 1, start=40))
     [line] = told(caplog)
     assert "topic 'orders', partition 3, from offset 30 to 39." in line
 
@@ -147,7 +147,7 @@ async def has_partitions(admin: AIOKafkaAdminClient, queue: str, number: int) ->
 async def test_what_was_finished_of_a_deleted_topic_is_not_committed_for_the_next_one_of_that_name() -> None:
     """A commit is tried again while a topic is not known where it is committed, unless it is not known here."""
     there, tries = {PLACE.topic: {3}}, []
-    place = Place(1, "me")
+    place = GroupPlace(1, "me")
 
     async def refuse(*_: object) -> None:
         tries.append(1)
@@ -164,7 +164,11 @@ async def test_what_was_finished_of_a_deleted_topic_is_not_committed_for_the_nex
         _client=SimpleNamespace(cluster=SimpleNamespace(partitions_for_topic=there.get)),
     )  # fmt: skip
     coordinator = Coordinator(
-        SimpleNamespace(_coordinator=inner), static_id=None, fenced=lambda: None, confirmed=lambda: None
+        SimpleNamespace(_coordinator=inner),
+        static_id=None,
+        session_timeout=10,
+        fenced=lambda: None,
+        trusted=lambda: None,
     )
     with pytest.raises(kafka_errors.UnknownTopicOrPartitionError):
         await coordinator.commit({PLACE: OffsetAndMetadata(7, "")}, place)

@@ -22,12 +22,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtools.drivers.kafka.client import limits
-from streamtools.drivers.kafka.client.batches import REFUSED, Answers, Records
-from streamtools.drivers.kafka.client.fetched import Buffers, Fetched
+from streamtools.drivers.kafka.client.batches import REFUSED, FetchedBytes, Records
+from streamtools.drivers.kafka.client.fetched import Fetched, FetchedBuffers
 from streamtools.drivers.kafka.consuming.partition import AssignedPartition
 from streamtools.drivers.kafka.consuming.prefetch import UNPACKED, Prefetcher
 from streamtools.drivers.kafka.offsets import Offsets
-from streamtools.drivers.kafka.operating.ages import _first_time
+from streamtools.drivers.kafka.operating.waiting import _first_time
 from streamtools.drivers.kafka.records import read_record
 
 PLACE = TopicPartition("t", 0)
@@ -83,12 +83,12 @@ class State:
         self.position = position
 
 
-def buffers(result: FetchResult, data: bytes | None = None) -> Buffers:
+def buffers(result: FetchResult, data: bytes | None = None) -> FetchedBuffers:
     """The library's buffers with this result, whose bytes are known or not."""
-    answers = Answers(SimpleNamespace(send=None))
+    kept_bytes = FetchedBytes(SimpleNamespace(send=None))
     if data is not None:
-        answers._found[PLACE] = data
-    return Buffers({PLACE: result}, answers)
+        kept_bytes._found[PLACE] = data
+    return FetchedBuffers({PLACE: result}, kept_bytes)
 
 
 def parsed(data: bytes, aborted: list[tuple[int, int]], start: int) -> PartitionRecords:
@@ -387,18 +387,18 @@ def test_what_was_not_compressed_counts_once() -> None:
 
 
 async def test_no_further_partition_is_unpacked_while_much_is_unpacked() -> None:
-    tracks = {}
+    partitions = {}
     for number in range(4):
         place = TopicPartition("t", number)
-        tracks[place] = track = AssignedPartition(place, Offsets(0))
-        track.arrive(Fetched(iter(()), 10, 100))
-    intake = Prefetcher.__new__(Prefetcher)
-    intake._membership, intake._turn = SimpleNamespace(tracks=tracks), 0
-    first, second, third, _ = tracks.values()
+        partitions[place] = partition = AssignedPartition(place, Offsets(0))
+        partition.arrive(Fetched(iter(()), 10, 100))
+    prefetcher = Prefetcher.__new__(Prefetcher)
+    prefetcher._member, prefetcher._turn = SimpleNamespace(partitions=partitions), 0
+    first, second, third, _ = partitions.values()
     first.arrived[0].unpacked = UNPACKED - 1
-    assert len(intake.tracks()) == 4
+    assert len(prefetcher.ready()) == 4
     second.arrived[0].unpacked = 1
-    assert {id(track) for track in intake.tracks()} == {id(first), id(second)}
+    assert {id(partition) for partition in prefetcher.ready()} == {id(first), id(second)}
     assert first.waiting_bytes == 100 + UNPACKED - 1 and third.waiting_bytes == 100
 
 
@@ -424,9 +424,9 @@ async def test_partitions_that_may_not_be_read_now_are_asked_again_after_a_pause
         return SimpleNamespace(topics=[("orders", [(partition, code, 0, data) for partition, code, data in rows])])
 
     client = SimpleNamespace(send=send)
-    answers = Answers(client)
+    kept_bytes = FetchedBytes(client)
     monkeypatch.setattr("streamtools.drivers.kafka.client.batches.asyncio", SimpleNamespace(sleep=sleep))
     await client.send(1, FetchRequest(0, 0, 0, 0, []))
     assert slept == [REFUSED] * pauses
-    kept = {partition: answers.take(TopicPartition("orders", partition)) for partition, _, _ in rows}
+    kept = {partition: kept_bytes.take(TopicPartition("orders", partition)) for partition, _, _ in rows}
     assert kept == {partition: data if data and not code else None for partition, code, data in rows}

@@ -35,7 +35,7 @@ async def joining(consumer: KafkaConsumer) -> AsyncIterator[asyncio.Task[object]
 
 
 def _asks(consumer: KafkaConsumer) -> bool:
-    membership = consumer._membership
+    membership = consumer._member
     return membership is not None and membership.coordinator is not None
 
 
@@ -52,20 +52,20 @@ async def test_a_consumer_that_joins_while_another_is_slow_to_let_go_ends_at_onc
     async with running(handle) as other:
         await (await producer()).send(1)
         await begun.wait()
-        generation = other._membership.coordinator.place.generation
+        generation = other._member.coordinator.place.generation
         consumer = KafkaConsumer(queue, url=kafka.url)
         async with joining(consumer) as task:
-            await eventually(lambda: bool(other._membership.tracks) and _going(other))
+            await eventually(lambda: bool(other._member.partitions) and _going(other))
             assert not task.done()
         go.set()
         # Nobody waits for the one that went: the other has its partitions again long before a session would end.
         async with asyncio.timeout(SOON):
-            await eventually(lambda: bool(other._membership.tracks) and not _going(other))
-        assert other._membership.coordinator.place.generation > generation
+            await eventually(lambda: bool(other._member.partitions) and not _going(other))
+        assert other._member.coordinator.place.generation > generation
 
 
 def _going(consumer: KafkaConsumer) -> bool:
-    return any(track.going for track in consumer._membership.tracks.values())
+    return any(assigned.revoking for assigned in consumer._member.partitions.values())
 
 
 class Silent:

@@ -96,7 +96,7 @@ async def test_what_a_member_finished_before_it_lost_its_place_is_not_handled_ag
     commits: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("streamtools.drivers.kafka.consuming.member.COMMIT_AGE", 600)
+    monkeypatch.setattr("streamtools.drivers.kafka.consuming.commits.COMMIT_AGE", 600)
     seen: list[int] = []
     slow = asyncio.Event()
 
@@ -109,11 +109,11 @@ async def test_what_a_member_finished_before_it_lost_its_place_is_not_handled_ag
     async with running(handle, concurrency=4, url=quick(kafka)) as consumer:
         await sender.send_many(range(10))
         await eventually(lambda: len(seen) == 10)
-        track = consumer._membership.tracks[next(p for p in consumer._membership.tracks if p.topic == queue)]
-        await consumer._membership.coordinator.leave()  # as the broker does it, unheard by the library
-        await eventually(lambda: track.going)
+        assigned = consumer._member.partitions[next(p for p in consumer._member.partitions if p.topic == queue)]
+        await consumer._member.coordinator.leave()  # as the broker does it, unheard by the library
+        await eventually(lambda: assigned.revoking)
         slow.set()
-        await eventually(lambda: track.gone)
+        await eventually(lambda: assigned.revoked)
         await sender.send(10)
         await eventually(lambda: 10 in seen)
     assert seen == list(range(11))
@@ -137,11 +137,11 @@ async def test_what_an_operator_moved_backwards_meanwhile_is_handled_again(
     async with running(handle, url=quick(kafka)) as consumer:
         await sender.send_many(range(5))
         await eventually(lambda: len(seen) == 5)
-        await consumer._membership.commit()
-        monkeypatch.setattr("streamtools.drivers.kafka.consuming.member.COMMIT_AGE", 600)
+        await consumer._member.commits.commit()
+        monkeypatch.setattr("streamtools.drivers.kafka.consuming.commits.COMMIT_AGE", 600)
         await sender.send_many(range(5, 10))
         await eventually(lambda: len(seen) == 10)
-        await consumer._membership.coordinator.leave()
+        await consumer._member.coordinator.leave()
         await admin.seek(queue, "beginning", group=queue)
         await eventually(lambda: len(seen) == 20)
     assert seen == [*range(10), *range(10)]
@@ -185,9 +185,9 @@ async def test_two_consumers_of_a_process_share_a_group_though_their_static_id_i
             await sender.send(number)
             await further.send(1000 + number)
         await eventually(lambda: len(seen) >= 100)
-        found = {c._membership.coordinator.place.generation for c in (first, second, third)}
+        found = {c._member.coordinator.place.generation for c in (first, second, third)}
         await asyncio.sleep(SESSION)  # several heartbeats of each
-        again = {c._membership.coordinator.place.generation for c in (first, second, third)}
+        again = {c._member.coordinator.place.generation for c in (first, second, third)}
     assert sorted(seen) == [*range(50), *range(1000, 1050)]
     assert len(found) == 1 and found == again
 
@@ -220,11 +220,11 @@ async def test_a_consumer_whose_name_another_process_takes_over_ends_and_says_so
         assert caught.value.permanent
         for word in ("'one'", repr(queue), "static_id=", "Another consumer"):
             assert word in str(caught.value)
-        generation = second._membership.coordinator.place.generation
+        generation = second._member.coordinator.place.generation
         await sender.send(2)
         await eventually(lambda: ("second", 2) in seen)
         await asyncio.sleep(SESSION)
-        assert second._membership.coordinator.place.generation == generation
+        assert second._member.coordinator.place.generation == generation
 
 
 # --- at most once ---------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ async def test_on_receive_no_handler_begins_before_the_commit_holds(
         await sender.send(0)
         await eventually(lambda: len(held) == 1)
         # As if others had the partitions since, and this member had not heard of it yet.
-        consumer._membership.coordinator._inner.generation -= 1
+        consumer._member.coordinator._inner.generation -= 1
         await sender.send(1)
         await eventually(lambda: len(held) == 2, timeout=60)
         await sender.send(2)

@@ -81,14 +81,14 @@ class Partition(RuleBasedStateMachine):
         self.consumer: OfflineConsumer = consumer(self.broker, exactly_once=self.exactly_once)
         self.consumer.waits = False
         await self.consumer.open()
-        self.generation = self.consumer._membership
+        self.generation = self.consumer._member
 
     def _forget(self) -> None:
         """Another membership: what was in hand is not ours any more."""
         self.old += self.held
         self.held.clear()
         self.acked.clear()
-        self.generation = self.consumer._membership
+        self.generation = self.consumer._member
 
     # --- what users do ----------------------------------------------------------------------------
 
@@ -102,19 +102,19 @@ class Partition(RuleBasedStateMachine):
         self.runner.run(self._receive(limit))
 
     def _is_something_there(self) -> bool:
-        receiver, track = self.consumer, self.consumer.track
-        due = track.shelf and track.shelf[0][0] <= self.now
-        return bool(receiver._returned or track.arrived or due or receiver.membership.failure)
+        receiver, partition = self.consumer, self.consumer.partition
+        due = partition.not_due and partition.not_due.next_due <= self.now
+        return bool(receiver._settler.returned or partition.arrived or due or receiver.member.failure)
 
     async def _receive(self, limit: int) -> int:
         if not self._is_something_there():
             return 0
         batch = await self.consumer.receive(limit, timeout=0)
-        if self.consumer._membership is not self.generation:  # it has connected anew
+        if self.consumer._member is not self.generation:  # it has connected anew
             self._forget()
         offsets = [d.offset for d in batch]  # type: ignore[attr-defined]
         ours = [*batch, *self.held, *self.settling.values()]
-        mine = [d.offset for d in ours if not d.track.gone]  # type: ignore[attr-defined]
+        mine = [d.offset for d in ours if not d.partition.revoked]  # type: ignore[attr-defined]
         assert max(Counter(mine).values(), default=1) == 1, "in two hands"
         assert not self.acked.intersection(offsets), "finished, and given again"
         self.held += batch
@@ -200,7 +200,7 @@ class Partition(RuleBasedStateMachine):
     def _settled(self, task: asyncio.Task[None]) -> None:
         delivery = self.settling.pop(task)
         fine = not task.cancelled() and task.exception() is None
-        gone = self.consumer._membership is not self.generation or delivery.track.gone  # type: ignore[attr-defined]
+        gone = self.consumer._member is not self.generation or delivery.partition.revoked  # type: ignore[attr-defined]
         if fine and not gone:
             self.acked.add(delivery.offset)  # type: ignore[attr-defined]
         (self.old if fine or gone else self.held).append(delivery)
@@ -241,7 +241,7 @@ class Partition(RuleBasedStateMachine):
 
     @rule()
     def commit(self) -> None:
-        self.runner.run(self.generation.commit())  # type: ignore[union-attr]
+        self.runner.run(self.generation.commits.commit())  # type: ignore[union-attr]
 
     @rule(cancelled=st.booleans())
     def revoke(self, cancelled: bool) -> None:
@@ -256,7 +256,7 @@ class Partition(RuleBasedStateMachine):
         for task in [task for task in self.settling if task.done()]:
             self._settled(task)
         for delivery in self.settling.values():
-            assert delivery.track.gone  # type: ignore[attr-defined]
+            assert delivery.partition.revoked  # type: ignore[attr-defined]
         self.consumer.assign()
         self._forget()
 
@@ -292,20 +292,24 @@ class Partition(RuleBasedStateMachine):
         rounds = 300
         while self._unfinished():
             rounds -= 1
-            assert rounds, f"stuck: {self.consumer.track.offsets.pending}"
+            assert rounds, f"stuck: {self.consumer.partition.offsets.pending}"
             for delivery in list(self.held):
                 self.held.remove(delivery)
                 self._finishing(delivery)
                 await self._give(delivery, delivery.ack)
             await self._receive(100)
             await asyncio.sleep(0)  # what is to be moved is
-            await self.consumer.membership.commit()
+            await self.consumer.member.commits.commit()
             self.now += 0.1
         await self.consumer.close()
 
     def _unfinished(self) -> bool:
-        track = self.consumer.track
-        return bool(track.arrived or track.offsets.pending or (track.offsets.uncommitted and not self.exactly_once))
+        partition = self.consumer.partition
+        return bool(
+            partition.arrived
+            or partition.offsets.pending
+            or (partition.offsets.uncommitted and not self.exactly_once)
+        )
 
 
 class ExactlyOnce(Partition):

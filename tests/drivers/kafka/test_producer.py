@@ -12,7 +12,8 @@ import pytest
 
 from streamtools import ConfigurationError, ConnectError, KafkaSettings, Message, QueueError, SendError
 from streamtools.drivers.kafka import KafkaAdmin, KafkaProducer
-from streamtools.drivers.kafka.brokers.topics import Seen, Topic, Topics, topics_at
+from streamtools.drivers.kafka.brokers.cluster import TopicState
+from streamtools.drivers.kafka.brokers.topics import Topic, Topics, topics_at
 from streamtools.drivers.kafka.producer import KafkaReceipt
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
@@ -92,7 +93,7 @@ async def test_a_producer_at_work_uses_partitions_that_are_added(
     kafka: KafkaAddress, producer: MakeProducer, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("streamtools.drivers.kafka.client.connect.METADATA_AGE", 0.3)
-    monkeypatch.setattr("streamtools.drivers.kafka.producing.partitions.LOOK_AGAIN", 0.0)
+    monkeypatch.setattr("streamtools.drivers.kafka.producing.partitions.RECOUNT_INTERVAL", 0.0)
     sender = await producer(partitions=1)
     await sender.send("x", key="k")
     async with KafkaAdmin(url=kafka.url) as admin:
@@ -234,7 +235,7 @@ async def test_thousands_of_first_sends_at_once_ask_for_the_topic_once(
     asked: list[str] = []
     glance = Topics.glance
 
-    async def counted(topics: Topics, names: Iterable[str]) -> dict[str, Seen]:
+    async def counted(topics: Topics, names: Iterable[str]) -> dict[str, TopicState]:
         names = list(names)
         asked.extend(names)
         return await glance(topics, names)

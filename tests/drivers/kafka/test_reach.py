@@ -11,7 +11,7 @@ import pytest
 from aiokafka.errors import NotLeaderForPartitionError, TopicAuthorizationFailedError
 
 from streamtools import ConsumerFactory, ConsumerRunner, Producer, QueueAdmin
-from streamtools.drivers.kafka.client.monitor import LOOK, ConnectionMonitor, Repeated, quieten
+from streamtools.drivers.kafka.client.monitor import METADATA_INTERVAL, ConnectionMonitor, Repeated, quieten
 from streamtools.settings import KafkaSettings
 from streamtools.testing import eventually
 from tests.brokers.kafka.node import KafkaNode
@@ -95,7 +95,7 @@ async def test_a_client_that_asks_for_topics_over_and_over_is_slowed_down(monkey
 
     assert asked == ["a", "b", "c"]
     assert pauses[0] <= 0
-    assert pauses[1:] == [pytest.approx(LOOK)] * 2
+    assert pauses[1:] == [pytest.approx(METADATA_INTERVAL)] * 2
 
 
 def test_a_line_of_the_library_passes_once_a_minute_and_says_how_often_it_was_left_out(

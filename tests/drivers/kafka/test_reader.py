@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition, errors
 from streamtools import Message, QueueAdmin, QueueError, Retry
 from streamtools.delivery import Settlement
 from streamtools.drivers.kafka import KafkaAdmin
-from streamtools.drivers.kafka.operating.reader import AdminReader
+from streamtools.drivers.kafka.operating.admin_reader import AdminReader
 from streamtools.testing import eventually
 from streamtools.verdicts import ACK
 from tests.brokers.kafka.address import KafkaAddress

@@ -17,8 +17,8 @@ from aiokafka import TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamtools.drivers.kafka.consuming.subscription import subscription
 from streamtools.drivers.kafka.names import is_retry_topic, retry_topic
-from streamtools.drivers.kafka.options import subscription
 from streamtools.drivers.kafka.producing.record import records_of
 from streamtools.drivers.kafka.records import (
     Origin,

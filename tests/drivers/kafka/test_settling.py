@@ -41,7 +41,7 @@ async def test_what_cannot_be_read_is_told_at_once_though_nothing_else_comes() -
     receiver = await opened(Broker([]))
     receiving = asyncio.create_task(receiver._receive(10))
     await asyncio.sleep(0.01)  # it waits, and is woken
-    receiver.track.arrive(Fetched(bodiless(), 2, 100))
+    receiver.partition.arrive(Fetched(bodiless(), 2, 100))
     receiver._wake_up()
     assert [d.message.id for d in await asyncio.wait_for(receiving, 5)] == ["0"]
     with pytest.raises(ConnectionLost, match="bytes"):
@@ -51,7 +51,7 @@ async def test_what_cannot_be_read_is_told_at_once_though_nothing_else_comes() -
     await asyncio.sleep(0.01)
     records = bodiless()
     next(records)
-    receiver.track.arrive(Fetched(records, 2, 100))
+    receiver.partition.arrive(Fetched(records, 2, 100))
     receiver._wake_up()
     with pytest.raises(ConnectionLost, match="bytes"):
         await asyncio.wait_for(receiving, 5)
@@ -64,7 +64,7 @@ async def test_a_log_that_begins_anew_is_read_at_once_though_nothing_else_comes(
     receiver = await opened(broker)
     receiving = asyncio.create_task(receiver._receive(10))
     await asyncio.sleep(0.01)
-    receiver.track.arrive(Fetched(iter([record(3), record(4)]), 5, 100))
+    receiver.partition.arrive(Fetched(iter([record(3), record(4)]), 5, 100))
     receiver._wake_up()
     assert [d.message.id for d in await asyncio.wait_for(receiving, 5)] == ["3", "4"]
     await receiver.close()
@@ -72,13 +72,13 @@ async def test_a_log_that_begins_anew_is_read_at_once_though_nothing_else_comes(
 
 async def test_nothing_that_waited_is_begun_of_a_partition_that_goes() -> None:
     receiver = await opened(Broker([delayed(0, 0.1)]))
-    receiver.look = 0.01  # type: ignore[misc]
+    receiver.poll_timeout = 0.01  # type: ignore[misc]
     assert await receiver.receive(10, timeout=0.01) == []
-    [(due, _)] = receiver.track.shelf
-    receiver.track.going = True
+    due = receiver.partition.not_due.next_due
+    receiver.partition.revoking = True
     await eventually(lambda: time.time() > due)
     assert await receiver.receive(10, timeout=0.01) == []
-    receiver.track.going = False
+    receiver.partition.revoking = False
     assert len(await receiver.receive(10)) == 1
     await receiver.close()
 
@@ -93,10 +93,10 @@ async def test_what_is_refused_keeps_no_other_from_being_moved(exactly_once: boo
     receiver = await opened(broker, exactly_once=exactly_once)
     assert await receiver.receive(10, timeout=0.01) == []
     await eventually(lambda: sorted(broker.sent) == ["0", "1", "3", "4"])
-    await eventually(lambda: list(receiver.track.offsets.pending) == [2])
-    assert exactly_once or receiver.membership._commit_now.is_set()  # else a crash sends them twice
-    await receiver.membership.commit()
-    assert broker.kept[0] == 2 and len(receiver.track.shelf) == 1
+    await eventually(lambda: list(receiver.partition.offsets.pending) == [2])
+    assert exactly_once or receiver.member.commits._now.is_set()  # else a crash sends them twice
+    await receiver.member.commits.commit()
+    assert broker.kept[0] == 2 and len(receiver.partition.not_due) == 1
     await receiver.close()
 
 
@@ -112,10 +112,10 @@ async def test_a_delivery_whose_copy_is_refused_is_in_hand_again(exactly_once: b
     with pytest.raises(SendError):
         await first.retry()
     await second.ack()
-    assert receiver.track.offsets.position == 0
+    assert receiver.partition.offsets.position == 0
     await first.retry()
     await first.retry()  # the second verdict
-    assert broker.sent == ["0"] and receiver.track.offsets.position == 2
+    assert broker.sent == ["0"] and receiver.partition.offsets.position == 2
     await receiver.close()
 
 
@@ -126,12 +126,12 @@ async def test_a_settlement_that_is_cancelled_leaves_the_delivery_in_hand() -> N
     broker.troubles = ["never"]
     settling = asyncio.create_task(delivery.reject("no"))
     await eventually(lambda: not broker.troubles)
-    assert receiver.track.settling == 1 and receiver.track.in_hand == []
+    assert receiver.partition.settling == 1 and receiver.partition.in_hand == []
     settling.cancel()
     await asyncio.wait({settling})
-    assert receiver.track.settling == 0 and receiver.track.in_hand == [delivery]
+    assert receiver.partition.settling == 0 and receiver.partition.in_hand == [delivery]
     await delivery.ack()
-    assert receiver.track.offsets.position == 1
+    assert receiver.partition.offsets.position == 1
     await receiver.close()
 
 
@@ -144,7 +144,7 @@ async def test_what_is_being_settled_is_not_settled_by_anyone_else() -> None:
     await eventually(lambda: not broker.troubles)
     await receiver._ack([delivery])
     await receiver._settle([Settlement(delivery, ACK)])
-    assert receiver.track.offsets.position == 0
+    assert receiver.partition.offsets.position == 0
     settling.cancel()
     await asyncio.wait({settling})
     await receiver.close()
@@ -158,10 +158,10 @@ async def test_what_is_given_back_beside_a_copy_comes_again(exactly_once: bool, 
     first, second, third = await receiver.receive(10)
     copy = Settlement(second, Verdict.retry(0), (second.message,))
     await receiver._settle([Settlement(first, release), copy, Settlement(third, ACK)])
-    assert list(receiver.track.offsets.pending) == [0] and broker.sent == ["1"]
+    assert list(receiver.partition.offsets.pending) == [0] and broker.sent == ["1"]
     [again] = await receiver.receive(10, timeout=5)
     await again.ack()
-    assert receiver.track.offsets.position == 3
+    assert receiver.partition.offsets.position == 3
     await receiver.close()
 
 
@@ -177,10 +177,14 @@ async def test_only_the_delivery_given_last_is_in_hand(exactly_once: bool) -> No
     await receiver._ack([old])
     for verdict in (ACK, RELEASE):
         await receiver._settle([Settlement(old, verdict)])
-    assert receiver.track.offsets.position == 0 and receiver.track.in_hand == [new] and not receiver._returned
+    assert (
+        receiver.partition.offsets.position == 0
+        and receiver.partition.in_hand == [new]
+        and not receiver._settler.returned
+    )
     await receiver.ack_many([new, new])
-    assert receiver.track.offsets.position == 1
-    assert receiver.track.offsets.uncommitted == (0 if exactly_once else 1)  # a transaction has committed it
+    assert receiver.partition.offsets.position == 1
+    assert receiver.partition.offsets.uncommitted == (0 if exactly_once else 1)  # a transaction has committed it
     await receiver.close()
 
 
@@ -188,12 +192,12 @@ async def test_a_verdict_about_what_was_taken_away_changes_nothing() -> None:
     broker = Broker([record(0), record(1)])
     receiver = await opened(broker)
     first, second = await receiver.receive(10)
-    gone = receiver.track
-    receiver.membership._let_go()
+    gone = receiver.partition
+    receiver.member._let_go()
     receiver.assign()
     await first.ack()
     await second.reject("no")
-    await receiver.membership.commit()
+    await receiver.member.commits.commit()
     assert gone.offsets.position == 0 and broker.kept[0] == 0 and broker.sent == []
     assert [d.message.id for d in await receiver.receive(10)] == ["0", "1"]
     await receiver.close()
@@ -226,14 +230,14 @@ async def test_what_is_finished_is_committed_soon_whoever_has_finished_it() -> N
     receiver = await opened(broker)
     [first, second] = await receiver.receive(2)
     await receiver.ack_many([second])
-    assert receiver.membership._timer is not None
-    await receiver.membership.commit()
-    receiver.membership._let_go()
-    receiver.membership._timer.cancel()
-    receiver.membership._timer = None
+    assert receiver.member.commits._timer is not None
+    await receiver.member.commits.commit()
+    receiver.member._let_go()
+    receiver.member.commits._timer.cancel()
+    receiver.member.commits._timer = None
     receiver.assign()
     again = await receiver.receive(3)
-    assert [d.message.id for d in again] == ["0", "2"] and receiver.membership._timer is not None
+    assert [d.message.id for d in again] == ["0", "2"] and receiver.member.commits._timer is not None
     await receiver.close()
 
 
@@ -241,12 +245,12 @@ async def test_what_was_given_back_is_not_given_out_once_its_partition_is_gone()
     receiver = await opened(Broker([record(0)]))
     [delivery] = await receiver.receive(1)
     await delivery.release()
-    receiver.membership._let_go()
+    receiver.member._let_go()
     receiver.assign()
     [again] = await receiver.receive(5)
-    assert again.track is receiver.track  # type: ignore[attr-defined]
+    assert again.partition is receiver.partition  # type: ignore[attr-defined]
     await again.release()
-    receiver.track.going = True
+    receiver.partition.revoking = True
     assert await receiver.receive(5, timeout=0.01) == []
     await receiver.close()
 
@@ -255,7 +259,7 @@ async def test_what_has_expired_is_finished_and_not_handed_over() -> None:
     stale = record(0, Message(body=b"x", queue=PLACE.topic, id="0", expires_at=time.time() - 9))
     receiver = await opened(Broker([stale, record(1)]))
     [fresh] = await receiver.receive(5)
-    assert fresh.message.id == "1" and receiver.track.offsets.position == 1
+    assert fresh.message.id == "1" and receiver.partition.offsets.position == 1
     await receiver.close()
 
 
@@ -268,5 +272,5 @@ async def test_who_is_cancelled_while_what_has_expired_is_dropped_gives_the_rest
     await eventually(lambda: not broker.troubles)
     receiving.cancel()
     await asyncio.wait({receiving})
-    assert [d.offset for d in receiver._returned] == [1]
+    assert [d.offset for d in receiver._settler.returned] == [1]
     await receiver.close()

@@ -277,7 +277,7 @@ async def test_a_group_that_stands_behind_the_end_of_its_log_begins_anew(
 async def test_a_transaction_that_takes_too_long_says_so_and_nothing_of_it_is_visible(
     kafka: KafkaAddress, producer: MakeProducer, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("producing.transactions", "producer"):
+    for module in ("producing.transactions", "producing.transaction"):
         monkeypatch.setattr(f"streamtools.drivers.kafka.{module}.TIMEOUT", 2.0)
     sender = await producer()
     await sender.send("outside")
@@ -301,7 +301,7 @@ async def test_what_is_in_hand_of_partitions_that_are_gone_keeps_nobody_waiting(
     kafka: KafkaAddress, producer: MakeProducer, running: Running, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library commits for a partition that is no more until it is told to stop."""
-    monkeypatch.setattr("streamtools.drivers.kafka.consuming.member.GONE", 0.5)
+    monkeypatch.setattr("streamtools.drivers.kafka.consuming.topic_changes.DELETED_AFTER", 0.5)
     seen: list[int] = []
     go_on = asyncio.Event()
 

@@ -1,12 +1,13 @@
-"""Requests of an operator, each to the broker that answers it, asked again while the cluster finds itself."""
+"""Cluster: asks brokers, each request the broker that answers it, and repeats it while the cluster finds itself."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
@@ -17,6 +18,7 @@ from aiokafka.protocol.admin import (
     DeleteTopicsRequest,
     DescribeConfigsRequest,
 )
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 
@@ -28,12 +30,15 @@ from streamtools.errors import ConnectError
 from streamtools.settings import KafkaSettings
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 #: Instead of a time: the first offset that is kept, and the one after the last.
 EARLIEST: Final = -2
 LATEST: Final = -1
-#: Seconds before a request is asked again.
-PAUSE: Final = 0.1
+#: A reader sees committed messages only.
+READ_COMMITTED: Final = 1
+#: Seconds before a request is repeated.
+REPEAT_INTERVAL: Final = 0.1
 #: A broker does not answer.
 UNREACHABLE: Final[tuple[type[Exception], ...]] = (
     kafka.KafkaConnectionError,
@@ -45,31 +50,84 @@ UNREACHABLE: Final[tuple[type[Exception], ...]] = (
 Find = Callable[[], Awaitable[int]]
 
 
+class Persistent(Protocol):
+    """Something that repeats its requests."""
+
+    async def persist(self, attempt: Callable[[], Awaitable[T]]) -> T: ...
+
+
+S = TypeVar("S", bound=Persistent)
+
+
+def repeated(
+    method: Callable[Concatenate[S, P], Awaitable[T]],
+) -> Callable[Concatenate[S, P], Awaitable[T]]:
+    """A method that is repeated by `persist` while its error is one that passes."""
+
+    @wraps(method)
+    async def repeat(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.persist(lambda: method(self, *args, **kwargs))
+
+    return repeat
+
+
 @dataclass(frozen=True, slots=True)
 class TopicState:
-    """A topic as the brokers see it now.
+    """A topic as a broker sees it now.
 
     Attributes:
-        leaders: the node that leads each partition, by the partition's number; -1 where none does.
+        leaders: the node that leads each partition, by the partition's number; -1 for none. Empty while the broker
+            does not know the partitions.
         replication: copies of each partition.
         internal: one of Kafka's own.
+        refusal: why we may not see it; None if we may.
     """
 
     name: str
     leaders: Mapping[int, int]
-    replication: int
-    internal: bool
+    replication: int = 0
+    internal: bool = False
+    refusal: Exception | None = None
 
     @property
     def partitions(self) -> list[TopicPartition]:
         """Its partitions, in order."""
         return [TopicPartition(self.name, number) for number in sorted(self.leaders)]
 
+    @property
+    def is_leaderless(self) -> bool:
+        """A partition has no leader, or none is known."""
+        return not self.leaders or min(self.leaders.values()) < 0
+
+    def is_short_of(self, partitions: int) -> bool:
+        """It has fewer partitions than that, as far as this broker knows."""
+        return self.refusal is None and len(self.leaders) < partitions
+
+
+def topics_request(names: Iterable[str] | None) -> Any:
+    """A request for topics, all of them when None; it makes none."""
+    return MetadataRequest(None if names is None else list(names), allow_auto_topic_creation=False)
+
+
+def read_topics(response: Any) -> dict[str, TopicState]:
+    """The topics in an answer that exist."""
+    found = {}
+    for code, name, internal, partitions in response.topics:
+        error = kafka.for_code(code)
+        if error in (kafka.UnknownTopicOrPartitionError, kafka.InvalidTopicError):
+            continue
+        if error is kafka.NoError:
+            leaders = {p[1]: p[2] for p in partitions}
+            found[name] = TopicState(name, leaders, min((len(p[3]) for p in partitions), default=0), bool(internal))
+        else:
+            found[name] = TopicState(name, {}, refusal=None if error.retriable else error(name))
+    return found
+
 
 class Cluster:
     """A connection to the brokers of a cluster.
 
-    Every method raises errors of aiokafka for what a broker refuses, and ConnectError when no answer comes within
+    Every method raises errors of aiokafka for what a broker refuses, and ConnectError if no answer comes within
     `request_timeout`.
     """
 
@@ -80,7 +138,7 @@ class Cluster:
 
     @classmethod
     def over(cls, client: Any, settings: KafkaSettings) -> Cluster:
-        """One that asks over a client of the library that is connected already, and is not to be stopped."""
+        """One that uses a connected client of the library, and must not be stopped."""
         cluster = cls(settings, "")
         cluster._client = client
         return cluster
@@ -108,17 +166,17 @@ class Cluster:
 
     @property
     def client(self) -> Any:
-        """The client of the library underneath."""
+        """The library's client."""
         return self._client
 
     # --- topics -----------------------------------------------------------------------------------
 
     async def topics(self, names: Iterable[str] | None = None) -> dict[str, TopicState]:
-        """Those of these topics that exist; all of them when None. Looking makes none."""
+        """Those of these topics that exist; all topics when None. Asking makes none."""
         if names is None:
-            return await self._topics(None, self.any)
+            return await self._topics(None)
         wanted = list(names)
-        found = await self._topics(wanted, self.any)
+        found = await self._topics(wanted)
         for broker in self._client.cluster.brokers():
             # What was just made is known to one broker a moment before it is to the next.
             if missing := [name for name in wanted if name not in found]:
@@ -127,112 +185,110 @@ class Cluster:
         return found
 
     async def everywhere(self, name: str) -> list[TopicState | None]:
-        """A topic as each broker that answers knows it; None where it knows none."""
+        """A topic as each broker that answers knows it; None if it knows none."""
         states = []
         for broker in self._client.cluster.brokers():
             with suppress(*UNREACHABLE):
                 states.append((await self._ask_topics([name], broker.nodeId)).get(name))
         return states
 
-    async def _topics(self, names: list[str] | None, node: int | Find) -> dict[str, TopicState]:
-        return await self.persist(lambda: self._ask_topics(names, node))
+    @repeated
+    async def _topics(self, names: list[str] | None) -> dict[str, TopicState]:
+        return await self._ask_topics(names, self.any)
 
     async def _ask_topics(self, names: list[str] | None, node: int | Find) -> dict[str, TopicState]:
-        response = await self.ask(MetadataRequest(names, allow_auto_topic_creation=False), node)
-        found = {}
-        for code, name, internal, partitions in response.topics:
-            error = kafka.for_code(code)
-            if error in (kafka.UnknownTopicOrPartitionError, kafka.InvalidTopicError):
-                continue
-            if error is not kafka.NoError and not error.retriable:
-                raise error(name)
-            leaders = {p[1]: p[2] for p in partitions}
-            found[name] = TopicState(name, leaders, min((len(p[3]) for p in partitions), default=0), bool(internal))
+        found = read_topics(await self.ask(topics_request(names), node))
+        for topic in found.values():
+            if topic.refusal is not None:
+                raise topic.refusal
         return found
 
     async def delete_topic(self, name: str) -> None:
-        """Delete a topic; nothing happens when there is none."""
+        """Delete a topic; nothing happens if there is none."""
 
         async def attempt() -> None:
             response = await self.ask(DeleteTopicsRequest([name], self._milliseconds), self.controller)
             check(code for _, code in response.topic_error_codes)
 
-        try:
+        with suppress(kafka.UnknownTopicOrPartitionError):
             await self.persist(attempt, gone=kafka.UnknownTopicOrPartitionError)
-        except kafka.UnknownTopicOrPartitionError:
-            return
 
+    @repeated
     async def add_partitions(self, name: str, total: int) -> None:
         """Raise the number of partitions."""
+        request = CreatePartitionsRequest([(name, (total, None))], self._milliseconds, False)
+        for _, code, text in (await self.ask(request, self.controller)).topic_errors:
+            check([code], text)
 
-        async def attempt() -> None:
-            request = CreatePartitionsRequest([(name, (total, None))], self._milliseconds, False)
-            response = await self.ask(request, self.controller)
-            for _, code, text in response.topic_errors:
-                check([code], text)
-
-        await self.persist(attempt)
-
+    @repeated
     async def configuration(self, name: str) -> dict[str, str]:
         """A topic's settings by Kafka's names, defaults among them."""
+        response = await self.ask(DescribeConfigsRequest([(TOPIC, name, None)]), self.any)
+        [(code, text, _, _, entries)] = response.resources
+        check([code], text)
+        return {entry[0]: entry[1] for entry in entries}
 
-        async def attempt() -> dict[str, str]:
-            response = await self.ask(DescribeConfigsRequest([(TOPIC, name, None)]), self.any)
-            [(code, text, _, _, entries)] = response.resources
-            check([code], text)
-            return {entry[0]: entry[1] for entry in entries}
-
-        return await self.persist(attempt)
-
+    @repeated
     async def configure(self, name: str, settings: Mapping[str, str]) -> None:
         """Change these settings of a topic and no others (KIP-339)."""
+        for code, text, _, _ in (await self.ask(alter_configs(name, settings), self.controller)).responses:
+            check([code], text)
 
-        async def attempt() -> None:
-            response = await self.ask(alter_configs(name, settings), self.controller)
-            for code, text, _, _ in response.responses:
-                check([code], text)
+    # --- records and offsets ----------------------------------------------------------------------
 
-        await self.persist(attempt)
-
-    # --- offsets ----------------------------------------------------------------------------------
-
+    @repeated
     async def offsets(
-        self, partitions: Iterable[TopicPartition], time: int, *, all_of_them: bool = True
+        self, partitions: Collection[TopicPartition], time: int, *, all_of_them: bool = True
     ) -> dict[TopicPartition, int]:
-        """The first offset of each partition at or after a time; -1 where there is none.
+        """The first offset of each partition at or after a time; -1 for none.
 
         Parameters:
             time: in milliseconds, or EARLIEST, or LATEST.
             all_of_them: False leaves out those that are gone meanwhile, or have no leader.
         """
-        wanted = list(partitions)
+        found: dict[TopicPartition, int] = {}
+        for node, rows in (await self.by_leader(dict.fromkeys(partitions, time), all_of_them=all_of_them)).items():
+            response = await self.ask(OffsetRequest(-1, 0, rows), node)
+            for topic, answers in response.topics:
+                check(answer[1] for answer in answers)
+                found.update((TopicPartition(topic, answer[0]), answer[3]) for answer in answers)
+        return found
 
-        async def attempt() -> dict[TopicPartition, int]:
-            found: dict[TopicPartition, int] = {}
-            for node, rows in (await self.by_leader(dict.fromkeys(wanted, time), all_of_them=all_of_them)).items():
-                response = await self.ask(OffsetRequest(-1, 0, rows), node)
-                for topic, answers in response.topics:
-                    check(answer[1] for answer in answers)
-                    found.update((TopicPartition(topic, answer[0]), answer[3]) for answer in answers)
-            return found
+    async def fetch(self, partition: TopicPartition, offset: int, size: int) -> Any:
+        """The answer of a partition's leader, with committed records from this offset on.
 
-        return await self.persist(attempt)
+        Parameters:
+            size: bytes of records; a batch that is larger comes as a whole (KIP-74).
 
+        Returns:
+            None if the offset was purged meanwhile.
+        """
+        rows = [(partition.topic, [(partition.partition, offset, size)])]
+
+        async def attempt() -> Any:
+            [node] = await self.by_leader({partition: offset})
+            response = await self.ask(FetchRequest(0, 0, size, READ_COMMITTED, rows), node)
+            [(_, [answer])] = response.topics
+            check([answer[1]])
+            return answer
+
+        try:
+            return await self.persist(attempt)
+        except kafka.OffsetOutOfRangeError:
+            return None
+
+    @repeated
     async def delete_records(self, ends: Mapping[TopicPartition, int]) -> None:
-        """Delete what stands before these offsets."""
-
-        async def attempt() -> None:
-            for node, rows in (await self.by_leader(ends)).items():
-                response = await self.ask(DeleteRecordsRequest(rows, self._milliseconds), node)
-                for _, answers, *_ in response.topics:
-                    check(answer[2] for answer in answers)
-
-        await self.persist(attempt)
+        """Delete the records before these offsets."""
+        for node, rows in (await self.by_leader(ends)).items():
+            response = await self.ask(DeleteRecordsRequest(rows, self._milliseconds), node)
+            for _, answers, *_ in response.topics:
+                check(answer[2] for answer in answers)
 
     async def by_leader(
         self, values: Mapping[TopicPartition, int], *, all_of_them: bool = True
     ) -> dict[int, list[tuple[str, list[tuple[int, int]]]]]:
-        """Each leader to its topics, each with (partition, value)."""
+        """For each leader its topics, each with (partition, value)."""
         topics = await self.topics({partition.topic for partition in values})
         found: dict[int, dict[str, list[tuple[int, int]]]] = {}
         for partition, value in values.items():
@@ -255,7 +311,7 @@ class Cluster:
         return int(node)
 
     async def controller(self) -> int:
-        """The node that changes the cluster; with KRaft every node passes it on."""
+        """The node that changes the cluster; with KRaft every node passes such requests on."""
         found = self._client.cluster.controller
         return await self.any() if found is None else int(found.nodeId)
 
@@ -282,9 +338,9 @@ class Cluster:
                         if not error.retriable or (gone is not None and isinstance(error, gone)):
                             raise
                         trouble = error
-                    except GARBAGE as error:  # it reads well, and is not what was asked for
+                    except GARBAGE as error:  # the answer can be read, and is not one to this request
                         trouble = error
-                    await asyncio.sleep(PAUSE)
+                    await asyncio.sleep(REPEAT_INTERVAL)
                     await self._client.force_metadata_update()
         except TimeoutError as error:
             why = trouble or "no answer"
@@ -303,11 +359,12 @@ class Cluster:
 
     @property
     def _milliseconds(self) -> int:
-        """For the broker to finish before we give up."""
+        """For a broker to finish before we give up."""
         return int(1000 * self._settings.request_timeout / 2)
 
 
 def check(codes: Iterable[int], text: str | None = None) -> None:
+    """Raise the error of the first code that is one."""
     for code in codes:
         error = kafka.for_code(code)
         if error is not kafka.NoError:

@@ -1,4 +1,4 @@
-"""Looking for topics and making them; looking never makes one."""
+"""Topics: looks for topics, and makes them; looking makes none."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka import errors as kafka
-from aiokafka.client import AIOKafkaClient
 from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest
-from aiokafka.protocol.metadata import MetadataRequest
 
-from streamtools.drivers.kafka.client.connect import connection, learn, started, stopped
-from streamtools.drivers.kafka.client.guard import harden
+from streamtools.drivers.kafka.brokers.cluster import Cluster, TopicState, read_topics, topics_request
+from streamtools.drivers.kafka.client.connect import stopped
+from streamtools.drivers.kafka.client.producers import is_closed, learn
 from streamtools.drivers.kafka.client.requests import TOPIC
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, Missing, client_error, plain
 from streamtools.drivers.kafka.records import COPY_ROOM
@@ -29,28 +28,28 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Kafka's name for the bytes that a message of a topic may have, and the most that it can be.
+#: Kafka's name for the bytes that a message of a topic may have, and the largest value.
 MAX_MESSAGE: Final = "max.message.bytes"
 INT_32: Final = 2**31 - 1
-#: Seconds between two looks at a topic that is being made.
-LOOK: Final = 0.05
-#: In what a controller says while no broker is ready, with the code for too many replicas.
+#: Seconds between two requests for a topic that is being made.
+MAKING_INTERVAL: Final = 0.05
+#: A controller says so while no broker is ready, with the error code for too many replicas.
 FENCED: Final = "brokers are currently fenced"
-#: "As the broker does by default", in a request to make a topic (KIP-464).
+#: "The broker's default", in a request to make a topic (KIP-464).
 DEFAULT: Final = -1
-#: No topic needs to have more partitions than it has.
+#: No topic must have more partitions than it has.
 NO_LEAST: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topic:
-    """A topic as it is to be made.
+    """A topic to be made.
 
     Attributes:
         partitions: the broker's default when None.
-        replication: likewise.
+        replication: copies of each partition; the broker's default when None.
         config: the topic's own settings, by Kafka's names.
-        copies_of: topics whose messages it is to take copies of, whatever their size.
+        copies_of: topics whose messages it must take copies of, whatever their size.
     """
 
     name: str
@@ -60,27 +59,8 @@ class Topic:
     copies_of: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A topic that exists.
-
-    Attributes:
-        partitions: how many it has; 0 where no broker knows yet.
-        leaderless: one of them has no leader at present.
-        error: why it is of no use to us.
-    """
-
-    partitions: int
-    leaderless: bool = False
-    error: StreamToolsError | None = None
-
-    def is_short_of(self, partitions: int) -> bool:
-        """It has fewer than so many, as far as this broker knows."""
-        return self.error is None and self.partitions < partitions
-
-
 class Topics:
-    """Looks and makes over a client of the library that is connected."""
+    """Looks for topics and makes them, over a connected client of the library."""
 
     def __init__(self, client: Any, settings: KafkaSettings) -> None:
         self._client = client
@@ -88,23 +68,23 @@ class Topics:
 
     @property
     def client(self) -> Any:
-        """The client of the library underneath."""
+        """The library's client."""
         return self._client
 
     async def find(self, names: Iterable[str]) -> dict[str, int]:
-        """Those that exist, with their number of partitions; 0 as long as one has no leader."""
+        """The number of partitions of each topic that exists; 0 while one of them has no leader."""
         found = await self.look(names)
-        for seen in found.values():
-            if seen.error is not None:
-                raise seen.error
-        return {name: 0 if seen.leaderless else seen.partitions for name, seen in found.items()}
+        for topic in found.values():
+            if topic.refusal is not None:
+                raise client_error(topic.refusal, self._settings)
+        return {name: 0 if topic.is_leaderless else len(topic.leaders) for name, topic in found.items()}
 
-    async def look(self, names: Iterable[str], least: Mapping[str, int] = NO_LEAST) -> dict[str, Seen]:
-        """Those that exist, asked for with one request; the client knows from then on who leads them.
+    async def look(self, names: Iterable[str], least: Mapping[str, int] = NO_LEAST) -> dict[str, TopicState]:
+        """Those of these topics that exist. The library knows their leaders from then on.
 
         Parameters:
             names: the topics.
-            least: the partitions that some should have; all brokers are asked for one that has fewer.
+            least: the partitions that some must have; all brokers are asked about one that has fewer.
         """
         wanted = list(names)
         found = await self.glance(wanted)
@@ -113,30 +93,24 @@ class Topics:
             if missing := [n for n in wanted if n not in found or found[n].is_short_of(least.get(n, 0))]:
                 with suppress(*CLIENT_ERRORS):  # a TimeoutError is an OSError
                     async with asyncio.timeout(self._settings.connect_timeout):
-                        found |= self._read(await self._client.send(broker.nodeId, _question(missing)))
+                        found |= self._read(await self._client.send(broker.nodeId, topics_request(missing)))
         return found
 
-    async def glance(self, names: Iterable[str]) -> dict[str, Seen]:
-        """The same by one broker's word, who may not know yet what was just made."""
-        return self._read(await self._ask(_question(list(names))))
+    async def glance(self, names: Iterable[str]) -> dict[str, TopicState]:
+        """The same, from one broker, which may not know yet what was just made."""
+        return self._read(await self._ask(topics_request(names)))
 
-    def _read(self, response: Any) -> dict[str, Seen]:
-        found = {}
-        for error_code, name, _internal, partitions in response.topics:
-            error = kafka.for_code(error_code)
-            if error is kafka.NoError:
-                found[name] = Seen(len(partitions), leaderless=any(p[2] < 0 for p in partitions))
+    def _read(self, response: Any) -> dict[str, TopicState]:
+        for code, name, _internal, partitions in response.topics:
+            if kafka.for_code(code) is kafka.NoError:
                 learn(self._client.cluster, name, partitions)
-            elif error not in (kafka.UnknownTopicOrPartitionError, kafka.InvalidTopicError):
-                trouble = None if error.retriable else client_error(error(name), self._settings)
-                found[name] = Seen(0, leaderless=True, error=trouble)
-        return found
+        return read_topics(response)
 
     async def declare(self, topics: Iterable[Topic], declare: Declare) -> dict[str, int]:
-        """Make those that are missing, or check that none is; the partitions of each.
+        """Make those that are missing, or check that none is; returns the partitions of each.
 
         Raises:
-            QueueError: one is missing and is not to be made, or cannot be made.
+            QueueError: one is missing and must not be made, or cannot be made.
         """
         wanted = {topic.name: topic for topic in topics}
         found = await self.find(wanted)
@@ -146,7 +120,7 @@ class Topics:
         if plain := [topic for topic in missing if not topic.copies_of]:
             await self._create(plain)
         if copies := [topic for topic in missing if topic.copies_of]:
-            if plain:  # what they are copies of may be among these
+            if plain:  # the topics whose copies they take may be among these
                 await self._wait([topic.name for topic in plain], {})
             await self._create([await self._as_wide(topic) for topic in copies])
         return await self._wait(list(wanted), found)
@@ -180,14 +154,14 @@ class Topics:
                 raise kind(f"The topic {name!r} cannot be made at {self._settings.safe_url}: {words}.") from error()
 
     async def _as_wide(self, topic: Topic) -> Topic:
-        """The same, taking what the topics take whose copies it is for, and what a copy has besides."""
+        """The same topic, wide enough for copies of all messages of the topics whose copies it takes."""
         asked = DescribeConfigsRequest([(TOPIC, name, [MAX_MESSAGE]) for name in topic.copies_of])
         try:
             found = (await self._ask(asked)).resources
         except StreamToolsError as error:
             log.debug("The %s of %s is not known: %s", MAX_MESSAGE, topic.copies_of, error)
             return topic
-        # Who may not ask for them (DescribeConfigs) has topics of the usual width.
+        # Without the right to ask (DescribeConfigs), the usual size is assumed.
         wanted = [int(entry[1]) + COPY_ROOM for _, _, _, _, entries in found for entry in entries if entry[1]]
         most = min(max([int(topic.config.get(MAX_MESSAGE, 0)), *wanted]), INT_32)
         return replace(topic, config={**topic.config, MAX_MESSAGE: str(most)}) if most else topic
@@ -198,12 +172,12 @@ class Topics:
             if asyncio.get_running_loop().time() > deadline:
                 absent = [name for name in names if not found.get(name)]
                 raise ConnectError(f"The topics {absent} at {self._settings.safe_url} have no leader.")
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(MAKING_INTERVAL)
             found = await self.find(names)
         return found
 
     async def _ask(self, request: Any, *, controller: bool = False) -> Any:
-        """Ask some broker, or the controller where clients must find it themselves (before KRaft)."""
+        """Ask some broker, or the controller if clients must find it themselves (before KRaft)."""
         for attempt in (1, 2, 3):
             node = self._client.get_random_node()
             if controller and self._client.cluster.controller is not None:
@@ -211,37 +185,18 @@ class Topics:
             try:
                 return await self._client.send(node, request)
             except CLIENT_ERRORS as error:
-                if attempt == 3 or self._client._sync_task is None:  # it was closed, and knows of no metadata again
+                if attempt == 3 or is_closed(self._client):
                     raise client_error(error, self._settings) from error
                 await self._client.force_metadata_update()
         raise AssertionError("not reached")
 
 
-def _question(names: list[str]) -> MetadataRequest:
-    return MetadataRequest(names, allow_auto_topic_creation=False)
-
-
 @asynccontextmanager
 async def topics_at(settings: KafkaSettings, client_id: str) -> AsyncIterator[Topics]:
     """Topics over a connection of its own."""
-    client = AIOKafkaClient(**await connection(settings, client_id))
-    harden(client)
-    plain = _Plain(client)
-    await started(plain, settings)
+    cluster = Cluster(settings, client_id)
+    await cluster.open()
     try:
-        yield Topics(client, settings)
+        yield Topics(cluster.client, settings)
     finally:
-        await stopped(plain)
-
-
-class _Plain:
-    """The plain client, started and stopped as the others are."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    async def start(self) -> None:
-        await self._client.bootstrap()
-
-    async def stop(self) -> None:
-        await self._client.close()
+        await stopped(cluster)

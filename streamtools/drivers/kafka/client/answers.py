@@ -1,7 +1,7 @@
-"""What an answer of a broker must be to be believed: whole, about what was asked, with addresses that can be.
+"""Checks a broker's answer: it is whole, about what was asked, and its addresses are possible ones.
 
-The client library (0.14) takes what it could decode. Of an answer about another partition it uses nothing, and what
-it has asked about it forgets: a batch that is not confirmed is then neither sent again nor failed.
+The library (0.14) takes whatever it can decode. It ignores an answer about another partition, and forgets what it has
+asked: an unconfirmed batch is then neither sent again nor failed.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Any, Final
 
 from aiokafka.protocol.types import Array, Schema
 
-#: Questions, by number: https://kafka.apache.org/protocol#protocol_api_keys
+#: Numbers of requests: https://kafka.apache.org/protocol#protocol_api_keys
 PRODUCE, FETCH, OFFSETS, METADATA, OFFSET_COMMIT, OFFSET_FETCH = 0, 1, 2, 3, 8, 9
 DELETE_RECORDS, ADD_PARTITIONS, TXN_OFFSET_COMMIT = 21, 24, 28
-#: Those about partitions. A fetch that a quota holds back is answered with none.
+#: Requests about partitions. A fetch that a quota holds back is answered with none.
 ABOUT_PARTITIONS: Final = frozenset(
     {PRODUCE, FETCH, OFFSETS, OFFSET_COMMIT, OFFSET_FETCH, DELETE_RECORDS, ADD_PARTITIONS, TXN_OFFSET_COMMIT}
 )
 #: Lists that a broker may leave out.
 OPTIONAL: Final = frozenset({"aborted_transactions"})
-#: A host's name or address, by its characters.
+#: Characters of a host's name or address.
 _HOST: Final = re.compile(r"[\w.:%-]{1,255}")
 
 
 class AnswerChecker:
-    """Reads the answer to a request, all of it.
+    """Reads and checks the answer to a request.
 
     Parameters:
-        request: as the library sends it.
+        request: the library's.
     """
 
     __slots__ = ("_kind", "_length_is_known", "_request")
@@ -38,14 +38,14 @@ class AnswerChecker:
     def __init__(self, request: Any) -> None:
         self._request = request
         self._kind = request.RESPONSE_TYPE
-        # The library reads some answers by the fields of an older version, and leaves the rest.
+        # The library reads some answers with the fields of an older version, and leaves the rest unread.
         self._length_is_known = self._kind.API_VERSION == request.API_VERSION
 
     def decode(self, data: BytesIO) -> Any:
         """The answer.
 
         Raises:
-            ValueError: or another of `GARBAGE`: it cannot be one.
+            ValueError: or another of `GARBAGE`: it is not an answer to this request.
         """
         answer, schema = self._kind.decode(data), self._kind.SCHEMA
         if self._length_is_known and data.read(1):
@@ -71,7 +71,7 @@ class AnswerChecker:
 
 
 def _partitions(topics: Iterable[Any]) -> set[tuple[str, int]]:
-    """The partitions in the rows of a question or an answer."""
+    """The partitions in the rows of a request or an answer."""
     return {(row[0], each if isinstance(each, int) else each[0]) for row in topics for each in row[1]}
 
 

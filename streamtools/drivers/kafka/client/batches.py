@@ -1,10 +1,10 @@
-"""Records that the library cannot read, or is not to read: header names of any bytes, far too many headers, bombs.
+"""Batches that the library cannot read, or must not read: header names of any bytes, too many headers, bombs.
 
-Kafka takes a header name as it is. The library decodes it as UTF-8 while it walks through a batch, and a name that is
-none ends the walk: nothing behind that record can be read, however often it is fetched. A batch that ends so is read
-once more, here, from its bytes, with the library's parser in Python and a lenient decoding of names. That parser also
-leaves out the headers of a record that has too many of them. In place of a batch that is too large to be unpacked
-stands one record, which says so.
+Kafka takes any bytes as a header name. The library decodes names as UTF-8 while it walks through a batch, and a name
+that is no UTF-8 ends the walk: nothing behind that record can be read, however often it is fetched. Such a batch is
+read once more, here, from its bytes, by the library's parser in Python with a lenient decoding of names. That parser
+also leaves out the headers of a record that has too many. A batch that is too large to be unpacked is replaced by one
+record that says so.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from aiokafka.record.util import decode_varint
 
 from streamtools.drivers.kafka.client.limits import MOST_HEADERS, UNREAD, Unreadable, end_of_record, unpacked
 
-#: Of a batch, the bytes before its length and before its records.
+#: Bytes of a batch before its length, and before its records.
 _LENGTH, _RECORDS = 8, 61
-#: Why a record's headers are not read.
+#: Says why a record's headers were not read.
 TOO_MANY: Final = f"it has over {MOST_HEADERS:,} headers, more than are read".encode()
-#: Seconds before partitions are asked again of which nothing may be read now: they have no leader, or its disk fails.
+#: Seconds before partitions are fetched again that cannot be read now: they have no leader, or its disk fails.
 REFUSED: Final = 0.1
 
 
 class Records:
-    """As the library's MemoryRecords, with batches that have a record for whatever stands in them.
+    """The batches of a fetch, as the library's MemoryRecords; each can be read whatever its bytes are.
 
     Parameters:
         data: what a broker has answered for one partition.
@@ -53,7 +53,7 @@ class Records:
         return bool(self._records.has_next())
 
     def next_batch(self) -> Any:
-        """The next batch; one of the formats before headers as the library has it."""
+        """The next batch; in the formats before headers, the library's own."""
         batch = self._records.next_batch()
         start, behind = self._place, self._place + _LENGTH + 4
         self._place = behind + int.from_bytes(self._data[behind - 4 : behind])
@@ -61,11 +61,11 @@ class Records:
 
 
 class _Batch:
-    """A batch as the library has it, but for its records.
+    """A batch of the library, with its records read safely.
 
     Parameters:
         batch: the library's.
-        data: all of it, as it came.
+        data: its bytes.
     """
 
     def __init__(self, batch: Any, data: memoryview) -> None:
@@ -76,7 +76,7 @@ class _Batch:
         return getattr(self._batch, name)
 
     def __next__(self) -> Any:
-        return next(self._batch)  # a transaction's marker, which has no headers
+        return next(self._batch)  # the end of a transaction, which has no headers
 
     def __iter__(self) -> Iterator[Any]:
         batch = self._batch
@@ -91,7 +91,7 @@ class _Batch:
             yield from self._again()
 
     def _counted(self, large: memoryview) -> Iterator[Any]:
-        """Up to the first record that has too many headers as the library reads them, then as we do."""
+        """By the library up to the first record with too many headers, then by our parser."""
         records, place = iter(self._batch), 0
         while place < len(large):
             place, crowded = end_of_record(large, place)
@@ -101,14 +101,14 @@ class _Batch:
             yield next(records)
 
     def _again(self) -> Iterator[Any]:
-        """From the first record on that is not for the library: those before were handed over."""
+        """From the first record on that the library cannot read: those before were handed over."""
         batch = _LenientBatch(self._data)
         for record in batch:
             if batch.odd:
                 yield record
 
     def _instead(self, error: Unreadable) -> Any:
-        """At the last place: who reads on from the middle of the batch is to see it as well."""
+        """The record that replaces the batch. It has the last offset, so that a reader in the middle sees it too."""
         batch = self._batch
         why = f"the batch of the offsets {batch.base_offset} to {batch.next_offset - 1} {error}"
         return _DefaultRecordPy(
@@ -117,10 +117,10 @@ class _Batch:
 
 
 class _LenientBatch(_DefaultRecordBatchPy):  # type: ignore[misc]  # the library has no types
-    """Reads each header name, where there are not too many; what is no UTF-8 in one stands as `\\xff`.
+    """Reads header names of any bytes (`\\xff` for a byte that is no UTF-8), and leaves out too many headers.
 
     Attributes:
-        odd: such a name was read, or so many were left out.
+        odd: such a name was read, or headers were left out.
     """
 
     odd: bool = False
@@ -165,10 +165,8 @@ def _bytes(buffer: bytearray, pos: int) -> tuple[bytes | None, int]:
     return (None, pos) if length < 0 else (bytes(buffer[pos : pos + length]), pos + length)
 
 
-class Answers:
-    """Keeps the bytes that a client's fetches have brought until they are taken.
-
-    The library wraps them in an object that gives them to nobody.
+class FetchedBytes:
+    """Keeps the bytes of a client's fetches until they are taken; the library's own objects do not give them out.
 
     Parameters:
         client: the library's.
@@ -180,7 +178,7 @@ class Answers:
         self._found: dict[TopicPartition, bytes] = {}
 
     def take(self, partition: TopicPartition) -> bytes | None:
-        """What the last answer has brought of this partition."""
+        """The bytes of this partition in the last answer."""
         return self._found.pop(partition, None)
 
     def clear(self) -> None:
@@ -198,32 +196,32 @@ class Answers:
                     elif data:
                         brought = True
                         self._found[TopicPartition(topic, partition)] = data
-            if refused and not brought:  # the library asks again at once, a thousand times a second
+            if refused and not brought:  # the library fetches again at once, a thousand times a second
                 await asyncio.sleep(REFUSED)
         return answer
 
 
 class Buffers(OrderedDict[Any, Any]):
-    """The library's buffers; what it hands over of them has names of any bytes.
+    """Replaces the library's buffers of fetched records: they can be read whatever their bytes are.
 
     Parameters:
-        buffers: as the library has them so far; nothing was taken from them yet.
-        answers: of its client.
+        buffers: the library's, of which nothing was taken yet.
+        fetched: the bytes of its fetches.
     """
 
-    def __init__(self, buffers: Mapping[Any, Any], answers: Answers) -> None:
+    def __init__(self, buffers: Mapping[Any, Any], fetched: FetchedBytes) -> None:
         super().__init__()
-        self._answers = answers
+        self._fetched = fetched
         for partition, result in buffers.items():
             self[partition] = result
 
     def __setitem__(self, partition: Any, result: Any) -> None:
-        data = self._answers.take(partition)
+        data = self._fetched.take(partition)
         if type(result) is FetchResult and data is not None:  # else an error
             result._partition_records._records = Records(data)
         super().__setitem__(partition, result)
 
     def clear(self) -> None:
-        """Forget all: the partitions have gone."""
+        """Forget all: the partitions are revoked."""
         super().clear()
-        self._answers.clear()
+        self._fetched.clear()

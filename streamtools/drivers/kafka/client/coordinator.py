@@ -1,8 +1,8 @@
-"""Coordinator: what a member asks its group's coordinator. All private names of the library's group side stand here.
+"""Coordinator: what a member asks the coordinator of its group.
 
-The library (aiokafka 0.14) commits with whatever generation it has at that moment. A member that has lost its place
-has generation -1, with which Kafka takes every commit while the group has no members. So a commit here names the
-place in the group for which it is made, and is refused where that is no longer ours.
+The client library (aiokafka 0.14) commits with whatever generation it has at that moment. A member that has lost its
+place has generation -1, and with that Kafka takes every commit while the group has no members. So a commit here
+names the place in the group that it is made for, and is refused once that place is lost.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ FENCED_INSTANCE_ID: Final = 82
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A place in a group, from one sharing out of the partitions until the next.
+class GroupPlace:
+    """A member's place in its group, from one assignment of the partitions to the next.
 
     Attributes:
-        generation: counts how often the partitions were shared out.
-        member_id: as the coordinator calls us.
+        generation: counts the assignments.
+        member_id: the coordinator's name for the member.
     """
 
     generation: int
@@ -40,32 +40,46 @@ class Place:
 
 
 class Coordinator:
-    """Commits of a group, and our place in it.
+    """Commits of a group, and this member's place in it.
 
     Parameters:
         consumer: the library's, whose `start()` is under way or done.
-        static_id: our name in the group; None without one.
-        fenced: called when another member has taken this name over.
-        confirmed: called when the coordinator says that we are in the group.
+        static_id: the member's own name in the group; None without one.
+        session_timeout: seconds after which the coordinator gives a silent member's partitions to others.
+        fenced: called when another member has taken the static name over.
+        trusted: called when the coordinator has confirmed a membership that was in doubt.
     """
 
     def __init__(
-        self, consumer: Any, *, static_id: str | None, fenced: Callable[[], None], confirmed: Callable[[], None]
+        self,
+        consumer: Any,
+        *,
+        static_id: str | None,
+        session_timeout: float,
+        fenced: Callable[[], None],
+        trusted: Callable[[], None],
     ) -> None:
         self._inner = inner = consumer._coordinator
         self._static_id = static_id
+        self._session_timeout = session_timeout
         self._fenced = fenced
-        self._confirmed = confirmed
+        self._trusted = trusted
         self._former_id = ""
         self._send = inner._send_req
         inner._send_req = self._send_request
-        #: When the coordinator last said that we are in the group, by `time.monotonic()`.
-        self.confirmed_at: float = time.monotonic()
+        self._confirmed_at = time.monotonic()  # when the coordinator last said that we are in the group
+        self._doubted = False
 
     @property
-    def place(self) -> Place | None:
-        """Ours now; None while we have none."""
-        found = Place(self._inner.generation, self._inner.member_id)
+    def is_doubtful(self) -> bool:
+        """The coordinator has been silent for so long that others may have our partitions: begin nothing more."""
+        self._doubted = time.monotonic() - self._confirmed_at > self._session_timeout
+        return self._doubted
+
+    @property
+    def place(self) -> GroupPlace | None:
+        """This member's place now; None while it has none."""
+        found = GroupPlace(self._inner.generation, self._inner.member_id)
         return found if found.generation >= 0 and found.member_id else None
 
     async def committed(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
@@ -73,12 +87,12 @@ class Coordinator:
         found: dict[TopicPartition, OffsetAndMetadata] = await self._inner.fetch_committed_offsets(list(partitions))
         return found
 
-    async def commit(self, offsets: Mapping[TopicPartition, OffsetAndMetadata], place: Place | None) -> None:
-        """Commit, as the holder of this place; tried again while the coordinator is away.
+    async def commit(self, offsets: Mapping[TopicPartition, OffsetAndMetadata], place: GroupPlace | None) -> None:
+        """Commit as the holder of this place; tried again while the coordinator is away.
 
         Raises:
-            CommitFailedError: the place is not ours any more.
-            UnknownTopicOrPartitionError: a topic was deleted. The next one of that name is not to have this commit.
+            CommitFailedError: the place is lost.
+            UnknownTopicOrPartitionError: a topic was deleted. The next one of that name must not get this commit.
             KafkaError: the broker refuses it.
         """
         inner = self._inner
@@ -88,7 +102,7 @@ class Coordinator:
                 async with inner._commit_lock:
                     if place is None or self.place != place:
                         raise kafka.CommitFailedError
-                    # Shielded: the library counts on an answer to each request in its turn.
+                    # Shielded: the library expects an answer to each request, in the order of the requests.
                     await asyncio.shield(inner._do_commit_offsets(None, offsets))
             except (
                 kafka.UnknownMemberIdError,
@@ -106,14 +120,15 @@ class Coordinator:
                 return
 
     def has(self, partitions: Collection[TopicPartition]) -> bool:
-        """All of them exist, as far as is known."""
+        """All of these partitions exist, as far as is known."""
         cluster = self._inner._client.cluster
         return all(p.partition in (cluster.partitions_for_topic(p.topic) or ()) for p in partitions)
 
     async def leave(self) -> None:
-        """Tell the coordinator that we go, where the library has not done so; others then need not wait for us.
+        """Tell the coordinator that this member leaves, so that the others need not wait for it.
 
-        While we join, our connection waits for the answer to that; so this goes over another one.
+        Used where the library has not done so. While a member joins, its connection waits for the answer to that; so
+        this goes over another one.
         """
         inner = self._inner
         member_id, node = inner.member_id, inner.coordinator_id
@@ -125,31 +140,33 @@ class Coordinator:
 
     async def _send_request(self, request: Any) -> Any:
         if isinstance(request, JoinGroupRequest):
-            self._introduce(request)
+            self._name_former_id(request)
         sent = time.monotonic()
         response = await self._send(request)
         code = getattr(response, "error_code", 0)
         if code == FENCED_INSTANCE_ID and self._static_id is not None:
             self._fenced()
         if isinstance(request, JoinGroupRequest):
-            self._remember(code, response.member_id)
+            self._remember_id(code, response.member_id)
         if code == 0 and isinstance(request, HeartbeatRequest | SyncGroupRequest):
-            # It waits with a SyncGroup for others, and counts from its answer on.
-            self.confirmed_at = sent if isinstance(request, HeartbeatRequest) else time.monotonic()
-            self._confirmed()
+            # The answer to a SyncGroup waits for the other members, and confirms from its arrival on.
+            self._confirmed_at = sent if isinstance(request, HeartbeatRequest) else time.monotonic()
+            if self._doubted:
+                self._doubted = False
+                self._trusted()
         return response
 
-    def _introduce(self, request: Any) -> None:
-        """With a static name, say who we were: that alone tells whether another has taken the name over.
+    def _name_former_id(self, request: Any) -> None:
+        """With a static name, send the former member id: it alone shows whether another has taken the name over.
 
         The library forgets its member id as soon as the coordinator does not know it. Two members of one name would
-        then push each other out without end.
+        then push each other out for ever.
         """
         if self._static_id is not None and not request._member_id:
             request._member_id = self._former_id
 
-    def _remember(self, code: int, member_id: str) -> None:
+    def _remember_id(self, code: int, member_id: str) -> None:
         if code == 0:
             self._former_id = member_id
-        elif code == kafka.UnknownMemberIdError.errno:  # nobody has the name; it is ours again by a new id
+        elif code == kafka.UnknownMemberIdError.errno:  # nobody has the name; it is ours again with a new id
             self._former_id = ""

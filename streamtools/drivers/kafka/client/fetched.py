@@ -1,9 +1,9 @@
-"""What the library has fetched, taken from it as bytes and parsed while it is handed over.
+"""Fetched: fetched records, kept as bytes and parsed while they are handed over.
 
 The library parses all that one request brings (1 MiB for each partition) before it gives out the first record, and
 copies each record into an object with topic and partition. Thousands of records that wait are tens of thousands of
-objects, which Python's garbage collector visits again and again: half of the time that consuming took. So its
-results give out, instead of a list of records, a Fetched.
+objects, which Python's garbage collector visits again and again: half of the time that consuming took. So its fetch
+results give out a Fetched instead of a list of records.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from aiokafka import errors as kafka
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 from aiokafka.record.control_record import ABORT_MARKER, ControlRecord
 
-from streamtools.drivers.kafka.client import batches
+from streamtools.drivers.kafka.client.batches import Buffers
 
-#: Bytes of a record beside its key and value, about.
+#: Bytes of a record beside its key and value, roughly.
 OVERHEAD: Final = 50
 
 
 class Fetched:
     """Records of one partition that came with one request.
 
-    A batch is unpacked when its first record is asked for, and let go behind its last one: what was compressed may be
-    a hundred times as large.
+    A batch is unpacked when its first record is asked for, and freed after its last one: it may be a hundred times as
+    large as it came.
 
     Attributes:
-        records: each as it was parsed (offset, timestamp in ms, key, value, headers), parsed as it is asked for.
+        records: parsed when asked for; each has offset, timestamp (in ms), key, value and headers.
         start: the offset that was asked for.
-        end: the offset after the last.
+        end: the offset after the last record.
         size: bytes of all, as they came.
-        unpacked: bytes of the batch that is being read, about; 0 where it was not compressed.
+        unpacked: bytes of the batch that is being read, roughly; 0 if it was not compressed.
     """
 
     __slots__ = ("end", "records", "size", "start", "unpacked")
@@ -48,7 +48,7 @@ class Fetched:
 
     @classmethod
     def of(cls, batches: Iterator[Any], start: int, end: int, size: int) -> Fetched:
-        """Those of these batches, from `start` on."""
+        """The records of these batches, from offset `start` on."""
         fetched = cls(iter(()), end, size, start=start)
         parsed = chain.from_iterable(map(fetched._unpack, batches))
         # The first batch may begin before what was asked for.
@@ -57,7 +57,7 @@ class Fetched:
 
     @property
     def held(self) -> int:
-        """Bytes that are in memory for it."""
+        """Bytes of memory that it takes."""
         return self.size + self.unpacked
 
     def _unpack(self, batch: Any) -> Iterable[Any]:
@@ -68,14 +68,14 @@ class Fetched:
         first = next(records, None)
         if first is None:
             return ()
-        # The library does not tell; its records are about alike.
+        # The library does not tell the size: its records are taken to be about alike.
         length = OVERHEAD + len(first.value or b"") + len(first.key or b"")
         self.unpacked = length * (batch.next_offset - batch.base_offset)
         return chain((first,), records)
 
 
-class Buffers(batches.Buffers):
-    """The library's buffers; what `getmany()` returns then has a Fetched for each partition."""
+class FetchedBuffers(Buffers):
+    """Replaces the library's buffers: `getmany()` returns a Fetched for each partition."""
 
     def __setitem__(self, partition: Any, result: Any) -> None:
         if type(result) is FetchResult:  # else an error
@@ -84,7 +84,7 @@ class Buffers(batches.Buffers):
 
 
 def _take(result: FetchResult) -> Fetched | None:
-    """As its own `getall`: what is fetched, and the library goes on behind it."""
+    """As the library's own `getall`: take what was fetched, and have the library go on behind it."""
     partition = result._topic_partition
     if not result.check_assignment(partition) or not result.has_more():
         return None
@@ -105,9 +105,9 @@ def _take(result: FetchResult) -> Fetched | None:
 
 
 def committed(records: PartitionRecords, batches: deque[Any]) -> Iterator[Any]:
-    """Those of which a reader is to see the records: as the library's own parser has it, for read_committed."""
+    """The batches that a reader of committed messages sees; as the library's own parser does it."""
     while batches:
-        batch = batches.popleft()  # and let go of with the next one
+        batch = batches.popleft()  # freed when the next one is taken
         control, producer = batch.is_control_batch, batch.producer_id
         if producer is not None:
             records._consume_aborted_up_to(batch.base_offset)
@@ -120,7 +120,7 @@ def committed(records: PartitionRecords, batches: deque[Any]) -> Iterator[Any]:
 
 
 def _ends_aborted(batch: Any) -> bool:
-    """The marker in it says that its producer's transaction was aborted."""
-    # Where compaction has taken the marker, Kafka keeps the batch while its producer lives, and the library raises.
+    """The batch is the end of a transaction that was aborted."""
+    # If compaction has removed the marker, Kafka keeps the empty batch while its producer lives; the library raises.
     marker = next(batch, None)
     return marker is not None and ControlRecord.parse(marker.key) == ABORT_MARKER

@@ -1,8 +1,8 @@
-"""What a batch becomes once it is unpacked, found out before the library unpacks it.
+"""Limits for what a batch becomes once it is unpacked, checked before the library unpacks it.
 
-A broker limits what comes, as it comes: 200 KB of zstd can be gigabytes, and two bytes of those a header of its own,
-which is an object in memory. So a batch that may become large is unpacked here first, up to a limit. Of one beyond it
-nothing is read, and of a record with too many headers all but those.
+A broker limits the bytes that come: 200 KB of zstd can be gigabytes, and each two bytes of these a header, which is
+an object in memory. So a batch that may become large is unpacked here first, up to a limit. Nothing is read of a
+batch beyond it, and no header of a record that has too many.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from aiokafka.record.util import decode_varint
 from streamtools.errors import DecodeError
 from streamtools.validation.bodies import decompressed
 
-#: Bytes of a batch once it is unpacked, at most; one that came as more may have `RATIO` times as many.
+#: Bytes of an unpacked batch at most; a large batch may have `RATIO` times the bytes that came.
 MOST_UNPACKED: Final = 32 * 1024 * 1024
 RATIO: Final = 20
 #: Headers of one record, at most.
 MOST_HEADERS: Final = 10_000
-#: Bytes of an unpacked batch over which the headers of each record are counted before they are read.
+#: Bytes of an unpacked batch above which the headers of each record are counted before they are read.
 LARGE: Final = 1024 * 1024
-#: The header that stands in place of what is not read, and says why.
+#: A header that replaces what was not read, and says why.
 UNREAD: Final = "streamtools-unread"
 
-#: Kafka's numbers of the codecs, and how many bytes each can make of one.
+#: Kafka's numbers for the codecs, and how many bytes each can make of one byte.
 GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4
 _GROWTH: Final = {GZIP: 1032, SNAPPY: 32, LZ4: 255, ZSTD: 44_000}
-#: How Java's clients begin snappy; behind two versions stand blocks, each with its length before it.
+#: How Java's clients begin snappy data; then come two versions, and blocks that begin with their length.
 _XERIAL, _XERIAL_HEADER = b"\x82SNAPPY\0", 16
 _LENGTH: Final = struct.Struct(">i")
 
 
 _INTO: Final = {LZ4: cramjam.lz4.decompress_into, ZSTD: cramjam.zstd.decompress_into}
-#: Written over by all, in any thread, and read by nobody.
+#: A place to unpack to, for all threads; its contents are never read.
 _SCRATCH: Final = bytearray(LARGE + 1)
 _GZIP_WINDOW: Final = 31
 
 
 class Unreadable(Exception):  # noqa: N818 - of one batch, and told as its message's
-    """A batch cannot be unpacked, or not within the limit; the text says so."""
+    """A batch cannot be unpacked, or not within the limit; the text says which."""
 
 
 def unpacked(data: memoryview, codec: int) -> memoryview | None:
-    """The records of a batch as the library will unpack them; None where they take `LARGE` bytes at most.
+    """The unpacked records of a batch; None if they take at most `LARGE` bytes.
 
     Parameters:
         data: the records as they came.
-        codec: Kafka's number of it; 0 for none.
+        codec: Kafka's number for the codec; 0 for none.
 
     Raises:
         Unreadable: they take more than is read.
@@ -70,16 +70,16 @@ def unpacked(data: memoryview, codec: int) -> memoryview | None:
 
 
 def _is_small(data: memoryview, codec: int) -> bool:
-    """Whether the records surely take no more than `LARGE` bytes: as most do, it is found out without any memory."""
+    """The records surely take no more than `LARGE` bytes. Most do; this finds it out without taking memory."""
     if codec == SNAPPY:
-        return False  # which says its size
+        return False  # its size is known without this
     try:
         if codec == GZIP:
             stream = zlib.decompressobj(_GZIP_WINDOW)
             stream.decompress(data, LARGE)
             return stream.eof and not stream.unused_data
         return _INTO[codec](data, _SCRATCH) <= LARGE
-    except (zlib.error, cramjam.DecompressionError):  # it is larger, or is malformed
+    except (zlib.error, cramjam.DecompressionError):  # larger, or malformed
         return False
 
 
@@ -96,7 +96,7 @@ def _headers(plain: memoryview, place: int) -> int:
     Parameters:
         place: behind its length.
     """
-    for _ in range(3):  # attributes, and how much later than the batch's its time and its offset are
+    for _ in range(3):  # attributes, and the differences of its time and offset from the batch's
         _, place = decode_varint(plain, place)
     for _ in range(2):  # key and value
         length, place = decode_varint(plain, place)
@@ -109,7 +109,7 @@ def _plain(data: memoryview, codec: int, limit: int) -> memoryview:
         return memoryview(decompressed(bytes(data), "gzip", limit))
     if codec == SNAPPY:
         return _plain_of_snappy(data, limit)
-    room = mmap.mmap(-1, limit)  # memory that is taken as it is written
+    room = mmap.mmap(-1, limit)  # memory that is taken only as it is written
     return memoryview(room)[: _INTO[codec](data, room)]
 
 

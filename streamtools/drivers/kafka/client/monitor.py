@@ -1,7 +1,7 @@
-"""Whether a client of the library reaches Kafka, and telling it: once, and not fifty times a second.
+"""ConnectionMonitor: whether a client reaches Kafka, logged once; and filters for the library's own log lines.
 
-The library tries again for as long as the brokers are away, and logs each try of each of its parts as an error.
-While a topic that it reads is gone, it asks for it without a pause, 2,000 times a second (seen in 0.14).
+The library tries again for as long as the brokers are away, and logs each try of each of its parts as an error. While
+a topic that it reads is gone, it asks for it without a pause, 2,000 times a second (seen in 0.14).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from streamtools.settings import KafkaSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds in which a line of the library is logged once.
-AGAIN: Final = 60.0
+#: Seconds in which a repeated line of the library is logged once.
+REPEAT_INTERVAL: Final = 60.0
 #: Lines that are remembered at most.
 LINES: Final = 1000
-#: Seconds between two questions for what topics there are.
-LOOK: Final = 0.05
+#: Seconds between two requests for the topics and their leaders.
+METADATA_INTERVAL: Final = 0.05
 
 
 class ConnectionMonitor:
-    """Watches the connections of one client of the library, and has it ask in peace.
+    """Watches the connections of one client, hardens them, and has it pause between requests for metadata.
 
     Parameters:
         client: the library's, with the brokers' addresses.
-        who: whose it is, for the log.
+        who: whose client it is, for the log.
     """
 
     def __init__(self, client: Any, who: str, settings: KafkaSettings) -> None:
@@ -43,8 +43,8 @@ class ConnectionMonitor:
         harden(client)
         self._connect = client._get_conn
         client._get_conn = self._get_conn
-        self._next_look = 0.0
-        self._look = client._metadata_update
+        self._next_update = 0.0
+        self._update = client._metadata_update
         client._metadata_update = self._metadata_update
 
     @property
@@ -63,26 +63,26 @@ class ConnectionMonitor:
         return found
 
     async def _metadata_update(self, *args: Any, **kwargs: Any) -> Any:
-        await asyncio.sleep(self._next_look - time.monotonic())
+        await asyncio.sleep(self._next_update - time.monotonic())
         try:
-            return await self._look(*args, **kwargs)
+            return await self._update(*args, **kwargs)
         finally:
-            self._next_look = time.monotonic() + LOOK
+            self._next_update = time.monotonic() + METADATA_INTERVAL
 
 
 class Repeated(logging.Filter):
-    """Lets the same line through once in AGAIN seconds; it then says how often it was left out."""
+    """Passes the same line once in REPEAT_INTERVAL seconds; and then says how often it was left out."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: dict[tuple[str, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether this line is to be logged."""
+        """Whether the line is logged."""
         text, now = record.getMessage(), time.monotonic()
         line = (record.name, text)
         since, left_out = self._seen.get(line, (0.0, 0))
-        if line in self._seen and now - since < AGAIN:
+        if line in self._seen and now - since < REPEAT_INTERVAL:
             self._seen[line] = (since, left_out + 1)
             return False
         if len(self._seen) >= LINES:
@@ -97,10 +97,10 @@ _REPEATED: Final = Repeated()
 
 
 class WithoutNewLeaders(logging.Filter):
-    """Leaves out that a partition has no leader yet: so it is with each new topic, and the library asks again."""
+    """Leaves out that a partition has no leader yet: each new topic has none, and the library asks again."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether this line is to be logged."""
+        """Whether the line is logged."""
         arguments = record.args if isinstance(record.args, tuple) else ()
         return not any(isinstance(each, NotLeaderForPartitionError | LeaderNotAvailableError) for each in arguments)
 
@@ -109,7 +109,7 @@ _WITHOUT_NEW_LEADERS: Final = WithoutNewLeaders()
 
 
 class WithoutCredentials(logging.Filter):
-    """Lets no line show what is said to log in: SASL's PLAIN is the password itself."""
+    """Removes credentials from log lines: SASL's PLAIN is the password itself."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Always true; requests and answers of SASL are replaced by their names."""
@@ -123,12 +123,12 @@ def _without_credentials(argument: object) -> object:
     return f"{name}(not shown)" if "sasl" in name.lower() else argument
 
 
-#: At the logger that tells each request: at any level, however it is set up later.
+#: At the logger of all requests, whatever its level is or will be.
 logging.getLogger("aiokafka.conn").addFilter(WithoutCredentials())
 
 
 def quieten() -> None:
-    """Have the library's loggers leave out repetitions; safe to repeat. DEBUG shows them all."""
+    """Have the library's loggers leave out repeated lines, unless at DEBUG; safe to repeat."""
     connections_log.addFilter(_REPEATED)
     for name in [n for n in logging.Logger.manager.loggerDict if n.split(".")[0] == "aiokafka"]:
         logger = logging.getLogger(name)

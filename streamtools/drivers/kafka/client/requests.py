@@ -1,4 +1,4 @@
-"""Requests that aiokafka does not know; the formats are those of kafka.apache.org/protocol."""
+"""A request that the library lacks; its format is that of kafka.apache.org/protocol."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Final
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import Array, Boolean, Int8, Int16, Int32, Schema, String
 
-#: What is configured: a topic.
+#: The kind of what is configured: a topic.
 TOPIC: Final = 2
-#: What is done with a setting.
+#: The operation on a setting.
 SET: Final = 0
 
 _KEY: Final = 44
@@ -18,7 +18,7 @@ _TEXT: Final = String("utf-8")
 
 
 def alter_configs(topic: str, settings: Mapping[str, str]) -> Any:
-    """Set some of a topic's settings; unlike AlterConfigs it leaves the others alone (KIP-339, Kafka 2.3)."""
+    """Change some of a topic's settings and, unlike AlterConfigs, no others (KIP-339, Kafka 2.3)."""
     return _Request([(TOPIC, topic, [(name, SET, value) for name, value in settings.items()])])
 
 

@@ -1,6 +1,6 @@
-"""Names of static members: each consumer has its own, though `static_id` is given once for several.
+"""Names of static members: each consumer has its own name, though `static_id` is given once for several.
 
-Kafka knows a static member by its name alone. Two with one name push each other out of the group without end.
+Kafka knows a static member by its name alone. Two members of one name push each other out of the group for ever.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 
 from streamtools.settings import worker_number
 
-#: Names in use in this process: address, group and name. A process is what Kafka sees, whatever its event loops are.
+#: Names in use in this process: address, group and name. They are the process's, as Kafka sees no event loops.
 _in_use: Final[set[tuple[str, str, str]]] = set()
 _lock: Final = threading.Lock()
 
@@ -19,7 +19,7 @@ _lock: Final = threading.Lock()
 def take(address: str, group: str, static_id: str) -> str:
     """A name that no other consumer of this process has in the group; to be released.
 
-    It is `static_id`, with the number of the worker process where there are several, and with a number from 2 on for
+    It is `static_id`, with the number of the worker process if there are several, and with a number from 2 on for
     further consumers of one process: `billing.worker-1.consumer-2`.
     """
     worker = worker_number()

@@ -1,25 +1,27 @@
-"""How a consumer is a member of its group."""
+"""SubscriptionConfig: as what a consumer joins its group."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from streamtools.drivers.kafka.consuming.starts import Start
+from streamtools.drivers.kafka.names import BINDINGS, RETRY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubscriptionConfig:
-    """How to be a member.
+    """As what a consumer joins its group.
 
     Attributes:
         group: the group.
-        topics: all of these.
-        pattern: all topics whose whole name matches, besides; None for none.
+        topics: topics to consume.
+        pattern: consume also the topics whose whole name matches this expression; None for none.
         start: where a new group begins.
-        static_id: this member's name, by which it keeps its partitions over a restart.
-        deadline: seconds for handlers at work when a partition is taken away.
-        retry_topic: of which a new group has everything.
-        exactly_once: offsets are committed by transactions, and by nothing else.
+        static_id: this member's own name, by which it keeps its partitions over a restart.
+        revoke_timeout: seconds for handlers at work when a partition is revoked.
+        retry_topic: the group's; a new group reads all of it.
+        exactly_once: offsets are committed by transactions alone.
     """
 
     group: str
@@ -28,5 +30,17 @@ class SubscriptionConfig:
     pattern: str | None = None
     start: Start = Start()
     static_id: str | None = None
-    deadline: float = 30.0
+    revoke_timeout: float = 30.0
     exactly_once: bool = False
+
+
+def subscription(pattern: str | None, topics: tuple[str, ...], error_topic: str) -> str | None:
+    """An expression for `topics` and for the topics that match `pattern`; None without a pattern.
+
+    The pattern alone never matches retry topics, the bindings, and `error_topic`.
+    """
+    if pattern is None:
+        return None
+    own = "|".join(re.escape(topic) for topic in topics)
+    others = rf"(?!{re.escape(error_topic)}$|{re.escape(BINDINGS)}$)(?!.*{re.escape(RETRY)}(?:\.|$))"
+    return rf"(?:{own})$|{others}(?:{pattern})$"

@@ -1,13 +1,23 @@
-"""The topics that a consumer reads: which were deleted under it, and which were made anew."""
+"""Rare: topics that are deleted, or made anew, while they are consumed."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from typing import Any
+from collections.abc import Awaitable, Collection
+from typing import Any, Final, TypeVar
 
+from aiokafka import TopicPartition
+
+from streamtools.errors import ConnectionLost
 from streamtools.settings import KafkaSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
+
+T = TypeVar("T")
+
+#: Seconds after which a topic that the brokers do not know is one that was deleted, not one just made.
+DELETED_AFTER: Final = 3.0
 
 
 class TopicChanges:
@@ -19,37 +29,32 @@ class TopicChanges:
 
     def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
-        self._partitions: dict[str, int] = {}  # of each, as it was last seen
+        self._partitions: dict[str, int] = {}  # of each topic, as it was last seen
         self.deleted: set[str] = set()
 
     def compare(self, consumer: Any) -> set[str]:
-        """Those that were made anew: a topic that was deleted comes back with as many partitions as brokers give.
+        """Update what is known, and return the topics that were made anew: those that have fewer partitions now.
 
         Parameters:
-            consumer: the library's.
+            consumer: the client library's.
         """
         anew = set()
         for topic in consumer.subscription():
             now, before = len(consumer.partitions_for_topic(topic) or ()), self._partitions.get(topic, 0)
             if before and not now:
-                self._tell_deleted(topic)
+                self._warn_deleted(topic)
             elif now < before:
-                self._tell_anew(topic, now, before)
+                self._warn_anew(topic, now, before)
                 anew.add(topic)
             self._partitions[topic] = now or before
             self.deleted -= {topic} if now else set()
         return anew
 
     def count(self, topic: str) -> int | None:
-        """How many partitions a topic had when it was last seen; None where it never was."""
+        """How many partitions a topic had when it was last seen; None if it never was."""
         return self._partitions.get(topic) or None
 
-    def look(self, consumer: Any) -> None:
-        """Have the library look whether one that was deleted exists again; by itself it does so twice a minute."""
-        if self.deleted:
-            consumer._client.force_metadata_update()
-
-    def _tell_deleted(self, topic: str) -> None:
+    def _warn_deleted(self, topic: str) -> None:
         if topic not in self.deleted:
             self.deleted.add(topic)
             log.warning(
@@ -58,7 +63,7 @@ class TopicChanges:
                 self._settings.safe_url,
             )
 
-    def _tell_anew(self, topic: str, now: int, before: int) -> None:
+    def _warn_anew(self, topic: str, now: int, before: int) -> None:
         log.warning(
             "The topic %r at %s was deleted and made anew while it was read: it has %d partition(s) instead of %d. "
             "Its old messages are gone. To have as many again: streamtools queues alter %s --partitions %d",
@@ -69,3 +74,26 @@ class TopicChanges:
             topic,
             before,
         )
+
+
+async def unless_deleted(
+    asking: Awaitable[T], partitions: Collection[TopicPartition], cluster: Any, settings: KafkaSettings
+) -> T:
+    """The client library's answer about these partitions; it would ask about a deleted one for ever.
+
+    Parameters:
+        cluster: the client library's, which knows the topics.
+
+    Raises:
+        ConnectionLost: a topic was deleted, and may have been made anew with fewer partitions.
+    """
+    task = asyncio.ensure_future(asking)
+    try:
+        while not (await asyncio.wait({task}, timeout=DELETED_AFTER))[0]:
+            there = cluster.partitions_for_topic
+            if gone := {p.topic for p in partitions if p.partition not in (there(p.topic) or ())}:
+                names = ", ".join(map(repr, sorted(gone)))
+                raise ConnectionLost(f"{names} at {settings.safe_url} was deleted under its consumer.")
+        return task.result()
+    finally:
+        task.cancel()

@@ -1,8 +1,8 @@
-"""What consumer groups have read, who is in them, and moving one to another place."""
+"""Groups: members and commits of consumer groups, seen from outside them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,17 +12,17 @@ from aiokafka.protocol.admin import DescribeGroupsRequest, ListGroupsRequest
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
 from aiokafka.protocol.coordination import FindCoordinatorRequest
 
-from streamtools.drivers.kafka.brokers.cluster import Cluster, check
+from streamtools.drivers.kafka.brokers.cluster import Cluster, check, repeated
 from streamtools.drivers.kafka.offsets import decode
 from streamtools.errors import QueueError
 from streamtools.settings import KafkaSettings
 
-#: A kind of coordinator: of groups, not of transactions.
+#: The kind of coordinator: of groups, not of transactions.
 GROUP: Final = 0
-#: In a commit: by nobody who is in the group. Kafka takes it from outside as long as the group has no members.
+#: In a commit: from outside the group. Kafka takes it as long as the group has no members.
 NO_GENERATION: Final = -1
 NO_MEMBER: Final = ""
-#: As the brokers name the state of a group without members, and of one that they do not know.
+#: The brokers' names for the state of a group without members, and of an unknown one.
 INACTIVE: Final = frozenset({"Empty", "Dead"})
 
 #: An offset, and the metadata of its commit.
@@ -31,11 +31,11 @@ Commit = tuple[int, str]
 
 @dataclass(frozen=True, slots=True)
 class GroupDescription:
-    """A group's members.
+    """A group's state and members.
 
     Attributes:
-        state: as the brokers name it.
-        members: client ids, each with its partitions.
+        state: the brokers' name for it.
+        members: their client ids, each with its partitions.
     """
 
     state: str
@@ -43,7 +43,7 @@ class GroupDescription:
 
     @property
     def active(self) -> bool:
-        """It has members, or is about to."""
+        """It has members, or gets some."""
         return self.state not in INACTIVE
 
     def holder(self, partition: TopicPartition) -> str | None:
@@ -60,51 +60,46 @@ class Groups:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
+        self.persist = cluster.persist
 
+    @repeated
     async def names(self) -> dict[str, int]:
         """Every consumer group, with the node that coordinates it."""
-
-        async def attempt() -> dict[str, int]:
-            found: dict[str, int] = {}
-            for broker in self._cluster.client.cluster.brokers():
-                response = await self._cluster.ask(ListGroupsRequest(), broker.nodeId)
-                check([response.error_code])
-                found.update((name, broker.nodeId) for name, kind in response.groups if kind in ("consumer", ""))
-            return found
-
-        return await self._cluster.persist(attempt)
-
-    async def describe(self, group: str) -> GroupDescription:
-        """Who is in a group; nobody where there is no such group."""
-
-        async def attempt() -> GroupDescription:
-            response = await self._ask(group, DescribeGroupsRequest([group]))
-            [found] = response.groups
-            check([found[0]])
-            return GroupDescription(found[2], [(member[1], _assigned(member[4])) for member in found[5]])
-
-        return await self._cluster.persist(attempt)
-
-    async def committed(self, group: str, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, Commit]:
-        """What a group has committed of these partitions; those without a commit are missing."""
-        rows = [(topic, numbers) for topic, numbers in _by_topic(dict.fromkeys(partitions, 0)).items()]
-        request = OffsetFetchRequest(group, [(topic, [number for number, _ in numbers]) for topic, numbers in rows])
-
-        async def attempt() -> dict[TopicPartition, Commit]:
-            response = await self._ask(group, request)
+        found: dict[str, int] = {}
+        for broker in self._cluster.client.cluster.brokers():
+            response = await self._cluster.ask(ListGroupsRequest(), broker.nodeId)
             check([response.error_code])
-            found = {}
-            for topic, answers in response.topics:
-                for number, offset, metadata, code in answers:
-                    check([code])
-                    if offset >= 0:
-                        found[TopicPartition(topic, number)] = (offset, metadata or "")
-            return found
+            found.update((name, broker.nodeId) for name, kind in response.groups if kind in ("consumer", ""))
+        return found
 
-        return await self._cluster.persist(attempt)
+    @repeated
+    async def describe(self, group: str) -> GroupDescription:
+        """A group; without members if it does not exist."""
+        response = await self._ask(group, DescribeGroupsRequest([group]))
+        [found] = response.groups
+        check([found[0]])
+        return GroupDescription(found[2], [(member[1], _assigned(member[4])) for member in found[5]])
 
+    @repeated
+    async def committed(self, group: str, partitions: Collection[TopicPartition]) -> dict[TopicPartition, Commit]:
+        """A group's commits of these partitions; those without one are missing."""
+        rows = [
+            (topic, [number for number, _ in numbers])
+            for topic, numbers in _by_topic(dict.fromkeys(partitions, 0)).items()
+        ]
+        response = await self._ask(group, OffsetFetchRequest(group, rows))
+        check([response.error_code])
+        found = {}
+        for topic, answers in response.topics:
+            for number, offset, metadata, code in answers:
+                check([code])
+                if offset >= 0:
+                    found[TopicPartition(topic, number)] = (offset, metadata or "")
+        return found
+
+    @repeated
     async def commit(self, group: str, offsets: Mapping[TopicPartition, Commit]) -> None:
-        """Set what a group has read; safe to repeat.
+        """Commit for a group; safe to repeat.
 
         Raises:
             UnknownMemberIdError: the group has members, who alone may commit.
@@ -113,14 +108,9 @@ class Groups:
             (topic, [(number, offset, metadata) for number, (offset, metadata) in commits])
             for topic, commits in _by_topic(offsets).items()
         ]
-        request = OffsetCommitRequest(group, NO_GENERATION, NO_MEMBER, -1, rows)
-
-        async def attempt() -> None:
-            response = await self._ask(group, request)
-            for _, answers in response.topics:
-                check(code for _, code in answers)
-
-        await self._cluster.persist(attempt)
+        response = await self._ask(group, OffsetCommitRequest(group, NO_GENERATION, NO_MEMBER, -1, rows))
+        for _, answers in response.topics:
+            check(code for _, code in answers)
 
     async def _ask(self, group: str, request: Any) -> Any:
         async def coordinator() -> int:
@@ -147,34 +137,34 @@ class Progress:
 
     @property
     def start(self) -> int:
-        """Where the group goes on; what it has committed may be gone, by retention or a purge."""
+        """Where the group goes on: what it has committed may be deleted, by retention or a purge."""
         if self.commit is None or not self.begin <= self.commit[0] <= self.end:
             return self.begin
         return self.commit[0]
 
     @property
     def metadata(self) -> str:
-        """Of the commit, where it still holds."""
+        """The commit's metadata; none if its offset is deleted."""
         return self.commit[1] if self.commit is not None and self.commit[0] == self.start else ""
 
     @property
     def lag(self) -> int:
-        """Offsets behind `start`."""
+        """Offsets from `start` on."""
         return self.end - self.start
 
     @property
     def waiting(self) -> int:
-        """What the group has still to do."""
+        """Offsets that the group has still to finish."""
         return self.lag - self.ahead
 
     @property
     def ahead(self) -> int:
-        """How many of these are done already."""
+        """How many offsets after `start` are finished already."""
         return sum(min(end, self.end) - first for first, end in decode(self.start, self.metadata) if first < self.end)
 
 
 def busy(group: str, settings: KafkaSettings) -> QueueError:
-    """The error for a group whose consumers are at work."""
+    """The error for a group that has consumers."""
     return QueueError(
         f"The group {group!r} at {settings.safe_url} has consumers, and only they may move it. Stop them, and repeat "
         "this."
@@ -189,5 +179,5 @@ def _by_topic(values: Mapping[TopicPartition, Any]) -> dict[str, list[tuple[int,
 
 
 def _assigned(assignment: bytes) -> list[TopicPartition]:
-    """What a member has said that it reads; nothing while the group rebalances."""
+    """The partitions that are assigned to a member; none while the group rebalances."""
     return list(ConsumerProtocolMemberAssignment.decode(assignment).partitions()) if assignment else []

@@ -1,4 +1,4 @@
-"""One record on its way, and why Kafka may not take it."""
+"""ProducerRecord: one record on its way, and the errors for records that Kafka does not take."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from streamtools.exchange import Exchange
 from streamtools.message import Draft, Message, common
 from streamtools.settings import KafkaSettings
 
-#: Bytes that a record takes beside key, value and headers, at most (KIP-98, message format).
+#: Bytes of a record beside key, value and headers at most (KIP-98, message format).
 OVERHEAD: Final = 96
+#: What is raised for a message of which no record can be made, or which the library cannot write.
+UNWRITABLE: Final = (TypeError, ValueError, OverflowError)
 
 
 class ProducerRecord:
@@ -24,14 +26,15 @@ class ProducerRecord:
 
     Attributes:
         id: the message's.
-        partition: where it must go; by its key, or anywhere, when None.
-        offset: where it stands once it is confirmed.
+        partition: where it must go; when None by its key, or anywhere.
+        offset: its offset once it is confirmed.
         error: why it was refused; None as long as it was not.
-        pending: who waits for it.
-        size: bytes of the record, about.
-        exchange: where it goes by its topic, to each queue that is bound there; None to the topic itself.
-        mandatory: to reach nobody is an error; otherwise it is forgotten.
-        is_copy: of a message that was read: what one topic has held another may hold, and no limit of ours counts.
+        pending: the batch of one send that it belongs to.
+        size: bytes of the record, roughly.
+        exchange: it goes to each queue that is bound there by its topic; None: to the topic itself.
+        mandatory: it is an error if it reaches no queue; else it is then forgotten.
+        is_copy: a copy of a message that was read; our own limit of sizes does not count, as a topic has held it.
+        of: the event of which this is the record for one queue; None otherwise.
     """
 
     __slots__ = (
@@ -61,7 +64,7 @@ class ProducerRecord:
         self.partition: int | None = partition
         self.offset: int | None = None
         self.error: BaseException | None = None
-        self.of: ProducerRecord | None = None  # the event that this is the record of, for one of its queues
+        self.of: ProducerRecord | None = None
         self.pending: Any = None
         self.exchange: Exchange | None = exchange
         self.mandatory: bool = mandatory
@@ -69,7 +72,7 @@ class ProducerRecord:
         self.size: int = len(value or b"") + (_beside(key, headers) if beside is None else beside)
 
     def to(self, topic: str) -> ProducerRecord:
-        """The same, to this topic itself."""
+        """The same, for one topic."""
         item = ProducerRecord(
             self.id, topic, self.key, self.value, self.headers, self.timestamp, self.partition,
             beside=self.size - len(self.value or b""), mandatory=self.mandatory,
@@ -78,21 +81,21 @@ class ProducerRecord:
         return item
 
     def refuse(self, error: BaseException) -> None:
-        """It is refused, for this reason."""
+        """Note why it is refused."""
         self.error = error
         if self.of is not None:
             self.of.error = error
 
     def fail(self, error: BaseException) -> None:
-        """It is refused, and whoever waits for it is told."""
+        """Note why it is refused, and tell whoever waits for it."""
         self.refuse(error)
-        self.pending.room.free(self.size)
+        self.pending.limit.free(self.size)
         self.pending.failed[self.id] = error
         self.pending.done()
 
 
 def _beside(key: bytes | None, headers: Sequence[Header]) -> int:
-    """Bytes of a record beside its value, about."""
+    """Bytes of a record beside its value, roughly."""
     size = OVERHEAD + 10 * len(headers)
     for name, value in headers:
         size += len(name) + len(value or b"")
@@ -102,10 +105,10 @@ def _beside(key: bytes | None, headers: Sequence[Header]) -> int:
 def records_of(
     batch: Sequence[Message], *, headers: Sequence[Header] = (), read: Iterable[Header] = ()
 ) -> list[ProducerRecord]:
-    """Messages as records on their way, each to the topic that is its queue.
+    """The records of messages, each for the topic that is its queue.
 
     Parameters:
-        headers: further ones, on each.
+        headers: further headers for each.
         read: the headers of the record that these are copies of.
     """
     now = time.time()
@@ -129,7 +132,7 @@ def records_of(
 
 
 def _pattern(first: ProducerRecord) -> Callable[[str, bytes | None], ProducerRecord]:
-    """What makes records that differ from this one, which no exchange routes, in id and value alone."""
+    """A function that makes records which differ from this one in id and value alone; it has no exchange."""
     at = next(number for number, (name, _) in enumerate(first.headers) if name == ID)
     before, behind = first.headers[:at], first.headers[at + 1 :]
     topic, key, timestamp, beside = first.topic, first.key, first.timestamp, first.size - len(first.value or b"")
@@ -159,7 +162,7 @@ def _outgoing(message: Message, headers: Sequence[Header], now: float, read: Ite
 
 
 def _refused(message: Message, error: Exception) -> ProducerRecord:
-    """What stands for a message of which no record can be made, such as one with a time that is not a number."""
+    """In place of a message of which no record can be made, for example with a time that is not a number."""
     item = ProducerRecord(
         message.id, message.queue, None, None, [], 0, exchange=message.exchange, mandatory=message.mandatory
     )
@@ -168,7 +171,7 @@ def _refused(message: Message, error: Exception) -> ProducerRecord:
 
 
 def not_held(messages: Iterable[Message], items: Iterable[ProducerRecord]) -> list[Message]:
-    """The messages whose records were refused; `items` are their records, in the same order."""
+    """The messages whose records were refused; `items` are their records in the same order."""
     return [message for message, item in zip(messages, items, strict=True) if item.error is not None]
 
 
@@ -178,7 +181,7 @@ def refused(
     """The error for messages that Kafka does not take.
 
     Parameters:
-        batch: what they were sent with: the error names the topic of the first.
+        batch: all records that were sent together; with it, the error names the topic of the first refused one.
     """
     id_, first = next(iter(failed.items()))
     item = next((item for item in batch if item.id == id_), None)
@@ -209,7 +212,7 @@ def _why(error: BaseException) -> str:
 
 
 def _advice(error: BaseException, item: ProducerRecord | None, settings: KafkaSettings) -> str:
-    """What an operator types, where the topic can be made to take it."""
+    """What an operator types to have the topic take it, if that is possible."""
     if item is None:
         return ""
     if is_too_large(error):
@@ -225,47 +228,6 @@ def _advice(error: BaseException, item: ProducerRecord | None, settings: KafkaSe
     )
 
 
-#: What the library raises where it cannot write a record.
-UNWRITABLE: Final = (TypeError, ValueError, OverflowError)
-#: Adds a record to a batch; None when it has no room there.
-Append = Callable[..., Any]
-
-
-def append(add: Append, item: ProducerRecord) -> bool:
-    """Add it to a batch; False where that has no room. What the library cannot write is refused."""
-    try:
-        return add(timestamp=item.timestamp, key=item.key, value=item.value, headers=item.headers) is not None
-    except UNWRITABLE as error:
-        item.refuse(unwritable(error))
-        return True
-
-
 def unwritable(error: Exception) -> Unfit:
-    """The error for what the library cannot write."""
+    """The error for a message of which no record can be made, or which the library cannot write."""
     return Unfit(f"it cannot be written as a record of Kafka: {error}")
-
-
-class Portions:
-    """How many of what waits are to be sent together, after a batch was refused for one of its records.
-
-    A broker refuses a batch as a whole. It is halved, and each half again that is refused, until what is refused is
-    one record: the others are taken, in their order, for some requests more.
-    """
-
-    def __init__(self) -> None:
-        self._sizes: list[int] = []  # of the next ones; the next is the last
-
-    def next(self, usual: int) -> int:
-        """How many are to be sent together now, at most."""
-        return min(self._sizes[-1], usual) if self._sizes else usual
-
-    def taken(self, number: int) -> None:
-        """So many were taken to be sent."""
-        if self._sizes:
-            self._sizes[-1] -= number
-            if self._sizes[-1] <= 0:
-                self._sizes.pop()
-
-    def halve(self, number: int) -> None:
-        """So many were refused together, and are the next again."""
-        self._sizes += [number - number // 2, number // 2]

@@ -1,7 +1,7 @@
-"""Sending: one producing client for each event loop and Kafka, for producers, a bus, and the retries of consumers.
+"""Sender: the way of one producer or consumer to the Publisher, which all on one event loop and Kafka share.
 
-Each has a Sender, with room of its own for what is not confirmed: one who sends faster than Kafka takes it holds up
-nobody else.
+Each Sender has a limit of its own for what is not confirmed: one that sends faster than Kafka takes it makes nobody
+else wait.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from streamtools.engine.tasks.sharing import Lease, Sharing
 from streamtools.errors import Closed
 from streamtools.settings import KafkaSettings
 
-#: The name that brokers show where nobody has given one.
+#: Shown by brokers when nobody has given a client id.
 CLIENT_ID: Final = "streamtools"
 _PUBLISHERS: Final = Sharing(Publisher.close)
 
 
 class Sender:
-    """One's own way to the producing client that all share.
+    """Sends records for one producer or consumer.
 
     Parameters:
-        settings: where; those with equal settings share.
-        client_id: as the broker shows it; those with another have a client of their own.
+        settings: of the Kafka; senders with equal settings share a Publisher.
+        client_id: shown by the broker; senders with another one have a Publisher of their own.
         room: bytes that a message may have beyond `max_message`.
     """
 
     def __init__(self, settings: KafkaSettings, client_id: str | None, *, room: int = 0) -> None:
         self._settings = settings
         self._client_id = client_id or CLIENT_ID
-        self._limit = settings.max_message + room
-        self._room = ByteLimit()
+        self._max_size = settings.max_message + room
+        self._limit = ByteLimit()
         self._pending: set[UnconfirmedBatch] = set()
         self._lease: Lease[Publisher] | None = None
 
     async def open(self) -> Topics:
-        """Connect, where nobody has; what looks at topics over the same connection.
+        """Connect, if nobody has; returns what looks for topics over the same connection.
 
         Raises:
             ConnectError: no broker lets us in.
@@ -63,7 +63,7 @@ class Sender:
         """
         if self._lease is None:
             raise Closed(CLOSED)
-        pending = await self._lease.value.submit(batch, self._room, self._limit)
+        pending = await self._lease.value.submit(batch, self._limit, self._max_size)
         self._pending.add(pending)
         try:
             if self._lease is None:
@@ -80,23 +80,23 @@ class Sender:
         return self._lease.value.what_it_waits_for() if self._lease is not None else "it is not connected."
 
     def partitions(self, topic: str) -> int | None:
-        """How many partitions it has, or had when it was last seen."""
+        """How many partitions a topic has, or had when it was last seen; None if it never was."""
         return self._lease.value.partitions.count(topic) if self._lease is not None else None
 
     async def make(self, topic: Topic) -> bool:
-        """Make a topic that was deleted while it was in use; False where it is there again."""
+        """Make a topic that was deleted while it was in use; False if it is there again."""
         if self._lease is None:
             raise Closed(CLOSED)
         return await self._lease.value.make(topic)
 
     async def close(self) -> None:
-        """Let go; what is not confirmed by then fails. Safe to repeat."""
+        """End; what is not confirmed fails. Safe to repeat."""
         lease, self._lease = self._lease, None
         for pending in self._pending:
             pending.given_up = True
             pending.fail(Closed("The producer was closed before this was confirmed."))
         self._pending.clear()
-        self._room.clear()
+        self._limit.clear()
         if lease is not None:
             await lease.release()
 

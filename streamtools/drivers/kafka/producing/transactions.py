@@ -1,14 +1,13 @@
-"""Transactions: messages to many topics, and a group's offsets, visible together or not at all.
+"""TransactionalProducer: messages to many topics, and a group's offsets, visible together or not at all.
 
-A transactional id has one owner. Whoever takes it over (`fence`) ends what its last owner had open, and
-Kafka takes nothing more of that one. A transaction that fails in a way which leaves its fate open ends the
-use of its producer; the next owner finds out by taking the id over.
+A transactional id has one owner. Whoever takes it over (`fence`) ends what its last owner had open, and Kafka takes
+nothing more from that one. If a transaction fails and its fate is open, its producer is used no more; the next owner
+finds out by taking the id over.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -17,27 +16,29 @@ from aiokafka import errors as kafka
 from aiokafka.client import ConnectionGroup, CoordinationType
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
-from streamtools.drivers.kafka.client.connect import (
+from streamtools.drivers.kafka.client.connect import connection, started
+from streamtools.drivers.kafka.client.guard import harden
+from streamtools.drivers.kafka.client.producers import (
     abandoned,
     abort_what_was_added,
-    connection,
+    is_in_transaction,
     next_number,
     rewind,
-    started,
+    take_identity,
 )
-from streamtools.drivers.kafka.client.guard import harden
 from streamtools.drivers.kafka.errors import BATCH_REFUSALS, CLIENT_ERRORS, RECORD_REFUSALS, client_error, plain
+from streamtools.drivers.kafka.producing.batches import BATCH, BatchQueue, confirm
 from streamtools.drivers.kafka.producing.partitions import PartitionChooser
-from streamtools.drivers.kafka.producing.publisher import BATCH
-from streamtools.drivers.kafka.producing.record import Portions, ProducerRecord, append, refused
+from streamtools.drivers.kafka.producing.record import ProducerRecord, refused
+from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, UnconfirmedBatch
 from streamtools.drivers.kafka.records import COPY_ROOM
 from streamtools.errors import ConnectionLost, StreamToolsError
 from streamtools.settings import KafkaSettings
 
-#: Seconds after which Kafka itself ends a transaction whose owner is silent; readers wait for it so long.
+#: Seconds after which Kafka ends a transaction whose owner is silent; readers wait for it so long.
 TIMEOUT: Final = 60.0
 #: Seconds between two attempts to take an id over while its last transaction is being ended.
-LOOK: Final = 0.03
+FENCE_INTERVAL: Final = 0.03
 #: The coordinator is elsewhere, or not ready: ask again.
 _AGAIN: Final[tuple[type[Exception], ...]] = (
     kafka.ConcurrentTransactions,
@@ -49,7 +50,7 @@ _AGAIN: Final[tuple[type[Exception], ...]] = (
     kafka.KafkaConnectionError,
 )
 
-#: A batch was refused, by itself or with a topic beside it; the producer can abort and go on.
+#: A batch was refused, by itself or because another topic was; the producer can abort and go on.
 _REFUSED: Final[tuple[type[Exception], ...]] = (*BATCH_REFUSALS, kafka.OperationNotAttempted)
 
 T = TypeVar("T")
@@ -79,15 +80,18 @@ async def fence(client: Any, transactional_id: str, *, timeout: float) -> Identi
                     return answer.producer_id, answer.producer_epoch
                 raise error()
             except _AGAIN:
-                await asyncio.sleep(LOOK)
+                await asyncio.sleep(FENCE_INTERVAL)
 
 
 class TransactionalProducer:
     """A producer with a transactional id, for one transaction after the other.
 
     Parameters:
-        transactional_id: whose last owner is fenced off by `open()`.
-        identity: what `fence` has brought for it, where that was called before.
+        transactional_id: its last owner is fenced off by `open()`.
+        identity: what `fence` has returned for it, if that was called before.
+
+    Attributes:
+        broken: the fate of its transaction is open, or it was fenced off; it is of no use any more.
     """
 
     def __init__(
@@ -97,10 +101,9 @@ class TransactionalProducer:
         self._id = transactional_id
         self._client_id = client_id
         self._identity = identity
-        self._limit = settings.max_message + COPY_ROOM
+        self._max_size = settings.max_message + COPY_ROOM
         self._partitions = PartitionChooser(settings)
         self._producer: Any = None
-        #: It has failed in a way that leaves the fate of its transaction open, or was fenced off.
         self.broken: bool = False
 
     async def open(self) -> None:
@@ -114,14 +117,12 @@ class TransactionalProducer:
             transactional_id=self._id,
             transaction_timeout_ms=int(1000 * TIMEOUT),
             max_batch_size=BATCH,
-            max_request_size=self._limit,
+            max_request_size=self._max_size,
         )
         harden(producer.client)
         abort_what_was_added(producer)
         if self._identity is not None:
-            # The library then takes the id as its own instead of taking it over once more: another owner may
-            # have done that meanwhile, and must not be fenced off by us.
-            producer._txn_manager.set_pid_and_epoch(*self._identity)
+            take_identity(producer, self._identity)
         await started(producer, self._settings, timeout=self._settings.connect_timeout + TIMEOUT)
         self._producer = producer
 
@@ -130,26 +131,24 @@ class TransactionalProducer:
         await self._do(self._producer.begin_transaction())
 
     async def send(self, batch: Sequence[ProducerRecord]) -> None:
-        """Send as part of the transaction, which is to be aborted when this fails.
+        """Send as part of the transaction, which must be aborted when this fails.
 
         Raises:
-            SendError: naming those that Kafka refuses.
+            SendError: naming the messages that Kafka refuses.
             ConnectionLost: their fate is open.
         """
         batch, missing = await self._partitions.know(batch, self._producer)
-        failed: dict[str, BaseException] = {}
-        lanes: dict[tuple[str, int], list[ProducerRecord]] = {}
-        for item in batch:
-            trouble = item.error or missing.get(item.topic) or self._partitions.trouble(item, self._limit)
-            if trouble is None:
-                lanes.setdefault((item.topic, self._partitions.choose(item)), []).append(item)
-            else:
-                item.refuse(trouble)
-                failed[item.id] = trouble
-        if not failed:
-            await asyncio.gather(*(self._send_lane(*place, items, failed) for place, items in lanes.items()))
-        if failed:
-            raise refused(failed, self._settings, batch)
+        pending = UnconfirmedBatch(len(batch), ByteLimit())
+        queues: dict[tuple[str, int], BatchQueue] = {}
+
+        def queue_of(topic: str, partition: int) -> BatchQueue:
+            return queues.setdefault((topic, partition), BatchQueue())
+
+        self._partitions.distribute(batch, pending, queue_of, missing=missing, max_size=self._max_size)
+        if not pending.failed:
+            await asyncio.gather(*(self._send_all(*place, queue) for place, queue in queues.items()))
+        if pending.failed:
+            raise refused(pending.failed, self._settings, batch)
 
     async def add_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]], group: str) -> None:
         """Commit a group's offsets as part of the transaction."""
@@ -164,23 +163,21 @@ class TransactionalProducer:
         await self._do(self._producer.commit_transaction())
 
     async def abort(self) -> None:
-        """Forget all of it; where that fails, Kafka does it when the id is taken over, or after `TIMEOUT`."""
+        """Forget all of it; if that fails, Kafka does it when the id is taken over, or after `TIMEOUT`."""
         try:
             await self._do(self._producer.abort_transaction())
         except StreamToolsError:
             self.broken = True
 
     async def close(self) -> None:
-        """Let go at once; a transaction that is open is aborted by Kafka."""
+        """End at once; an open transaction is aborted by Kafka."""
         producer, self._producer = self._producer, None
         await self._partitions.close()
         if producer is not None:
             await abandoned(producer)
 
-    # --- how --------------------------------------------------------------------------------------
-
     async def _do(self, work: Awaitable[T], *, spared: tuple[type[Exception], ...] = ()) -> T:
-        """Do it in time; whatever else than `spared` goes wrong, the producer is of no use any more."""
+        """Do it in time. After any other error than `spared`, the producer is of no use any more."""
         try:
             async with asyncio.timeout(self._settings.request_timeout * 2):
                 return await work
@@ -196,14 +193,10 @@ class TransactionalProducer:
             return ConnectionLost(f"Another has taken over the transactional id {self._id!r}, or its time was over.")
         return ConnectionLost(f"A transaction of {self._id!r} at {self._settings.safe_url} failed: {plain(error)}")
 
-    async def _send_lane(
-        self, topic: str, partition: int, items: list[ProducerRecord], failed: dict[str, BaseException]
-    ) -> None:
-        """Batch after batch to one partition; one that is refused for a record of it goes in halves."""
-        portions = Portions()
-        waiting = deque(items)
-        while waiting and self._takes_more:
-            batch, builder = self._build(waiting, portions, failed)
+    async def _send_all(self, topic: str, partition: int, queue: BatchQueue) -> None:
+        """Send batch after batch to one partition, until one is refused for another reason than a record of it."""
+        while queue.waiting and not self.broken and is_in_transaction(self._producer):
+            batch, builder = queue.build(self._producer)
             if not batch:
                 continue
             number = next_number(self._producer, topic, partition)
@@ -214,24 +207,17 @@ class TransactionalProducer:
             if isinstance(error, kafka.OperationNotAttempted):  # another topic was refused: nothing more is sent
                 return
             if not isinstance(error, RECORD_REFUSALS):
-                batch += waiting
-                waiting.clear()
+                batch += queue.take_all()
             elif len(batch) > 1:
-                portions.halve(len(batch))
-                waiting.extendleft(reversed(batch))
+                queue.halve(batch)
                 continue
             for item in batch:
-                item.refuse(error)
-                failed[item.id] = error
-
-    @property
-    def _takes_more(self) -> bool:
-        return not self.broken and bool(self._producer._txn_manager.is_in_transaction())
+                item.fail(error)
 
     async def _send_batch(
         self, builder: Any, topic: str, partition: int, batch: Sequence[ProducerRecord]
     ) -> BaseException | None:
-        """Send it; why it was refused, where it was."""
+        """Send it; returns why it was refused, if it was."""
 
         async def send() -> int:
             future = await self._producer.send_batch(builder, topic, partition=partition)
@@ -239,45 +225,25 @@ class TransactionalProducer:
             return offset
 
         try:
-            offset = await self._do(send(), spared=_REFUSED)
+            confirm(batch, partition, await self._do(send(), spared=_REFUSED))
         except ConnectionLost as lost:
             if isinstance(lost.__cause__, _REFUSED):
                 return lost.__cause__
             raise
-        for item in batch:
-            item.partition, item.offset = partition, offset
-            offset += 1
         return None
 
-    def _build(
-        self, waiting: deque[ProducerRecord], portions: Portions, failed: dict[str, BaseException]
-    ) -> tuple[list[ProducerRecord], Any]:
-        builder = self._producer.create_batch()
-        batch = []
-        number = most = portions.next(len(waiting))
-        while number and append(builder.append, waiting[0]):
-            item = waiting.popleft()
-            number -= 1
-            if item.error is None:
-                batch.append(item)
-            else:
-                failed[item.id] = item.error
-        portions.taken(most - number)
-        builder.close()
-        return batch, builder
 
-
-async def opened(transactional: TransactionalProducer, settings: KafkaSettings) -> TransactionalProducer:
+async def opened(producer: TransactionalProducer, settings: KafkaSettings) -> TransactionalProducer:
     """Open it; nothing is left open when that fails."""
     try:
-        await transactional.open()
+        await producer.open()
     except CLIENT_ERRORS as error:
-        await transactional.close()
+        await producer.close()
         raise client_error(error, settings) from error
     except BaseException:
-        await transactional.close()
+        await producer.close()
         raise
-    return transactional
+    return producer
 
 
 def same_kafka(one: KafkaSettings, other: KafkaSettings) -> bool:

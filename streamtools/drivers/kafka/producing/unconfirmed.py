@@ -1,4 +1,4 @@
-"""What was sent together and waits for its confirmation, and how much of that one sender may have."""
+"""UnconfirmedBatch: messages of one send that wait for Kafka's confirmation. ByteLimit: how many may wait."""
 
 from __future__ import annotations
 
@@ -6,62 +6,76 @@ import asyncio
 from collections import deque
 from typing import Final
 
-#: Bytes that wait unconfirmed at most; senders wait for room beyond.
+#: Unconfirmed bytes of one sender at most; it waits beyond.
 UNCONFIRMED: Final = 64 * 1024 * 1024
 
 
 class UnconfirmedBatch:
-    """Messages sent together: done when each has its outcome.
+    """Messages that were sent together, until each is confirmed or failed.
+
+    Parameters:
+        number: how many messages.
+        limit: the sender's, which counts their bytes.
 
     Attributes:
-        future: ends when all are confirmed, or each of the others has failed.
-        room: of whoever sends them.
-        given_up: nobody waits any more; what was not handed to Kafka yet is forgotten.
+        remaining: how many have no outcome.
+        failed: why messages were refused, by their ids.
+        future: done when every message is confirmed or failed.
+        given_up: nobody waits any more; messages that are in no batch are forgotten.
     """
 
-    __slots__ = ("failed", "future", "given_up", "remaining", "room", "unknown")
+    __slots__ = ("failed", "future", "given_up", "limit", "remaining")
 
-    def __init__(self, number: int, room: ByteLimit) -> None:
-        self.room: ByteLimit = room
+    def __init__(self, number: int, limit: ByteLimit) -> None:
+        self.limit: ByteLimit = limit
         self.remaining: int = number
         self.failed: dict[str, BaseException] = {}
-        self.unknown: dict[str, BaseException] = {}
         self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.given_up: bool = False
 
+    def confirm(self, number: int, size: int) -> None:
+        """So many messages, of so many bytes, are confirmed."""
+        self.limit.free(size)
+        self.done(number)
+
     def done(self, number: int = 1) -> None:
+        """So many more messages have their outcome."""
         self.remaining -= number
         if self.remaining <= 0 and not self.future.done():
             self.future.set_result(None)
 
     def fail(self, error: BaseException) -> None:
-        """All that is left of it ends by this error."""
+        """All messages without an outcome end by this error."""
         if not self.future.done():
             self.future.set_exception(error)
-            self.future.exception()  # looked at: whoever waits gets it all the same
+            self.future.exception()  # looked at, so that asyncio does not warn if nobody waits
 
 
 class ByteLimit:
-    """Bytes that one sender may have unconfirmed; it waits for room beyond."""
+    """Bytes that one sender may have unconfirmed.
+
+    Parameters:
+        limit: how many.
+    """
 
     def __init__(self, limit: int = UNCONFIRMED) -> None:
         self._limit = limit
         self._taken = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    def is_short_of(self, size: int) -> bool:
-        """There is no room for so many bytes; what is larger than all of it has it alone."""
+    def is_exceeded_by(self, size: int) -> bool:
+        """So many more bytes are too many. A batch above the limit is let in when nothing else waits."""
         return self._taken > 0 and self._taken + size > self._limit
 
     async def wait_for(self, size: int) -> None:
-        """Return when there is room for so many bytes."""
-        while self.is_short_of(size):
+        """Return when so many more bytes are within the limit."""
+        while self.is_exceeded_by(size):
             waiter = asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             await waiter
 
     def take(self, size: int) -> None:
-        """So many bytes wait."""
+        """So many more bytes wait."""
         self._taken += size
 
     def free(self, size: int) -> None:
@@ -71,7 +85,7 @@ class ByteLimit:
             _wake(self._waiting.popleft())
 
     def clear(self) -> None:
-        """Nobody is to wait any more."""
+        """Let everybody in: nothing waits any more."""
         self._taken = 0
         while self._waiting:
             _wake(self._waiting.popleft())

@@ -1,4 +1,4 @@
-"""Which tier a delay goes to, and when it goes on."""
+"""Which level a delay goes to, and when it goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamtools.drivers.kafka.consuming.delays import DELAY_LEVELS, leaves_at, 
 def test_each_delay_has_the_longest_tier_that_does_not_exceed_it() -> None:
     delays = (-1, 0, 0.01, 0.25, 1.9, 2, 14.9, 15, 120, 86400 * 365)
     assert [level_of(s) for s in delays] == [0, 0, 1, 1, 1, 2, 2, 3, 4, 5]
-    assert level_of(3600, partitions=3) == 2  # a topic that somebody made with fewer
+    assert level_of(3600, levels=3) == 2  # a topic that somebody made with fewer
 
 
 @given(st.floats(0, 10 * 366 * 86400))
@@ -31,7 +31,7 @@ def test_from_tier_to_tier_a_message_is_delivered_when_it_is_due_and_never_befor
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 100)), min_size=2))
 def test_in_one_tier_the_first_to_come_is_the_first_to_go(pairs: list[tuple[float, float]]) -> None:
-    """Of those that are due later than the tier is long, which is why they are in it."""
+    """Of those that are due later than the level is long, which is why they are in it."""
     partition = 3
     entered = sorted(at for at, _ in pairs)
     leaves = [

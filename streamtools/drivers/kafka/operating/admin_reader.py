@@ -1,6 +1,6 @@
-"""AdminReader: what waits for a group, read from outside it, for `peek`, `move` and `discard`.
+"""AdminReader: reads what waits for a group without joining it, for `peek`, `move` and `discard`.
 
-AdminViewer shows it, and what arrives, to those who only look.
+AdminViewer shows what waits and what arrives, and changes nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from aiokafka import errors as kafka
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.kafka.brokers.cluster import EARLIEST, LATEST, Cluster
 from streamtools.drivers.kafka.brokers.topics import Topics
-from streamtools.drivers.kafka.client.batches import Answers, Buffers
-from streamtools.drivers.kafka.client.connect import connection, get_many, started, stopped
-from streamtools.drivers.kafka.client.guard import harden
+from streamtools.drivers.kafka.client.batches import Buffers
+from streamtools.drivers.kafka.client.connect import connection, started, stopped
+from streamtools.drivers.kafka.client.consumers import ConsumerClient
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, refusal
 from streamtools.drivers.kafka.names import RETRY, is_retry_topic, reader_of
 from streamtools.drivers.kafka.offsets import Offsets
@@ -43,7 +43,7 @@ from streamtools.errors import QueueError, SendError
 from streamtools.message import Message
 from streamtools.settings import KafkaSettings
 
-#: Seconds in which a first fetch has surely found what is there.
+#: Seconds in which a first fetch surely finds what is there.
 FETCH: Final = 0.5
 
 
@@ -53,18 +53,20 @@ class RedrivenMessage(Message):
 
     @classmethod
     def of(cls, message: Message) -> RedrivenMessage:
-        """The message, on its way back."""
+        """The same message, marked so."""
         return cls(**{f.name: getattr(message, f.name) for f in fields(Message)})
 
 
 class AdminReader:
-    """Reads what waited in a topic when it was opened, for the group that the topic is for; joins no group.
+    """Reads what a topic's group had not finished at `open()`; it can send it elsewhere, and commit for the group.
+
+    The group is the one that the topic is for: the one named as it, or that whose retries it holds.
 
     Parameters:
         queue: the topic.
-        cluster: connected.
+        cluster: a connected one.
         settings: of the connections that it opens itself.
-        client_id: as the broker shows them.
+        client_id: shown by the broker.
     """
 
     def __init__(self, queue: str, cluster: Cluster, settings: KafkaSettings, *, client_id: str | None) -> None:
@@ -76,10 +78,10 @@ class AdminReader:
         self._client_id = client_id or "streamtools-admin"
         self._offsets: dict[TopicPartition, Offsets] = {}
         self._ends: dict[TopicPartition, float] = {}
-        self._commits: dict[TopicPartition, Commit] = {}  # of the group, as far as we know
+        self._commits: dict[TopicPartition, Commit] = {}  # of the group, as last seen
         self._records: dict[TopicPartition, dict[int, Any]] = {}  # taken and not finished
-        self._there: dict[tuple[str, str], bool] = {}  # whether groups and their topics for retries are
-        self._consumer: Any = None
+        self._there: dict[tuple[str, str], bool] = {}  # whether groups and their retry topics exist
+        self._client: ConsumerClient | None = None
         self._sender: Sender | None = None
 
     async def open(self) -> None:
@@ -100,11 +102,10 @@ class AdminReader:
             auto_offset_reset="earliest",
             isolation_level="read_committed",
         )
-        harden(consumer._client)
-        answers = Answers(consumer._client)
+        client = ConsumerClient(consumer, self._settings)
         await started(consumer, self._settings)
-        self._consumer = consumer
-        consumer._fetcher._records = Buffers(consumer._fetcher._records, answers)
+        self._client = client
+        client.hand_over(Buffers)
         consumer.assign(topic.partitions)
         for partition in topic.partitions:
             progress = Progress(begins[partition], ends[partition], commits.get(partition))
@@ -114,7 +115,7 @@ class AdminReader:
             consumer.seek(partition, progress.start)
 
     async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]:
-        """The next that wait, the oldest first among those that came together; none at the end."""
+        """The next messages, the oldest first among those fetched together; none when all were read."""
         loop = asyncio.get_running_loop()
         deadline = None if timeout is None else loop.time() + timeout
         while unread := await self._unread():
@@ -122,8 +123,8 @@ class AdminReader:
             if rest <= 0:
                 break
             with self._plain_errors():
-                found = await get_many(self._consumer, *unread, timeout_ms=int(1000 * rest), max_records=max_messages)
-            # Each partition's records stay in their order, whatever their times.
+                found = await self._connected.get_many(*unread, timeout_ms=int(1000 * rest), max_records=max_messages)
+            # Each partition's records keep their order, whatever their times.
             records = heapq.merge(*found.values(), key=lambda record: record.timestamp or 0)
             taken = [self._take(record) for record in records]
             if deliveries := [delivery for delivery in taken if delivery is not None]:
@@ -131,25 +132,25 @@ class AdminReader:
         return []
 
     async def close(self) -> None:
-        """Let go; nothing that was not settled has changed."""
-        consumer, self._consumer = self._consumer, None
+        """Close the connections; what was not settled has not changed."""
+        client, self._client = self._client, None
         sender, self._sender = self._sender, None
         try:
             if sender is not None:
                 await sender.close()
         finally:
-            if consumer is not None:
-                await stopped(consumer)
+            if client is not None:
+                await stopped(client.consumer)
 
     async def _stop(self) -> None:
-        """There is nothing under way between two calls."""
+        """Nothing is under way between two calls."""
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
-        """Send what is to go out, then commit.
+        """Send what the settlements send, then commit.
 
         Raises:
-            QueueError: the group has consumers, or somebody else has moved it meanwhile.
-            SendError: a message was refused; it and nothing else stays.
+            QueueError: the group has consumers, or somebody else has committed for it meanwhile.
+            SendError: some messages were refused; only those stay in the topic.
         """
         sender = await self._opened()
         await self._check_alone()
@@ -168,8 +169,13 @@ class AdminReader:
     # --- how --------------------------------------------------------------------------------------
 
     def _end(self, found: int) -> float:
-        """Where reading a partition stops."""
+        """The offset where reading a partition stops, of the end that was found."""
         return found
+
+    @property
+    def _connected(self) -> ConsumerClient:
+        assert self._client is not None, "it is not open"
+        return self._client
 
     @contextmanager
     def _plain_errors(self) -> Iterator[None]:
@@ -184,10 +190,10 @@ class AdminReader:
         told = header_texts(record.headers, (GROUP, RETRIES))
         for item, message in zip(items, settlement.outgoing, strict=True):
             item.is_copy = True
-            if message.error is not None:  # it is put aside, and goes home from there
+            if message.error is not None:  # it stays rejected, and a later redrive needs to know where it came from
                 item.headers += decode_origin(record, _place(record)).headers
                 item.headers += [(name, text.encode()) for name, text in told.items()]
-        if GROUP in told and RETRIES in told and await self._reads(told[GROUP], told[RETRIES]):
+        if GROUP in told and RETRIES in told and await self._exists(told[GROUP], told[RETRIES]):
             origin = decode_origin(record, _place(record))
             back = [i for i, m in zip(items, settlement.outgoing, strict=True) if isinstance(m, RedrivenMessage)]
             for item in back:
@@ -197,18 +203,18 @@ class AdminReader:
                 item.topic, item.partition, item.timestamp = told[RETRIES], 0, now_ms()
         return items
 
-    async def _reads(self, group: str, topic: str) -> bool:
-        """Both are still there; else what waits there would wait for nobody."""
+    async def _exists(self, group: str, topic: str) -> bool:
+        """The group and its retry topic still exist; else nobody would read what is sent there."""
         if (group, topic) not in self._there:
             known = group in await self._groups.names() and topic in await self._cluster.topics([topic])
             self._there[group, topic] = known
         return self._there[group, topic]
 
     async def _waits_for(self, group: str, retries: str, topic: str) -> bool:
-        """Retries of this topic, by this group, wait in that one.
+        """`retries` is where retries of this topic by this group wait.
 
-        Whoever may write to the error queue may have written the names: a message for one topic is to come into no
-        other group's retries. Of a group that reads several topics it is asked whether it has read this one.
+        The names stand in headers that anybody may have written: a message must not get into the retries of another
+        group. A group that reads several topics must have committed something of this one.
         """
         if retries in (topic + RETRY, f"{topic}{RETRY}.{group}"):
             return reader_of(retries) == group
@@ -220,7 +226,7 @@ class AdminReader:
 
     async def _opened(self) -> Sender:
         if self._sender is None:
-            # Before anything is sent: what cannot be committed would be sent again each time.
+            # Checked before anything is sent: what cannot be committed would be sent again each time.
             if (await self._groups.describe(self._group)).active:
                 raise busy(self._group, self._settings)
             sender = Sender(self._settings, self._client_id, room=COPY_ROOM)
@@ -229,7 +235,7 @@ class AdminReader:
         return self._sender
 
     async def _check_alone(self) -> None:
-        """That nobody else has moved the group since: who does would send the same messages, and we undo his commit.
+        """Check that nobody else has committed for the group: they would send the same messages.
 
         Raises:
             QueueError: somebody has.
@@ -240,13 +246,13 @@ class AdminReader:
             )
 
     async def _unread(self) -> list[TopicPartition]:
-        """PartitionChooser with something before the end that was found at the beginning."""
+        """Partitions that were not read up to their end; the others are paused."""
         found = []
         for partition, end in self._ends.items():
-            if await self._consumer.position(partition) < end:
+            if await self._connected.consumer.position(partition) < end:
                 found.append(partition)
             else:
-                self._consumer.pause(partition)
+                self._connected.consumer.pause(partition)
         return found
 
     def _take(self, record: Any) -> Delivery | None:
@@ -264,7 +270,7 @@ class AdminReader:
             partition = _place(record)
             if self._offsets[partition].finish(record.offset):
                 del self._records[partition][record.offset]
-            touched.add(partition)  # in any case: the commit before may have failed
+            touched.add(partition)  # even if it was finished before: that commit may have failed
         for partition in touched:
             await self._make_room(partition)
         commits = {p: self._offsets[p].commit()[:2] for p in touched}
@@ -277,27 +283,27 @@ class AdminReader:
             raise refusal(error, self._settings) from error
 
     async def _make_room(self, partition: TopicPartition) -> None:
-        """Put what was left, and is in the way, behind everything else.
+        """If the commit cannot tell all that is finished, write the messages that were left once more at the end.
 
-        A commit has room for some thousand gaps between finished messages. Beyond, the messages in the gaps are
-        written once more at the end, as they are, and finished where they were.
+        A commit has room for some thousand gaps between finished messages. The messages in the gaps are finished
+        where they were, once they are written again.
         """
         offsets, left = self._offsets[partition], self._records[partition]
         if offsets.commit()[2] or self._sender is None:
             return
-        await self._sender.publish([_again(record) for record in left.values()])
+        await self._sender.publish([_same_record(record) for record in left.values()])
         for offset in list(left):
             offsets.finish(offset)
         left.clear()
 
 
 class AdminViewer(AdminReader):
-    """Shows what waits for a topic's group, and then what arrives; joins no group and moves none.
+    """Shows what waits for a topic's group, and then what arrives; changes nothing.
 
     Parameters:
         queue: the topic.
         settings: of its connections.
-        client_id: as the broker shows them.
+        client_id: shown by the broker.
     """
 
     def __init__(self, queue: str, settings: KafkaSettings, *, client_id: str | None) -> None:
@@ -318,11 +324,11 @@ class AdminViewer(AdminReader):
             raise
 
     async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]:
-        """The next that wait or arrive; none when there were none for `timeout` seconds."""
+        """The next messages that wait or arrive; none if none came for `timeout` seconds."""
         return await super().receive(max_messages, timeout=None if timeout is None else max(timeout, FETCH))
 
     async def close(self) -> None:
-        """Let go; nothing has changed."""
+        """Close the connections."""
         try:
             await super().close()
         finally:
@@ -332,7 +338,7 @@ class AdminViewer(AdminReader):
         return math.inf
 
 
-def _again(record: Any) -> ProducerRecord:
+def _same_record(record: Any) -> ProducerRecord:
     place = _place(record)
     found = decode_origin(record, place).headers
     origin = [(name, value) for name, value in found if name not in dict(record.headers)]
