@@ -1,4 +1,4 @@
-"""KafkaAdmin: topics, their groups and their settings."""
+"""KafkaAdmin: topics, their settings and their groups."""
 
 from __future__ import annotations
 
@@ -32,28 +32,27 @@ from streamtools.protocols import QUEUE_OPTIONS
 from streamtools.queues import GroupInfo, PartitionInfo, Place, QueueInfo, QueueSettings
 from streamtools.settings import KafkaSettings
 
-#: Kafka's names of a topic's settings (kafka.apache.org, "Topic configs"), and their word for "no limit".
+#: Kafka's names for a topic's settings (kafka.apache.org, "Topic configs"), and their value for "no limit".
 RETENTION: Final = "retention.ms"
 RETENTION_BYTES: Final = "retention.bytes"
 UNLIMITED: Final = "-1"
 
 
 class CreateOptions(Options):
-    """What `create` takes for Kafka; the settings', else the broker's default, when None."""
+    """Options of `create` for Kafka; when None, those of the settings, else the broker's default."""
 
     partitions: Annotated[int | None, Field(ge=1)] = None
     replication: Annotated[int | None, Field(ge=1)] = None
 
 
 class KafkaAdmin(QueueAdmin, protocol="kafka"):
-    """Looks at Kafka's topics and groups, and changes them.
+    """Shows Kafka's topics and groups, and changes them.
 
-    A queue's `ready` is what the group that is named as the queue has still to read; messages in hand count, too,
-    for Kafka does not know them. `delayed` is what waits for its time in that group's retry topic; the retry topics
-    of other groups are listed. `oldest` is the age of what the group has to do next, and only `stats` looks for it.
-    `peek` disturbs nobody; `move` and `discard` need that group's consumers to be stopped, and so does `seek`.
-    What `move` takes out of an error queue and back goes to the group that had rejected it, and to no other; with a
-    target, even that queue, to all who read it.
+    A queue's `ready` is what the group named as the queue has still to read; messages in hand count too, as Kafka
+    does not know them. `delayed` is what waits in that group's retry topic; retry topics of other groups are listed
+    as queues. `oldest` is the age of the group's next message; only `stats` finds it. `peek` disturbs nobody; `move`,
+    `discard` and `seek` need that group's consumers to be stopped. Without a target, `move` returns a message from
+    an error queue only to the group that had rejected it; with a target, even the same queue, to all who read it.
     """
 
     settings_class: ClassVar[type[KafkaSettings]] = KafkaSettings
@@ -162,7 +161,7 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         try:
             await cluster.add_partitions(queue, total)
         except kafka.InvalidPartitionsError:
-            if len((await self._topic(queue)).leaders) != total:  # else an answer was lost, and it was done
+            if len((await self._topic(queue)).leaders) != total:  # else it was done, and the answer was lost
                 raise
         await cluster.wait(lambda: self._has_partitions(queue, total))
 
@@ -174,10 +173,10 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
             groups = Groups(cluster)
             found = []
             for name in await groups.names():
-                membership = await groups.describe(name)
+                members = await groups.describe(name)
                 progress = await self._progress(name, partitions)
-                if membership.reads(queue) or any(one.commit is not None for one in progress.values()):
-                    found.append(_group(name, queue, membership, progress))
+                if members.reads(queue) or any(one.commit is not None for one in progress.values()):
+                    found.append(_group(name, queue, members, progress))
             return found
 
     async def _seek(self, queue: str, to: Place, group: str, partition: int | None) -> GroupInfo:
@@ -242,10 +241,10 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         return AdminViewer(queue, self.settings, client_id=self.client_id)
 
     async def _infos(self, topics: Mapping[str, TopicState], *, counted: bool = False) -> list[QueueInfo]:
-        """The numbers of each topic; those of the retry topic of its own group are with it.
+        """The numbers of each topic, including those of the retry topic of its own group.
 
         Parameters:
-            counted: count messages where there are few, instead of offsets.
+            counted: count messages if there are few, instead of offsets.
         """
         groups = Groups(self._connected())
         known = await groups.names()
@@ -273,13 +272,13 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         ]
 
     async def _oldest(self, topic: TopicState) -> float | None:
-        """The age of what its group has to do next."""
+        """The age of the next message of its group, in seconds; None if nothing waits."""
         found = await self._progress(reader_of(topic.name), topic.partitions)
         times = await next_times(self._connected(), {p: one.start for p, one in found.items() if one.waiting})
         return max(0.0, time.time() - min(times)) if times else None
 
     async def _progress(self, group: str, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Progress]:
-        # The commits first: a message that is done meanwhile counts as waiting, never the other way round.
+        # The commits first: a message that is finished meanwhile may count as waiting, but not the other way round.
         return await self._measured(await Groups(self._connected()).committed(group, partitions), partitions)
 
     async def _measured(
@@ -289,7 +288,7 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         *,
         all_of_them: bool = True,
     ) -> dict[TopicPartition, Progress]:
-        """These commits against what the partitions hold."""
+        """These commits, compared with what the partitions hold."""
         cluster = self._connected()
         begins = await cluster.offsets(partitions, EARLIEST, all_of_them=all_of_them)
         ends = await cluster.offsets(partitions, LATEST, all_of_them=all_of_them)
@@ -308,7 +307,7 @@ class KafkaAdmin(QueueAdmin, protocol="kafka"):
         return found
 
     async def _has_partitions(self, queue: str, total: int) -> bool:
-        # By all brokers: whoever is asked next answers so.
+        # All brokers must know it, as any of them may be asked next.
         states = await self._connected().everywhere(queue)
         return bool(states) and all(
             state is not None and len(state.leaders) == total and min(state.leaders.values()) >= 0 for state in states
@@ -340,7 +339,7 @@ def _settings(retention: float | None, retention_bytes: float | None) -> dict[st
 
 
 def _group(
-    name: str, queue: str, membership: GroupDescription, progress: Mapping[TopicPartition, Progress]
+    name: str, queue: str, members: GroupDescription, progress: Mapping[TopicPartition, Progress]
 ) -> GroupInfo:
     partitions = tuple(
         PartitionInfo(
@@ -350,15 +349,15 @@ def _group(
             committed=None if one.commit is None else one.commit[0],
             lag=one.lag,
             ahead=one.ahead,
-            member=membership.holder(partition),
+            member=members.holder(partition),
         )
         for partition, one in sorted(progress.items())
     )
     return GroupInfo(
         name=name,
         queue=queue,
-        state=membership.state.lower(),
-        members=len(membership.members),
+        state=members.state.lower(),
+        members=len(members.members),
         lag=sum(one.lag for one in partitions),
         partitions=partitions,
     )

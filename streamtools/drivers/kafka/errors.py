@@ -1,4 +1,4 @@
-"""The one place where errors of the client library become ours. Each keeps its cause."""
+"""What errors of the client library mean, and ours for them. Each keeps its cause."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from streamtools.settings import KafkaSettings
 
 
 class _InvalidRecordError(kafka.BrokerResponseError):  # type: ignore[misc]  # the library has no types
-    """What the broker takes no record of: on a compacted topic, of one without a key (KIP-467).
+    """The broker does not take a record: on a compacted topic, one without a key (KIP-467).
 
-    The library (0.14) does not know this code, and takes it for a failure that passes.
+    The library (0.14) does not know this code, and takes it for an error that passes.
     """
 
     errno = 87
@@ -36,33 +36,33 @@ CLIENT_ERRORS: Final[tuple[type[Exception], ...]] = (
     AssertionError,
     asyncio.InvalidStateError,
 )
-#: What the client library (0.14) raises in the middle of an answer that is no broker's, beside `CLIENT_ERRORS`:
-#: from its own reading, or where it finds null and expects a list. To be caught where only an answer is read; in the
-#: hands of a user's functions the same are their own errors.
+#: What the client library (0.14) raises, beside `CLIENT_ERRORS`, while it reads an answer that is no broker's: it
+#: cannot decode it, or finds null instead of a list. To be caught only where no user's code runs: there, the same
+#: errors are the user's own.
 GARBAGE: Final[tuple[type[Exception], ...]] = (
     TypeError, ValueError, LookupError, AttributeError, ArithmeticError, EOFError, struct.error, MemoryError,
     RecursionError, NotImplementedError,
 )  # fmt: skip
-#: Those, and what we have made of them.
+#: `CLIENT_ERRORS`, and our own.
 TROUBLE: Final[tuple[type[Exception], ...]] = (*CLIENT_ERRORS, StreamToolsError)
 
 
-#: What to look at where an answer cannot be read.
+#: What to look at if an answer cannot be read.
 NO_KAFKA: Final = "If this lasts, look at what stands between: a proxy, or another program at that port."
 
 
 class Fate(Enum):
-    """What follows from an error that a broker answers."""
+    """What follows from a broker's error."""
 
-    AGAIN = "passes: it is tried again, by a new client where need be, until `send_timeout` or a stop"
+    AGAIN = "passes: it is tried again, by a new client if necessary, until `send_timeout` or a stop"
     RECORD = "that one message is refused; the others of its batch are taken"
     TOPIC = "the messages to that topic are refused"
     UNDONE = "the transaction was aborted; a consumer reads its messages again"
     FOR_GOOD = "an error at once: trying again cannot help"
 
 
-#: The brokers' answers by name (kafka.apache.org/protocol, "Error Codes"), what they mean here, and what to do.
-#: What is not listed passes.
+#: The brokers' errors by name (kafka.apache.org/protocol, "Error Codes"), what follows from them, and what to do.
+#: An error that is not listed passes.
 FATES: Final[Mapping[str, tuple[type[Exception], Fate, str]]] = {
     "MESSAGE_TOO_LARGE": (kafka.MessageSizeTooLargeError, Fate.RECORD, "put less into it; see max.message.bytes"),
     "RECORD_LIST_TOO_LARGE": (kafka.RecordListTooLargeError, Fate.RECORD, "the same, and segment.bytes"),
@@ -114,36 +114,36 @@ def _with(*fates: Fate) -> tuple[type[Exception], ...]:
     return tuple(error for error, fate, _ in FATES.values() if fate in fates)
 
 
-#: The broker refuses a whole batch for one of its records; the others are accepted without that one.
+#: The broker refuses a whole batch for one of its records; the others are taken without that one.
 RECORD_REFUSALS: Final = _with(Fate.RECORD)
 #: The broker refuses a batch for one of its records, or for its topic.
 BATCH_REFUSALS: Final = _with(Fate.RECORD, Fate.TOPIC)
-#: The broker takes no part of such a batch, whoever sends it again.
+#: The broker takes nothing of such a batch, whoever sends it again.
 REFUSALS: Final[tuple[type[Exception], ...]] = (
     *BATCH_REFUSALS,
     kafka.ClusterAuthorizationFailedError,
     kafka.TransactionalIdAuthorizationFailed,
 )
-_UNDONE: Final = (*_with(Fate.UNDONE), kafka.ProducerFenced)  # the library's own word for a wrong epoch
+_UNDONE: Final = (*_with(Fate.UNDONE), kafka.ProducerFenced)  # the library's own error for a wrong epoch
 _FOR_GOOD: Final = _with(Fate.FOR_GOOD)
 _TOO_LARGE: Final[tuple[type[Exception], ...]] = (kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError)
 
 
 class Missing(QueueError):
-    """There is no such topic, or not any more."""
+    """A topic does not exist, or not any more."""
 
 
 class Unfit(SendError):
-    """A record that is never handed to Kafka: it is too large, or cannot be written."""
+    """A record that is not sent at all: it is too large, or cannot be written."""
 
 
 def wants_key(error: BaseException) -> bool:
-    """The topic does not take a record, most likely one without a key."""
+    """The topic does not take a record, most likely because it has no key."""
     return isinstance(error, _InvalidRecordError)
 
 
 def connect_error(error: BaseException, settings: KafkaSettings, where: str) -> ConnectError:
-    """Why one attempt to connect failed; permanent where trying again cannot help.
+    """The error for an attempt to connect; permanent if trying again cannot help.
 
     Parameters:
         where: the host and port.
@@ -193,7 +193,7 @@ def _tls_error(error: ssl.SSLError, where: str) -> ConnectError:
 
 
 def client_error(error: BaseException, settings: KafkaSettings) -> StreamToolsError:
-    """What a failed request means where nothing better is known."""
+    """The error for a failed request of any kind."""
     where = settings.safe_url
     if isinstance(error, StreamToolsError):
         return error
@@ -213,14 +213,14 @@ def client_error(error: BaseException, settings: KafkaSettings) -> StreamToolsEr
 
 
 def refusal(error: BaseException, settings: KafkaSettings) -> StreamToolsError:
-    """What a failed request of an operator means: a broker's no is about what was asked, not about the connection."""
+    """The error for a failed request of an operator: if a broker refuses it, the connection is not lost."""
     if isinstance(error, kafka.BrokerResponseError) and not error.retriable:
         return QueueError(f"{settings.safe_url} refuses it: {plain(error).rstrip('.')}.")
     return client_error(error, settings)
 
 
 def was_undone(error: BaseException) -> bool:
-    """A transaction is known to be aborted: by Kafka, or by another owner of its id."""
+    """A transaction was surely aborted: by Kafka, or by another owner of its id."""
     return isinstance(error.__cause__, _UNDONE)
 
 
@@ -230,12 +230,12 @@ def is_too_large(error: BaseException) -> bool:
 
 
 def is_unfit(error: BaseException) -> bool:
-    """The broker never takes such a record, whoever sends it and when."""
+    """The broker never takes this record, whoever sends it and when."""
     return isinstance(error, (*RECORD_REFUSALS, Unfit))
 
 
 def explained(error: BaseException) -> str:
-    """A broker's answer by its name, with what helps; other errors in their own words."""
+    """A broker's error by its name, with what to do; other errors in their own words."""
     for name, (kind, _, help_) in FATES.items():
         if isinstance(error, kind) and help_:
             return f"{name}: {help_} ({plain(error).rstrip('.')})"
@@ -243,5 +243,5 @@ def explained(error: BaseException) -> str:
 
 
 def plain(error: BaseException) -> str:
-    """The error's own words, or its name where it has none."""
+    """The error's own words, or its name if it has none."""
     return str(error).strip() or type(error).__name__

@@ -1,12 +1,12 @@
-"""What is finished of one partition, and what of that can be committed. No I/O.
+"""Offsets: what is finished of one partition, and what of that can be committed. No I/O.
 
-Kafka keeps one offset for each group and partition: all before it is done. Messages of a partition are
-handled at once and finish in any order, so the offset that can be committed is the first one that is not
-finished. What is finished behind it travels in the metadata of the commit, so that whoever reads the
-partition next repeats only what is not.
+Kafka keeps one offset for each group and partition: everything before it is done. Messages of a partition are handled
+concurrently and finish in any order, so the offset that can be committed is the first one that is not finished. The
+finished offsets behind it are written into the metadata of the commit, so that the partition's next owner repeats
+only what is not finished.
 
-The metadata is `s1:` and base64 of varints, in turns the length of a gap and of the run of finished
-offsets behind it, counted from the committed offset.
+The metadata is `s1:` and base64 of varints: the length of a gap, the length of the run of finished offsets behind it,
+and so on, from the committed offset on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Final
 
-#: The first characters of our metadata; what another program has committed is not ours to read.
+#: The first characters of our metadata; metadata of other programs is not read.
 MARK: Final = "s1:"
 #: Characters of metadata at most. Kafka takes 4096 bytes unless told otherwise (`offset.metadata.max.bytes`).
 METADATA_LIMIT: Final = 3500
@@ -31,39 +31,39 @@ Run = tuple[int, int]
 class Offsets:
     """The offsets of one partition that were taken, and those that are finished.
 
-    Offsets are taken in rising order. Those between two taken ones belong to no message (markers of
-    transactions, compacted records), and count as finished.
+    Offsets are taken in rising order. Those between two taken ones are no messages (ends of transactions, compacted
+    records), and count as finished.
 
     Parameters:
         start: the committed offset, where reading begins.
         metadata: of that commit.
-        finished: what we have finished ourselves and could not commit.
+        finished: what this consumer has finished before and could not commit.
     """
 
     def __init__(self, start: int, metadata: str = "", *, finished: Iterable[Run] = ()) -> None:
         self._start = start
         #: The first offset that was not taken yet.
         self.next: int = start
-        #: What is taken and not finished, in rising order, and what it is with; the owner's to set. None at first.
+        #: The offsets that are taken and not finished, in rising order. The values are the owner's; None at first.
         self.pending: dict[int, Any] = {}
         ahead = [(max(first, start), end) for first, end in finished if end > start]
-        # Finished by whoever had the partition before.
+        # Finished by the partition's former owners.
         self._ahead = deque(_joined(sorted(ahead + decode(start, metadata))) if ahead else decode(start, metadata))
         self._changes = 0
         self._committed = 0
 
     @property
     def position(self) -> int:
-        """What can be committed: all before it is finished."""
+        """The offset that can be committed: everything before it is finished."""
         return next(iter(self.pending), self.next)
 
     @property
     def uncommitted(self) -> int:
-        """How many were finished since the commit before."""
+        """How many were finished since the last commit."""
         return self._changes - self._committed
 
     def take(self, offset: int) -> bool:
-        """Take the message at `offset`; False when it was finished before.
+        """Take the message at `offset`; False if it was finished before.
 
         Raises:
             ValueError: it was taken already; the log was cut, and needs new Offsets.
@@ -83,7 +83,7 @@ class Offsets:
         return bool(self._ahead) and self._ahead[0][0] <= offset
 
     def pass_over(self, end: int) -> bool:
-        """All up to `end` that was not taken is no message, and finished; False when there is nothing of the kind."""
+        """Finish all offsets before `end` that were not taken, as they are no messages; False if there are none."""
         if end <= self.next:
             return False
         self.next = end
@@ -91,7 +91,7 @@ class Offsets:
         return True
 
     def finish(self, offset: int, held: object = None) -> bool:
-        """The message at `offset` is done with; False when it is not pending, or with another than `held`."""
+        """Finish the message at `offset`; False if it is not pending, or its value is another than `held`."""
         pending = self.pending
         if offset not in pending or pending[offset] is not held:
             return False
@@ -100,11 +100,11 @@ class Offsets:
         return True
 
     def commit(self, limit: int = METADATA_LIMIT, *, also: Collection[int] = ()) -> tuple[int, str, bool]:
-        """What to commit: the offset, the metadata, and whether that holds all that is finished.
+        """What to commit: the offset, the metadata, and whether the metadata has room for all that is finished.
 
         Parameters:
             limit: characters of metadata at most.
-            also: pending ones that count as finished if this very commit succeeds.
+            also: pending offsets that count as finished if this very commit succeeds.
         """
         pending = [offset for offset in self.pending if offset not in also] if also else self.pending
         start = next(iter(pending), self.next)
@@ -112,26 +112,26 @@ class Offsets:
         return start, text, whole
 
     def unfinished(self, first: int, end: int) -> int:
-        """How many offsets from `first` to before `end`, which were not taken, nobody had finished."""
+        """How many offsets from `first` to before `end`, none of which was taken, nobody has finished."""
         done = sum(max(0, min(end, last) - max(first, begin)) for begin, last in self._ahead)
         return end - first - done
 
     @property
     def finished(self) -> list[Run]:
-        """All that is finished, from the start on."""
+        """Everything that is finished, from the start on."""
         return list(_joined(self._finished(self._start, self.pending)))
 
     @property
     def changes(self) -> int:
-        """A number that rises with each offset finished; for `committed()`."""
+        """A number that rises with each finished offset; for `committed()`."""
         return self._changes
 
     def is_committed(self, changes: int) -> bool:
-        """Whether all that was finished when `changes` was so high is committed."""
+        """Everything that was finished when `changes` had this value is committed."""
         return self._committed >= changes
 
     def committed(self, changes: int) -> None:
-        """What was finished when `changes` was so high is committed."""
+        """Note that everything which was finished when `changes` had this value is committed."""
         self._committed = max(self._committed, changes)
 
     def _finished(self, start: int, pending: Iterable[int]) -> Iterator[Run]:
@@ -148,7 +148,7 @@ class Offsets:
 
 
 def encode(start: int, runs: Iterable[Run], limit: int = METADATA_LIMIT) -> tuple[str, bool]:
-    """Runs of finished offsets behind `start` as text, and whether all of them found room.
+    """Runs of finished offsets behind `start` as text, and whether there was room for all of them.
 
     Parameters:
         runs: in rising order.
@@ -167,7 +167,7 @@ def encode(start: int, runs: Iterable[Run], limit: int = METADATA_LIMIT) -> tupl
 
 
 def decode(start: int, metadata: str) -> list[Run]:
-    """The runs of finished offsets that a commit's metadata tells; none when it is not ours."""
+    """The runs of finished offsets in a commit's metadata; none if the metadata is not ours."""
     if not metadata.startswith(MARK):
         return []
     try:

@@ -1,4 +1,4 @@
-"""What producers and consumers of Kafka take besides what all take."""
+"""Options that only Kafka's producers and consumers take."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from streamtools.drivers.kafka.names import check_kafka_name
 
 
 def is_async(method: str | None) -> bool | None:
-    """Whether `method` says not to wait; None for what is another protocol's (`method="POST"`)."""
+    """Whether `method` says not to wait; None for a method of another protocol (`method="POST"`)."""
     return {"sync": False, "async": True}.get(method or "")
 
 
 class ProducerOptions(Options):
-    """What a producer of Kafka takes besides.
+    """Further options of a Kafka producer.
 
     Attributes:
-        partitions: of the topic, where it is made; `KAFKA_PARTITIONS`, else the broker's default, when None.
-        replication: copies of each partition, likewise.
+        partitions: of the topic if it is made; `KAFKA_PARTITIONS`, else the broker's default, when None.
+        replication: copies of each partition; `KAFKA_REPLICATION`, else the broker's default, when None.
         method: "sync" confirms each send; "async" is `wait=False` on every send.
     """
 
@@ -32,11 +32,11 @@ class ProducerOptions(Options):
 
 
 class SendOptions(Options):
-    """What one send to Kafka takes besides.
+    """Further options of one send to Kafka.
 
     Attributes:
-        partition: where it goes; by its key, or anywhere, when None.
-        timestamp: the record's own, in seconds since the epoch; now when None.
+        partition: the partition it goes to; when None, that of its key, or any.
+        timestamp: the record's, in seconds since the epoch; now when None.
         wait: False returns at once with a receipt that can be awaited.
         method: "sync" is `wait=True`, "async" is `wait=False`.
     """
@@ -55,23 +55,23 @@ class SendOptions(Options):
 
 
 class ConsumerOptions(Options):
-    """What a consumer of Kafka takes besides.
+    """Further options of a Kafka consumer.
 
     Attributes:
-        partitions: of the topic, where it is made; `KAFKA_PARTITIONS`, else the broker's default, when None.
-        replication: copies of each partition, likewise.
+        partitions: of the topic if it is made; `KAFKA_PARTITIONS`, else the broker's default, when None.
+        replication: copies of each partition; `KAFKA_REPLICATION`, else the broker's default, when None.
         consumer_group: the same as `group`.
         auto_ack: True is `ack="on_receive"`.
-        static_id: this consumer's own name in its group: it keeps its partitions over a restart within
-            `KafkaSettings.session_timeout`, without the others noticing.
+        static_id: this consumer's own name in its group. With it, the consumer keeps its partitions over a restart
+            within `KafkaSettings.session_timeout`, and the group does not rebalance.
         topics: further topics, which the same handler consumes.
-        pattern: a regular expression; topics whose whole name matches are consumed besides, those that are made
-            later within half a minute. Retries and the error queue are left out.
+        pattern: a regular expression; topics whose whole name matches are consumed too. A topic that is made later
+            is found within half a minute. Retry topics and the error queue are left out.
         start_offset: a new group begins at this offset of each partition.
-        start_time: a new group begins with what was written then or later, in seconds since the epoch.
-        revoke_timeout: seconds for handlers at work when the group shares its partitions out anew.
-        exactly_once: what a handler sends with a KafkaProducer leaves together with the acknowledgement, in one
-            transaction; a message has its effects on Kafka once, whatever dies.
+        start_time: a new group begins with messages written then or later, in seconds since the epoch.
+        revoke_timeout: seconds for handlers at work when the group assigns its partitions anew.
+        exactly_once: what a handler sends with a KafkaProducer is sent together with the acknowledgement, in one
+            transaction: a message has its effects on Kafka exactly once, whatever process dies.
     """
 
     partitions: Annotated[int | None, Field(ge=1)] = None
@@ -106,7 +106,7 @@ class ConsumerOptions(Options):
     @classmethod
     def _is_name(cls, static_id: str | None) -> str | None:
         if static_id is not None:
-            check_kafka_name(static_id, "static_id")  # Kafka takes as a group.instance.id what it takes as a topic
+            check_kafka_name(static_id, "static_id")  # a group.instance.id follows the rules of topic names
         return static_id
 
     @property

@@ -1,13 +1,13 @@
 """Messages as Kafka records, and back.
 
-The key is the record's key, the time its timestamp; the rest stands in headers under the names of the
-CloudEvents 1.0 Kafka binding, binary mode (`ce_id`, `ce_type`, ..., `content-type`). A user header of such a
-name travels behind `streamtools-user-`.
+A message's key is the record's key, its time the record's timestamp. The rest stands in headers, with the names of
+the CloudEvents 1.0 Kafka binding in binary mode (`ce_id`, `ce_type`, ..., `content-type`). A user header with such a
+name gets the prefix `streamtools-user-`.
 
-Other programs write what no text is: header values of any bytes, null ones, one name several times. A handler sees
-them as text (`\\xff` for a byte that is no UTF-8, nothing for null, several joined by commas), and a copy of the
-message carries them as they were, unless somebody has changed that text. Kafka's clients write no header name but in
-UTF-8: a name of other bytes is `\\xff...` from the first copy on.
+Other programs write headers that are no text: values of any bytes, null, or one name several times. A handler sees
+them as text (`\\xff` for a byte that is no UTF-8, nothing for null, several values joined by commas). A copy of the
+message has the original bytes, unless somebody has changed that text. Kafka's clients write header names in UTF-8
+only: a name of other bytes becomes `\\xff...` in the first copy.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from streamtools.wire import (
 
 PREFIX: Final = "ce_"
 CONTENT_TYPE: Final = "content-type"
-#: Goes before a user header whose name would be taken for one of ours.
+#: The prefix of a user header whose name would be taken for one of ours.
 USER: Final = "streamtools-user-"
-#: The topic that a message in a retry topic belongs to.
+#: In a retry topic: the queue that the message belongs to.
 QUEUE: Final = "streamtools-queue"
 #: The group whose handler has rejected a message.
 GROUP: Final = "streamtools-group"
@@ -55,12 +55,12 @@ RETRIES: Final = "streamtools-retries"
 ORIGIN: Final = ("streamtools-origin-topic", "streamtools-origin-partition", "streamtools-origin-offset")
 #: Bytes by which a copy may be larger than its message: why it failed, where it was read first, whose retry it is.
 COPY_ROOM: Final = 64 * 1024
-#: Characters of the reason for which something was not read.
+#: Characters at most of the reason why something was not read.
 LONGEST_REASON: Final = 200
-#: Digits of the greatest offset, 2**63 - 1.
+#: Digits of the largest offset, 2**63 - 1.
 LONGEST_NUMBER: Final = 19
-#: Seconds by which a message's time may differ from now and still be the record's own timestamp. A copy of
-#: an older message keeps its time in a header: by the record's, Kafka decides when to forget it.
+#: Seconds by which a message's time may differ from now and still be the record's timestamp. A copy of an older
+#: message has its time in a header, because Kafka decides by the record's timestamp when to delete it.
 RECENT: Final = 1.0
 
 _NATIVE: Final = frozenset({"key", "content_type", "time"})
@@ -81,7 +81,7 @@ Header = tuple[str, bytes | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed(Message):
-    """A message that is to go to one partition, or to have another timestamp.
+    """A message for one given partition, or with a given timestamp.
 
     Attributes:
         partition: of its topic.
@@ -93,7 +93,7 @@ class Placed(Message):
 
     @classmethod
     def of(cls, message: Message, partition: int | None, timestamp: float | None) -> Placed:
-        """The message, placed."""
+        """The same message, with partition and timestamp."""
         values = {f.name: getattr(message, f.name) for f in fields(Message)}
         return cls(**values, partition=partition, timestamp=timestamp)
 
@@ -107,7 +107,7 @@ class Origin(NamedTuple):
 
     @property
     def headers(self) -> list[Header]:
-        """As they stand on a copy."""
+        """The headers of a copy that say it."""
         return [(name, str(value).encode()) for name, value in zip(ORIGIN, self, strict=True)]
 
 
@@ -120,11 +120,11 @@ def encode_headers(message: Message, *, time_apart: bool, read: Iterable[Header]
     """The record's headers.
 
     Parameters:
-        time_apart: the message's time is not the record's timestamp, and stands in a header.
+        time_apart: the message's time is not the record's timestamp, and needs a header.
         read: the headers of the record that this is a copy of.
     """
     headers: list[Header] = []
-    if message.type is not None and message.source is not None:  # else it is no event by CloudEvents' rules
+    if message.type is not None and message.source is not None:  # else CloudEvents calls it no event
         headers.append(_SPECVERSION)
     if _is_plain(message) and not time_apart:
         headers.append((ID, _utf8(message.id)))
@@ -150,7 +150,7 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
     """The message of a record.
 
     Parameters:
-        record: as the client library parses it: offset, timestamp (in ms), key, value, headers.
+        record: the client library's: offset, timestamp (in ms), key, value, headers.
         place: where it was read.
         queue: the message's queue; the topic when None.
     """
@@ -189,10 +189,10 @@ def decode_record(record: Any, place: TopicPartition, queue: str | None = None) 
 
 
 def _check_headers(headers: Sequence[Header]) -> None:
-    """Check that there are not too many, and that none stands for what was not read.
+    """Check that there are not too many headers, and that none of them replaces what was not read.
 
     Raises:
-        DecodeError: so it is.
+        DecodeError: there are too many, or something was not read.
     """
     if not headers:
         return
@@ -204,13 +204,13 @@ def _check_headers(headers: Sequence[Header]) -> None:
 
 
 def _join(headers: dict[str, str], repeated: Mapping[str, Sequence[str]]) -> None:
-    """Set the values of headers that came several times: all of one at once, as there may be very many."""
+    """Set the values of repeated headers: all values of a name at once, as there may be very many."""
     for name, values in repeated.items():
         headers[name] = ", ".join(values)
 
 
 def decode_plain(record: Any, place: TopicPartition) -> Message | None:
-    """The message of a record with no headers but id and content type; None for any other."""
+    """The message of a record with no other headers than id and content type; None for any other record."""
     headers, content_type = record.headers, None
     if headers:
         if not (len(headers) == 2 and headers[0][0] == ID and headers[1][0] == CONTENT_TYPE and headers[0][1]):
@@ -227,7 +227,7 @@ def decode_plain(record: Any, place: TopicPartition) -> Message | None:
 
 
 def _outside_envelope(told: bytes) -> str | None:
-    """The content type; None where the body is an envelope, which has the message's other fields."""
+    """The content type; None if the body is an envelope, which contains the message's other fields."""
     return None if told[:23].lower() == b"application/cloudevents" else read_text(told)
 
 
@@ -235,12 +235,14 @@ _content_types: Final = BoundedCache(_outside_envelope)
 
 
 class Plain(LazyMessage):
-    """A message that has body, queue and content type; the rest is read when it is asked for. Its source is the
-    record, with its place where its id is made of that."""
+    """A message that has body, queue and content type; the rest is decoded when it is asked for.
+
+    Its source is the record, together with the partition if the message's id is made from that.
+    """
 
     __slots__ = ()
 
-    # What is asked of every message, and this one has not: reading all for it would take longer than its handler.
+    # Asked of every message, and never set on this one: decoding all for it would take longer than its handler.
     deliver_at: float | None = None
     expires_at: float | None = None
     reply_to: str | None = None
@@ -271,7 +273,7 @@ def _decode_meta(meta: dict[str, str], record: Any) -> dict[str, Any]:
 
 
 def read_record(record: Any, place: TopicPartition, queue: str | None = None) -> tuple[Message, DecodeError | None]:
-    """The message of a record, and what makes it unfit for any handler; whatever stands in it, nothing is raised."""
+    """The message of a record, and the error if it cannot be decoded; this raises nothing."""
     return read_message(
         decode_record, record, place, queue, body=record.value, queue=queue or place.topic,
         id=id_of(place, record.offset), place=f"{place.topic}-{place.partition}, offset {record.offset}",
@@ -284,7 +286,7 @@ def decode_origin(record: Any, place: TopicPartition) -> Origin:
 
 
 def told_origin(record: Any) -> Origin | None:
-    """The same, if the record tells it: then it is a copy."""
+    """The same if the record is a copy, which tells it; else None."""
     found = header_texts(record.headers, ORIGIN)
     topic, partition, offset = (found.get(name, "") for name in ORIGIN)
     if topic and _is_number(partition) and _is_number(offset):
@@ -293,7 +295,7 @@ def told_origin(record: Any) -> Origin | None:
 
 
 def _is_number(text: str) -> bool:
-    """It is one that Kafka can have counted: others may write digits of any script and number."""
+    """A number that can be an offset: other programs may write digits of any script and length."""
     return text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER
 
 
@@ -303,7 +305,7 @@ def _place(record: Any) -> str:
 
 
 def header_texts(headers: Iterable[Header], names: Sequence[str]) -> dict[str, str]:
-    """Those headers of these names, as text."""
+    """The headers of these names, as text."""
     return {name: read_text(raw) for name, raw in headers if name in names and raw is not None}
 
 
@@ -326,7 +328,7 @@ def _is_plain(message: Message) -> bool:
 
 
 def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "backslashreplace")  # an exception's text may be anything
+    return text.encode("utf-8", "backslashreplace")  # the text of an exception may contain anything
 
 
 def _user_headers(headers: Mapping[str, str], read: Mapping[str, Sequence[bytes | None]]) -> list[Header]:
@@ -352,12 +354,12 @@ def _is_ours(name: str) -> bool:
 
 
 def _user_name(name: str) -> str | None:
-    """The user's name of a header; None for one of ours."""
+    """The name of a header as users see it; None for one of ours."""
     if not name.startswith("streamtools-"):
         return name
     return name.removeprefix(USER) if name.startswith(USER) else None
 
 
 def now_ms() -> int:
-    """Now, as Kafka counts."""
+    """The time now, in milliseconds since the epoch."""
     return int(time.time() * 1000)

@@ -1,8 +1,8 @@
-"""Bindings: which queue has the messages of which topics, for Kafka itself has no exchanges.
+"""Bindings: which queue gets the messages of which topics, as Kafka itself has no exchanges.
 
-They stand in a compacted topic of their own, one record for each: the key says queue, exchange and topic, the
-value the exchange's type, no value that it was taken away. Who publishes reads what was added there since, and
-writes the message to each queue that has it; so what was bound before is known, and nothing else is asked.
+They stand in a compacted topic of their own, one record for each binding: the key is queue, exchange and topic, the
+value is the exchange's type, or none if the binding was removed. A publisher reads what was added since, and writes
+its message to each bound queue. So it knows all bindings made before.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from streamtools.exchange import Binding, Exchange, another_type
 from streamtools.settings import KafkaSettings
 from streamtools.validation.checks import check_topic
 
-#: The one partition, so that all see the same order.
+#: A single partition, so that all see the same order.
 PLACE: Final[Any] = TopicPartition(BINDINGS, 0)
-#: Kafka keeps the newest record of each key, and the word that there is none for a day (`delete.retention.ms`).
+#: Kafka keeps the newest record of each key, and that of a removed binding for a day (`delete.retention.ms`).
 CONFIG: Final = {"cleanup.policy": "compact"}
-#: Seconds after which all is read anew: by then such a word may have been forgotten.
+#: Seconds after which all is read anew: by then Kafka may have deleted the record of a removed binding.
 STALE: Final = 3600.0
-#: Bytes asked for at once.
+#: Bytes that are fetched at once.
 FETCH: Final = 1024 * 1024
 
-#: One record's key: a queue, and what it is bound by.
+#: One record's key: a queue and its binding.
 Bound = tuple[str, Binding]
 
 
 class Bindings:
-    """The bindings of one Kafka, as far as they have been read."""
+    """The bindings of one Kafka that have been read so far."""
 
     def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
         self._reads = 0
         self._under_way: asyncio.Task[None] | None = None
         self._to_come: asyncio.Task[None] | None = None
-        #: Exchange name -> what is bound to it, in the order made.
+        #: By the exchange's name, what is bound to it, in the order it was made.
         self._bound: dict[str, dict[Bound, None]] = {}
         self._next = 0
         self._begun = time.monotonic()
         self._leader: int | None = None
 
     async def read(self, client: Any) -> None:
-        """Return when all is known that was bound before this call; safe to call from many tasks at once.
+        """Return when all bindings made before this call are known; safe to call from many tasks at once.
 
         Parameters:
             client: of the library, connected.
@@ -67,21 +67,21 @@ class Bindings:
         """
         if self._to_come is None:
             self._to_come = asyncio.create_task(self._read(client, self._under_way), name="streamtools-bindings")
-        # One for all who come before it begins; it goes on when who waits for it is cancelled.
+        # One read for all callers before it begins; shielded from the cancellation of one of them.
         await asyncio.shield(self._to_come)
 
     def queues(self, exchange: Exchange, topic: str) -> list[str]:
-        """Those that have the messages of a topic."""
+        """The queues that get the messages of a topic."""
         bound = self._bound.get(exchange.name, {})
         found = {queue: None for queue, binding in bound if binding.exchange.matches(binding.topic, topic)}
         return list(found)
 
     def of(self, queue: str) -> list[Bound]:
-        """All of one queue."""
+        """All bindings of one queue."""
         return [bound for each in self._bound.values() for bound in each if bound[0] == queue]
 
     def has(self, bound: Bound) -> bool:
-        """Whether it is made already.
+        """The binding exists already.
 
         Raises:
             QueueError: its exchange is of another type.
@@ -92,7 +92,7 @@ class Bindings:
         return bound in self._bound.get(exchange.name, {})
 
     def clash(self, exchange: Exchange) -> QueueError | None:
-        """Why nothing can go by this exchange, where it is of another type."""
+        """The error for an exchange that exists with another type; None otherwise."""
         for _, other in self._bound.get(exchange.name, {}):
             if other.exchange.type != exchange.type:
                 return another_type(exchange, other.exchange.type)
@@ -104,7 +104,7 @@ class Bindings:
         if before is not None:
             await asyncio.wait({before})
             if not before.cancelled():
-                before.exception()  # looked at: who waited for it was told
+                before.exception()  # looked at: whoever waited for it got it
         self._under_way, self._to_come = self._to_come, None
         self._reads += 1
         cluster = Cluster.over(client, self._settings)
@@ -123,7 +123,7 @@ class Bindings:
             await self._begin_anew(cluster, (await cluster.offsets([PLACE], EARLIEST))[PLACE])
 
     async def _begin_anew(self, cluster: Cluster, offset: int) -> None:
-        """Read all of it; until then what was known holds for those who have asked before."""
+        """Read all of it; until that is done, what was known before holds."""
         fresh = Bindings(self._settings)
         fresh._next = offset
         while await fresh._fetch(cluster):
@@ -131,7 +131,7 @@ class Bindings:
         self._bound, self._next, self._begun, self._leader = fresh._bound, fresh._next, fresh._begun, fresh._leader
 
     async def _fetch(self, cluster: Cluster) -> bool:
-        """Take in what comes next; False when there is nothing more."""
+        """Read what comes next; False when there is nothing more."""
         if self._leader is None:
             topic = (await cluster.topics([BINDINGS])).get(BINDINGS)
             if topic is None:  # nobody has ever bound anything, or it was deleted
@@ -140,7 +140,7 @@ class Bindings:
             if (leader := topic.leaders.get(PLACE.partition, -1)) < 0:
                 raise kafka.LeaderNotAvailableError(BINDINGS)
             self._leader = leader
-        leader, self._leader = self._leader, None  # another may be, after an error
+        leader, self._leader = self._leader, None  # after an error another node may lead
         request = FetchRequest(0, 0, FETCH, 0, [(BINDINGS, [(PLACE.partition, self._next, FETCH)])])
         response = await cluster.ask(request, leader)
         [(_, [(_, code, end, *_, data)])] = response.topics
@@ -164,7 +164,7 @@ class Bindings:
             kept = Exchange(name, from_json(value)) if value is not None else None
             check_kafka_name(queue)
             check_topic(topic)
-        except (ValueError, TypeError, ConfigurationError):  # others' records: whoever may write can have written it
+        except (ValueError, TypeError, ConfigurationError):  # not one of ours: others may write there too
             return
         known = self._bound.setdefault(name, {})
         for bound in [b for b in known if b[0] == queue and b[1].topic == topic]:
@@ -182,11 +182,11 @@ def _text(part: object) -> str:
 async def bind(
     client: Any, settings: KafkaSettings, queue: str, bindings: Iterable[Binding], *, replication: int | None = None
 ) -> None:
-    """Bind a queue that exists; safe to repeat.
+    """Bind an existing queue; safe to repeat.
 
     Parameters:
         client: of the library, connected.
-        replication: copies of what is known about bindings, where nothing was known; as the settings say when None.
+        replication: copies of the topic of bindings if it is made; those of the settings when None.
 
     Raises:
         QueueError: an exchange is of another type.
@@ -201,7 +201,7 @@ async def bind(
 
 
 async def unbind(client: Any, settings: KafkaSettings, queue: str, bindings: Iterable[Binding] | None = None) -> None:
-    """Take bindings of a queue away, all of them when None; safe to repeat."""
+    """Remove bindings of a queue, all of them when None; safe to repeat."""
     table = Bindings(settings)
     await table.read(client)
     bound = table.of(queue)

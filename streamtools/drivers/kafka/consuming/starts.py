@@ -1,9 +1,10 @@
-"""Where a group begins with partitions of which it has committed nothing.
+"""StartOffsets: where a group begins with partitions of which it has committed nothing.
 
-It is told where to begin (`offset="latest"`, `start_time`, `start_offset`) once: when it is new. What is added later,
-while its consumers run or while all are away, is read from the beginning: it was written since, and nobody has seen
-it. A group is new while it has committed nothing of any topic that its consumer reads, the retry topic among them.
-So whoever finds it new commits the beginning of all partitions at once, of those of other members, too.
+`offset="latest"`, `start_time` and `start_offset` say where a new group begins. Partitions that are added later,
+while its consumers run or while all are away, are read from their beginning: their messages were written since, and
+nobody has seen them. A group is new while it has committed nothing of any topic that its consumer reads, the retry
+topic included. So the member that finds the group new commits where to begin for all partitions at once, those of
+other members too.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from typing import Any
 from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
-#: Commits of some partitions, by which a group begins: TopicPartition -> OffsetAndMetadata, without their types.
+#: Commits of some partitions: TopicPartition -> OffsetAndMetadata, which have no types.
 Commits = Mapping[Any, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Where a new group begins; at the beginning where nothing is said.
+    """Where a new group begins: at the beginning, unless one of these is set.
 
     Attributes:
         latest: at the end.
-        offset: at this offset of each partition, or the nearest that there is.
-        time: with what was written then, in seconds since the epoch.
+        offset: at this offset of each partition, or the nearest one that exists.
+        time: with the first message written then or later, in seconds since the epoch.
     """
 
     latest: bool = False
@@ -36,7 +37,7 @@ class Start:
 
     @property
     def is_beginning(self) -> bool:
-        """Everything is read, by a new group as by any."""
+        """A new group reads everything, as any other."""
         return not self.latest and self.offset is None and self.time is None
 
 
@@ -45,8 +46,8 @@ class StartOffsets:
 
     Parameters:
         consumer: the library's.
-        start: what a new group was told.
-        retry_topic: of which a new group has everything.
+        start: where a new group begins.
+        retry_topic: a new group reads all of it.
         committed: reads what the group has committed.
         commit: commits for the group.
     """
@@ -67,7 +68,7 @@ class StartOffsets:
         self._commit = commit
 
     async def find(self, partitions: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
-        """Where to begin with these, of which nothing was committed a moment ago."""
+        """Where to begin with these partitions, of which nothing was committed a moment ago."""
         if not self._start.is_beginning:
             everything = sorted(self._all_partitions().union(partitions))
             if not await self._committed(everything):
@@ -77,9 +78,9 @@ class StartOffsets:
     async def _begin(
         self, everything: list[TopicPartition], partitions: list[TopicPartition]
     ) -> dict[TopicPartition, OffsetAndMetadata]:
-        """The group is new, unless another member says otherwise this moment."""
+        """Begin as a new group, unless another member has done so in this moment."""
         chosen = await self._chosen(everything)
-        # Asked again behind that: whoever was first decides, and what is sent once it has begun is behind `chosen`.
+        # Asked again now: the first member decides, and what is sent after it has begun comes after `chosen`.
         known = await self._committed(everything)
         if not known:
             await self._commit(chosen)
@@ -88,7 +89,7 @@ class StartOffsets:
         return {p: known[p] for p in partitions if p in known} | await self.beginnings(missing)
 
     async def beginnings(self, partitions: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
-        """Where the oldest message is, or will be."""
+        """The offset of the oldest message, or of the first one to come."""
         return _commits(await self._consumer.beginning_offsets(partitions)) if partitions else {}
 
     async def _chosen(self, partitions: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
@@ -103,7 +104,7 @@ class StartOffsets:
         return _commits(first | ends)
 
     def _all_partitions(self) -> set[TopicPartition]:
-        """Those of the topics that this consumer reads, whoever has them."""
+        """All partitions of the topics that this consumer reads, whichever member has them."""
         consumer = self._consumer
         known = ((topic, consumer.partitions_for_topic(topic)) for topic in consumer.subscription())
         return {TopicPartition(topic, number) for topic, numbers in known for number in numbers or ()}
