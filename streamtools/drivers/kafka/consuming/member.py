@@ -23,7 +23,7 @@ from streamtools.drivers.kafka.consuming.commits import Committer
 from streamtools.drivers.kafka.consuming.partition import AssignedPartition, PartitionTransactions
 from streamtools.drivers.kafka.consuming.starts import Commits, StartOffsets
 from streamtools.drivers.kafka.consuming.subscription import SubscriptionConfig
-from streamtools.drivers.kafka.consuming.topic_changes import TopicChanges, unless_deleted
+from streamtools.drivers.kafka.consuming.topic_changes import TopicChanges, restarted, unless_deleted
 from streamtools.drivers.kafka.errors import TROUBLE, client_error, plain
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.producing.transactions import fence
@@ -252,22 +252,14 @@ class GroupMember:
         return await unless_deleted(asking, places, self.client.cluster, self.settings)
 
     def restart(self, partition: AssignedPartition, record: Any) -> None:
-        """Rare: begin a partition anew with `record`, because its log was cut and its former records are gone."""
-        offset = record.offset
-        log.warning(
-            "The log of topic %r, partition %d, was cut or made anew: offset %d no longer exists. Going on at %d.",
-            *partition.place,
-            partition.offsets.next,
-            offset,
-        )
-        partition.revoked = True
+        """Rare: the log of a partition was cut, and begins anew with `record`."""
+        fresh = restarted(partition, record)
         if self.config.exactly_once and (partition.settling or partition.offsets.pending):
             # A transaction may be open; the next membership ends it, and then nothing is at work.
             self.fail(ConnectionLost(f"The log of {partition!r} begins anew; so do we."))
             return
-        fresh = AssignedPartition(partition.place, Offsets(offset), is_retry=partition.is_retry)
-        self.partitions[partition.place] = fresh
         fresh.take_over(record, partition)
+        self.partitions[partition.place] = fresh
         self.changed()
 
     # --- revocation, and the end ------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Rare: topics that are deleted, or made anew, while they are consumed."""
+"""Rare: topics that are deleted, made anew or cut while they are consumed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Final, TypeVar
 
 from aiokafka import TopicPartition
 
+from streamtools.drivers.kafka.consuming.partition import AssignedPartition
+from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.errors import ConnectionLost
 from streamtools.settings import KafkaSettings
 
@@ -74,6 +76,18 @@ class TopicChanges:
             topic,
             before,
         )
+
+
+def restarted(partition: AssignedPartition, record: Any) -> AssignedPartition:
+    """The state of a partition whose log was cut: what it held there before is gone, and it begins with `record`."""
+    log.warning(
+        "The log of topic %r, partition %d, was cut or made anew: offset %d no longer exists. Going on at %d.",
+        *partition.place,
+        partition.offsets.next,
+        record.offset,
+    )
+    partition.revoked = True
+    return AssignedPartition(partition.place, Offsets(record.offset), is_retry=partition.is_retry)
 
 
 async def unless_deleted(
