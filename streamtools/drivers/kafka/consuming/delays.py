@@ -5,10 +5,12 @@ that topic is a delay level: its records stay there equally long, so the first t
 
 1. `streamtools.Retry` says how long: the copy of the message has the time in `deliver_at`.
 2. The copy goes to the level with the longest delay that is not over its own: `level_of`, called by copies.py.
-3. A consumer of the group reads it: `Delays.keep_or_forward`. When it leaves its level (`leaves_at`) it is delivered
-   if it is due. Else it goes to the level for the rest of its delay, and so on.
-4. What leaves soon waits in memory (not_due.py). When that is full, its partition is not fetched (prefetch.py).
-5. KafkaConsumer wakes up at `Delays.next_due` and delivers it.
+3. A consumer of the group reads it, and keeps it in memory (not_due.py) until it leaves its level: `keep_or_forward`,
+   `leaves_at`. When memory is full, that level is not fetched (prefetch.py).
+4. KafkaConsumer wakes up at `next_due`. What is due is delivered. Else it is forwarded to the level for the rest of
+   its delay, and so on.
+
+A delayed message in the queue's own topic is kept in memory if it is due within 0.25 s, else forwarded at once.
 
 A message is never delivered early. It may be late: by the time that forwarding takes, by `FORWARD_AGAIN` more each
 time Kafka refuses the copy, and on level 1 by up to 2 s when memory is full. A consumer with an order (`ordered_by`)
@@ -75,7 +77,7 @@ class DelayedRecord(NamedTuple):
 
 
 class Delays:
-    """Keeps what is due soon in memory, and forwards the rest to the group's retry topic, where it waits.
+    """Keeps records that are not due in memory, or forwards them to the level of the retry topic for their delay.
 
     Parameters:
         forward: sends copies to the retry topic, and finishes the records that they were made of.
@@ -128,7 +130,7 @@ class Delays:
         return not (self._under_way or self._waiting)
 
     def keep_or_forward(self, partition: AssignedPartition, record: Any, message: Message, now: float) -> None:
-        """Take a record that is not due: keep it in memory if it leaves its level soon, else forward it."""
+        """Keep a record that is not due until it leaves its level, or forward it to the level for its delay."""
         due = message.deliver_at or now
         leaves = leaves_at(partition.place.partition, record.timestamp / 1000, due) if partition.is_retry else due
         if (partition.is_retry and leaves > now) or due - now <= DELAY_LEVELS[1]:
