@@ -8,15 +8,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from streamtools.admin import ADMINS, QueueAdmin
-from streamtools.bus.composer import Composer
+from streamtools.bus.bound import BusHandler
 from streamtools.bus.connections import Connections
 from streamtools.bus.context import resolvers
 from streamtools.bus.contracts import Command, Contract
-from streamtools.bus.dispatch import BusDispatch
-from streamtools.bus.entries import Entries, Entry, Subscription, bindings_given, bindings_of
-from streamtools.bus.loop import BusLoop
+from streamtools.bus.fan_out import HandlerFanOut
+from streamtools.bus.handler_registry import Entry, HandlerRegistry, Subscription, bindings_given, bindings_of
+from streamtools.bus.message_factory import MessageFactory
+from streamtools.bus.message_sender import MessageSender
 from streamtools.bus.requests import Requests
-from streamtools.bus.verbs import Verbs
 from streamtools.compat import pikabus
 from streamtools.compat.pikabus import PikaBus
 from streamtools.consumer import BoundHandler, Consumer
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Bus(Verbs):
+class Bus(MessageSender):
     """Sends and receives commands and events.
 
     ```python
@@ -116,11 +116,11 @@ class Bus(Verbs):
         check_choice("header_style", header_style, (None, "pikabus"))
         self._style = PikaBus(header_prefix, self._bind_direct) if header_style is not None else None
         self._topic: Exchange = TOPIC if self._style is None else pikabus.TOPIC
-        self._entries = Entries(queue, self._topic)
+        self._handlers = HandlerRegistry(queue, self._topic)
         self._provided: dict[type, Any] = {}
         self._sender = self._make_sender(url)
         self._failure_texts = failure_texts
-        self._composer = Composer(
+        self._factory = MessageFactory(
             client_id or queue, queue, self._sender, content_type, replies=self._reply_rule(check_patterns(replies))
         )
         self._subscriptions: dict[Binding, None] = dict.fromkeys(bindings_of(subscriptions, self._topic))
@@ -130,7 +130,7 @@ class Bus(Verbs):
     def _check(self) -> None:
         """What cannot work is an error now, and not when it is started."""
         if self._subscriptions:
-            self._composer.need_topics()
+            self._factory.need_topics()
             self._own()
         if self._style is not None:
             self._share_with_pikabus(self._style)
@@ -197,7 +197,7 @@ class Bus(Verbs):
         self._add_handler(handler, contract=contract, retry=retry, exchange=exchange)
 
     def _add_handler(self, function: Callable[..., Any], **terms: Any) -> None:
-        known = len(self._entries.bindings)
+        known = len(self._handlers.bindings)
         self._own()
         if self.consumer.connected:
             raise ConfigurationError(
@@ -205,9 +205,9 @@ class Bus(Verbs):
             )
         if terms["retry"] is not None:
             check_retry(terms["retry"])
-        self._entries.add(function, **terms)
-        if len(self._entries.bindings) > known:
-            self._composer.need_topics()
+        self._handlers.add(function, **terms)
+        if len(self._handlers.bindings) > known:
+            self._factory.need_topics()
 
     def provide(self, value: Any, type: type | None = None) -> None:  # noqa: A002
         """Give this value to every handler and constructor that has a parameter of its type; before it starts.
@@ -229,8 +229,8 @@ class Bus(Verbs):
         given: Any = command
         if not isinstance(given, type) or not issubclass(given, Command):
             raise ConfigurationError(f"route() is for commands; {command!r} is none. An event goes by its topic.")
-        self._entries.know(command)
-        self._composer.route(command, to, exchange)
+        self._handlers.know(command)
+        self._factory.route(command, to, exchange)
 
     # --- subscriptions --------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class Bus(Verbs):
             ConfigurationError: a command; this bus has no queue of its own.
             QueueError: there is no such queue.
         """
-        self._composer.need_topics()
+        self._factory.need_topics()
         bindings = bindings_given(topics, exchange or self._topic)
         if queue in (None, self.queue) and self._connections.here().runner is None:
             await self.declare()
@@ -272,12 +272,12 @@ class Bus(Verbs):
         Raises:
             ConfigurationError: as for `subscribe`.
         """
-        self._composer.need_topics()
+        self._factory.need_topics()
         bindings = bindings_given(topics, exchange or self._topic)
         admin = await self._get_admin()
         for binding in bindings if queue in (None, self.queue) else ():
             self._subscriptions.pop(binding, None)
-            self._entries.bindings.pop(binding, None)
+            self._handlers.bindings.pop(binding, None)
         self._note_bindings()  # first, so that none comes back with a connection
         for binding in bindings:
             await admin.unbind(queue or self._own(), binding.topic, binding.exchange)
@@ -341,7 +341,7 @@ class Bus(Verbs):
         return self
 
     async def _start(self) -> ConsumerRunner | None:
-        if not self._entries:
+        if not self._handlers:
             await self.open()
             if self.queue is not None and self.consumer.features.admin:
                 await self.declare()
@@ -397,14 +397,14 @@ class Bus(Verbs):
     @property
     def bound(self) -> list[BoundHandler]:
         """The loop of this bus's queue; none of one that only sends."""
-        return [BusLoop(self)] if self._entries else []
+        return [BusHandler(self)] if self._handlers else []
 
     @cached_property
     def consumer(self) -> Consumer:
         """The consumer of this bus's queue."""
         return self._make_consumer()
 
-    def make_decider(self, consumer: Consumer, threads: Threads) -> BusDispatch:
+    def make_decider(self, consumer: Consumer, threads: Threads) -> HandlerFanOut:
         """The handlers, compiled for this consumer."""
 
         def make(handler: Handler, entry: Entry, answer: Answer | None) -> Dispatcher:
@@ -414,14 +414,14 @@ class Bus(Verbs):
 
         check_middleware([*self.incoming, *self.outgoing])
         check_error_handler(self.on_error)
-        self._entries.check_shared(copies=consumer.features.error_queue, manually=consumer.ack == "manual")
+        self._handlers.check_shared(copies=consumer.features.error_queue, manually=consumer.ack == "manual")
         consumer.bindings = self._bindings()
-        return BusDispatch(
-            self._entries,
-            self._composer,
+        return HandlerFanOut(
+            self._handlers,
+            self._factory,
             make,
             incoming=[*self.incoming, *consumer.middleware],
-            resolvers=resolvers({**self._provided, Bus: self}, self._composer, self, lambda: self.mandatory),
+            resolvers=resolvers({**self._provided, Bus: self}, self._factory, self, lambda: self.mandatory),
             provided=self._provided,
             threads=threads,
             sender=self,
@@ -465,12 +465,12 @@ class Bus(Verbs):
                 "header_style='pikabus' goes with ack='after': what comes before its DeferredTime is put back."
             )
         style.install(self._sender)
-        self._composer.topic = pikabus.TOPIC
-        self._composer.source = self.queue or self._composer.source  # an address, as PikaBus has it
+        self._factory.topic = pikabus.TOPIC
+        self._factory.source = self.queue or self._factory.source  # an address, as PikaBus has it
         if self._sender.protocol == "rabbitmq":
             self._options.setdefault("error_arguments", pikabus.NO_ARGUMENTS)
         if self._sender.features.topics:
-            self._composer.direct = pikabus.DIRECT
+            self._factory.direct = pikabus.DIRECT
             if self.queue is not None:
                 self._subscriptions[Binding(self.queue, pikabus.DIRECT)] = None
 
@@ -483,7 +483,7 @@ class Bus(Verbs):
         return self.queue
 
     def _bindings(self) -> list[Binding]:
-        return list({**self._entries.bindings, **self._subscriptions})
+        return list({**self._handlers.bindings, **self._subscriptions})
 
     def _note_bindings(self) -> None:
         """Have whoever consumes the queue make the same ones when it connects again."""

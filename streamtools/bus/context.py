@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Never
 
-from streamtools.bus.composer import Composer, refuse, seconds_until
+from streamtools.bus.message_factory import MessageFactory, refuse, seconds_until
 from streamtools.engine.functions.invoke import RESOLVERS, Resolver
 from streamtools.engine.outbox import Outbox, Sender, Sent, outbox
 from streamtools.errors import HandlerError
@@ -26,14 +26,14 @@ class MessageContext:
         message: the whole message.
     """
 
-    __slots__ = ("_composer", "_mandatory", "_outbox", "_sender", "message")
+    __slots__ = ("_factory", "_mandatory", "_outbox", "_sender", "message")
 
     def __init__(
-        self, message: Message, composer: Composer, sender: Sender, outbox: Outbox | None, *, mandatory: bool
+        self, message: Message, factory: MessageFactory, sender: Sender, outbox: Outbox | None, *, mandatory: bool
     ) -> None:
         self.message: Message = message
         self._sender = sender
-        self._composer = composer
+        self._factory = factory
         self._outbox = outbox
         self._mandatory = mandatory
 
@@ -71,7 +71,7 @@ class MessageContext:
     ) -> Sent:
         """Send a command; parameters as for `Bus.send`."""
         refuse("send", unknown)
-        return self._add(self._composer.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl))
+        return self._add(self._factory.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl))
 
     def publish(
         self,
@@ -89,7 +89,7 @@ class MessageContext:
         """Publish an event; parameters as for `Bus.publish`."""
         refuse("publish", unknown)
         must = self._mandatory if mandatory is None else mandatory
-        message = self._composer.event(
+        message = self._factory.event(
             event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl
         )
         return self._add(message)
@@ -109,7 +109,7 @@ class MessageContext:
     ) -> Sent:
         """Send a command for later; parameters as for `Bus.defer`."""
         delay = seconds_until(delay, at)
-        message = self._composer.command(
+        message = self._factory.command(
             command, to, exchange, delay=delay, headers=headers, type=type, key=key, ttl=ttl
         )
         return self._add(message)
@@ -129,8 +129,8 @@ class MessageContext:
         Raises:
             ConfigurationError: the message does not say where a reply is to go.
         """
-        answer = self._composer.reply(self.message, payload, exchange=exchange, headers=headers, type=type)
-        sent = self._add(answer) if self._composer.may_reply(self.message) else Sent(answer)
+        answer = self._factory.reply(self.message, payload, exchange=exchange, headers=headers, type=type)
+        sent = self._add(answer) if self._factory.may_reply(self.message) else Sent(answer)
         if self._outbox is not None:
             self._outbox.replied = True
         return sent
@@ -147,7 +147,7 @@ class MessageContext:
 
 
 def resolvers(
-    provided: Mapping[type, Any], composer: Composer, sender: Sender, must: Callable[[], bool]
+    provided: Mapping[type, Any], factory: MessageFactory, sender: Sender, must: Callable[[], bool]
 ) -> dict[type, Resolver]:
     """What further parameters of handlers are filled with, by their types.
 
@@ -158,7 +158,7 @@ def resolvers(
     """
 
     def context(message: Message) -> MessageContext:
-        return MessageContext(message, composer, sender, outbox.get(), mandatory=must())
+        return MessageContext(message, factory, sender, outbox.get(), mandatory=must())
 
     constant = {kind: _constant(value) for kind, value in provided.items()}
     return {**RESOLVERS, **constant, MessageContext: context}

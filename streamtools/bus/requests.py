@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
-from streamtools.bus.composer import FAILURE, Failure
+from streamtools.bus.message_factory import FAILURE, Failure
 from streamtools.compat.pikabus import REPLY_QUEUE, PikaBus
 from streamtools.consumer import Consumer
 from streamtools.engine.messages.failures import NAME_LIMIT, REASON_LIMIT

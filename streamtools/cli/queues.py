@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
-from streamtools.cli import amounts, output
+from streamtools.cli import output, units
 from streamtools.cli.session import Json, Url, Yes, address, drive, plain_errors, safe_address
 from streamtools.errors import FeatureError
 
@@ -132,8 +132,8 @@ def alter(
 ) -> None:
     """Change partitions and retention; all else stays as it is (Kafka)."""
     with plain_errors():
-        kept = None if retention is None else amounts.seconds(retention)
-        room = None if retention_bytes is None else amounts.size(retention_bytes)
+        kept = None if retention is None else units.seconds(retention)
+        room = None if retention_bytes is None else units.size(retention_bytes)
     now = at(url, lambda admin: admin.describe(name))
     if partitions is not None and partitions > now.partitions:
         output.confirm(
@@ -173,7 +173,7 @@ def seek(
 ) -> None:
     """Move a group back or ahead in a queue (Kafka). Stop its consumers first."""
     with plain_errors():
-        where = amounts.place(to)
+        where = units.place(to)
     reader = name if group is None else group
     before = {found.name: found for found in at(url, lambda admin: admin.groups(name))}.get(reader)
     shown = f"{where:%Y-%m-%d %H:%M:%S %Z}" if isinstance(where, datetime) else to
@@ -245,9 +245,9 @@ def _with_groups(info: dict[str, Any], groups: Sequence[GroupInfo] | None) -> di
 
 
 def _described(settings: QueueSettings) -> str:
-    time = amounts.FOREVER if settings.retention == math.inf else f"for {output.age(settings.retention)}"
+    time = units.FOREVER if settings.retention == math.inf else f"for {output.age(settings.retention)}"
     limit = settings.retention_bytes
-    room = "" if limit == math.inf else f", {amounts.show_size(limit)} at most of each"
+    room = "" if limit == math.inf else f", {units.show_size(limit)} at most of each"
     return f"{settings.partitions} partition{'' if settings.partitions == 1 else 's'}, kept {time}{room}"
 
 

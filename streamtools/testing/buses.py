@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from streamtools.bus import Bus
 from streamtools.bus.contracts import Contract
-from streamtools.bus.dispatch import Shared
+from streamtools.bus.fan_out import Shared
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Settlement
 from streamtools.engine.tasks.eventloops import PerLoop

@@ -152,7 +152,7 @@ def test_two_handlers_of_an_event_have_two_names() -> None:
 
         def seen(event: OrderPlaced) -> None: ...
 
-        if not bus._entries:
+        if not bus._handlers:
             bus.handler(seen)
     with pytest.raises(ConfigurationError, match="a retry is addressed by that name"):
         bus.handler(seen)

@@ -19,8 +19,8 @@ from streamtools.delivery import Settlement, current
 from streamtools.testing.waiting import TIMEOUT, eventually
 from streamtools.types import Handler
 from streamtools.verdicts import VerdictKind
-from tests.core import deeds
-from tests.core.deeds import FINE, HANGS, Deeds
+from tests.core import behaviours
+from tests.core.behaviours import FINE, HANGS, Behaviours
 
 PROBE = "probe"
 
@@ -37,7 +37,7 @@ class Sent:
 
     body: bytes
     content_type: str | None
-    runs: tuple[Deeds, ...]
+    runs: tuple[Behaviours, ...]
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Case:
     prefetch: int = 10
 
 
-def runs(handler: Sequence[str], layers: Sequence[str]) -> st.SearchStrategy[tuple[Deeds, ...]]:
+def runs(handler: Sequence[str], layers: Sequence[str]) -> st.SearchStrategy[tuple[Behaviours, ...]]:
     """What is done in up to four runs, by two middlewares and the handler."""
     layer = st.sampled_from(layers) | st.just("pass")
-    deed = st.builds(Deeds, layers=st.tuples(layer, layer), handler=st.sampled_from(handler))
+    deed = st.builds(Behaviours, layers=st.tuples(layer, layer), handler=st.sampled_from(handler))
     return st.lists(deed, max_size=4).map(tuple)
 
 
@@ -70,7 +70,10 @@ content_types = st.sampled_from(
 
 @st.composite
 def cases(
-    draw: st.DrawFn, handlers: Sequence[str] = deeds.HANDLERS, layers: Sequence[str] = deeds.MIDDLEWARE, **fixed: Any
+    draw: st.DrawFn,
+    handlers: Sequence[str] = behaviours.HANDLERS,
+    layers: Sequence[str] = behaviours.MIDDLEWARE,
+    **fixed: Any,
 ) -> Case:
     """Any consumer with any messages whose handler does any of these."""
     sent = st.builds(Sent, body=bodies, content_type=content_types, runs=runs(handlers, layers))
@@ -134,12 +137,12 @@ class Service:
 
     def _layer(self, number: int) -> Any:
         async def layer(message: Message, call_next: Handler) -> Any:
-            layers = self._deeds(message).layers
-            return await deeds.surround(layers[number] if number < len(layers) else "pass", message, call_next)
+            layers = self._behaviours(message).layers
+            return await behaviours.surround(layers[number] if number < len(layers) else "pass", message, call_next)
 
         return layer
 
-    def _deeds(self, message: Message) -> Deeds:
+    def _behaviours(self, message: Message) -> Behaviours:
         planned = self.case.messages[int(message.id)].runs
         run = self._runs[message.id] - 1
         return planned[run] if run < len(planned) else FINE
@@ -149,14 +152,14 @@ class Service:
         wants = self.case.wants
 
         async def handle(msg: wants, message: Message, delivery: Delivery) -> object:  # type: ignore[valid-type]
-            deed = self._deeds(message).handler
+            deed = self._behaviours(message).handler
             if self.case.ack == "manual" and deed == "return":
                 deed = "ack"
             self.hanging += deed in HANGS
-            return await deeds.do(deed, delivery)
+            return await behaviours.do(deed, delivery)
 
         def handle_in_thread(msg: wants, message: Message) -> object:  # type: ignore[valid-type]
-            return deeds.do_at_once(self._deeds(message).handler)
+            return behaviours.do_at_once(self._behaviours(message).handler)
 
         chosen: Any = handle_in_thread if self.case.threads else handle
         chosen.__annotations__["msg"] = wants
@@ -228,7 +231,7 @@ fewer = settings(bounded, max_examples=20)
 
 
 @bounded
-@given(cases([*deeds.HANDLERS, *deeds.CANCELS]))
+@given(cases([*behaviours.HANDLERS, *behaviours.CANCELS]))
 def test_every_delivery_has_one_verdict(case: Case) -> None:
     run(case)
 
@@ -246,12 +249,15 @@ def test_what_hangs_at_the_end_goes_back(case: Case) -> None:
 
 
 @bounded
-@given(cases([*deeds.BY_HAND, "an error", "drop"]) | cases([*deeds.BY_HAND, "an error"], deeds.LOUD, ack="manual"))
+@given(
+    cases([*behaviours.BY_HAND, "an error", "drop"])
+    | cases([*behaviours.BY_HAND, "an error"], behaviours.LOUD, ack="manual")
+)
 def test_by_hand_too(case: Case) -> None:
     run(case)
 
 
 @fewer
-@given(cases([*deeds.HANDLERS, *deeds.CANCELS]), st.just("sqlite"))
+@given(cases([*behaviours.HANDLERS, *behaviours.CANCELS]), st.just("sqlite"))
 def test_in_a_file_too(case: Case, protocol: str) -> None:
     run(case, protocol)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 from streamtools import Consumer, ConsumerFactory, ConsumerRunner, Message, Producer, Retry
 from streamtools.bus import Bus
 from streamtools.delivery import Delivery, Settlement
-from streamtools.drivers.http.answers import answer
+from streamtools.drivers.http.responses import settlement_response
 from streamtools.errors import ConfigurationError, DecodeError, Drop, OptionError, Reject, RetryLater, safe_str
 from streamtools.retry import validate_verdict
 from streamtools.testing import Harness
@@ -114,9 +114,9 @@ async def test_a_verdict_is_heard_however_deep_it_is_nested(
 def test_a_rejection_inside_a_group_is_answered_as_one_over_http() -> None:
     delivery = Delivery(Message(body=b"1", queue="orders", id="1"))
     error = group(Reject("no such order"))
-    response = answer(Settlement(delivery, Verdict.reject("no such order"), error=error))
+    response = settlement_response(Settlement(delivery, Verdict.reject("no such order"), error=error))
     assert response.status == 422
-    other = answer(Settlement(delivery, Verdict.reject(), error=group(ValueError("secret"))))
+    other = settlement_response(Settlement(delivery, Verdict.reject(), error=group(ValueError("secret"))))
     assert (other.status, b"secret" in (other.body or b"")) == (500, False)
 
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from streamtools.drivers.http import answers
+from streamtools.drivers.http import responses
 from streamtools.settings import HTTPSettings
 from streamtools.validation.tokens import Tokens
 
@@ -39,15 +39,17 @@ class Access:
     def refusal(self, request: web.BaseRequest) -> web.Response | None:
         """The answer to who may not ask; None for all others."""
         if self.hosts and not all(self._is_ours(name) for name in _names(request)):
-            return _closing(answers.problem(421, "This service is not asked by that host name."))
+            return _closing(responses.error_response(421, "This service is not asked by that host name."))
         if not self._may_come(request):
             return _closing(
-                answers.problem(403, "A web page of another origin asks; allow it with origins= if it is yours.")
+                responses.error_response(
+                    403, "A web page of another origin asks; allow it with origins= if it is yours."
+                )
             )
         if self.tokens and not self._is_shown(request):
             challenge = {"WWW-Authenticate": "Bearer"}
             return _closing(
-                answers.problem(401, "A request here shows a token: Authorization: Bearer ...", **challenge)
+                responses.error_response(401, "A request here shows a token: Authorization: Bearer ...", **challenge)
             )
         return None
 

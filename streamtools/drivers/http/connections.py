@@ -25,7 +25,7 @@ from typing import Any, Final, cast
 
 from aiohttp import web
 
-from streamtools.drivers.http.answers import SERVER
+from streamtools.drivers.http.responses import SERVER
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -34,7 +34,7 @@ HEAD_TIMEOUT: Final = 20.0
 #: Seconds for a TLS handshake.
 HANDSHAKE_TIMEOUT: Final = 10.0
 #: Seconds between two looks at all connections.
-INTERVAL: Final = 1.0
+CHECK_INTERVAL: Final = 1.0
 #: What a line of a head costs beside its bytes: the objects that aiohttp makes of it.
 LINE_COST: Final = 300
 #: The most that an unfinished head may cost; a whole one is measured exactly when it is read.
@@ -47,15 +47,15 @@ PIPELINED: Final = 256 * 1024
 UNFINISHED: Final = 32 * 1024 * 1024
 #: What all answers that their clients do not read may hold together, in bytes.
 UNREAD: Final = 32 * 1024 * 1024
-#: Bytes a second that a client has to read of an answer, once the seconds of `READ_GRACE` are over.
+#: Bytes a second that a client has to read of an answer, once the seconds of `READ_GRACE_TIMEOUT` are over.
 READ_RATE: Final = 4096
-READ_GRACE: Final = 10.0
+READ_GRACE_TIMEOUT: Final = 10.0
 #: Seconds that the rest of a refused request is read, so that its sender gets to see the answer.
-LINGER: Final = 2.0
+LINGER_TIMEOUT: Final = 2.0
 #: The share of a limit that is ended at once when it is reached, so that not each new connection has to look.
 SHARE: Final = 1 / 16
 #: Seconds between two lines of the log about connections that were ended.
-TELL: Final = 60.0
+LOG_INTERVAL: Final = 60.0
 
 _TOO_SLOW: Final = b"408 Request Timeout", b"The request took too long to arrive."
 _TOO_LONG: Final = b"431 Request Header Fields Too Large", b"The head of the request is too long."
@@ -131,7 +131,7 @@ class Door(Counted, asyncio.Protocol):
         try:
             secured = await asyncio.get_running_loop().start_tls(
                 wire, inside, self._tls, server_side=True,
-                ssl_handshake_timeout=HANDSHAKE_TIMEOUT, ssl_shutdown_timeout=LINGER,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT, ssl_shutdown_timeout=LINGER_TIMEOUT,
             )  # fmt: skip
         except OSError as error:  # ssl.SSLError and TimeoutError are such
             log.debug("A TLS handshake failed (%s).", type(error).__name__)
@@ -237,13 +237,13 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
             return
         if self.unsent:
             size, since = self._unread = self._unread or (self.unsent, now)
-            if size - self.unsent < (now - since - READ_GRACE) * READ_RATE:
+            if size - self.unsent < (now - since - READ_GRACE_TIMEOUT) * READ_RATE:
                 self._wire.abort()
             return
         self._unread = None
         if self.busy or self._body is not None:  # whoever reads a body has a limit of its own
             return
-        if self._refused and now - self.since > LINGER:
+        if self._refused and now - self.since > LINGER_TIMEOUT:
             self._wire.abort()
         elif (self.held or not self.requests) and now - self.since > HEAD_TIMEOUT:
             self.end()
@@ -300,7 +300,7 @@ class Connections:
         self._unread: dict[Counted, int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._ended = 0
-        self._told = -TELL
+        self._told = -LOG_INTERVAL
 
     def __len__(self) -> int:
         return len(self._all)
@@ -327,7 +327,7 @@ class Connections:
                 lambda: len(self._all) > goal,
             )
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(INTERVAL, self._look)
+            self._timer = asyncio.get_running_loop().call_later(CHECK_INTERVAL, self._look)
 
     def remove(self, connection: Counted) -> None:
         """One has ended."""
@@ -429,7 +429,7 @@ class Connections:
         now = loop.time()
         for connection in list(self._all):
             connection.look(now)
-        if self._ended and now - self._told > TELL:
+        if self._ended and now - self._told > LOG_INTERVAL:
             log.warning(
                 "%s: %d connections were ended, the slowest first, because there were more than %d, or because "
                 "unfinished requests or unread answers held too much.",
@@ -438,7 +438,7 @@ class Connections:
                 self.limit,
             )
             self._ended, self._told = 0, now
-        self._timer = loop.call_later(INTERVAL, self._look) if self._all else None
+        self._timer = loop.call_later(CHECK_INTERVAL, self._look) if self._all else None
 
 
 class _Server(web.Server):

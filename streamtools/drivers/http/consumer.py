@@ -12,10 +12,10 @@ from urllib.parse import quote, unquote
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.http.access import Access
-from streamtools.drivers.http.answers import answer
-from streamtools.drivers.http.mailbox import Call, Mailbox
 from streamtools.drivers.http.options import FEATURES, ConsumerOptions, check_queue, is_url, refuse_reply
 from streamtools.drivers.http.producer import HTTPProducer
+from streamtools.drivers.http.request_queue import PendingRequest, RequestQueue
+from streamtools.drivers.http.responses import settlement_response
 from streamtools.drivers.http.server import SharedServer
 from streamtools.drivers.http.tls import server_context
 from streamtools.errors import Closed, ConfigurationError, ConnectError, SendError
@@ -56,7 +56,7 @@ class HTTPConsumer(Consumer, protocol="http"):
     settings: HTTPSettings
     options: ConsumerOptions
     _server: SharedServer | None = None
-    _mailbox: Mailbox | None = None
+    _requests: RequestQueue | None = None
     _sender: HTTPProducer | None = None
 
     @property
@@ -99,7 +99,7 @@ class HTTPConsumer(Consumer, protocol="http"):
         tls = await server_context(settings)
         terms = (settings.tls, settings.certfile, settings.keyfile, settings.client_ca)
         server = SharedServer.of(*self.address, tls, terms, Access.of(settings), settings.max_connections)
-        mailbox = Mailbox(
+        requests = RequestQueue(
             self.queue,
             self.options.method,
             limit=self.prefetch,
@@ -108,12 +108,12 @@ class HTTPConsumer(Consumer, protocol="http"):
             content_types=self.options.content_types,
             hidden=CREDENTIALS if settings.tokens else frozenset(),
         )
-        await server.join(self._path, mailbox)
-        self._server, self._mailbox = server, mailbox
+        await server.join(self._path, requests)
+        self._server, self._requests = server, requests
 
     async def _receive(self, limit: int) -> Sequence[Delivery]:
-        mailbox = self._mailbox
-        calls = await mailbox.take(limit) if mailbox is not None else []
+        requests = self._requests
+        calls = await requests.take(limit) if requests is not None else []
         if not calls:
             raise Closed(f"{self!r} was closed while it waited for requests.")
         return [Delivery(call.message, call) for call in calls]
@@ -137,7 +137,7 @@ class HTTPConsumer(Consumer, protocol="http"):
         """Send on what the handler sent, and answer; the error, where the sender is to know of it."""
         # A reply goes in the answer and nowhere else: an address that stands in a request is no one's to be sent to.
         replies = [message for message in settlement.outgoing if message.intent == "reply"]
-        call: Call = settlement.delivery.token
+        call: PendingRequest = settlement.delivery.token
         outgoing = [message for message in settlement.outgoing if message.intent != "reply"]
         if outgoing and not call.done:
             try:
@@ -161,21 +161,21 @@ class HTTPConsumer(Consumer, protocol="http"):
             raise SendError(str(error), refused=ids, messages=messages) from error
 
     async def _stop(self) -> None:
-        if self._mailbox is not None and self._server is not None:
-            self._mailbox.stop()
+        if self._requests is not None and self._server is not None:
+            self._requests.stop()
             self._server.drain()
 
     async def _close(self) -> None:
-        mailbox, self._mailbox = self._mailbox, None
+        requests, self._requests = self._requests, None
         server, self._server = self._server, None
         sender, self._sender = self._sender, None
-        if mailbox is not None and server is not None:
-            mailbox.close()
+        if requests is not None and server is not None:
+            requests.close()
             await server.leave()
         if sender is not None:
             await sender.close()
 
 
 def _answer(settlement: Settlement, reply: Message | None = None) -> None:
-    call: Call = settlement.delivery.token
-    call.answer(partial(answer, settlement, reply))
+    call: PendingRequest = settlement.delivery.token
+    call.answer(partial(settlement_response, settlement, reply))

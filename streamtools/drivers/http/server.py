@@ -15,11 +15,11 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError, RawRequestMessage
 from yarl import URL
 
-from streamtools.drivers.http import answers
+from streamtools.drivers.http import responses
 from streamtools.drivers.http.access import Access
 from streamtools.drivers.http.connections import Connections, Door, _Connection, _Server
 from streamtools.drivers.http.headers import PLAIN_LIMIT, size_of
-from streamtools.drivers.http.mailbox import Mailbox, attempt_of
+from streamtools.drivers.http.request_queue import RequestQueue, attempt_of
 from streamtools.errors import ConfigurationError, ConnectError
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -31,11 +31,11 @@ MAX_HEADERS: Final = PLAIN_LIMIT + 128
 #: The longest request line, in bytes.
 MAX_LINE: Final = 64 * 1024
 #: Seconds that an idle connection, or one that sends no whole request, stays open.
-KEEP_ALIVE: Final = 75.0
+KEEP_ALIVE_TIMEOUT: Final = 75.0
 #: Seconds that the rest of a refused body is read, so that its sender gets to see the answer.
-LINGER: Final = 3.0
-#: Seconds that the last answers have to go out when the server ends; for each of two steps.
-CLOSING: Final = 1.0
+LINGER_TIMEOUT: Final = 3.0
+#: Seconds that the last responses have to go out when the server ends; for each of two steps.
+CLOSE_TIMEOUT: Final = 1.0
 #: After a head of more bytes a connection ends: aiohttp keeps the last head of one that is idle.
 LARGE_HEAD: Final = 16 * 1024
 #: How many of the largest bodies may be under way at once, at least.
@@ -49,9 +49,9 @@ Key = tuple[str, int]
 
 
 class SharedServer:
-    """Serves the mailboxes of one host and port; it listens from the first that joins to the last that leaves.
+    """Serves the request queues of one host and port; it listens from the first that joins to the last that leaves.
 
-    A path whose consumer has left answers 503, not 404, as long as the server lives: a consumer that
+    A path whose consumer has left responses 503, not 404, as long as the server lives: a consumer that
     is restarted must not look as if it had never been.
     """
 
@@ -66,7 +66,7 @@ class SharedServer:
         #: What the TLS context was made of, to compare.
         self.terms = terms
         self.access = access
-        self._mailboxes: dict[str, dict[str, Mailbox]] = {}
+        self._request_queues: dict[str, dict[str, RequestQueue]] = {}
         self._starting = asyncio.Lock()
         self._listener: asyncio.Server | None = None
         self._http: _Server | None = None
@@ -94,41 +94,41 @@ class SharedServer:
             )
         return server
 
-    async def join(self, path: str, mailbox: Mailbox) -> None:
-        """Serve a mailbox under a path (not percent-encoded); listen, if it is the first.
+    async def join(self, path: str, requests: RequestQueue) -> None:
+        """Serve the requests to a path (not percent-encoded); listen, if it is the first.
 
         Raises:
             ConfigurationError: a consumer has this path and method already.
             ConnectError: the port cannot be listened on.
         """
-        methods = self._mailboxes.setdefault(path, {})
-        before = methods.get(mailbox.method)
+        methods = self._request_queues.setdefault(path, {})
+        before = methods.get(requests.method)
         if before is not None and not before.closed:
             raise ConfigurationError(
-                f"Another consumer takes {mailbox.method} {path} on port {self._key[1]} already. Give one of them "
+                f"Another consumer takes {requests.method} {path} on port {self._key[1]} already. Give one of them "
                 'another queue, another port=, or another method= (as in method="GET").'
             )
-        methods[mailbox.method] = mailbox
-        self._connections.room = max(self._connections.room, LARGEST * mailbox.max_body)
+        methods[requests.method] = requests
+        self._connections.room = max(self._connections.room, LARGEST * requests.max_body)
         try:
             async with self._starting:
                 if self._listener is None:
                     await self._listen()
         except BaseException:
-            mailbox.close()
+            requests.close()
             if not self._any_left():
                 self._forget()
             raise
 
     def drain(self) -> None:
         """Accept no more connections once every consumer here has stopped."""
-        if all(mailbox.stopped for mailbox in self._each()):
+        if all(requests.stopped for requests in self._each()):
             self._forget()
             if self._listener is not None:
                 self._listener.close()
 
     async def leave(self) -> None:
-        """A mailbox was closed; with the last one the server ends."""
+        """A request queue was closed; with the last one the server ends."""
         if self._any_left():
             return
         self._forget()
@@ -138,17 +138,17 @@ class SharedServer:
             return
         listener.close()
         http.pre_shutdown()  # idle connections end now, those at work after their answer
-        await http.shutdown(CLOSING)
+        await http.shutdown(CLOSE_TIMEOUT)
         self._connections.close()
         with suppress(TimeoutError):  # the sockets are closed; what is left to wait for is the transports' own end
-            async with asyncio.timeout(CLOSING):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
                 await listener.wait_closed()
 
     def _any_left(self) -> bool:
-        return any(not mailbox.closed for mailbox in self._each())
+        return any(not requests.closed for requests in self._each())
 
-    def _each(self) -> list[Mailbox]:
-        return [mailbox for methods in self._mailboxes.values() for mailbox in methods.values()]
+    def _each(self) -> list[RequestQueue]:
+        return [requests for methods in self._request_queues.values() for requests in methods.values()]
 
     def _forget(self) -> None:
         servers = self._all.get(asyncio.get_running_loop())
@@ -165,14 +165,14 @@ class SharedServer:
             self._handle,
             connections,
             request_factory=_make_request,
-            auto_decompress=False,  # the mailbox does: aiohttp takes a body that was cut short for whole
+            auto_decompress=False,  # the request queue does: aiohttp takes a body that was cut short for whole
             access_log=None,
             logger=_Quiet(),
             max_line_size=MAX_LINE,
             max_field_size=MAX_FIELD,
             max_headers=MAX_HEADERS,
-            keepalive_timeout=KEEP_ALIVE,
-            lingering_time=LINGER,
+            keepalive_timeout=KEEP_ALIVE_TIMEOUT,
+            lingering_time=LINGER_TIMEOUT,
         )  # fmt: skip
         try:
             if port == 0:  # one address only: each would get a port of its own
@@ -200,7 +200,7 @@ class SharedServer:
             return response
         except Exception:  # ours, and of this request alone
             log.exception("A request could not be handled.")
-            return answers.cut_off(500, "The request could not be handled.")
+            return responses.cut_off(500, "The request could not be handled.")
         finally:
             if isinstance(request.protocol, _Connection):
                 request.protocol.ended()
@@ -210,20 +210,20 @@ class SharedServer:
             return refusal
         path = _path(request.raw_path)
         if path is None:
-            return answers.problem(400, "The target of the request is not valid.")
-        methods = self._mailboxes.get(path)
+            return responses.error_response(400, "The target of the request is not valid.")
+        methods = self._request_queues.get(path)
         if methods is None:
-            if all(mailbox.stopped for mailbox in self._each()):
-                response = answers.unavailable(attempt_of(request))
+            if all(requests.stopped for requests in self._each()):
+                response = responses.unavailable(attempt_of(request))
                 response.force_close()
                 return response
-            return answers.problem(404, f"No consumer is at {path!r} here.")
-        mailbox = methods.get(request.method)
-        if mailbox is None and request.method == "HEAD":
-            mailbox = methods.get("GET")  # whose answer goes out without its body
-        if mailbox is None:
-            return answers.wrong_method(request.method, methods)
-        return await mailbox.handle(request)
+            return responses.error_response(404, f"No consumer is at {path!r} here.")
+        requests = methods.get(request.method)
+        if requests is None and request.method == "HEAD":
+            requests = methods.get("GET")  # whose answer goes out without its body
+        if requests is None:
+            return responses.wrong_method(request.method, methods)
+        return await requests.handle(request)
 
 
 def _make_request(

@@ -25,7 +25,7 @@ from streamtools.settings import SQLiteSettings
 log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds that closing waits for another process's lock before it leaves things to the lease.
-CLOSE_PATIENCE: Final = 2.0
+CLOSE_TIMEOUT: Final = 2.0
 
 #: Databases of before a fork: closing SQLite's files in the child could take its parent's locks away,
 #: so they are kept from being collected there.
@@ -262,7 +262,7 @@ class Session:
         for what in [what for what in self._pending if isinstance(what, Waiter)]:
             self._abandon(what)
         # After the settlements that wait already, which are of the same kind.
-        await self.call(end_claims, (holder, failed), full=True, patience=CLOSE_PATIENCE)
+        await self.call(end_claims, (holder, failed), full=True, patience=CLOSE_TIMEOUT)
 
     async def close(self) -> None:
         """End it; whoever waits for an answer has Closed raised. Safe to repeat."""

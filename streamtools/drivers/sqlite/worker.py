@@ -38,16 +38,16 @@ from streamtools.settings import SQLiteSettings
 log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds between looks for what other processes wrote.
-POLL: Final = 0.025
+POLL_INTERVAL: Final = 0.025
 #: Seconds from a write to the log to its commit, ordinarily (a flush to the disk lies between).
-COMMIT_TIME: Final = 1.0
+COMMIT_TIMEOUT: Final = 1.0
 #: Seconds between checks that the event loop still lives, when nothing else is to be done.
-TICK: Final = 10.0
+LIFE_CHECK_INTERVAL: Final = 10.0
 #: Seconds before another try for a lock, and the most of it.
 LOCK_DELAY: Final = 0.0005
 LOCK_MAX_DELAY: Final = 0.002
 #: Seconds between looks at leases, and at the size of the log, at most.
-CARE: Final = 1.0
+CARE_INTERVAL: Final = 1.0
 
 
 class Worker:
@@ -217,9 +217,9 @@ class Worker:
         if self._waiters and (self._stirred or any(waiter.fresh for waiter in self._waiters)):
             return 0.0
         now = time.monotonic()
-        timeout = TICK
+        timeout = LIFE_CHECK_INTERVAL
         if self._waiters:
-            timeout = POLL
+            timeout = POLL_INTERVAL
             if due := [waiter.due for waiter in self._waiters if waiter.due is not None]:
                 timeout = min(timeout, max(min(due) - time.time(), self._pace.wait()))
         if any(holder.expires for holder in self._holders):
@@ -270,7 +270,10 @@ class Worker:
             changed = os.stat(self._path + "-wal").st_mtime
         except FileNotFoundError:
             return True
-        if changed == self._log_changed < self._asked_at - COMMIT_TIME and 0 <= now - self._asked_at < COMMIT_TIME:
+        if (
+            changed == self._log_changed < self._asked_at - COMMIT_TIMEOUT
+            and 0 <= now - self._asked_at < COMMIT_TIMEOUT
+        ):
             return False
         self._log_changed, self._asked_at = changed, now
         return True
@@ -302,7 +305,7 @@ class Worker:
         now = time.monotonic()
         if now < self._next_care:
             return []
-        self._next_care = now + min(CARE, self._lease / 4)
+        self._next_care = now + min(CARE_INTERVAL, self._lease / 4)
         if self._files.moved():
             self._broken = self._files.error()
             return []

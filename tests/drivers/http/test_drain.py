@@ -25,7 +25,7 @@ async def test_while_draining_those_at_work_are_answered_and_all_others_told_to_
         await wait_until(lambda: gate.entered == 1)
         asked += [asyncio.create_task(talk(consumer, request(body=b"{}"))) for _ in range(2)]
         idle_reader, idle_writer = await asyncio.open_connection(*consumer.address)
-        mailbox = consumer._mailbox
+        mailbox = consumer._requests
         assert mailbox is not None
         await wait_until(lambda: len(mailbox._unanswered) == 3)
         # When the consumer stops
@@ -57,7 +57,7 @@ async def test_a_body_that_is_still_arriving_does_not_hold_up_the_drain() -> Non
     async with serving(echo) as consumer:
         reader, writer = await asyncio.open_connection(*consumer.address)
         writer.write(b"POST /orders HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nabc")
-        await wait_until(lambda: bool(consumer._mailbox._reading))  # type: ignore[union-attr]
+        await wait_until(lambda: bool(consumer._requests._reading))  # type: ignore[union-attr]
     assert (await read_reply(reader)).status == 503
     writer.close()
 
@@ -66,7 +66,7 @@ async def test_stop_and_close_in_one_breath_answer_a_body_that_is_still_arriving
     consumer = await HTTPConsumer("orders", port=0).open()
     reader, writer = await asyncio.open_connection(*consumer.address)
     writer.write(b"POST /orders HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nabc")
-    mailbox = consumer._mailbox
+    mailbox = consumer._requests
     assert mailbox is not None
     await wait_until(lambda: bool(mailbox._reading))
     await consumer._stop()
@@ -94,7 +94,7 @@ async def test_close_answers_what_no_one_has_settled() -> None:
     consumer = await HTTPConsumer("orders", port=0).open()
     asked = [asyncio.create_task(talk(consumer, request(body=b"{}"))) for _ in range(2)]
     (delivery,) = await consumer.receive(timeout=5)
-    await wait_until(lambda: len(consumer._mailbox._unanswered) == 2)  # type: ignore[union-attr]
+    await wait_until(lambda: len(consumer._requests._unanswered) == 2)  # type: ignore[union-attr]
     await consumer.close()
     assert [(await reply).status for reply in asked] == [503, 503]
     await delivery.ack()  # too late, and harmless
@@ -136,7 +136,7 @@ async def test_nothing_is_lost_or_done_twice_when_a_consumer_stops_under_load_an
             await wait_until(lambda: len(seen) > 50)
             # When the consumer stops and another comes on the same port
             first.stop(5)
-            await wait_until(lambda: first._mailbox is None)
+            await wait_until(lambda: first._requests is None)
             async with serving(handler, port=port, concurrency=4):
                 answers = await asyncio.wait_for(sending, 30)
     # Then each was handled, once, and answered with its own value

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, field_validator
 
-from streamtools.drivers.http import HTTPConsumer, answers, mailbox
+from streamtools.drivers.http import HTTPConsumer, request_queue, responses
 from streamtools.errors import Reject
 from streamtools.message import Message
 from streamtools.retry import Retry
@@ -204,14 +204,14 @@ async def test_a_value_whose_text_is_no_text_is_answered_500() -> None:
 
 
 async def test_an_answer_that_cannot_be_made_is_500_for_that_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = answers._value
+    real = responses._result_response
 
     def value(result: Any, message: Message) -> Any:
         if message.body == b"99":
             raise RuntimeError("the answer to this one cannot be made")
         return real(result, message)
 
-    monkeypatch.setattr(answers, "_value", value)
+    monkeypatch.setattr(responses, "_result_response", value)
     async with serving(or_fail, concurrency=8) as consumer:
         bodies = [b"10", b"99", b"20"] * 4
         replies = await asyncio.gather(*(talk(consumer, request(body=body)) for body in bodies))
@@ -219,14 +219,14 @@ async def test_an_answer_that_cannot_be_made_is_500_for_that_request_alone(monke
 
 
 async def test_a_request_that_cannot_become_a_message_is_500_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = mailbox.decode_headers
+    real = request_queue.decode_headers
 
     def decode(raw: Any) -> Any:
         if any(name == b"X-Bad" for name, _ in raw):
             raise RuntimeError("not foreseen")
         return real(raw)
 
-    monkeypatch.setattr(mailbox, "decode_headers", decode)
+    monkeypatch.setattr(request_queue, "decode_headers", decode)
     async with serving(or_fail) as consumer:
         assert (await talk(consumer, request(body=b"10", X_Bad="1"))).status == 500
         assert (await talk(consumer, request(body=b"10"))).status == 200
@@ -242,9 +242,9 @@ async def test_a_client_that_leaves_while_its_body_arrives_is_one_line_at_debug(
         for _ in range(20):
             _, writer = await asyncio.open_connection(*consumer.address)
             writer.write(b"POST /orders HTTP/1.1\r\nHost: x\r\n" + head)
-            await wait_until(lambda: bool(consumer._mailbox._reading))  # type: ignore[union-attr]
+            await wait_until(lambda: bool(consumer._requests._reading))  # type: ignore[union-attr]
             writer.transport.abort() if reset else writer.close()
-            await wait_until(lambda: not consumer._mailbox._reading)  # type: ignore[union-attr]
+            await wait_until(lambda: not consumer._requests._reading)  # type: ignore[union-attr]
         assert (await talk(consumer, request(body=b"10"))).status == 200
     lines = [record for record in caplog.records if "left while the body" in record.getMessage()]
     assert [(r.levelno, r.exc_info) for r in lines] == [(logging.DEBUG, None)] * 20
@@ -306,7 +306,7 @@ async def test_a_body_that_is_wrong_in_many_places_is_answered_in_a_few_kilobyte
     async with serving(handler) as consumer:
         reply = await talk(consumer, request(body=body, Content_Type="application/json"))
     assert (reply.status in (400, 422), len(reply.body) < 20_000) == (True, True)
-    assert len(reply.json().get("errors", ())) <= answers.PROBLEMS
+    assert len(reply.json().get("errors", ())) <= responses.PROBLEMS
 
 
 async def test_what_a_handler_says_of_a_message_it_rejects_is_cut_in_the_answer() -> None:

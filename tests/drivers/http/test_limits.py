@@ -63,7 +63,7 @@ async def test_a_head_without_end_is_refused_before_much_of_it_is_held(header: b
 
 async def test_a_head_that_drips_ends_in_time_with_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_TIMEOUT", 0.3)
-    monkeypatch.setattr(connections, "INTERVAL", 0.1)
+    monkeypatch.setattr(connections, "CHECK_INTERVAL", 0.1)
     async with serving(echo) as consumer:
         reader, writer = await opened(consumer)
 
@@ -142,8 +142,8 @@ async def test_bodies_that_stand_still_go_before_one_that_arrives(monkeypatch: p
 
 
 async def test_an_answer_that_nobody_reads_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "READ_GRACE", 0.2)
-    monkeypatch.setattr(connections, "INTERVAL", 0.1)
+    monkeypatch.setattr(connections, "READ_GRACE_TIMEOUT", 0.2)
+    monkeypatch.setattr(connections, "CHECK_INTERVAL", 0.1)
     monkeypatch.setattr(connections, "UNREAD", 200 * 2**20)
 
     async def large(msg: Any) -> str:

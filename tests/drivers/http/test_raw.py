@@ -80,7 +80,7 @@ async def test_408_for_a_body_that_does_not_arrive() -> None:
 
 
 async def test_headers_that_never_end_do_not_keep_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "KEEP_ALIVE", 0.2)
+    monkeypatch.setattr(server, "KEEP_ALIVE_TIMEOUT", 0.2)
     async with serving(echo) as consumer:
         reader, writer = await asyncio.open_connection(*consumer.address)
         writer.write(b"POST /orders HTTP/1.1\r\nHost: x\r\n")
@@ -137,7 +137,7 @@ async def test_more_requests_than_may_wait_are_told_to_come_again(gate: Gate) ->
         first = asyncio.create_task(talk(consumer, request(body=b"{}")))
         await wait_until(lambda: gate.entered == 1)
         second = asyncio.create_task(talk(consumer, request(body=b"{}")))
-        await wait_until(lambda: len(consumer._mailbox._waiting) == 1)  # type: ignore[union-attr]
+        await wait_until(lambda: len(consumer._requests._waiting) == 1)  # type: ignore[union-attr]
         # When a third comes
         third = await talk(consumer, request(body=b"{}", ce_attempt="4"))
         # Then it is refused at once, and keeps its attempt
@@ -161,10 +161,10 @@ async def test_a_client_that_leaves_does_not_stop_its_handler(gate: Gate) -> Non
 async def test_a_request_whose_client_left_before_its_turn_is_not_handled() -> None:
     async with HTTPConsumer("orders", port=0, prefetch=2) as consumer:
         leaving = [await _asked(consumer) for _ in range(2)]
-        await wait_until(lambda: len(consumer._mailbox._waiting) == 2)  # type: ignore[union-attr]
+        await wait_until(lambda: len(consumer._requests._waiting) == 2)  # type: ignore[union-attr]
         for writer in leaving:
             writer.close()
-        await wait_until(lambda: all(call.gone for call in consumer._mailbox._waiting))  # type: ignore[union-attr]
+        await wait_until(lambda: all(call.gone for call in consumer._requests._waiting))  # type: ignore[union-attr]
         staying = asyncio.create_task(talk(consumer, request(body=b'"staying"')))
         (delivery,) = await consumer.receive(2, timeout=5)
         await delivery.ack()
@@ -183,7 +183,7 @@ async def test_a_cancelled_receive_loses_nothing() -> None:
         for _ in range(20):
             asking = asyncio.create_task(talk(consumer, request(body=b"{}")))
             waiting = asyncio.create_task(consumer._receive(1))
-            await wait_until(lambda: bool(consumer._mailbox._unanswered), poll=0)  # type: ignore[union-attr]
+            await wait_until(lambda: bool(consumer._requests._unanswered), poll=0)  # type: ignore[union-attr]
             waiting.cancel()
             result = (await asyncio.gather(waiting, return_exceptions=True))[0]
             batch = await consumer._receive(1) if isinstance(result, asyncio.CancelledError) else result

@@ -1,4 +1,4 @@
-"""Verbs: what a bus sends, and when it leaves."""
+"""MessageSender: what a bus sends, and when it leaves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import Any, Never, Self
 
 from streamtools import codec
-from streamtools.bus.composer import Composer, refuse, seconds_until
-from streamtools.bus.dispatch import through
-from streamtools.bus.entries import Entries
+from streamtools.bus.fan_out import pass_middleware
+from streamtools.bus.handler_registry import HandlerRegistry
+from streamtools.bus.message_factory import MessageFactory, refuse, seconds_until
 from streamtools.bus.requests import Requests, call
 from streamtools.delivery import current
 from streamtools.engine.outbox import Outbox, current_outbox, outbox, send_all
@@ -24,7 +24,7 @@ from streamtools.types import Middleware
 from streamtools.validation.checks import Seconds, check_seconds
 
 
-class Verbs:
+class MessageSender:
     """Sends, publishes, defers, replies and requests: within a handler or a transaction when that has succeeded.
 
     Attributes:
@@ -34,8 +34,8 @@ class Verbs:
 
     mandatory: bool
     outgoing: list[Middleware]
-    _composer: Composer
-    _entries: Entries
+    _factory: MessageFactory
+    _handlers: HandlerRegistry
     _sender: Producer
 
     async def send(
@@ -67,7 +67,7 @@ class Verbs:
         """
         if unknown:
             refuse("send", unknown)
-        message = self._composer.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl)
+        message = self._factory.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl)
         return await self._let_go(message, immediately=immediately)
 
     async def publish(
@@ -98,7 +98,7 @@ class Verbs:
         if unknown:
             refuse("publish", unknown)
         must = self.mandatory if mandatory is None else mandatory
-        message = self._composer.event(
+        message = self._factory.event(
             event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl
         )
         return await self._let_go(message, immediately=immediately)
@@ -130,7 +130,7 @@ class Verbs:
             ConfigurationError: neither or both times are given.
         """
         delay = seconds_until(delay, at)
-        message = self._composer.command(
+        message = self._factory.command(
             command, to, exchange, delay=delay, headers=headers, type=type, key=key, ttl=ttl
         )
         return await self._let_go(message, immediately=immediately)
@@ -153,10 +153,10 @@ class Verbs:
         delivery = current.get()
         if delivery is None:
             raise ConfigurationError("reply() answers the message being handled, and none is: send() instead.")
-        message = self._composer.reply(delivery.message, payload, exchange=exchange, headers=headers, type=type)
+        message = self._factory.reply(delivery.message, payload, exchange=exchange, headers=headers, type=type)
         if (box := current_outbox()) is not None:
             box.replied = True
-        if not self._composer.may_reply(delivery.message):
+        if not self._factory.may_reply(delivery.message):
             return Receipt(message.id, message.queue)
         return await self._let_go(message, immediately=False)
 
@@ -183,7 +183,7 @@ class Verbs:
             SendError: there is no such queue.
         """
         timeout = check_seconds("timeout", timeout)
-        message = self._composer.command(
+        message = self._factory.command(
             command, to, exchange, intent="request", headers=headers, type=type, ttl=timeout
         )
         if self._sender.features.reply:
@@ -191,7 +191,7 @@ class Verbs:
         else:
             reply = await self._replies().ask(message, timeout, self._send_now)
         if returns is None:
-            returns = self._entries.contract(reply.type) or Any
+            returns = self._handlers.contract(reply.type) or Any
         return _decoder(returns)(reply)
 
     # --- transactions ---------------------------------------------------------------------------
@@ -241,7 +241,7 @@ class Verbs:
 
     async def prepare(self, messages: Sequence[Message]) -> list[Message]:
         """The messages after the outgoing middleware."""
-        return await through(messages, self.outgoing)
+        return await pass_middleware(messages, self.outgoing)
 
     async def send_now(self, messages: Sequence[Message]) -> list[Receipt]:
         """Send complete messages, outgoing middleware included; returns once they are confirmed.

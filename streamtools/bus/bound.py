@@ -1,10 +1,10 @@
-"""BusLoop: the loop of a bus's queue, for a runner."""
+"""BusHandler: all handlers of a bus as one handler, for a runner."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from streamtools.bus.dispatch import BusDispatch
+from streamtools.bus.fan_out import HandlerFanOut
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.engine.tasks.threads import Threads
 
@@ -15,11 +15,11 @@ class Served(Protocol):
     @property
     def consumer(self) -> Consumer: ...
 
-    def make_decider(self, consumer: Consumer, threads: Threads) -> BusDispatch: ...
+    def make_decider(self, consumer: Consumer, threads: Threads) -> HandlerFanOut: ...
 
 
-class BusLoop(BoundHandler):
-    """The loop of a bus's queue, for a runner."""
+class BusHandler(BoundHandler):
+    """All handlers of a bus as one handler, for a runner."""
 
     def __init__(self, bus: Served) -> None:
         self.bus: Served = bus
@@ -30,7 +30,7 @@ class BusLoop(BoundHandler):
         """The consumer of the bus's queue."""
         return self.bus.consumer
 
-    def make_decider(self, consumer: Consumer, threads: Threads) -> BusDispatch:
+    def make_decider(self, consumer: Consumer, threads: Threads) -> HandlerFanOut:
         """The handlers of the bus, compiled."""
         return self.bus.make_decider(consumer, threads)
 

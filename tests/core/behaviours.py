@@ -70,7 +70,7 @@ LOUD = ("pass", "raise before", "raise after", "cancel before", "twice")
 
 
 @dataclass(frozen=True)
-class Deeds:
+class Behaviours:
     """What is done in one run of a message, from the outside in.
 
     Attributes:
@@ -82,7 +82,7 @@ class Deeds:
     handler: str = "return"
 
 
-FINE = Deeds()
+FINE = Behaviours()
 
 
 async def do(deed: str, delivery: Delivery) -> object:

@@ -1,4 +1,4 @@
-"""Entries: the handlers of a bus, by the name of what they handle."""
+"""HandlerRegistry: the handlers of a bus, by the name of what they handle."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Entry:
     retry: Retry | None
 
 
-class Entries:
+class HandlerRegistry:
     """The handlers of a bus, and the topics that they need.
 
     Parameters:

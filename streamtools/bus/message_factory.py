@@ -1,4 +1,4 @@
-"""Composer: what a verb is given, as a message; the rules about which verb is for what."""
+"""MessageFactory: what a verb is given, as a message; the rules about which verb is for what."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Failure:
     reason: str = ""
 
 
-class Composer:
+class MessageFactory:
     """Makes messages for one bus.
 
     Parameters:

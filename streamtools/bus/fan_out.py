@@ -1,4 +1,4 @@
-"""BusDispatch: one delivery to all handlers of its type, each with its own verdict."""
+"""HandlerFanOut: one delivery to all handlers of its type, each with its own verdict."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from streamtools.bus.composer import FAILURE, Composer, Failure
-from streamtools.bus.entries import Entries, Entry, of_class
+from streamtools.bus.handler_registry import Entry, HandlerRegistry, of_class
+from streamtools.bus.message_factory import FAILURE, Failure, MessageFactory
 from streamtools.delivery import Delivery, Settlement
 from streamtools.engine.answering import is_request
 from streamtools.engine.dispatch import Answer, Dispatcher, chain
@@ -42,15 +42,15 @@ class Shared(Settlement):
     parts: list[tuple[str, Dispatcher, Settlement]] = field(default_factory=list)
 
 
-class BusDispatch:
+class HandlerFanOut:
     """Turns a delivery into a settlement, by the handlers of its type.
 
     Each handler has its own verdict: a retry is a copy addressed to the handler that failed, so that one
     that succeeded is not run again because its sibling failed.
 
     Parameters:
-        entries: the handlers.
-        composer: makes replies.
+        handlers: the handlers of the bus.
+        factory: makes replies.
         make: compiled handler -> dispatcher.
         incoming: middleware, outermost first.
         resolvers: what further parameters may be annotated with.
@@ -65,8 +65,8 @@ class BusDispatch:
 
     def __init__(
         self,
-        entries: Entries,
-        composer: Composer,
+        handlers: HandlerRegistry,
+        factory: MessageFactory,
         make: MakeDispatcher,
         *,
         incoming: Sequence[Middleware],
@@ -84,11 +84,11 @@ class BusDispatch:
         self._together = together
         self._calls = calls
         self._holds = holds and together
-        self._entries = entries
-        self._composer = composer
+        self._handlers = handlers
+        self._factory = factory
         answer = None if calls else self._answer
         self._runs: dict[str | None, list[tuple[str, Dispatcher]]] = {}
-        for entry in entries:
+        for entry in handlers:
             function = entry.function
             if isinstance(function, type):
                 function = of_class(function, provided)
@@ -186,7 +186,7 @@ class BusDispatch:
         if self._calls:  # the reason is the answer, and whoever asks is no one to list the contracts to
             raise Reject(f"There is no handler for {kind} here.")
         raise Reject(
-            f"There is no handler for {kind} here. {suggest(message.type or '', self._entries.known())} A handler "
+            f"There is no handler for {kind} here. {suggest(message.type or '', self._handlers.known())} A handler "
             "whose first parameter is dict takes what has no other."
         )
 
@@ -194,14 +194,14 @@ class BusDispatch:
 
     def _answer(self, box: Outbox, message: Message, result: Any) -> None:
         """What a handler returns is the reply to a request, if it has not replied itself."""
-        if box.replied or not is_request(message, result) or not self._composer.may_reply(message):
+        if box.replied or not is_request(message, result) or not self._factory.may_reply(message):
             return
         try:
-            reply = self._composer.reply(message, result)
+            reply = self._factory.reply(message, result)
         except TypeError as error:
             # The handler has done its work: it is not to do it again because its result has no form on the wire.
             log.exception("The result of the handler of message %s of %r cannot be sent.", message.id, message.queue)
-            reply = self._composer.reply(message, self._failure(message, error), type=FAILURE)
+            reply = self._factory.reply(message, self._failure(message, error), type=FAILURE)
         box.add(self._sender, reply)
 
     def _failure(self, message: Message, error: BaseException | None, reason: str = "") -> Failure:
@@ -217,11 +217,11 @@ class BusDispatch:
             or message.reply_to is None
         ):
             return
-        if self._calls or not self._composer.may_reply(message):
+        if self._calls or not self._factory.may_reply(message):
             return
         failure = self._failure(message, settlement.error, settlement.verdict.reason)
         try:
-            reply = self._composer.reply(message, failure, type=FAILURE)
+            reply = self._factory.reply(message, failure, type=FAILURE)
             if self._together:
                 settlement.outgoing += tuple(await self._sender.prepare([reply]))
             else:
@@ -232,7 +232,7 @@ class BusDispatch:
             log.exception("The failure of request %s is not answered.", message.id)
 
 
-async def through(messages: Sequence[Message], outgoing: Sequence[Middleware]) -> list[Message]:
+async def pass_middleware(messages: Sequence[Message], outgoing: Sequence[Middleware]) -> list[Message]:
     """Messages as the outgoing middleware lets them go."""
     if not outgoing:
         return list(messages)

@@ -35,7 +35,7 @@ PROBLEMS: Final = 10
 SERVER: Final = "streamtools"
 
 
-def answer(settlement: Settlement, reply: Message | None = None) -> web.Response:
+def settlement_response(settlement: Settlement, reply: Message | None = None) -> web.Response:
     """The answer that a verdict stands for; never raises.
 
     Parameters:
@@ -43,26 +43,26 @@ def answer(settlement: Settlement, reply: Message | None = None) -> web.Response
     """
     message = settlement.delivery.message
     try:
-        return _answer(settlement, message, reply)
+        return _verdict_response(settlement, message, reply)
     except Exception:
         log.exception("Message %s of %r cannot be answered as it should be.", message.id, message.queue)
         return respond(500, {"error": "The message has its verdict, but its answer cannot be written."})
 
 
-def _answer(settlement: Settlement, message: Message, reply: Message | None) -> web.Response:
+def _verdict_response(settlement: Settlement, message: Message, reply: Message | None) -> web.Response:
     match settlement.verdict.kind:
         case VerdictKind.ACK:
             if reply is not None and settlement.result is None:
                 return _body(reply.body or b"", reply.content_type or codec.BINARY)
-            return _value(settlement.result, message)
+            return _result_response(settlement.result, message)
         case VerdictKind.DROP:
             return respond(202)
         case VerdictKind.RETRY:
             delay = max(0, math.ceil(settlement.verdict.delay))
-            problem = {"error": "The handler failed; send the message again.", "id": message.id}
-            return respond(503, problem, **{"Retry-After": str(delay), CE_ATTEMPT: str(message.attempt + 1)})
+            error_response = {"error": "The handler failed; send the message again.", "id": message.id}
+            return respond(503, error_response, **{"Retry-After": str(delay), CE_ATTEMPT: str(message.attempt + 1)})
         case VerdictKind.REJECT:
-            return _rejected(settlement, message)
+            return _failure_response(settlement, message)
     return unavailable(str(message.attempt))
 
 
@@ -71,14 +71,14 @@ def unavailable(attempt: str, why: str = "The service is stopping; send the mess
     return respond(503, {"error": why}, **{"Retry-After": str(RETRY_AFTER), CE_ATTEMPT: attempt})
 
 
-def problem(status: int, why: str, **headers: str) -> web.Response:
+def error_response(status: int, why: str, **headers: str) -> web.Response:
     """An error status with the reason as JSON."""
     return respond(status, {"error": why}, **headers)
 
 
 def cut_off(status: int, why: str) -> web.Response:
     """An error status before the request was read to its end, so that its connection cannot go on."""
-    response = problem(status, why)
+    response = error_response(status, why)
     response.force_close()
     return response
 
@@ -89,7 +89,7 @@ def wrong_method(method: str, allowed: Iterable[str]) -> web.Response:
     allow = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
     if method == "OPTIONS":
         return respond(204, Allow=allow)
-    return problem(405, f"{method} is not taken here; allowed: {allow}.", Allow=allow)
+    return error_response(405, f"{method} is not taken here; allowed: {allow}.", Allow=allow)
 
 
 def respond(status: int, content: Mapping[str, Any] | None = None, **headers: str) -> web.Response:
@@ -109,7 +109,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
         return text.encode("utf-8", "replace")
 
 
-def _value(result: object, message: Message) -> web.Response:
+def _result_response(result: object, message: Message) -> web.Response:
     if result is None:
         return respond(202)
     try:
@@ -124,10 +124,10 @@ def _body(body: bytes, content_type: str) -> web.Response:
     return web.Response(status=200, headers={"Server": SERVER, "Content-Type": content_type}, body=body)
 
 
-def _rejected(settlement: Settlement, message: Message) -> web.Response:
+def _failure_response(settlement: Settlement, message: Message) -> web.Response:
     error = settlement.error
     if isinstance(error, DecodeError):
-        return _undecodable(error, message)
+        return _invalid_response(error, message)
     if isinstance(error, BaseExceptionGroup):
         error = next((each for each in leaves(error) if isinstance(each, Reject)), error)
     if isinstance(error, Reject) or settlement.error is None:
@@ -136,17 +136,17 @@ def _rejected(settlement: Settlement, message: Message) -> web.Response:
     return respond(500, {"error": "The handler failed.", "id": message.id, "attempts": message.attempt})
 
 
-def _undecodable(error: DecodeError, message: Message) -> web.Response:
+def _invalid_response(error: DecodeError, message: Message) -> web.Response:
     content: dict[str, Any] = {"error": _brief(str(error)), "id": message.id}
     if not error.errors or any(e.get("type") == "json_invalid" for e in error.errors):
         return respond(400, content)
-    return respond(422, {**content, "errors": [_problem(each) for each in error.errors[:PROBLEMS]]})
+    return respond(422, {**content, "errors": [_validation_error(each) for each in error.errors[:PROBLEMS]]})
 
 
-def _problem(problem: Mapping[str, Any]) -> dict[str, Any]:
+def _validation_error(error_response: Mapping[str, Any]) -> dict[str, Any]:
     """One problem, at a size that does not depend on the request's."""
-    parts = {name: _brief(value, LONGEST_PART) for name, value in problem.items()}
-    return parts | {"loc": [_brief(part, LONGEST_PART) for part in problem.get("loc", ())[:PROBLEMS]]}
+    parts = {name: _brief(value, LONGEST_PART) for name, value in error_response.items()}
+    return parts | {"loc": [_brief(part, LONGEST_PART) for part in error_response.get("loc", ())[:PROBLEMS]]}
 
 
 def _brief(value: Any, longest: int = LONGEST) -> Any:

@@ -1,4 +1,4 @@
-"""Mailbox: the requests to one consumer, from their arrival to their answer."""
+"""RequestQueue: the requests to one consumer, from their arrival to their answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError, HttpVersion11
 
 from streamtools import codec
-from streamtools.drivers.http import answers
+from streamtools.drivers.http import responses
 from streamtools.drivers.http.connections import _Connection
 from streamtools.drivers.http.headers import CE_ATTEMPT, decode_headers, meta_size, size_of, transfer_coding
 from streamtools.drivers.http.options import QUERY_METHODS
@@ -25,7 +25,7 @@ from streamtools.validation.forms import FORM, read_pairs, write_form
 log: logging.Logger = logging.getLogger("streamtools")
 
 #: Requests that are handed to the handlers in one turn of the event loop.
-AT_ONCE: Final = 16
+TAKEN_AT_ONCE: Final = 16
 BUSY: Final = "Too many requests wait here; send the message again."
 
 
@@ -37,7 +37,7 @@ class Refused(Exception):  # noqa: N818 - not an error of ours: a request that c
         self.response = response
 
 
-class Call:
+class PendingRequest:
     """One request that has become a message, and waits for its answer."""
 
     __slots__ = ("_answer", "_make", "_request", "message")
@@ -67,7 +67,7 @@ class Call:
         """Let a response go out; the first one counts.
 
         Parameters:
-            make: makes it, when its turn has come: of many large answers only one is written at a time.
+            make: makes it, when its turn has come: of many large responses only one is written at a time.
         """
         if not self._answer.done():
             self._make = make
@@ -78,11 +78,11 @@ class Call:
         await self._answer
         make, self._make = self._make, None  # which holds what holds this
         if make is None or self.gone_away:
-            return answers.unavailable(str(self.message.attempt))  # nobody reads it
+            return responses.unavailable(str(self.message.attempt))  # nobody reads it
         return make()
 
 
-class Mailbox:
+class RequestQueue:
     """Takes the requests of one method on one path, as messages, up to a limit.
 
     Parameters:
@@ -118,23 +118,23 @@ class Mailbox:
         self.max_body = max_body
         self._body_timeout = body_timeout
         self._new_id = id_generator()
-        self._waiting: deque[Call] = deque()
-        self._unanswered: set[Call] = set()
+        self._waiting: deque[PendingRequest] = deque()
+        self._unanswered: set[PendingRequest] = set()
         self._reading: set[asyncio.Timeout] = set()
         self._arrival = asyncio.Event()
 
     # --- for the consumer -----------------------------------------------------------------------
 
-    async def take(self, limit: int) -> list[Call]:
+    async def take(self, limit: int) -> list[PendingRequest]:
         """Wait for requests, and take up to `limit`; none when closed. Cancelling it loses nothing.
 
-        Only a few at once: their answers go out before the next ones are handled, and connections get their turn.
+        Only a few at once: their responses go out before the next ones are handled, and connections get their turn.
         """
-        limit = min(limit, AT_ONCE)
+        limit = min(limit, TAKEN_AT_ONCE)
         if self._waiting:
             await asyncio.sleep(0)
         while not self.closed:
-            taken: list[Call] = []
+            taken: list[PendingRequest] = []
             while self._waiting and len(taken) < limit:
                 call = self._waiting.popleft()
                 if call.gone:
@@ -179,7 +179,7 @@ class Mailbox:
             message = self._message(request, body)
         except Refused as refusal:
             return refusal.response
-        call = Call(request, message)
+        call = PendingRequest(request, message)
         self._waiting.append(call)
         self._unanswered.add(call)
         self._arrival.set()
@@ -193,11 +193,11 @@ class Mailbox:
 
     def _check_open(self, request: web.BaseRequest) -> None:
         if self.stopped:
-            response = answers.unavailable(attempt_of(request))
+            response = responses.unavailable(attempt_of(request))
             response.force_close()
             raise Refused(response)
         if len(self._waiting) >= self._limit and not self._make_room():
-            raise Refused(answers.unavailable(attempt_of(request), BUSY))
+            raise Refused(responses.unavailable(attempt_of(request), BUSY))
 
     def _check_content_type(self, request: web.BaseRequest) -> None:
         taken = self._content_types
@@ -205,7 +205,9 @@ class Mailbox:
             return
         media = codec.media_type(request.headers.get("Content-Type"))
         if media not in taken and f"{media.partition('/')[0]}/*" not in taken:
-            raise Refused(answers.problem(415, "This content type is not taken here.", Accept=", ".join(taken)))
+            raise Refused(
+                responses.error_response(415, "This content type is not taken here.", Accept=", ".join(taken))
+            )
 
     def _make_room(self) -> bool:
         for call in self._waiting:
@@ -231,10 +233,10 @@ class Mailbox:
                 raise  # else it is aiohttp's word for a connection that has ended
             log.debug("A client left while the body of its request to %r arrived.", self._queue)
             _forget_frames(error)
-            raise Refused(answers.cut_off(400, "The body did not arrive.")) from None
+            raise Refused(responses.cut_off(400, "The body did not arrive.")) from None
         except (web.RequestPayloadError, HttpProcessingError) as error:
             _forget_frames(error)
-            raise Refused(answers.cut_off(400, f"The body cannot be read: {type(error).__name__}.")) from None
+            raise Refused(responses.cut_off(400, f"The body cannot be read: {type(error).__name__}.")) from None
 
     async def _read_slowly(self, request: web.BaseRequest) -> bytes:
         if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
@@ -253,11 +255,11 @@ class Mailbox:
                     self._reading.discard(limit)
         except TimeoutError:
             self._check_open(request)
-            raise Refused(answers.cut_off(408, f"The body took over {self._body_timeout:g} s.")) from None
+            raise Refused(responses.cut_off(408, f"The body took over {self._body_timeout:g} s.")) from None
         return bytes(body)
 
     def _too_large(self) -> Refused:
-        return Refused(answers.cut_off(413, f"The body is over {self.max_body} bytes."))
+        return Refused(responses.cut_off(413, f"The body is over {self.max_body} bytes."))
 
     def _message(self, request: web.BaseRequest, body: bytes) -> Message:
         raw = request.raw_headers
@@ -268,7 +270,7 @@ class Mailbox:
         if size_of(raw) > HEADERS_LIMIT:  # few are that long, and only they are measured exactly
             size = max(size, meta_size(raw))
         if size > HEADERS_LIMIT:
-            raise Refused(answers.problem(431, f"The headers are over {HEADERS_LIMIT} bytes."))
+            raise Refused(responses.error_response(431, f"The headers are over {HEADERS_LIMIT} bytes."))
         encoding = fields.get("content_encoding")
         if not body and self.method in QUERY_METHODS:
             body = _query(request.raw_path)
@@ -285,13 +287,13 @@ class Mailbox:
         except TooLarge:
             raise self._too_large() from None
         except DecodeError as error:
-            raise Refused(answers.problem(400, str(error))) from error
+            raise Refused(responses.error_response(400, str(error))) from error
 
 
 def _check_transfer(request: web.BaseRequest) -> None:
     if (coding := transfer_coding(request.headers)) is not None:
         why = f"Transfer-Encoding {coding!r} is not undone here: compress the body with Content-Encoding instead."
-        raise Refused(answers.cut_off(501, why))
+        raise Refused(responses.cut_off(501, why))
 
 
 def _forget_frames(error: BaseException) -> None:
@@ -305,9 +307,9 @@ def attempt_of(request: web.BaseRequest) -> str:
     return text if text.isascii() and text.isdigit() and len(text) < 10 else "1"
 
 
-def _send_back(call: Call) -> None:
+def _send_back(call: PendingRequest) -> None:
     def make() -> web.Response:
-        response = answers.unavailable(str(call.message.attempt))
+        response = responses.unavailable(str(call.message.attempt))
         response.force_close()
         return response
 
@@ -319,4 +321,4 @@ def _query(raw_path: str) -> bytes:
     try:
         return write_form(read_pairs(query.encode("utf-8", "surrogateescape")))
     except ValueError as error:
-        raise Refused(answers.problem(400, "The query is not percent-encoded UTF-8.")) from error
+        raise Refused(responses.error_response(400, "The query is not percent-encoded UTF-8.")) from error
