@@ -2,7 +2,7 @@
 
     python examples/async_service.py
 
-Where the messages go is one URL, from STREAMTOOLS_URL; without it, the file streamtools.db here.
+STREAMTOOLS_URL says where the messages go; without it, they go to the file streamtools.db in this folder.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Order:
 
 
 class Shop:
-    """Takes orders; whoever handles them hears of them through a queue."""
+    """Takes orders, and sends them to a queue."""
 
     def __init__(self, producer: Producer) -> None:
         self._producer = producer
 
     async def place(self, order: Order) -> str:
-        """Take one order; returns once the broker holds it."""
+        """Take one order. Returns when the broker holds it."""
         receipt = await self._producer.send(order, key=order.sku, type="shop.Order", headers={"channel": "web"})
         return receipt.id
 

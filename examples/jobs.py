@@ -17,7 +17,7 @@ class Queue(QueueName):
 
 
 async def request_package() -> JobMessage:
-    """The laboratory asks for a package of a sample's data."""
+    """The laboratory asks for a package with the data of a sample."""
     return await send_message(
         title="Package a sample",
         message_type="PackageSample",
@@ -30,7 +30,7 @@ async def request_package() -> JobMessage:
 
 
 async def make_packages() -> None:
-    """The packaging application takes what is there, and has the result registered."""
+    """The packaging application takes the waiting messages, and sends the results to be registered."""
     for message in await receive_message(Queue.BIOCONNECT_DATA_PACKAGE, max_wait_time=5):
         print(f"{message.send_to}: {message.title} {message.data['sample_id']}")
         await send_message(

@@ -9,8 +9,7 @@ from handlers import orders, payments
 
 from streamtools import ConsumerRunner
 
-# The producer that a handler sends with is the runner's too: opened before the first message, closed
-# after the last.
+# The runner opens the producer before the first message, and closes it after the last.
 runner = ConsumerRunner(orders.consumers, payments.consumers, orders.payments)
 
 if __name__ == "__main__":

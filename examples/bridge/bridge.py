@@ -10,7 +10,7 @@ queue_1 = PRODUCERS[KAFKA]("queue_1", client_id="bridge")
 
 @consumers.route("queue_1")
 async def pass_on(msg: Message) -> None:
-    """The request is answered once Kafka holds the message; until then it stays with its sender, who tries again."""
+    """Send the message to Kafka. The request is answered when Kafka holds it; otherwise the sender tries again."""
     await queue_1.send_messages([msg.replace(attempt=1)])
 
 

@@ -1,4 +1,4 @@
-"""Sends by HTTP and consumes from Kafka, as a pair; bridge.py lies between. Run it: python service.py"""
+"""Sends over HTTP and consumes from Kafka, as a pair, with bridge.py between. Run it: python service.py"""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ handled: asyncio.Queue[Message] = asyncio.Queue()
 
 @pairs["queue_1"].consumer()
 async def handle(msg: Any, message: Message) -> None:
-    """Handle what came through."""
+    """Handle a message that has come through the bridge."""
     print(f"handled {msg} of {message.headers['shop']}, key {message.key}")
     await handled.put(message)
 
 
 async def main() -> None:
-    """Send three messages, and end when they have come around."""
+    """Send three messages, and end when all have arrived."""
     producer = pairs["queue_1"].producer
     async with ConsumerRunner(pairs):
         sent = {(await producer.send({"id": id}, key="k-1", headers={"shop": "north"})).id for id in (1, 2, 3)}

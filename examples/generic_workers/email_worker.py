@@ -29,14 +29,14 @@ class Mail(BaseModel):
 
 
 class MailJob(JobMessage):
-    """A job message with that in it; any other goes to the error queue, with the reason."""
+    """A job message with such data. Any other goes to the error queue, with the reason."""
 
     data: Mail
 
 
 @consumers.route("email")
 def send_email(job: MailJob, message: Message) -> None:
-    """A `def` handler runs in a thread, so it may wait for the mail server."""
+    """Send a mail. A `def` handler runs in a thread, so it may wait for the mail server."""
     mail = compose(job.data, message.id)
     try:
         with smtplib.SMTP(HOST, PORT, timeout=TIMEOUT) as server:
@@ -46,12 +46,12 @@ def send_email(job: MailJob, message: Message) -> None:
         raise
     except smtplib.SMTPResponseException as error:
         reject_if_final([error.smtp_code], error)
-        raise  # the server's trouble passes: tried again by the retry policy, as is one that does not answer
+        raise  # temporary: the retry policy tries again, as for a server that does not answer
     print(f"{job.title}: sent to {len(job.data.to) - len(refused)}, refused by {len(refused)}", flush=True)
 
 
 def compose(data: Mail, id: str) -> EmailMessage:  # noqa: A002 - the field's name
-    """The mail. Should it be sent twice, its Message-ID tells."""
+    """The mail. If it is sent twice, both have the same Message-ID."""
     mail = EmailMessage()
     try:
         mail["From"], mail["To"], mail["Subject"] = SENDER, ", ".join(data.to), data.subject
@@ -63,7 +63,7 @@ def compose(data: Mail, id: str) -> EmailMessage:  # noqa: A002 - the field's na
 
 
 def reject_if_final(codes: list[int], error: Exception) -> None:
-    """5xx is the server's last word (RFC 5321, section 4.2.1)."""
+    """5xx is permanent (RFC 5321, section 4.2.1)."""
     if all(code >= 500 for code in codes):
         raise Reject(f"the mail server refused it: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Packs folders for any application: job messages to the queue `zip`, an answer to the queue they came from.
+"""Zips folders for any application: takes job messages from the queue `zip`, and answers to their sender's queue.
 
 STORAGE is the folder that stands for a storage bucket (./storage); nothing outside it is read or written.
 """
@@ -26,14 +26,14 @@ class Pack(BaseModel):
 
 
 class PackJob(JobMessage):
-    """A job message with that in it; any other goes to the error queue, with the reason."""
+    """A job message with such data. Any other goes to the error queue, with the reason."""
 
     data: Pack
 
 
 @consumers.route("zip")
 def pack(job: PackJob) -> None:
-    """A `def` handler runs in a thread, and sends by the synchronous door. Safe to repeat."""
+    """Zip a folder. A `def` handler runs in a thread, so it answers with `send_message_sync`. Safe to repeat."""
     folder, archive = inside(job.data.folder), inside(job.data.archive)
     if not folder.is_dir():
         raise Reject(f"there is no folder {job.data.folder!r}")
@@ -50,7 +50,7 @@ def pack(job: PackJob) -> None:
 
 
 def inside(name: str) -> Path:
-    """A path in the storage, wherever its links lead."""
+    """A path inside the storage, after following links."""
     path = (STORAGE / name).resolve()
     if not path.is_relative_to(STORAGE) or path == STORAGE:
         raise Reject(f"{name!r} is not in the storage")
@@ -58,7 +58,7 @@ def inside(name: str) -> Path:
 
 
 def write(archive: Path, folder: Path) -> int:
-    """Pack beside the archive, then rename: no one sees half of it, and a second time replaces the first."""
+    """Write a temporary file, then rename it, so that nobody sees half an archive."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.resolve().is_relative_to(folder))
     with tempfile.NamedTemporaryFile(dir=archive.parent, prefix=".packing-", delete=False) as new:

@@ -1,4 +1,4 @@
-"""Orders: checked, and passed on to be paid."""
+"""Orders: checks them, and sends a payment for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ payments = Producer("payments")
 
 
 class Order(BaseModel):
-    """What `async_service.py` sends. An order that is not so goes to the error queue, with the reason."""
+    """An order from `async_service.py`. Anything else goes to the error queue, with the reason."""
 
     order_id: str
     sku: str
@@ -23,7 +23,7 @@ class Order(BaseModel):
 
 
 class Payment(BaseModel):
-    """What is to be paid."""
+    """An amount to be paid."""
 
     order_id: str
     amount: Decimal
@@ -31,7 +31,7 @@ class Payment(BaseModel):
 
 @consumers.route("orders", concurrency=8)
 async def order(msg: Order) -> None:
-    """Ask for the money."""
+    """Send the payment for an order."""
     payment = Payment(order_id=msg.order_id, amount=msg.quantity * msg.unit_price)
-    # An id made of the order's own: should this order be handled twice, its payment is the same one.
+    # The id of the order makes the id: if this order is handled twice, both payments have the same id.
     await payments.send(payment, id=f"payment-{msg.order_id}", type="shop.Payment")

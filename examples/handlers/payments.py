@@ -1,4 +1,4 @@
-"""Payments: the card company is asked, and asked again when it does not answer."""
+"""Payments: asks the card company, and asks again if it does not answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ consumers = ConsumerFactory()
 
 
 class Payment(BaseModel):
-    """What is to be paid."""
+    """An amount to be paid."""
 
     order_id: str
     amount: Decimal

@@ -15,7 +15,7 @@ from tests.brokers.kafka.node import KafkaCluster
 
 
 def main() -> None:
-    """Start them, say how to use and how to hurt them, and wait for the end."""
+    """Start them, print how to use and how to kill them, and wait for Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with KafkaCluster() as cluster:

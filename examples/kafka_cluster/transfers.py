@@ -24,7 +24,7 @@ done = asyncio.Event()
 
 @consumers.route(QUEUE, partitions=6, ordered_by="key", concurrency=64)
 async def transfer(number: int, message: Message) -> None:
-    """Book one; a number that was booked before came again because a broker died, and is left out."""
+    """Book a transfer. One that was booked before came again because a broker died, and is skipped."""
     booked = handled[message.key or ""]
     if not booked or number > booked[-1]:
         booked.append(number)
@@ -33,12 +33,12 @@ async def transfer(number: int, message: Message) -> None:
 
 
 def count() -> int:
-    """How many are handled."""
+    """How many transfers are handled."""
     return sum(map(len, handled.values()))
 
 
 async def send() -> int:
-    """The accounts in turns; how many the cluster has confirmed."""
+    """Send the transfers of all accounts in turn; returns how many the cluster has confirmed."""
     confirmed = 0
     for number in range(TRANSFERS):
         sends = (producer.send(number, key=f"account-{account}") for account in range(ACCOUNTS))
@@ -50,7 +50,7 @@ async def send() -> int:
 
 
 async def main() -> None:
-    """Send all, wait until all are handled, and say what became of them."""
+    """Send all, wait until all are handled, and print the result."""
     async with ConsumerRunner(consumers, producer):
         confirmed = await send()
         await done.wait()

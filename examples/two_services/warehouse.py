@@ -13,7 +13,7 @@ stock = {"LMP-4410-BRS": 3, "RUG-3304-WOL": 1}
 
 @consumers.route(RESERVATIONS)
 async def reserve(msg: Reservation) -> None:
-    """Put them aside, if they are there."""
+    """Reserve the items if they are there, and answer."""
     left = stock.get(msg.sku, 0)
     enough = left >= msg.quantity
     if enough:

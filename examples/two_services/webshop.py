@@ -16,7 +16,7 @@ ORDERS = [
 
 
 async def main() -> None:
-    """Send every order and end when each is answered."""
+    """Send all reservations, and end when each has an answer."""
     answered: dict[str, Confirmation] = {}
     complete = asyncio.Event()
     consumers = ConsumerFactory(client_id="webshop")

@@ -1,4 +1,4 @@
-"""What the web apps say to each other and to themselves."""
+"""The messages of the web apps."""
 
 from streamtools import Command, Event
 
@@ -11,7 +11,7 @@ class PlaceOrder(Command, name="shop.PlaceOrder"):
 
 
 class OrderPlaced(Event, name="shop.OrderPlaced"):
-    """From the shop, to whom it may concern."""
+    """From the shop, to everyone who has subscribed: this order was placed."""
 
     id: int
     item: str

@@ -16,13 +16,13 @@ placed: list[int] = []
 
 @bus.handler
 async def place(command: PlaceOrder, context: MessageContext) -> None:
-    """The event leaves when this has succeeded."""
+    """Place an order. The event leaves when this handler has succeeded."""
     await context.publish(OrderPlaced(id=command.id, item=command.item))
 
 
 @bus.handler
 async def remember(event: OrderPlaced) -> None:
-    """What was placed, by this shop or another one on the same broker."""
+    """Note an order that this shop, or another one on the broker, has placed."""
     placed.append(event.id)
 
 
@@ -38,7 +38,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/orders", status_code=202)
 async def post_order(order: PlaceOrder) -> Receipt:
-    """Answers once the broker holds the command; a contract is a pydantic model, so FastAPI validates it too."""
+    """Answers when the broker holds the command; a contract is a pydantic model, so FastAPI validates it too."""
     return await bus.send(order, to="fastapi-shop")
 
 

@@ -1,4 +1,4 @@
-"""Flask, which has no event loop: its bus lives on the background loop, safe from all threads: `python flask_app.py`.
+"""Flask with a bus on a background event loop, which all threads can use: `python flask_app.py`.
 
 Under a server that forks, such as gunicorn, each worker has a loop of its own: start the bus in the worker.
 """
@@ -20,13 +20,13 @@ app = Flask(__name__)
 
 @bus.handler
 async def remember(event: OrderPlaced) -> None:
-    """What was placed, by this shop or another one on the same broker."""
+    """Note an order that this shop, or another one on the broker, has placed."""
     placed.append(event.id)
 
 
 @app.post("/orders")
 def post_order() -> tuple[dict[str, str], int]:
-    """Answers once the broker holds the event, for everyone who subscribed."""
+    """Answers when the broker holds the event."""
     order = PlaceOrder.model_validate_json(request.get_data())
     receipt = background.run(bus.publish(OrderPlaced(id=order.id, item=order.item)))
     return {"id": receipt.id}, 202
@@ -34,7 +34,7 @@ def post_order() -> tuple[dict[str, str], int]:
 
 @app.errorhandler(ValidationError)
 def refuse(error: ValidationError) -> tuple[str, int, dict[str, str]]:
-    """A body that is no order."""
+    """The body is not an order."""
     return error.json(), 422, {"Content-Type": "application/json"}
 
 

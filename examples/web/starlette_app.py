@@ -20,13 +20,13 @@ placed: list[int] = []
 
 @bus.handler
 async def place(command: PlaceOrder, context: MessageContext) -> None:
-    """The event leaves when this has succeeded."""
+    """Place an order. The event leaves when this handler has succeeded."""
     await context.publish(OrderPlaced(id=command.id, item=command.item))
 
 
 @bus.handler
 async def remember(event: OrderPlaced) -> None:
-    """What was placed, by this shop or another one on the same broker."""
+    """Note an order that this shop, or another one on the broker, has placed."""
     placed.append(event.id)
 
 
@@ -38,7 +38,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 async def post_order(request: Request) -> Response:
-    """Answers once the broker holds the command."""
+    """Answers when the broker holds the command."""
     try:
         order = PlaceOrder.model_validate_json(await request.body())
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What travels between webshop and warehouse. Both import it; it imports neither."""
+"""The messages between webshop and warehouse. Both import this package; it imports neither."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIRMATIONS: Final = "webshop.confirmations"
 
 
 class Reservation(BaseModel):
-    """Please put so many aside."""
+    """Asks the warehouse to reserve some items."""
 
     order_id: str
     sku: str
@@ -21,7 +21,7 @@ class Reservation(BaseModel):
 
 
 class Confirmation(BaseModel):
-    """They are, or they are not there."""
+    """Says whether the items are reserved."""
 
     order_id: str
     status: Literal["reserved", "sold out"]
