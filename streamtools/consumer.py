@@ -65,25 +65,26 @@ class Consumer(ConsumerHooks, Endpoint):
     Parameters:
         queue: the queue's name.
         url: the address, or a settings object such as `RabbitMQSettings(...)`; see `streamtools.settings`.
-        concurrency: handlers at once; 1 keeps first in, first out.
-        prefetch: deliveries in hand at most; 100 or twice the concurrency when None.
-        retry: what is done about a handler that fails.
+        concurrency: how many handlers run at once; 1 keeps first in, first out.
+        prefetch: the largest number of messages in hand; 100, or twice the concurrency if that is more, when None.
+        retry: the policy for handlers that fail.
         error_queue: where rejected messages go; `{queue}` in it stands for this queue's name.
-        max_deliveries: a message that the broker delivered this often without a verdict is rejected.
+        max_deliveries: a message that the broker has delivered so often without a verdict is rejected.
         ack: "after" the handler returned (at least once), "on_receive" (at most once), or "manual":
             the handler takes the `Delivery` and settles it, now or later.
-        ordered_by: "queue" or "key" holds later messages (of the same key) back while one is retried; "partition"
-            those of the same partition, where a protocol has partitions, else it is "queue".
+        ordered_by: "queue" makes later messages wait while one is retried; "key" only those with the same key;
+            "partition" those of the same partition (Kafka; elsewhere it is "queue").
         group: consumers of one group share the queue's messages, and each group has them all.
         offset: where a new group begins: "earliest" or "latest".
-        bindings: topics of exchanges that the queue has the messages of, beside those sent to it.
-        declare: make the queue and the error queue if missing (True), never (False), or only check ("passive").
+        bindings: topics of exchanges whose messages the queue receives, beside those sent to it.
+        declare: create the queue and the error queue if they do not exist (True), never (False), or only check that
+            they exist ("passive").
         connect_timeout: seconds for which the first connection is tried.
-        middleware: outermost first.
-        client_id: this consumer's name, where the broker shows connections.
-        host: used by protocols that listen (HTTP); accepted by all.
-        port: likewise.
-        options: the protocol's own; those of another built-in protocol are ignored with a log line.
+        middleware: functions around the handler, outermost first.
+        client_id: this consumer's name, as the broker shows it with its connections.
+        host: where to listen, for protocols that do so (HTTP); others ignore it.
+        port: the port to listen at, for the same protocols.
+        options: options of the protocol; those of another built-in protocol are ignored, with a line in the log.
 
     Raises:
         ConfigurationError: a name, a URL or an option that cannot work.

@@ -95,15 +95,15 @@ class Producer(ProducerHooks, Endpoint):
     Parameters:
         queue: the queue's name.
         url: the address, or a settings object such as `RabbitMQSettings(...)`; see `streamtools.settings`.
-        declare: make the queue if it is missing (True), never (False: a missing queue is an error on
-            send), or only check that it exists ("passive").
-        send_timeout: seconds for which `send` keeps trying through reconnects.
-        client_id: this producer's name, as message source and where the broker shows connections.
-        host: used by protocols whose address is a host and port alone (HTTP); accepted by all.
-        port: likewise.
-        outbox: within a handler, what is sent gathers and leaves when the handler has succeeded, before its message
-            is acknowledged. Otherwise, and elsewhere, `send` returns once the broker holds the message.
-        options: the protocol's own; those of another built-in protocol are ignored with a log line.
+        declare: create the queue if it does not exist (True), never (False: sending to a missing queue is an error),
+            or only check that it exists ("passive").
+        send_timeout: seconds for which `send` keeps trying if the connection is lost.
+        client_id: this producer's name, as the source of messages, and as the broker shows it with its connections.
+        host: the host, for protocols whose address is only a host and a port (HTTP); others ignore it.
+        port: the port, for the same protocols.
+        outbox: in a handler, messages wait until the handler has succeeded, and are sent before its message is
+            acknowledged. Otherwise, and elsewhere, `send` returns when the broker holds the message.
+        options: options of the protocol; those of another built-in protocol are ignored, with a line in the log.
 
     Raises:
         ConfigurationError: a name, a URL or an option that cannot work.

@@ -62,8 +62,8 @@ class ConsumerFactory:
     Parameters:
         queue_type: the protocol by name, such as `HTTP`; by the URL when None.
         url: the address, or a settings object; see `streamtools.settings`.
-        port: where protocols that listen do so; accepted for every protocol.
-        host: likewise.
+        port: the port to listen at, for protocols that do so (HTTP); others ignore it.
+        host: the host to listen at, for the same protocols.
         options: parameters for every consumer, as for `Consumer`.
 
     Raises:

@@ -155,20 +155,20 @@ class RabbitMQSettings(ProtocolSettings):
     `RMQ_PASS`, `RMQ_VHOST` and so on.
 
     Parameters:
-        host: one host, or several separated by commas, each with `:port` if it differs; tried in turn.
-        port: for hosts without their own; 5672, or 5671 with TLS, when unset.
-        username: percent-encoding is done by us.
-        password: likewise.
+        host: one host, or several with commas between them, each with `:port` if it differs; tried in turn.
+        port: of hosts that name none; 5672, or 5671 with TLS, when unset.
+        username: the user, without percent-encoding.
+        password: the user's password, without percent-encoding.
         vhost: the virtual host.
-        tls: speak TLS (`amqps`).
-        cafile: a file of certificates to trust, in PEM.
+        tls: use TLS (`amqps`).
+        cafile: a file with the certificates of authorities to trust, in PEM.
         certfile: this client's certificate, in PEM.
-        keyfile: its private key, in PEM.
+        keyfile: the private key of that certificate, in PEM.
         verify: check the server's certificate and host name.
         heartbeat: seconds between heartbeats.
         connect_timeout: seconds to wait for one connection attempt.
-        management_url: the management plugin's address, for listing queues; when unset http://host:15672, or with
-            TLS https://host:15671, with the same authority and certificate.
+        management_url: the address of the management plugin, which lists queues; when unset http://host:15672, or
+            with TLS https://host:15671, with the same certificates.
     """
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="RMQ_")
@@ -237,22 +237,23 @@ class KafkaSettings(ProtocolSettings):
     `KAFKA_PASS` and so on.
 
     Parameters:
-        host: one broker, or several separated by commas, each with `:port` if it differs; one that answers is enough.
-        port: for hosts without their own.
-        username: speak SASL with this user; percent-encoding is done by us.
-        password: likewise.
+        host: one broker, or several with commas between them, each with `:port` if it differs; one that answers is
+            enough.
+        port: of hosts that name none.
+        username: the user for SASL, without percent-encoding; no SASL when unset.
+        password: the user's password, without percent-encoding.
         sasl: the SASL mechanism.
-        tls: speak TLS (`kafkas`).
-        cafile: a file of certificates to trust, in PEM.
+        tls: use TLS (`kafkas`).
+        cafile: a file with the certificates of authorities to trust, in PEM.
         certfile: this client's certificate, in PEM.
-        keyfile: its private key, in PEM.
+        keyfile: the private key of that certificate, in PEM.
         verify: check the server's certificate and host name.
         connect_timeout: seconds to wait for one connection attempt.
-        request_timeout: seconds to wait for the answer to one request, before it is asked again.
+        request_timeout: seconds to wait for the answer to one request, before it is sent again.
         session_timeout: seconds without a heartbeat after which a consumer counts as dead and others take over.
-        partitions: of topics that we make; the broker's `num.partitions` when unset.
-        replication: copies of each partition of topics that we make; the broker's default when unset.
-        max_message: the largest message that a producer sends, in bytes; the broker has a limit of its own.
+        partitions: how many partitions a topic gets that is created here; the broker's `num.partitions` when unset.
+        replication: how many copies its partitions get; the broker's default when unset.
+        max_message: the largest message that a producer sends, in bytes; the broker has its own limit, too.
     """
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="KAFKA_")
@@ -314,9 +315,9 @@ class SQLiteSettings(ProtocolSettings):
     """`sqlite:///orders.db` (relative), `sqlite:////var/lib/orders.db` (absolute), `sqlite://` (streamtools.db).
 
     Parameters:
-        path: the database file; made when it does not exist.
-        lease: seconds after which messages of a consumer that died come back.
-        busy_timeout: seconds to wait for another process's write.
+        path: the database file; it is created if it does not exist.
+        lease: seconds after which the messages of a consumer that died come back.
+        busy_timeout: seconds to wait until another process has finished writing.
     """
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="SQLITE_")
@@ -381,20 +382,21 @@ class HTTPSettings(ProtocolSettings):
     Parameters:
         host: where the producer sends and the consumer listens; may be `host:port`.
         port: 9000 when unset.
-        prefix: a path before the queue names, as it stands in a URL.
-        tls: speak TLS (`https`); a consumer then needs certfile and keyfile.
-        cafile: a file of certificates that a producer trusts, in PEM.
-        certfile: this side's certificate, in PEM.
-        keyfile: its private key, in PEM.
+        prefix: a path before the names of queues, as in a URL.
+        tls: use TLS (`https`); a consumer then needs certfile and keyfile.
+        cafile: a file with the certificates of authorities that a producer trusts, in PEM.
+        certfile: the certificate of this consumer or producer, in PEM.
+        keyfile: the private key of that certificate, in PEM.
         verify: check the server's certificate and host name.
-        timeout: seconds for one request and its answer; for a consumer, for one body to arrive.
+        timeout: a producer waits so many seconds for the answer to a request; a consumer for a body to arrive.
         max_body: the largest request body that a consumer takes, in bytes.
-        tokens: a consumer takes requests that show one of them (`Authorization: Bearer ...`), a producer shows the
-            first at its address; several while one takes the place of another. Each has 16 characters or more.
-        client_ca: a file of authorities in PEM; a consumer on https then asks its clients for certificates of these.
-        hosts: names by which a consumer may be asked (`Host`); any when empty.
-        origins: web pages that may ask a consumer, such as `https://shop.example`; "*" for any, none by default.
-        max_connections: of a consumer's port, at most; beyond them the slowest are ended.
+        tokens: a consumer accepts only requests with one of them (`Authorization: Bearer ...`), and a producer sends
+            the first; with several you can replace one. Each has at least 16 characters.
+        client_ca: a file with the certificates of authorities, in PEM; a consumer with TLS then accepts only clients
+            that have a certificate of one of them.
+        hosts: the host names by which a consumer may be asked; any when empty.
+        origins: web pages that may ask a consumer, such as `https://shop.example`; "*" for all, none by default.
+        max_connections: how many connections a consumer's port has at most; beyond that the slowest are closed.
         max_answer: the largest body of an answer that a producer reads, in bytes, compressed or not.
     """
 
@@ -452,8 +454,8 @@ class AsyncIOSettings(ProtocolSettings):
     """`asyncio://name?maxsize=10000`: queues in this process, shared by name by all event loops of it.
 
     Parameters:
-        name: brokers of other names are apart.
-        maxsize: messages that a queue holds before `send` waits.
+        name: the queues of different names are separate.
+        maxsize: how many messages a queue holds before `send` waits.
     """
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="ASYNCIO_")

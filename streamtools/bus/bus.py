@@ -62,22 +62,22 @@ class Bus(MessageSender):
     Parameters:
         queue: this service's own queue; None for a bus that only sends.
         url: the address, or a settings object; see `streamtools.settings`.
-        subscriptions: topics, or events, that the queue has beside those that its handlers are for.
-        mandatory: publishing what nobody subscribed to is an error.
-        retry: what is done about a handler that fails.
-        on_error: decides about failures: async (message, error, attempt) -> verdict; None leaves it to `retry`.
+        subscriptions: topics, or events, that the queue receives beside those that its handlers are for.
+        mandatory: publishing is an error if nobody has subscribed.
+        retry: the policy for handlers that fail.
+        on_error: decides about failures: async (message, error, attempt) -> verdict, or None to let `retry` decide.
         incoming: middleware around every handler, outermost first.
         outgoing: middleware for everything that is sent, outermost first.
-        header_style: "pikabus" shares a broker with services of PikaBus: its headers are written and read, and its
-            exchanges are used where none is given.
+        header_style: "pikabus" shares a broker with services of PikaBus: the bus writes and reads PikaBus's headers,
+            and uses its exchanges if no exchange is given.
         header_prefix: the first word of those headers.
-        client_id: this service's name, where the broker shows connections, and as the source of messages.
-        send_timeout: seconds for which sending is tried through reconnects.
-        content_type: what payloads are encoded as, by a codec of `register_codec`; JSON when None.
-        replies: patterns, such as "*.replies.*", one of which the address in a message must fit to get a reply; any
-            queue that the protocol has may get one when None.
-        failure_texts: a request that failed is answered with the text of the error, and not only with its class.
-        options: further parameters for the queue's consumer, as for `Consumer`.
+        client_id: this service's name, as the source of messages, and as the broker shows it with its connections.
+        send_timeout: seconds for which `send` keeps trying if the connection is lost.
+        content_type: the format of payloads, for which `register_codec` was called; JSON when None.
+        replies: patterns, such as "*.replies.*"; a reply goes only to an address that matches one of them. None
+            allows every queue that may get replies.
+        failure_texts: a failed request is answered with the text of the error, not only with its class.
+        options: further parameters of `Consumer`, for the consumer of the queue.
 
     Raises:
         ConfigurationError: a name or an option that cannot work.

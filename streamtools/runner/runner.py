@@ -104,15 +104,15 @@ class ConsumerRunner:
         sources: factories, buses, decorated handlers, and producers (opened first, closed last).
         consumers: the factory's `instances`; together with `handlers`, the long form of one source.
         handlers: the factory's `handlers`, or a mapping of queue to handler.
-        port: where consumers that listen do so, if they do not say themselves.
-        host: likewise.
-        on_startup: run in order before the first message.
-        on_shutdown: run in order after the last message.
-        shutdown_timeout: seconds for handlers at work to finish; what does not goes back to the broker.
-        restarts: how often a loop that ended by an error is started again within `restart_window`.
-        restart_window: seconds.
-        health_port: serve `/health/live`, `/health/ready` and `/health` there; none when None.
-        health_host: likewise.
+        port: the port of consumers that listen (HTTP) and name none themselves.
+        host: the host of the same consumers.
+        on_startup: functions that run, in order, before the first message.
+        on_shutdown: functions that run, in order, after the last message.
+        shutdown_timeout: seconds that running handlers have to finish; then their messages go back to the broker.
+        restarts: how often a consumer that ended by an error is started again within `restart_window`.
+        restart_window: seconds in which `restarts` are counted.
+        health_port: the port that serves `/health/live`, `/health/ready` and `/health`; none when None.
+        health_host: the address that it listens at.
 
     Raises:
         ConfigurationError: there is nothing to run, or a source is not one.

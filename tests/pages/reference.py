@@ -32,6 +32,17 @@ _PART = re.compile(r"^<!-- made from (?P<what>[^\n]+) -->\n.*?^<!-- end -->$", r
 _INHERITED = ("open", "a_init", "close", "validate_queue")
 #: Classes whose methods come from their bases, which are not public.
 _WHOLE = ("Bus", "MessageContext")
+#: Public in the code, and for other parts of the library alone.
+_INTERNAL = (
+    "make_dispatcher",
+    "make_decider",
+    "reply_rule",
+    "resources",
+    "bound",
+    "prepare",
+    "send_now",
+    "report_to",
+)
 #: The longest signature on one line.
 _WIDTH = 100
 
@@ -96,7 +107,12 @@ def _members(item: Any) -> Iterator[Any]:
         if member.is_alias and name not in inherited:
             continue  # imported
         target = member.final_target if member.is_alias else member
-        if not name.startswith("_") and target.has_docstring and target.path.startswith("streamtools."):
+        if (
+            not name.startswith("_")
+            and name not in _INTERNAL
+            and target.has_docstring
+            and target.path.startswith("streamtools.")
+        ):
             yield target
 
 
