@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Final, Never
+from typing import Any, Never
 
 from streamtools.errors import (
     LONGEST,
@@ -22,7 +22,7 @@ from streamtools.errors import (
     suggest,
 )
 from streamtools.validation.checks import Seconds, check_seconds, is_number, is_whole
-from streamtools.verdicts import DROP, Verdict, VerdictKind
+from streamtools.verdicts import DROP, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -141,11 +141,7 @@ class Retry:
 
 
 def _gravity(verdict: Verdict) -> tuple[int, float, bool]:
-    return _GRAVITY.index(verdict.kind), verdict.delay, bool(verdict.reason)
-
-
-#: Verdicts on the errors of one group, the gravest last.
-_GRAVITY: Final = (VerdictKind.DROP, VerdictKind.RETRY, VerdictKind.REJECT)
+    return verdict.kind.gravity, verdict.delay, bool(verdict.reason)
 
 
 def _chosen_delay(error: RetryLater) -> float | None:

@@ -5,11 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
-from typing import Self
+from typing import Final, Self
+
+
+class Copy(StrEnum):
+    """Which copy of the message a verdict sends before the delivery is finished."""
+
+    #: To the same queue, as the next attempt.
+    RETRY = "retry"
+    #: To the error queue.
+    ERROR = "error"
+
+
+#: What each verdict does: whether it gives the delivery back, the copy that it sends, and its gravity.
+_EFFECTS: Final[dict[str, tuple[bool, Copy | None, int]]] = {
+    "ack": (False, None, 0),
+    "retry": (False, Copy.RETRY, 2),
+    "reject": (False, Copy.ERROR, 3),
+    "drop": (False, None, 1),
+    "release": (True, None, 0),
+}
 
 
 class VerdictKind(StrEnum):
-    """The five ends that a delivery can come to."""
+    """The five ends that a delivery can come to.
+
+    Attributes:
+        gives_back: the broker gets the delivery back as it came; every other kind finishes it.
+        copy: the copy of the message that it sends; None for none.
+        gravity: of the errors in one group, the one with the gravest verdict decides.
+    """
+
+    gives_back: bool
+    copy: Copy | None
+    gravity: int
 
     ACK = "ack"
     RETRY = "retry"
@@ -17,6 +46,9 @@ class VerdictKind(StrEnum):
     DROP = "drop"
     #: Given back to the broker untouched: the consumer is shutting down.
     RELEASE = "release"
+
+    def __init__(self, name: str) -> None:
+        self.gives_back, self.copy, self.gravity = _EFFECTS[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from streamtools.engine.tasks.threads import Threads
 from streamtools.errors import ConfigurationError, Reject, SendError, suggest
 from streamtools.message import Message
 from streamtools.types import Handler, Middleware
-from streamtools.verdicts import ACK, RELEASE, Verdict, VerdictKind
+from streamtools.verdicts import ACK, RELEASE, Copy, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -117,7 +117,7 @@ class HandlerFanOut:
         for name, dispatcher in runs:
             # Where one was cut short, the next are not begun: we stop.
             part = Settlement(delivery, RELEASE) if over else await dispatcher(delivery)
-            if part.verdict.kind is VerdictKind.RELEASE:
+            if part.verdict.kind.gives_back:
                 over, part.outgoing = True, (delivery.message,)
             parts.append((name, dispatcher, _addressed(part, name)))
         return _merged(delivery, parts)
@@ -211,11 +211,8 @@ class HandlerFanOut:
     async def _answer_failure(self, settlement: Settlement) -> None:
         """A request that failed for good is answered, so that nobody waits for its timeout."""
         message = settlement.delivery.message
-        if (
-            settlement.verdict.kind is not VerdictKind.REJECT
-            or message.intent != "request"
-            or message.reply_to is None
-        ):
+        failed = settlement.verdict.kind.copy is Copy.ERROR
+        if not failed or message.intent != "request" or message.reply_to is None:
             return
         if self._calls or not self._factory.may_reply(message):
             return
@@ -262,7 +259,7 @@ def _addressed(part: Settlement, name: str) -> Settlement:
 
 def _merged(delivery: Delivery, parts: list[tuple[str, Dispatcher, Settlement]]) -> Settlement:
     """One settlement for all handlers: what each sends or has copied goes out, then the message is done."""
-    if all(part.verdict.kind is VerdictKind.RELEASE for _, _, part in parts):
+    if all(part.verdict.kind.gives_back for _, _, part in parts):
         return Settlement(delivery, RELEASE)
     outgoing = tuple(m for _, _, part in parts for m in part.outgoing)
     return Shared(delivery, ACK, outgoing, parts=parts)

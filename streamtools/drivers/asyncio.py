@@ -31,7 +31,7 @@ from streamtools.producer import Producer
 from streamtools.queues import QueueInfo
 from streamtools.settings import AsyncIOSettings
 from streamtools.validation.checks import Declare
-from streamtools.verdicts import VerdictKind
+from streamtools.verdicts import Copy
 
 FEATURES = Features(groups=True, redelivery=True, atomic=True, topics=True, cancel=True, tombstones=True)
 
@@ -506,7 +506,7 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
                     if settlement.outgoing:
                         self._send_all(settlement, hold)
                     self._held.discard(hold)
-                    if settlement.verdict.kind is VerdictKind.RELEASE:
+                    if settlement.verdict.kind.gives_back:
                         released.setdefault(hold.queue, []).append(hold.item)
                     else:
                         hold.queue.in_hand -= 1
@@ -516,16 +516,16 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
 
     def _send_all(self, settlement: Settlement, hold: Hold) -> None:
         """Send all that is outgoing or nothing: so look first where each message goes."""
-        routes = [self._route(message, settlement.verdict.kind, hold) for message in settlement.outgoing]
+        routes = [self._route(message, settlement.verdict.kind.copy, hold) for message in settlement.outgoing]
         for copy, queue, origin in (place for route in routes for place in route):
             queue.put(copy, origin)
 
-    def _route(self, message: Message, kind: VerdictKind, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
+    def _route(self, message: Message, kind: Copy | None, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
         """Where an outgoing message goes, and the queue that it failed in, if it did."""
         stays, origin = message.queue == self.queue, hold.item.origin
-        if kind is VerdictKind.RETRY and stays:
+        if kind is Copy.RETRY and stays:
             return [(message, hold.queue, origin)]  # for this group alone: the others have theirs
-        if kind is not VerdictKind.REJECT:
+        if kind is not Copy.ERROR:
             origin = None  # the handler's own
         elif not stays:
             origin = hold.queue
@@ -556,7 +556,7 @@ class AsyncIOReader(AsyncIOConsumer):
     def _join(self, topic: Topic) -> Sequence[Queue]:
         return [*topic.groups.values()]
 
-    def _route(self, message: Message, kind: VerdictKind, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
+    def _route(self, message: Message, kind: Copy | None, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
         # Back to the group that it failed in; the others had it.
         found = self._find(message)
         origin = hold.item.origin

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from inspect import CORO_CREATED, getcoroutinestate
 from types import FunctionType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, assert_never
 
 from streamtools.codec import JSON
 from streamtools.delivery import Delivery, Settlement, current
@@ -39,7 +39,7 @@ from streamtools.features import Features
 from streamtools.message import ErrorDetails, Message
 from streamtools.retry import Retry, validate_verdict
 from streamtools.types import ErrorHandler, Handler, Middleware
-from streamtools.verdicts import ACK, DROP, RELEASE, Verdict, VerdictKind
+from streamtools.verdicts import ACK, DROP, RELEASE, Copy, Verdict, VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -251,7 +251,7 @@ class Dispatcher:
         if ours:  # then whatever it raised is our doing
             return Settlement(delivery, RELEASE)
         verdict = await self.decide(message, failure)
-        if verdict.kind is not VerdictKind.RETRY or not self._in_place:
+        if verdict.kind.copy is not Copy.RETRY or not self._in_place:
             return self.settlement(delivery, message, verdict, failure)
         self._log(message, failure, verdict)
         return Again(retry_copy(message, self._details(message, failure), 0), verdict.delay)
@@ -318,7 +318,7 @@ class Dispatcher:
             yield replace(settlement, outgoing=(*map(brief_copy, own), *others))
         rejection = Settlement(delivery, Verdict.reject(reason), error=settlement.error or error)
         if not own:
-            own, others = [self._copy(delivery.message, rejection.verdict, error)], ()
+            own, others = [self._copy(delivery.message, Copy.ERROR, rejection.verdict, error)], ()
         small, least = zip(*(lesser_copies(self._rejected(copy, delivery.message)) for copy in own), strict=True)
         yield replace(rejection, outgoing=(*small, *others))
         yield replace(rejection, outgoing=(*least, *others))
@@ -336,18 +336,23 @@ class Dispatcher:
         self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
     ) -> Settlement:
         """The verdict with the copies that it needs; logged where it is a failure."""
-        if verdict.kind is VerdictKind.RETRY or verdict.kind is VerdictKind.REJECT:
+        if (copy := verdict.kind.copy) is not None:
             if error is not None and not isinstance(error, Drop):
                 self._log(message, error, verdict)
             if self._copies:
-                copy = self._copy(message, verdict, error)
-                return Settlement(delivery, verdict, (copy,), error=error)
+                return Settlement(delivery, verdict, (self._copy(message, copy, verdict, error),), error=error)
         return Settlement(delivery, verdict, error=error)
 
-    def _copy(self, message: Message, verdict: Verdict, error: BaseException | None) -> Message:
+    def _copy(self, message: Message, copy: Copy, verdict: Verdict, error: BaseException | None) -> Message:
         details = self._details(message, error, verdict.reason)
-        if verdict.kind is VerdictKind.RETRY:
-            return retry_copy(message, details, verdict.delay)
+        match copy:
+            case Copy.RETRY:
+                return retry_copy(message, details, verdict.delay)
+            case Copy.ERROR:
+                return self._error_copy(message, details)
+        assert_never(copy)
+
+    def _error_copy(self, message: Message, details: ErrorDetails) -> Message:
         copy = error_copy(message, details, self._error_queue)
         if copy.queue == message.queue:  # the error queue's own consumer failed: not again at once
             return copy.replace(deliver_at=time.time() + self._retry.max_delay)
@@ -385,7 +390,7 @@ class Dispatcher:
     def _log(self, message: Message, error: BaseException, verdict: Verdict) -> None:
         # A verdict that the handler chose, or a body that is wrong, needs no traceback.
         trace = None if isinstance(error, Signal | DecodeError) else error
-        if verdict.kind is VerdictKind.RETRY:
+        if verdict.kind.copy is Copy.RETRY:
             log.warning(
                 "%s failed on message %s of %r, attempt %d: %s: %s; again in %.3g s.",
                 self._name, message.id, message.queue, message.attempt,

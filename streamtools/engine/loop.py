@@ -329,7 +329,7 @@ class Loop:
         delivery = settlement.delivery
         if self._ordering_key is not None and (key := self._ordering_key(delivery)) is not None:
             self._next_of_key(key)
-        if self._ack == "manual" and (delivery.settled or settlement.verdict is ACK):
+        if self._ack == "manual" and (delivery.settled or settlement.verdict.kind is VerdictKind.ACK):
             return  # the handler's own hands settle it, when they are ready
         if self._ack == "on_receive" or delivery.settled:
             self._done(1)
@@ -466,7 +466,7 @@ class Loop:
 
     def _remember(self, batch: Sequence[Settlement]) -> None:
         for settlement in batch:
-            if settlement.verdict.kind is not VerdictKind.RELEASE:
+            if not settlement.verdict.kind.gives_back:
                 self._finished[_name(settlement.delivery.message)] = settlement
         while len(self._finished) > FINISHED_LIMIT:  # the oldest went to another consumer
             del self._finished[next(iter(self._finished))]

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import fields
 from itertools import count
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, assert_never
 from unittest.mock import patch
 
 from streamtools import codec
@@ -28,7 +28,7 @@ from streamtools.routing import ConsumerFactory, Route
 from streamtools.testing.buses import BusProbe, is_of, moved, parts_of, type_of
 from streamtools.testing.waiting import eventually
 from streamtools.types import Handler
-from streamtools.verdicts import Verdict, VerdictKind
+from streamtools.verdicts import Copy, Verdict, VerdictKind
 
 #: Seconds that `settled` waits.
 TIMEOUT: Final = 10.0
@@ -328,7 +328,7 @@ class _Watched:
 
     def _note(self, settlement: Settlement) -> None:
         message, kind, harness = settlement.delivery.message, settlement.verdict.kind, self._harness
-        if kind in (VerdictKind.RETRY, VerdictKind.RELEASE) or not self.pending[message.id]:
+        if kind.gives_back or kind.copy is Copy.RETRY or not self.pending[message.id]:
             return  # it comes again, or a second verdict
         self.pending -= Counter([message.id])
         for copy in _apart(settlement)[0]:
@@ -338,13 +338,18 @@ class _Watched:
 
     def _note_part(self, part: Settlement) -> None:
         message, kind = part.delivery.message, part.verdict.kind
-        if kind is VerdictKind.ACK:
-            if self.consumer.ack != "on_receive":  # else its handler has not begun
-                self._harness._handled.append((message, part.result))
-        elif kind is VerdictKind.REJECT:
-            self._harness.rejected += _apart(part)[0]
-        elif kind is VerdictKind.DROP:
-            self._harness.dropped.append(message)
+        match kind:
+            case VerdictKind.ACK:
+                if self.consumer.ack != "on_receive":  # else its handler has not begun
+                    self._harness._handled.append((message, part.result))
+            case VerdictKind.REJECT:
+                self._harness.rejected += _apart(part)[0]
+            case VerdictKind.DROP:
+                self._harness.dropped.append(message)
+            case VerdictKind.RETRY | VerdictKind.RELEASE:  # of one of several handlers: it comes again
+                pass
+            case _:
+                assert_never(kind)
 
 
 class _AtOnce(Retry):
@@ -352,7 +357,7 @@ class _AtOnce(Retry):
 
     def decide(self, error: BaseException, attempt: int) -> Verdict:
         verdict = super().decide(error, attempt)
-        return Verdict.retry(0) if verdict.kind is VerdictKind.RETRY and attempt <= AT_ONCE else verdict
+        return Verdict.retry(0) if verdict.kind.copy is Copy.RETRY and attempt <= AT_ONCE else verdict
 
 
 def _at_once(retry: Retry) -> Retry:

@@ -246,5 +246,5 @@ def test_the_delay_of_a_subclass_may_be_a_timedelta() -> None:
 
 def test_a_verdict_takes_the_name_of_its_kind_and_no_other() -> None:
     assert Verdict("retry", 5).kind is VerdictKind.RETRY  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'later' is not a valid Kind"):
+    with pytest.raises(ValueError, match="'later' is not a valid VerdictKind"):
         Verdict("later")  # type: ignore[arg-type]

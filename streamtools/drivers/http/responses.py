@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 from aiohttp import web
 from pydantic_core import to_json
@@ -63,7 +63,9 @@ def _verdict_response(settlement: Settlement, message: Message, reply: Message |
             return respond(503, error_response, **{"Retry-After": str(delay), CE_ATTEMPT: str(message.attempt + 1)})
         case VerdictKind.REJECT:
             return _failure_response(settlement, message)
-    return unavailable(str(message.attempt))
+        case VerdictKind.RELEASE:
+            return unavailable(str(message.attempt))
+    assert_never(settlement.verdict.kind)
 
 
 def unavailable(attempt: str, why: str = "The service is stopping; send the message again.") -> web.Response:

@@ -18,7 +18,7 @@ from streamtools.drivers.sqlite.schema import NoRoom, TooBig, is_missing
 from streamtools.drivers.sqlite.tables import SUSPECT, Tables
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError
 from streamtools.settings import SQLiteSettings
-from streamtools.verdicts import VerdictKind
+from streamtools.verdicts import Copy
 
 
 class Token(NamedTuple):
@@ -208,13 +208,13 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         verdicts = Verdicts()
         for settlement in settlements:
             token: Token = settlement.delivery.token
-            if settlement.verdict.kind is VerdictKind.RELEASE:
+            if settlement.verdict.kind.gives_back:
                 verdicts.releases.setdefault(token.claim, []).append(token.id)
             elif settlement.outgoing:
                 rows = self._rows(settlement, token)
                 verdicts.moves.append((token.id, token.claim, rows))
                 size = sum(row.size for row in rows)
-                if settlement.verdict.kind is VerdictKind.ACK:
+                if settlement.verdict.kind.copy is None:
                     verdicts.new += size
                 else:
                     verdicts.moved += size
@@ -223,16 +223,14 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         return verdicts
 
     def _rows(self, settlement: Settlement, token: Token) -> list[Row]:
-        kind = settlement.verdict.kind
+        copy = settlement.verdict.kind.copy
         rows = []
         for message in settlement.outgoing:
             stays = message.queue == self.queue
             # A retry is for this group alone: the others have theirs.
-            lane = token.lane if kind is VerdictKind.RETRY and stays else None
+            lane = token.lane if copy is Copy.RETRY and stays else None
             # What the error queue's own consumer does not settle for good still comes from where it failed first.
-            origin = (
-                None if kind not in (VerdictKind.RETRY, VerdictKind.REJECT) else token.origin if stays else token.lane
-            )
+            origin = None if copy is None else token.origin if stays else token.lane
             rows.append(encode(message, lane=lane, origin=origin))
         return rows
 

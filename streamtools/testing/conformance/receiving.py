@@ -13,8 +13,9 @@ from streamtools.errors import Closed, StreamToolsError
 from streamtools.testing.conformance.cases import Cases, except_with
 from streamtools.testing.conformance.stage import Inbox, Stage, gather
 from streamtools.testing.waiting import TIMEOUT, eventually
+from streamtools.verdicts import VerdictKind
 
-SETTLING = ("ack", "retry", "reject", "drop", "release")
+SETTLING = tuple(kind.value for kind in VerdictKind)
 
 
 class ReceivingCases(Cases):

@@ -12,7 +12,7 @@ from streamtools.drivers.kafka.consuming.partition import delivery_of
 from streamtools.drivers.kafka.producing.record import ProducerRecord, records_of
 from streamtools.drivers.kafka.records import GROUP, QUEUE, RETRIES, Header, decode_origin, header_texts, now_ms
 from streamtools.message import Message
-from streamtools.verdicts import VerdictKind
+from streamtools.verdicts import Copy
 
 
 class Copies:
@@ -39,13 +39,13 @@ class Copies:
 
     def one(self, settlement: Settlement, message: Message) -> ProducerRecord:
         """The record for one message that a settlement sends."""
-        kind = settlement.verdict.kind
+        copy = settlement.verdict.kind.copy
         record = settlement.delivery.token if message.id == settlement.delivery.message.id else None
-        if kind is VerdictKind.RETRY and message.queue == settlement.delivery.message.queue:
+        if copy is Copy.RETRY and message.queue == settlement.delivery.message.queue:
             return self._retry(message, self._history(settlement, message), record)
-        headers = self._history(settlement, message) if kind is VerdictKind.REJECT else []
+        headers = self._history(settlement, message) if copy is Copy.ERROR else []
         [item] = records_of([message], headers=headers, read=_headers(record))
-        item.is_copy = kind in (VerdictKind.RETRY, VerdictKind.REJECT)
+        item.is_copy = copy is not None
         return item
 
     def delayed(self, delayed: DelayedRecord) -> ProducerRecord:
@@ -63,7 +63,7 @@ class Copies:
         if message.error is not None and message.error is delivery.message.error:
             # The consumer of an error queue has failed: the message keeps the group that had rejected it before.
             return [*delivery.origin.headers, *_rejected_before(delivery.token)]
-        group = self._rejected_here if settlement.verdict.kind is VerdictKind.REJECT else ()
+        group = self._rejected_here if settlement.verdict.kind.copy is Copy.ERROR else ()
         return [*delivery.origin.headers, *group]
 
     def _retry(self, message: Message, headers: list[Header], record: Any) -> ProducerRecord:

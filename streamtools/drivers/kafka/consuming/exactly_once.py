@@ -18,7 +18,7 @@ from streamtools.drivers.kafka.producing.transactions import TransactionalProduc
 from streamtools.engine.replies import lost_replies
 from streamtools.errors import ConnectError, ConnectionLost, SendError
 from streamtools.settings import KafkaSettings
-from streamtools.verdicts import ACK, VerdictKind
+from streamtools.verdicts import ACK
 
 
 class TransactionalPublisher(RetryPublisher):
@@ -36,10 +36,10 @@ class TransactionalPublisher(RetryPublisher):
 
     async def settle(self, settlements: Sequence[Settlement], done: list[Settlement], reject: Reject) -> None:
         """Send the messages of these settlements and commit them, in one transaction for each partition."""
-        done += [s for s in settlements if s.verdict.kind is VerdictKind.RELEASE]
+        done += [s for s in settlements if s.verdict.kind.gives_back]
         by_partition: dict[AssignedPartition, list[Settlement]] = {}
         for settlement in settlements:
-            if settlement.verdict.kind is not VerdictKind.RELEASE:
+            if not settlement.verdict.kind.gives_back:
                 by_partition.setdefault(delivery_of(settlement).partition, []).append(settlement)
         for partition, batch in by_partition.items():
             await self._settle_partition(partition, batch, done, reject)

@@ -12,7 +12,6 @@ from streamtools.drivers.kafka.consuming.member import GroupMember
 from streamtools.drivers.kafka.consuming.partition import AssignedPartition, KafkaDelivery, delivery_of
 from streamtools.drivers.kafka.consuming.retries import Reject, RetryPublisher
 from streamtools.errors import ConnectionLost, QueueError
-from streamtools.verdicts import VerdictKind
 
 #: Seconds for handlers that were cancelled to end.
 ABANDONED: Final = 1.0
@@ -60,11 +59,11 @@ class Settler:
 
     def finish(self, settlements: Sequence[Settlement]) -> None:
         """Perform settlements that send nothing: no request is needed."""
-        number, release = 0, VerdictKind.RELEASE
+        number = 0
         for settlement in settlements:
             delivery = delivery_of(settlement)
             partition = delivery.partition
-            if settlement.verdict.kind is not release:
+            if not settlement.verdict.kind.gives_back:
                 if not partition.revoked and partition.offsets.finish(delivery.offset, delivery):
                     number += 1
             elif partition.holds(delivery):
@@ -99,7 +98,7 @@ class Settler:
             delivery.partition.settling -= 1
             if id(settlement) not in performed:
                 delivery.partition.offsets.pending[delivery.offset] = delivery
-            elif settlement.verdict.kind is VerdictKind.RELEASE:
+            elif settlement.verdict.kind.gives_back:
                 self._give_back(delivery)
             else:
                 delivery.partition.offsets.finish(delivery.offset)

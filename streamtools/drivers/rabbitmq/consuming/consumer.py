@@ -37,7 +37,7 @@ from streamtools.engine.tasks.wake_throttle import WakeThrottle
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError, StreamToolsError
 from streamtools.message import id_generator
 from streamtools.settings import RabbitMQSettings
-from streamtools.verdicts import VerdictKind
+from streamtools.verdicts import Copy
 
 log: logging.Logger = logging.getLogger("streamtools")
 
@@ -343,7 +343,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     def _note_early(self, refused: SendError, settlements: Sequence[Settlement]) -> None:
         """Say once that retries wait here, where no queue of the broker's can hold them until they are due."""
-        copies = [m for s in settlements if s.verdict.kind is VerdictKind.RETRY for m in s.outgoing]
+        copies = [m for s in settlements if s.verdict.kind.copy is Copy.RETRY for m in s.outgoing]
         if not self._says_early and refused.among(copies, refused.early):
             self._says_early = True
             log.warning(
@@ -374,7 +374,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
                 continue
             if channel is not None and came_on is channel and channel.error is None:
                 mine.append(settlement)
-            elif settlement.verdict.kind is not VerdictKind.RELEASE:  # given back with its connection
+            elif not settlement.verdict.kind.gives_back:  # given back with its connection
                 stale += 1
         return mine, stale
 
@@ -383,11 +383,10 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         if self._ending:
             await self._calm.wait()
         channel.check()  # it may have ended while the copies were confirmed
-        release = VerdictKind.RELEASE
-        acks = [s.delivery.token[1] for s in settlements if s.verdict.kind is not release]
+        acks = [s.delivery.token[1] for s in settlements if not s.verdict.kind.gives_back]
         # While stopping, what goes back stays with us until the channel is closed; see `_stop`.
         held = self._ending or self._stopping.is_set()
-        releases = [s.delivery.token[1] for s in settlements if s.verdict.kind is release and not held]
+        releases = [s.delivery.token[1] for s in settlements if s.verdict.kind.gives_back and not held]
         if self._widen_after and acks and not releases and not held:
             self._widen_after = False
             self._widening = self._beside(self._widen, channel, acks)
