@@ -117,7 +117,7 @@ async def test_move_puts_failed_messages_back_once(admin: QueueAdmin, producer: 
 
 async def test_the_connection_is_made_again_when_it_was_cut(admin: QueueAdmin, producer: Any) -> None:
     await producer()
-    connection = admin._place.connection  # type: ignore[attr-defined]
+    connection = admin._lease.connection  # type: ignore[attr-defined]
     connection._transport.abort()
     await wait_until(lambda: connection.lost is not None)
 

@@ -12,8 +12,8 @@ from streamtools.admin import QueueAdmin
 from streamtools.consumer import OrderedBy
 from streamtools.drivers.rabbitmq import RabbitMQProducer
 from streamtools.drivers.rabbitmq.amqp import connection
-from streamtools.drivers.rabbitmq.consuming import consumer as driver
 from streamtools.drivers.rabbitmq.publishing import publisher_channel
+from streamtools.drivers.rabbitmq.rare import forgotten_consumer, unconfirmed
 from streamtools.errors import SendError, StreamToolsError
 from tests.brokers.address import RabbitMQAddress
 from tests.brokers.rabbitmq import RabbitMQNode
@@ -30,7 +30,7 @@ def ask_soon(monkeypatch: pytest.MonkeyPatch, slow: float) -> None:
         "GRACE_TIMEOUT": 0.2,
         "ASK_INTERVAL": (slow, 10.0),
     }.items():
-        monkeypatch.setattr(publisher_channel, name, seconds)
+        monkeypatch.setattr(unconfirmed, name, seconds)
 
 
 @pytest.mark.parametrize("fault", ["cut", "reset"])
@@ -113,7 +113,7 @@ async def test_a_queue_that_gives_no_answer_holds_up_no_message_to_another(
     own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ask_soon(monkeypatch, 1.0)
-    monkeypatch.setattr(publisher_channel, "ASK_INTERVAL", (100.0, 100.0))
+    monkeypatch.setattr(unconfirmed, "ASK_INTERVAL", (100.0, 100.0))
     url = own_rabbitmq.url
     async with RabbitMQProducer("dead", url=url), RabbitMQProducer("orders", url=url) as producer:
         await producer.send(b"", delay=0.5)  # makes the levels
@@ -226,7 +226,7 @@ async def test_what_the_writer_of_the_brokers_log_lost_is_sent_again(
 async def test_a_consumer_that_its_queue_has_forgotten_begins_anew(
     own_rabbitmq: RabbitMQNode, monkeypatch: pytest.MonkeyPatch, by_hand: bool, ordered_by: OrderedBy
 ) -> None:
-    monkeypatch.setattr(driver, "SILENCE_POLL_INTERVAL", 1.0)
+    monkeypatch.setattr(forgotten_consumer, "SILENCE_POLL_INTERVAL", 1.0)
     handled: list[int] = []
     consumer = Consumer("orders", url=own_rabbitmq.url, ordered_by=ordered_by)
 
@@ -254,7 +254,7 @@ async def test_a_consumer_that_its_queue_has_forgotten_begins_anew(
 async def test_a_consumer_to_which_its_queue_does_not_deliver_yet_begins_anew_once(
     rabbitmq_vhost: RabbitMQAddress, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(driver, "SILENCE_POLL_INTERVAL", 0.2)
+    monkeypatch.setattr(forgotten_consumer, "SILENCE_POLL_INTERVAL", 0.2)
     options = {"url": rabbitmq_vhost.url, "arguments": {"x-single-active-consumer": True}}
     async with Consumer("orders", **options) as active, Producer("orders", url=rabbitmq_vhost.url) as producer:
         await producer.send_many(range(200))
@@ -288,7 +288,7 @@ async def test_a_channel_whose_confirmations_are_lost_is_given_up(
         if send_timeout == 1:
             with pytest.raises(SendError):
                 await producer.send(b"given up")
-            await wait_until(lambda: dead[0].stuck)
+            await wait_until(lambda: dead[0].watch.stuck)
         await producer.send(b"x")
 
 

@@ -93,8 +93,8 @@ async def test_a_lost_connection_is_no_line_of_the_library(
     async with Proxy(*settings.addresses[0]) as proxy:
         url = f"amqp://guest:guest@127.0.0.1:{proxy.port}/{settings.vhost}"
         async with RabbitMQConsumer("orders", url=url) as consumer:
-            assert consumer._channel is not None
-            library = consumer._channel.connection._library
+            assert consumer._subscription is not None
+            library = consumer._subscription.channel.connection._library
             assert library is not None
             with pytest.raises(ConnectError):
                 await asyncio.gather(consumer._receive(1), proxy.reset())

@@ -47,9 +47,10 @@ async def _has(address: RabbitMQAddress, number: int) -> None:
 
 def _kill(consumer: RabbitMQConsumer) -> bool:
     """End a consumer's channel by an acknowledgement that makes no sense (406); False while it has none."""
-    channel = consumer._channel
-    if channel is None or channel.error is not None:
+    subscription = consumer._subscription
+    if subscription is None or subscription.channel.error is not None:
         return False
+    channel = subscription.channel
     channel.connection.write(frames.ack_frame(channel.number, 1 << 40, multiple=False))
     return True
 
@@ -186,7 +187,7 @@ async def test_a_producers_channel_that_ends_is_opened_anew(rabbitmq_vhost: Rabb
             await one.send(b"x")  # opens the channel
             publisher = one._publisher._channel  # type: ignore[union-attr]
             assert publisher is not None
-            one._place.connection.write(frames.ack_frame(publisher.number, 1 << 40, multiple=False))  # type: ignore[union-attr]
+            one._lease.connection.write(frames.ack_frame(publisher.number, 1 << 40, multiple=False))  # type: ignore[union-attr]
             await asyncio.gather(one.send(b"x"), other.send(b"x"))
         assert one._opened == other._opened == 1
         assert other._publisher is before

@@ -17,7 +17,7 @@ from streamtools.admin import QueueAdmin
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
 from streamtools.drivers.rabbitmq.amqp.connection import Connection
 from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
-from streamtools.drivers.rabbitmq.topology import delay_chain
+from streamtools.drivers.rabbitmq.topology import delay_chain, delay_levels
 from streamtools.errors import SendError
 from streamtools.message import Message
 from tests.brokers.rabbitmq import RabbitMQNode
@@ -26,56 +26,56 @@ from tests.faults.waiting import wait_until
 
 
 class TestArithmetic:
-    @given(st.integers(1, delay_chain.MOST))
+    @given(st.integers(1, delay_levels.MOST))
     def test_the_levels_hold_a_message_for_exactly_its_steps(self, number: int) -> None:
-        digits = delay_chain.digits(number)
+        digits = delay_levels.digits(number)
 
-        held = sum(delay_chain.level_time(level) for level, digit in enumerate(digits) if digit == "1")
+        held = sum(delay_levels.level_time(level) for level, digit in enumerate(digits) if digit == "1")
         assert held == number * 100
         assert digits[-1] == "1"
 
-    @given(st.floats(0.001, delay_chain.MOST * delay_chain.STEP - 1))
+    @given(st.floats(0.001, delay_levels.MOST * delay_levels.STEP - 1))
     def test_never_too_few_steps_and_at_most_one_too_many(self, seconds: float) -> None:
-        assert seconds <= delay_chain.steps(seconds) * delay_chain.STEP <= seconds + 2 * delay_chain.STEP
+        assert seconds <= delay_levels.steps(seconds) * delay_levels.STEP <= seconds + 2 * delay_levels.STEP
 
     @given(st.floats(0.001, 86400), st.sets(st.integers(0, 12)))
     async def test_a_level_that_is_avoided_is_not_on_the_way_and_nothing_is_early(
         self, seconds: float, avoided: set[int]
     ) -> None:
         chain = delay_chain.DelayChain(cast(Connection, None))
-        chain._levels = delay_chain.DOUBLING
+        chain._levels = delay_levels.DOUBLING
         for level in avoided:
-            chain.avoid(delay_chain.level_name(level))
+            chain.leaderless.avoid(delay_levels.level_name(level))
 
         entry, key = chain.route(seconds, "orders")
 
         *digits, target = key.split(".")
         ways = {level for level, digit in enumerate(digits) if digit == "1"}
-        assert target == "orders" and entry == delay_chain.level_name(max(ways))
+        assert target == "orders" and entry == delay_levels.level_name(max(ways))
         assert not ways & avoided
-        assert sum(map(delay_chain.level_time, ways)) >= seconds * 1000
+        assert sum(map(delay_levels.level_time, ways)) >= seconds * 1000
         if not avoided:
             assert chain.route(seconds, "orders")[1] == ".".join(
-                (*delay_chain.digits(delay_chain.steps(seconds)), "orders")
+                (*delay_levels.digits(delay_levels.steps(seconds)), "orders")
             )
 
     def test_more_than_a_year_is_held_and_more_than_the_most_is_refused(self) -> None:
-        assert delay_chain.steps(366 * 86400) <= delay_chain.MOST
+        assert delay_levels.steps(366 * 86400) <= delay_levels.MOST
         with pytest.raises(Unsendable, match="days"):
-            delay_chain.steps(400 * 86400)
+            delay_levels.steps(400 * 86400)
 
     @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e308, 10**30])
     def test_a_delay_that_is_no_number_of_seconds_is_refused_by_itself(self, seconds: float) -> None:
         with pytest.raises(Unsendable, match="days"):
-            delay_chain.steps(seconds)
-        assert delay_chain.steps(-float("inf")) == 0
+            delay_levels.steps(seconds)
+        assert delay_levels.steps(-float("inf")) == 0
 
     @given(st.text(min_size=1, max_size=255))
     def test_a_target_is_one_word_without_wildcards(self, name: str) -> None:
-        assert not set(delay_chain.word(name)) & set(".*#")
+        assert not set(delay_levels.word(name)) & set(".*#")
 
     def test_times_to_live_fit_the_brokers_32_bits(self) -> None:
-        assert delay_chain.level_time(delay_chain.DOUBLING + delay_chain.LAPS) < 1 << 32
+        assert delay_levels.level_time(delay_levels.DOUBLING + delay_levels.LAPS) < 1 << 32
 
 
 async def test_none_is_early_and_none_is_lost(producer: Any, consumer: Any) -> None:
@@ -160,9 +160,9 @@ async def test_a_level_that_is_deleted_meanwhile_is_made_anew_and_nothing_is_los
     await sender.send(b"makes the levels", delay=0.6)
     (first,) = await take(receiver, 1)
     await first.ack()
-    for level in range(len(delay_chain.digits(delay_chain.steps(0.6)))):
+    for level in range(len(delay_levels.digits(delay_levels.steps(0.6)))):
         delete = foreign.queue_delete if kind == "queue" else foreign.exchange_delete
-        await delete(delay_chain.level_name(level))
+        await delete(delay_levels.level_name(level))
 
     receipts = [await sender.send(b"", delay=0.3), *await sender.send_many([b""] * 20, delay=0.6)]
     for retried in await take(receiver, 21):
@@ -177,12 +177,12 @@ async def test_what_is_held_above_a_level_that_was_deleted_goes_on_when_it_is_ma
     sender, receiver = await producer(), await consumer()
     await sender.send(b"makes the levels", delay=0.6)
     await take(receiver, 1)
-    await foreign.queue_delete(delay_chain.level_name(0))
+    await foreign.queue_delete(delay_levels.level_name(0))
 
-    assert delay_chain.digits(delay_chain.steps(0.4)) == ["1", "0", "1"]
+    assert delay_levels.digits(delay_levels.steps(0.4)) == ["1", "0", "1"]
     await sender.send(b"1", delay=0.4)
     assert not await receiver.receive(1, timeout=1)
-    sender._publisher._channel._delay._renew_at = 0.0
+    sender._publisher._shared.chain._renew_at = 0.0
     await sender.send(b"2", delay=0.4)
     assert {d.message.body for d in await take(receiver, 2)} == {b"1", b"2"}
 
@@ -207,7 +207,7 @@ async def test_a_long_delay_is_held_and_makes_its_levels_once(
     assert 20 < first == len(declared), declared
     async with QueueAdmin(url=url) as admin:
         assert (await admin.stats("orders")).ready == 0
-        assert (await admin.stats(delay_chain.level_name(delay_chain.DOUBLING + 7))).ready == 21
+        assert (await admin.stats(delay_levels.level_name(delay_levels.DOUBLING + 7))).ready == 21
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pamqp.commands import Basic
 
 from streamtools.drivers.rabbitmq import RabbitMQAdmin, RabbitMQConsumer, RabbitMQProducer
 from streamtools.drivers.rabbitmq.amqp.connection import open_connection
-from streamtools.drivers.rabbitmq.looking.held import CopyChannel
+from streamtools.drivers.rabbitmq.looking.copy_channel import CopyChannel
 from streamtools.message import Message
 from streamtools.retry import Retry
 from streamtools.settings import RabbitMQSettings

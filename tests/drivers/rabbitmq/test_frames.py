@@ -14,7 +14,8 @@ from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 
 from streamtools.drivers.rabbitmq.amqp import frames, properties
-from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel, FrameReader
+from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel
+from streamtools.drivers.rabbitmq.amqp.frame_reader import FrameReader
 from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
 from streamtools.message import ErrorDetails, Message
 

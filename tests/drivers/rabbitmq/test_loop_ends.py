@@ -13,7 +13,7 @@ import pytest
 
 from streamtools import Consumer, Producer
 from streamtools.drivers.rabbitmq.amqp import connection
-from streamtools.drivers.rabbitmq.consuming import consumer
+from streamtools.drivers.rabbitmq.consuming import subscription
 from tests.core.test_event_loops import InThread
 from tests.faults.amqp import RefusingBroker
 from tests.faults.waiting import wait_until
@@ -108,7 +108,7 @@ def test_a_close_that_the_end_of_the_loop_meets_is_orderly(broker: RefusingBroke
 def test_a_broker_that_has_fallen_silent_is_not_waited_for_long(
     broker: RefusingBroker, mute: set[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (connection, consumer):
+    for module in (connection, subscription):
         monkeypatch.setattr(module, "CLOSE_TIMEOUT", 0.1)
     monkeypatch.setattr(connection, "CALL_TIMEOUT", 600)  # longer than this test may take
     broker.mute = mute

@@ -152,7 +152,7 @@ async def test_a_foreign_queue_with_a_single_active_consumer_keeps_its_order_bes
 async def test_a_standby_begins_nothing_while_the_active_one_handles_its_first_message(
     foreign: AbstractChannel, url: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamtools.drivers.rabbitmq.consuming.consumer.ALONE_TIMEOUT", 0.05)
+    monkeypatch.setattr("streamtools.drivers.rabbitmq.consuming.isolation.ALONE_TIMEOUT", 0.05)
     arguments = {"x-single-active-consumer": True, "x-queue-type": kind}
     await foreign.queue_declare("orders", durable=True, arguments=arguments)
     begun: list[int] = []
@@ -364,9 +364,9 @@ async def test_what_waits_for_its_retry_waits_on_over_a_reconnect(foreign: Abstr
     running = asyncio.create_task(handle())
     await foreign.basic_publish(b"x", routing_key="orders")
     await wait_until(lambda: receiver._says_early)
-    assert receiver._channel is not None
-    receiver._channel.connection.write(
-        ack_frame(receiver._channel.number, 1 << 40, multiple=False)
+    assert receiver._subscription is not None
+    receiver._subscription.channel.connection.write(
+        ack_frame(receiver._subscription.channel.number, 1 << 40, multiple=False)
     )  # ends the channel
     await wait_until(lambda: receiver._opened == 2)
     await wait_until(lambda: len(attempts) == 2)

@@ -13,7 +13,7 @@ from streamtools import Retry
 from streamtools.admin import QueueAdmin
 from streamtools.delivery import Settlement
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
-from streamtools.drivers.rabbitmq.consuming import consumer as driver
+from streamtools.drivers.rabbitmq.consuming import isolation
 from streamtools.drivers.rabbitmq.consuming.consumer import GATHER_TIMEOUT
 from streamtools.drivers.rabbitmq.consuming.consumer_channel import ConsumerChannel
 from streamtools.engine.tasks import wake_throttle
@@ -230,7 +230,7 @@ async def test_suspects_are_taken_one_at_a_time_until_an_innocent_comes(producer
 async def test_who_holds_a_suspect_and_asks_for_more_is_given_more(
     producer: Any, consumer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "ALONE_TIMEOUT", 0.5)
+    monkeypatch.setattr(isolation, "ALONE_TIMEOUT", 0.5)
     sender = await producer()
     await sender.send_many([str(n) for n in range(5)])
     for _ in range(2):
@@ -248,7 +248,7 @@ async def test_who_holds_a_suspect_and_asks_for_more_is_given_more(
 async def test_a_suspect_that_is_held_back_lets_others_pass(
     producer: Any, consumer: Any, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "ALONE_TIMEOUT", 0.5)
+    monkeypatch.setattr(isolation, "ALONE_TIMEOUT", 0.5)
     sender = await producer(error_arguments={"x-max-length": 1, "x-overflow": "reject-publish"})
     await sender.send_many([str(n) for n in range(5)])
     for _ in range(2):

@@ -102,7 +102,7 @@ async def test_what_a_queue_does_not_take_for_a_moment_is_sent_again(producer: A
     await sender.send(b"x", id="1")
 
     assert len(said_no) == 1
-    await wait_until(lambda: first_channel.number not in sender._place.connection._frames._channels)  # it was closed
+    await wait_until(lambda: first_channel.number not in sender._lease.connection._frames._channels)  # it was closed
     await sender.send(b"x", id="1")
     assert {d.message.id for d in await take(await consumer(), 3)} == {"1"}
 

@@ -140,7 +140,7 @@ async def test_a_queue_that_is_deleted_while_its_consumer_opens_is_made_again() 
 async def test_a_consumer_that_is_not_told_that_its_queue_is_gone_notices(
     monkeypatch: pytest.MonkeyPatch, ordered_by: Any
 ) -> None:
-    monkeypatch.setattr("streamtools.drivers.rabbitmq.consuming.consumer.SILENCE_POLL_INTERVAL", 0.02)
+    monkeypatch.setattr("streamtools.drivers.rabbitmq.rare.forgotten_consumer.SILENCE_POLL_INTERVAL", 0.02)
     async with RefusingBroker(DECLARE, 404, "NOT_FOUND - no queue 'orders' in vhost '/'", times=0) as broker:
         consumer = RabbitMQConsumer("orders", url=broker.url, declare=False, ordered_by=ordered_by)
 

@@ -16,15 +16,16 @@ from typing import Any, Final, TypeVar, cast
 import aio_pika
 from aiormq.abc import AbstractChannel, AbstractConnection
 from aiormq.connection import TransportFactory
+from aiormq.exceptions import AMQPError
 from yarl import URL
 
-from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel, FrameReader
+from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel
+from streamtools.drivers.rabbitmq.amqp.frame_reader import FrameReader
 from streamtools.drivers.rabbitmq.amqp.frames import FRAME_MAX, GOODBYE
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, connect_error, lost
 from streamtools.engine.tasks.cancellation import asked_to_stop, end
 from streamtools.engine.tasks.eventloops import unlisted
-from streamtools.engine.tls import client_context, warn_unverified
-from streamtools.errors import ConnectError, ConnectionLost
+from streamtools.errors import ConnectError, ConnectionLost, StreamToolsError
 from streamtools.settings import RabbitMQSettings
 
 T = TypeVar("T")
@@ -196,6 +197,12 @@ class Connection:
         return self._frames.blocked
 
     @property
+    def server_version(self) -> str:
+        """The broker's version; empty if it does not tell."""
+        properties = {} if self._library is None else self._library.server_properties
+        return str(properties.get("version", ""))
+
+    @property
     def said(self) -> str:
         """The broker's words when it closed the connection; empty if it did not."""
         return self._frames.said
@@ -308,6 +315,28 @@ class Connection:
     def leave(self) -> None:
         """Count one less."""
         self._users -= 1
+
+    async def request(
+        self, ask: Callable[[AbstractChannel], Awaitable[T]], *, expects: tuple[type[AMQPError], ...] = ()
+    ) -> T:
+        """Make one request on a channel for declarations; a refusal ends that channel, and no other.
+
+        Parameters:
+            ask: begins the request.
+            expects: refusals that are raised as the client library's errors.
+
+        Raises:
+            StreamToolsError: what any other refusal means, or the connection has ended.
+        """
+        try:
+            async with self.declaring() as channel:
+                return await self.call(ask(channel))
+        except StreamToolsError:
+            raise
+        except expects:
+            raise
+        except CLIENT_ERRORS as error:
+            raise channel_error(error, self.where) from error
 
     @asynccontextmanager
     async def declaring(self) -> AsyncIterator[AbstractChannel]:

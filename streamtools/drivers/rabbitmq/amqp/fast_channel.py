@@ -1,54 +1,25 @@
-"""The hot path under the client library: frames of some channels are read here, all others pass through.
-
-aio-pika and aiormq make the connection, declare, and keep the heartbeat. Their price is per frame
-(three awaits, a queue hop, a decoded object, and one task for each delivery), so deliveries and
-confirms of channels attached here are taken out of the byte stream first, in bulk as they arrive,
-by a stream protocol that the library's own reader stands behind.
-"""
+"""One channel whose frames are read here instead of in the client library."""
 
 from __future__ import annotations
 
-import asyncio
-import struct
-from collections.abc import Callable
-from typing import Final
-
 from streamtools.drivers.rabbitmq.amqp import frames
-from streamtools.drivers.rabbitmq.amqp.frames import (
-    BODY,
-    END,
-    FRAME_MAX,
-    HEAD,
-    HEADER,
-    HEADER_MAX,
-    HEARTBEAT,
-    HEARTBEAT_FRAME,
-    LONG,
-    LONGLONG,
-    METHOD,
-    METHOD_MAX,
-    OVERHEAD,
-)
-from streamtools.errors import ConnectionLost
-
-#: Seconds after which the library is shown a heartbeat, when all else that arrived was ours: it
-#: takes a connection on which it sees nothing for dead.
-HEARTBEAT_INTERVAL: Final = 1.0
+from streamtools.drivers.rabbitmq.amqp.frames import BODY, HEADER, LONG, LONGLONG, METHOD
 
 
 class FastChannel:
-    """One channel whose deliveries or confirms are read here. A subclass says what becomes of them."""
+    """Takes the frames of one channel and hands over whole messages and confirms to a subclass.
+
+    Attributes:
+        closed: the broker has closed the channel.
+        topic: what the last message was published under, where it came by an exchange.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
-        #: Why the channel is of no use any more.
-        self.error: ConnectionLost | None = None
-        #: The broker has closed it.
         self.closed: bool = False
         self._method = 0
         self._tag = 0
         self._redelivered = False
-        #: What the message was published under, where it came by an exchange.
         self.topic: str | None = None
         self._routing_key = ""
         self._properties = b""
@@ -146,165 +117,3 @@ class FastChannel:
             self.deliver(self._tag, self._redelivered, properties, body)
         else:
             self.returned(self._routing_key, properties, body)
-
-
-class _ClosedChannel(FastChannel):
-    """What still comes for a channel that the broker has closed, until its number is another's."""
-
-    def frame(self, kind: int, data: bytes, start: int, stop: int) -> bool:
-        """Leave methods to the library, and what was on its way to nobody."""
-        if kind != METHOD:
-            return True
-        (method,) = LONG.unpack_from(data, start)
-        return method in (frames.DELIVER, frames.RETURN, frames.ACK, frames.NACK)
-
-
-class FrameReader(asyncio.StreamReaderProtocol):
-    """Splits the byte stream into frames; those of attached channels go there, the rest to the library.
-
-    A frame that cannot be ends the connection at once. Behind it the stream is out of step: what comes next would be
-    read as something else, or be taken for a part of one frame that never ends.
-
-    Parameters:
-        reader: the library's.
-        on_lost: called once with the reason when the connection has ended.
-    """
-
-    def __init__(
-        self, reader: asyncio.StreamReader, on_lost: Callable[[str], None], loop: asyncio.AbstractEventLoop
-    ) -> None:
-        super().__init__(reader, loop=loop)
-        self._channels: dict[int, FastChannel] = {}
-        self._on_lost = on_lost
-        self._time = loop.time
-        self._rest = b""
-        self._foreign = False
-        self._began = False
-        #: The kinds of frames, and bytes in each of them at most.
-        self._most: dict[int, float] = {METHOD: METHOD_MAX, HEADER: HEADER_MAX, HEARTBEAT: 0}
-        self.agree(FRAME_MAX)
-        #: Numbers of channels that were asked for so far. Others cannot be; a late frame of one that is closed can.
-        self.opened: set[int] = set()
-        self._transport_to_abort: asyncio.BaseTransport | None = None
-        #: When a whole frame last arrived, on the loop's clock: bytes alone are no sign of life.
-        self.heard: float = loop.time()
-        #: The same, of frames that are no heartbeats.
-        self.answered: float = self.heard
-        self._shown = self.heard
-        #: What the broker said when it closed the connection.
-        self.said: str = ""
-        #: Why the broker does not take messages now ("low on memory"); empty while it does.
-        self.blocked: str = ""
-
-    def agree(self, frame_max: float) -> None:
-        """The broker sends no larger frames, in bytes around and in it; a content header may be larger."""
-        self._most[BODY] = frame_max - OVERHEAD
-
-    def attached(self) -> list[FastChannel]:
-        """The channels whose frames are read here."""
-        return list(self._channels.values())
-
-    def attach(self, channel: FastChannel) -> None:
-        """Read this channel's frames here."""
-        self._channels[channel.number] = channel
-
-    def detach(self, channel: FastChannel) -> None:
-        """Leave its frames to the library again."""
-        if self._channels.get(channel.number) is channel:
-            del self._channels[channel.number]
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport_to_abort = transport
-        super().connection_made(transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._on_lost(f"{exc}" if exc is not None and str(exc) else "the other side closed it without a word")
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._foreign:
-            super().data_received(data)
-            return
-        try:
-            self._split(self._rest + data if self._rest else data)
-        except (IndexError, ValueError, struct.error) as error:
-            self._broken(error)
-            return
-        if self.heard - self._shown > HEARTBEAT_INTERVAL:
-            self._pass(HEARTBEAT_FRAME)
-
-    def _split(self, data: bytes) -> None:
-        position, end, heartbeats = 0, len(data), 0
-        channels, most = self._channels, self._most
-        while end - position >= OVERHEAD:
-            kind, number, size = HEAD.unpack_from(data, position)
-            stop = position + size + OVERHEAD
-            if size > most.get(kind, -1):
-                if kind in most or self._began:
-                    raise ValueError(f"a frame of type {kind} and {size} bytes")
-                # A greeting instead of a frame: the other side speaks another protocol or version.
-                self._foreign = True
-                self._pass(data[position:])
-                return
-            if stop > end:
-                break
-            if data[stop - 1] != END:
-                raise ValueError(f"a frame of type {kind} without its end octet")
-            channel = channels.get(number)
-            if channel is None:
-                self._check(kind, number, data, position + 7)
-                heartbeats += kind == HEARTBEAT
-                self._pass(frames.readable(data[position:stop]))
-            elif not channel.frame(kind, data, position + 7, stop - 1):
-                self._pass(frames.readable(data[position:stop]))
-                if channel.closed:  # what was on its way goes nowhere, until the number is another's
-                    self._channels[number] = _ClosedChannel(number)
-            position = stop
-        self._rest = data[position:]
-        if position:
-            self._note_life(is_answer=position > heartbeats * OVERHEAD)
-
-    def _note_life(self, *, is_answer: bool) -> None:
-        self._began = True
-        self.heard = self._time()
-        if is_answer:
-            self.answered = self.heard
-
-    def _pass(self, data: bytes) -> None:
-        self._shown = self._time()
-        super().data_received(data)
-
-    def _check(self, kind: int, number: int, data: bytes, start: int) -> None:
-        """Look at a frame that is for no attached channel.
-
-        Raises:
-            ValueError: it cannot be.
-        """
-        if kind == HEARTBEAT:
-            if number:
-                raise ValueError("a heartbeat on a channel")
-        elif number == 0:
-            if kind != METHOD:
-                raise ValueError("content on channel 0")
-            self._note(data, start)
-        elif number not in self.opened:
-            raise ValueError(f"a frame for channel {number}, which was never opened")
-
-    def _note(self, data: bytes, start: int) -> None:
-        """Look at what the broker says about the connection; the library answers it."""
-        (method,) = LONG.unpack_from(data, start)
-        if method == frames.CONNECTION_CLOSE:
-            code, text = frames.close_reason(data, start + 4)
-            self.said = f"{code} {text}"
-            self._on_lost(f"the broker closed it: {self.said}")
-        elif method == frames.CONNECTION_CLOSE_OK:
-            self._on_lost("it was closed by us")
-        elif method == frames.CONNECTION_BLOCKED:
-            self.blocked = frames.text_at(data, start + 4) or "an alarm"
-        elif method == frames.CONNECTION_UNBLOCKED:
-            self.blocked = ""
-
-    def _broken(self, error: Exception) -> None:
-        self._on_lost(f"what arrived is not AMQP: {error}")
-        if isinstance(self._transport_to_abort, asyncio.WriteTransport):
-            self._transport_to_abort.abort()

@@ -78,32 +78,24 @@ class Unsendable(ValueError):
     """A message that no AMQP frame can carry; the text says why."""
 
 
-class NeverSent(str):
-    """Why a message can never be sent as it is, where other reasons may pass."""
-
-    __slots__ = ()
-
-
-class TooEarly(str):
-    """Why nothing can hold a message until it is due; once it is due it can be sent."""
-
-    __slots__ = ()
-
-
-def shortstr(text: str) -> bytes:
+def shortstr(text: str | bytes) -> bytes:
     """A string of at most 255 bytes with its length before it.
 
     Raises:
         Unsendable: it is longer.
     """
-    data = text.encode()
+    data = text if isinstance(text, bytes) else text.encode()
     if len(data) > 255:
         raise Unsendable(f"{text[:40]!r}... is {len(data)} bytes long; AMQP takes 255 at most there.")
     return bytes((len(data),)) + data
 
 
-def publish_frame(channel: int, exchange: str, routing_key: str) -> bytes:
-    """A whole basic.publish frame, mandatory: a message that reaches no queue comes back."""
+def publish_frame(channel: int, exchange: str | bytes, routing_key: str | bytes) -> bytes:
+    """A whole basic.publish frame, mandatory: a message that reaches no queue comes back.
+
+    Raises:
+        Unsendable: a name is over 255 bytes.
+    """
     payload = _PUBLISH.pack(60, 40, 0) + shortstr(exchange) + shortstr(routing_key) + _MANDATORY
     return HEAD.pack(METHOD, channel, len(payload)) + payload + _END
 

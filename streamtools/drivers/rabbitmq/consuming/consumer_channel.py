@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from itertools import count
+from typing import Any
 
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
 
 from streamtools.drivers.rabbitmq.amqp import frames
+from streamtools.drivers.rabbitmq.amqp.channel import Channel, ignore
 from streamtools.drivers.rabbitmq.amqp.connection import Connection
-from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel
-from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, channel_lost, is_missing, lost
-from streamtools.drivers.rabbitmq.topology.declarations import missing
+from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, is_missing
+from streamtools.drivers.rabbitmq.topology.queues import missing
 from streamtools.errors import ConnectionLost, QueueError, StreamToolsError
 
 #: The largest prefetch that basic.qos can say; 0 stands for no limit.
@@ -26,7 +27,7 @@ NAME_MAX = 200
 Raw = tuple[int, bool, bytes, bytes, str | None]
 
 
-class ConsumerChannel(FastChannel):
+class ConsumerChannel(Channel):
     """Receives one queue.
 
     Parameters:
@@ -37,12 +38,10 @@ class ConsumerChannel(FastChannel):
     """
 
     def __init__(self, connection: Connection, channel: AbstractChannel, queue: str, name: str) -> None:
-        super().__init__(channel.number)
-        self.connection = connection
+        super().__init__(connection, channel)
         self.queue = queue
         self._name = name.encode()[:NAME_MAX].decode(errors="ignore")
         self.buffer: deque[Raw] = deque()
-        self._library = channel
         self._consumer_tags: list[str] = []
         self._numbers = count(1)
         self._waiter: asyncio.Future[None] | None = None
@@ -50,6 +49,8 @@ class ConsumerChannel(FastChannel):
         #: What arrives gathers, and nobody is woken for it.
         self._resting = False
         self._loop = asyncio.get_running_loop()
+        #: What runs while the channel is open.
+        self.tasks: set[asyncio.Task[None]] = set()
         #: Every tag below is settled; of those above, these are.
         self._low = 1
         self._settled: set[int] = set()
@@ -78,7 +79,7 @@ class ConsumerChannel(FastChannel):
         self._consumer_tags.append(tag)
         try:
             await self.connection.call(self._library.basic_qos(prefetch_count=limit))
-            consume = self._library.basic_consume(self.queue, _never, consumer_tag=tag)
+            consume = self._library.basic_consume(self.queue, ignore, consumer_tag=tag)
             await self.connection.call(consume, f"the request to consume {self.queue!r}, which may have no leader,")
         except BaseException as error:
             raise self._ended_by(error) from error
@@ -124,10 +125,18 @@ class ConsumerChannel(FastChannel):
             return error
         return channel_error(error, self.connection.where)
 
-    def discard(self) -> asyncio.Task[None]:
-        """Begin to close the channel, which goes on whoever waits; what is not settled goes back to the queue."""
-        self.fail("it was closed by us")
-        return self.connection.discard(self, self._library)
+    def beside(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> asyncio.Task[None]:
+        """Run this beside receiving; an error of it ends the channel, and whoever receives learns of it."""
+        task = asyncio.create_task(self._guarded(work, *arguments))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def _guarded(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        try:
+            await work(*arguments)
+        except StreamToolsError as error:
+            self.end(error)
 
     # --- what arrives -------------------------------------------------------------------------------
 
@@ -139,18 +148,13 @@ class ConsumerChannel(FastChannel):
         if self._waiter is not None and not self._resting:
             self._wake()
 
-    def fail(self, why: str, *, connection: bool = False) -> None:
-        if self.error is None:
-            self.error: ConnectionLost | None = (lost if connection else channel_lost)(self.connection.where, why)
-        self._wake()
-
     def end(self, error: StreamToolsError) -> None:
         """What was done beside receiving has failed."""
         if isinstance(error, QueueError) and isinstance(error.__cause__, ChannelAccessRefused):
             self._wrong = error  # a queue that is missing is made anew instead
         if self.error is None:
             self.error = ConnectionLost(str(error))
-        self._wake()
+        self._on_end()
 
     async def arrival(self) -> None:
         """Wait until something is in the buffer.
@@ -180,8 +184,10 @@ class ConsumerChannel(FastChannel):
         """Raise ConnectionLost when the channel has ended, and what is wrong with the queue if that is known."""
         if self._wrong is not None:
             raise QueueError(str(self._wrong)) from self._wrong
-        if self.error is not None:
-            raise ConnectionLost(str(self.error))
+        super().check()
+
+    def _on_end(self) -> None:
+        self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -235,7 +241,3 @@ class ConsumerChannel(FastChannel):
         while self._low in self._settled:
             self._settled.remove(self._low)
             self._low += 1
-
-
-async def _never(message: object) -> None:
-    """The library's callback: deliveries of this channel never get there."""

@@ -11,20 +11,14 @@ from aiormq.exceptions import ChannelNotFoundEntity
 
 from streamtools.admin import QueueAdmin
 from streamtools.driver import Reader
-from streamtools.drivers.rabbitmq import errors
 from streamtools.drivers.rabbitmq.amqp.connection import Connection
-from streamtools.drivers.rabbitmq.connections import Place, Receiving, receiving
+from streamtools.drivers.rabbitmq.connections import ConnectionLease, receiving
 from streamtools.drivers.rabbitmq.looking.management import Management
 from streamtools.drivers.rabbitmq.looking.reader import RabbitMQReader
-from streamtools.drivers.rabbitmq.topology.declarations import (
-    Declarations,
-    ProducerOptions,
-    error_queue,
-    missing,
-    work_queue,
-)
-from streamtools.engine.options import read_options
-from streamtools.errors import ConnectionLost, StreamToolsError
+from streamtools.drivers.rabbitmq.options import ProducerOptions, error_queue, work_queue
+from streamtools.drivers.rabbitmq.topology.declarations import Declarations
+from streamtools.drivers.rabbitmq.topology.queues import missing
+from streamtools.errors import ConnectionLost
 from streamtools.exchange import Binding
 from streamtools.protocols import QUEUE_OPTIONS
 from streamtools.queues import QueueInfo
@@ -39,7 +33,7 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
 
     settings_class: ClassVar[type[RabbitMQSettings]] = RabbitMQSettings
     settings: RabbitMQSettings
-    _place: Place[Receiving] | None = None
+    _lease: ConnectionLease | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -50,15 +44,15 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
         await self._get_connection()
 
     async def _close(self) -> None:
-        place, self._place = self._place, None
-        if place is not None:
-            await place.release()
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await lease.release()
 
     async def _get_connection(self) -> Connection:
-        if self._place is None or self._place.connection.lost is not None:
+        if self._lease is None or self._lease.connection.lost is not None:
             await self._close()
-            self._place = await receiving(self.settings, self.client_id)
-        return self._place.connection
+            self._lease = await receiving(self.settings, self.client_id)
+        return self._lease.connection
 
     async def _list(self) -> Sequence[QueueInfo]:
         path = f"queues/{quote(self.settings.vhost, safe='')}?disable_stats=false&enable_queue_totals=true"
@@ -73,9 +67,10 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
             owner=f"{type(self).__name__}.create",
         )
         declarations = Declarations(await self._get_connection())
-        declare = True if declare_options.error_declare is None else declare_options.error_declare
         name = declare_options.error_queue_of(queue)
-        await declarations.declare_error_queue(error_queue(name, declare_options), declare)
+        await declarations.declare_error_queue(
+            error_queue(name, declare_options), declare_options.error_declare_or(True)
+        )
         await declarations.declare(work_queue(queue, declare_options, name), True)
 
     async def _delete(self, queue: str) -> None:
@@ -115,14 +110,11 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
     async def _request(self, queue: str, method: str) -> Any:
         connection = await self._get_connection()
         try:
-            async with connection.declaring() as channel:
-                return await connection.call(getattr(channel, method)(queue))
-        except StreamToolsError:
-            raise
+            return await connection.request(
+                lambda channel: getattr(channel, method)(queue), expects=(ChannelNotFoundEntity,)
+            )
         except ChannelNotFoundEntity as error:
             raise missing(queue, connection.where) from error
-        except errors.CLIENT_ERRORS as error:
-            raise errors.channel_error(error, connection.where) from error
 
 
 def _info(row: dict[str, Any]) -> QueueInfo:

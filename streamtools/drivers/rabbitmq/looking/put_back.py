@@ -1,21 +1,21 @@
-"""Publishing again what was taken out of a queue to be looked at, and only then acknowledging it."""
+"""Messages that were taken out of a queue to be looked at are published again, and only then acknowledged."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Sequence
-from hashlib import blake2b
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
-from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
+from aiormq.exceptions import ChannelAccessRefused
 
 from streamtools.drivers.rabbitmq.amqp import properties
 from streamtools.drivers.rabbitmq.amqp.connection import Connection
 from streamtools.drivers.rabbitmq.amqp.frames import OWN_EXCHANGES
-from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
-from streamtools.drivers.rabbitmq.looking.held import REFUSED, CopyChannel, Held, HoldingChannel
-from streamtools.errors import ConnectionLost, QueueError, StreamToolsError
+from streamtools.drivers.rabbitmq.looking.copy_channel import Copy, CopyChannel
+from streamtools.drivers.rabbitmq.looking.held_channel import Held, HeldChannel
+from streamtools.drivers.rabbitmq.topology.broker_lock import BrokerLock
+from streamtools.errors import ConnectionLost, QueueError
 
 #: Before the name of the lock of those who look at a queue, and of the exchange by which some copies go.
 PREFIX: Final = "streamtools.look."
@@ -27,12 +27,15 @@ TRIAL_TIMEOUT: Final = 5.0
 CONFIRM_TIMEOUT: Final = 30.0
 #: Seconds between tries of copies that a queue did not take just now (it has no leader for a moment).
 RETRY_DELAYS: Final = (0.1, 0.3, 1.0)
+#: The broker's code for a permission that is missing.
+REFUSED: Final = 403
 
 
 class PutBack:
-    """Puts copies of messages at a queue's end. Held by one look at a time.
+    """Puts copies of messages at a queue's end. One look at a time has it.
 
     Parameters:
+        connection: of this look alone.
         user: who publishes.
     """
 
@@ -40,9 +43,7 @@ class PutBack:
         self._connection = connection
         self._queue = queue
         self._user = user
-        name = PREFIX + queue
-        fits = len(name.encode()) <= 255
-        self._name: str = name if fits else PREFIX + blake2b(queue.encode(), digest_size=16).hexdigest()
+        self._lock = BrokerLock(connection, PREFIX, queue)
         self._copies: CopyChannel | None = None
         #: The exchange by which copies keep their routing key; None while there is none, empty where none is allowed.
         self._detour: str | None = None
@@ -56,7 +57,7 @@ class PutBack:
         self._copies = await CopyChannel.open(self._connection)
         await self._try_publishing(self._copies)
         # Afterwards: while an alarm lasts, the broker does not see that a connection that has published is gone.
-        await self._lock()
+        await self._wait_for_others()
 
     async def put(self, held: Sequence[Held]) -> None:
         """Publish these in order, and acknowledge those that the broker holds then.
@@ -86,7 +87,7 @@ class PutBack:
             raise self._unable(f"it takes no more messages ({len(refused)} of {len(held)} were refused)")
         _acknowledge(held)
 
-    async def _publish(self, copies: CopyChannel, messages: Sequence[tuple[str, bytes, bytes, bytes]]) -> set[int]:
+    async def _publish(self, copies: CopyChannel, messages: Sequence[Copy]) -> set[int]:
         """The places of those that the queue does not take."""
         refused = await copies.publish(messages, CONFIRM_TIMEOUT)
         for delay in RETRY_DELAYS:
@@ -98,76 +99,65 @@ class PutBack:
             refused = {left[place] for place in again}
         return refused
 
-    async def _copy(self, held: Held) -> tuple[str, bytes, bytes, bytes]:
-        """Exchange, routing key, content header and body.
+    async def _copy(self, held: Held) -> Copy:
+        """What is published for this message.
 
         What came by an exchange of the user's goes by one of ours, which is bound to this queue alone: so it keeps
         its routing key, and CC routes it nowhere else.
         """
-        queue = self._queue.encode()
         came_by_theirs = held.exchange and not held.exchange.startswith(OWN_EXCHANGES)
         if came_by_theirs or b"\x02CC" in held.data:
             if self._detour is None:
                 self._detour = await self._make_detour()
             if self._detour:
-                return self._detour, held.key, properties.without_counts(held.data, user=self._user), held.body
-        return "", queue, properties.without_counts(held.data, user=self._user, routed=False), held.body
+                data = properties.without_counts(held.data, user=self._user)
+                return Copy(self._detour, held.key, data, held.body)
+        data = properties.without_counts(held.data, user=self._user, routed=False)
+        return Copy("", self._queue.encode(), data, held.body)
 
     async def _make_detour(self) -> str:
-        is_made = False
+        """An exchange that is bound to the queue; empty where we may not make one."""
+        name, request = self._lock.name, self._connection.request
         try:
-            async with self._connection.declaring() as channel:
-                await self._connection.call(
-                    channel.exchange_declare(self._name, exchange_type="fanout", auto_delete=True)
-                )
-                is_made = True
-                await self._connection.call(channel.queue_bind(self._queue, self._name))
+            await request(
+                lambda channel: channel.exchange_declare(name, exchange_type="fanout", auto_delete=True),
+                expects=(ChannelAccessRefused,),
+            )
         except ChannelAccessRefused:
-            if is_made:  # without a binding it does not end by itself
-                await self._declaring(lambda channel: channel.exchange_delete(self._name))
             return ""
-        except CLIENT_ERRORS as error:
-            raise _mapped(error, self._connection.where) from error
-        return self._name
+        self._detour = name
+        try:
+            await request(lambda channel: channel.queue_bind(self._queue, name), expects=(ChannelAccessRefused,))
+        except ChannelAccessRefused:
+            await self._remove_detour()  # without a binding it does not end by itself
+            return ""
+        return name
 
     async def _remove_detour(self) -> None:
         name, self._detour = self._detour, None
         if name and self._connection.lost is None:
-            await self._declaring(lambda channel: channel.exchange_delete(name))
+            await self._connection.request(lambda channel: channel.exchange_delete(name))
 
-    async def _lock(self) -> None:
-        """Hold an exclusive queue, which ends with this connection; who may make none looks without."""
+    async def _wait_for_others(self) -> None:
         try:
             async with asyncio.timeout(LOCK_TIMEOUT):
-                # An exclusive queue sends no word when it ends, so there is nothing to wait for but the time.
-                while not await self._try_lock():  # noqa: ASYNC110
-                    await asyncio.sleep(LOCK_POLL_INTERVAL)
+                await self._lock.acquire(LOCK_POLL_INTERVAL)
         except TimeoutError:
             raise QueueError(
                 f"Somebody else looks at the queue {self._queue!r} (streamtools receive --follow?) and has its "
                 "messages in hand. Try again when that look has ended."
             ) from None
-
-    async def _try_lock(self) -> bool:
-        try:
-            await self._declaring(
-                lambda channel: channel.queue_declare(
-                    self._name, exclusive=True, arguments={"x-queue-type": "classic"}
-                ),
-                passing=(ChannelLockedResource, ChannelAccessRefused),
-            )
-        except ChannelLockedResource:
-            return False
-        except ChannelAccessRefused:
-            return True
-        return True
+        except QueueError as error:
+            if not isinstance(error.__cause__, ChannelAccessRefused):
+                raise
+            # A user who may make no queue looks without a lock.
 
     async def _try_publishing(self, copies: CopyChannel) -> None:
-        """Publish two messages that reach no queue: to be refused later would be too late."""
-        nowhere = (PREFIX + secrets.token_hex(8)).encode()
+        """Publish two messages that reach no queue: to learn later that we may not would be too late."""
+        nowhere = Copy("", (PREFIX + secrets.token_hex(8)).encode(), b"\0\0", b"")
         try:
             for _ in range(2):  # while an alarm lasts, the first one of a connection is taken, and no other
-                await copies.publish([("", nowhere, b"\0\0", b"")], TRIAL_TIMEOUT)
+                await copies.publish([nowhere], TRIAL_TIMEOUT)
         except TimeoutError:
             why = self._connection.blocked or "no answer"
             raise QueueError(
@@ -185,16 +175,6 @@ class PutBack:
             ) from error
         copies.unroutable = 0
 
-    async def _declaring(self, request: Any, *, passing: tuple[type[Exception], ...] = ()) -> None:
-        try:
-            async with self._connection.declaring() as channel:
-                work: Awaitable[Any] = request(channel)
-                await self._connection.call(work)
-        except passing:
-            raise
-        except CLIENT_ERRORS as error:
-            raise _mapped(error, self._connection.where) from error
-
     def _unable(self, why: str) -> QueueError:
         return QueueError(
             f"What was looked at in {self._queue!r} could not be put back as copies: {why}. It is in the queue "
@@ -204,13 +184,9 @@ class PutBack:
 
 def _acknowledge(held: Sequence[Held]) -> None:
     """One frame for each channel: all that came there before its last one is copied, or settled."""
-    last: dict[HoldingChannel, Held] = {}
+    last: dict[HeldChannel, Held] = {}
     for one in held:
         if one.channel not in last or last[one.channel].tag < one.tag:
             last[one.channel] = one
     for channel, one in last.items():
         channel.acknowledge_to(one)
-
-
-def _mapped(error: BaseException, where: str) -> StreamToolsError:
-    return error if isinstance(error, StreamToolsError) else channel_error(error, where)

@@ -19,17 +19,21 @@ from typing import Final
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.rabbitmq.amqp import properties
 from streamtools.drivers.rabbitmq.amqp.connection import Connection, open_connection
-from streamtools.drivers.rabbitmq.connections import Sending
-from streamtools.drivers.rabbitmq.looking.held import LOCKED, NOT_FOUND, Held, HoldingChannel
+from streamtools.drivers.rabbitmq.looking.held_channel import Held, HeldChannel
 from streamtools.drivers.rabbitmq.looking.put_back import PutBack
+from streamtools.drivers.rabbitmq.options import QueueOptions, work_queue
 from streamtools.drivers.rabbitmq.publishing.batch import Limits
-from streamtools.drivers.rabbitmq.publishing.copies import held
-from streamtools.drivers.rabbitmq.publishing.publisher import Publisher
-from streamtools.drivers.rabbitmq.topology.declarations import STREAM, Declarations, QueueOptions, missing, work_queue
+from streamtools.drivers.rabbitmq.publishing.copies import without
+from streamtools.drivers.rabbitmq.publishing.sender import Sender
+from streamtools.drivers.rabbitmq.topology.declarations import Declarations
+from streamtools.drivers.rabbitmq.topology.queues import STREAM, missing
 from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
 from streamtools.message import id_generator
 from streamtools.settings import RabbitMQSettings
 
+#: The broker's codes for a queue that does not exist, and for one that gives nothing out to basic.get.
+NOT_FOUND: Final = 404
+LOCKED: Final = 405
 #: Messages asked for first; then nine times as many as have come.
 FIRST: Final = 10
 GROWTH: Final = 9
@@ -56,10 +60,9 @@ class RabbitMQReader:
         self._name = client_id or f"streamtools look at {queue}"
         self._new_id = id_generator()
         self._connection: Connection | None = None
-        self._out_connection: Connection | None = None
-        self._publisher: Publisher | None = None
+        self._sender = Sender(settings, client_id, Limits(), declares=True)
         self._putback: PutBack | None = None
-        self._channel: HoldingChannel | None = None
+        self._channel: HeldChannel | None = None
         #: What was taken, in the queue's order, and how many of them were handed out.
         self._held: list[Held] = []
         self._seen = 0
@@ -90,7 +93,7 @@ class RabbitMQReader:
                 self._connection = connection = await open_connection(self._settings, self._name)
             self._putback = PutBack(connection, self._queue, self._settings.username)
             await self._putback.open()
-            self._channel = await HoldingChannel.open(connection, self._queue)
+            self._channel = await HeldChannel.open(connection, self._queue)
         except BaseException:
             await self._disconnect()
             raise
@@ -119,10 +122,10 @@ class RabbitMQReader:
         outgoing = [message for s in settlements for message in s.outgoing]
         if outgoing:
             try:
-                await (await self._get_publisher()).publish(outgoing)
+                await self._sender.publish(outgoing)
             except SendError as error:
                 refused = error
-        done = held(settlements, refused.messages if refused is not None else ())
+        done = without(settlements, refused.messages if refused is not None else ())
         if self._channel is not None:
             self._channel.acknowledge(s.delivery.token for s in done)
         if refused is not None:
@@ -180,7 +183,7 @@ class RabbitMQReader:
         except ConnectionLost:
             await self._reopen(channel)
 
-    async def _get(self, channel: HoldingChannel, number: int) -> list[Held]:
+    async def _get(self, channel: HeldChannel, number: int) -> list[Held]:
         """So many messages, or as many as are there. No consumer comes or goes: some queues end with their last.
 
         Each answer is waited for, so that it cannot be taken for that to a later request.
@@ -199,13 +202,13 @@ class RabbitMQReader:
             self._due = MOST if self._alone else min(number, max(FIRST, GROWTH * len(self._held)))
             await self._opened().consume(self._due)
 
-    def _drain(self, channel: HoldingChannel) -> None:
+    def _drain(self, channel: HeldChannel) -> None:
         new = [held for held in channel.buffer if held is not None]
         channel.buffer.clear()
         self._due -= len(new)
         self._held += new
 
-    async def _reopen(self, channel: HoldingChannel) -> None:
+    async def _reopen(self, channel: HeldChannel) -> None:
         """A quorum queue with a single active consumer gives nothing out to basic.get, and a stream never does."""
         if channel.code == NOT_FOUND:
             raise missing(self._queue, self._opened_connection().where)
@@ -214,9 +217,9 @@ class RabbitMQReader:
         if channel.code != LOCKED:
             raise QueueError(f"The queue {self._queue!r} cannot be looked at: {channel.error}")
         self._gets, self._alone = False, True
-        self._channel = await HoldingChannel.open(self._opened_connection(), self._queue)
+        self._channel = await HeldChannel.open(self._opened_connection(), self._queue)
 
-    def _opened(self) -> HoldingChannel:
+    def _opened(self) -> HeldChannel:
         if self._channel is None:
             raise Closed(f"The look at {self._queue!r} was closed.")
         return self._channel
@@ -226,17 +229,9 @@ class RabbitMQReader:
             raise Closed(f"The look at {self._queue!r} was closed.")
         return self._connection
 
-    async def _get_publisher(self) -> Publisher:
-        if self._publisher is None or self._publisher.error is not None:
-            if self._out_connection is not None:
-                await self._out_connection.close()
-            self._out_connection = await open_connection(self._settings, f"{self._name} (publishing)")
-            self._publisher = Publisher(Sending(self._out_connection), Limits())
-        return self._publisher
-
     # --- leaving it as it was -----------------------------------------------------------------------
 
-    async def _leave(self, channel: HoldingChannel) -> None:
+    async def _leave(self, channel: HeldChannel) -> None:
         """Have the queue hold again, in its order, what is not settled."""
         if not self._counts:
             await channel.close()
@@ -275,7 +270,7 @@ class RabbitMQReader:
         found: list[Held] = []
         if number <= 0 or room <= 0:
             return found
-        channel = await HoldingChannel.open(self._opened_connection(), self._queue)
+        channel = await HeldChannel.open(self._opened_connection(), self._queue)
         if self._gets:
             return await self._rest_by_get(channel, number, room)
         due = 0
@@ -291,7 +286,7 @@ class RabbitMQReader:
         await channel.cancel()
         return found + [held for held in channel.buffer if held is not None]
 
-    async def _rest_by_get(self, channel: HoldingChannel, number: int, room: int) -> list[Held]:
+    async def _rest_by_get(self, channel: HeldChannel, number: int, room: int) -> list[Held]:
         found: list[Held] = []
         while len(found) < number and _bytes(found) < room:
             due = _next(found, number, room)
@@ -305,9 +300,13 @@ class RabbitMQReader:
         return (await Declarations(self._opened_connection()).count(self._queue))[0]
 
     async def _disconnect(self) -> None:
-        connections, self._connection, self._out_connection = (self._connection, self._out_connection), None, None
-        self._channel = self._publisher = self._putback = None
-        await asyncio.gather(*(connection.close() for connection in connections if connection is not None))
+        connection, self._connection = self._connection, None
+        self._channel = self._putback = None
+        try:
+            await self._sender.close()
+        finally:
+            if connection is not None:
+                await connection.close()
 
 
 def _next(found: Sequence[Held], number: int, room: int) -> int:

@@ -19,6 +19,18 @@ EXCHANGE: Final = re.compile(r"(?:topic '(?P<topic>[^']*)' in )?exchange '(?P<na
 DEFAULT: Final = "amq.default"
 
 
+class NeverSent(str):
+    """Why a message can never be sent as it is, where other reasons may pass."""
+
+    __slots__ = ()
+
+
+class TooEarly(str):
+    """Why nothing can hold a message until it is due; once it is due it can be sent."""
+
+    __slots__ = ()
+
+
 class Limits:
     """What the broker was found to take; kept over reconnects.
 
@@ -116,6 +128,7 @@ class Batch:
 
     def take_over(self, other: Batch) -> None:
         """Add what became of another part of the same call."""
+        self.refused |= other.refused
         self.nacked |= other.nacked
         self.suspects |= other.suspects
         self.doubtful |= other.doubtful

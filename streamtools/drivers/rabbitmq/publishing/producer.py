@@ -7,18 +7,13 @@ from typing import Any, ClassVar
 
 from aiormq.exceptions import ChannelLockedResource
 
-from streamtools.driver import Options
-from streamtools.drivers.rabbitmq.connections import Place, Sending, receiving, sending
+from streamtools.drivers.rabbitmq.connections import ConnectionLease, receiving, sending
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
+from streamtools.drivers.rabbitmq.options import ProducerOptions, error_queue, work_queue
 from streamtools.drivers.rabbitmq.publishing.batch import Limits
 from streamtools.drivers.rabbitmq.publishing.publisher import Publisher
-from streamtools.drivers.rabbitmq.topology.declarations import (
-    Declarations,
-    ProducerOptions,
-    error_queue,
-    work_queue,
-)
+from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.errors import Closed, ConnectError, ConnectionLost
 from streamtools.message import Message
 from streamtools.producer import Producer
@@ -34,7 +29,7 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
     options_class: ClassVar[type[ProducerOptions]] = ProducerOptions
     settings: RabbitMQSettings
     options: ProducerOptions
-    _place: Place[Sending] | None = None
+    _lease: ConnectionLease | None = None
     _publisher: Publisher | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,15 +38,15 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
 
     async def _open(self) -> None:
         await self._close()
-        self._place = place = await sending(self.settings, self.client_id)
+        self._lease = lease = await sending(self.settings, self.client_id)
         try:
-            # The base gives up after send_timeout without knowing why; so be earlier and say it.
+            # The base class gives up after send_timeout without knowing why; so be earlier and say it.
             patience = self.send_timeout * 0.9
-            publisher = Publisher(place.shared, self._limits, patience=patience, declares=self.declares_exchanges)
-            if place.connection.blocked:  # it answers no request, either, until it takes messages again
+            publisher = Publisher(lease.shared, self._limits, patience=patience, declares=self.declares_exchanges)
+            if lease.connection.blocked:  # it answers no request, either, until it takes messages again
                 await self._declare_elsewhere()
             else:
-                await self._declare(Declarations(place.connection))
+                await self._declare(Declarations(lease.connection))
                 await publisher.open()
             self._publisher = publisher
         except BaseException:
@@ -59,33 +54,27 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
             raise
 
     async def _declare_elsewhere(self) -> None:
-        place = await receiving(self.settings, self.client_id)
+        lease = await receiving(self.settings, self.client_id)
         try:
-            await self._declare(Declarations(place.connection))
+            await self._declare(Declarations(lease.connection))
         finally:
-            await place.release()
+            await lease.release()
 
     async def _declare(self, declarations: Declarations) -> None:
         if self.declare is False:
             return
+        name = self.options.error_queue_of(self.queue)
         try:
-            await self._make_or_check(declarations)
+            # A queue that exists is used as it is, but for what was asked for: its consumers say what it should be.
+            if self.declare is True and not await declarations.exists(self.queue):
+                await declarations.declare_error_queue(
+                    error_queue(name, self.options), self.options.error_declare_or(True)
+                )
+            await declarations.declare(work_queue(self.queue, self.options, name), self.declare)
         except ConnectError as error:
-            # It is there, for a consumer's connection alone, which may be our own; sending to it is free to all.
+            # It exists, for a consumer's connection alone, which may be our own; anybody may send to it.
             if not isinstance(error.__cause__, ChannelLockedResource):
                 raise
-
-    async def _make_or_check(self, declarations: Declarations) -> None:
-        name = self.options.error_queue_of(self.queue)
-        queue = work_queue(self.queue, self.options, name)
-        # What stands is taken as it is, but for what was asked for by name: its consumers say what it should be.
-        if self.declare is True and not await declarations.exists(self.queue):
-            await declarations.declare_error_queue(error_queue(name, self.options), self._error_declare)
-        await declarations.declare(queue, self.declare)
-
-    @property
-    def _error_declare(self) -> Any:
-        return True if self.options.error_declare is None else self.options.error_declare
 
     async def _send(self, batch: Sequence[Message], options: Options) -> Sequence[Receipt] | None:
         if self._publisher is None:
@@ -98,17 +87,17 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
         return None
 
     def _why_unconfirmed(self) -> str:
-        if self._place is not None and (why := self._place.connection.blocked):
+        if self._lease is not None and (why := self._lease.connection.blocked):
             return f"the broker takes no messages now ({why}): rabbitmq-diagnostics alarms."
         return super()._why_unconfirmed()
 
     async def _close(self) -> None:
         publisher, self._publisher = self._publisher, None
-        place, self._place = self._place, None
+        lease, self._lease = self._lease, None
         if publisher is not None:
             publisher.close()
-        if place is not None:
-            await place.release()
+        if lease is not None:
+            await lease.release()
 
     @classmethod
     def validate_queue(cls, queue: str) -> None:

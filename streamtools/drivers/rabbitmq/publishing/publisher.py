@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Final
 
-from streamtools.drivers.rabbitmq.amqp.connection import Connection
-from streamtools.drivers.rabbitmq.amqp.frames import NeverSent, TooEarly
-from streamtools.drivers.rabbitmq.connections import Sending
-from streamtools.drivers.rabbitmq.publishing.batch import Batch, Limits
+from streamtools.drivers.rabbitmq.connections import SharedConnection
+from streamtools.drivers.rabbitmq.publishing.batch import Batch, Limits, NeverSent, TooEarly
 from streamtools.drivers.rabbitmq.publishing.publisher_channel import PublisherChannel
 from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.errors import ConnectError, ConnectionLost, SendError
@@ -28,25 +26,30 @@ class Publisher:
     same way as one that is full. And a channel whose first message met it so is told no for ever after, while
     another channel of the same connection is not (seen on 3.10): hence each try has a new one.
 
-    A message that the broker does not let us send ends its channel. Who it was is found by sending one by one.
+    If we may not send a message, it ends its channel. Which one that was is found by sending one by one.
 
     Parameters:
-        sending: the connection, and what is known of it.
+        shared: the connection, and what is known of the broker.
         limits: what the broker is known to take.
         patience: seconds for which what a queue has not taken is tried again.
         declares: exchanges and queues of delays that are missing are made.
     """
 
     def __init__(
-        self, sending: Sending, limits: Limits, *, patience: float = sum(RETRY_DELAYS), declares: bool = True
+        self,
+        shared: SharedConnection,
+        limits: Limits,
+        *,
+        patience: float = sum(RETRY_DELAYS),
+        declares: bool = True,
     ) -> None:
-        self._sending = sending
-        self._connection: Connection = sending.connection
+        self._shared = shared
+        self._connection = shared.connection
         self._limits = limits
         self._patience = patience
         self._declares = declares
         self._channel: PublisherChannel | None = None
-        self._renewing = asyncio.Lock()
+        self._opening = asyncio.Lock()
 
     @property
     def error(self) -> ConnectionLost | None:
@@ -55,10 +58,10 @@ class Publisher:
 
     async def open(self) -> None:
         """Open the channel now, instead of with the first message."""
-        await self._renewed()
+        await self._usable_channel()
 
     def close(self) -> None:
-        """Let go of the channel; who is publishing on it is told."""
+        """Let go of the channel; whoever is publishing on it is told."""
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.fail("it was closed by us")
@@ -73,10 +76,11 @@ class Publisher:
         """
         begun = time.monotonic()
         channel = self._channel
-        if channel is None or channel.error is not None or channel.stuck or _has_exchange(messages):
+        if channel is None or not channel.usable or _has_exchange(messages):
             return await self._insist(messages, begun)
         batch = await channel.publish(messages)
         if batch.refused or batch.nacked or batch.suspects:
+            await self._look_for_queues(messages, batch)
             await self._insist(messages, begun, batch, channel)
         return None
 
@@ -92,12 +96,9 @@ class Publisher:
         Parameters:
             batch: what became of them so far, over this channel.
         """
-        refused: dict[int, str] = {}
-        if batch is None or channel is None:
-            batch, channel = await self._first(messages, refused)
-        else:
-            await self._note(messages, batch, refused)
-        doubtful = set(batch.doubtful)
+        if batch is None:
+            batch, channel = await self._first(messages)
+        refused, doubtful = dict(batch.refused), set(batch.doubtful)
         # A no may be long in coming, and then some tries are due all the same.
         deadline = max(begun + self._patience, time.monotonic() + min(self._patience, sum(RETRY_DELAYS)))
         for delay in chain(RETRY_DELAYS, repeat(RETRY_DELAYS[-1])):
@@ -106,44 +107,31 @@ class Publisher:
             await asyncio.sleep(delay)
             left = [m for m in messages if id(m) in batch.again]
             if batch.suspects:
-                batch = await self._one_by_one(left, batch, refused)
+                batch = await self._one_by_one(left, batch)
             else:
-                channel = await self._renewed(newer_than=channel)
-                batch = await self._publish(channel, left, refused)
+                channel = await self._usable_channel(newer_than=channel)
+                batch = await self._publish(channel, left)
+            refused |= batch.refused
             doubtful |= batch.doubtful
         if refused or batch.again:
             raise _refusal(messages, refused, batch.again, doubtful)
 
-    async def _first(self, messages: Sequence[Message], refused: dict[int, str]) -> tuple[Batch, PublisherChannel]:
+    async def _first(self, messages: Sequence[Message]) -> tuple[Batch, PublisherChannel]:
         if _has_exchange(messages):
-            return await self._try_routes(messages, refused)
-        channel = await self._usable()
-        return await self._publish(channel, messages, refused), channel
+            return await self._try_routes(messages)
+        channel = await self._usable_channel()
+        return await self._publish(channel, messages), channel
 
-    async def _usable(self) -> PublisherChannel:
-        channel = self._channel
-        if channel is None or channel.error is not None or channel.stuck:
-            return await self._renewed(newer_than=channel)
-        return channel
-
-    async def _publish(
-        self, channel: PublisherChannel, messages: Sequence[Message], refused: dict[int, str]
-    ) -> Batch:
+    async def _publish(self, channel: PublisherChannel, messages: Sequence[Message]) -> Batch:
         batch = await channel.publish(messages)
-        await self._note(messages, batch, refused)
+        await self._look_for_queues(messages, batch)
         return batch
 
-    async def _note(self, messages: Sequence[Message], batch: Batch, refused: dict[int, str]) -> None:
-        if batch.unrouted:
-            await self._look_for_queues(messages, batch)
-        refused |= batch.refused
-
     async def _look_for_queues(self, messages: Sequence[Message], batch: Batch) -> None:
-        """A classic queue whose node is down takes nothing, as one that is not there; but it comes back."""
-        declarations = Declarations(self._connection)
+        """Have sent again what a queue did not take that exists: so does a classic queue whose node is down."""
         for queue in dict.fromkeys(m.queue for m in messages if id(m) in batch.unrouted):
             try:
-                found, why = await declarations.exists(queue), "It is there again."
+                found, why = await Declarations(self._connection).exists(queue), "It is there again."
             except ConnectionLost:
                 raise
             except ConnectError as error:
@@ -154,69 +142,69 @@ class Publisher:
                         del batch.refused[id(message)]
                         batch.nacked[id(message)] = why
 
-    # --- what the broker may not let us send ------------------------------------------------------
+    # --- what the broker may not let us send --------------------------------------------------------
 
-    async def _try_routes(
-        self, messages: Sequence[Message], refused: dict[int, str]
-    ) -> tuple[Batch, PublisherChannel]:
+    async def _try_routes(self, messages: Sequence[Message]) -> tuple[Batch, PublisherChannel]:
         """Publish in order; the first message to each topic of an exchange over a channel of its own."""
         outcome, before, now = _nothing(), list[Message](), time.time()
         for message in messages:
             exchange = message.exchange
             goes_now = message.deliver_at is None or message.deliver_at <= now
-            if exchange is None or not goes_now or self._sending.is_tried(exchange.name, message.queue):
+            if exchange is None or not goes_now or self._shared.routes.is_tried(exchange.name, message.queue):
                 before.append(message)
                 continue
             if before:
-                outcome.take_over(await self._publish(await self._usable(), before, refused))
+                outcome.take_over(await self._publish(await self._usable_channel(), before))
                 before = []
-            outcome.take_over(await self._alone(message, refused))
-        channel = await self._usable()
+            outcome.take_over(await self._alone(message))
+        channel = await self._usable_channel()
         if before:
-            outcome.take_over(await self._publish(channel, before, refused))
+            outcome.take_over(await self._publish(channel, before))
         return outcome, channel
 
-    async def _one_by_one(self, messages: Sequence[Message], batch: Batch, refused: dict[int, str]) -> Batch:
-        """Send those again with which a channel has ended: who ends another one, alone, is refused."""
+    async def _one_by_one(self, messages: Sequence[Message], batch: Batch) -> Batch:
+        """Send those again with which a channel has ended: one that ends another channel, alone, is refused."""
         outcome = _nothing()
         for message in messages:
             if id(message) in batch.suspects:
-                outcome.take_over(await self._alone(message, refused))
+                outcome.take_over(await self._alone(message))
             else:
                 outcome.nacked[id(message)] = batch.again[id(message)]
         return outcome
 
-    async def _alone(self, message: Message, refused: dict[int, str]) -> Batch:
-        async with self._sending.trying:
-            channel = await PublisherChannel.open(self._sending, self._limits, declares=self._declares)
+    async def _alone(self, message: Message) -> Batch:
+        """Publish one message over a channel of its own."""
+        async with self._shared.routes.trying:
+            channel = await self._open_channel()
             try:
-                batch = await channel.publish([message])
+                batch = await self._publish(channel, [message])
             finally:
                 channel.retire()
-        if batch.unrouted:
-            await self._look_for_queues([message], batch)
         if batch.suspects:
             batch.judge(message)
         elif message.exchange is not None and not batch.refused.keys() - batch.unrouted:
-            self._sending.note_tried(message.exchange.name, message.queue)
-        refused |= batch.refused
+            self._shared.routes.note_tried(message.exchange.name, message.queue)
         return batch
 
     # --- channels -----------------------------------------------------------------------------------
 
-    async def _renewed(self, newer_than: PublisherChannel | None = None) -> PublisherChannel:
-        """The channel, or one that is newer than this one; the old one is closed when nobody uses it any more."""
+    async def _usable_channel(self, newer_than: PublisherChannel | None = None) -> PublisherChannel:
+        """The channel, or a new one; the old one is closed when nobody uses it any more."""
+        if self._needs_channel(newer_than):
+            async with self._opening:
+                if self._needs_channel(newer_than):
+                    old, self._channel = self._channel, await self._open_channel()
+                    if old is not None:
+                        old.retire()
+        assert self._channel is not None
+        return self._channel
+
+    def _needs_channel(self, newer_than: PublisherChannel | None) -> bool:
         channel = self._channel
-        if channel is not None and channel is not newer_than and channel.error is None:
-            return channel
-        async with self._renewing:
-            channel = self._channel
-            if channel is None or channel is newer_than or channel.error is not None:
-                self._channel = await PublisherChannel.open(self._sending, self._limits, declares=self._declares)
-                if channel is not None:
-                    channel.retire()
-            assert self._channel is not None
-            return self._channel
+        return channel is None or channel is newer_than or not channel.usable
+
+    async def _open_channel(self) -> PublisherChannel:
+        return await PublisherChannel.open(self._shared, self._limits, declares=self._declares)
 
 
 def _refusal(

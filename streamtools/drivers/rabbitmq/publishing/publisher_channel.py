@@ -1,109 +1,98 @@
 """Publishing with confirms: many in flight, one future for each batch.
 
-A batch is written in chunks while the window has room, each chunk in one piece; the broker confirms
-in any order, singly or up to a number. A message that reaches no queue comes back before its
-confirm does, and is then refused.
+A batch is written in chunks while the window has room, each chunk in one piece; the broker confirms in any order,
+singly or up to a number. A message that reaches no queue comes back before it is confirmed, and is then refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
 from aiormq.abc import AbstractChannel
 
-from streamtools.drivers.rabbitmq.amqp import frames, properties
-from streamtools.drivers.rabbitmq.amqp.connection import Connection
-from streamtools.drivers.rabbitmq.amqp.fast_channel import FastChannel
-from streamtools.drivers.rabbitmq.amqp.frames import NeverSent, TooEarly, Unsendable
-from streamtools.drivers.rabbitmq.connections import Sending
+from streamtools.drivers.rabbitmq.amqp import properties
+from streamtools.drivers.rabbitmq.amqp.channel import Channel
+from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
+from streamtools.drivers.rabbitmq.connections import SharedConnection
 from streamtools.drivers.rabbitmq.errors import channel_lost, lost, trouble
-from streamtools.drivers.rabbitmq.publishing.batch import EXCHANGE, Batch, Limits
+from streamtools.drivers.rabbitmq.publishing.batch import EXCHANGE, Batch, Limits, NeverSent, TooEarly
+from streamtools.drivers.rabbitmq.publishing.encoder import Encoder
+from streamtools.drivers.rabbitmq.publishing.window import Window
+from streamtools.drivers.rabbitmq.rare.unconfirmed import UnconfirmedWatch
+from streamtools.drivers.rabbitmq.rare.unusable_delays import Unheld
 from streamtools.drivers.rabbitmq.topology.declarations import Declarations
-from streamtools.drivers.rabbitmq.topology.delay_chain import PREFIX, DelayChain, Unheld
-from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, StreamToolsError
+from streamtools.drivers.rabbitmq.topology.delay_levels import PREFIX, is_route
+from streamtools.drivers.rabbitmq.topology.queues import nowhere_to_send
+from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost
 from streamtools.exchange import no_subscriber
-from streamtools.message import Message, id_generator
-
-log: logging.Logger = logging.getLogger("streamtools")
+from streamtools.message import Message
 
 #: Messages written and not yet confirmed, at most.
 WINDOW: Final = 2000
 #: Messages written in one piece.
 CHUNK: Final = 100
-#: Seconds without a confirmation after which another channel is asked whether it gets one from the same queue. With
-#: TRIAL_TIMEOUT this is less than a sender waits by default, so that it helps.
-CONFIRM_TIMEOUT: Final = 15.0
-#: Looks in this time.
-CHECKS: Final = 4
-#: Seconds for that answer.
-TRIAL_TIMEOUT: Final = 5.0
-#: Seconds for a confirmation that may be on its way.
-GRACE_TIMEOUT: Final = 1.0
-#: Queues asked at once.
-ASKED: Final = 50
-#: Seconds until a queue that gave no answer is asked again; doubled each time, up to the last.
-ASK_INTERVAL: Final = (15.0, 300.0)
-#: Routes remembered with their encoded frames.
-ROUTES: Final = 1000
 
 
-class PublisherChannel(FastChannel):
+class PublisherChannel(Channel):
     """A channel in confirm mode.
 
     Parameters:
-        sending: the connection, and what is known of it.
-        channel: the library's channel, opened with confirms.
+        shared: the connection, and what is known of the broker.
+        library: the client library's channel, opened with confirms.
         limits: what the broker is known to take.
         declares: exchanges and queues of delays that are missing are made.
+
+    Attributes:
+        pending: the tag of each message that is not confirmed -> its batch.
+        last_tag: the one written last.
+        watch: looks after messages whose confirmation does not come.
     """
 
-    def __init__(self, sending: Sending, channel: AbstractChannel, limits: Limits, *, declares: bool = True) -> None:
-        super().__init__(channel.number)
-        self._sending = sending
-        self._connection: Connection = sending.connection
-        self._library = channel
-        self._limits = limits
+    def __init__(
+        self, shared: SharedConnection, library: AbstractChannel, limits: Limits, *, declares: bool = True
+    ) -> None:
+        super().__init__(shared.connection, library)
+        self.shared = shared
         self._declares = declares
-        self._delay: DelayChain = sending.chain
-        self._next = 1
+        self._encoder = Encoder(self.number, self.connection.frame_max, limits, shared.chain)
+        self._loop = asyncio.get_running_loop()
+        self.pending: dict[int, Batch] = {}
+        self.last_tag: int = 0
+        #: Every tag below is confirmed.
         self._low = 1
-        self._pending: dict[int, Batch] = {}
         #: How often one of this id and routing key came back, and was not confirmed since.
         self._returned: Counter[tuple[str, str]] = Counter()
-        self._routes: dict[tuple[str, str], bytes] = {}
-        self._topology = Declarations(sending.connection)
+        #: Calls of `publish` that have not ended.
         self._users = 0
-        self._retired = False
-        self._discarded = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._new_id = id_generator()
+        self._retired = self._discarded = False
+        self._window = Window()
+        #: What many tasks publish in one turn of the event loop, to be written in one piece.
         self._out: list[bytes] = []
-        self._loop = asyncio.get_running_loop()
-        self._watch: asyncio.TimerHandle | None = None
-        #: The tags written last at each of the last looks.
-        self._looks: deque[int] = deque(maxlen=CHECKS)
-        #: What gave no answer here for long: whether it gave another channel one.
-        self._answers: dict[str, bool] = {}
-        #: Those that gave none: when they are asked again, on the loop's clock, and seconds until then.
-        self._ask_at: dict[str, tuple[float, float]] = {}
-        self._trial: asyncio.Task[None] | None = None
-        #: What was written long ago is not confirmed: nothing more is written here.
-        self.stuck: bool = False
+        self.watch: UnconfirmedWatch = UnconfirmedWatch(self)
 
     @classmethod
-    async def open(cls, sending: Sending, limits: Limits, *, declares: bool = True) -> PublisherChannel:
+    async def open(cls, shared: SharedConnection, limits: Limits, *, declares: bool = True) -> PublisherChannel:
         """Open a channel for publishing on this connection."""
-        channel = cls(sending, await sending.connection.channel(confirms=True), limits, declares=declares)
-        sending.connection.attach(channel)
+        channel = cls(shared, await shared.connection.channel(confirms=True), limits, declares=declares)
+        shared.connection.attach(channel)
         return channel
 
+    @property
+    def limits(self) -> Limits:
+        """What the broker is known to take."""
+        return self._encoder.limits
+
+    @property
+    def usable(self) -> bool:
+        """More may be written here."""
+        return self.error is None and not self.watch.stuck
+
     async def publish(self, messages: Sequence[Message]) -> Batch:
-        """Publish once; what cannot be sent, and what the broker did not take just now, stands in the batch.
+        """Publish once; what cannot be sent, and what the broker did not take just now, is named in the batch.
 
         Raises:
             ConnectionLost: the connection ended; nothing is known of what was not confirmed.
@@ -123,9 +112,8 @@ class PublisherChannel(FastChannel):
     def _close_if_done(self) -> None:
         if self._retired and self._users == 0 and not self._discarded:
             self._discarded = True
-            self._watch_no_more()
-            self.error = self.error or channel_lost(self._connection.where, "it was replaced")
-            self._connection.discard(self, self._library)
+            self.watch.stop()
+            self.discard("it was replaced")
 
     async def _publish(self, messages: Sequence[Message]) -> Batch:
         batch = Batch(self._loop.create_future())
@@ -133,75 +121,58 @@ class PublisherChannel(FastChannel):
         batch.left = 1
         for start in range(0, len(messages), CHUNK):
             chunk = messages[start : start + CHUNK]
-            await self._exchanges_of(chunk, batch)
-            await self._prepare_delays(chunk, batch)
+            for message in chunk:
+                if message.exchange is not None or message.deliver_at is not None:
+                    await self._prepare(message, batch)
             await self._room()
-            if self.stuck or self.closed:
-                why = str(self.error) if self.closed else self._silence
+            if self.watch.stuck or self.closed:
+                why = str(self.error) if self.closed else self.watch.silence
                 left = (id(m) for m in messages[start:] if id(m) not in batch.refused)
                 batch.nacked.update(dict.fromkeys(left, why))
                 break
             self._write(chunk, batch)
-            await self._connection.drain()
+            await self.connection.drain()
         batch.left -= 1
         batch.settle_if_done()
         await batch.future
         return batch
 
+    async def _prepare(self, message: Message, batch: Batch) -> None:
+        """Make the exchange and the levels of the delay chain that a message needs.
+
+        A message to an exchange that does not exist would end the channel.
+        """
+        exchanges, now = self.shared.routes.exchanges, time.time()
+        try:
+            if message.exchange is not None and message.exchange not in exchanges:
+                await Declarations(self.connection).declare_exchange(message.exchange, self._declares)
+                exchanges.add(message.exchange)
+            if message.deliver_at is not None and message.deliver_at > now:
+                batch.words[id(message)] = await self.shared.chain.prepare(message, now, declares=self._declares)
+        except Unheld as error:
+            batch.refused[id(message)] = TooEarly(error)
+        except ConfigurationError as error:
+            batch.refused[id(message)] = str(error)
+        except Unsendable as error:
+            batch.refused[id(message)] = NeverSent(f"Message {message.id} cannot be sent: {error}")
+        except ConnectionLost:
+            raise
+        except ConnectError as error:
+            batch.nacked[id(message)] = str(error)
+
     # --- writing ------------------------------------------------------------------------------------
 
     async def _room(self) -> None:
-        while self.error is None and not self.stuck and len(self._pending) >= WINDOW:
-            waiter = self._loop.create_future()
-            self._waiting.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
-                    self._wake(1)  # it was meant for us; pass it on
-                raise
-        self._check()
+        while self.usable and len(self.pending) >= WINDOW:
+            await self._window.wait()
+        self._check_connection()
 
-    def _check(self) -> None:
-        if self.error is not None and not self.closed:
-            raise ConnectionLost(str(self.error))
-
-    async def _exchanges_of(self, chunk: Sequence[Message], batch: Batch) -> None:
-        """Make the exchanges that are not known to be there: a message to one that is missing ends the channel."""
-        for message in chunk:
-            if message.exchange is None or message.exchange in self._sending.exchanges:
-                continue
-            try:
-                await self._topology.declare_exchange(message.exchange, self._declares)
-            except ConfigurationError as error:
-                batch.refused[id(message)] = str(error)
-            except ConnectionLost:
-                raise
-            except ConnectError as error:
-                batch.nacked[id(message)] = str(error)
-            else:
-                self._sending.exchanges.add(message.exchange)
-
-    async def _prepare_delays(self, chunk: Sequence[Message], batch: Batch) -> None:
-        now = time.time()
-        for message in chunk:
-            if message.deliver_at is None or message.deliver_at <= now or batch.is_held_back(message):
-                continue
-            try:
-                batch.words[id(message)] = await self._delay.prepare(message, now, declares=self._declares)
-            except Unheld as error:
-                batch.refused[id(message)] = TooEarly(error)
-            except ConfigurationError as error:
-                batch.refused[id(message)] = str(error)
-            except Unsendable as error:
-                batch.refused[id(message)] = NeverSent(f"Message {message.id} cannot be sent: {error}")
-            except ConnectionLost:
-                raise
-            except ConnectError as error:
-                batch.nacked[id(message)] = str(error)
+    def _check_connection(self) -> None:
+        if not self.closed:
+            self.check()
 
     def _write(self, chunk: Sequence[Message], batch: Batch) -> None:
-        self._check()
+        self._check_connection()
         out: list[bytes] = []
         written: list[Message] = []
         is_part = bool(batch.refused or batch.nacked)
@@ -209,51 +180,18 @@ class PublisherChannel(FastChannel):
             if is_part and batch.is_held_back(message):
                 continue
             try:
-                out.append(self._encode(message, batch))
+                out.append(self._encoder.encode(message, batch))
             except Exception as error:  # Unsendable, or whatever is wrong in it: it is this message's alone
                 batch.refused[id(message)] = NeverSent(f"Message {message.id} cannot be sent: {error}")
             else:
                 written.append(message)
         if not written:
             return
-        first, self._next = self._next, self._next + len(written)
+        first, self.last_tag = self.last_tag + 1, self.last_tag + len(written)
         batch.spans.append((first, written))
         batch.left += len(written)
-        self._pending.update(dict.fromkeys(range(first, self._next), batch))
-        if self._watch is None:
-            self._look_later()
-        self._send(out)
-
-    def _encode(self, message: Message, batch: Batch) -> bytes:
-        body, number, frame_max = message.body, self.number, self._connection.frame_max
-        if body is None:
-            raise Unsendable("it has no body (a tombstone), which AMQP cannot carry; kafka:// can.")
-        if len(body) > self._limits.body:
-            raise Unsendable(
-                f"its body is {len(body)} bytes; this broker takes {self._limits.body} (max_message_size). "
-                "Store it elsewhere and send where it is."
-            )
-        header = frames.header_frame(number, properties.encode(message), len(body), frame_max)
-        return self._route(message, batch) + header + frames.body_frames(number, body, frame_max)
-
-    def _route(self, message: Message, batch: Batch) -> bytes:
-        if batch.words and (word := batch.words.get(id(message))) is not None:
-            way = self._delay.route((message.deliver_at or 0.0) - time.time(), word)
-            if way[1]:  # else it has become due meanwhile
-                batch.ways[id(message)] = way
-        if batch.ways and id(message) in batch.ways:
-            return frames.publish_frame(self.number, *batch.ways[id(message)])
-        exchange = "" if message.exchange is None else message.exchange.name
-        route = self._routes.get((exchange, message.queue))
-        if route is None:
-            if len(self._routes) >= ROUTES:
-                self._routes.clear()
-            route = frames.publish_frame(self.number, exchange, message.queue)
-            self._routes[exchange, message.queue] = route
-        return route
-
-    def _send(self, out: list[bytes]) -> None:
-        # What many tasks publish in one turn of the loop leaves in one piece.
+        self.pending.update(dict.fromkeys(range(first, self.last_tag + 1), batch))
+        self.watch.start()
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out += out
@@ -261,156 +199,63 @@ class PublisherChannel(FastChannel):
     def _flush(self) -> None:
         out, self._out = self._out, []
         if out and self.error is None:
-            self._connection.write(b"".join(out))
+            self.connection.write(b"".join(out))
 
-    # --- what is not confirmed ----------------------------------------------------------------------
+    # --- for those who look after what is not confirmed ---------------------------------------------
 
-    @property
-    def _silence(self) -> str:
-        return f"A channel of RabbitMQ at {self._connection.where} confirms nothing any more."
+    async def publish_copy(self, message: Message, way: tuple[str, str] | None) -> bool:
+        """Publish a message once more; whether the broker holds it.
 
-    def _look_for_slow(self) -> None:
-        """Help what waits for its confirmation since the first of the last looks.
-
-        A channel whose first message to a queue finds no leader there stands still for 65 s (rabbit_fifo_client in
-        3.10: net_ticktime + 5). And a channel can forget to send again what a queue has not got (seen on 3.10 when
-        the writer of its log was killed; github.com/rabbitmq/rabbitmq-server/pull/13095 and /14589 tell of other
-        ways, up to 4.1). So each queue concerned is asked over a channel of its own, by one message.
+        Parameters:
+            way: where to in the delay chain; None for a message that goes to its queue.
         """
-        slow = self._looks[0] if len(self._looks) == CHECKS else 0
-        oldest = next(iter(self._pending), None)
-        if oldest is not None and oldest <= slow and not self._connection.blocked:
-            self.stuck = True
-            self._wake(len(self._waiting))
-            self._help(self._looks[-1])  # what is behind it, too
-        self._watch = None
-        if self._pending:
-            self._look_later()
-        else:
-            self._looks.clear()
+        batch = Batch(self._loop.create_future())
+        if way is not None:
+            batch.ways[id(message)] = way
+        self._write([message], batch)
+        self.watch.stop()  # its caller waits for it
+        await batch.future
+        return not batch.refused and not batch.again
 
-    def _look_later(self) -> None:
-        self._looks.append(0 if self._connection.blocked else self._next - 1)
-        self._watch = self._loop.call_later(CONFIRM_TIMEOUT / CHECKS, self._look_for_slow)
-
-    def _help(self, last: int) -> None:
-        """Of what was written up to `last`, have sent again what need not wait, and ask about the rest."""
-        unknown: dict[str, int] = {}
-        for tag, batch in [(tag, batch) for tag, batch in self._pending.items() if tag <= last]:
-            place, is_level = _place(batch.message(tag), batch)
-            if self._answers.get(place) or (is_level and place in self._answers):
-                self._give_back(tag)
-            elif not batch.future.done() and self._ask_at.get(place, (0.0, 0.0))[0] <= self._loop.time():
-                if len(unknown) < ASKED:
-                    unknown.setdefault(place, tag)
-        if unknown and (self._trial is None or self._trial.done()):
-            self._trial = self._loop.create_task(self._try(unknown, last))
-
-    def _give_back(self, tag: int) -> None:
+    def give_back(self, tag: int, why: str) -> None:
         """Have a message sent again, over a new channel."""
-        batch = self._pending.pop(tag)
-        batch.nacked[id(batch.message(tag))] = self._silence
+        batch = self.pending.pop(tag)
+        batch.nacked[id(batch.message(tag))] = why
         batch.left -= 1
         batch.settle_if_done()
 
-    async def _try(self, places: dict[str, int], last: int) -> None:
-        """Send one message to each place over another connection, a channel for each; help those that wait."""
-        try:
-            async with asyncio.timeout(CONFIRM_TIMEOUT):
-                connection = await self._connection.another()
-        except (StreamToolsError, TimeoutError):
-            return  # it is not only ours; at the next look it is tried again
-        try:
-            other = Sending(connection)
-            held = await asyncio.gather(*(self._ask(other, tag) for tag in places.values()))
-            await asyncio.sleep(GRACE_TIMEOUT)
-            if not (connection.lost or connection.blocked or self._connection.blocked):
-                self._learn(dict(zip(places.items(), held, strict=True)))
-                self._help(last)
-        finally:
-            await connection.close()
-
-    def _learn(self, held: dict[tuple[str, int], bool | None]) -> None:
-        waiting = {asked: holds for asked, holds in held.items() if asked[1] in self._pending}
-        for (place, tag), holds in waiting.items():
-            self._answers[place] = holds is not None
-            if holds is None:
-                self._note_silence(place, self._pending[tag].message(tag), self._pending[tag])
-            elif holds:
-                self._confirm_one(tag, True)
-        if answering := [place for (place, _), holds in waiting.items() if holds is not None]:
-            log.warning(
-                "A channel of RabbitMQ at %s does not confirm messages to %s%s, and another one does; what it "
-                "has not confirmed is sent again.",
-                self._connection.where, ", ".join(map(repr, answering[:5])), ", ..." if answering[5:] else "",
-            )  # fmt: skip
-
-    async def _ask(self, other: Sending, tag: int) -> bool | None:
-        """Whether the broker holds a copy of this message; None: it gives no answer."""
-        batch = self._pending.get(tag)
-        if batch is None:
-            return None
-        message = batch.message(tag)
-        copy = Batch(self._loop.create_future())
-        if id(message) in batch.ways:
-            copy.ways[id(message)] = batch.ways[id(message)]
-        try:
-            async with asyncio.timeout(TRIAL_TIMEOUT):
-                channel = await PublisherChannel.open(other, self._limits)
-                channel._write([message], copy)
-                channel._watch_no_more()  # it is we who wait for it
-                await copy.future
-        except (StreamToolsError, TimeoutError):
-            return None
-        return not copy.refused and not copy.again
-
-    def _note_silence(self, place: str, message: Message, batch: Batch) -> None:
-        _, waited = self._ask_at.get(place, (0.0, 0.0))
-        wait = min(2 * waited, ASK_INTERVAL[1]) or ASK_INTERVAL[0]
-        self._ask_at[place] = self._loop.time() + wait, wait
-        if _place(message, batch)[1]:
-            self._delay.avoid(place)
-        log.warning(
-            "RabbitMQ at %s has not confirmed a message to %r for %g s, nor one over a new channel; its queue "
-            "may have no leader: rabbitmq-queues quorum_status.", self._connection.where, place, CONFIRM_TIMEOUT,
-        )  # fmt: skip
-
-    def _watch_no_more(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-        if self._trial is not None:
-            self._trial.cancel()
+    def wake_all(self) -> None:
+        """Wake all who wait for room: nothing more is written here."""
+        self._window.wake_all()
 
     # --- what the broker says -----------------------------------------------------------------------
 
     def confirm(self, tag: int, *, multiple: bool, held: bool) -> None:
         if not multiple:
-            self._confirm_one(tag, held)
+            self.confirm_one(tag, held)
         else:
             for number in range(self._low, tag + 1):
-                self._confirm_one(number, held)
+                self.confirm_one(number, held)
             self._low = tag + 1
-        if self._waiting:
-            self._wake(WINDOW - len(self._pending))
+        if self._window.waiting:
+            self._window.wake(WINDOW - len(self.pending))
 
-    def _wake(self, number: int) -> None:
-        while self._waiting and number > 0:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                number -= 1
-
-    def _confirm_one(self, tag: int, held: bool) -> None:
-        batch = self._pending.pop(tag, None)
+    def confirm_one(self, tag: int, held: bool) -> None:
+        """The broker holds this message, or does not."""
+        batch = self.pending.pop(tag, None)
         if batch is None:
             return
         if not held or self._returned:
-            self._refuse(batch, tag, held)
+            self._note_refusal(batch, tag, held)
         batch.left -= 1
         if batch.left == 0:
             batch.settle_if_done()
 
-    def _refuse(self, batch: Batch, tag: int, held: bool) -> None:
+    def returned(self, routing_key: str, properties_: bytes, body: bytes) -> None:
+        message, _ = properties.decode(properties_, body, "", str)
+        self._returned[message.id, routing_key] += 1
+
+    def _note_refusal(self, batch: Batch, tag: int, held: bool) -> None:
         message = batch.message(tag)
         if (message.id, message.queue) in self._returned:
             self._returned -= Counter([(message.id, message.queue)])
@@ -420,62 +265,57 @@ class PublisherChannel(FastChannel):
                     batch.unrouted.add(id(message))
         elif message.deliver_at is not None and (back := self._back_from_chain(message)) is not None:
             self._returned -= Counter([back])
-            self._delay.forget()  # so that the next try makes it anew
+            self.shared.chain.forget()  # so that the next try makes it anew
             batch.nacked[id(message)] = (
                 f"The delay of a message to {message.queue!r} needs a queue that is gone from "
-                f"{self._connection.where}: one of {PREFIX}."
+                f"{self.connection.where}: one of {PREFIX}."
             )
         elif not held:
-            # Whoever asked gave a reply's address: the request does not wait for a queue that is full.
+            # A request's reply does not wait for a full queue: whoever asked chose the address.
             kept = batch.refused if message.intent == "reply" else batch.nacked
             kept[id(message)] = (
-                f"The queue {message.queue!r} at {self._connection.where} does not take it: it is full (x-max-length "
+                f"The queue {message.queue!r} at {self.connection.where} does not take it: it is full (x-max-length "
                 "with x-overflow reject-publish), or its node has failed."
             )
 
     def _back_from_chain(self, message: Message) -> tuple[str, str] | None:
-        """What was returned, when it is this message: it had a route through the delay chain for its key."""
-        found = (r for r in self._returned if r[0] == message.id and self._delay.is_route(r[1], message))
+        """What was returned, when it is this message: its key was a route through the delay chain."""
+        found = (r for r in self._returned if r[0] == message.id and is_route(r[1], message))
         return next(found, None)
 
     def _unrouted(self, message: Message) -> str:
         if message.exchange is not None:
             return str(no_subscriber(message.queue, message.exchange))
-        return (
-            f"There is no queue {message.queue!r} at {self._connection.where}. Open a consumer of it first, or a "
-            "producer with declare=True."
-        )
-
-    def returned(self, routing_key: str, properties_: bytes, body: bytes) -> None:
-        message, _ = properties.decode(properties_, body, "", self._new_id)
-        self._returned[message.id, routing_key] += 1
+        return nowhere_to_send(message.queue, self.connection.where)
 
     def fail(self, why: str, *, connection: bool = False) -> None:
         if self.error is not None:
             return
-        self._watch_no_more()
+        super().fail(why, connection=connection)
         make = lost if connection else channel_lost
-        self.error = make(self._connection.where, why)
-        for batch in dict.fromkeys(self._pending.values()):
+        for batch in dict.fromkeys(self.pending.values()):
             if not batch.future.done():
-                batch.future.set_exception(make(self._connection.where, why))
+                batch.future.set_exception(make(self.connection.where, why))
                 batch.future.exception()  # its caller may have been cancelled
-        self._pending.clear()
-        self._wake(len(self._waiting))
+        self.pending.clear()
+
+    def _on_end(self) -> None:
+        self.watch.stop()
+        self.wake_all()
 
     def refuse(self, code: int, text: str) -> None:
         """One message has ended the channel, and nothing is known of the others that are not confirmed."""
         if self.error is not None:
             return
-        self._watch_no_more()
-        self._limits.learn(text)
+        self.limits.learn(text)
         kind = trouble(code, text)
-        self.error: ConnectionLost | None = channel_lost(self._connection.where, f"{code} {text}")
-        why = f"RabbitMQ at {self._connection.where} {'cannot take it now' if kind.passes else 'refuses it'}: {text}."
-        pending, self._pending = self._pending, {}
-        meant = {tag for tag, batch in pending.items() if batch.is_meant(text, batch.message(tag), self._limits)}
-        if code == 404:
-            self._forget(text)
+        self.error = channel_lost(self.connection.where, f"{code} {text}")
+        why = f"RabbitMQ at {self.connection.where} {'cannot take it now' if kind.passes else 'refuses it'}: {text}."
+        pending, self.pending = self.pending, {}
+        meant = {tag for tag, batch in pending.items() if batch.is_meant(text, batch.message(tag), self.limits)}
+        if code == 404 and (named := EXCHANGE.search(text)):  # it is looked for, and made, before the next message
+            self.shared.routes.forget(named["name"])
+            self.shared.chain.forget()
         for tag, batch in pending.items():
             message = batch.message(tag)
             if tag not in meant:
@@ -488,7 +328,7 @@ class PublisherChannel(FastChannel):
         for batch in dict.fromkeys(pending.values()):
             batch.passes = kind.passes
             batch.settle_if_done()
-        self._wake(len(self._waiting))
+        self._on_end()
 
     def _reason(self, why: str, text: str, *, is_delayed: bool) -> str:
         """Why the broker does not take this message, as the class of the text tells it."""
@@ -496,18 +336,5 @@ class PublisherChannel(FastChannel):
             return NeverSent(why)
         if not is_delayed:
             return why
-        self._delay.forbid(why)
+        self.shared.chain.forbid(why)
         return TooEarly(why)
-
-    def _forget(self, text: str) -> None:
-        """An exchange is gone: it is looked for, and made, before the next message."""
-        if named := EXCHANGE.search(text):
-            self._sending.forget(named["name"])
-            self._delay.forget()
-
-
-def _place(message: Message, batch: Batch) -> tuple[str, bool]:
-    """What is to confirm this message, and whether that is a level of the delay chain."""
-    if batch.ways and id(message) in batch.ways:
-        return batch.ways[id(message)][0], True
-    return message.queue if message.exchange is None else f"{message.exchange.name} {message.queue}", False

@@ -21,132 +21,69 @@ https://www.rabbitmq.com/docs/quorum-queues#dead-lettering, /docs/ttl, /docs/ae
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
-from math import ceil
 from typing import Any, Final
 
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ChannelNotFoundEntity
 
 from streamtools.drivers.rabbitmq.amqp.connection import Connection
-from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
-from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, is_missing, plain
-from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
-from streamtools.errors import QueueError, StreamToolsError
-from streamtools.exchange import Exchange
+from streamtools.drivers.rabbitmq.errors import channel_error, is_missing
+from streamtools.drivers.rabbitmq.rare.leaderless_levels import LeaderlessLevels
+from streamtools.drivers.rabbitmq.rare.unusable_delays import LevelsMissing, Unheld, UnusableDelays
+from streamtools.drivers.rabbitmq.topology.declarations import declare_undeliverable
+from streamtools.drivers.rabbitmq.topology.delay_levels import (
+    OUT,
+    PREFIX,
+    digits,
+    level_name,
+    level_time,
+    steps,
+    target_word,
+)
+from streamtools.drivers.rabbitmq.topology.queues import AT_LEAST_ONCE, UNDELIVERABLE, nowhere_to_send
+from streamtools.errors import QueueError
 from streamtools.message import Message
 
-#: Seconds of the lowest level.
-STEP: Final = 0.1
-#: Levels whose time doubles.
-DOUBLING: Final = 26
-#: Further levels, each as long as the last of those.
-LAPS: Final = 8
-#: Steps of one of these.
-LAP: Final = 1 << (DOUBLING - 1)
-#: The most steps that the chain can hold a message.
-MOST: Final = (1 << DOUBLING) - 1 + LAPS * LAP
-#: Seconds added, so that rounding in the broker's clock makes nothing early.
-MARGIN: Final = 0.005
 #: Seconds for which a target that was found and bound is taken to be so.
 TARGET_TTL: Final = 30.0
 #: Seconds after which the levels are declared again before the next use: an operator may have deleted one.
 LEVELS_TTL: Final = 300.0
-#: Seconds for which nothing is sent by way of a level that gave no answer.
-AVOID_TTL: Final = 300.0
-
-PREFIX: Final = "streamtools.delay"
-OUT: Final = f"{PREFIX}.out"
-UNDELIVERABLE: Final = "streamtools.undeliverable"
-_PLAIN_WORD: Final = re.compile(r"[A-Za-z0-9_-]{1,100}")
-
-#: Arguments of a queue that dead-letters without losing anything.
-SAFE: Final[dict[str, Any]] = {
-    "x-queue-type": "quorum",
-    "x-dead-letter-strategy": "at-least-once",
-    "x-overflow": "reject-publish",
-}
 
 
-def level_name(level: int) -> str:
-    """The name of a level's exchange and queue."""
-    return f"{PREFIX}.{level:02d}"
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of the chain: the names of its queues and exchanges, and the requests that make it, in order."""
 
-
-def level_time(level: int) -> int:
-    """How long a level holds a message, in milliseconds."""
-    return 100 << min(level, DOUBLING - 1)
-
-
-def steps(delay: float) -> int:
-    """The steps that hold a message for at least `delay` seconds; 0 for none.
-
-    Raises:
-        Unsendable: longer than the chain can hold it.
-    """
-    fits = delay <= MOST * STEP  # which infinity does not, nor what is not a number
-    number = ceil((delay + MARGIN) / STEP) if fits and delay > 0 else 0
-    if not fits or number > MOST:
-        raise Unsendable(
-            f"its delay of {delay / 86400:.0f} days is over {MOST * STEP / 86400:.0f} days, the most here. Send it "
-            "later, from a schedule of your own."
-        )
-    return number
-
-
-def digits(number: int) -> list[str]:
-    """Which levels hold a message for so many steps, lowest first, up to the highest that does."""
-    laps = max(0, -(-(number - (1 << DOUBLING) + 1) // LAP))
-    rest = number - laps * LAP
-    doubling = [str(rest >> level & 1) for level in range(DOUBLING if laps else rest.bit_length())]
-    return doubling + ["1"] * laps
-
-
-def word(queue: str) -> str:
-    """One word of a routing key for a queue's name, whatever characters that has."""
-    if _PLAIN_WORD.fullmatch(queue):
-        return queue
-    return "~" + blake2b(queue.encode(), digest_size=16).hexdigest()
-
-
-def _target(message: Message) -> str:
-    """The word for where a message is to go when it is due."""
-    if message.exchange is None:
-        check_rabbitmq_name(message.queue)
-        return word(message.queue)
-    return word(f"{message.exchange.name}\n{message.queue}")
-
-
-class Unheld(QueueError):
-    """Nothing can hold a message for this target until it is due: what that needs is missing, or is not for us."""
-
-
-class _Absent(Unheld):
-    """Levels of the chain are missing."""
+    queues: tuple[str, ...]
+    exchanges: tuple[str, ...]
+    requests: tuple[Callable[[AbstractChannel], Awaitable[Any]], ...]
 
 
 class DelayChain:
-    """The chain as one connection sees it: levels declared and targets bound when they are first needed."""
+    """The chain as one connection sees it: levels declared and targets bound when they are first needed.
+
+    Attributes:
+        leaderless: levels that are not used for now.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._time = asyncio.get_running_loop().time
+        #: Levels that exist, from the lowest on.
         self._levels = 0
         #: When they are to be declared again.
         self._renew_at = 0.0
+        #: The word of a target -> until when it is taken to be bound.
         self._targets: dict[str, float] = {}
-        #: Level -> until when it is avoided.
-        self._avoided: dict[int, float] = {}
-        #: We may make queues and exchanges here, as far as is known; else those that stand are used.
+        #: We may make queues and exchanges here, as far as is known; else those that exist are used.
         self._may_make = True
-        #: What cannot be used, a target's word or so many levels, with or without declaring: until when we do not ask
-        #: again, and why.
-        self._unusable: dict[tuple[str | int, bool], tuple[float, str]] = {}
+        self.leaderless: LeaderlessLevels = LeaderlessLevels(self._time)
+        self._unusable = UnusableDelays(self._time)
         self._lock = asyncio.Lock()
-        self._time = asyncio.get_running_loop().time
 
     def route(self, delay: float, target: str) -> tuple[str, str]:
         """The exchange and the routing key for a message due in `delay` seconds; two empty strings when it is due.
@@ -157,48 +94,27 @@ class DelayChain:
         number = steps(delay)
         if number == 0:
             return "", ""
-        bits = digits(self._passable(number))
-        # Levels that a message's time needs were declared for a longer time, a moment before.
+        bits = digits(self.leaderless.passable(number))
+        # `prepare` declared levels for a time that was longer by a moment.
         if len(bits) > self._levels:
-            bits = digits(number)  # one is avoided since then
+            bits = digits(number)  # since then a level has become one to avoid
         return level_name(len(bits) - 1), ".".join((*bits, target))
 
-    def avoid(self, name: str) -> None:
-        """Send nothing by way of this level for a while: what needs it is held longer, until a time without it."""
-        level = int(name.rpartition(".")[2])
-        self._avoided[level] = self._time() + AVOID_TTL
-
-    def _passable(self, number: int) -> int:
-        """The least number of steps from this one on that needs no level which is avoided."""
-        if not self._avoided:
-            return number
-        self._avoided = {level: until for level, until in self._avoided.items() if until > self._time()}
-        for level in sorted(self._avoided):
-            if number >> level & 1 and number < 1 << DOUBLING:
-                number = (number >> level) + 1 << level
-        return number
-
-    def is_route(self, key: str, message: Message) -> bool:
-        """Whether this routing key is one through the chain to this message's target."""
-        held, _, target = key.rpartition(".")  # the word has no dot
-        return held != "" and set(held) <= set("01.") and target == _target(message)
-
     def forget(self) -> None:
-        """Declare and bind all of it anew before the next message: some of it is gone."""
+        """Declare and bind all of it again before the next message: some of it is gone."""
         self._levels = 0
         self._targets.clear()
 
     def forbid(self, why: str) -> None:
         """We may not send to the chain; ask again after a while."""
-        for declares in (True, False):
-            self._note_unusable(0, why, declares=declares)
+        self._unusable.forbid(why)
 
     async def prepare(self, message: Message, now: float, *, declares: bool = True) -> str:
-        """Make sure that the chain stands for this message; the word of its target.
+        """Make sure that the chain exists for this message; the word of its target.
 
         Parameters:
             now: seconds since the epoch.
-            declares: what is missing is made; else only what stands is used, and the target is bound to it.
+            declares: what is missing is made; else only what exists is used, and the target is bound to it.
 
         Raises:
             Unheld: the chain is missing and not to be made, or we may not use it.
@@ -207,74 +123,47 @@ class DelayChain:
             Unsendable: the delay is too long.
             ConnectionLost: the connection has ended.
         """
-        target = _target(message)
-        levels = len(digits(self._passable(steps((message.deliver_at or now) - now))))
+        target = target_word(message)
+        levels = len(digits(self.leaderless.passable(steps((message.deliver_at or now) - now))))
         trusted_until = min(self._renew_at, self._targets.get(target, 0.0))
-        if self._unusable:
-            self._check_usable(target, levels, declares=declares)
+        self._unusable.check(target, levels, standing=self._levels, declares=declares)
         if levels <= self._levels and trusted_until > self._time():
             return target
         async with self._lock:
             try:
                 await self._declare(levels, declares=declares)
                 await self._bind(message, target, declares=declares)
-            except Unheld as error:
-                what = levels if isinstance(error, _Absent) and levels > self._levels else target
-                self._note_unusable(what, str(error), declares=declares)
-                raise
-            except StreamToolsError:
-                raise
-            except ChannelAccessRefused as error:
-                why = f"RabbitMQ at {self._connection.where} does not allow it: {plain(error)}"
-                self._note_unusable(target, why, declares=declares)
-                raise Unheld(why) from error
-            except CLIENT_ERRORS as error:
-                raise channel_error(error, self._connection.where) from error
+            except QueueError as error:
+                if not isinstance(error, Unheld) and not isinstance(error.__cause__, ChannelAccessRefused):
+                    raise
+                what = levels if isinstance(error, LevelsMissing) and levels > self._levels else target
+                self._unusable.note(what, str(error), declares=declares)
+                raise Unheld(str(error)) from error.__cause__
         return target
 
-    def _note_unusable(self, what: str | int, why: str, *, declares: bool) -> None:
-        self._unusable[what, declares] = self._time() + TARGET_TTL, why
-
-    def _check_usable(self, target: str, levels: int, *, declares: bool) -> None:
-        """Raise Unheld where the same was found out a moment ago: each request would end a channel."""
-        now = self._time()
-        self._unusable = {what: found for what, found in self._unusable.items() if found[0] > now}
-        for (what, declaring), (_, why) in self._unusable.items():
-            is_meant = what in (target, 0) or (isinstance(what, int) and self._levels < what <= levels)
-            if is_meant and declaring is declares:
-                raise Unheld(why)
+    # --- targets ------------------------------------------------------------------------------------
 
     async def _bind(self, message: Message, target: str, *, declares: bool) -> None:
         if self._targets.get(target, 0.0) > self._time():
             return
         queue = message.queue
         if message.exchange is None:
-            await self._look_for(queue)
+            await self._check_queue(queue)
         else:
-            queue = await self._declare_hop(message.exchange, queue, target, declares=declares)
-        async with self._connection.declaring() as channel:
-            # "#" stands for the digits, however many: the word is always the last, and has no dot.
-            await self._connection.call(channel.queue_bind(queue, OUT, f"#.{target}"))
+            onwards = {"x-dead-letter-exchange": message.exchange.name, "x-dead-letter-routing-key": queue}
+            queue = f"{PREFIX}.to.{target[1:]}"
+            await self._ensure(_hop(queue, onwards), declares=declares)
+        # "#" stands for the digits, however many: the word is always the last, and has no dot.
+        await self._connection.request(lambda channel: channel.queue_bind(queue, OUT, f"#.{target}"))
         self._targets[target] = self._time() + TARGET_TTL
 
-    async def _declare_hop(self, exchange: Exchange, topic: str, target: str, *, declares: bool) -> str:
-        """The queue from which what is due goes to an exchange, which is there."""
-        name = f"{PREFIX}.to.{target[1:]}"
-        onwards = {"x-dead-letter-exchange": exchange.name, "x-dead-letter-routing-key": topic}
-        arguments = {**SAFE, "x-message-ttl": 1, **onwards}
-
-        async def make(channel: AbstractChannel) -> None:
-            await self._connection.call(channel.queue_declare(name, durable=True, arguments=arguments))
-
-        await self._make(make, queues=(name,), declares=declares)
-        return name
-
-    async def _look_for(self, queue: str) -> None:
+    async def _check_queue(self, queue: str) -> None:
         try:
-            async with self._connection.declaring() as channel:
-                await self._connection.call(channel.queue_declare(queue, passive=True))
+            await self._connection.request(
+                partial(_ask_queue, queue), expects=(ChannelLockedResource, ChannelNotFoundEntity)
+            )
         except ChannelLockedResource:
-            # Exclusive to another connection: it exists, but only that one may bind it.
+            # It exists, but only the connection that it is exclusive to may bind it.
             raise Unheld(
                 f"The queue {queue!r} is exclusive to another connection, so a delayed message cannot be sent to it. "
                 "Use Retry(delay=0), or a queue that is not exclusive."
@@ -282,106 +171,102 @@ class DelayChain:
         except ChannelNotFoundEntity as error:
             if not is_missing(error):
                 raise channel_error(error, self._connection.where) from error
-            raise QueueError(
-                f"There is no queue {queue!r} at {self._connection.where}. Open a consumer of it first, or a "
-                "producer with declare=True."
-            ) from error
+            raise QueueError(nowhere_to_send(queue, self._connection.where)) from error
+
+    # --- levels -------------------------------------------------------------------------------------
 
     async def _declare(self, levels: int, *, declares: bool) -> None:
-        """Declare what is missing, from the end of the chain upwards: a level is used when all below stand."""
+        """Declare what is missing, from the end of the chain upwards: a level is used when all below exist."""
         if self._renew_at < self._time():
             levels, self._levels, self._may_make = max(levels, self._levels), 0, True
         if levels <= self._levels:
             return
         if self._levels == 0:
             if declares:
-                with suppress(ChannelAccessRefused):  # what is missing then is found out below
+                with suppress(QueueError):  # we may not make it; if it is missing, that is found out below
                     await declare_undeliverable(self._connection)
-            end = {"queues": (UNDELIVERABLE,), "exchanges": (UNDELIVERABLE, OUT)}
-            await self._make(self._declare_end, **end, declares=declares)
+            await self._ensure(_END, declares=declares)
             self._renew_at = self._time() + LEVELS_TTL
         for level in range(self._levels, levels):
-            name = level_name(level)
-            make = partial(self._declare_level, level=level)
-            await self._make(make, queues=(name,), exchanges=(name,), declares=declares)
+            await self._ensure(_level(level), declares=declares)
             self._levels = level + 1
 
-    async def _make(
-        self,
-        make: Callable[[AbstractChannel], Awaitable[None]],
-        *,
-        queues: Sequence[str] = (),
-        exchanges: Sequence[str] = (),
-        declares: bool,
-    ) -> None:
-        """Declare a part of the chain; where that is not wanted, or not allowed, see that it stands."""
+    async def _ensure(self, part: _Part, *, declares: bool) -> None:
+        """Make a part of the chain; where that is not wanted, or not allowed, check that it exists."""
         if declares and self._may_make:
             try:
-                async with self._connection.declaring() as channel:
-                    return await make(channel)
+                for request in part.requests:
+                    await self._connection.request(request, expects=(ChannelAccessRefused,))
             except ChannelAccessRefused:
                 self._may_make = False
+            else:
+                return
         try:
-            async with self._connection.declaring() as channel:
-                for name in queues:
-                    await self._connection.call(channel.queue_declare(name, passive=True))
-                for name in exchanges:
-                    await self._connection.call(channel.exchange_declare(name, passive=True))
+            for name in part.queues:
+                await self._connection.request(partial(_ask_queue, name), expects=(ChannelNotFoundEntity,))
+            for name in part.exchanges:
+                await self._connection.request(partial(_ask_exchange, name), expects=(ChannelNotFoundEntity,))
         except ChannelNotFoundEntity as error:
             if not is_missing(error):
-                raise
-            raise self._absent(dict.fromkeys((*queues, *exchanges)), declares=declares) from error
+                raise channel_error(error, self._connection.where) from error
+            raise self._missing(part, declares=declares) from error
 
-    def _absent(self, names: Iterable[str], *, declares: bool) -> _Absent:
-        where = self._connection.where
-        missing = f"Queues or exchanges that hold delayed messages are missing at {where} ({', '.join(names)}), "
+    def _missing(self, part: _Part, *, declares: bool) -> LevelsMissing:
+        names = ", ".join(dict.fromkeys((*part.queues, *part.exchanges)))
+        missing = (
+            f"Queues or exchanges that hold delayed messages are missing at {self._connection.where} ({names}), "
+        )
         if not declares:
-            return _Absent(
+            return LevelsMissing(
                 f"{missing}and without declare=True none are made. Use declare=True, which leaves a queue that "
                 "exists as it is; have somebody else send one message with the same delay; or send without a delay."
             )
-        return _Absent(
+        return LevelsMissing(
             f"{missing}and this user may not declare them. Have another user send one message with the same delay, "
             "or allow it: rabbitmqctl set_permissions with a configure pattern that matches "
             f"{PREFIX}.* and {UNDELIVERABLE}."
         )
 
-    async def _declare_end(self, channel: AbstractChannel) -> None:
-        call = self._connection.call
-        await call(channel.exchange_declare(UNDELIVERABLE, exchange_type="fanout", durable=True))
-        await call(channel.queue_bind(UNDELIVERABLE, UNDELIVERABLE))
-        await call(
-            channel.exchange_declare(
-                OUT, exchange_type="topic", durable=True, arguments={"alternate-exchange": UNDELIVERABLE}
-            )
-        )
 
-    async def _declare_level(self, channel: AbstractChannel, level: int) -> None:
-        call = self._connection.call
-        name, below = level_name(level), level_name(level - 1) if level else OUT
-        arguments = {**SAFE, "x-message-ttl": level_time(level), "x-dead-letter-exchange": below}
-        await call(channel.queue_declare(name, durable=True, arguments=arguments))
-        await call(channel.exchange_declare(name, exchange_type="topic", durable=True))
-        place = "*." * level
-        await call(channel.queue_bind(name, name, f"{place}1.#"))
-        await call(channel.exchange_bind(below, name, f"{place}0.#"))
+def _ask_queue(name: str, channel: AbstractChannel) -> Awaitable[Any]:
+    return channel.queue_declare(name, passive=True)
 
 
-async def declare_undeliverable(connection: Connection) -> None:
-    """The queue where messages wait that would have nowhere else to go; as it is, where it stands.
-
-    From RabbitMQ 4 on a quorum queue without an argument drops what was delivered more than 20 times.
-    """
-    try:
-        async with connection.declaring() as channel:
-            await connection.call(channel.queue_declare(UNDELIVERABLE, passive=True))
-    except ChannelNotFoundEntity:
-        async with connection.declaring() as channel:
-            arguments = {"x-queue-type": "quorum", **_without_limit(channel)}
-            await connection.call(channel.queue_declare(UNDELIVERABLE, durable=True, arguments=arguments))
+def _ask_exchange(name: str, channel: AbstractChannel) -> Awaitable[Any]:
+    return channel.exchange_declare(name, passive=True)
 
 
-def _without_limit(channel: AbstractChannel) -> dict[str, Any]:
-    """The argument that lifts the delivery limit; on RabbitMQ 3, which has none by default, it would drop all."""
-    version = str(channel.connection.server_properties.get("version", ""))
-    return {} if version.partition(".")[0] in ("", "3") else {"x-delivery-limit": -1}
+def _level(level: int) -> _Part:
+    name, below = level_name(level), level_name(level - 1) if level else OUT
+    arguments = {**AT_LEAST_ONCE, "x-message-ttl": level_time(level), "x-dead-letter-exchange": below}
+    place = "*." * level
+    return _Part(
+        (name,),
+        (name,),
+        (
+            lambda channel: channel.queue_declare(name, durable=True, arguments=arguments),
+            lambda channel: channel.exchange_declare(name, exchange_type="topic", durable=True),
+            lambda channel: channel.queue_bind(name, name, f"{place}1.#"),
+            lambda channel: channel.exchange_bind(below, name, f"{place}0.#"),
+        ),
+    )
+
+
+def _hop(name: str, onwards: dict[str, Any]) -> _Part:
+    """The queue from which what is due goes to an exchange, which exists."""
+    arguments = {**AT_LEAST_ONCE, "x-message-ttl": 1, **onwards}
+    return _Part((name,), (), (lambda channel: channel.queue_declare(name, durable=True, arguments=arguments),))
+
+
+#: What is behind the lowest level.
+_END: Final = _Part(
+    (UNDELIVERABLE,),
+    (UNDELIVERABLE, OUT),
+    (
+        lambda channel: channel.exchange_declare(UNDELIVERABLE, exchange_type="fanout", durable=True),
+        lambda channel: channel.queue_bind(UNDELIVERABLE, UNDELIVERABLE),
+        lambda channel: channel.exchange_declare(
+            OUT, exchange_type="topic", durable=True, arguments={"alternate-exchange": UNDELIVERABLE}
+        ),
+    ),
+)

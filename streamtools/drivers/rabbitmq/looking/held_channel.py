@@ -1,0 +1,179 @@
+"""A channel that takes messages as they are on the wire, and keeps them in hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+from aiormq.abc import AbstractChannel
+
+from streamtools.drivers.rabbitmq.amqp import frames
+from streamtools.drivers.rabbitmq.amqp.channel import Channel, ignore
+from streamtools.drivers.rabbitmq.amqp.connection import Connection
+from streamtools.drivers.rabbitmq.amqp.frames import HEAD, LONG, LONGLONG, METHOD, shortstr
+from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
+from streamtools.errors import StreamToolsError
+
+GET: Final = 60 << 16 | 70
+GET_OK: Final = 60 << 16 | 71
+GET_EMPTY: Final = 60 << 16 | 72
+_GET: Final = Struct(">IH")
+
+
+@dataclass(slots=True)
+class Held:
+    """A message in hand, as it is on the wire.
+
+    Attributes:
+        exchange: where it was published to.
+        key: its routing key.
+        data: flags and values of its content header.
+        topic: its routing key as a text, where it came by an exchange that is not ours.
+        settled: it is acknowledged.
+    """
+
+    channel: HeldChannel
+    tag: int
+    redelivered: bool
+    exchange: bytes
+    key: bytes
+    data: bytes
+    body: bytes
+    topic: str | None = None
+    settled: bool = False
+
+
+class HeldChannel(Channel):
+    """Takes messages of one queue, and keeps them in hand until they are acknowledged or it is closed.
+
+    Attributes:
+        buffer: what has arrived and was not taken out yet; None for "the queue is empty".
+    """
+
+    def __init__(self, connection: Connection, library: AbstractChannel, queue: str) -> None:
+        super().__init__(connection, library)
+        self._queue = queue
+        self._arrived = asyncio.Event()
+        self._consumers: list[str] = []
+        self._exchange = self._key = b""
+        self.buffer: deque[Held | None] = deque()
+
+    @classmethod
+    async def open(cls, connection: Connection, queue: str) -> HeldChannel:
+        """Open a channel; nothing is taken yet."""
+        channel = cls(connection, await connection.channel(confirms=False), queue)
+        connection.attach(channel)
+        return channel
+
+    def get(self, number: int) -> None:
+        """Ask for so many messages: as many arrive, or None for each that is not there (basic.get)."""
+        payload = _GET.pack(GET, 0) + shortstr(self._queue) + b"\0"
+        self.connection.write((HEAD.pack(METHOD, self.number, len(payload)) + payload + b"\xce") * number)
+
+    async def consume(self, prefetch: int) -> None:
+        """Have so many more messages delivered, beside those that were asked for before."""
+        tag = f"streamtools-look-{len(self._consumers)}"
+        await self._call(self._library.basic_qos(prefetch_count=prefetch))
+        self._consumers.append(tag)
+        await self._call(self._library.basic_consume(self._queue, ignore, consumer_tag=tag))
+
+    async def cancel(self) -> None:
+        """Have no more delivered. Acknowledgements that were sent before are with the queue when this returns."""
+        consumers, self._consumers = self._consumers, []
+        for tag in consumers:
+            await self._call(self._library.basic_cancel(tag))
+
+    async def arrival(self, timeout: float | None = None) -> bool:
+        """Wait until something is in the buffer; False when nothing came in time.
+
+        Parameters:
+            timeout: seconds; None for no limit.
+
+        Raises:
+            ConnectionLost: the channel has ended.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.buffer and self.error is None:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            return False
+        if not self.buffer:
+            self.check()
+        return True
+
+    def acknowledge(self, held: Iterable[Held]) -> None:
+        """Acknowledge these, each by itself."""
+        out = []
+        for one in held:
+            if not one.settled:
+                one.settled = True
+                out.append(frames.ack_frame(self.number, one.tag, multiple=False))
+        self.connection.write(b"".join(out))
+
+    def acknowledge_to(self, last: Held) -> None:
+        """Acknowledge this one, which is not settled, and all that came before it."""
+        self.connection.write(frames.ack_frame(self.number, last.tag, multiple=True))
+
+    async def close(self) -> None:
+        """Close the channel: what is not acknowledged goes back to the front of its queue, in order."""
+        if self.error is None:
+            await self._call(self._library.close())
+
+    async def _call(self, request: Awaitable[object]) -> None:
+        """Await a request to its end, also if we are cancelled.
+
+        The library closes a channel whose request is cancelled; what is in hand would go back, and be counted.
+        """
+        asked = asyncio.ensure_future(self.connection.call(request))
+        try:
+            await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            await asyncio.wait({asked})
+            if not asked.cancelled():
+                asked.exception()
+            raise
+        except StreamToolsError:
+            raise
+        except CLIENT_ERRORS as error:
+            raise channel_error(error, self.connection.where) from error
+
+    # --- what arrives -------------------------------------------------------------------------------
+
+    def _take_method(self, data: bytes, start: int) -> bool:
+        (method,) = LONG.unpack_from(data, start)
+        if method == GET_EMPTY:
+            self._arrive(None)
+            return True
+        if method not in (GET_OK, frames.DELIVER):
+            return super()._take_method(data, start)
+        position = start + 4 if method == GET_OK else start + 5 + data[start + 4]
+        (self._tag,) = LONGLONG.unpack_from(data, position)
+        self._redelivered = data[position + 8] & 1 == 1
+        self.topic = frames.delivered_topic(data, position + 9)
+        self._exchange, position = _short(data, position + 9)
+        self._key, _ = _short(data, position)
+        self._method = method
+        return True
+
+    def _complete(self, body: bytes) -> None:
+        self._method = 0
+        data, self._properties = self._properties, b""
+        self._arrive(Held(self, self._tag, self._redelivered, self._exchange, self._key, data, body, self.topic))
+
+    def _arrive(self, held: Held | None) -> None:
+        self.buffer.append(held)
+        self._arrived.set()
+
+    def _on_end(self) -> None:
+        self._arrived.set()
+
+
+def _short(data: bytes, start: int) -> tuple[bytes, int]:
+    end = start + 1 + data[start]
+    return data[start + 1 : end], end

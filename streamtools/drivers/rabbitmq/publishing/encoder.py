@@ -1,0 +1,66 @@
+"""Messages as frames for one channel."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from streamtools.drivers.rabbitmq.amqp import frames, properties
+from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
+from streamtools.drivers.rabbitmq.publishing.batch import Batch, Limits
+from streamtools.drivers.rabbitmq.topology.delay_chain import DelayChain
+from streamtools.message import Message
+
+#: Routes that are remembered with their encoded frames.
+ROUTES: Final = 1000
+
+
+class Encoder:
+    """Encodes messages, and remembers the frames that name their routes.
+
+    Parameters:
+        number: the channel's.
+        frame_max: bytes of a frame, at most.
+        limits: what the broker is known to take.
+        chain: the queues of delayed messages.
+    """
+
+    def __init__(self, number: int, frame_max: int, limits: Limits, chain: DelayChain) -> None:
+        self._number = number
+        self._frame_max = frame_max
+        self.limits = limits
+        self._chain = chain
+        self._routes: dict[tuple[str, str], bytes] = {}
+
+    def encode(self, message: Message, batch: Batch) -> bytes:
+        """All frames of a message.
+
+        Raises:
+            Unsendable: AMQP cannot carry it, or this broker does not take it.
+        """
+        body, number, frame_max = message.body, self._number, self._frame_max
+        if body is None:
+            raise Unsendable("it has no body (a tombstone), which AMQP cannot carry; kafka:// can.")
+        if len(body) > self.limits.body:
+            raise Unsendable(
+                f"its body is {len(body)} bytes; this broker takes {self.limits.body} (max_message_size). "
+                "Store it elsewhere and send where it is."
+            )
+        header = frames.header_frame(number, properties.encode(message), len(body), frame_max)
+        return self._route(message, batch) + header + frames.body_frames(number, body, frame_max)
+
+    def _route(self, message: Message, batch: Batch) -> bytes:
+        if batch.words and (word := batch.words.get(id(message))) is not None:
+            way = self._chain.route((message.deliver_at or 0.0) - time.time(), word)
+            if way[1]:  # else it has become due meanwhile
+                batch.ways[id(message)] = way
+        if batch.ways and id(message) in batch.ways:
+            return frames.publish_frame(self._number, *batch.ways[id(message)])
+        exchange = "" if message.exchange is None else message.exchange.name
+        route = self._routes.get((exchange, message.queue))
+        if route is None:
+            if len(self._routes) >= ROUTES:
+                self._routes.clear()
+            route = frames.publish_frame(self._number, exchange, message.queue)
+            self._routes[exchange, message.queue] = route
+        return route
