@@ -98,7 +98,7 @@ class ConnectionLease:
         """Let go of the connection; the last one closes it. Safe to repeat."""
         if not self._released:
             self._released = True
-            self.connection.leave()
+            self.connection.channels.leave()
             await self._lease.release()
 
 
@@ -125,7 +125,7 @@ async def _lease(settings: RabbitMQSettings, name: str | None, role: str) -> Con
     opens = partial(_open, settings, f"{name or _program()} ({role})")
     for number in count():
         lease = await _shared.acquire((address, role, number), opens)
-        if lease.value.connection.join():
+        if lease.value.connection.channels.join():
             return ConnectionLease(lease)
         await lease.release()
     raise AssertionError  # count() does not end

@@ -225,7 +225,7 @@ async def test_a_further_connection_is_opened_when_one_has_no_channels_left(
 
     async def connect_to_a_small_broker(self: connection.Connection, *arguments: Any) -> None:
         await connect(self, *arguments)
-        self.channel_max = 16
+        self.channels.channel_max = 16
 
     monkeypatch.setattr(connection.Connection, "connect", connect_to_a_small_broker)
     url = rabbitmq_vhost.url

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from streamtools.drivers.rabbitmq import RabbitMQConsumer, RabbitMQProducer
-from streamtools.drivers.rabbitmq.amqp import connection
+from streamtools.drivers.rabbitmq.amqp import channel_pool
 from streamtools.errors import ConnectionLost
 from tests.brokers.address import RabbitMQAddress
 from tests.drivers.rabbitmq.conftest import take
@@ -102,7 +102,7 @@ async def test_a_consumer_goes_on_after_a_garbled_delivery(door: Door, through: 
 async def test_a_connection_that_opens_no_channel_is_given_up_however_long_the_caller_waits(
     patience: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(connection, "OPEN_TIMEOUT", 0.2)
+    monkeypatch.setattr(channel_pool, "OPEN_TIMEOUT", 0.2)
     async with RefusingBroker("", 0, "", times=0) as broker, RabbitMQProducer("orders", url=broker.url) as producer:
         await producer.send(b"first")
         broker.mute = {"Channel.Open"}
@@ -110,7 +110,7 @@ async def test_a_connection_that_opens_no_channel_is_given_up_however_long_the_c
         shared = producer._publisher._connection
         with pytest.raises((ConnectionLost, TimeoutError)):
             async with asyncio.timeout(patience):
-                await shared.channel(confirms=False)
+                await shared.channels.open(confirms=False)
         await wait_until(lambda: shared.lost is not None)
         assert "opening a channel had no answer" in str(shared.lost)
         broker.mute = set()

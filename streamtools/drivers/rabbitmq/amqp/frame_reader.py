@@ -61,6 +61,7 @@ class FrameReader(asyncio.StreamReaderProtocol):
         self, reader: asyncio.StreamReader, on_lost: Callable[[str], None], loop: asyncio.AbstractEventLoop
     ) -> None:
         super().__init__(reader, loop=loop)
+        self.reader = reader
         self._channels: dict[int, FastChannel] = {}
         self._on_lost = on_lost
         self._time = loop.time

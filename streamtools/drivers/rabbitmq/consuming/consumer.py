@@ -23,6 +23,7 @@ from streamtools.drivers.rabbitmq.rare.unworded_difference import CarefulLook
 from streamtools.drivers.rabbitmq.topology.broker_lock import BrokerLock
 from streamtools.drivers.rabbitmq.topology.declarations import Declarations, needs_no_lock
 from streamtools.drivers.rabbitmq.topology.queues import STREAM, MissingQueue, Queue, missing
+from streamtools.engine.tasks.wake_throttle import WakeThrottle
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError
 from streamtools.message import id_generator
 from streamtools.settings import RabbitMQSettings

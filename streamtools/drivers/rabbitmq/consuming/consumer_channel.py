@@ -59,7 +59,7 @@ class ConsumerChannel(Channel):
     @classmethod
     async def open(cls, connection: Connection, queue: str, name: str = "streamtools") -> ConsumerChannel:
         """Open a channel; nothing is received before `consume()`."""
-        channel = cls(connection, await connection.channel(confirms=False), queue, name)
+        channel = cls(connection, await connection.channels.open(confirms=False), queue, name)
         connection.attach(channel)
         return channel
 

@@ -18,6 +18,7 @@ from streamtools.drivers.rabbitmq.looking.reader import RabbitMQReader
 from streamtools.drivers.rabbitmq.options import ProducerOptions, error_queue, work_queue
 from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.drivers.rabbitmq.topology.queues import missing
+from streamtools.engine.options import read_options
 from streamtools.errors import ConnectionLost
 from streamtools.exchange import Binding
 from streamtools.protocols import QUEUE_OPTIONS

@@ -49,7 +49,7 @@ class CopyChannel(Channel):
     @classmethod
     async def open(cls, connection: Connection) -> CopyChannel:
         """Open a channel for publishing on this connection."""
-        copies = cls(connection, await connection.channel(confirms=True))
+        copies = cls(connection, await connection.channels.open(confirms=True))
         connection.attach(copies)
         return copies
 

@@ -65,7 +65,7 @@ class HeldChannel(Channel):
     @classmethod
     async def open(cls, connection: Connection, queue: str) -> HeldChannel:
         """Open a channel; nothing is taken yet."""
-        channel = cls(connection, await connection.channel(confirms=False), queue)
+        channel = cls(connection, await connection.channels.open(confirms=False), queue)
         connection.attach(channel)
         return channel
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from aiormq.exceptions import ChannelLockedResource
 
+from streamtools.driver import Options
 from streamtools.drivers.rabbitmq.connections import ConnectionLease, receiving, sending
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply

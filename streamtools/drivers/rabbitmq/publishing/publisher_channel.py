@@ -77,7 +77,7 @@ class PublisherChannel(Channel):
     @classmethod
     async def open(cls, shared: SharedConnection, limits: Limits, *, declares: bool = True) -> PublisherChannel:
         """Open a channel for publishing on this connection."""
-        channel = cls(shared, await shared.connection.channel(confirms=True), limits, declares=declares)
+        channel = cls(shared, await shared.connection.channels.open(confirms=True), limits, declares=declares)
         shared.connection.attach(channel)
         return channel
 

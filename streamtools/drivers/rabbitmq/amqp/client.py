@@ -1,0 +1,204 @@
+"""The client library's part of a connection: the handshake, the opening of channels, declarations and the heartbeat.
+
+This is the one place that uses what aio-pika and aiormq do not document:
+
+- `aio_pika.Connection.kwargs`, which it hands on to aiormq: our transport, and our way to start tasks;
+- `aio_pika.Connection.transport.connection`, which is aiormq's connection;
+- its `channels`, `connection_tune` and `server_properties`, and that `channel()` takes a number;
+- the loggers `aiormq.connection` and `aiormq.channel`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Coroutine
+from contextvars import ContextVar, copy_context
+from typing import Any, Final, TypeVar
+
+import aio_pika
+from aiormq.abc import AbstractConnection
+from aiormq.connection import TransportFactory
+from yarl import URL
+
+from streamtools.engine.tasks.cancellation import end
+from streamtools.engine.tasks.eventloops import unlisted
+from streamtools.settings import RabbitMQSettings
+
+T = TypeVar("T")
+
+#: Channels of one connection, where the broker names no limit (channel_max 0).
+CHANNEL_MAX: Final = 65_535
+#: Seconds for the library's tasks to end once the socket is closed.
+END_TIMEOUT: Final = 0.5
+_ABOUT: Final = {"product": "streamtools"}
+
+#: The client that works, in the library's tasks and callbacks.
+_working: Final[ContextVar[Client | None]] = ContextVar("streamtools_rabbitmq_client", default=None)
+
+
+class _OurLines(logging.Filter):
+    """Leaves out what the library logs about requests and connections that have ended; our own lines say it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Leave out the traceback, and warnings about requests that we gave up and connections that have ended."""
+        client = _working.get()
+        if client is None or record.levelno != logging.WARNING:
+            is_said = False
+        else:
+            is_said = client.has_ended or record.name == "aiormq.channel"
+        if record.name == "aiormq.connection":
+            record.exc_info = None
+        return not is_said
+
+
+for _name in ("aiormq.connection", "aiormq.channel"):
+    logging.getLogger(_name).addFilter(_OurLines())
+
+
+class _OpenTransport(TransportFactory):
+    """Gives the library a transport that is open already."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._pair = reader, writer
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return self._pair
+
+
+class _UnlistedTasks:
+    """The event loop as the library has it: asyncio does not list the tasks that it starts there.
+
+    At the end of an event loop asyncio cancels all tasks that it lists. The library's tasks would then close the
+    socket, and what was acknowledged last would be delivered again: the broker ends a channel whose socket is closed
+    before it reads the channel's last frames. So they go on until `Client.close`, which runs later and waits for
+    them.
+
+    Attributes:
+        tasks: those that have not ended.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, client: Client) -> None:
+        self._loop = loop
+        self._client = client
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+    def create_task(self, work: Coroutine[Any, Any, T], **options: Any) -> asyncio.Task[T]:
+        """As the loop's own."""
+        context = copy_context()
+        context.run(_working.set, self._client)
+        task = unlisted(self._loop.create_task(work, **{"context": context, **options}))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+
+class _LibraryConnection(aio_pika.Connection):
+    """aio-pika's connection over our transport, with tasks that the end of the event loop does not cancel."""
+
+    def __init__(
+        self, url: URL, transport: TransportFactory, loop: _UnlistedTasks, properties: dict[str, Any]
+    ) -> None:
+        super().__init__(url, client_properties=properties)
+        self.kwargs |= {"transport_factory": transport, "loop": loop}
+
+
+class Client:
+    """The library's connection, over a transport that is open.
+
+    Attributes:
+        has_ended: the connection is lost, or being closed.
+    """
+
+    def __init__(self) -> None:
+        self.has_ended: bool = False
+        self._work = _UnlistedTasks(asyncio.get_running_loop(), self)
+        self._connection: _LibraryConnection | None = None
+        self._library: AbstractConnection | None = None
+
+    async def connect(self, url: URL, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
+        """Shake hands, or raise what the library raises; the transport is closed then."""
+        properties = {"connection_name": name, **_ABOUT}
+        connection = _LibraryConnection(url, _OpenTransport(reader, writer), self._work, properties)
+        try:
+            await connection.connect()
+        except BaseException:
+            writer.transport.abort()
+            # There is nothing to close, but without this its finalizer starts a task, in any thread.
+            await connection.close()
+            raise
+        self._connection = connection
+        assert connection.transport is not None  # it is connected
+        self._library = connection.transport.connection
+
+    @property
+    def frame_max(self) -> int:
+        """The largest frame that the broker takes, in bytes; 0 for any."""
+        return getattr(self._opened.connection_tune, "frame_max", 0) or 0
+
+    @property
+    def channel_max(self) -> int:
+        """The most channels that the connection may have."""
+        return getattr(self._opened.connection_tune, "channel_max", 0) or CHANNEL_MAX
+
+    @property
+    def server_version(self) -> str:
+        """The broker's version; empty if it does not tell."""
+        return str(self._opened.server_properties.get("version", ""))
+
+    @property
+    def channel_numbers(self) -> Collection[int]:
+        """Numbers of channels that are open."""
+        return self._opened.channels.keys()
+
+    @property
+    def _opened(self) -> AbstractConnection:
+        assert self._library is not None  # it is connected
+        return self._library
+
+    def channel(self, number: int, *, confirms: bool) -> Any:
+        """A request that opens a channel of this number."""
+        return self._opened.channel(number, publisher_confirms=confirms)
+
+    def run(self, work: Any) -> asyncio.Task[Any]:
+        """Run this in a task that goes on when its caller is cancelled, or the event loop ends."""
+        task: asyncio.Task[Any] = self._work.create_task(work)
+        task.add_done_callback(retrieve)
+        return task
+
+    async def close(self, timeout: float) -> None:
+        """Close the library's side of a connection whose socket is closed."""
+        if self._connection is None:
+            return
+        # In a task of its own: the library does not always give in to a cancellation while it closes.
+        closing = self.run(self._connection.close())
+        await asyncio.wait({closing}, timeout=timeout)
+        closing.cancel()  # does nothing to one that is done
+
+    async def end_tasks(self) -> None:
+        """Wait for the library's tasks: they have no socket any more, and nobody else waits for them."""
+        if tasks := set(self._work.tasks):
+            await asyncio.wait(tasks, timeout=END_TIMEOUT)
+            await end(tasks, END_TIMEOUT)
+
+
+def connection_url(settings: RabbitMQSettings, host: str, port: int) -> URL:
+    """The address as the library wants it."""
+    return URL.build(
+        scheme="amqps" if settings.tls else "amqp",
+        user=settings.username,
+        password=settings.password.get_secret_value(),
+        host=host,
+        port=port,
+        path="/" + settings.vhost,
+        query={"heartbeat": str(settings.heartbeat)},
+    )
+
+
+def retrieve(task: asyncio.Future[Any]) -> None:
+    """A done callback: an error that nobody waits for is not logged by asyncio."""
+    if not task.cancelled():
+        task.exception()
