@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
@@ -50,32 +51,67 @@ class Held:
 class HeldChannel(Channel):
     """Takes messages of one queue, and keeps them in hand until they are acknowledged or it is closed.
 
+    Parameters:
+        gets: take them by basic.get, without a consumer: some queues end with their last consumer.
+
     Attributes:
-        buffer: what has arrived and was not taken out yet; None for "the queue is empty".
+        due: deliveries that were asked for and have not come.
     """
 
-    def __init__(self, connection: Connection, library: AbstractChannel, queue: str) -> None:
+    def __init__(self, connection: Connection, library: AbstractChannel, queue: str, *, gets: bool) -> None:
         super().__init__(connection, library)
         self._queue = queue
+        self._gets = gets
+        self.due: int = 0
         self._arrived = asyncio.Event()
         self._consumers: list[str] = []
         self._exchange = self._key = b""
-        self.buffer: deque[Held | None] = deque()
+        #: What has arrived and was not taken out yet; None for "the queue is empty".
+        self._buffer: deque[Held | None] = deque()
 
     @classmethod
-    async def open(cls, connection: Connection, queue: str) -> HeldChannel:
+    async def open(cls, connection: Connection, queue: str, *, gets: bool) -> HeldChannel:
         """Open a channel; nothing is taken yet."""
-        channel = cls(connection, await connection.channels.open(confirms=False), queue)
+        channel = cls(connection, await connection.channels.open(confirms=False), queue, gets=gets)
         connection.attach(channel)
         return channel
 
-    def get(self, number: int) -> None:
-        """Ask for so many messages: as many arrive, or None for each that is not there (basic.get)."""
+    async def take(self, number: int, timeout: float | None) -> list[Held]:
+        """Up to so many messages, as soon as one has come; none where the queue seems to be empty.
+
+        Parameters:
+            timeout: seconds for the first delivery; None for no limit. A queue that is asked by basic.get says at
+                once when it is empty.
+
+        Raises:
+            ConnectionLost: the channel has ended.
+        """
+        if self._gets:
+            return await self._get(number)
+        if self.due <= 0:  # while one consumer has room, the order holds
+            self.due = number
+            await self._consume(number)
+        await self._arrival(timeout)
+        return self.drain()
+
+    def drain(self) -> list[Held]:
+        """What has come meanwhile."""
+        found = [held for held in self._buffer if held is not None]
+        self._buffer.clear()
+        self.due -= len(found)
+        return found
+
+    async def _get(self, number: int) -> list[Held]:
         payload = _GET.pack(GET, 0) + shortstr(self._queue) + b"\0"
         self.connection.write((HEAD.pack(METHOD, self.number, len(payload)) + payload + b"\xce") * number)
+        found: list[Held] = []
+        for _ in range(number):  # each answer is waited for, so that it cannot be taken for that to a later request
+            await self._arrival(None)
+            if (held := self._buffer.popleft()) is not None:
+                found.append(held)
+        return found
 
-    async def consume(self, prefetch: int) -> None:
-        """Have so many more messages delivered, beside those that were asked for before."""
+    async def _consume(self, prefetch: int) -> None:
         tag = f"streamtools-look-{len(self._consumers)}"
         await self._call(self._library.basic_qos(prefetch_count=prefetch))
         self._consumers.append(tag)
@@ -87,25 +123,14 @@ class HeldChannel(Channel):
         for tag in consumers:
             await self._call(self._library.basic_cancel(tag))
 
-    async def arrival(self, timeout: float | None = None) -> bool:
-        """Wait until something is in the buffer; False when nothing came in time.
-
-        Parameters:
-            timeout: seconds; None for no limit.
-
-        Raises:
-            ConnectionLost: the channel has ended.
-        """
-        try:
+    async def _arrival(self, timeout: float | None) -> None:
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while not self.buffer and self.error is None:
+                while not self._buffer and self.error is None:
                     self._arrived.clear()
                     await self._arrived.wait()
-        except TimeoutError:
-            return False
-        if not self.buffer:
+        if not self._buffer:
             self.check()
-        return True
 
     def acknowledge(self, held: Iterable[Held]) -> None:
         """Acknowledge these, each by itself."""
@@ -167,7 +192,7 @@ class HeldChannel(Channel):
         self._arrive(Held(self, self._tag, self._redelivered, self._exchange, self._key, data, body, self.topic))
 
     def _arrive(self, held: Held | None) -> None:
-        self.buffer.append(held)
+        self._buffer.append(held)
         self._arrived.set()
 
     def _on_end(self) -> None:

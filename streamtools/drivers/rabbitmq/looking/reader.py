@@ -72,8 +72,6 @@ class RabbitMQReader:
         self._gets = True
         #: The queue has a single active consumer: a second one of ours would get nothing.
         self._alone = False
-        #: Deliveries that were asked for and have not come.
-        self._due = 0
 
     # --- for the admin ------------------------------------------------------------------------------
 
@@ -93,7 +91,7 @@ class RabbitMQReader:
                 self._connection = connection = await open_connection(self._settings, self._name)
             self._putback = PutBack(connection, self._queue, self._settings.username)
             await self._putback.open()
-            self._channel = await HeldChannel.open(connection, self._queue)
+            self._channel = await self._open_channel()
         except BaseException:
             await self._disconnect()
             raise
@@ -167,46 +165,17 @@ class RabbitMQReader:
 
     async def _take(self, number: int, deadline: float) -> bool:
         """Take up to so many more in hand, as soon as one has come; False: the queue is empty, ask again later."""
-        if self._gets:
-            await self._take_by_get(number)
-        else:
-            await self._ask(number)
-            left = None if deadline == math.inf else max(SILENCE_TIMEOUT, deadline - time.monotonic())
-            await self._opened().arrival(left)
-            self._drain(self._opened())
-        return len(self._held) > self._seen
-
-    async def _take_by_get(self, number: int) -> None:
         channel = self._opened()
+        if not self._gets:
+            number = MOST if self._alone else min(number, max(FIRST, GROWTH * len(self._held)))
+        left = None if deadline == math.inf else max(SILENCE_TIMEOUT, deadline - time.monotonic())
         try:
-            self._held += await self._get(channel, number)
+            self._held += await channel.take(number, left)
         except ConnectionLost:
+            if not self._gets:
+                raise
             await self._reopen(channel)
-
-    async def _get(self, channel: HeldChannel, number: int) -> list[Held]:
-        """So many messages, or as many as are there. No consumer comes or goes: some queues end with their last.
-
-        Each answer is waited for, so that it cannot be taken for that to a later request.
-        """
-        channel.get(number)
-        found: list[Held] = []
-        for _ in range(number):
-            await channel.arrival()
-            if (held := channel.buffer.popleft()) is not None:
-                found.append(held)
-        return found
-
-    async def _ask(self, number: int) -> None:
-        """Have more delivered once all has come that was asked for: while one consumer has room, the order holds."""
-        if self._due <= 0:
-            self._due = MOST if self._alone else min(number, max(FIRST, GROWTH * len(self._held)))
-            await self._opened().consume(self._due)
-
-    def _drain(self, channel: HeldChannel) -> None:
-        new = [held for held in channel.buffer if held is not None]
-        channel.buffer.clear()
-        self._due -= len(new)
-        self._held += new
+        return len(self._held) > self._seen
 
     async def _reopen(self, channel: HeldChannel) -> None:
         """A quorum queue with a single active consumer gives nothing out to basic.get, and a stream never does."""
@@ -217,7 +186,10 @@ class RabbitMQReader:
         if channel.code != LOCKED:
             raise QueueError(f"The queue {self._queue!r} cannot be looked at: {channel.error}")
         self._gets, self._alone = False, True
-        self._channel = await HeldChannel.open(self._opened_connection(), self._queue)
+        self._channel = await self._open_channel()
+
+    async def _open_channel(self) -> HeldChannel:
+        return await HeldChannel.open(self._opened_connection(), self._queue, gets=self._gets)
 
     def _opened(self) -> HeldChannel:
         if self._channel is None:
@@ -236,10 +208,12 @@ class RabbitMQReader:
         if not self._counts:
             await channel.close()
             return
-        while self._alone and await self._ready() and await channel.arrival(SILENCE_TIMEOUT):
-            self._drain(channel)
+        while self._alone and channel.due > 0 and await self._ready():
+            if not (more := await channel.take(MOST, SILENCE_TIMEOUT)):
+                break
+            self._held += more
         await channel.cancel()
-        self._drain(channel)
+        self._held += channel.drain()
         left = [held for held in self._held if not held.settled]
         self._held = []
         if not left:
@@ -270,31 +244,14 @@ class RabbitMQReader:
         found: list[Held] = []
         if number <= 0 or room <= 0:
             return found
-        channel = await HeldChannel.open(self._opened_connection(), self._queue)
-        if self._gets:
-            return await self._rest_by_get(channel, number, room)
-        due = 0
+        channel = await self._open_channel()
         while len(found) < number and _bytes(found) < room:
-            if due <= 0:
-                due = _next(found, number, room)
-                await channel.consume(due)
-            if not await channel.arrival(SILENCE_TIMEOUT):
+            new = await channel.take(_next(found, number, room), SILENCE_TIMEOUT)
+            if not new:
                 break  # somebody else has them
-            due -= len(channel.buffer)
-            found += [held for held in channel.buffer if held is not None]
-            channel.buffer.clear()
-        await channel.cancel()
-        return found + [held for held in channel.buffer if held is not None]
-
-    async def _rest_by_get(self, channel: HeldChannel, number: int, room: int) -> list[Held]:
-        found: list[Held] = []
-        while len(found) < number and _bytes(found) < room:
-            due = _next(found, number, room)
-            new = await self._get(channel, due)
             found += new
-            if len(new) < due:
-                break  # somebody else has them
-        return found
+        await channel.cancel()
+        return found + channel.drain()
 
     async def _ready(self) -> int:
         return (await Declarations(self._opened_connection()).count(self._queue))[0]

@@ -91,8 +91,9 @@ class Declarations:
         if not await self.exists(queue.name):
             if declare == "passive":
                 raise missing(queue.name, self.where)
-            return await self._make(queue)
-        return await self._make(queue) if queue.explicit else replace(queue, arguments={})
+        elif not queue.explicit:
+            return replace(queue, arguments={})
+        return await self._agree(queue) or replace(queue, arguments={})
 
     async def declare_error_queue(self, queue: Queue, declare: Declare) -> None:
         """Declare or check an error queue, and the queue behind it."""
@@ -118,36 +119,33 @@ class Declarations:
             QueueError: there is no such queue, or it is a stream.
         """
         asked = {**queue.arguments, **({} if declare is True else {TYPE: "none"})}
-        queue = replace(queue, arguments=asked, explicit={})
-        for _ in range(MOST_DIFFERENCES):
-            try:
-                refusal = await self._refusal_of(queue)
-            except (QueueError, ConnectError) as error:
-                if isinstance(error.__cause__, ChannelAccessRefused | ChannelLockedResource):
-                    return None
-                raise
-            if refusal is None:
-                break
-            found = errors.difference(refusal)
-            if found is None:
-                raise missing(queue.name, self.where) from refusal
-            if (other := adapted(queue, refusal, self.where)) is None:
+        try:
+            found = await self._agree(replace(queue, arguments=asked, explicit={}), ends_with_type=True)
+        except (QueueError, ConnectError) as error:
+            if isinstance(error.__cause__, ChannelAccessRefused | ChannelLockedResource):
                 return None
-            queue = other
-            if found[0] == TYPE:
-                break
-        if queue.arguments.get(TYPE) == "stream":
+            if isinstance(error.__cause__, ChannelPreconditionFailed):  # of the type that does not exist
+                raise missing(queue.name, self.where) from error.__cause__
+            raise
+        if found is not None and found.arguments.get(TYPE) == "stream":
             raise QueueError(f"The queue {queue.name!r} cannot be {use}: {STREAM}.")
-        return queue
+        return found
 
-    async def _make(self, queue: Queue) -> Queue:
-        """Declare; where the queue exists with other arguments, take those that the user did not ask for."""
+    async def _agree(self, queue: Queue, *, ends_with_type: bool = False) -> Queue | None:
+        """Declare a queue with every value that the broker says is different; None if it does not tell one.
+
+        Parameters:
+            ends_with_type: the type is compared last: do not declare again once it is known.
+        """
         for _ in range(MOST_DIFFERENCES):
             if (refusal := await self._refusal_of(queue)) is None:
                 return queue
             if (other := adapted(queue, refusal, self.where)) is None:
-                return replace(queue, arguments={})
+                return None
+            is_last = ends_with_type and other.arguments.get(TYPE) != queue.arguments.get(TYPE)
             queue = other
+            if is_last:
+                return queue
         raise QueueError(
             f"The queue {queue.name!r} differs in more than {MOST_DIFFERENCES} arguments from what is asked."
         )
