@@ -1,4 +1,4 @@
-"""The one place that turns errors of the client library into ours, and decides which of them pass.
+"""Errors of the client library become ours here, and here alone it is decided which of them pass.
 
 An error that passes is a `ConnectError`: the base classes try again with a back-off, within their time, and log once.
 Any other error is a `QueueError`, or a `ConnectError` with permanent=True. Each keeps its cause.
@@ -76,7 +76,7 @@ TROUBLES: Final = (
     Trouble(530, "", False, "no such virtual host, or no permission for it"),
     Trouble(541, "", True, "an error inside the broker, or a virtual host that is being started"),
 )
-#: The code of each of the library's exceptions for a channel; they do not tell it.
+#: The codes of the library's exceptions for a channel, which do not have them as attributes.
 _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (ChannelAccessRefused, 403),
     (ChannelNotFoundEntity, 404),
@@ -180,12 +180,12 @@ def lost(where: str, why: str) -> ConnectionLost:
 
 
 def channel_lost(where: str, why: str) -> ConnectionLost:
-    """A channel has ended; its connection, and others' channels, have not."""
+    """A channel has ended; its connection and other channels go on."""
     return ConnectionLost(f"A channel of RabbitMQ at {where} has ended: {why.rstrip('.')}.")
 
 
 def channel_error(error: BaseException, where: str) -> StreamToolsError:
-    """What a failed request on a channel means where nothing better is known."""
+    """The error for a failed request on a channel, where nothing more specific is known."""
     code = next((code for kind, code in _CODES if isinstance(error, kind)), 0)
     text = plain(error)
     if not code and isinstance(error, ChannelClosed) and len(error.args) > 1 and isinstance(error.args[0], int):
@@ -201,14 +201,14 @@ def channel_error(error: BaseException, where: str) -> StreamToolsError:
 
 
 def is_missing(error: ChannelNotFoundEntity) -> bool:
-    """There is no such thing; else it is there, and its node is down."""
+    """It does not exist; if False, it exists and its node is down."""
     return not trouble(404, plain(error)).passes
 
 
 def difference(error: ChannelPreconditionFailed) -> tuple[str, str, str] | None:
-    """(argument, asked for, current) as the broker words them; None when it complains of something else.
+    """The broker's words for (argument, asked for, current); None when it complains of something else.
 
-    With long names its words may be cut off before the values: these are empty then.
+    With long names its text may be cut off before the values, which are empty then.
     """
     text = plain(error)
     found = _DIFFERENCE.search(text)
@@ -219,7 +219,7 @@ def difference(error: ChannelPreconditionFailed) -> tuple[str, str, str] | None:
 
 
 def value(text: str, like: object = None) -> str | int | bool | float | None:
-    """A value as the broker words it: none, 'true', the value 'error' of type 'longstr'.
+    """The value that these words of the broker mean: none, 'true', the value 'error' of type 'longstr'.
 
     Parameters:
         like: what was asked for; the broker names no type where both have the same.
@@ -244,7 +244,7 @@ def plain(error: BaseException) -> str:
 def _cause(error: BaseException, kind: type[E]) -> E | None:
     found: BaseException | None = error
     seen: set[int] = set()
-    # A client that raises one exception object again and again makes circles of causes (seen).
+    # Clients that raise one exception object several times make circles of causes (seen).
     while found is not None and id(found) not in seen:
         if isinstance(found, kind):
             return found

@@ -1,4 +1,4 @@
-"""Queue names that RabbitMQ, and the client library, take."""
+"""Queue names that RabbitMQ and the client library accept."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from streamtools.validation.checks import check_name, check_not_ours
 _NAME: Final = re.compile(r"[a-zA-Z0-9-_.:@#,/+ ]+")
 
 
-#: How the names begin that the broker gives to reply queues; no other name with `amq.` is one.
+#: How the broker's own names for reply queues begin; no other name with `amq.` is a reply queue.
 _REPLY_QUEUES: Final = ("amq.gen-", "amq.rabbitmq.reply-to")
 
 
 def check_rabbitmq_reply(address: str) -> None:
-    """Check where a reply is to go, which another program has chosen: a queue of any name that AMQP carries.
+    """Check an address for a reply, which another program has chosen: a queue of any name that AMQP carries.
 
     Raises:
-        ConfigurationError: it is none, or one that takes no replies.
+        ConfigurationError: it is no queue's name, or a queue that takes no replies.
     """
     check_name(address)
     check_not_ours(address)

@@ -115,7 +115,7 @@ class ChannelPool:
     def _free_number(self) -> int:
         # The library would count on past the broker's limit, which ends the connection.
         taken = {*self._client.channel_numbers, *self._opening}
-        # One that was just given up comes last: the goodbye to it may not have left yet.
+        # The number of a channel that was just closed comes last: the goodbye to it may not have been sent yet.
         for number in chain(range(self._last + 1, self.channel_max + 1), range(1, self._last + 1)):
             if number not in taken:
                 self._last = number

@@ -38,7 +38,7 @@ CALL_TIMEOUT: Final = 30.0
 class Connection:
     """An open connection, which many share: what happens to one channel does not concern the others.
 
-    Once `lost` is set it is of no use any more.
+    A connection that is lost is never used again.
 
     Attributes:
         where: host and port.
@@ -149,7 +149,7 @@ class Connection:
         return task.result()
 
     def _no_answer(self, why: str, *, opens: bool) -> None:
-        # The connection itself is watched: it is the channel, or its queue.
+        # The heartbeat watches the connection, so the channel or its queue is at fault.
         if self._heartbeat and self.lost is None and not opens:
             raise channel_lost(self.where, why)
         self.give_up(why)
@@ -163,13 +163,13 @@ class Connection:
             channel.fail("it was cut", connection=True)
 
     def discard(self, channel: FastChannel, library: AbstractChannel) -> asyncio.Task[None]:
-        """Close a channel that nobody uses any more, in a task that goes on whoever waits for it."""
+        """Close a channel that nobody uses any more, in a task that goes on if its caller is cancelled."""
         return self._client.run(self._discard(channel, library))
 
     async def _discard(self, channel: FastChannel, library: AbstractChannel) -> None:
-        # Attached until it is closed: a late confirm is no business of the library's.
+        # It stays attached until it is closed, so that no late confirm reaches the library.
         try:
-            if not channel.closed:  # else the library, which may not have seen it yet, says so a second time
+            if not channel.closed:  # the library may not have seen that yet, and would close it a second time
                 await library.close()
         finally:
             self._frames.detach(channel)
@@ -237,7 +237,7 @@ class Connection:
         finally:
             self.give_up("it was closed by us")
         await self._client.close(CLOSE_TIMEOUT)
-        with suppress(OSError, TimeoutError):  # how the socket ended is no matter any more
+        with suppress(OSError, TimeoutError):  # it does not matter any more how the socket ended
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._writer.wait_closed()
         await self._client.end_tasks()

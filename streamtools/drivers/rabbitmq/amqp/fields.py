@@ -1,13 +1,13 @@
 """AMQP field tables as they arrive: where each value ends, and what it is as text.
 
-A table is names and values, each value behind a letter for its type; the letters are those that RabbitMQ and every
-client agree on (https://www.rabbitmq.com/amqp-0-9-1-errata, section 3). Headers of a `Message` are text. What is no
-text becomes one by this rule:
+A table holds names and values. A letter before each value is its type; RabbitMQ and all clients agree on the letters
+(https://www.rabbitmq.com/amqp-0-9-1-errata, section 3). Headers of a `Message` are text. Other values become text by
+these rules:
 
-- bytes that are no UTF-8 have them escaped, such as `\\xff`, in values as in names;
+- bytes that are not UTF-8 are escaped, such as `\\xff`, in values and in names;
 - numbers, decimals and floats are written in decimal; true, false and void as in JSON;
 - a timestamp as in RFC 3339; one outside the years 1 to 9999 as its number of seconds;
-- a table or an array as JSON, in which these rules hold; what is nested deeper than `DEEPEST` is `"..."` there.
+- a table or an array becomes JSON, in which the same rules hold; deeper levels than `DEEPEST` become `"..."`.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ STRING, _BYTES, _TABLE, _ARRAY, _VOID, _TIME, _DECIMAL = b"SxFAVTD"
 
 
 def entries(table: bytes) -> Iterator[tuple[int, int, int]]:
-    """Where each entry of a table begins, where its value does (with its letter), and where it ends.
+    """For each entry of a table: where it begins, where its value begins (with its letter), and where it ends.
 
     Raises:
-        ValueError: from the first entry on whose end cannot be known.
+        ValueError: an entry's end cannot be known.
     """
     position, end = 0, len(table)
     while position < end:
@@ -62,7 +62,7 @@ def entries(table: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def end_of(data: bytes, start: int) -> int:
-    """Where the value that begins here, with its letter, ends; behind the data where it is cut off.
+    """The end of the value that begins here with its letter; beyond the data if the value is cut off.
 
     Raises:
         ValueError: there is no such letter.
@@ -80,7 +80,7 @@ def end_of(data: bytes, start: int) -> int:
 
 
 def name_text(data: bytes) -> str:
-    """A header's name as text that can be written again: what is too long for a name ends in a hash of it."""
+    """A header's name as text that AMQP can carry again: a name that is too long is cut, and ends in its hash."""
     try:
         return data.decode()  # its length stands in one octet
     except UnicodeDecodeError:
@@ -92,9 +92,9 @@ def name_text(data: bytes) -> str:
 
 
 def value(data: bytes, start: int, stop: int, depth: int = 0) -> object:
-    """The value that stands there, with its letter; of any type, and never an error.
+    """The value that begins here with its letter, of any type. It never fails.
 
-    What is malformed within an array or a table is left out there.
+    What is malformed within an array or a table is left out.
     """
     letter = data[start]
     if letter == STRING:

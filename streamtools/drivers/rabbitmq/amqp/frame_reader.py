@@ -36,10 +36,10 @@ HEARTBEAT_INTERVAL: Final = 1.0
 
 
 class _ClosedChannel(FastChannel):
-    """What still comes for a channel that the broker has closed, until its number is another's."""
+    """Takes frames that still come for a channel that the broker has closed, until its number is used again."""
 
     def frame(self, kind: int, data: bytes, start: int, stop: int) -> bool:
-        """Leave methods to the library, and what was on its way to nobody."""
+        """Leave methods to the library, and drop messages and confirms."""
         if kind != METHOD:
             return True
         (method,) = LONG.unpack_from(data, start)
@@ -49,11 +49,11 @@ class _ClosedChannel(FastChannel):
 class FrameReader(asyncio.StreamReaderProtocol):
     """Splits the byte stream into frames; those of attached channels go there, the rest to the library.
 
-    A frame that cannot be ends the connection at once. Behind it the stream is out of step: what comes next would be
-    read as something else, or be taken for a part of one frame that never ends.
+    An impossible frame ends the connection at once. After it the stream is out of step: what comes next would be
+    read as something else, or as part of a frame that never ends.
 
     Parameters:
-        reader: the library's.
+        reader: where the library reads.
         on_lost: called once with the reason when the connection has ended.
     """
 
@@ -71,10 +71,11 @@ class FrameReader(asyncio.StreamReaderProtocol):
         #: The kinds of frames, and bytes in each of them at most.
         self._most: dict[int, float] = {METHOD: METHOD_MAX, HEADER: HEADER_MAX, HEARTBEAT: 0}
         self.agree(FRAME_MAX)
-        #: Numbers of channels that were asked for so far. Others cannot be; a late frame of one that is closed can.
+        #: Numbers of channels that were opened so far. A frame for another channel is impossible; one for a channel
+        #: that is closed may be late.
         self.opened: set[int] = set()
         self._transport_to_abort: asyncio.BaseTransport | None = None
-        #: When a whole frame last arrived, on the loop's clock: bytes alone are no sign of life.
+        #: When a whole frame last arrived, on the loop's clock. Bytes alone are no sign of life.
         self.heard: float = loop.time()
         #: The same, of frames that are no heartbeats.
         self.answered: float = self.heard
@@ -145,7 +146,7 @@ class FrameReader(asyncio.StreamReaderProtocol):
                 self._pass(frames.readable(data[position:stop]))
             elif not channel.frame(kind, data, position + 7, stop - 1):
                 self._pass(frames.readable(data[position:stop]))
-                if channel.closed:  # what was on its way goes nowhere, until the number is another's
+                if channel.closed:  # drop what is on its way, until the number is used again
                     self._channels[number] = _ClosedChannel(number)
             position = stop
         self._rest = data[position:]

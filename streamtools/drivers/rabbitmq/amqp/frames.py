@@ -26,10 +26,10 @@ HEARTBEAT_FRAME: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 
 #: The largest frame that RabbitMQ proposes, and the largest that is read before both sides have agreed on one.
 FRAME_MAX: Final = 131_072
-#: The largest method that is read: a broker's hold a few short strings, and the first one of all a table.
+#: The largest method that is read: a broker's methods hold a few short strings, and the very first one a table.
 METHOD_MAX: Final = 8192
-#: The largest content header that is read. RabbitMQ does not split it, and what a broker adds (x-death) may make it
-#: larger than a frame may be; no message of it is larger than this.
+#: The largest content header that is read. RabbitMQ does not split a header, and what it adds (x-death) may make one
+#: larger than a frame may be. No message is larger than this.
 HEADER_MAX: Final = 512 * 1024 * 1024
 
 LONG: Final = Struct(">I")
@@ -49,7 +49,7 @@ DELIVER: Final = 60 << 16 | 60
 ACK: Final = 60 << 16 | 80
 NACK: Final = 60 << 16 | 120
 
-#: How the names of exchanges begin that a message only passes through.
+#: How the names of our exchanges begin that delayed messages pass through.
 OWN_EXCHANGES: Final = b"streamtools.delay."
 
 _PUBLISH: Final = Struct(">HHH")
@@ -61,7 +61,7 @@ _REQUEUE: Final = 2
 
 
 def readable(frame: bytes) -> bytes:
-    """A frame whose text the client library can read; the broker may have cut that off within a character."""
+    """The frame with a text that the client library can decode; the broker may have cut it within a character."""
     if frame[0] != METHOD or LONG.unpack_from(frame, 7)[0] not in (CHANNEL_CLOSE, CONNECTION_CLOSE):
         return frame
     start = 14  # behind the head, the method, the code, and the text's length
@@ -143,7 +143,7 @@ def release_frame(channel: int, tag: int) -> bytes:
 
 
 def delivered_topic(data: bytes, start: int) -> str | None:
-    """The routing key of a basic.deliver, where it came by an exchange; not what came by our own, of a delay.
+    """The routing key of a basic.deliver that came by an exchange, except by those of our delays.
 
     Parameters:
         start: where the exchange stands.

@@ -26,17 +26,17 @@ from streamtools.text.bounded_cache import BoundedCache
 
 PREFIX: Final = "streamtools-"
 TIME: Final = PREFIX + wire.TIMES["time"]
-#: Before the name of a user header that AMQP or RabbitMQ would act upon.
+#: Prefix for a user's header whose name AMQP or RabbitMQ would act upon.
 ESCAPE: Final = PREFIX + "header-"
-#: Queues of ours that a message only passes through.
+#: How the names of our queues begin that delayed messages pass through.
 DELAY_PREFIX: Final = "streamtools.delay."
-#: As encoded in x-death: that a message was in a queue, and that it was in one of those (two digits follow).
+#: Bytes of x-death that say that a message was in a queue, and in one of those queues (two digits follow).
 IN_QUEUE: Final = b"\x05queueS"
 IN_DELAY: Final = IN_QUEUE + b"\x00\x00\x00\x14" + DELAY_PREFIX.encode()
 
 #: How often a quorum queue has delivered a message before: the broker writes it on what it delivers again.
 DELIVERY_COUNT: Final = "x-delivery-count"
-#: The same from RabbitMQ 4 on, where what was given back in order is counted by this one alone.
+#: The same from RabbitMQ 4 on, which also counts messages that were given back in order.
 ACQUIRED_COUNT: Final = "x-acquired-count"
 
 #: Headers that RabbitMQ itself reads or writes. A copied x-death makes the second trip through a
@@ -54,7 +54,7 @@ TYPE, USER_ID, APP_ID, CLUSTER_ID = 1 << 5, 1 << 4, 1 << 3, 1 << 2
 NATIVE: Final = frozenset(
     {"id", "type", "source", "content_type", "content_encoding", "correlation_id", "reply_to", "time"}
 )
-#: (flag, how it is encoded, our field), in the order of the specification; "" is read over.
+#: (flag, encoding, our field), in the order of the specification; a property without a field of ours is skipped.
 _LAYOUT: Final = (
     (CONTENT_TYPE, "text", "content_type"),
     (CONTENT_ENCODING, "text", "content_encoding"),
@@ -78,7 +78,7 @@ _FIRST_PRIORITY: Final = PRIORITY >> 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prioritized(Message):
-    """A message that came with a priority; its copies, which are replacements of it, are sent with the same one.
+    """A message that came with a priority. Its copies are sent with the same priority.
 
     Attributes:
         priority: 1 to 255. 0 is the same as none.
@@ -218,15 +218,15 @@ def decode(
 ) -> tuple[Message, int]:
     """The message, and the broker's delivery count (0 where it sent none).
 
-    Nothing that a foreign sender may write makes it fail: each field is read by itself, and only what cannot be read
-    is left out.
+    It never fails, whatever a sender may write: each field is read by itself, and what cannot be read is left out.
 
     Parameters:
         data: flags and values of the content header.
         new_id: gives an id to a message that came without one.
-        topic: what another program published it under; ours say so themselves, and go on saying it on their copies.
-        redelivered: the broker has delivered it before. Else a count in its headers is one that was copied along with
-            them from another queue, and is not believed.
+        topic: what another program published it under. Our own messages name their topic in a header, and so do
+            their copies.
+        redelivered: the broker has delivered it before. If not, a count in its headers was copied from another queue,
+            and is ignored.
     """
     fields, table = _split(data)
     headers, ours, count, deaths = _sort(table)
@@ -248,14 +248,14 @@ def decode(
 
 @lru_cache(maxsize=256)
 def _layout(flags: int) -> tuple[tuple[int, str, str], ...]:
-    """What stands in a content header with these flags, in order: (its flag, how it is encoded, our name for it)."""
+    """The properties of a content header with these flags, in order: (flag, encoding, our field)."""
     return tuple((flag, how, name) for flag, how, name in _LAYOUT if flags & flag)
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The native properties by our field names, and the headers still encoded; up to where it is malformed.
+    """The native properties by our field names, and the encoded headers; both end where the data is malformed.
 
-    It goes the way of `places`, without a generator: it does so for every message that is received.
+    This does the same as `places` without a generator, because it runs for every message that is received.
     """
     fields: dict[str, Any] = {}
     table = b""
@@ -285,10 +285,10 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def places(data: bytes) -> Iterator[tuple[int, str, str, int, int]]:
-    """Each property of a content header, up to where that is malformed.
+    """Each property of a content header, up to where the header is malformed.
 
     Yields:
-        its flag, how it is encoded, our name for it, where it begins, and where it ends.
+        flag, encoding, our field, begin and end.
     """
     position = 2
     try:
@@ -313,7 +313,7 @@ def _priority(data: bytes) -> int:
 
 
 def _sort(table: bytes) -> tuple[dict[str, str], dict[str, str], int, object]:
-    """The user's headers, ours, the delivery count, and x-death; up to the first entry whose end cannot be known."""
+    """The user's headers, ours, the delivery count and x-death, up to the first entry whose end is unknown."""
     headers: dict[str, str] = {}
     ours: dict[str, str] = {}
     others: dict[str, object] = {}
@@ -357,7 +357,7 @@ def _only_delayed(array: bytes) -> bool:
 
 
 def _death(deaths: object) -> ErrorDetails | None:
-    """Why the broker itself dead-lettered the message; hops through our delay queues do not count."""
+    """Why the broker itself dead-lettered the message; passing through our delay queues does not count."""
     for death in deaths if isinstance(deaths, list) else ():
         if not isinstance(death, Mapping):
             continue
@@ -394,7 +394,7 @@ _REASONS: Final = {
 
 
 def without_counts(data: bytes, *, user: str | None = None, routed: bool = True) -> bytes:
-    """A content header for publishing the same message again: without what the broker has written into it.
+    """The content header for publishing a message again, without what the broker has written into it.
 
     Parameters:
         data: flags and values, as they came.

@@ -46,10 +46,10 @@ class ConsumerChannel(Channel):
         self._numbers = count(1)
         self._waiter: asyncio.Future[None] | None = None
         self._wrong: QueueError | None = None
-        #: What arrives gathers, and nobody is woken for it.
+        #: Messages gather, and nobody is woken for them.
         self._resting = False
         self._loop = asyncio.get_running_loop()
-        #: What runs while the channel is open.
+        #: What runs beside receiving.
         self.tasks: set[asyncio.Task[None]] = set()
         #: Every tag below is settled; of those above, these are.
         self._low = 1
@@ -66,7 +66,7 @@ class ConsumerChannel(Channel):
     # --- the consumer -------------------------------------------------------------------------------
 
     async def consume(self, prefetch: int) -> None:
-        """Have the broker deliver, with at most `prefetch` in hand, beside what it delivers already.
+        """Add a consumer with this prefetch; those that there are go on.
 
         Raises:
             QueueError: there is no such queue, or we may not read it.
@@ -74,7 +74,7 @@ class ConsumerChannel(Channel):
             ConnectionLost: the channel or the connection has ended.
         """
         limit = prefetch if prefetch <= PREFETCH_MAX else 0
-        # Named by us, before the answer: the first delivery may be settled before that is seen.
+        # We choose the tag before the answer comes: the first delivery may be settled earlier than that.
         tag = f"{self._name}-{next(self._numbers)}"
         self._consumer_tags.append(tag)
         try:
@@ -85,11 +85,10 @@ class ConsumerChannel(Channel):
             raise self._ended_by(error) from error
 
     async def widen(self, prefetch: int) -> None:
-        """Have up to `prefetch` in hand from now on; what is in hand stays so.
+        """Change the prefetch; messages in hand stay in hand.
 
-        The broker has a limit for each consumer, which cannot be changed. So a second consumer takes the place of the
-        first, and comes before that goes: the queue is never without one, and one that ends with its last consumer
-        goes on.
+        The broker cannot change the limit of a consumer. So a second consumer takes the place of the first, and
+        begins before the first one ends: an auto-delete queue would end with its last consumer.
 
         Raises:
             ConnectionLost: the channel or the connection has ended.
@@ -99,7 +98,7 @@ class ConsumerChannel(Channel):
         await self._cancel(first)
 
     async def cancel(self) -> None:
-        """Have the broker deliver no more; what is in hand stays so.
+        """Have the broker deliver no more; messages in hand stay in hand.
 
         Raises:
             ConnectionLost: the channel or the connection has ended.
@@ -117,7 +116,7 @@ class ConsumerChannel(Channel):
                 raise self._ended_by(error) from error
 
     def _ended_by(self, error: BaseException) -> BaseException:
-        """What to raise for it; the library closes a channel whose request it gives up."""
+        """The error to raise for this one. The library closes a channel whose request is given up."""
         if isinstance(error, ChannelNotFoundEntity) and is_missing(error):
             return missing(self.queue, self.connection.where)
         if isinstance(error, StreamToolsError) or not isinstance(error, CLIENT_ERRORS):
@@ -141,7 +140,7 @@ class ConsumerChannel(Channel):
     # --- what arrives -------------------------------------------------------------------------------
 
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
-        if tag != self._high + 1:  # the broker would wait for the one between, and we never have it
+        if tag != self._high + 1:  # the broker would wait for the acknowledgement of one that we do not have
             raise ValueError(f"delivery {tag} after delivery {self._high}")
         self._high = tag
         self.buffer.append((tag, redelivered, properties, body, self.topic))
@@ -149,9 +148,9 @@ class ConsumerChannel(Channel):
             self._wake()
 
     def end(self, error: StreamToolsError) -> None:
-        """What was done beside receiving has failed."""
+        """End the channel with this error of something that ran beside receiving."""
         if isinstance(error, QueueError) and isinstance(error.__cause__, ChannelAccessRefused):
-            self._wrong = error  # a queue that is missing is made anew instead
+            self._wrong = error  # a missing queue is made again instead
         if self.error is None:
             self.error = ConnectionLost(str(error))
         self._on_end()
@@ -171,7 +170,7 @@ class ConsumerChannel(Channel):
         self.check()
 
     def rest(self, seconds: float) -> None:
-        """Let what arrives gather for so long: nobody is woken for it."""
+        """Let messages gather for so many seconds: nobody is woken for them."""
         self._resting = True
         self._loop.call_later(seconds, self._end_rest)
 
@@ -212,16 +211,16 @@ class ConsumerChannel(Channel):
     def settle(self, acks: Iterable[int], releases: Iterable[int] = ()) -> None:
         """Acknowledge and give back; what is settled already is left out.
 
-        All that is contiguous from the first unsettled delivery goes as one ack; never past one that
-        is unfinished. The rest goes singly: it must not count against the prefetch while an early
-        one takes its time. What is given back goes to the queue's end (RabbitMQ does so to quorum queues
-        without a delivery limit); only a channel that is closed returns all to the front, in order.
+        One frame acknowledges all deliveries up to the first that is not settled. Later ones are acknowledged singly:
+        they must not count against the prefetch while an early one takes its time. What is given back goes to the
+        queue's end (RabbitMQ does so in quorum queues without a delivery limit); only a channel that is closed
+        returns everything to the front, in order.
         """
         done = sorted(tag for tag in set(acks) if not self.is_settled(tag))
         out = self._ack(done) if done else []
         if back := sorted(tag for tag in set(releases) if not self.is_settled(tag)):
             out += self._release(back)
-        if out and self.error is None:  # else its number may be another's
+        if out and self.error is None:  # its number may be used again
             self.connection.write(b"".join(out))
 
     def _ack(self, tags: list[int]) -> list[bytes]:

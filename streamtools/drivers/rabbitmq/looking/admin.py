@@ -38,7 +38,7 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Queues that are not streams, each of which was looked at once.
+        #: Queues that are known not to be streams.
         self._no_streams: set[str] = set()
 
     async def _open(self) -> None:
@@ -89,10 +89,10 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
         return QueueInfo(name=queue, ready=ready, consumers=consumers)
 
     async def _refuse_stream(self, queue: str, use: str) -> None:
-        """Raise QueueError for a stream: nothing waits in it, and the number that the broker tells may be late."""
+        """Raise QueueError for a stream: nothing waits in it, and the broker's number for it may be out of date."""
         if queue not in self._no_streams:
             probably = work_queue(queue, ProducerOptions(), "error")
-            with suppress(ConnectionLost):  # RabbitMQ 4 may fail to word what differs, and go on with another one
+            with suppress(ConnectionLost):  # RabbitMQ 4 may end the connection instead; see rare.unworded_difference
                 await Declarations(await self._get_connection()).as_it_is(probably, "passive", use)
             self._no_streams.add(queue)
 

@@ -1,4 +1,4 @@
-"""RabbitMQ's management API, over TLS wherever the broker itself is spoken to over TLS."""
+"""RabbitMQ's management API: over TLS if the broker's address is amqps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds for one answer.
 TIMEOUT: Final = 10.0
-#: Its ports by the management plugin's defaults.
+#: The management plugin's default ports.
 PORTS: Final = {"http": 15672, "https": 15671}
 
-#: Addresses of which this process has said that they get a password in clear text.
+#: Addresses for which this process has warned that they get a password in clear text.
 _clear: Final[set[str]] = set()
 
 
@@ -38,13 +38,13 @@ class Management:
         self._where = f"{self._base.scheme} API of RabbitMQ at {self._base.host}:{self._base.port}"
 
     async def get(self, path: str) -> Any:
-        """What it answers to a GET.
+        """The answer to a GET request, as Python objects.
 
         Parameters:
             path: behind `/api/`.
 
         Raises:
-            ConnectError: it does not answer, refuses us, or is another than the one that is trusted.
+            ConnectError: it does not answer, refuses us, or its certificate is not trusted.
             ConfigurationError: a certificate file cannot be read.
         """
         tls = await self._tls()
@@ -101,7 +101,7 @@ class Management:
 
 
 def _target(settings: RabbitMQSettings) -> tuple[URL, str, str]:
-    """Its address without a user in it, who asks, and the Authorization header."""
+    """The address without a user, the user, and the Authorization header."""
     given = settings.management_url
     if given is None:
         scheme = "https" if settings.tls else "http"
@@ -136,7 +136,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _words(error: Exception) -> str:
-    # Of a connection that fails aiohttp shows all that it knows, in its own terms.
+    # aiohttp's own text for a failed connection is long and technical.
     if isinstance(error, TimeoutError):
         return f"within {TIMEOUT:g} s"
     return getattr(error, "strerror", None) or type(error).__name__

@@ -1,11 +1,11 @@
 """RabbitMQReader: looks at a queue's messages, and leaves the queue as it was.
 
-A classic queue takes back what was looked at as if nothing had been: to its place, uncounted. A quorum queue counts
-each message that comes back, in whatever way (basic.nack, basic.recover, a channel or a connection that ends), and
-moves or drops it after its delivery limit, which is 20 by default from RabbitMQ 4 on, and may be 0. So nothing goes
-back there: the reader takes all that is in the queue, publishes a copy of each, byte for byte and in order, waits
-until the broker holds them, and then acknowledges what it took. It learns the kind of the queue before it takes
-anything, and where it may not ask, it does the same. docs/adr/021 says why.
+A classic queue takes messages back to their places and does not count that. A quorum queue counts each message that
+comes back, in whatever way (basic.nack, basic.recover, a channel or a connection that ends), and moves or drops it
+after its delivery limit, which is 20 by default from RabbitMQ 4 on, and may be 0. So nothing is given back to a
+quorum queue: the reader takes all messages, publishes a copy of each, byte for byte and in order, waits until the
+broker holds the copies, and then acknowledges the messages that it took. It learns the type of the queue before it
+takes anything; a queue whose type it may not ask for is treated like a quorum queue. docs/adr/021 says why.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from streamtools.settings import RabbitMQSettings
 #: The broker's codes for a queue that does not exist, and for one that gives nothing out to basic.get.
 NOT_FOUND: Final = 404
 LOCKED: Final = 405
-#: Messages asked for first; then nine times as many as have come.
+#: Messages that are asked for first; after that, nine times as many as have come.
 FIRST: Final = 10
 GROWTH: Final = 9
-#: Messages, and bytes in them, in hand at once; a queue that holds more is gone through in parts.
+#: Messages in hand at once, and their bytes; a queue that holds more is copied in parts.
 MOST: Final = 10_000
 MOST_BYTES: Final = 64 * 1024 * 1024
-#: Seconds of silence after which a queue is taken to hold no more for us.
+#: Seconds without a message after which the queue is taken to have no more for us.
 SILENCE_TIMEOUT: Final = 1.0
-#: Seconds between two looks into an empty queue.
+#: Seconds between two questions to an empty queue.
 POLL_INTERVAL: Final = 0.1
 
 
 class RabbitMQReader:
-    """Holds messages in hand while they are looked at; those that are not settled stay in the queue, as they were.
+    """Holds messages in hand while they are looked at; those that are not settled stay in the queue unchanged.
 
     Parameters:
-        most: messages that are looked at, at most.
+        most: the most messages that are looked at.
     """
 
     def __init__(self, queue: str, settings: RabbitMQSettings, *, most: int, client_id: str | None) -> None:
@@ -63,14 +63,14 @@ class RabbitMQReader:
         self._sender = Sender(settings, client_id, Limits(), declares=True)
         self._putback: PutBack | None = None
         self._channel: HeldChannel | None = None
-        #: What was taken, in the queue's order, and how many of them were handed out.
+        #: Messages that were taken, in the queue's order, and how many of them `receive` has returned.
         self._held: list[Held] = []
         self._seen = 0
-        #: The queue may count what comes back.
+        #: The queue may count messages that are given back.
         self._counts = True
-        #: The queue may end with its last consumer, so none comes or goes.
+        #: Messages are taken by basic.get, because the queue may end with its last consumer.
         self._gets = True
-        #: The queue has a single active consumer: a second one of ours would get nothing.
+        #: The queue has a single active consumer: a second consumer of ours would get nothing.
         self._alone = False
 
     # --- for the admin ------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class RabbitMQReader:
         try:
             try:
                 await self._learn(connection)
-            except ConnectionLost:  # RabbitMQ 4 may fail to word what differs; then it is taken for any kind
+            except ConnectionLost:  # see rare.unworded_difference; its type stays unknown
                 await connection.close()
                 self._connection = connection = await open_connection(self._settings, self._name)
             self._putback = PutBack(connection, self._queue, self._settings.username)
@@ -100,7 +100,7 @@ class RabbitMQReader:
         """The next messages, as soon as one is there; none when none came within `timeout` seconds.
 
         Parameters:
-            timeout: None waits for ever.
+            timeout: seconds; None waits for ever.
         """
         wanted = min(max_messages, self._most - self._seen)
         if wanted > 0 and len(self._held) == self._seen:
@@ -115,7 +115,7 @@ class RabbitMQReader:
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         refused: SendError | None = None
-        # Some are settled already: they came together with one that was refused.
+        # Some may be settled already, in a call in which another one was refused.
         settlements = [s for s in settlements if not s.delivery.token.settled]
         outgoing = [message for s in settlements for message in s.outgoing]
         if outgoing:
@@ -130,8 +130,8 @@ class RabbitMQReader:
             raise refused
 
     async def _stop(self) -> None:
-        # The channel of a quorum queue has 32 acknowledgements under way at a time and forgets the others when it is
-        # closed; the answer to a cancel comes behind them.
+        # The channel of a quorum queue sends 32 acknowledgements at a time, and forgets the others when it is closed.
+        # The answer to a cancel comes after them.
         if self._channel is not None and self._channel.error is None:
             await self._channel.cancel()
 
@@ -150,7 +150,7 @@ class RabbitMQReader:
     # --- taking -------------------------------------------------------------------------------------
 
     async def _learn(self, connection: Connection) -> None:
-        """Learn what kind of queue it is, before anything is taken; who may not ask takes it for any kind."""
+        """Learn the type of the queue before anything is taken; without permission it stays unknown."""
         probably = work_queue(self._queue, QueueOptions(), "error")
         if (queue := await Declarations(connection).as_it_is(probably, "passive", "looked at")) is not None:
             self._counts = not queue.is_classic
@@ -164,7 +164,7 @@ class RabbitMQReader:
         return Delivery(message, held, count or int(held.redelivered))
 
     async def _take(self, number: int, deadline: float) -> bool:
-        """Take up to so many more in hand, as soon as one has come; False: the queue is empty, ask again later."""
+        """Take up to so many more messages, as soon as one has come; False: the queue is empty, ask again later."""
         channel = self._opened()
         if not self._gets:
             number = MOST if self._alone else min(number, max(FIRST, GROWTH * len(self._held)))
@@ -178,7 +178,7 @@ class RabbitMQReader:
         return len(self._held) > self._seen
 
     async def _reopen(self, channel: HeldChannel) -> None:
-        """A quorum queue with a single active consumer gives nothing out to basic.get, and a stream never does."""
+        """Go on with a consumer: a quorum queue with a single active consumer refuses basic.get, as a stream does."""
         if channel.code == NOT_FOUND:
             raise missing(self._queue, self._opened_connection().where)
         if "stream queue" in self._opened_connection().said:
@@ -204,7 +204,7 @@ class RabbitMQReader:
     # --- leaving it as it was -----------------------------------------------------------------------
 
     async def _leave(self, channel: HeldChannel) -> None:
-        """Have the queue hold again, in its order, what is not settled."""
+        """Put what is not settled back into the queue, in its order."""
         if not self._counts:
             await channel.close()
             return
@@ -226,9 +226,9 @@ class RabbitMQReader:
         await self._put_back(left)
 
     async def _leave_in_parts(self, left: list[Held], total: int) -> None:
-        """The queue holds more than we want to have in hand, so it is copied part by part, all of it.
+        """Copy all messages of a queue that has more than we want in hand, in parts.
 
-        After as many as there were, the queue has its order again.
+        Once as many are copied as the queue had, it has its order again.
         """
         while left:
             await self._put_back(left)
@@ -240,7 +240,7 @@ class RabbitMQReader:
             await self._putback.put(left)
 
     async def _rest(self, number: int, room: int) -> list[Held]:
-        """Up to so many messages that are still in the queue, and about as many bytes, by a channel of their own."""
+        """Up to so many messages that are still in the queue, and about as many bytes, over another channel."""
         found: list[Held] = []
         if number <= 0 or room <= 0:
             return found
@@ -267,7 +267,7 @@ class RabbitMQReader:
 
 
 def _next(found: Sequence[Held], number: int, room: int) -> int:
-    """How many more to ask for, where about as many bytes and so many messages fit in hand."""
+    """How many more messages to ask for, when so many, and about as many bytes, may be in hand."""
     fit = room // (_bytes(found) // len(found) + 1) - len(found) if found else FIRST
     return min(number - len(found), max(1, fit), max(FIRST, GROWTH * len(found)))
 

@@ -32,7 +32,7 @@ class TooEarly(str):
 
 
 class Limits:
-    """What the broker was found to take; kept over reconnects.
+    """What the broker is known to take; kept over reconnects.
 
     Attributes:
         body: bytes in one body, at most.
@@ -42,15 +42,15 @@ class Limits:
         self.body: int = BODY_MAX
 
     def learn(self, why: str) -> None:
-        """Read a channel's end: a body over the limit ends it, and must not be sent again."""
+        """Learn from the text with which the broker closed a channel: a body over the limit is not sent again."""
         if found := _TOO_LARGE.search(why):
             self.body = min(self.body, int(found[1]))
 
 
 class Batch:
-    """What one call publishes, until all of it is confirmed. Its messages are told apart by `id(message)`.
+    """What one call publishes, until all of it is confirmed.
 
-    Their own ids do not: others write the same one twice, and a copy keeps it.
+    Its keys are `id(message)`. The messages' own ids may occur twice: other programs do so, and copies keep theirs.
     """
 
     __slots__ = (
@@ -60,32 +60,32 @@ class Batch:
     def __init__(self, future: asyncio.Future[None]) -> None:
         self.future: asyncio.Future[None] = future
         self.left: int = 0
-        #: Why AMQP cannot carry it, or the broker does not route or allow it.
+        #: Message -> why AMQP cannot carry it, or the broker does not route or allow it.
         self.refused: dict[int, str] = {}
         #: Those refused that reached no queue.
         self.unrouted: set[int] = set()
-        #: Why its queue did not take it.
+        #: Message -> why its queue did not take it.
         self.nacked: dict[int, str] = {}
-        #: Why a channel ended that it was sent over; one of them may have ended it.
+        #: Message -> why the channel ended that it was sent over; one of these messages may be the cause.
         self.suspects: dict[int, str] = {}
-        #: What ended the channel is something that passes.
+        #: Trying again can help after what ended the channel.
         self.passes: bool = False
         #: Those that the broker may hold.
         self.doubtful: set[int] = set()
-        #: (first tag, messages) of what was written.
+        #: What was written: (first tag, messages).
         self.spans: list[tuple[int, list[Message]]] = []
-        #: The last word of its route through the delay chain, of those due later.
+        #: Message -> the last word of its route through the delay chain, if it is due later.
         self.words: dict[int, str] = {}
-        #: The level of the delay chain that it was sent to, and its routing key.
+        #: Message -> the level of the delay chain that it was sent to, and its routing key.
         self.ways: dict[int, tuple[str, str]] = {}
 
     @property
     def again(self) -> dict[int, str]:
-        """Why it is to be sent again."""
+        """Message -> why it is to be sent again."""
         return self.nacked | self.suspects if self.suspects else self.nacked
 
     def is_held_back(self, message: Message) -> bool:
-        """It is not written, as something that it needs is not there."""
+        """It is not written, because something that it needs is missing."""
         return id(message) in self.refused or id(message) in self.nacked
 
     def message(self, tag: int) -> Message:
@@ -105,7 +105,7 @@ class Batch:
             self.nacked[id(message)] = why
 
     def is_meant(self, text: str, message: Message, limits: Limits) -> bool:
-        """The broker ended a channel because of this message, as its words say.
+        """The broker's words say that it ended the channel because of this message.
 
         Parameters:
             limits: what has been learned from them already.
@@ -118,7 +118,7 @@ class Batch:
         return named["name"] == exchange and named["topic"] in (None, message.queue)
 
     def judge(self, message: Message) -> None:
-        """This message has ended a channel on which it was alone."""
+        """Note that this message has ended a channel on which it was alone."""
         why = self.suspects.pop(id(message))
         if self.passes:
             self.nacked[id(message)] = why
