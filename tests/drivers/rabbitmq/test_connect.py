@@ -94,7 +94,7 @@ async def test_a_lost_connection_is_no_line_of_the_library(
         url = f"amqp://guest:guest@127.0.0.1:{proxy.port}/{settings.vhost}"
         async with RabbitMQConsumer("orders", url=url) as consumer:
             assert consumer._subscription is not None
-            library = consumer._subscription.channel.connection._client._library
+            library = consumer._subscription.channel.connection.client._library
             assert library is not None
             with pytest.raises(ConnectError):
                 await asyncio.gather(consumer._receive(1), proxy.reset())

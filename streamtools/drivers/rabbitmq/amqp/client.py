@@ -111,13 +111,18 @@ class Client:
 
     Attributes:
         has_ended: the connection is lost, or being closed.
+        frame_max: the largest frame that the broker takes, in bytes; 0 for any.
+        channel_max: the most channels that the connection may have.
+        server_version: the broker's version; empty if it does not tell.
     """
 
     def __init__(self) -> None:
         self.has_ended: bool = False
         self._work = _UnlistedTasks(asyncio.get_running_loop(), self)
         self._connection: _LibraryConnection | None = None
-        self._library: AbstractConnection | None = None
+        self.frame_max: int = 0
+        self.channel_max: int = CHANNEL_MAX
+        self.server_version: str = ""
 
     async def connect(self, url: URL, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
         """Shake hands, or raise what the library raises; the transport is closed then."""
@@ -131,37 +136,24 @@ class Client:
             await connection.close()
             raise
         self._connection = connection
-        assert connection.transport is not None  # it is connected
-        self._library = connection.transport.connection
+        tune = self._library.connection_tune
+        self.frame_max = getattr(tune, "frame_max", 0) or 0
+        self.channel_max = getattr(tune, "channel_max", 0) or CHANNEL_MAX
+        self.server_version = str(self._library.server_properties.get("version", ""))
 
     @property
-    def frame_max(self) -> int:
-        """The largest frame that the broker takes, in bytes; 0 for any."""
-        return getattr(self._opened.connection_tune, "frame_max", 0) or 0
-
-    @property
-    def channel_max(self) -> int:
-        """The most channels that the connection may have."""
-        return getattr(self._opened.connection_tune, "channel_max", 0) or CHANNEL_MAX
-
-    @property
-    def server_version(self) -> str:
-        """The broker's version; empty if it does not tell."""
-        return str(self._opened.server_properties.get("version", ""))
+    def _library(self) -> AbstractConnection:
+        assert self._connection is not None and self._connection.transport is not None  # it is connected
+        return self._connection.transport.connection
 
     @property
     def channel_numbers(self) -> Collection[int]:
         """Numbers of channels that are open."""
-        return self._opened.channels.keys()
-
-    @property
-    def _opened(self) -> AbstractConnection:
-        assert self._library is not None  # it is connected
-        return self._library
+        return self._library.channels.keys()
 
     def channel(self, number: int, *, confirms: bool) -> Any:
         """A request that opens a channel of this number."""
-        return self._opened.channel(number, publisher_confirms=confirms)
+        return self._library.channel(number, publisher_confirms=confirms)
 
     def run(self, work: Any) -> asyncio.Task[Any]:
         """Run this in a task that goes on when its caller is cancelled, or the event loop ends."""

@@ -45,6 +45,7 @@ class Connection:
         another: opens a second connection of the same kind.
         lost: why it has ended; None while it is up.
         gone: a future that is done once it has ended.
+        client: the client library's part of it.
         channels: opens channels.
         locks: of those who share the connection, by name.
     """
@@ -59,8 +60,8 @@ class Connection:
         self._watch: asyncio.TimerHandle | None = None
         self._closing = False
         self._frames = FrameReader(asyncio.StreamReader(loop=self._loop), self.lose, self._loop)
-        self._client = Client()
-        self.channels: ChannelPool = ChannelPool(self, self._client, self._frames)
+        self.client: Client = Client()
+        self.channels: ChannelPool = ChannelPool(self, self.client, self._frames)
         self.locks: dict[str, asyncio.Lock] = {}
 
     async def connect(
@@ -70,21 +71,16 @@ class Connection:
         reader = self._frames.reader
         self._transport, _ = await self._loop.create_connection(lambda: self._frames, host, port, ssl=context)
         self._writer = asyncio.StreamWriter(self._transport, self._frames, reader, self._loop)
-        await self._client.connect(connection_url(settings, host, port), reader, self._writer, name)
-        self._frames.agree(self._client.frame_max or inf)
-        self.channels.limit(self._client.channel_max)
+        await self.client.connect(connection_url(settings, host, port), reader, self._writer, name)
+        self._frames.agree(self.client.frame_max or inf)
+        self.channels.limit(self.client.channel_max)
         if self._heartbeat:
             self._watch = self._loop.call_later(self._heartbeat / 2, self._check_life)
 
     @property
     def frame_max(self) -> int:
         """The largest frame that is sent, in bytes."""
-        return self._client.frame_max or FRAME_MAX
-
-    @property
-    def server_version(self) -> str:
-        """The broker's version; empty if it does not tell."""
-        return self._client.server_version
+        return self.client.frame_max or FRAME_MAX
 
     @property
     def blocked(self) -> str:
@@ -164,7 +160,7 @@ class Connection:
 
     def discard(self, channel: FastChannel, library: AbstractChannel) -> asyncio.Task[None]:
         """Close a channel that nobody uses any more, in a task that goes on if its caller is cancelled."""
-        return self._client.run(self._discard(channel, library))
+        return self.client.run(self._discard(channel, library))
 
     async def _discard(self, channel: FastChannel, library: AbstractChannel) -> None:
         # It stays attached until it is closed, so that no late confirm reaches the library.
@@ -205,7 +201,7 @@ class Connection:
         if self.lost is not None:
             return
         self.lost = lost(self.where, "it was closed by us" if self._closing else why)
-        self._client.has_ended = True
+        self.client.has_ended = True
         if not self.gone.done():
             self.gone.set_result(None)
         for channel in self._frames.attached():
@@ -228,7 +224,7 @@ class Connection:
         """Say goodbye if the broker listens, and close; never longer than CLOSE_TIMEOUT. Safe to repeat."""
         if self._closing:
             return
-        self._closing = self._client.has_ended = True
+        self._closing = self.client.has_ended = True
         if self._watch is not None:
             self._watch.cancel()
         try:
@@ -236,11 +232,11 @@ class Connection:
                 await self._say_goodbye()
         finally:
             self.give_up("it was closed by us")
-        await self._client.close(CLOSE_TIMEOUT)
+        await self.client.close(CLOSE_TIMEOUT)
         with suppress(OSError, TimeoutError):  # it does not matter any more how the socket ended
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._writer.wait_closed()
-        await self._client.end_tasks()
+        await self.client.end_tasks()
 
     async def _say_goodbye(self) -> None:
         self._transport.write(GOODBYE)

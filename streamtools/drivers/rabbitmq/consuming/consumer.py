@@ -20,8 +20,7 @@ from streamtools.drivers.rabbitmq.publishing.copies import send_before_settling
 from streamtools.drivers.rabbitmq.publishing.sender import Sender
 from streamtools.drivers.rabbitmq.rare.forgotten_consumer import ForgottenConsumer
 from streamtools.drivers.rabbitmq.rare.unworded_difference import CarefulLook
-from streamtools.drivers.rabbitmq.topology.broker_lock import BrokerLock
-from streamtools.drivers.rabbitmq.topology.declarations import Declarations, needs_no_lock
+from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.drivers.rabbitmq.topology.queues import STREAM, MissingQueue, Queue, missing
 from streamtools.engine.tasks.wake_throttle import WakeThrottle
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError
@@ -33,8 +32,6 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds that deferred messages gather for, at most; the chain that held them makes them late by as much again.
 GATHER_TIMEOUT: Final = 0.05
-#: Before the name of the exclusive queue that is the lock of an ordered one.
-LOCK_PREFIX: Final = "streamtools.order."
 #: A header that deliveries of a stream have, and no others.
 STREAM_OFFSET: Final = b"\x0fx-stream-offset"
 #: What settles a delivery: the channel that it came on, and its tag there.
@@ -98,18 +95,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         except BaseException:
             await lease.release()
             raise
-        is_ordered = self.ordered_by is not None
-        has_lock = is_ordered and not needs_no_lock(self.queue, queue, self.declare)
-        self._subscription = Subscription(
-            lease,
-            channel,
-            Sender(self.settings, self.client_id, self._limits, declares=self.declare is True),
-            queue,
-            prefetch=self.prefetch,
-            is_ordered=is_ordered,
-            lock=BrokerLock(lease.connection, LOCK_PREFIX, self.queue) if has_lock else None,
-            stopping=self._stopping,
-        )
+        sender = Sender(self.settings, self.client_id, self._limits, declares=self.declare is True)
+        self._subscription = Subscription(lease, channel, sender, queue, self)
         try:
             await self._subscription.begin(self._forgotten)
         except BaseException:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from streamtools.drivers.rabbitmq.consuming.consumer_channel import ConsumerChannel
+from streamtools.drivers.rabbitmq.topology.queues import Queue
 from streamtools.engine.loop import SUSPECT
 
 #: Seconds for which nothing comes beside a suspect that is not settled, though more is asked for.
@@ -23,28 +24,21 @@ class Isolation:
 
     Parameters:
         prefetch: how many, once a message has come that is no suspect.
-        is_counted: the queue counts deliveries; else nobody is a suspect.
+        queue: the queue as it is; None where we may not look.
         is_ordered: the consumer handles messages in order.
-        may_be_single_active: another process may become the queue's consumer as soon as this one pauses.
 
     Attributes:
         is_narrow: every message that has come so far is a suspect.
     """
 
-    def __init__(
-        self,
-        channel: ConsumerChannel,
-        prefetch: int,
-        *,
-        is_counted: bool,
-        is_ordered: bool,
-        may_be_single_active: bool,
-    ) -> None:
+    def __init__(self, channel: ConsumerChannel, prefetch: int, queue: Queue | None, *, is_ordered: bool) -> None:
         self._channel = channel
         self._prefetch = prefetch
         self._is_ordered = is_ordered
-        self._may_be_single_active = may_be_single_active
-        self.is_narrow: bool = is_counted and prefetch > 1
+        #: Another process may become the queue's consumer as soon as this one pauses.
+        self._may_be_single_active = queue is None or queue.is_single_active
+        #: In a classic queue, which counts no deliveries, nobody is a suspect.
+        self.is_narrow: bool = prefetch > 1 and not (queue is not None and queue.is_classic)
         #: One has come, and is to be settled before more is taken.
         self._widens_after = False
         self._widening: asyncio.Task[None] | None = None

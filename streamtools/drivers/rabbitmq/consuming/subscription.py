@@ -7,6 +7,7 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from streamtools.consumer import Consumer
 from streamtools.drivers.rabbitmq.amqp.connection import CLOSE_TIMEOUT
 from streamtools.drivers.rabbitmq.connections import ConnectionLease
 from streamtools.drivers.rabbitmq.consuming.consumer_channel import ConsumerChannel
@@ -14,11 +15,13 @@ from streamtools.drivers.rabbitmq.consuming.isolation import Isolation
 from streamtools.drivers.rabbitmq.publishing.sender import Sender
 from streamtools.drivers.rabbitmq.rare.forgotten_consumer import ForgottenConsumer
 from streamtools.drivers.rabbitmq.topology.broker_lock import BrokerLock
-from streamtools.drivers.rabbitmq.topology.declarations import Declarations
+from streamtools.drivers.rabbitmq.topology.declarations import Declarations, needs_no_lock
 from streamtools.drivers.rabbitmq.topology.queues import Queue
 from streamtools.engine.tasks.cancellation import asked_to_stop
 from streamtools.errors import QueueError, StreamToolsError
 
+#: Before the name of the exclusive queue that is the lock of an ordered one.
+LOCK_PREFIX: Final = "streamtools.order."
 #: Seconds between two tries for the lock of an ordered queue; a standby takes over within this time.
 LOCK_POLL_INTERVAL: Final = 1.0
 #: Seconds for what is on its way to a consumer that stops; other consumers may take what it waits for.
@@ -34,9 +37,7 @@ class Subscription:
 
     Parameters:
         queue: the queue as it is; None where we may not look.
-        lock: held while messages are received; None where the queue needs none.
-        forgotten: looks after a channel to which nothing is delivered.
-        stopping: set when the consumer is to stop.
+        owner: the consumer.
 
     Attributes:
         sender: publishes what is sent before a delivery is settled.
@@ -45,33 +46,19 @@ class Subscription:
     """
 
     def __init__(
-        self,
-        lease: ConnectionLease,
-        channel: ConsumerChannel,
-        sender: Sender,
-        queue: Queue | None,
-        *,
-        prefetch: int,
-        is_ordered: bool,
-        lock: BrokerLock | None,
-        stopping: asyncio.Event,
+        self, lease: ConnectionLease, channel: ConsumerChannel, sender: Sender, queue: Queue | None, owner: Consumer
     ) -> None:
         self._lease = lease
         self.channel = channel
-        self.sender = sender
         self._queue = queue
-        self._is_ordered = is_ordered
-        self._lock = lock
-        self._stopping = stopping
+        self.sender = sender
+        self._is_ordered = owner.ordered_by is not None
+        self._stopping = owner._stopping
+        self.isolation: Isolation = Isolation(channel, owner.prefetch, queue, is_ordered=self._is_ordered)
         self.is_counted: bool = queue is None or not queue.is_classic
         self.is_checked: bool = False
-        self.isolation: Isolation = Isolation(
-            channel,
-            prefetch,
-            is_counted=self.is_counted,
-            is_ordered=is_ordered,
-            may_be_single_active=queue is None or queue.is_single_active,
-        )
+        has_lock = self._is_ordered and not needs_no_lock(channel.queue, queue, owner.declare)
+        self._lock = BrokerLock(lease.connection, LOCK_PREFIX, channel.queue) if has_lock else None
         self._turn: asyncio.Task[None] | None = None
         #: Nothing is taken in any more, by a stop or a cancellation; the channel is about to be closed.
         self._is_ending = False

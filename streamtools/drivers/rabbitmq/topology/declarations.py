@@ -246,7 +246,7 @@ async def declare_undeliverable(connection: Connection) -> None:
     From RabbitMQ 4 on a quorum queue drops what was delivered more than 20 times, unless an argument lifts that
     limit. RabbitMQ 3 has no limit by default, and with that argument would drop all.
     """
-    version = connection.server_version.partition(".")[0]
+    version = connection.client.server_version.partition(".")[0]
     limit = {} if version in ("", "3") else {"x-delivery-limit": -1}
     try:
         await connection.request(
