@@ -141,7 +141,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             if not subscription.is_checked:
                 subscription.is_checked = True
                 self._check_no_stream(buffer[0])
-            isolation.handed_over()
+            if isolation.is_narrow or isolation.widens_after:
+                isolation.handed_over()
             taken = [self._delivery(subscription, buffer.popleft()) for _ in range(min(limit, len(buffer)))]
             self._keep_pace(channel, taken)
             return taken
@@ -183,7 +184,9 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             if any(s.outgoing for s in mine):
                 mine, refused = await send_before_settling(subscription.sender, mine)
             if mine:
-                await self._acknowledge(subscription, mine)
+                releases = [s.delivery.token[1] for s in mine if s.verdict.kind.gives_back]
+                acks = [s.delivery.token[1] for s in mine if not s.verdict.kind.gives_back]
+                await subscription.settle(acks, releases)
         if stale:
             raise ConnectionLost(
                 f"{stale} deliver{'y' if stale == 1 else 'ies'} of {self.queue!r} came over a connection that has "
@@ -193,12 +196,6 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             if refused.early:
                 self._note_early(refused, settlements)
             raise refused
-
-    async def _acknowledge(self, subscription: Subscription, settlements: Sequence[Settlement]) -> None:
-        await subscription.settle(
-            [s.delivery.token[1] for s in settlements if not s.verdict.kind.gives_back],
-            [s.delivery.token[1] for s in settlements if s.verdict.kind.gives_back],
-        )
 
     def _sort(self, settlements: Sequence[Settlement]) -> tuple[list[Settlement], int]:
         """Those that can be settled now, and the number of those that came over a connection that has ended."""

@@ -183,7 +183,8 @@ class ConsumerChannel(Channel):
         """Raise ConnectionLost when the channel has ended, and what is wrong with the queue if that is known."""
         if self._wrong is not None:
             raise QueueError(str(self._wrong)) from self._wrong
-        super().check()
+        if self.error is not None:
+            super().check()
 
     def _on_end(self) -> None:
         self._wake()

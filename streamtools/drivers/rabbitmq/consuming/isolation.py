@@ -29,6 +29,7 @@ class Isolation:
 
     Attributes:
         is_narrow: every message that has come so far is a suspect.
+        widens_after: one has come that is not, and is to be settled before more is taken.
     """
 
     def __init__(self, channel: ConsumerChannel, prefetch: int, queue: Queue | None, *, is_ordered: bool) -> None:
@@ -39,8 +40,7 @@ class Isolation:
         self._may_be_single_active = queue is None or queue.is_single_active
         #: In a classic queue, which counts no deliveries, nobody is a suspect.
         self.is_narrow: bool = prefetch > 1 and not (queue is not None and queue.is_classic)
-        #: One has come, and is to be settled before more is taken.
-        self._widens_after = False
+        self.widens_after: bool = False
         self._widening: asyncio.Task[None] | None = None
         #: Until then what was handed over last has nothing beside it, on the loop's clock.
         self._alone_until = 0.0
@@ -48,7 +48,7 @@ class Isolation:
     @property
     def prefetch(self) -> int:
         """Messages that the broker may have us hold now."""
-        return 1 if self.is_narrow or self._widens_after else self._prefetch
+        return 1 if self.is_narrow or self.widens_after else self._prefetch
 
     async def arrival(self, is_handled_alone: Callable[[], bool]) -> bool:
         """Wait for a delivery; False when the prefetch has been raised, or is about to be: wait again.
@@ -65,7 +65,7 @@ class Isolation:
             self._widening = None
             return False
         channel = self._channel
-        is_one = self.is_narrow or self._widens_after
+        is_one = self.is_narrow or self.widens_after
         if not is_one or self._is_ordered or channel.buffer or not channel.in_hand:
             await channel.arrival()
             return True
@@ -76,7 +76,7 @@ class Isolation:
             if self._may_be_single_active and is_handled_alone():
                 self._alone_until += ALONE_TIMEOUT
                 return False
-            self.is_narrow = self._widens_after = False
+            self.is_narrow = self.widens_after = False
             self._widening = channel.beside(self._widen)
             return False
         return True
@@ -93,7 +93,7 @@ class Isolation:
         if self._is_ordered or self._may_be_single_active:
             # Another process may become the active one while nobody consumes here: this message is
             # handled first, alone, and the rest is taken once it is done.
-            self._widens_after = True
+            self.widens_after = True
             return False
         self._widening = self._channel.beside(self._widen)
         return True
@@ -102,22 +102,16 @@ class Isolation:
         """Messages were handed to whoever handles them."""
         self._alone_until = asyncio.get_running_loop().time() + ALONE_TIMEOUT
 
-    async def settle(self, acks: Sequence[int], releases: Sequence[int], *, ends: bool) -> None:
-        """Acknowledge and give back, and raise the prefetch if that was waited for.
-
-        Parameters:
-            ends: nothing more is to be taken.
+    async def widen_and_settle(self, acks: Sequence[int]) -> None:
+        """Raise the prefetch, which was put off until now, and acknowledge.
 
         Raises:
             ConnectionLost: the channel has ended.
         """
-        if self._widens_after and acks and not releases and not ends:
-            self._widens_after = False
-            self._widening = self._channel.beside(self._widen, acks)
-            await asyncio.wait({self._widening})
-            self._channel.check()
-        else:
-            self._channel.settle(acks, releases)
+        self.widens_after = False
+        self._widening = self._channel.beside(self._widen, acks)
+        await asyncio.wait({self._widening})
+        self._channel.check()
 
     async def _widen(self, acks: Sequence[int] = ()) -> None:
         await self._channel.widen(self._prefetch)

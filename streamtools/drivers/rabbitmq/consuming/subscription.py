@@ -94,9 +94,11 @@ class Subscription:
         if self._is_ending:
             await self._calm.wait()
         self.channel.check()  # it may have ended while the copies were confirmed
-        ends = self._is_stopping()
-        # What is given back while we stop stays with us until the channel is closed; see `_take_no_more`.
-        await self.isolation.settle(acks, () if ends else releases, ends=ends)
+        ends = self._is_ending or self._stopping.is_set()
+        if self.isolation.widens_after and acks and not releases and not ends:
+            await self.isolation.widen_and_settle(acks)
+        else:  # what is given back while we stop stays with us until the channel is closed; see `_take_no_more`
+            self.channel.settle(acks, () if ends else releases)
         await self.channel.connection.drain()
 
     # --- the end ------------------------------------------------------------------------------------

@@ -163,12 +163,12 @@ class PublisherChannel(Channel):
     # --- writing ------------------------------------------------------------------------------------
 
     async def _room(self) -> None:
-        while self.usable and len(self.pending) >= WINDOW:
+        while len(self.pending) >= WINDOW and self.usable:
             await self._window.wait()
         self._check_connection()
 
     def _check_connection(self) -> None:
-        if not self.closed:
+        if self.error is not None and not self.closed:
             self.check()
 
     def _write(self, chunk: Sequence[Message], batch: Batch) -> None:
@@ -191,7 +191,8 @@ class PublisherChannel(Channel):
         batch.spans.append((first, written))
         batch.left += len(written)
         self.pending.update(dict.fromkeys(range(first, self.last_tag + 1), batch))
-        self.watch.start()
+        if self.watch.timer is None:
+            self.watch.start()
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out += out

@@ -44,13 +44,14 @@ class UnconfirmedWatch:
 
     Attributes:
         stuck: what was written long ago is not confirmed: nothing more is to be written on this channel.
+        timer: runs until the next check; None while nothing is unconfirmed.
     """
 
     def __init__(self, channel: PublisherChannel) -> None:
         self._channel = channel
         self._loop = asyncio.get_running_loop()
         self.stuck: bool = False
-        self._timer: asyncio.TimerHandle | None = None
+        self.timer: asyncio.TimerHandle | None = None
         #: The tags that were written last at each of the last checks; 0 while the broker blocked the connection.
         self._checks: deque[int] = deque(maxlen=CHECKS)
         #: Queues that confirmed nothing here for long: whether they confirmed a copy.
@@ -65,20 +66,19 @@ class UnconfirmedWatch:
         return f"A channel of RabbitMQ at {self._channel.connection.where} confirms nothing any more."
 
     def start(self) -> None:
-        """Something was written. Safe to repeat."""
-        if self._timer is None:
-            self._check_later()
+        """Something was written, and no timer runs."""
+        self._check_later()
 
     def stop(self) -> None:
         """Look no more."""
-        if self._timer is not None:
-            self._timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
         if self._trial is not None:
             self._trial.cancel()
 
     def _check_later(self) -> None:
         self._checks.append(0 if self._channel.connection.blocked else self._channel.last_tag)
-        self._timer = self._loop.call_later(CONFIRM_TIMEOUT / CHECKS, self._check)
+        self.timer = self._loop.call_later(CONFIRM_TIMEOUT / CHECKS, self._check)
 
     def _check(self) -> None:
         """Help what waits for its confirmation since the first of the last checks."""
@@ -89,7 +89,7 @@ class UnconfirmedWatch:
             self.stuck = True
             channel.wake_all()
             self._help(self._checks[-1])  # what was written after it, too
-        self._timer = None
+        self.timer = None
         if channel.pending:
             self._check_later()
         else:
