@@ -18,9 +18,10 @@ from streamtools.engine.dispatch import Answer, Dispatcher, chain, check_middlew
 from streamtools.engine.endpoint import Endpoint
 from streamtools.engine.functions.calling import Decorated, check_handler, name_of, undecorated
 from streamtools.engine.functions.invoke import RESOLVERS, Resolver, check_decorators, compile_handler
-from streamtools.engine.loop import Ack, Finished, Loop, Source
+from streamtools.engine.loop import Ack, Loop, Source
 from streamtools.engine.messages.failures import error_queue_of
 from streamtools.engine.replies import ReplyRule
+from streamtools.engine.settler import Finished
 from streamtools.engine.settling import Decider, OneSettlement
 from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost, until
 from streamtools.engine.tasks.eventloops import in_its_loop

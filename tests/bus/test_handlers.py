@@ -215,7 +215,7 @@ class TestSeveral:
 
     async def test_copies_for_several_handlers_are_each_run_over_a_lost_connection(self) -> None:
         """Their ids and attempts are the same: what one made of its copy is not taken for the other's."""
-        from streamtools.engine.loop import _name
+        from streamtools.engine.settler import _name
 
         message = Message(body=b"", queue="q", id="1", attempt=2)
         assert _name(message.replace(handler="one")) != _name(message.replace(handler="two"))

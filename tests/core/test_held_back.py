@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from streamtools.delivery import Settlement
-from streamtools.engine import held
-from streamtools.engine import loop as loop_module
+from streamtools.engine import held, settler
 from streamtools.errors import SendError
 from streamtools.message import Message
 from streamtools.testing import eventually
@@ -44,7 +43,7 @@ async def fails_below_ten(message: Message) -> Any:
 async def test_more_than_a_prefetch_of_them_hold_up_nobody(
     monkeypatch: pytest.MonkeyPatch, prefetch: int, by_key: bool
 ) -> None:
-    monkeypatch.setattr(loop_module, "REFUSED_DELAY", 0.01)
+    monkeypatch.setattr(settler, "REFUSED_DELAY", 0.01)
     monkeypatch.setattr(held, "REDECLARE_INTERVAL", 0)
     source = Refusing(*(delivery(n, key=str(n % 3)) for n in range(60)))
     loop = make(source, fails_below_ten, prefetch=prefetch, by_key=by_key)
@@ -60,7 +59,7 @@ async def test_more_than_a_prefetch_of_them_hold_up_nobody(
 async def test_at_the_limit_no_more_is_taken_in_and_the_log_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limit: int, size: int
 ) -> None:
-    monkeypatch.setattr(loop_module, "REFUSED_DELAY", 0.01)
+    monkeypatch.setattr(settler, "REFUSED_DELAY", 0.01)
     monkeypatch.setattr(held, "HELD_LIMIT", limit)
     monkeypatch.setattr(held, "HELD_BYTES", size)
     source = Refusing(*map(delivery, range(30)))  # of one byte each, the first ten

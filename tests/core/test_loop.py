@@ -12,6 +12,7 @@ import pytest
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.engine import loop as loop_module
+from streamtools.engine import settler
 from streamtools.engine.dispatch import Dispatcher
 from streamtools.engine.loop import Ack, Loop
 from streamtools.errors import ConnectionLost, SendError
@@ -219,7 +220,7 @@ async def test_what_sends_something_first_does_not_hold_up_plain_acknowledgement
 
 
 async def test_a_refused_copy_is_tried_again_and_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "REFUSED_DELAY", 0.01)
+    monkeypatch.setattr(settler, "REFUSED_DELAY", 0.01)
 
     async def handle(message: Message) -> Any:
         if message.id == "0":
@@ -277,7 +278,7 @@ async def test_a_suspect_does_not_wait_for_what_the_broker_refuses(monkeypatch: 
         if message.id == "0":
             raise ValueError("retry me")
 
-    monkeypatch.setattr(loop_module, "REFUSED_DELAY", 0.01)
+    monkeypatch.setattr(settler, "REFUSED_DELAY", 0.01)
     source = Refusing(delivery(0))
     loop = make(source, handle)
     async with running(loop):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streamtools.delivery import Delivery, Settlement, current
-from streamtools.engine import loop as loop_module
+from streamtools.engine import settler
 from streamtools.engine.settling import Unsettled
 from streamtools.errors import ConnectionLost, QueueError, Reject, SendError
 from streamtools.message import Message
@@ -139,7 +139,7 @@ async def test_an_acknowledgement_that_raises_costs_its_own_message_alone(error:
 
 
 async def test_a_queue_that_is_missing_is_insisted_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "REFUSED_DELAY", 0.01)
+    monkeypatch.setattr(settler, "REFUSED_DELAY", 0.01)
     tries = 0
 
     def missing(message: Message) -> None:
@@ -156,7 +156,7 @@ async def test_a_queue_that_is_missing_is_insisted_on(monkeypatch: pytest.Monkey
 
 
 async def test_a_body_that_the_broker_finds_too_large_is_insisted_on_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "REFUSED_DELAY", 0.01)
+    monkeypatch.setattr(settler, "REFUSED_DELAY", 0.01)
     limit = 10
 
     def large(message: Message) -> None:
@@ -263,7 +263,7 @@ async def test_what_raises_on_the_way_to_the_handler_rejects_that_message(caplog
 
     source = Script(*map(foreign, range(5)))
     loop = make(source, fine)
-    inner = loop._decider
+    inner = loop.decider
 
     class Broken:
         def __getattr__(self, name: str) -> Any:
@@ -274,7 +274,7 @@ async def test_what_raises_on_the_way_to_the_handler_rejects_that_message(caplog
                 raise RuntimeError("a bug of ours")
             return await inner(delivery)
 
-    loop._decider = Broken()
+    loop._settler.decider = Broken()
     async with running(loop):
         await eventually(lambda: len(source.settled()) == 5)
     assert source.settled(VerdictKind.REJECT) == [2] and "a bug of ours" in caplog.text

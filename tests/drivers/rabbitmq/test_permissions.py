@@ -291,7 +291,7 @@ async def test_a_reader_whose_copies_may_not_be_sent_holds_them_says_so_once_and
     monkeypatch: pytest.MonkeyPatch,
     bad: int,
 ) -> None:
-    monkeypatch.setattr("streamtools.engine.loop.REFUSED_DELAY", 0.05)
+    monkeypatch.setattr("streamtools.engine.settler.REFUSED_DELAY", 0.05)
     handled: list[int] = []
     receiver = RabbitMQConsumer("orders", url=user(read="orders"), retry=Retry(retries=0))
 

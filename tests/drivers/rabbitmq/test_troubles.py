@@ -321,7 +321,7 @@ async def test_a_limit_of_connections_is_named_and_waited_for(rabbitmq_vhost: Ra
 async def test_a_handler_runs_once_for_each_attempt_though_no_connection_may_be_made_for_its_copies(
     rabbitmq_vhost: RabbitMQAddress, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("streamtools.engine.loop.REFUSED_DELAY", 0.1)
+    monkeypatch.setattr("streamtools.engine.settler.REFUSED_DELAY", 0.1)
     address = rabbitmq_vhost
     limit = f"vhost-limits/{address.url.rpartition('/')[2]}/max-connections"
     attempts: list[int] = []

@@ -1,0 +1,69 @@
+"""ReadyQueue: deliveries that wait for a worker, in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Hashable
+
+from streamtools.delivery import Delivery
+
+
+class ReadyQueue:
+    """Deliveries that wait for a worker; one behind another with the same ordering key waits until that is decided.
+
+    Parameters:
+        ordering_key: deliveries with the same key are handled one after the other; those whose key is None, at once.
+
+    Attributes:
+        deliveries: those that a worker may take.
+        is_ordered: there is an ordering key.
+    """
+
+    def __init__(self, ordering_key: Callable[[Delivery], Hashable] | None) -> None:
+        self.deliveries: deque[Delivery] = deque()
+        self.is_ordered: bool = ordering_key is not None
+        self._ordering_key = ordering_key
+        #: Ordering key of a delivery that is ready or at work -> those that wait behind it.
+        self._behind: dict[Hashable, deque[Delivery]] = {}
+        self._idle: deque[asyncio.Future[None]] = deque()
+
+    def add(self, delivery: Delivery) -> None:
+        """Let it be handled when its turn comes."""
+        if self._ordering_key is not None and (key := self._ordering_key(delivery)) is not None:
+            if (behind := self._behind.get(key)) is not None:
+                behind.append(delivery)
+                return
+            self._behind[key] = deque()
+        self._make_ready(delivery)
+
+    def decided(self, delivery: Delivery) -> None:
+        """Its handler has ended: the next one with its ordering key has its turn."""
+        if self._ordering_key is None or (key := self._ordering_key(delivery)) is None:
+            return
+        if behind := self._behind.get(key):
+            self._make_ready(behind.popleft())
+        else:
+            self._behind.pop(key, None)
+
+    async def wait(self) -> None:
+        """Wait, as an idle worker, until something was made ready."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._idle.append(waiter)
+        await waiter
+
+    def clear(self) -> list[Delivery]:
+        """Take out all that no worker has begun."""
+        waiting = [*self.deliveries, *(each for behind in self._behind.values() for each in behind)]
+        self.deliveries.clear()
+        for behind in self._behind.values():
+            behind.clear()
+        return waiting
+
+    def _make_ready(self, delivery: Delivery) -> None:
+        self.deliveries.append(delivery)
+        while self._idle:
+            waiter = self._idle.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return

@@ -1,0 +1,234 @@
+"""Settler: performs the settlements of a consumer's loop, in batches, and each by itself where a batch is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Final, Protocol
+
+from streamtools.delivery import Delivery, Settlement
+from streamtools.engine.batching import SettlementBatcher
+from streamtools.engine.held import HeldBack
+from streamtools.engine.settling import Decider, OneSettlement, Unsettled
+from streamtools.engine.state import LoopState
+from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
+from streamtools.errors import ConnectError, ConnectionLost, QueueError, SendError
+from streamtools.message import Message
+from streamtools.verdicts import RELEASE, Verdict
+
+log: logging.Logger = logging.getLogger("streamtools")
+
+#: Seconds before a refused copy is tried again, and the most of it; doubled each time.
+REFUSED_DELAY: Final = 0.5
+REFUSED_MAX_DELAY: Final = 30.0
+#: Seconds for the last settlements when the loop ends.
+FLUSH_TIMEOUT: Final = 5.0
+#: Verdicts kept over a reconnect, at most.
+FINISHED_LIMIT: Final = 10_000
+
+#: Settlements by message id, attempt and handler.
+Finished = dict[tuple[str, int, str | None], Settlement]
+
+
+class Settles(Protocol):
+    """What the settler needs of a driver."""
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None: ...
+    async def _redeclare(self) -> None: ...
+
+
+class Settler:
+    """Performs settlements.
+
+    Settlements that send something first have a batcher of their own: a publisher that is blocked must not hold up
+    plain acknowledgements.
+
+    Parameters:
+        source: the driver's hooks.
+        decider: decides anew when what a handler sent is refused.
+        state: shared with the loop.
+        left_limit: deliveries that cannot be settled in any form, before the connection is given up.
+        finished: settlements that an earlier connection took with it, by message id, attempt and handler.
+
+    Attributes:
+        alone: settlements that are tried by themselves now.
+        refused: the messages among them that the broker refuses.
+        tasks: what tries them.
+        finished: as given; empty as long as no connection was lost.
+    """
+
+    def __init__(
+        self, source: Settles, decider: Decider, state: LoopState, *, left_limit: int, finished: Finished
+    ) -> None:
+        self.decider = decider
+        self.refused: HeldBack = HeldBack()
+        self.alone: int = 0
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._source = source
+        self._state = state
+        self._left = 0
+        self._left_limit = left_limit
+        self.finished: Finished = finished
+        self._plain = SettlementBatcher(self._settle_batch)
+        self._moves = SettlementBatcher(self._settle_batch)
+
+    @property
+    def batchers(self) -> tuple[SettlementBatcher, SettlementBatcher]:
+        """What has to run while the loop does."""
+        return self._plain, self._moves
+
+    def add(self, settlement: Settlement) -> None:
+        """Perform a settlement with the next batch; after the connection's end, keep it for the next one."""
+        if self._state.lost is not None:
+            self._remember([settlement])
+        elif settlement.outgoing:
+            self._moves.add(settlement)
+        else:
+            self._plain.add(settlement)
+
+    def give_back(self, deliveries: Sequence[Delivery]) -> None:
+        """Give deliveries back to the broker, as they came."""
+        if self._state.lost is not None:
+            self._state.in_hand -= len(deliveries)  # the broker takes them back by itself
+            return
+        for delivery in deliveries:
+            delivery.settled = True
+            self._plain.add(Settlement(delivery, RELEASE))
+
+    def settle_again(self, delivery: Delivery) -> bool:
+        """Settle what had been handled when the last connection went, without handling it again."""
+        done = self.finished.pop(_name(delivery.message), None)
+        # The same id is not enough: a foreign sender may repeat ids. Same body, and delivered before.
+        if done is None or delivery.redeliveries < 1 or done.delivery.message.body != delivery.message.body:
+            return False
+        self.add(replace(done, delivery=delivery))
+        return True
+
+    async def perform(self, delivery: Delivery, verdict: Verdict) -> None:
+        """Perform a verdict that a handler gave itself; returns when it is given to the broker."""
+        settlement = self.decider.settlement(delivery, delivery.message, verdict, None)
+        await OneSettlement(self._source._settle, self.decider, settlement).perform()
+
+    async def flush(self) -> None:
+        """Settle what is finished, even when the loop itself was cancelled, so that it is not repeated."""
+        with suppress(TimeoutError):  # what is not settled in time is delivered again
+            async with asyncio.timeout(FLUSH_TIMEOUT):
+                while self._state.lost is None and (self._plain.busy or self._moves.busy):
+                    await self._state.wait()
+
+    # --- together -------------------------------------------------------------------------------
+
+    async def _settle_batch(self, batch: list[Settlement]) -> None:
+        try:
+            await stray_cancellation_as_lost(self._source._settle(batch))
+        except ConnectError as error:
+            self._fail(error, batch)
+        except Exception as error:
+            if isinstance(error, SendError | QueueError):
+                level = logging.DEBUG if isinstance(error, SendError) and error.early else logging.ERROR
+                log.log(level, "The broker refused what is to be sent before settling: %s", error)
+            else:
+                log.exception("%d deliveries could not be settled together; each is settled by itself.", len(batch))
+            for settlement in batch:
+                self._start(self._settle_alone(settlement, error if isinstance(error, SendError) else None))
+        else:
+            self._state.done(len(batch))
+
+    # --- alone ----------------------------------------------------------------------------------
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self.alone += 1
+        self._state.changed()
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self._state.task_ended)
+
+    async def _settle_alone(self, settlement: Settlement, refusal: SendError | None) -> None:
+        """Try again until the broker accepts it, or we stop: the message is not given up, and none waits behind it.
+
+        Parameters:
+            refusal: why the batch was refused; it may concern other deliveries only.
+        """
+        one = OneSettlement(self._source._settle, self.decider, settlement)
+        try:
+            if refusal is not None:
+                await one.change(refusal)
+            await self._insist(one, refusal)
+        except ConnectError as error:
+            self.alone -= 1
+            self._fail(error, [one.settlement])
+        except asyncio.CancelledError:
+            if self._state.lost is not None:  # what was decided holds over a reconnect: the handler is not run again
+                self._remember([one.settlement])
+            raise
+        except Unsettled:
+            self._leave(one.settlement)
+
+    async def _insist(self, one: OneSettlement, refusal: SendError | None) -> None:
+        # What nothing can hold until it is due needs no other try before that, and is no error.
+        early = one.early(refusal)
+        delay, said = REFUSED_DELAY, str(refusal) if early else ""
+        with self.refused.place(one.settlement.delivery.message) as place:
+            while True:
+                if early or said:
+                    place.take(said)
+                    self._state.changed()  # there is room for one more
+                    if await self._stops_within(early or delay):
+                        self.alone -= 1
+                        return self.give_back([one.settlement.delivery])
+                    delay = delay if early else min(delay * 2, REFUSED_MAX_DELAY)
+                try:
+                    if not early:  # else the error queue may have been deleted
+                        await self.refused.redeclare(self._source._redeclare)
+                    await one.perform()
+                except (ConnectError, Unsettled):
+                    raise
+                except (SendError, QueueError) as error:
+                    message = one.settlement.delivery.message
+                    early = one.early(error)
+                    level = logging.DEBUG if early or str(error) == said else logging.ERROR
+                    log.log(level, "Message %s of %r is held back: %s", message.id, message.queue, error)
+                    said = str(error)
+                else:
+                    self.alone -= 1
+                    return self._state.done(1)
+
+    async def _stops_within(self, delay: float) -> bool:
+        try:
+            async with asyncio.timeout(delay):
+                return await self._state.stopping.wait()
+        except TimeoutError:
+            return False
+
+    def _leave(self, settlement: Settlement) -> None:
+        """Leave a delivery with the broker, which gives it to whoever comes next."""
+        log.exception("%r cannot be settled in any form; it is left with the broker.", settlement.delivery)
+        self.alone -= 1
+        self._state.done(1)
+        self._left += 1
+        if self._left >= self._left_limit:  # the broker gives no more while it holds so many
+            self._fail(ConnectionLost(f"{self._left} deliveries cannot be settled in any form."), [])
+
+    # --- when the connection is lost ------------------------------------------------------------
+
+    def _fail(self, error: ConnectError, batch: Sequence[Settlement]) -> None:
+        self._state.lose(error)
+        self._remember(batch)
+
+    def _remember(self, batch: Sequence[Settlement]) -> None:
+        for settlement in batch:
+            if not settlement.verdict.kind.gives_back:
+                self.finished[_name(settlement.delivery.message)] = settlement
+        while len(self.finished) > FINISHED_LIMIT:  # the oldest went to another consumer
+            del self.finished[next(iter(self.finished))]
+        self._state.in_hand -= len(batch)
+        self._state.changed()
+
+
+def _name(message: Message) -> tuple[str, int, str | None]:
+    # With the handler: copies for a retry by several handlers of one message differ in nothing else.
+    return message.id, message.attempt, message.handler

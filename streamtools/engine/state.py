@@ -1,0 +1,67 @@
+"""LoopState: what the parts of a consumer's loop share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from streamtools.engine.tasks.cancellation import WorkerScope
+from streamtools.errors import ConnectError, ConnectionLost
+
+
+class LoopState:
+    """Counts, and whether the loop goes on; `changed()` wakes the loop to look at them.
+
+    Attributes:
+        in_hand: deliveries received and not yet settled.
+        running: handlers at work.
+        settled: deliveries settled so far.
+        progress: when a delivery was last settled, on the monotonic clock.
+        lost: why the connection has ended; handlers may be at work still.
+        stopping: no more is to be taken in.
+        scope: of the tasks that run handlers.
+    """
+
+    def __init__(self) -> None:
+        self.in_hand: int = 0
+        self.running: int = 0
+        self.settled: int = 0
+        self.progress: float = time.monotonic()
+        self.lost: ConnectError | None = None
+        self.stopping: asyncio.Event = asyncio.Event()
+        self.scope: WorkerScope = WorkerScope(None)
+        self._change = asyncio.Event()
+
+    def changed(self) -> None:
+        """Wake the loop."""
+        self._change.set()
+
+    async def wait(self) -> None:
+        """Wait for the next change."""
+        await self._change.wait()
+        self._change.clear()
+
+    def done(self, number: int) -> None:
+        """So many deliveries are settled."""
+        self.in_hand -= number
+        self.settled += number
+        self.progress = time.monotonic()
+        self._change.set()
+
+    def lose(self, error: ConnectError) -> None:
+        """The connection has ended; the first error counts."""
+        self.lost = self.lost or error
+        self._change.set()
+
+    def task_ended(self, task: asyncio.Task[None]) -> None:
+        """End the loop when one of its tasks has ended by an error, or was cancelled by somebody else."""
+        if task.cancelled() and self.scope.ending:
+            return
+        error = stray() if task.cancelled() else task.exception()
+        if error is not None:
+            self.lose(error if isinstance(error, ConnectError) else ConnectionLost(f"the loop ended by {error!r}"))
+
+
+def stray() -> ConnectionLost:
+    """The error for a task of the loop that was cancelled by somebody else."""
+    return ConnectionLost("Someone has cancelled a task of the consumer's loop, which is not theirs.")
