@@ -433,10 +433,7 @@ class Consumer(ConsumerHooks, Endpoint):
     async def _disconnect(self, error: ConnectError) -> None:
         log.warning("%r: %s Reconnecting.", self, error)
         self._connected = False
-        try:
-            await stray_cancellation_as_lost(self._close())
-        except Exception as trouble:  # what is left of the old connection must not keep us from a new one
-            log.warning("%r: closing what is left: %s", self, trouble)
+        await stray_cancellation_as_lost(self._close_what_is_left())
 
     def _in_second_loop(self, loop: asyncio.AbstractEventLoop) -> Self:
         """It may move to a second event loop only while it is idle in the first, where its messages are."""

@@ -82,6 +82,8 @@ class EndpointHooks:
     async def _open(self) -> None:
         """Connect and declare. Called again after ConnectionLost; must first discard what is left of before.
 
+        When it raises, or is cancelled, `_close` is called.
+
         Raises:
             ConnectError: with permanent=True when trying again cannot help.
             QueueError: about the queue.

@@ -104,7 +104,7 @@ class Endpoint(LoopBound, EndpointHooks):
             if self._closed:
                 raise Closed(f"{self!r} was closed; call open() to use it again.")
             try:
-                await stray_cancellation_as_lost(self._open())
+                await stray_cancellation_as_lost(self._open_or_close())
             except ConnectError as error:
                 failures.append(error)
                 delay = backoff_within(len(failures), deadline - time.monotonic())
@@ -122,6 +122,19 @@ class Endpoint(LoopBound, EndpointHooks):
                 at_end(self)
                 if failures:
                     log.info("%r: connected.", self)
+
+    async def _open_or_close(self) -> None:
+        try:
+            await self._open()
+        except BaseException:
+            await self._close_what_is_left()
+            raise
+
+    async def _close_what_is_left(self) -> None:
+        try:
+            await self._close()
+        except Exception as error:  # it must not hide why the connection ended, nor keep us from a new one
+            log.warning("%r: closing what is left: %s", self, error)
 
     async def _goes_on_after(self, delay: float) -> bool:
         """Wait before the next try; False when there is to be none."""

@@ -101,11 +101,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         self._apply_options()  # the decorator may have brought more
         levels = await self._declare()
         member = self._begin(self._new_member(has_retry_topic=levels > 0), levels)
-        try:
-            await member.join(self._name)
-        except BaseException:
-            await self._close()
-            raise
+        await member.join(self._name)
         assert member.client is not None
         self._prefetcher = Prefetcher(member, member.client, changed=self._wake_up, failed=self._fail)
 

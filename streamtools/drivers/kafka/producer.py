@@ -107,15 +107,10 @@ class KafkaProducer(Producer, protocol="kafka"):
 
     async def _open(self) -> None:
         await self._close()
-        sender = Sender(self.settings, self.client_id)
-        try:
-            topics = await sender.open()
-            if self.declare is not False:
-                await topics.declare([self._topic(self.options.partitions)], self.declare)
-        except BaseException:
-            await sender.close()
-            raise
-        self._sender = sender
+        self._sender = sender = Sender(self.settings, self.client_id)
+        topics = await sender.open()
+        if self.declare is not False:
+            await topics.declare([self._topic(self.options.partitions)], self.declare)
 
     async def _send(self, batch: Sequence[Message], options: SendOptions) -> Sequence[Receipt] | None:
         given, batch = batch, _placed(batch, options)

@@ -81,20 +81,17 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
     settings_class: ClassVar[type[SQLiteSettings]] = SQLiteSettings
     settings: SQLiteSettings
     _session: Session | None = None
-    _holder: Holder
+    #: Set while it has a place among the consumers of the queue.
+    _holder: Holder | None = None
     #: Set when the suspect that was received last is settled; None when there is none.
     _suspect: asyncio.Event | None = None
 
     async def _open(self) -> None:
         await self._close()
-        session = await self._reach()
-        try:
-            self._holder = await self._join(session)
-        except BaseException:
-            await session.close()
-            raise
+        self._holder = None
+        self._session = await self._reach()
         self._failed: set[tuple[int, int]] = set()
-        self._session = session
+        self._holder = await self._join(self._session)
 
     async def _reach(self) -> Session:
         wanted = None if self.declare is True else f"queue {self.queue!r}"
@@ -127,23 +124,25 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
     async def _receive(self, limit: int) -> Sequence[Delivery]:
         if self._suspect is not None:
             await self._isolation(self._suspect)
-        if self._session is None:
+        session, holder = self._session, self._holder
+        if session is None or holder is None:
             raise Closed(f"{self!r} is not open.")
-        taken = await self._session.claim(self._holder, limit)
-        return self._deliveries(taken) if taken is not None else []
+        taken = await session.claim(holder, limit)
+        return self._deliveries(taken, holder) if taken is not None else []
 
     async def _poll(self, limit: int) -> Sequence[Delivery]:
         if self._suspect is not None:
             if not self._suspect.is_set() and asyncio.get_running_loop().time() < self._suspect_until:
                 return []  # nothing else is handed over while it is out
             self._suspect = None
-        if self._session is None:
+        session, holder = self._session, self._holder
+        if session is None or holder is None:
             raise Closed(f"{self!r} is not open.")
-        taken = await self._session.claim(self._holder, limit, once=True)
-        return self._deliveries(taken) if taken is not None else []
+        taken = await session.claim(holder, limit, once=True)
+        return self._deliveries(taken, holder) if taken is not None else []
 
-    def _deliveries(self, taken: Claimed) -> list[Delivery]:
-        if self._holder.alone and taken.counts[0] >= SUSPECT:
+    def _deliveries(self, taken: Claimed, holder: Holder) -> list[Delivery]:
+        if holder.alone and taken.counts[0] >= SUSPECT:
             self._isolate(taken.ids[0])
         return [
             Delivery(message, Token(row, taken.claim, taken.lane, origin), count, trouble)
@@ -242,9 +241,10 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
             self._suspect.set()
             self._suspect = None
         try:
-            # When the file cannot be reached, its lease brings back what is in hand.
-            with contextlib.suppress(ConnectError):
-                await session.let_go(self._holder, [*self._failed])
+            if self._holder is not None:
+                # When the file cannot be reached, its lease brings back what is in hand.
+                with contextlib.suppress(ConnectError):
+                    await session.let_go(self._holder, [*self._failed])
         finally:
             await session.close()
 

@@ -46,15 +46,10 @@ class SQLiteProducer(Producer, protocol="sqlite"):
 
     async def _open(self) -> None:
         await self._close()
-        session = await Session.open(
+        self._session = await Session.open(
             self.settings, wanted=f"queue {self.queue!r}" if self.declare == "passive" else None
         )
-        try:
-            await declare(session, [self.queue], self.declare)
-        except BaseException:
-            await session.close()
-            raise
-        self._session = session
+        await declare(self._session, [self.queue], self.declare)
 
     async def _send(self, batch: Sequence[Message], options: Options) -> None:
         if self._session is None:

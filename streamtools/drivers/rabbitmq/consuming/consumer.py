@@ -97,11 +97,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             raise
         sender = Sender(self.settings, self.client_id, self._limits, declares=self.declare is True)
         self._subscription = Subscription(lease, channel, sender, queue, self)
-        try:
-            await self._subscription.begin(self._forgotten)
-        except BaseException:
-            await self._close()
-            raise
+        await self._subscription.begin(self._forgotten)
 
     async def _declare(self, declarations: Declarations) -> Queue | None:
         """Declare queue, error queue and bindings; the queue as it is, or None where we may not look."""

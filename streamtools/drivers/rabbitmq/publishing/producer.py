@@ -40,19 +40,15 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
     async def _open(self) -> None:
         await self._close()
         self._lease = lease = await sending(self.settings, self.client_id)
-        try:
-            # The base class gives up after send_timeout without knowing why; so be earlier and say it.
-            patience = self.send_timeout * 0.9
-            publisher = Publisher(lease.shared, self._limits, patience=patience, declares=self.declares_exchanges)
-            if lease.connection.blocked:  # it answers no request, either, until it takes messages again
-                await self._declare_elsewhere()
-            else:
-                await self._declare(Declarations(lease.connection))
-                await publisher.open()
-            self._publisher = publisher
-        except BaseException:
-            await self._close()
-            raise
+        # The base class gives up after send_timeout without knowing why; so be earlier and say it.
+        patience = self.send_timeout * 0.9
+        publisher = Publisher(lease.shared, self._limits, patience=patience, declares=self.declares_exchanges)
+        if lease.connection.blocked:  # it answers no request, either, until it takes messages again
+            await self._declare_elsewhere()
+        else:
+            await self._declare(Declarations(lease.connection))
+            await publisher.open()
+        self._publisher = publisher
 
     async def _declare_elsewhere(self) -> None:
         lease = await receiving(self.settings, self.client_id)
