@@ -43,6 +43,8 @@ _INTERNAL = (
     "send_now",
     "report_to",
 )
+#: Classes whose methods with an underscore are for the authors of drivers.
+_HOOKS = "Hooks"
 #: The longest signature on one line.
 _WIDTH = 100
 
@@ -107,13 +109,14 @@ def _members(item: Any) -> Iterator[Any]:
         if member.is_alias and name not in inherited:
             continue  # imported
         target = member.final_target if member.is_alias else member
-        if (
-            not name.startswith("_")
-            and name not in _INTERNAL
-            and target.has_docstring
-            and target.path.startswith("streamtools.")
-        ):
+        if _is_shown(item, name) and target.has_docstring and target.path.startswith("streamtools."):
             yield target
+
+
+def _is_shown(owner: Any, name: str) -> bool:
+    if name.startswith("_"):
+        return owner.name.endswith(_HOOKS) and not name.startswith("__")
+    return name not in _INTERNAL
 
 
 def _signature(item: Any) -> str:
