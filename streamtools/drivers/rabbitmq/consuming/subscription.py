@@ -24,9 +24,9 @@ from streamtools.errors import QueueError, StreamToolsError
 LOCK_PREFIX: Final = "streamtools.order."
 #: Seconds between two tries for the lock of an ordered queue; a standby takes over within this time.
 LOCK_POLL_INTERVAL: Final = 1.0
-#: Seconds for what is on its way to a consumer that stops; other consumers may take what it waits for.
+#: Seconds for messages that are on their way to a consumer that stops; other consumers may get them instead.
 DRAIN_TIMEOUT: Final = 1.0
-#: Seconds between two questions whether anything is.
+#: Seconds between two questions whether the queue is empty.
 DRAIN_POLL_INTERVAL: Final = 0.005
 #: Seconds for a change of the prefetch that is under way when the consumer stops.
 STOP_TIMEOUT: Final = 5.0
@@ -122,18 +122,18 @@ class Subscription:
             self._turn.cancel()
             await asyncio.wait({self._turn})
         prefetch = await self.isolation.stop(STOP_TIMEOUT)
-        # What has arrived and what the loop gives back stays with us until the channel is closed: then
-        # it goes to the front of the queue, in order. Given back now it would go to its end.
+        # Messages that have arrived, and those that the loop gives back, stay with us until the channel is closed:
+        # then they go to the front of the queue, in order. Given back now, they would go to its end.
         if not self._is_ordered and not (self._queue is not None and self._queue.is_single_active):
             await self._drain(prefetch)
             await self.channel.cancel()
-        # Else another process would become the active one, and overtake what we still hold. The broker
-        # delivers on, up to the prefetch, and nobody takes it.
+        # Else another process would become the active consumer, and overtake the messages that we still hold. So the
+        # broker goes on delivering, up to the prefetch, and nobody takes these messages.
 
     async def _drain(self, prefetch: int) -> None:
-        """Wait until nothing is on its way to us: what meets a cancel goes to the queue's end (seen on 3.10).
+        """Wait until nothing is on its way to us: what crosses with a cancel goes to the queue's end (seen on 3.10).
 
-        Nothing is once we hold as much as we asked for, and acknowledge nothing, or once the queue is empty.
+        Nothing is on its way once we hold as much as we asked for and acknowledge nothing, or the queue is empty.
         """
         channel, loop = self.channel, asyncio.get_running_loop()
         deadline = loop.time() + DRAIN_TIMEOUT
@@ -177,8 +177,8 @@ class Subscription:
             await asyncio.wait({closing})
 
     async def _last_acknowledgements(self) -> None:
-        # The channel of a quorum queue has 32 acknowledgements under way at a time, and forgets the
-        # others when it is closed right behind them (seen on 3.10); a cancel waits for the queue.
+        # The channel of a quorum queue sends 32 acknowledgements at a time, and forgets the others when it is closed
+        # right after them (seen on 3.10); a cancel waits for the queue.
         # A classic queue with a single active consumer crashes at the next message once that one is cancelled
         # while it has its whole prefetch in hand and another waits (seen on 3.10); it forgets nothing.
         if not self._is_ordered and not (self._queue is not None and self._queue.is_classic):

@@ -20,13 +20,13 @@ DEFAULT: Final = "amq.default"
 
 
 class NeverSent(str):
-    """Why a message can never be sent as it is, where other reasons may pass."""
+    """Why a message can never be sent as it is."""
 
     __slots__ = ()
 
 
 class TooEarly(str):
-    """Why nothing can hold a message until it is due; once it is due it can be sent."""
+    """Why nothing can hold a message until it is due; then it can be sent."""
 
     __slots__ = ()
 

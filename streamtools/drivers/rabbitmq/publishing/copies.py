@@ -13,16 +13,16 @@ from streamtools.message import Message
 async def send_before_settling(
     sender: Sender, settlements: Sequence[Settlement]
 ) -> tuple[list[Settlement], SendError | None]:
-    """Send what these settlements need.
+    """Send the messages of these settlements.
 
     Returns:
-        those of which the broker holds all messages, and the error that names the messages of the others.
+        the settlements of which the broker holds all messages, and the error that names the messages of the others.
     """
     first = [m for s in settlements for m in s.outgoing if not goes_last(m, s)]
     held, refused = await _send(sender, first, settlements)
     if last := [m for s in held for m in s.outgoing if goes_last(m, s)]:
         held, more = await _send(sender, last, held)
-        refused = refused or more  # the others are tried again, and then say so themselves
+        refused = refused or more  # an error of the others comes up when they are tried again
     if refused is not None:
         kept = {id(s) for s in held}
         waiting = [m for s in settlements if id(s) not in kept for m in s.outgoing if goes_last(m, s)]
@@ -40,7 +40,7 @@ async def _send(
     except SendError as error:
         return without(settlements, error.messages), error
     except ConnectError as error:
-        # Trouble of the connection that sends is none of the one that receives: this is tried again.
+        # The connection that receives is not affected: this is tried again.
         refusal = SendError(str(error), unknown=[message.id for message in messages], messages=messages)
         refusal.__cause__ = error
         return without(settlements, messages), refusal
@@ -48,6 +48,6 @@ async def _send(
 
 
 def without(settlements: Sequence[Settlement], refused: Sequence[object]) -> list[Settlement]:
-    """Those that send none of these messages."""
+    """The settlements that send none of these messages."""
     named = frozenset(map(id, refused))
     return [s for s in settlements if not any(id(m) in named for m in s.outgoing)]

@@ -1,4 +1,4 @@
-"""Publishing over the connection that sends: on a fresh channel once one has ended, or a queue has said no."""
+"""Publishing over the connection that sends, on a new channel after one has ended or a queue has refused."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ RETRY_DELAYS: Final = (0.05, 0.15, 0.5, 1.5)
 class Publisher:
     """Publishes for one consumer or producer, and again what a queue did not take.
 
-    A quorum queue without a leader for a moment (just declared, or the leader's node has gone) says no in the
-    same way as one that is full. And a channel whose first message met it so is told no for ever after, while
-    another channel of the same connection is not (seen on 3.10): hence each try has a new one.
+    A quorum queue that has no leader for a moment (it was just declared, or its leader's node is gone) refuses
+    messages in the same way as a full queue. If that happens to the first message of a channel, all later messages of
+    this channel are refused too, while another channel of the same connection works (seen on 3.10). So each try has a
+    new channel.
 
-    If we may not send a message, it ends its channel. Which one that was is found by sending one by one.
+    A message that we may not send ends its channel. If it is not clear which message that was, they are sent one by
+    one.
 
     Parameters:
         shared: the connection, and what is known of the broker.
@@ -77,29 +79,25 @@ class Publisher:
         begun = time.monotonic()
         channel = self._channel
         if channel is None or not channel.usable or _has_exchange(messages):
-            return await self._insist(messages, begun)
-        batch = await channel.publish(messages)
+            batch, channel = await self._first(messages)
+        else:
+            batch = await channel.publish(messages)
+            if batch.unrouted:
+                await self._look_for_queues(messages, batch)
         if batch.refused or batch.nacked or batch.suspects:
-            await self._look_for_queues(messages, batch)
             await self._insist(messages, begun, batch, channel)
-        return None
 
     async def _insist(
-        self,
-        messages: Sequence[Message],
-        begun: float,
-        batch: Batch | None = None,
-        channel: PublisherChannel | None = None,
+        self, messages: Sequence[Message], begun: float, batch: Batch, channel: PublisherChannel
     ) -> None:
-        """Publish what has not been, and again what was not taken.
+        """Publish again what was not taken, and raise SendError for what is refused.
 
         Parameters:
-            batch: what became of them so far, over this channel.
+            begun: when the first try began, on the monotonic clock.
+            batch: what became of the messages so far, over this channel.
         """
-        if batch is None:
-            batch, channel = await self._first(messages)
         refused, doubtful = dict(batch.refused), set(batch.doubtful)
-        # A no may be long in coming, and then some tries are due all the same.
+        # If the first answer was late, some tries are made all the same.
         deadline = max(begun + self._patience, time.monotonic() + min(self._patience, sum(RETRY_DELAYS)))
         for delay in chain(RETRY_DELAYS, repeat(RETRY_DELAYS[-1])):
             if not batch.again or time.monotonic() + delay > deadline:
@@ -128,7 +126,7 @@ class Publisher:
         return batch
 
     async def _look_for_queues(self, messages: Sequence[Message], batch: Batch) -> None:
-        """Have sent again what a queue did not take that exists: so does a classic queue whose node is down."""
+        """Send again what came back although its queue exists: the node of a classic queue may be down."""
         for queue in dict.fromkeys(m.queue for m in messages if id(m) in batch.unrouted):
             try:
                 found, why = await Declarations(self._connection).exists(queue), "It is there again."
@@ -163,7 +161,7 @@ class Publisher:
         return outcome, channel
 
     async def _one_by_one(self, messages: Sequence[Message], batch: Batch) -> Batch:
-        """Send those again with which a channel has ended: one that ends another channel, alone, is refused."""
+        """Send again, each over its own channel, those that may have ended a channel; one that does so is refused."""
         outcome = _nothing()
         for message in messages:
             if id(message) in batch.suspects:

@@ -64,7 +64,7 @@ class PublisherChannel(Channel):
         self.last_tag: int = 0
         #: Every tag below is confirmed.
         self._low = 1
-        #: How often one of this id and routing key came back, and was not confirmed since.
+        #: (message id, routing key) -> how many came back and are not confirmed yet.
         self._returned: Counter[tuple[str, str]] = Counter()
         #: Calls of `publish` that have not ended.
         self._users = 0
@@ -181,7 +181,7 @@ class PublisherChannel(Channel):
                 continue
             try:
                 out.append(self._encoder.encode(message, batch))
-            except Exception as error:  # Unsendable, or whatever is wrong in it: it is this message's alone
+            except Exception as error:  # Unsendable, or anything else that is wrong with this one message
                 batch.refused[id(message)] = NeverSent(f"Message {message.id} cannot be sent: {error}")
             else:
                 written.append(message)
@@ -266,7 +266,7 @@ class PublisherChannel(Channel):
                     batch.unrouted.add(id(message))
         elif message.deliver_at is not None and (back := self._back_from_chain(message)) is not None:
             self._returned -= Counter([back])
-            self.shared.chain.forget()  # so that the next try makes it anew
+            self.shared.chain.forget()  # so that the next try makes it again
             batch.nacked[id(message)] = (
                 f"The delay of a message to {message.queue!r} needs a queue that is gone from "
                 f"{self.connection.where}: one of {PREFIX}."
@@ -280,7 +280,7 @@ class PublisherChannel(Channel):
             )
 
     def _back_from_chain(self, message: Message) -> tuple[str, str] | None:
-        """What was returned, when it is this message: its key was a route through the delay chain."""
+        """The returned (id, routing key) that is this message's, if it was sent by the delay chain."""
         found = (r for r in self._returned if r[0] == message.id and is_route(r[1], message))
         return next(found, None)
 
@@ -305,7 +305,7 @@ class PublisherChannel(Channel):
         self.wake_all()
 
     def refuse(self, code: int, text: str) -> None:
-        """One message has ended the channel, and nothing is known of the others that are not confirmed."""
+        """Handle that one message has ended the channel; of the other unconfirmed ones nothing is known."""
         if self.error is not None:
             return
         self.limits.learn(text)
@@ -332,7 +332,7 @@ class PublisherChannel(Channel):
         self._on_end()
 
     def _reason(self, why: str, text: str, *, is_delayed: bool) -> str:
-        """Why the broker does not take this message, as the class of the text tells it."""
+        """Why the broker does not take this message; the class of the text says what can be done."""
         if EXCHANGE.search(text) is None:
             return NeverSent(why)
         if not is_delayed:
