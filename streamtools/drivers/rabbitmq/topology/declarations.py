@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, Final
 
 from aiormq.abc import AbstractChannel
@@ -44,8 +43,11 @@ class Declarations:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        #: The broker's host and port, for errors.
-        self.where: str = connection.where
+
+    @property
+    def where(self) -> str:
+        """The broker's host and port, for errors."""
+        return self._connection.where
 
     # --- queues -------------------------------------------------------------------------------------
 
@@ -98,8 +100,22 @@ class Declarations:
     async def declare_error_queue(self, queue: Queue, declare: Declare) -> None:
         """Declare or check an error queue, and the queue behind it."""
         if declare is True and not await self.exists(queue.name):
-            await declare_undeliverable(self._connection)
+            await self.declare_undeliverable()
         await self.declare(queue, declare)
+
+    async def declare_undeliverable(self) -> None:
+        """Make the queue for messages that would have nowhere else to go; one that exists is used as it is.
+
+        From RabbitMQ 4 on a quorum queue drops what was delivered more than 20 times, unless an argument lifts that
+        limit. RabbitMQ 3 has no limit by default, and with that argument would drop all.
+        """
+        if await self.exists(UNDELIVERABLE):
+            return
+        version = self._connection.client.server_version.partition(".")[0]
+        limit = {} if version in ("", "3") else {"x-delivery-limit": -1}
+        await self._connection.request(
+            lambda channel: channel.queue_declare(UNDELIVERABLE, durable=True, arguments={TYPE: "quorum", **limit})
+        )
 
     async def delete_unused(self, name: str) -> None:
         """Delete a queue unless somebody consumes it."""
@@ -179,18 +195,32 @@ class Declarations:
         Raises:
             QueueError: it exists with another type, or it is missing and not to be made.
         """
-        if await self._has_exchange(exchange.name):
-            if declare is True:
-                await self._compare_type(exchange)
-        elif declare is True:
-            await self._connection.request(partial(_declare_exchange, exchange))
-        else:
+        if declare is True:
+            await self._make_exchange(exchange)
+        elif not await self.has_exchange(exchange.name):
             raise QueueError(
                 f"There is no exchange {exchange.name!r} at {self.where}. Make it, or use declare=True to "
                 "have it made."
             )
 
-    async def _has_exchange(self, name: str) -> bool:
+    async def _make_exchange(self, exchange: Exchange) -> None:
+        name, kind = exchange.name, exchange.type
+        try:
+            await self._connection.request(
+                lambda channel: channel.exchange_declare(name, exchange_type=kind, durable=True),
+                expects=(ChannelAccessRefused, ChannelPreconditionFailed),
+            )
+        except ChannelAccessRefused as error:
+            if not await self.has_exchange(name):  # one that exists can be used; its type cannot be compared
+                raise errors.channel_error(error, self.where) from error
+        except ChannelPreconditionFailed as error:
+            differs, _, current = errors.difference(error) or ("", "", "")
+            # Only the type matters: whether it is durable and has arguments is its owner's choice.
+            if differs == "type" and (found := errors.value(current)) in TYPES:
+                raise another_type(exchange, str(found)) from error
+
+    async def has_exchange(self, name: str) -> bool:
+        """There is an exchange of this name."""
         try:
             await self._connection.request(
                 lambda channel: channel.exchange_declare(name, passive=True), expects=(ChannelNotFoundEntity,)
@@ -198,19 +228,6 @@ class Declarations:
         except ChannelNotFoundEntity:
             return False
         return True
-
-    async def _compare_type(self, exchange: Exchange) -> None:
-        """Check the type alone: whether it is durable and has arguments is its owner's choice."""
-        try:
-            await self._connection.request(
-                partial(_declare_exchange, exchange), expects=(ChannelAccessRefused, ChannelPreconditionFailed)
-            )
-        except ChannelAccessRefused:
-            return  # we may not make any, so we cannot compare
-        except ChannelPreconditionFailed as error:
-            name, _, current = errors.difference(error) or ("", "", "")
-            if name == "type" and (found := errors.value(current)) in TYPES:
-                raise another_type(exchange, str(found)) from error
 
     async def bind(self, queue: str, binding: Binding, declare: Declare = True) -> None:
         """Have a queue get the messages of a topic; safe to repeat. Nothing is done with declare=False.
@@ -238,24 +255,6 @@ class Declarations:
 
 def _declare_exchange(exchange: Exchange, channel: AbstractChannel) -> Any:
     return channel.exchange_declare(exchange.name, exchange_type=exchange.type, durable=True)
-
-
-async def declare_undeliverable(connection: Connection) -> None:
-    """Make the queue for messages that would have nowhere else to go; one that exists is used as it is.
-
-    From RabbitMQ 4 on a quorum queue drops what was delivered more than 20 times, unless an argument lifts that
-    limit. RabbitMQ 3 has no limit by default, and with that argument would drop all.
-    """
-    version = connection.client.server_version.partition(".")[0]
-    limit = {} if version in ("", "3") else {"x-delivery-limit": -1}
-    try:
-        await connection.request(
-            lambda channel: channel.queue_declare(UNDELIVERABLE, passive=True), expects=(ChannelNotFoundEntity,)
-        )
-    except ChannelNotFoundEntity:
-        await connection.request(
-            lambda channel: channel.queue_declare(UNDELIVERABLE, durable=True, arguments={TYPE: "quorum", **limit})
-        )
 
 
 def needs_no_lock(name: str, queue: Queue | None, declare: Declare) -> bool:

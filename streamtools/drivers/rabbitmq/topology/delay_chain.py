@@ -24,17 +24,15 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 from aiormq.abc import AbstractChannel
-from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ChannelNotFoundEntity
+from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 
 from streamtools.drivers.rabbitmq.amqp.connection import Connection
-from streamtools.drivers.rabbitmq.errors import channel_error, is_missing
 from streamtools.drivers.rabbitmq.rare.leaderless_levels import LeaderlessLevels
 from streamtools.drivers.rabbitmq.rare.unusable_delays import LevelsMissing, Unheld, UnusableDelays
-from streamtools.drivers.rabbitmq.topology.declarations import declare_undeliverable
+from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.drivers.rabbitmq.topology.delay_levels import (
     OUT,
     PREFIX,
@@ -45,7 +43,7 @@ from streamtools.drivers.rabbitmq.topology.delay_levels import (
     target_word,
 )
 from streamtools.drivers.rabbitmq.topology.queues import AT_LEAST_ONCE, UNDELIVERABLE, nowhere_to_send
-from streamtools.errors import QueueError
+from streamtools.errors import ConnectError, QueueError
 from streamtools.message import Message
 
 #: Seconds for which a target that was found and bound is taken to be so.
@@ -72,6 +70,7 @@ class DelayChain:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._declarations = Declarations(connection)
         self._time = asyncio.get_running_loop().time
         #: Levels that exist, from the lowest on.
         self._levels = 0
@@ -159,19 +158,17 @@ class DelayChain:
 
     async def _check_queue(self, queue: str) -> None:
         try:
-            await self._connection.request(
-                partial(_ask_queue, queue), expects=(ChannelLockedResource, ChannelNotFoundEntity)
-            )
-        except ChannelLockedResource:
+            found = await self._declarations.exists(queue)
+        except ConnectError as error:
+            if not isinstance(error.__cause__, ChannelLockedResource):
+                raise
             # It exists, but only the connection that it is exclusive to may bind it.
             raise Unheld(
                 f"The queue {queue!r} is exclusive to another connection, so a delayed message cannot be sent to it. "
                 "Use Retry(delay=0), or a queue that is not exclusive."
             ) from None
-        except ChannelNotFoundEntity as error:
-            if not is_missing(error):
-                raise channel_error(error, self._connection.where) from error
-            raise QueueError(nowhere_to_send(queue, self._connection.where)) from error
+        if not found:
+            raise QueueError(nowhere_to_send(queue, self._connection.where))
 
     # --- levels -------------------------------------------------------------------------------------
 
@@ -184,7 +181,7 @@ class DelayChain:
         if self._levels == 0:
             if declares:
                 with suppress(QueueError):  # we may not make it; if it is missing, that is found out below
-                    await declare_undeliverable(self._connection)
+                    await self._declarations.declare_undeliverable()
             await self._ensure(_END, declares=declares)
             self._renew_at = self._time() + LEVELS_TTL
         for level in range(self._levels, levels):
@@ -201,15 +198,12 @@ class DelayChain:
                 self._may_make = False
             else:
                 return
-        try:
-            for name in part.queues:
-                await self._connection.request(partial(_ask_queue, name), expects=(ChannelNotFoundEntity,))
-            for name in part.exchanges:
-                await self._connection.request(partial(_ask_exchange, name), expects=(ChannelNotFoundEntity,))
-        except ChannelNotFoundEntity as error:
-            if not is_missing(error):
-                raise channel_error(error, self._connection.where) from error
-            raise self._missing(part, declares=declares) from error
+        for name in part.queues:
+            if not await self._declarations.exists(name):
+                raise self._missing(part, declares=declares)
+        for name in part.exchanges:
+            if not await self._declarations.has_exchange(name):
+                raise self._missing(part, declares=declares)
 
     def _missing(self, part: _Part, *, declares: bool) -> LevelsMissing:
         names = ", ".join(dict.fromkeys((*part.queues, *part.exchanges)))
@@ -226,14 +220,6 @@ class DelayChain:
             "or allow it: rabbitmqctl set_permissions with a configure pattern that matches "
             f"{PREFIX}.* and {UNDELIVERABLE}."
         )
-
-
-def _ask_queue(name: str, channel: AbstractChannel) -> Awaitable[Any]:
-    return channel.queue_declare(name, passive=True)
-
-
-def _ask_exchange(name: str, channel: AbstractChannel) -> Awaitable[Any]:
-    return channel.exchange_declare(name, passive=True)
 
 
 def _level(level: int) -> _Part:
