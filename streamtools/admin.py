@@ -44,7 +44,7 @@ class QueueAdmin(AdminHooks, LoopBound):
 
     Parameters:
         url: the address, or a settings object; see `streamtools.settings`.
-        client_id: this client's name, where the broker shows connections.
+        client_id: this client's name, as the broker shows it with its connections.
     """
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
@@ -85,10 +85,10 @@ class QueueAdmin(AdminHooks, LoopBound):
         return sorted(await self._here()._list(), key=lambda info: info.name)
 
     async def create(self, queue: str, **options: Any) -> None:
-        """Make a queue; safe to repeat.
+        """Create a queue; safe to repeat.
 
         Parameters:
-            options: the protocol's own, as for its Producer.
+            options: options of the protocol, as for its Producer.
 
         Raises:
             QueueError: it exists with other options.
@@ -107,7 +107,7 @@ class QueueAdmin(AdminHooks, LoopBound):
         await self._here()._delete(queue)
 
     async def purge(self, queue: str) -> int:
-        """Forget every message that waits in the queue; the number of them.
+        """Delete every message that waits in the queue; returns how many there were.
 
         Raises:
             QueueError: there is no such queue.
@@ -142,14 +142,14 @@ class QueueAdmin(AdminHooks, LoopBound):
         """Change how a queue is kept; what is not given stays as it is. Safe to repeat.
 
         Parameters:
-            partitions: how many it has from now on; more than it has, never fewer. Messages of a key that are sent
-                from then on may go to another partition than those before.
-            retention: seconds that a message is kept; `math.inf` for ever.
+            partitions: the new number of partitions, never fewer than before. Afterwards, messages with a key may go
+                to another partition than earlier ones with that key.
+            retention: seconds that a message is kept; `math.inf` without a limit.
             retention_bytes: how much of each partition is kept; `math.inf` without a limit.
 
         Raises:
             QueueError: there is no such queue, or it has more partitions than that.
-            ConfigurationError: nothing to change is given, or a number that cannot be.
+            ConfigurationError: nothing to change is given, or a number that is impossible.
             FeatureError: the protocol has nothing of the kind.
         """
         if partitions is None and retention is None and retention_bytes is None:
@@ -163,7 +163,7 @@ class QueueAdmin(AdminHooks, LoopBound):
         await self._here()._alter(queue, partitions, retention, retention_bytes)
 
     async def groups(self, queue: str) -> Sequence[GroupInfo]:
-        """The groups that read a queue, and how far each has come; it moves none of them.
+        """The groups that read a queue, and how far each has come. Looking moves none of them.
 
         Raises:
             QueueError: there is no such queue.
@@ -174,7 +174,8 @@ class QueueAdmin(AdminHooks, LoopBound):
     async def seek(
         self, queue: str, to: Place, *, group: str | None = None, partition: int | None = None
     ) -> GroupInfo:
-        """Move a group to another place of a queue: what lies behind it is read, once more if need be.
+        """Move a group to another position in a queue: it then reads all messages from there on, again if it has read
+        them before.
 
         The group's consumers must be stopped. Safe to repeat.
 
@@ -210,7 +211,7 @@ class QueueAdmin(AdminHooks, LoopBound):
         await self._here()._bind(queue, Binding(topic, exchange))
 
     async def unbind(self, queue: str, topic: str, exchange: Exchange = TOPIC) -> None:
-        """Take away what `bind` did; safe to repeat. Messages that wait already stay.
+        """Undo `bind`; safe to repeat. Messages that already wait stay.
 
         Raises:
             FeatureError: the protocol has no exchanges.
@@ -218,16 +219,16 @@ class QueueAdmin(AdminHooks, LoopBound):
         await self._here()._unbind(queue, Binding(topic, exchange))
 
     async def cancel(self, queue: str, id: str) -> bool:  # noqa: A002 - the field's name everywhere
-        """Take back a message that is not due yet; False when it is due, delivered or unknown.
+        """Cancel a message that is not due yet; returns False if it is due, delivered or unknown.
 
         Raises:
-            FeatureError: the protocol does not let a delayed message be taken back.
+            FeatureError: the protocol cannot cancel a delayed message.
             QueueError: there is no such queue.
         """
         return await self._here()._cancel(queue, id)
 
     async def peek(self, queue: str, limit: int = 10) -> Sequence[Message]:
-        """The first messages that wait, left where they are, as they are.
+        """Return the first messages that wait, and leave them in the queue.
 
         Raises:
             QueueError: there is no such queue.
@@ -257,18 +258,18 @@ class QueueAdmin(AdminHooks, LoopBound):
 
         Parameters:
             target: where to; the queue that each message failed in when None.
-            failed_in: only those that failed in one of these queues. Where a message failed stands in the message,
-                and whoever may write to `source` may have written it. So without a `target` messages go only to
-                queues that are named here. When None, they go to the queue whose own error queue `source` is, as
-                `orders` for `orders.error`; others stay.
-            where: moves only those for which it is true.
+            failed_in: only those that failed in one of these queues. A message says itself where it failed, and
+                anyone who may write to `source` can write that. So without a `target` messages go only to queues that
+                are named here. When None, they go to the queue whose own error queue `source` is, as `orders` for
+                `orders.error`; others stay.
+            where: moves only messages for which it returns true.
             limit: look at this many at most.
             progress: called with the number moved so far.
 
         Raises:
             QueueError: there is no such queue.
-            ConfigurationError: messages do not say where they failed, or their queue is not named, and no target is
-                given.
+            ConfigurationError: there is no target, and messages do not say where they failed, or their queue is not
+                named.
             SendError: a target does not take a message.
 
         Messages that cannot be moved stay in `source`; the error about them is raised after all others have moved.
@@ -290,7 +291,7 @@ class QueueAdmin(AdminHooks, LoopBound):
         limit: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Forget messages that wait in `source`, for ever; the number of them. Parameters as for `move`.
+        """Delete messages that wait in `source`, for good; returns how many. Parameters as for `move`.
 
         Raises:
             QueueError: there is no such queue.

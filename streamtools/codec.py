@@ -75,7 +75,7 @@ def register_codec(
     register_codec("application/yaml", yaml.safe_load, lambda data: yaml.safe_dump(data).encode())
     ```
 
-    Handlers have their models from such bodies as they have them from JSON.
+    Handlers get their models from such bodies as they do from JSON.
 
     Parameters:
         content_type: a media type, without parameters.
@@ -83,7 +83,7 @@ def register_codec(
         encode: plain data -> body, for `Bus(content_type=...)`.
 
     Raises:
-        ConfigurationError: it is no media type, or JSON, which is read straight into a handler's model.
+        ConfigurationError: it is not a media type, or it is JSON.
     """
     media = media_type(content_type)
     if "/" not in media or ";" in content_type or media == JSON:

@@ -214,14 +214,14 @@ class Consumer(ConsumerHooks, Endpoint):
         return decorate if function is None else decorate(function)
 
     async def receive(self, max_messages: int = 1, *, timeout: Seconds | None = None) -> list[Delivery]:  # noqa: ASYNC109
-        """Pull up to `max_messages`; each delivery is to be settled by hand. What has expired is dropped.
+        """Receive up to `max_messages`; you must settle each delivery. Messages that have expired are dropped.
 
         Parameters:
-            timeout: seconds, or a timedelta, to wait for the first one; 0 returns with what is there as soon as the
-                broker has answered, None waits for ever.
+            timeout: seconds, or a timedelta, to wait for the first one; 0 returns what is there as soon as the broker
+                has answered, None waits without a limit.
 
         Returns:
-            Deliveries, none when the time is over.
+            Deliveries; an empty list when the time is over.
         """
         if max_messages < 1:
             raise ValueError(f"max_messages={max_messages} is out of range: at least 1.")
@@ -243,7 +243,7 @@ class Consumer(ConsumerHooks, Endpoint):
                 await self._disconnect(error)
 
     async def ack_many(self, deliveries: Iterable[Delivery]) -> None:
-        """Acknowledge what `receive` returned in one go; those that are settled already are passed over.
+        """Acknowledge what `receive` returned, all at once; skips deliveries that are already settled.
 
         Raises:
             ConnectionLost: the connection ended; those of them that come again are new deliveries.
@@ -309,7 +309,7 @@ class Consumer(ConsumerHooks, Endpoint):
                 self._running = False
 
     def stop(self, grace: float = 30.0) -> None:
-        """Take no more messages; handlers at work have `grace` seconds, the rest goes back.
+        """Take no more messages. Running handlers have `grace` seconds, and the rest goes back.
 
         Safe to repeat, and from any thread.
         """
@@ -318,12 +318,12 @@ class Consumer(ConsumerHooks, Endpoint):
 
     @property
     def in_flight(self) -> int:
-        """Handlers at work."""
+        """The number of running handlers."""
         return self._loop.running if self._loop is not None else 0
 
     @property
     def connected(self) -> bool:
-        """The connection is up, as far as is known."""
+        """Whether the connection is up, as far as is known."""
         return self._connected and not (self._running and self._loop is not None and self._loop.is_lost)
 
     @property

@@ -15,7 +15,7 @@ TYPES: Final = ("direct", "topic", "fanout")
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Where a message with a topic finds the queues bound to it.
+    """An exchange copies a message into the queues that are bound to its topic.
 
     Parameters:
         name: its name; `streamtools.<type>` when empty.
@@ -37,7 +37,7 @@ class Exchange:
         check_name(self.name)
 
     def matches(self, pattern: str, topic: str) -> bool:
-        """Whether a queue bound by `pattern` has the messages of `topic`."""
+        """Return whether a queue that is bound with `pattern` receives messages of `topic`."""
         if self.type == "topic":
             return _match(pattern, topic)
         return self.type == "fanout" or pattern == topic
@@ -50,14 +50,14 @@ FANOUT: Final = Exchange(type="fanout")
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What a queue has of an exchange: the messages whose topic matches.
+    """Says which messages of an exchange a queue receives: those whose topic matches.
 
     Parameters:
         topic: a topic, or a pattern of topics on a topic exchange.
         exchange: `streamtools.topic` unless given.
 
     Raises:
-        ConfigurationError: the topic is no text.
+        ConfigurationError: the topic is not a text.
     """
 
     topic: str

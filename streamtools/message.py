@@ -95,33 +95,34 @@ class ErrorDetails:
 @sets_slots
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One message: the body, which is the payload alone, and the metadata beside it.
+    """One message: the body, which is the payload alone, and the metadata.
 
     Attributes:
         body: the payload's bytes; None is a tombstone, which says that what its key names was deleted (only with
             `Features.tombstones`).
-        queue: where the message goes, or where it was received; a topic, where `exchange` is set.
-        id: unique; kept through every retry, delay, error queue and redrive.
+        queue: where the message goes, or where it was received; a topic if `exchange` is set.
+        id: unique; stays the same through retries, delays, the error queue and a redrive.
         exchange: where the message goes by its topic, to every queue bound there; None to the queue itself,
             and on all that was received.
         mandatory: a message that reaches no queue is an error; otherwise it is forgotten. Not on the wire.
-        type: the name of what the payload is, such as `orders.Placed`.
-        version: which version of that type, where there are several.
+        type: the name of the kind of payload, such as `orders.Placed`.
+        version: the version of that type, if there are several.
         source: who sent it (the producer's `client_id`).
         time: when it was sent, in seconds since the epoch.
         content_type: the body's media type; None when the sender did not say.
         content_encoding: a further encoding of the body, when there is one.
         correlation_id: common to all messages of one conversation.
-        causation_id: the id of the message whose handling sent this one.
-        reply_to: where a reply is to go.
+        causation_id: the id of the message whose handler sent this one.
+        reply_to: the address for a reply.
         intent: `command`, `event`, `request` or `reply`, or None.
-        handler: the one handler that is to run it, where several would; on copies for a retry.
+        handler: the one handler that runs it, if there are several; on copies for a retry.
         topic: the topic that it was published to, for a subscriber of `orders.*`; None if it was sent to a queue.
-        key: messages of one key stay in order where the consumer asks for it; bytes where it is no plain UTF-8 text.
+        key: messages with the same key keep their order if the consumer asks for it; bytes if it is not plain UTF-8
+            text.
         headers: the user's own, `str -> str`, never mixed with ours.
-        attempt: which run this is; 1 at first.
-        deliver_at: not to be delivered before this time, in seconds since the epoch.
-        expires_at: not to be handled after this time, in seconds since the epoch.
+        attempt: the number of the attempt; the first is 1.
+        deliver_at: the earliest time of delivery, in seconds since the epoch.
+        expires_at: the time after which it is not handled any more, in seconds since the epoch.
         error: why it failed before, if it did.
     """
 
@@ -159,7 +160,7 @@ class Message:
 
     @property
     def expired(self) -> bool:
-        """Its `expires_at` has passed."""
+        """Whether its `expires_at` has passed."""
         return self.expires_at is not None and self.expires_at <= time.time()
 
     @property

@@ -177,30 +177,31 @@ class Producer(ProducerHooks, Endpoint):
         tombstone: bool = False,
         **options: Any,
     ) -> Receipt:
-        """Send one message; returns once the broker holds it, or with `outbox=True` in a handler at once.
+        """Send one message. Returns when the broker holds it; with `outbox=True` in a handler, at once.
 
-        Within a handler its id derives from the message in hand, so that a handler that is run again sends the same
-        ids, and it belongs to the same conversation.
+        In a handler its id is derived from the handled message, so that a handler that runs again sends the same ids,
+        and it belongs to the same conversation.
 
         Parameters:
             payload: `str` goes as UTF-8 text, `bytes` untouched, everything else as JSON.
             headers: the user's own, `str -> str`, 64 KiB at most.
-            key: messages of one key keep their order for consumers with `ordered_by="key"`.
-            type: the name of what the payload is.
+            key: messages with the same key keep their order, for consumers with `ordered_by="key"`.
+            type: the name of the kind of payload.
             delay: seconds, or a timedelta, before it may be received.
-            ttl: seconds, or a timedelta, after which it is no longer to be handled.
-            id: its unique id; made when not given. To repeat a send safely, repeat the id.
-            correlation_id: common to one conversation; within a handler that of the message in hand.
-            reply_to: where a reply is to go.
-            tombstone: with a payload of None and a `key`: what the key names is no more. On Kafka a record without a
-                value; refused where the protocol has nothing of the kind (`Features.tombstones`).
+            ttl: seconds, or a timedelta, after which it is not handled any more.
+            id: its unique id; generated when not given. To repeat a send safely, use the same id.
+            correlation_id: the id of the conversation; in a handler, that of the handled message when not given.
+            reply_to: the address for a reply.
+            tombstone: with a payload of None and a `key`: says that what the key names was deleted. On Kafka it is a
+                record without a value; protocols without such messages refuse it (`Features.tombstones`).
             options: the protocol's own.
 
         Raises:
-            SendError: the broker refused it, or did not confirm it within `send_timeout`; also when it could not be
-                reached for so long.
-            ConnectError: the broker does not let us in, for good (a wrong password, a missing virtual host).
-            TypeError: the payload, a header or an option is not of a usable type.
+            SendError: the broker refused it, did not confirm it within `send_timeout`, or could not be reached for so
+                long.
+            ConnectError: the broker refuses the connection, and another try cannot help (a wrong password, a missing
+                virtual host).
+            TypeError: the payload, a header or an option has the wrong type.
         """
         here = self._here()
         common = here._common(
@@ -225,7 +226,8 @@ class Producer(ProducerHooks, Endpoint):
         """Send many messages in one confirmed batch, in order; parameters as for `send`.
 
         Raises:
-            SendError: some are not known to be held; `.refused` and `.unknown` name them by id, `.messages` has them.
+            SendError: the broker is not known to hold some of them; `.refused` and `.unknown` have their ids,
+                `.messages` has them.
             TypeError: one payload is given instead of several.
         """
         _check_several(payloads)
@@ -237,11 +239,11 @@ class Producer(ProducerHooks, Endpoint):
         return await here._let_go(batch, here._read_send_options(options, Producer.send_many)) if batch else []
 
     async def send_messages(self, batch: Sequence[Message]) -> list[Receipt]:
-        """Send messages that are complete already, each to its own `queue`; for copies and bridges.
+        """Send complete messages, each to its own `queue`; for copies and bridges.
 
         Raises:
-            SendError: some are not known to be held; `.messages` has exactly those of `batch`, whatever their ids.
-                Those with a time that is none (NaN, infinity, milliseconds) are refused by themselves.
+            SendError: the broker is not known to hold some of them; `.messages` has exactly these, whatever their ids
+                are. A message with an impossible time (NaN, infinity, milliseconds) is refused without the others.
             FeatureError: one is a tombstone, which this protocol cannot carry.
         """
         if not self.features.tombstones and any(message.body is None for message in batch):
@@ -253,7 +255,7 @@ class Producer(ProducerHooks, Endpoint):
         return await here._deliver(batch, here._no_options) if batch else []
 
     async def flush(self) -> None:
-        """Return when nothing sent with `wait=False` is under way any more; at once where nothing ever is.
+        """Wait until all messages of `send(wait=False)` are confirmed or have failed.
 
         Raises:
             SendError: naming those that failed since the last `flush()`.

@@ -12,7 +12,7 @@ Place = Literal["beginning", "end"] | int | datetime
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueInfo:
-    """One queue's numbers; None where the protocol does not know.
+    """The numbers of one queue; None for what the protocol does not know.
 
     Attributes:
         name: the queue.
@@ -33,12 +33,12 @@ class QueueInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueSettings:
-    """How a queue is kept, where messages stay after they were read (`Features.replay`).
+    """The settings of a queue whose messages stay after they were read (`Features.replay`).
 
     Attributes:
-        partitions: into how many parts it is divided; each has one consumer of a group at a time.
+        partitions: into how many parts the queue is divided; each has one consumer of a group at a time.
         replication: copies of each partition.
-        retention: how long a message is kept, in seconds; `math.inf` for ever.
+        retention: how long a message is kept, in seconds; `math.inf` without a limit.
         retention_bytes: how much of each partition is kept; `math.inf` without a limit.
     """
 
@@ -56,10 +56,10 @@ class PartitionInfo:
         partition: its number.
         begin: the first offset that is kept.
         end: the offset after the last message.
-        committed: where the group goes on reading; None when it has never committed.
+        committed: where the group continues to read; None if it has never committed.
         lag: how far it is behind, in offsets.
-        ahead: how many of these are done already, behind one that is not.
-        member: the client id of the consumer that reads it; None when there is none.
+        ahead: how many of these are already done, behind one that is not.
+        member: the client id of the consumer that reads it; None if no consumer does.
     """
 
     partition: int

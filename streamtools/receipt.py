@@ -14,7 +14,8 @@ from streamtools.message import sets_slots
 class Receipt:
     """What `send` returns: the broker holds the message.
 
-    Awaiting it returns it: with `send(wait=False)`, where a protocol has that, once the broker holds the message.
+    You can await it. With `send(wait=False)` (Kafka) this waits until the broker holds the message; otherwise it
+    returns at once.
 
     Attributes:
         id: the message's id.

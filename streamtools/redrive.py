@@ -1,4 +1,4 @@
-"""The error queue, for operators: which messages failed and why, and putting them back to work."""
+"""The error queue, for operators: which messages failed and why, and how to put them back to work."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ Condition = Callable[[Message], bool]
 
 
 class ErrorFilter:
-    """Chooses messages of an error queue: true for those that meet every condition.
+    """Chooses messages of an error queue: returns true for those that meet every condition.
 
     `name=value` compares a field: queue, exception (its full name or the last part), handler, reason, type,
-    id, key, source, or header.NAME. `*` and `?` in a value stand for anything; a reason need only contain
-    its value. A word without `=` is looked for in the reason and in the body.
+    id, key, source, or header.NAME. `*` and `?` in a value stand for any characters. A reason matches if it contains
+    the value. A word without `=` is searched in the reason and in the body.
 
     Parameters:
-        conditions: each one or several, separated by blanks; quote a value that has blanks.
+        conditions: each text has one condition or several, with blanks between them; quote a value that contains
+            blanks.
 
     Raises:
-        ConfigurationError: a name that is not known, or a quote that is not closed.
+        ConfigurationError: an unknown name, or a quote that is not closed.
     """
 
     def __init__(self, conditions: Iterable[str] = ()) -> None:
@@ -97,16 +98,16 @@ def _containing(text: str) -> Condition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorGroup:
-    """Messages that failed in one queue by one exception.
+    """Messages that failed in one queue with one exception.
 
     Attributes:
         queue: where they failed.
-        exception: the exception's name; empty where they were rejected without one.
+        exception: the exception's name; empty if they were rejected without one.
         count: how many.
         first_failed: the earliest first failure, in seconds since the epoch.
         last_failed: the latest last failure.
-        reason: the latest one's text.
-        example: the latest one's id.
+        reason: the text of the latest failure.
+        example: the id of the message that failed latest.
     """
 
     queue: str
@@ -119,7 +120,7 @@ class ErrorGroup:
 
 
 def group_errors(messages: Iterable[Message]) -> list[ErrorGroup]:
-    """The messages by source queue and exception, the largest group first."""
+    """Group the messages by source queue and exception, the largest group first."""
     groups: dict[tuple[str, str], list[Message]] = {}
     for message in messages:
         error = message.error or NO_DETAILS
@@ -159,18 +160,18 @@ async def redrive(
 
     Parameters:
         queue: the error queue.
-        where: only those for which it is true.
+        where: only messages for which it returns true.
         target: where to; the queue that each one failed in when None.
-        failed_in: only those that failed in one of these queues. Where a message failed stands in the message, and
-            whoever may write to the error queue may have written it. So without a `target` messages go only to queues
-            that are named here. When None, they go to the queue whose own error queue this is, as `orders` for
+        failed_in: only those that failed in one of these queues. A message says itself where it failed, and anyone
+            who may write to the error queue can write that. So without a `target` messages go only to queues that are
+            named here. When None, they go to the queue whose own error queue this is, as `orders` for
             `orders.error`; others stay.
         limit: this many at most.
         progress: called with the number looked at so far.
 
     Raises:
         QueueError: there is no such queue.
-        ConfigurationError: a message does not say where it failed, or its queue is not named, and no target is given.
+        ConfigurationError: there is no target, and a message does not say where it failed, or its queue is not named.
         SendError: a target does not take a message; it stays in the error queue.
     """
     named = queues_named(failed_in)
@@ -186,7 +187,7 @@ async def discard(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Forget messages for ever; the number of them. Parameters as for `redrive`.
+    """Delete messages for good; returns how many. Parameters as for `redrive`.
 
     Raises:
         QueueError: there is no such queue.

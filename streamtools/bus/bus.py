@@ -56,8 +56,8 @@ class Bus(MessageSender):
     ```
 
     Safe to use from many tasks at once, and in any number of event loops, one after the other or in several threads;
-    its handlers run in one of them at a time. Within a handler, and within `transaction()`, what
-    is sent gathers and leaves together at the end; elsewhere it leaves at once.
+    its handlers run in one of them at a time. In a handler, and in `transaction()`, messages wait and leave together
+    at the end; elsewhere they leave at once.
 
     Parameters:
         queue: this service's own queue; None for a bus that only sends.
@@ -154,19 +154,21 @@ class Bus(MessageSender):
         retry: Retry | None = None,
         exchange: Exchange | None = None,
     ) -> Any:
-        """Register a handler, by what its first parameter is annotated with: `@bus.handler`.
+        """Register a handler: `@bus.handler`. The annotation of its first parameter says what it handles.
 
-        A Command has one handler; an Event any number, and the queue is subscribed to its topic. `A | B` takes
-        both. `dict`, `bytes`, `Message` or nothing takes whatever has no handler of its own. Further
+        A Command has one handler. An Event has any number, and the queue is subscribed to its topic. `A | B` takes
+        both. `dict`, `bytes`, `Message` or no annotation takes everything that has no other handler. Further
         parameters are filled by type: MessageContext, Message, Delivery, Bus, and what `provide` was given.
 
         Parameters:
             type: the name on the wire, for messages without a contract.
             retry: replaces the bus's policy.
-            exchange: where an event is subscribed to, or where a command can be sent to by the queue's name.
+            exchange: the exchange that an event is subscribed to, or to which a command can be sent with the name of
+                the queue.
 
         Raises:
-            ConfigurationError: it cannot be told what it handles, a command has a handler already, or the bus runs.
+            ConfigurationError: the annotation does not say what it handles, a command already has a handler, or the
+                bus runs.
         """
 
         def decorate(function: Any) -> Any:
@@ -185,11 +187,12 @@ class Bus(MessageSender):
     ) -> None:
         """Register a handler for a contract: a function, or a class with `handle(self, command)`.
 
-        Of a class there is a fresh instance for each message; its constructor's arguments come from `provide`.
+        Each message gets a new instance of a class; the arguments of its constructor come from `provide`.
 
         Parameters:
             retry: replaces the bus's policy.
-            exchange: where an event is subscribed to, or where a command can be sent to by the queue's name.
+            exchange: the exchange that an event is subscribed to, or to which a command can be sent with the name of
+                the queue.
 
         Raises:
             ConfigurationError: as for `handler`, or a class without `handle`.
@@ -210,21 +213,22 @@ class Bus(MessageSender):
             self._factory.need_topics()
 
     def provide(self, value: Any, type: type | None = None) -> None:  # noqa: A002
-        """Give this value to every handler and constructor that has a parameter of its type; before it starts.
+        """Give this value to every handler and constructor that has a parameter of its type. Call it before the bus
+        starts.
 
         Parameters:
-            type: the type that is asked for, where it is another than the value's own.
+            type: the type of these parameters, if it is not the value's own.
         """
         self._provided[type or value.__class__] = value
 
     def route(self, command: type[Command], to: str, *, exchange: Exchange | None = None) -> None:
-        """Where commands of this class go, when neither the call nor the class says.
+        """Say where commands of this class go, if neither the call nor the class does.
 
         Parameters:
             to: a queue; a routing key, with an exchange.
 
         Raises:
-            ConfigurationError: it is not a command, or its destination cannot be.
+            ConfigurationError: it is not a command, or its destination is impossible.
         """
         given: Any = command
         if not isinstance(given, type) or not issubclass(given, Command):
@@ -244,7 +248,7 @@ class Bus(MessageSender):
 
         Parameters:
             topics: topics, patterns of them, or events, also in lists; none for a fanout exchange.
-            queue: this bus's own when None, which is made if it is missing.
+            queue: the queue; this bus's own when None, which is created if it does not exist.
 
         Raises:
             ConfigurationError: a command; this bus has no queue of its own.
@@ -267,7 +271,7 @@ class Bus(MessageSender):
         queue: str | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        """Take away what `subscribe` did; safe to repeat. Messages that wait already are handled.
+        """Undo `subscribe`; safe to repeat. Messages that already wait are handled.
 
         Raises:
             ConfigurationError: as for `subscribe`.
@@ -283,9 +287,9 @@ class Bus(MessageSender):
             await admin.unbind(queue or self._own(), binding.topic, binding.exchange)
 
     async def declare(self) -> None:
-        """Make this bus's queue and its subscriptions, without receiving. Safe to repeat.
+        """Create this bus's queue and its subscriptions, without receiving. Safe to repeat.
 
-        With `declare=False` among the bus's options the queue is left to others.
+        With the option `declare=False` the bus does not create the queue.
 
         Raises:
             ConfigurationError: this bus has no queue of its own.
@@ -299,10 +303,10 @@ class Bus(MessageSender):
             await admin.bind(self._own(), binding.topic, binding.exchange)
 
     async def cancel(self, receipt: Receipt) -> bool:
-        """Take back a deferred message; False when it is due already, or unknown.
+        """Cancel a deferred message; returns False if it is already due, or unknown.
 
         Raises:
-            FeatureError: the protocol does not let it be taken back.
+            FeatureError: the protocol cannot cancel it.
         """
         return await (await self._get_admin()).cancel(receipt.queue, receipt.id)
 
@@ -315,7 +319,7 @@ class Bus(MessageSender):
         *,
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> list[Delivery]:
-        """Pull messages by hand, from this bus's own queue or another; as `Consumer.receive`."""
+        """Receive messages by hand, from this bus's own queue or another; see `Consumer.receive`."""
         name, pulling = queue or self._own(), self._connections.here().pulling
         if name not in pulling:
             own = name == self.queue
@@ -329,7 +333,7 @@ class Bus(MessageSender):
     # --- lifetime -------------------------------------------------------------------------------
 
     async def start(self) -> Self:
-        """Connect, make the queue, and run the handlers if there are any. Safe to repeat, and after `stop()`.
+        """Connect, create the queue, and run the handlers if there are any. Safe to repeat, also after `stop()`.
 
         Raises:
             ConnectError: the broker cannot be reached, or refuses us.

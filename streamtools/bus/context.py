@@ -18,9 +18,8 @@ from streamtools.validation.checks import Seconds
 class MessageContext:
     """The message being handled, for a handler that asks for it: `async def place(command, context: MessageContext)`.
 
-    What is sent through it leaves when the handler has succeeded, before its message is acknowledged; an
-    attempt that fails sends nothing. The verbs may be awaited, and need not be: a plain `def` handler
-    calls them as they are.
+    What is sent through it leaves when the handler has succeeded, before its message is acknowledged. An attempt that
+    fails sends nothing. The methods may be awaited, but need not: a `def` handler just calls them.
 
     Attributes:
         message: the whole message.
@@ -54,7 +53,7 @@ class MessageContext:
 
     @property
     def attempt(self) -> int:
-        """Which run this is; 1 at first."""
+        """The number of this attempt; the first is 1."""
         return self.message.attempt
 
     def send(
@@ -124,7 +123,7 @@ class MessageContext:
     ) -> Sent:
         """Answer the sender; parameters as for `Bus.reply`.
 
-        Where the sender's address may get no reply, the answer is dropped, with a line in the log.
+        If the sender's address may not get a reply, the answer is dropped, with a line in the log.
 
         Raises:
             ConfigurationError: the message does not say where a reply is to go.

@@ -64,15 +64,15 @@ class Contract(BaseModel):
 
 
 class Command(Contract):
-    """A request to do something, sent to the one queue whose owner does it.
+    """A request to do something. It is sent to the queue of the one service that does it.
 
     Parameters:
         name: its name on the wire; the class's name when not given.
-        version: which version of that name this is.
-        to: the queue it goes to, when neither the call nor `bus.route` says.
+        version: the version of that name.
+        to: the queue that it goes to, if neither the call nor `bus.route` says.
 
     Raises:
-        ConfigurationError: a name, a version or a queue that cannot be.
+        ConfigurationError: an impossible name, version or queue.
     """
 
     @classmethod
@@ -88,15 +88,15 @@ class Command(Contract):
 
 
 class Event(Contract):
-    """Something that has happened, published to whoever subscribed.
+    """Something that has happened. It is published to all who have subscribed.
 
     Parameters:
         name: its name on the wire; the class's name when not given.
-        version: which version of that name this is.
+        version: the version of that name.
         topic: what it is published under; its name when not given.
 
     Raises:
-        ConfigurationError: a name, a version or a topic that cannot be.
+        ConfigurationError: an impossible name, version or topic.
     """
 
     @classmethod

@@ -54,16 +54,16 @@ class MessageSender:
         """Send a command to its one owner.
 
         Parameters:
-            to: the owner's queue (with an exchange: a routing key); by `route` or by the contract when not given.
+            to: the owner's queue (with an exchange: a routing key); what `route` or the contract says when not given.
             headers: the user's own, `str -> str`.
-            type: the name of what the payload is, for one without a contract.
+            type: the name of the kind of payload, for a payload without a contract.
             key: messages of one key keep their order for a bus with `ordered_by="key"`.
-            ttl: seconds after which it is no longer to be handled.
-            immediately: leave now, even within a handler or a transaction.
+            ttl: seconds after which it is not handled any more.
+            immediately: send now, even in a handler or a transaction.
 
         Raises:
             SendError: there is no such queue, or it was not confirmed in time.
-            ConfigurationError: it is an event, or it is not known where it goes.
+            ConfigurationError: it is an event, or nothing says where it goes.
         """
         if unknown:
             refuse("send", unknown)
@@ -89,10 +89,10 @@ class MessageSender:
         Parameters:
             topic: the contract's own when not given.
             exchange: `streamtools.topic` when not given.
-            mandatory: that nobody subscribed is an error; as the bus says when None.
+            mandatory: it is an error if nobody has subscribed; what the bus says when None.
 
         Raises:
-            SendError: nobody subscribed, or it was not confirmed in time.
+            SendError: nobody has subscribed, or it was not confirmed in time.
             ConfigurationError: it is a command, or its topic is not known.
         """
         if unknown:
@@ -117,14 +117,14 @@ class MessageSender:
         ttl: Seconds | None = None,
         immediately: bool = False,
     ) -> Receipt:
-        """Send a command that is not to be handled before its time; parameters as for `send`, and:
+        """Send a command for later; parameters as for `send`, and:
 
         Parameters:
             delay: seconds, or a timedelta.
             at: a datetime with its time zone.
 
         Raises:
-            FeatureError: the protocol holds no message back.
+            FeatureError: the protocol cannot delay messages.
             SendError: there is no such queue, or it was not confirmed in time; by an exchange also that nobody is
                 bound, but on RabbitMQ, which looks for the queues when the time has come.
             ConfigurationError: neither or both times are given.
@@ -145,7 +145,7 @@ class MessageSender:
     ) -> Receipt:
         """Answer the message that this handler has in hand; parameters as for `send`.
 
-        Where the sender's address may get no reply, the answer is dropped, with a line in the log.
+        If the sender's address may not get a reply, the answer is dropped, with a line in the log.
 
         Raises:
             ConfigurationError: outside a handler, or the message does not say where a reply is to go.
@@ -198,13 +198,15 @@ class MessageSender:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Self]:
-        """What is sent in this block leaves at its end, in order, in one confirmed batch; nothing on an error.
+        """Send the messages of this block at its end, in order, in one confirmed batch; send none if the block
+        raises.
 
-        It belongs to the task that opened it, and to those which that starts within the block, until it ends.
-        Inside a handler, or another transaction, it leaves with that.
+        It belongs to the task that opened it, and to tasks that this one starts within the block, until the block
+        ends.
+        Inside a handler, or another transaction, it is sent together with that.
 
         Raises:
-            SendError: some were not taken; the others are held.
+            SendError: the broker refused some messages; it holds the others.
         """
         around = current_outbox()
         box = around.nested() if around is not None else Outbox()

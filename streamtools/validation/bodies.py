@@ -58,16 +58,15 @@ LIMITS: Final = BodyLimits()
 def set_body_limits(*, values: int | None = 100_000, inflated: int = 16 * 1024 * 1024) -> None:
     """Set the limits of bodies from now on, for every handler in this process.
 
-    A body beyond them is rejected before it is parsed. The time for which a body keeps the event loop grows with
-    both.
+    A body beyond them is rejected before it is parsed. A body can occupy the event loop longer if you raise them.
 
     Parameters:
-        values: values of a JSON body, in all its lists and objects; None for any number. Half as many more are parsed
-            for annotations of quick types alone, and five times as many as plain data.
-        inflated: bytes of a body once it is decompressed.
+        values: the largest number of values of a JSON body, in all its lists and objects; None for any number. It is
+            half as much again for annotations that validate quickly, and five times as much for plain data.
+        inflated: the largest size of a decompressed body, in bytes.
 
     Raises:
-        ConfigurationError: a limit is no whole number above 0.
+        ConfigurationError: a limit is not a whole number above 0.
     """
     given: dict[str, object] = {"values": 1 if values is None else values, "inflated": inflated}
     for name, value in given.items():

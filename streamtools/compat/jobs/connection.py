@@ -134,7 +134,8 @@ async def send_message(
     original_message: str | JobMessage = "None",
     url: str | ProtocolSettings | None = None,
 ) -> JobMessage:
-    """Send one message to the queue `send_to`, which is made if it is missing; the message as it was sent.
+    """Send one message to the queue `send_to`, which is created if it does not exist; returns the message as it was
+    sent.
 
     Parameters: those of `JobMessage`, and
         url: the address; see `streamtools.settings`.
@@ -165,11 +166,11 @@ async def receive_message(
     *,
     url: str | ProtocolSettings | None = None,
 ) -> list[JobMessage]:
-    """Receive the messages of one queue, which is made if it is missing.
+    """Receive the messages of one queue, which is created if it does not exist.
 
     Without a callback: wait for the first message, and return it with all that is there, 1,000 at most, and what
-    comes within two seconds. They are acknowledged as the list is returned: what becomes of them then is the
-    caller's. Before, a cancellation leaves them in the queue; one that comes while they are acknowledged is held back
+    comes within two seconds. They are acknowledged when the list is returned; after that the caller is responsible
+    for them. Before, a cancellation leaves them in the queue; one that comes while they are acknowledged is held back
     until the caller has the list, and comes at its next `await`.
 
     A callback loses nothing: each message is acknowledged when it has returned. One that raises has its message run
@@ -180,14 +181,15 @@ async def receive_message(
         queue_name: the queue, a str or a member of a `QueueName`.
         max_wait_time: seconds for the first message; with a callback, seconds without a further one, not
             counting those without a connection. 0 waits for ever.
-        call_back_function: called with each message, one after the other: `async def`, or `def`, in a thread.
+        call_back_function: called with each message, one after the other: an `async def`, or a `def`, which runs in a
+            thread.
         url: the address; see `streamtools.settings`.
 
     Returns:
         The messages in order, none when the time is over; with a callback always an empty list.
 
     Raises:
-        ConfigurationError: a name or a time that cannot be, or a callback that does not take one message.
+        ConfigurationError: an impossible name or time, or a callback that does not take one message.
         ConnectError: the broker cannot be reached within 30 seconds, or refuses us.
     """
     return await connect(url).receive_message(queue_name, max_wait_time, call_back_function)
