@@ -103,9 +103,8 @@ def nothing_blocks_the_loop() -> Iterator[BlockBuster]:
     with blockbuster_ctx("streamtools") as watch:
         for function in watch.functions.values():  # a driver is imported once, when it is first asked for
             function.can_block_in("streamtools/registry.py", {"_load"})
-            function.can_block_in(
-                "streamtools/text/installation.py", {"install_line"}
-            )  # for an error that ends the start
+            # For an error that ends the start.
+            function.can_block_in("streamtools/text/installation.py", {"install_line"})
         yield watch
 
 
@@ -113,7 +112,7 @@ def nothing_blocks_the_loop() -> Iterator[BlockBuster]:
 def in_process_queues_are_new() -> Iterator[None]:
     """In-process queues belong to the process: what a test leaves there would meet the next one."""
     yield
-    if (driver := sys.modules.get("streamtools.drivers.asyncio")) is not None:
+    if (driver := sys.modules.get("streamtools.drivers.asyncio.broker")) is not None:
         driver.Broker._all.clear()
 
 

@@ -305,7 +305,7 @@ class TestWhereNoBrokerHoldsAMessageBack:
     ) -> None:
         monkeypatch.setattr(AsyncIOConsumer, "features", replace(AsyncIOConsumer.features, delay=False))
         everything_is_due = SimpleNamespace(time=lambda: float("inf"), monotonic=time.monotonic)
-        monkeypatch.setattr("streamtools.drivers.asyncio.time", everything_is_due)
+        monkeypatch.setattr("streamtools.drivers.asyncio.queues.time", everything_is_due)
         at: list[float] = []
         consumer = AsyncIOConsumer("orders", url="asyncio://", retry=Retry(retries=2, delay=0.1, backoff=1, jitter=0))
 

@@ -112,7 +112,7 @@ def test_another_class_under_a_taken_name_is_an_error() -> None:
 
 
 def test_a_reloaded_module_registers_its_classes_anew() -> None:
-    import streamtools.drivers.asyncio as module
+    import streamtools.drivers.asyncio.producer as module
 
     before = PRODUCERS["asyncio"]
     registered: list[tuple[Any, Any]] = [(r, r["asyncio"]) for r in (PRODUCERS, CONSUMER_LOOPS, ADMINS)]
