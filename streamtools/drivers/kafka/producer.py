@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Final
 from streamtools.delivery import Delivery, current
 from streamtools.drivers.kafka.brokers.topics import Topic
 from streamtools.drivers.kafka.consuming.partition import KafkaDelivery
-from streamtools.drivers.kafka.errors import Missing
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply
 from streamtools.drivers.kafka.options import ProducerOptions, SendOptions, is_async
+from streamtools.drivers.kafka.producing.own_topic import make_and_send_again
 from streamtools.drivers.kafka.producing.record import ProducerRecord, not_held, records_of
 from streamtools.drivers.kafka.producing.sender import Sender
 from streamtools.drivers.kafka.producing.transaction import Transaction, current_transaction
@@ -110,7 +110,7 @@ class KafkaProducer(Producer, protocol="kafka"):
         self._sender = sender = Sender(self.settings, self.client_id)
         topics = await sender.open()
         if self.declare is not False:
-            await topics.declare([self._topic(self.options.partitions)], self.declare)
+            await topics.declare([self._topic], self.declare)
 
     async def _send(self, batch: Sequence[Message], options: SendOptions) -> Sequence[Receipt] | None:
         given, batch = batch, _placed(batch, options)
@@ -137,33 +137,13 @@ class KafkaProducer(Producer, protocol="kafka"):
         try:
             await sender.publish(items)
         except SendError:
-            again = self._lost_with_topic(items)
-            if not again:
+            if self.declare is not True or not await make_and_send_again(sender, items, self._topic, repr(self)):
                 raise
-            await self._make_again(sender)
-            await sender.publish(again)
 
-    def _lost_with_topic(self, items: Sequence[ProducerRecord]) -> list[ProducerRecord]:
-        """The refused records, if all were refused because our own topic was deleted; else none."""
-        refused = [item for item in items if item.error is not None]
-        ours = all(item.topic == self.queue and isinstance(item.error, Missing) for item in refused)
-        if self.declare is not True or not ours:
-            return []
-        for item in refused:
-            item.error = None
-        return refused
-
-    async def _make_again(self, sender: Sender) -> None:
-        count = self.options.partitions or sender.partitions(self.queue)
-        if await sender.make(self._topic(count)):
-            log.warning(
-                "%r: the topic was deleted while it was in use, with all that it held. Made again, partitions=%s.",
-                self,
-                count,
-            )
-
-    def _topic(self, partitions: int | None) -> Topic:
-        return Topic(name=self.queue, partitions=partitions, replication=self.options.replication)
+    @property
+    def _topic(self) -> Topic:
+        options = self.options
+        return Topic(name=self.queue, partitions=options.partitions, replication=options.replication)
 
     def _why_unconfirmed(self) -> str:
         return self._sender.what_it_waits_for() if self._sender is not None else super()._why_unconfirmed()

@@ -87,7 +87,7 @@ def _check_addresses(brokers: Iterable[Any]) -> None:
 
 
 def _missing(schema: Schema, values: Sequence[Any]) -> str | None:
-    """The name of a list that is null and may not be; None where there is none."""
+    """The name of a list that is null and may not be; None if there is none."""
     for name, kind, value in zip(schema.names, schema.fields, values, strict=True):
         if isinstance(kind, Array) and name not in OPTIONAL:
             if value is None:

@@ -51,7 +51,7 @@ def fail_batches(producer: Any, topic: str, partition: int, error: Exception) ->
     """Fail the batches that a producer has not sent to a partition; those on their way are not among them."""
     accumulator = producer._message_accumulator
     for batch in accumulator._batches.pop(TopicPartition(topic, partition), ()):
-        if batch.retry_count:  # the end of a batch that is repeated removes it from these, and it is not there
+        if batch.retry_count:  # a repeated batch is not among the pending ones, and its end removes it from them
             accumulator._pending_batches.add(batch)
         batch._drain_waiter.add_done_callback(_look_at)
         batch.failure(error)
