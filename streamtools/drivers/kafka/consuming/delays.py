@@ -83,7 +83,7 @@ class Delays:
         forward: sends copies to the retry topic, and finishes the records that they were made of.
         exactly_once: `forward` does so in transactions: of a partition it sends all, or nothing.
         finished: called with the number of records that were finished.
-        failed: called with an error after which this membership is of no use.
+        failed: called with an error that ends this membership.
         changed: called after each forwarding.
         name: the consumer's, for the log.
     """

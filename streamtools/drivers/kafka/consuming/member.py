@@ -56,7 +56,7 @@ class GroupMember:
         coordinator: of the group; None before the first assignment.
         partitions: those that are assigned to this member.
         commits: commits what is finished.
-        failure: why the membership is of no use any more; None as long as it is.
+        failure: why the membership has failed; None while it works.
     """
 
     def __init__(
@@ -318,7 +318,7 @@ class GroupMember:
             await self.client.drop()
 
     def fail(self, error: StreamToolsError) -> None:
-        """The membership is of no use any more; whoever receives is told."""
+        """The membership has failed; whoever receives gets the error."""
         self.failure = self.failure or error
         self.changed()
 

@@ -80,7 +80,7 @@ class AssignedPartition:
         metadata_full: a commit's metadata cannot hold more gaps; nothing is taken until the first gap closes.
         paused: the client library does not fetch it for now.
         revoking: it is about to be revoked; no further message of it is handled.
-        revoked: it was revoked; what is left of it is of no use.
+        revoked: it was revoked; nothing that is left of it counts.
         transactions: how its offsets are committed with `exactly_once=True`; None otherwise.
     """
 

@@ -91,7 +91,7 @@ class TransactionalProducer:
         identity: what `fence` has returned for it, if that was called before.
 
     Attributes:
-        broken: the fate of its transaction is open, or it was fenced off; it is of no use any more.
+        broken: it must not be used any more: the fate of its transaction is open, or it was fenced off.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class TransactionalProducer:
             await abandoned(producer)
 
     async def _do(self, work: Awaitable[T], *, spared: tuple[type[Exception], ...] = ()) -> T:
-        """Do it in time. After any other error than `spared`, the producer is of no use any more."""
+        """Do it in time. After any other error than `spared`, the producer is broken."""
         try:
             async with asyncio.timeout(self._settings.request_timeout * 2):
                 return await work
