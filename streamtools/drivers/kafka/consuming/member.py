@@ -118,19 +118,7 @@ class GroupMember:
             self._static_name = static_names.take(settings.safe_url, config.group, config.static_id)
         rebalance = config.revoke_timeout + REJOIN
         timeout = max(settings.request_timeout, rebalance + REJOIN)  # joining takes as long as the slowest member
-        consumer = AIOKafkaConsumer(
-            **await connection(settings, client_id, request_timeout=timeout),
-            group_id=config.group,
-            group_instance_id=self._static_name,
-            enable_auto_commit=False,
-            # If what we want to read is gone, with the oldest there is: never past what nobody has seen.
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            session_timeout_ms=int(1000 * settings.session_timeout),
-            heartbeat_interval_ms=int(1000 * min(3.0, settings.session_timeout / 4)),
-            rebalance_timeout_ms=int(1000 * rebalance),
-            max_poll_interval_ms=FOREVER_MS,
-        )
+        consumer = await self._new_consumer(client_id, rebalance, timeout)
         self.client = ConsumerClient(consumer, settings, f"Group {config.group}")
         topics = {"pattern": config.pattern} if config.pattern is not None else {"topics": list(config.topics)}
         consumer.subscribe(**topics, listener=_Listener(self))
@@ -139,7 +127,7 @@ class GroupMember:
             await started(consumer, settings, timeout=timeout, stop=self._drop)
         except StreamToolsError as error:
             raise self.failure or error from None
-        # The library is content once it knows our partitions; we are when we know where to begin.
+        # The library has started when it knows our partitions; we have when we know where to begin.
         try:
             async with asyncio.timeout(timeout):
                 await self._assigned.wait()
@@ -150,6 +138,22 @@ class GroupMember:
         self.commits.start()
         if self.failure is not None:
             raise self.failure
+
+    async def _new_consumer(self, client_id: str, rebalance_timeout: float, request_timeout: float) -> Any:
+        session_timeout = self.settings.session_timeout
+        return AIOKafkaConsumer(
+            **await connection(self.settings, client_id, request_timeout=request_timeout),
+            group_id=self.group,
+            group_instance_id=self._static_name,
+            enable_auto_commit=False,
+            # If what we want to read is deleted, begin with the oldest record: never after what nobody has seen.
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            session_timeout_ms=int(1000 * session_timeout),
+            heartbeat_interval_ms=int(1000 * min(3.0, session_timeout / 4)),
+            rebalance_timeout_ms=int(1000 * rebalance_timeout),
+            max_poll_interval_ms=FOREVER_MS,
+        )
 
     def get_coordinator(self) -> Coordinator:
         """The group's coordinator."""
