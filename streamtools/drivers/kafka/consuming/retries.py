@@ -88,11 +88,7 @@ class RetryPublisher:
                 raise Closed("The consumer was closed.")
             if self._sender is None:
                 sender = Sender(self._settings, self._sender_id, room=COPY_ROOM)
-                try:
-                    await sender.open()
-                except BaseException:
-                    await sender.close()
-                    raise
+                await sender.open()
                 self._sender = sender
             return self._sender
 
