@@ -14,6 +14,8 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from streamtools import QueueAdmin
 from streamtools.consumer import BoundHandler
 from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer, KafkaProducer
+from streamtools.errors import QueueError
+from streamtools.testing.waiting import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.node import KafkaNode
 from tests.brokers.kafka.tools import group_rows, kafka_tool
@@ -104,9 +106,26 @@ async def admin(kafka: KafkaAddress, stack: AsyncExitStack) -> QueueAdmin:
 @pytest.fixture
 def tool(kafka: KafkaAddress) -> Tool:
     async def run(name: str, *arguments: str) -> str:
-        return await asyncio.to_thread(kafka_tool, kafka.bootstrap, name, *arguments)
+        said = await asyncio.to_thread(kafka_tool, kafka.bootstrap, name, *arguments)
+        if "--create" in arguments:
+            await known(kafka, arguments[arguments.index("--topic") + 1])
+        return said
 
     return run
+
+
+async def known(address: KafkaAddress, topic: str) -> None:
+    """Wait until the broker knows a topic; the tool that makes it asks the controller, which knows it first."""
+
+    async def is_known() -> bool:
+        try:
+            await admin.stats(topic)
+        except QueueError:
+            return False
+        return True
+
+    async with KafkaAdmin(url=address.url) as admin:
+        await eventually(is_known)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from streamtools.drivers.kafka import KafkaAdmin, KafkaConsumer
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import group_rows, kafka_tool
-from tests.drivers.kafka.conftest import MakeProducer, Running, records
+from tests.drivers.kafka.conftest import MakeProducer, Running, known, records
 
 pytestmark = pytest.mark.real_kafka("making topics")
 
@@ -20,6 +20,7 @@ async def make(address: KafkaAddress, topic: str, *, largest: int) -> None:
     """A topic that takes no larger batch than this."""
     arguments = ["--create", "--topic", topic, "--partitions", "1", "--config", f"max.message.bytes={largest}"]
     await asyncio.to_thread(kafka_tool, address.bootstrap, "kafka-topics", *arguments)
+    await known(address, topic)
 
 
 async def alter(address: KafkaAddress, topic: str, setting: str) -> None:

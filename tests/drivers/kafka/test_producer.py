@@ -18,7 +18,7 @@ from streamtools.drivers.kafka.producer import KafkaReceipt
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.tools import kafka_tool
-from tests.drivers.kafka.conftest import MakeProducer, records
+from tests.drivers.kafka.conftest import MakeProducer, known, records
 
 pytestmark = pytest.mark.real_kafka("making topics")
 
@@ -28,6 +28,7 @@ LIMIT = {"max.message.bytes": "3000"}
 async def limited(address: KafkaAddress, topic: str) -> None:
     arguments = ["--create", "--topic", topic, "--partitions", "1", "--config", "max.message.bytes=3000"]
     await asyncio.to_thread(kafka_tool, address.bootstrap, "kafka-topics", *arguments)
+    await known(address, topic)
 
 
 async def test_a_record_is_what_any_client_would_expect(
