@@ -121,18 +121,9 @@ def connect_error(error: BaseException, settings: RabbitMQSettings, where: str, 
         )
     if said:
         return _refused(said, settings, where)
-    if (verification := _cause(error, ssl.SSLCertVerificationError)) is not None:
-        return ConnectError(
-            f"RabbitMQ at {where} shows a certificate that cannot be verified: {verification.verify_message}. "
-            "Name the authority's file with cafile=, or the host as the certificate has it.",
-            permanent=True,
-        )
-    if (trouble := _cause(error, ssl.SSLError)) is not None:
-        return ConnectError(
-            f"RabbitMQ at {where} does not speak TLS as asked: {trouble.reason or trouble}. Check the port (5671 for "
-            "amqps), and certfile= and keyfile= if it wants a client certificate.",
-            permanent=trouble.reason in _TLS_REFUSALS,
-        )
+    tls = _cause(error, ssl.SSLCertVerificationError) or _cause(error, ssl.SSLError)
+    if tls is not None:
+        return _tls_failed(tls, where)
     if isinstance(error, AMQPError):
         return ConnectError(
             f"RabbitMQ at {where} ended the connection before it was open. Does a RabbitMQ listen there, and is it "
@@ -145,6 +136,20 @@ def connect_error(error: BaseException, settings: RabbitMQSettings, where: str, 
 
 
 _TLS_REFUSALS: Final = ("WRONG_VERSION_NUMBER", "TLSV13_ALERT_CERTIFICATE_REQUIRED", "TLSV1_ALERT_UNKNOWN_CA")
+
+
+def _tls_failed(error: ssl.SSLError, where: str) -> ConnectError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ConnectError(
+            f"RabbitMQ at {where} shows a certificate that cannot be verified: {error.verify_message}. "
+            "Name the authority's file with cafile=, or the host as the certificate has it.",
+            permanent=True,
+        )
+    return ConnectError(
+        f"RabbitMQ at {where} does not speak TLS as asked: {error.reason or error}. Check the port (5671 for "
+        "amqps), and certfile= and keyfile= if it wants a client certificate.",
+        permanent=error.reason in _TLS_REFUSALS,
+    )
 
 
 def _refused(said: str, settings: RabbitMQSettings, where: str) -> ConnectError:

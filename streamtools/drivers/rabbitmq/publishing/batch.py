@@ -54,7 +54,8 @@ class Batch:
     """
 
     __slots__ = (
-        "doubtful", "future", "left", "nacked", "passes", "refused", "spans", "suspects", "unrouted", "ways", "words"
+        "delay_routes", "delay_targets", "doubtful", "future", "left", "nacked", "passes", "refused", "spans",
+        "suspects", "unrouted",
     )  # fmt: skip
 
     def __init__(self, future: asyncio.Future[None]) -> None:
@@ -75,9 +76,9 @@ class Batch:
         #: What was written: (first tag, messages).
         self.spans: list[tuple[int, list[Message]]] = []
         #: Message -> the last word of its route through the delay chain, if it is due later.
-        self.words: dict[int, str] = {}
+        self.delay_targets: dict[int, str] = {}
         #: Message -> the level of the delay chain that it was sent to, and its routing key.
-        self.ways: dict[int, tuple[str, str]] = {}
+        self.delay_routes: dict[int, tuple[str, str]] = {}
 
     @property
     def again(self) -> dict[int, str]:
@@ -112,8 +113,8 @@ class Batch:
         """
         if (named := EXCHANGE.search(text)) is None:
             return len(message.body or b"") > limits.body
-        if self.ways and id(message) in self.ways:
-            return named["name"] == self.ways[id(message)][0]
+        if self.delay_routes and id(message) in self.delay_routes:
+            return named["name"] == self.delay_routes[id(message)][0]
         exchange = DEFAULT if message.exchange is None else message.exchange.name
         return named["name"] == exchange and named["topic"] in (None, message.queue)
 

@@ -50,12 +50,12 @@ class Encoder:
         return self._route(message, batch) + header + frames.body_frames(number, body, frame_max)
 
     def _route(self, message: Message, batch: Batch) -> bytes:
-        if batch.words and (word := batch.words.get(id(message))) is not None:
-            way = self._chain.route((message.deliver_at or 0.0) - time.time(), word)
-            if way[1]:  # else it has become due meanwhile
-                batch.ways[id(message)] = way
-        if batch.ways and id(message) in batch.ways:
-            return frames.publish_frame(self._number, *batch.ways[id(message)])
+        if batch.delay_targets and (target := batch.delay_targets.get(id(message))) is not None:
+            delayed = self._chain.route((message.deliver_at or 0.0) - time.time(), target)
+            if delayed[1]:  # else it has become due meanwhile
+                batch.delay_routes[id(message)] = delayed
+        if batch.delay_routes and id(message) in batch.delay_routes:
+            return frames.publish_frame(self._number, *batch.delay_routes[id(message)])
         exchange = "" if message.exchange is None else message.exchange.name
         route = self._routes.get((exchange, message.queue))
         if route is None:

@@ -148,7 +148,9 @@ class PublisherChannel(Channel):
                 await Declarations(self.connection).declare_exchange(message.exchange, self._declares)
                 exchanges.add(message.exchange)
             if message.deliver_at is not None and message.deliver_at > now:
-                batch.words[id(message)] = await self.shared.chain.prepare(message, now, declares=self._declares)
+                batch.delay_targets[id(message)] = await self.shared.chain.prepare(
+                    message, now, declares=self._declares
+                )
         except Unheld as error:
             batch.refused[id(message)] = TooEarly(error)
         except ConfigurationError as error:
@@ -204,15 +206,15 @@ class PublisherChannel(Channel):
 
     # --- for those who look after what is not confirmed ---------------------------------------------
 
-    async def publish_copy(self, message: Message, way: tuple[str, str] | None) -> bool:
+    async def publish_copy(self, message: Message, delay_route: tuple[str, str] | None) -> bool:
         """Publish a message once more; whether the broker holds it.
 
         Parameters:
-            way: where to in the delay chain; None for a message that goes to its queue.
+            delay_route: exchange and routing key in the delay chain; None for a message that goes to its queue.
         """
         batch = Batch(self._loop.create_future())
-        if way is not None:
-            batch.ways[id(message)] = way
+        if delay_route is not None:
+            batch.delay_routes[id(message)] = delay_route
         self._write([message], batch)
         self.watch.stop()  # its caller waits for it
         await batch.future
@@ -324,7 +326,7 @@ class PublisherChannel(Channel):
             elif kind.passes or code == 404:
                 batch.nacked[id(message)] = why
             else:
-                batch.refused[id(message)] = self._reason(why, text, is_delayed=id(message) in batch.ways)
+                batch.refused[id(message)] = self._reason(why, text, is_delayed=id(message) in batch.delay_routes)
             batch.left -= 1
         for batch in dict.fromkeys(pending.values()):
             batch.passes = kind.passes

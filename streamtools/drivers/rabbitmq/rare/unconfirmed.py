@@ -136,7 +136,7 @@ class UnconfirmedWatch:
         try:
             async with asyncio.timeout(TRIAL_TIMEOUT):
                 channel = await self._channel.open(other, self._channel.limits)
-                return await channel.publish_copy(message, batch.ways.get(id(message)))
+                return await channel.publish_copy(message, batch.delay_routes.get(id(message)))
         except (StreamToolsError, TimeoutError):
             return None
 
@@ -170,6 +170,6 @@ class UnconfirmedWatch:
 
 def _confirms(message: Message, batch: Batch) -> tuple[str, bool]:
     """What is to confirm this message, and whether that is a level of the delay chain."""
-    if batch.ways and id(message) in batch.ways:
-        return batch.ways[id(message)][0], True
+    if batch.delay_routes and id(message) in batch.delay_routes:
+        return batch.delay_routes[id(message)][0], True
     return message.queue if message.exchange is None else f"{message.exchange.name} {message.queue}", False
