@@ -34,8 +34,6 @@ log: logging.Logger = logging.getLogger("streamtools")
 GATHER_TIMEOUT: Final = 0.05
 #: A header that deliveries of a stream have, and no others.
 STREAM_OFFSET: Final = b"\x0fx-stream-offset"
-#: What settles a delivery: the channel that it came on, and its tag there.
-Token = tuple[ConsumerChannel, int]
 
 
 class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
@@ -162,6 +160,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             raise QueueError(f"The queue {self.queue!r} cannot be consumed: {STREAM}.")
 
     def _delivery(self, subscription: Subscription, raw: Raw) -> Delivery:
+        """The delivery of a message; its token is the channel that it came on, and its tag there."""
         tag, redelivered, data, body, topic = raw
         is_counted = redelivered and subscription.is_counted
         message, count = properties.decode(data, body, self.queue, self._new_id, topic=topic, redelivered=is_counted)

@@ -253,10 +253,6 @@ class Declarations:
         )
 
 
-def _declare_exchange(exchange: Exchange, channel: AbstractChannel) -> Any:
-    return channel.exchange_declare(exchange.name, exchange_type=exchange.type, durable=True)
-
-
 def needs_no_lock(name: str, queue: Queue | None, declare: Declare) -> bool:
     """False if the consumer must take a lock so that only one consumer at a time receives.
 
