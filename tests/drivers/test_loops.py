@@ -30,7 +30,7 @@ async def test_a_driver_that_is_bound_to_its_first_event_loop_fails_the_case(tmp
 async def test_a_driver_that_gives_nothing_back_as_its_event_loop_ends_fails_the_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loops, "DEADLINE", 2.0)
+    monkeypatch.setattr(loops, "TIMEOUT", 2.0)
     stage = Stage(forgetful.ForgetfulConsumer.protocol, f"sqlite:///{tmp_path}/queues.db", "orders")
     try:
         with pytest.raises(TimeoutError):
