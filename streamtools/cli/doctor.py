@@ -49,7 +49,8 @@ class Check:
 def doctor(*, url: Url = None, json: Json = False) -> None:
     """Check the configuration and the connection.
 
-    Says what is used, from where, whether it works, and what to do if not. Sends one message through a
+    Says which settings are used, where they come from, whether they work, and what to do if not. Sends one message
+    through a
     temporary queue, which it deletes. Ends with 1 when something is wrong.
     """
     examination = Doctor(url)

@@ -27,7 +27,7 @@ PEEK_LIMIT: Final = 10_000
 errors: typer.Typer = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Look at failed messages, put them back to work.",
+    help="Look at failed messages, and put them back to work.",
 )
 
 Queue = Annotated[str, typer.Option("--queue", "-q", help="The error queue.")]
@@ -37,8 +37,9 @@ Filter = Annotated[
         "--filter",
         "-w",
         metavar="NAME=VALUE",
-        help="Only those with queue=, exception=, handler=, reason=, type=, id=, key=, source= or header.NAME= "
-        "so (* and ? stand for anything); a word alone is looked for in reason and body. All must hold.",
+        help="Only messages with this value of queue=, exception=, handler=, reason=, type=, id=, key=, source= or "
+        "header.NAME= (* and ? stand for any characters); a word alone is searched in reason and body. Repeatable; "
+        "all must match.",
     ),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="This many at most.")]
@@ -48,7 +49,7 @@ Ids = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Message ids
 
 @errors.command("list")
 def list_(*, url: Url = None, queue: Queue = "error", filter_: Filter = None, json: Json = False) -> None:
-    """The failed messages, by queue and by exception."""
+    """Count failed messages by queue and exception."""
     chosen = _filter(filter_)
     seen = _peek(url, queue, PEEK_LIMIT)
     from streamtools.redrive import group_errors
@@ -71,7 +72,7 @@ def show(
     limit: Limit = 10,
     json: Json = False,
 ) -> None:
-    """Failed messages with all that is known.
+    """Show failed messages in full.
 
     Why and when, the traceback, headers and body.
     """
@@ -111,8 +112,8 @@ def redrive(
     """Put failed messages back to work.
 
     With the same id, body and headers, as attempt 1. Each is held by its queue before it leaves the error
-    queue: if this command is killed, one may be put back twice, none is lost. Where a message failed stands in
-    the message itself, so the queues are shown first, and you are asked. With --yes the messages go only to
+    queue: if this command is killed, one may be put back twice, none is lost. A message says itself where it failed,
+    so the queues are shown first, and you are asked. With --yes the messages go only to
     queues named by --from or --to, and to the queue whose own error queue this is: orders for orders.error.
     """
     if to is not None:
@@ -167,7 +168,7 @@ def purge(
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Forget failed messages for ever."""
+    """Delete failed messages for good."""
     chosen = _choose(ids, filter_)
     seen = _peek(url, queue, PEEK_LIMIT)
     number = _counted(sum(chosen(message) for message in seen), limit)

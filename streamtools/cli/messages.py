@@ -36,7 +36,7 @@ Header = Annotated[list[str] | None, typer.Option("--header", "-H", metavar="NAM
 
 
 def send(
-    queue: Annotated[str, typer.Argument(metavar="QUEUE", help="The queue; made if it is missing.")],
+    queue: Annotated[str, typer.Argument(metavar="QUEUE", help="The queue; created if it does not exist.")],
     payload: Annotated[
         str | None, typer.Argument(metavar="PAYLOAD", help="JSON, or text; - reads standard input.")
     ] = None,
@@ -44,20 +44,20 @@ def send(
     url: Url = None,
     header: Header = None,
     key: Annotated[str | None, typer.Option(help="Messages of one key keep their order.")] = None,
-    type_: Annotated[str | None, typer.Option("--type", help="The name of what the payload is.")] = None,
+    type_: Annotated[str | None, typer.Option("--type", help="The name of the kind of payload.")] = None,
     delay: Annotated[float, typer.Option(min=0, help="Seconds before it may be received.")] = 0.0,
     ttl: Annotated[float | None, typer.Option(min=0, help="Seconds after which it is not handled any more.")] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="JSON lines, one message each; - is stdin.")
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Bytes as they are, whether JSON, text or neither.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Send the bytes as they are.")] = False,
     json: Json = False,
 ) -> None:
     """Send a message, or each line of a file.
 
-    The id of a message is printed once the broker holds it. A payload that is JSON goes as JSON, byte for
-    byte; any other as text. A file is checked to hold JSON alone before its first line is sent, unless --raw;
-    its lines go in confirmed batches of 500.
+    The id of a message is printed when the broker holds it. A payload that is JSON is sent as JSON, byte for byte;
+    any other as text. Without --raw, every line of a file must be JSON, which is checked before the first one is
+    sent. Lines are sent in confirmed batches of 500.
     """
     fields = {"headers": _headers(header or []), "key": key, "type": type_}
     template = Template(fields, delay=delay, ttl=ttl, raw=raw)
@@ -247,7 +247,7 @@ def _print_ids(receipts: Sequence[Any], as_json: bool) -> None:
 
 
 def receive(
-    queue: Annotated[str, typer.Argument(metavar="QUEUE", help="The queue; never made here.")],
+    queue: Annotated[str, typer.Argument(metavar="QUEUE", help="The queue; it must exist.")],
     *,
     url: Url = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
@@ -260,10 +260,9 @@ def receive(
 ) -> None:
     """Show messages. They stay in the queue, unless --ack.
 
-    Without --ack the messages are only looked at: they go back when the command ends, in their order, and
-    until then no consumer has them. On Kafka they are read beside the group, whose consumers go on with
-    them meanwhile. With --ack each is acknowledged once it has been printed, and is then
-    gone.
+    Without --ack, the messages go back in their order when the command ends, and no consumer gets them until then. On
+    Kafka the consumers of the group continue meanwhile. With --ack, each message is acknowledged after it was
+    printed, and is then gone.
     """
     limit = maximum if maximum is not None or follow else SHOWN
     show = _show_json if json else _show

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 queues: typer.Typer = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Look at queues, make and remove them."
+    no_args_is_help=True, rich_markup_mode=None, help="Look at queues, create and delete them."
 )
 
 Name = Annotated[str, typer.Argument(metavar="QUEUE", help="The queue's name.")]
@@ -99,11 +99,12 @@ def create(
         int | None, typer.Option(min=1, metavar="NUMBER", help="Copies of each partition (Kafka).")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="The protocol's own; repeatable.")
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Of the protocol; repeatable."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make a queue; safe to repeat."""
+    """Create a queue; safe to repeat."""
     options = dict(_option(text) for text in option or [])
     options |= {n: v for n, v in (("partitions", partitions), ("replication", replication)) if v is not None}
     try:
@@ -119,7 +120,8 @@ def alter(
     *,
     url: Url = None,
     partitions: Annotated[
-        int | None, typer.Option(min=1, metavar="NUMBER", help="How many it has from now on; never fewer.")
+        int | None,
+        typer.Option(min=1, metavar="NUMBER", help="The new number; never fewer than before."),
     ] = None,
     retention: Annotated[
         str | None, typer.Option(metavar="TIME", help="How long messages are kept: 12h, 7d, forever.")
@@ -165,7 +167,7 @@ def seek(
             metavar="PLACE", help="beginning, end, an offset, a time (2026-01-31T08:00), or how long ago (2h)."
         ),
     ],
-    group: Annotated[str | None, typer.Option(help="Which group; the one named as the queue when not given.")] = None,
+    group: Annotated[str | None, typer.Option(help="The group; that named as the queue when not given.")] = None,
     partition: Annotated[int | None, typer.Option(min=0, metavar="NUMBER", help="Only this one.")] = None,
     url: Url = None,
     yes: Yes = False,
@@ -192,7 +194,7 @@ def seek(
 
 @queues.command()
 def purge(name: Name, *, url: Url = None, yes: Yes = False, json: Json = False) -> None:
-    """Forget every message that waits in a queue."""
+    """Delete every message that waits in a queue."""
     waiting = at(url, lambda admin: admin.stats(name))
     output.confirm(f"Forget {_number(waiting)} in {name!r} at {safe_address(url)} for ever?", yes=yes)
     _done("purged", name, at(url, lambda admin: admin.purge(name)), json=json)

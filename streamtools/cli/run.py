@@ -23,17 +23,17 @@ def run(
     *,
     url: Url = None,
     workers: Annotated[int, typer.Option(min=1, max=512, help="Processes that share the work.")] = 1,
-    reload: Annotated[bool, typer.Option("--reload", help="Start anew when a .py file here changes.")] = False,
-    log_level: Annotated[LogLevel, typer.Option(help="What is logged, on stderr.")] = "info",
+    reload: Annotated[bool, typer.Option("--reload", help="Start again when a .py file here changes.")] = False,
+    log_level: Annotated[LogLevel, typer.Option(help="The lowest level that is logged, on stderr.")] = "info",
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     shared: Annotated[bool, typer.Option("--shared", hidden=True)] = False,
 ) -> None:
     """Run a service until SIGTERM or Ctrl-C.
 
     It is a ConsumerRunner, ConsumerFactory, HandlerFactory, Bus, Consumer or decorated handler. The working
-    directory is on the import path. With --workers or --reload the service runs in processes that are
-    watched: one that dies is started again, a few times, and after that the whole command ends with 1.
-    SIGTERM and Ctrl-C let handlers at work finish; a second one ends at once.
+    directory is on the import path. With --workers or --reload the command starts processes and watches them: one
+    that dies is started again, up to five times in a minute; then the command ends with 1. SIGTERM and Ctrl-C let
+    running handlers finish; a second one ends at once.
     """
     export(url)
     _log_to_stderr(log_level, workers > 1 or reload or parent is not None)

@@ -32,8 +32,8 @@ COLUMNS: Final = ("sent", "handled", "retried", "dead-lettered", "redriven")
 def demo(*, url: Url = None, json: Json = False) -> None:
     """Run a service of three handlers on 3,000 orders.
 
-    They show retries, an error queue and a redrive. Without an address it works on a SQLite file of its own,
-    which is removed. On a broker it works on queues of its own, which are deleted at the end.
+    They show retries, an error queue and a redrive. Without an address it uses its own SQLite file, which is deleted
+    at the end. On a broker it uses its own queues, which are deleted at the end.
     """
     with _place(url) as where, _quiet():
         from streamtools.cli.demo.flow import prepare
