@@ -471,8 +471,7 @@ class Bus(MessageSender):
         style.install(self._sender)
         self._factory.topic = pikabus.TOPIC
         self._factory.source = self.queue or self._factory.source  # an address, as PikaBus has it
-        if self._sender.protocol == "rabbitmq":
-            self._options.setdefault("error_arguments", pikabus.NO_ARGUMENTS)
+        self._options.update({**pikabus.consumer_options(self._sender.protocol), **self._options})
         if self._sender.features.topics:
             self._factory.direct = pikabus.DIRECT
             if self.queue is not None:

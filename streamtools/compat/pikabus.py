@@ -23,6 +23,7 @@ from streamtools.errors import ConfigurationError, QueueError, SendError
 from streamtools.exchange import Exchange
 from streamtools.message import ErrorDetails, Message
 from streamtools.producer import Producer
+from streamtools.protocols import RABBITMQ
 from streamtools.receipt import Receipt
 from streamtools.wire import from_rfc3339
 
@@ -162,6 +163,11 @@ class PikaBus:
             fields["attempt"] = message.attempt + retries
             fields["error"] = _error(found, fields["time"] or 0.0) or message.error
         return message.replace(id=found.get("MessageId") or message.id, headers=headers, **fields)
+
+
+def consumer_options(protocol: str) -> dict[str, Any]:
+    """Options that a consumer needs to share its queues with PikaBus services."""
+    return {"error_arguments": NO_ARGUMENTS} if protocol == RABBITMQ else {}
 
 
 class Outgoing:

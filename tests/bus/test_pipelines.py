@@ -160,10 +160,10 @@ class TestOutgoing:
 @pytest.fixture
 def codecs() -> Iterator[None]:
     """What a test registers is forgotten after it."""
-    before = dict(codec._CODECS)
+    before = dict(codec.codecs.CODECS)
     yield
-    codec._CODECS.clear()
-    codec._CODECS.update(before)
+    codec.codecs.CODECS.clear()
+    codec.codecs.CODECS.update(before)
 
 
 def pack(data: dict[str, Any]) -> bytes:

@@ -31,4 +31,4 @@ def test_texts_of_strangers_do_not_fill_the_memory() -> None:
 def test_a_content_type_of_any_length_is_read_and_not_kept() -> None:
     long = f"Application/JSON; boundary={'x' * 2**20}"
     assert codec.media_type(long) == "application/json"
-    assert long not in codec._MEDIA
+    assert long not in codec.media._MEDIA
