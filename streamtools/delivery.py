@@ -23,13 +23,15 @@ class Delivery:
     Attributes:
         message: the message.
         token: whatever the driver needs to settle it; no one else reads it.
-        redeliveries: how often the broker delivered it before without a verdict; 0 at first, and where unknown.
+        redeliveries: how often the broker has delivered it before without a verdict; 0 at first, and if it is not
+            known.
         settled: a verdict was given.
-        decode_error: what the driver found wrong with it: it is rejected unread; None for nothing.
-        abandoned: its handler was cancelled because the broker does so.
-        withdrawn: the broker gives it to another consumer: it is not run any more, and its verdict does nothing.
-        outgoing: what its handler sends, to leave before its acknowledgement.
-        task: what runs its handler.
+        decode_error: why the driver could not read it; it is then rejected without being handled. None if it could.
+        abandoned: its handler was cancelled because the broker took it back.
+        withdrawn: the broker gives it to another consumer: no handler begins it any more, and its verdict does
+            nothing.
+        outgoing: what its handler sends; it is sent before the acknowledgement.
+        task: the task that runs its handler.
         wake: ends its wait for a retry in place.
     """
 
@@ -54,11 +56,11 @@ class Delivery:
         self.wake: asyncio.Event | None = None
 
     async def ack(self) -> None:
-        """The message is done. Returns when the verdict was given to the broker."""
+        """Say that the message is done. Returns when the broker has the verdict."""
         await self._settle(ACK)
 
     async def retry(self, delay: Seconds = 0.0) -> None:
-        """Run it again after `delay` (seconds, or a timedelta), counted as one more attempt.
+        """Handle it again after `delay` (seconds, or a timedelta); this counts as one more attempt.
 
         Raises:
             ConfigurationError: the delay is negative, or ten years or more.
@@ -70,7 +72,7 @@ class Delivery:
         await self._settle(Verdict.reject(reason))
 
     async def drop(self) -> None:
-        """Acknowledge it and forget it."""
+        """Acknowledge and delete it."""
         await self._settle(DROP)
 
     async def release(self) -> None:
@@ -80,13 +82,13 @@ class Delivery:
     # --- for drivers and the loop -------------------------------------------------------------------
 
     def withdraw(self) -> None:
-        """The broker takes it back: it is not begun any more; a handler at work goes on."""
+        """Note that the broker takes it back: no handler begins it any more; a running one continues."""
         self.withdrawn = True
         if self.wake is not None:
             self.wake.set()
 
     def abandon(self) -> None:
-        """Withdraw it, and cancel its handler, if one is at work."""
+        """Withdraw it, and cancel its handler if one is running."""
         self.withdraw()
         task, self.task = self.task, None
         if task is not None:
@@ -118,7 +120,7 @@ class Settlement:
     `outgoing`, made by the policy. A driver with `Features.atomic` does both as one.
 
     Attributes:
-        delivery: what is settled.
+        delivery: the delivery that is settled.
         verdict: ack, retry, reject, drop or release.
         outgoing: messages to send first: the handler's own, a retry copy, an error copy.
         result: the handler's value, for protocols that answer (`Features.reply`).

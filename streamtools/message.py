@@ -65,7 +65,7 @@ def _setting(of: list[str], parameters: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorDetails:
-    """Why a message failed, carried with its retries and into the error queue.
+    """Why a message failed. Its retries, and its copy in the error queue, carry these details.
 
     Attributes:
         queue: the queue that it was received from.
@@ -73,11 +73,12 @@ class ErrorDetails:
         exception: the exception's qualified class name.
         reason: the exception's text, shortened to 2 KiB.
         traceback: the end of the formatted traceback, 8 KiB at most.
-        attempts: how often the message was run.
+        attempts: how many attempts there were.
         first_failed: when it first failed, in seconds since the epoch.
         last_failed: when it last failed, in seconds since the epoch.
-        place: where in `queue` it was first, in words, where messages have places (Kafka). It does not travel.
-        omitted: what this copy lacks, in words, because the broker did not accept it.
+        place: on Kafka: the partition and offset at which it was first read, as a text. It is not sent with the
+            message.
+        omitted: what this copy lacks because the broker did not accept it, as a text.
     """
 
     queue: str

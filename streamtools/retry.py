@@ -29,22 +29,24 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 @dataclass(frozen=True, slots=True, init=False)
 class Retry:
-    """How often and how soon a failed message is run again.
+    """The retry policy: how often, and how soon, a failed message is handled again.
 
-    Of several errors in one `ExceptionGroup`, as a `TaskGroup` raises it, the gravest decides: one that rejects, else
-    one that retries (with the longest of the delays), else `Drop`. The first 10,000 errors of a group are looked at.
+    If an `ExceptionGroup` holds several errors, as a `TaskGroup` raises it, the most severe one decides: first one
+    that rejects, then one that retries (with the longest of the delays), then `Drop`. Only the first 10,000 errors of
+    a group count.
 
     Parameters:
-        retries: runs after the first one; 0 goes straight to the error queue, None never gives up.
-        delay: before the first retry, in seconds or as a timedelta; 0 for none.
-        backoff: each further delay is this many times the one before.
-        max_delay: no delay is longer, in seconds or as a timedelta.
-        jitter: each delay varies by up to this part of itself, so that retries spread out.
-        errors: other policies for some errors, by their class: `{TimeoutError: Retry(retries=None, delay=5)}`. The
-            nearest class of an error's own line of bases wins.
+        retries: how many attempts follow the first one; 0 moves the message to the error queue at once, None never
+            gives up.
+        delay: the delay before the first retry, in seconds or as a timedelta; 0 for none.
+        backoff: each further delay is so many times the one before.
+        max_delay: the longest delay, in seconds or as a timedelta.
+        jitter: each delay varies at random by up to this part of itself, so that retries do not come all at once.
+        errors: other policies for some errors, by their class: `{TimeoutError: Retry(retries=None, delay=5)}`. Of an
+            error's base classes, the nearest one that is named here counts.
 
     Raises:
-        ConfigurationError: a value is out of its range.
+        ConfigurationError: a value is outside of its range.
         OptionError: an unknown parameter.
     """
 
@@ -99,7 +101,7 @@ class Retry:
                 )
 
     def of(self, error: BaseException) -> Retry:
-        """The policy for this error: the one for the nearest of its classes, else this one itself."""
+        """The policy for this error: that of its nearest class in `errors`, or else this one."""
         if self.errors:
             for kind in type(error).__mro__:
                 if (found := self.errors.get(kind)) is not None:
@@ -107,7 +109,7 @@ class Retry:
         return self
 
     def after(self, attempt: int) -> float:
-        """The seconds to wait after the failed run number `attempt` (1 is the first)."""
+        """The seconds to wait after attempt number `attempt` has failed (1 is the first)."""
         try:
             # As a float: the power of a whole number would be computed to its last digit, for any attempt that a
             # message claims to be.
@@ -117,7 +119,7 @@ class Retry:
         return delay * (1 + random.uniform(-self.jitter, self.jitter)) if self.jitter else delay  # nosec B311: a pause
 
     def decide(self, error: BaseException, attempt: int) -> Verdict:
-        """The verdict on run number `attempt` that ended with `error`."""
+        """The verdict on attempt number `attempt`, which ended with `error`."""
         if not isinstance(error, BaseExceptionGroup):
             return self._decide(error, attempt)
         verdicts = [self._decide(each, attempt) for each in leaves(error, self._names)]

@@ -28,7 +28,7 @@ _EFFECTS: Final[dict[str, tuple[bool, Copy | None, int]]] = {
 
 
 class VerdictKind(StrEnum):
-    """The five ends that a delivery can come to.
+    """The five verdicts on a delivery.
 
     Attributes:
         gives_back: the broker gets the delivery back as it came; every other kind finishes it.
@@ -53,10 +53,10 @@ class VerdictKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is to become of a delivery: `ack`, `retry` after a delay, `reject`, `drop` or `release`.
+    """What is done with a delivery: `ack`, `retry` after a delay, `reject`, `drop` or `release`.
 
     Attributes:
-        kind: which of the five; its name will do.
+        kind: which of the five; its name as a text works as well.
         delay: for a retry, the seconds to wait.
         reason: for a reject, why.
 
@@ -74,7 +74,7 @@ class Verdict:
 
     @classmethod
     def retry(cls, delay: float | timedelta = 0.0) -> Self:
-        """Run the message again, after `delay`: seconds, or a timedelta."""
+        """Handle the message again after `delay`: seconds, or a timedelta."""
         return cls(VerdictKind.RETRY, delay=delay.total_seconds() if isinstance(delay, timedelta) else delay)
 
     @classmethod

@@ -42,7 +42,8 @@ _turn = threading.Lock()
 
 
 class Harness:
-    """Runs the handlers of factories and buses in a test, without a broker; tells what became of each message.
+    """Runs the handlers of factories and buses in a test, without a broker, and records what happened to each
+    message.
 
     ```python
     async with Harness(consumers) as service:
@@ -53,22 +54,25 @@ class Harness:
     ```
 
     The handlers run with their own concurrency, retries, middleware and order; the address and the
-    protocol are replaced. Inside the block every Producer, at whatever URL, connects nowhere: what it
-    sends to a routed queue is handled here, and all that it sends is kept in `sent`. Its receipts are
-    plain ones, also where a call would be answered. One harness at a time, in all threads together.
+    protocol are replaced. Inside the block no Producer connects to a broker, whatever its URL is: what it sends to a
+    queue with a handler is handled here, and everything that it sends is recorded in `sent`. Receipts have no
+    answers, also over HTTP. Use one harness at a time, in all threads together.
 
-    A bus in it publishes to the buses in it, and asks them; what leaves them is in `sent`, `deferred`, `published`
-    and `replied`, whoever receives it. That nobody has subscribed, or a queue is missing, is no error here. Starting
+    A bus publishes to the buses in the same harness, and can send requests to them. What they send is in `sent`,
+    `deferred`, `published` and `replied`, whoever receives it. It is no error here if nobody has subscribed, or a
+    queue is missing. Starting
     or stopping the bus does nothing inside the block.
 
     Parameters:
         sources: factories, single routed handlers, buses.
-        delays: keep to the delays of retries and of `send(delay=)`; else all comes at once: a hundred attempts, and
-            what handlers defer ten times in a chain. What a handler defers to itself for ever stays in `deferred`.
+        delays: wait for the delays of retries and of `send(delay=)`. Otherwise everything comes at once: up to a
+            hundred attempts, and up to ten deferred messages in a chain; what a handler defers to itself after that
+            stays in `deferred`.
         timeout: seconds that `settled` waits.
 
     Raises:
-        ConfigurationError: two handlers would have to share a queue; or, by its block, another harness is at work.
+        ConfigurationError: two handlers would have to share a queue; or, when the block begins, another harness is in
+            use.
     """
 
     def __init__(
@@ -125,10 +129,10 @@ class Harness:
         return (await self._put([producer._encode(payload, id, common)]))[0]
 
     async def settled(self) -> None:
-        """Wait until every message sent has come to an end, its retries and what it caused included.
+        """Wait until every message has come to an end, with its retries and the messages that it caused.
 
         Raises:
-            TimeoutError: naming what hangs.
+            TimeoutError: with the names of the messages that hang.
             Exception: what ended a loop.
         """
         try:
@@ -138,10 +142,10 @@ class Harness:
             raise TimeoutError(f"Not settled after {self._timeout:g} s: {hanging}.") from None
 
     def handled(self, what: str | type | None = None) -> list[Any]:
-        """The payloads whose handler has returned, in order; by content type, as they were sent.
+        """The payloads whose handler has returned, in order, as they were sent.
 
         Parameters:
-            what: only those of this queue; or those of this Command or Event, as such.
+            what: a queue, for its payloads only; or a Command or Event, for its messages as objects of that class.
         """
         return [_payload(message, what) for message, _ in self._handled if is_of(message, what)]
 
@@ -158,14 +162,14 @@ class Harness:
         return self._gone(what, lambda message: message.intent not in ("event", "reply"))
 
     def deferred(self, what: str | type | None = None) -> list[Any]:
-        """Those of `sent` that were not to be handled at once."""
+        """The payloads in `sent` that were sent for later."""
         return [_payload(message, what) for message in self.sent_messages(what) if message.deliver_at is not None]
 
     def published(self, what: str | type | None = None) -> list[Any]:
-        """The events that buses have published within the block, whoever subscribed.
+        """The events that buses have published within the block, whoever has subscribed.
 
         Parameters:
-            what: only those of this topic; or those of this Event, as such.
+            what: a topic, for its events only; or an Event, for objects of that class.
         """
         return [_payload(message, what) for message in self._gone(what, lambda m: m.intent == "event")]
 

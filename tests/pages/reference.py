@@ -106,8 +106,8 @@ def _members(item: Any) -> Iterator[Any]:
         **{n: m for n, m in inherited.items() if n in _INHERITED or item.name in _WHOLE},
     }
     for name, member in wanted.items():
-        if member.is_alias and name not in inherited:
-            continue  # imported
+        if (member.is_alias and name not in inherited) or (not member.is_alias and member.is_module):
+            continue  # a module of its own, or imported
         target = member.final_target if member.is_alias else member
         if _is_shown(item, name) and target.has_docstring and target.path.startswith("streamtools."):
             yield target

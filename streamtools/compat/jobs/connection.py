@@ -87,8 +87,8 @@ class JobConnection:
     ) -> list[JobMessage]:
         """As `streamtools.compat.jobs.receive_message`.
 
-        It receives over a connection of its own, for as long as it lasts: one that was kept would take
-        messages from other receivers while nobody asks.
+        Each call receives over its own connection, because a connection that stays open would take messages from
+        other receivers between the calls.
         """
         wait = check_seconds("max_wait_time", max_wait_time) or None
         if call_back_function is not None:
@@ -170,12 +170,13 @@ async def receive_message(
 
     Without a callback: wait for the first message, and return it with all that is there, 1,000 at most, and what
     comes within two seconds. They are acknowledged when the list is returned; after that the caller is responsible
-    for them. Before, a cancellation leaves them in the queue; one that comes while they are acknowledged is held back
+    for them. A cancellation before that leaves them in the queue. A cancellation during the acknowledgement waits
     until the caller has the list, and comes at its next `await`.
 
-    A callback loses nothing: each message is acknowledged when it has returned. One that raises has its message run
-    again, five times with growing delays, and then moved to the error queue, as is a body that is no JobMessage. The
-    call does not wait for a message that is to be run again later than `max_wait_time`: the next call has it.
+    With a callback nothing is lost: each message is acknowledged when the callback has returned. If it raises, the
+    message is handled again, five times with growing delays, and then moved to the error queue; so is a body that is
+    not a JobMessage. The call does not wait for a retry that is due later than `max_wait_time`: the next call handles
+    it.
 
     Parameters:
         queue_name: the queue, a str or a member of a `QueueName`.
@@ -186,7 +187,7 @@ async def receive_message(
         url: the address; see `streamtools.settings`.
 
     Returns:
-        The messages in order, none when the time is over; with a callback always an empty list.
+        The messages in order, an empty list when the time is over; with a callback always an empty list.
 
     Raises:
         ConfigurationError: an impossible name or time, or a callback that does not take one message.

@@ -29,7 +29,7 @@ def _original(value: object) -> object:
 
 
 class JobMessage(BaseModel):
-    """One job message; `str(message)` is its JSON document, which is also what travels.
+    """One job message. `str(message)` is its JSON document, as it is sent.
 
     Parameters:
         title: what it is, for people.
@@ -39,7 +39,7 @@ class JobMessage(BaseModel):
         create_time: when it was sent, in seconds since the epoch; now when not given. Read as text too.
         env: the deployment: dev, sqa, uat, prd.
         comments: free text.
-        data: the application's own.
+        data: the data of the application.
         original_message: the message that this one is about; "None" for none.
     """
 
