@@ -1,12 +1,15 @@
-"""Ending the client library's objects, whatever they do."""
+"""Ending the client library's objects, whatever they do, and reaching into them from one room alone."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 
 import pytest
 from aiokafka.client import AIOKafkaClient
 
+from streamtools.drivers import kafka as driver
 from streamtools.drivers.kafka.client.connect import stopped
 from streamtools.drivers.kafka.client.guard import harden
 from tests.brokers.kafka.address import KafkaAddress
@@ -51,3 +54,15 @@ async def test_a_connection_that_is_made_while_its_client_ends_is_closed(kafka: 
     await client.close()
     assert await connecting is None
     assert not any(connection.connected() for connection in client._conns.values())
+
+
+def test_only_the_client_room_uses_private_names_of_the_library() -> None:
+    """A private name is used of oneself, or of another object of the same class."""
+    room = Path(driver.__file__).parent
+    ours = re.compile(r"\b(?:self|cls|here|fresh|other)\._[a-z]|super\(\)\._[a-z]")
+    for path in room.rglob("*.py"):
+        if path.parent.name == "client":
+            continue
+        for line in path.read_text().splitlines():
+            assert not re.search(r"[\w)\]]\._[a-z]", ours.sub("", line)), f"{path.relative_to(room)}: {line.strip()}"
+            assert not re.search(r"from aiokafka.* import .*\b_[a-zA-Z]", line), f"{path.relative_to(room)}: {line}"

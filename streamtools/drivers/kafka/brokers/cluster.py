@@ -131,17 +131,15 @@ class Cluster:
     `request_timeout`.
     """
 
-    def __init__(self, settings: KafkaSettings, client_id: str) -> None:
+    def __init__(self, settings: KafkaSettings, client_id: str = "", *, client: Any = None) -> None:
         self._settings = settings
         self._client_id = client_id
-        self._client: Any = None
+        self._client: Any = client
 
     @classmethod
     def over(cls, client: Any, settings: KafkaSettings) -> Cluster:
         """One that uses a connected client of the library, and must not be stopped."""
-        cluster = cls(settings, "")
-        cluster._client = client
-        return cluster
+        return cls(settings, client=client)
 
     async def start(self) -> None:
         """Connect to one broker."""
