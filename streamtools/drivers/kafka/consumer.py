@@ -117,7 +117,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         return RetryPublisher(self.settings, copies, sender_id=self.client_id)
 
     def _begin(self, member: GroupMember, levels: int) -> GroupMember:
-        """Make what lives as long as this membership."""
+        """Make the objects that live as long as this membership."""
         copies = Copies(queue=self.queue, group=self.group_id, retry_topic=self.retry_topic, levels=levels)
         self._member = member
         self._publisher = publisher = self._new_publisher(copies, member)

@@ -1,4 +1,4 @@
-"""Cluster: asks brokers, each request the broker that answers it, and repeats it while the cluster finds itself."""
+"""Cluster: sends requests to the brokers that can answer them, and repeats those whose error is one that passes."""
 
 from __future__ import annotations
 
@@ -357,7 +357,7 @@ class Cluster:
 
     @property
     def _milliseconds(self) -> int:
-        """For a broker to finish before we give up."""
+        """Milliseconds for a broker to do it before we give up."""
         return int(1000 * self._settings.request_timeout / 2)
 
 

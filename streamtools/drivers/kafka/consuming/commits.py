@@ -59,7 +59,7 @@ class Committer:
         self._task = asyncio.create_task(self._run(), name="streamtools-commits")
 
     async def stop(self) -> None:
-        """End; what is finished is not committed by this."""
+        """End; this commits nothing."""
         if self._timer is not None:
             self._timer.cancel()
         if self._task is not None:

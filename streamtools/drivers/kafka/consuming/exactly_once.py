@@ -56,7 +56,7 @@ class TransactionalPublisher(RetryPublisher):
             bad = [s for s in batch if id(s) in ids]
             good = [s for s in batch if id(s) not in ids]
             if not bad:
-                raise  # of none of these alone
+                raise  # no single message was refused
             if good:
                 await self._settle_partition(partition, good, done, reject)
             for settlement in bad:
@@ -118,7 +118,9 @@ class TransactionalPublisher(RetryPublisher):
                     return  # the next owner of the partition repeats what was not committed
                 if isinstance(error.__cause__, kafka.OffsetMetadataTooLargeError):
                     self._member.commits.limit //= 2
-                if not (partition.revoked or partition.revoking):  # who receives connects anew; by hand, nobody would
+                if not (
+                    partition.revoked or partition.revoking
+                ):  # the consumer connects anew, also if the user settles
                     self._member.fail(ConnectionLost(f"A transaction of {partition!r} failed: it is read anew."))
                 raise
             for offset in offsets:

@@ -45,7 +45,7 @@ class GroupMember:
 
     Parameters:
         settings: of the Kafka.
-        config: as what it joins.
+        config: how it joins.
         changed: called whenever a partition comes or goes, or the membership fails.
         drained: called before partitions are revoked; returns when nothing of them is at work, or at the deadline.
         passed_over: commits, with `exactly_once=True`, the positions of partitions without messages.
@@ -243,7 +243,7 @@ class GroupMember:
         return {p: PartitionTransactions(self.settings, identity) for p, identity in zip(places, found, strict=True)}
 
     def transactional_id(self, place: TopicPartition) -> str:
-        """The transactional id of a partition in this group: one, whoever has the partition."""
+        """The transactional id of a partition in this group; it is the same for every owner of the partition."""
         return f"streamtools/{self.group}/{place.topic}/{place.partition}"  # no name has a slash
 
     async def unless_deleted(self, asking: Awaitable[T], places: Collection[TopicPartition]) -> T:

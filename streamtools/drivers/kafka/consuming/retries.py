@@ -36,7 +36,7 @@ class RetryPublisher:
         self._closed = False
 
     async def settle(self, settlements: Sequence[Settlement], done: list[Settlement], _reject: Reject) -> None:
-        """Send the messages of these settlements; append to `done` those whose messages Kafka all holds.
+        """Send the messages of these settlements; append to `done` those of which Kafka holds all.
 
         Raises:
             SendError: some messages were refused.
@@ -45,7 +45,7 @@ class RetryPublisher:
         held, refused = await self._send(settlements, last=False)
         if held:
             held, more = await self._send(held, last=True)
-            refused = refused or more  # the others are tried again, and then say so themselves
+            refused = refused or more  # the rest is tried again, and then raises its own error
         done += held
         if refused is not None:
             kept = {id(s) for s in held}

@@ -1,4 +1,4 @@
-"""SubscriptionConfig: as what a consumer joins its group."""
+"""SubscriptionConfig: how a consumer joins its group, and which topics it reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamtools.drivers.kafka.names import BINDINGS, RETRY
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubscriptionConfig:
-    """As what a consumer joins its group.
+    """How a consumer joins its group.
 
     Attributes:
         group: the group.

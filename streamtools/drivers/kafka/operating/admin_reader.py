@@ -169,7 +169,7 @@ class AdminReader:
     # --- how --------------------------------------------------------------------------------------
 
     def _end(self, found: int) -> float:
-        """The offset where reading a partition stops, of the end that was found."""
+        """The offset where reading a partition stops; `found` is its end at `open()`."""
         return found
 
     @property

@@ -61,11 +61,11 @@ class BatchQueue:
                 self._sizes.pop()
 
     def put_back(self, batch: Sequence[ProducerRecord]) -> None:
-        """These are the next again, before all others."""
+        """Put these before everything that waits."""
         self.waiting.extendleft(reversed(batch))
 
     def halve(self, batch: Sequence[ProducerRecord]) -> None:
-        """The same, in two batches."""
+        """Put these before everything that waits, as two batches."""
         self._sizes += [len(batch) - len(batch) // 2, len(batch) // 2]
         self.put_back(batch)
 

@@ -13,7 +13,7 @@ from streamtools.drivers.kafka.client.producers import fail_batches
 from streamtools.drivers.kafka.errors import TROUBLE, Missing
 from streamtools.settings import KafkaSettings
 
-#: Seconds without a confirmation after which it is looked at whether the topic still exists.
+#: Seconds without a confirmation after which brokers are asked whether the topic still exists.
 LATE: Final = 2.0
 #: Seconds between two attempts to end a batch that is on its way.
 END_AGAIN: Final = 0.05

@@ -1,4 +1,4 @@
-"""Sender: the way of one producer or consumer to the Publisher, which all on one event loop and Kafka share.
+"""Sender: sends records for one producer or consumer, over the Publisher that all on one event loop share.
 
 Each Sender has a limit of its own for what is not confirmed: one that sends faster than Kafka takes it makes nobody
 else wait.
