@@ -15,8 +15,6 @@ _TITLE = re.compile(r'title="([^"]+)"')
 _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-#: A page that takes another file whole, for which that file's own test stands.
-_SNIPPET = '--8<-- "'
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,6 @@ class Block:
     title: str
     text: str
     line: int
-
-    @property
-    def is_quoted(self) -> bool:
-        """It shows a file of the repository."""
-        return _SNIPPET in self.text
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,6 @@ class Reader:
             self._notebook.kill()
 
     def _do(self, block: Block, following: Sequence[Block]) -> None:
-        if block.is_quoted:
-            return  # it is run by its own test
         if block.title:
             self._write(block.title, self._as_run(block.text))
         elif block.language == "python":

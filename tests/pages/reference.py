@@ -6,6 +6,7 @@ A page marks such a part by two comments, which a reader does not see, and this 
     <!-- made from the parameters of streamtools.Retry -->   a table of them, with their defaults
     <!-- made from the settings KafkaSettings -->     a table of its fields, and the variables for them
     <!-- made from the send options of kafka -->      a table; there are producer options and consumer options, too
+    <!-- made from the file examples/run.py -->          its text
     <!-- end -->
 
 python -m tests.pages.reference        writes all such parts anew, and the page of the command line
@@ -260,6 +261,7 @@ _MAKERS: dict[str, Callable[[str], str]] = {
     "the consumer options of ": lambda name: _fields(CONSUMER_LOOPS[name].options_class),
     "the send options of ": lambda name: _fields(PRODUCERS[name].send_options_class),
     "the parameters of ": _parameters,
+    "the file ": lambda path: f"`{path}`:\n\n```py\n{(ROOT / path).read_text('utf-8').rstrip()}\n```",
 }
 
 if __name__ == "__main__":
