@@ -20,9 +20,10 @@ from streamtools.engine.functions.calling import Decorated, check_handler, name_
 from streamtools.engine.functions.invoke import RESOLVERS, Resolver, check_decorators, compile_handler
 from streamtools.engine.loop import Ack, Loop, Source
 from streamtools.engine.messages.failures import error_queue_of
+from streamtools.engine.pulling import Pulled, Puller
 from streamtools.engine.replies import ReplyRule
 from streamtools.engine.settler import Finished
-from streamtools.engine.settling import Decider, OneSettlement
+from streamtools.engine.settling import Decider
 from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost, until
 from streamtools.engine.tasks.eventloops import in_its_loop
 from streamtools.engine.tasks.threads import Threads
@@ -34,7 +35,7 @@ from streamtools.registry import Registry
 from streamtools.retry import Retry, check_retry
 from streamtools.types import ErrorHandler, Handler, Middleware
 from streamtools.validation.checks import Declare, Seconds, check_choice, check_count, check_name, check_seconds
-from streamtools.verdicts import DROP, RELEASE, Verdict
+from streamtools.verdicts import RELEASE
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -51,10 +52,8 @@ PREFETCH: Final = 100
 CONSUMER_LOOPS: Registry[Consumer] = Registry("consumer", targets("consumer"))
 
 
-class TransportWrapper(Source, Protocol):
+class TransportWrapper(Source, Pulled, Protocol):
     """What a driver gives and takes, or what stands before it."""
-
-    async def _poll(self, limit: int) -> Sequence[Delivery]: ...
 
 
 class Consumer(ConsumerHooks, Endpoint):
@@ -151,9 +150,7 @@ class Consumer(ConsumerHooks, Endpoint):
         self.handler: BoundHandler | None = None
         self._loop: Loop | None = None
         self._running = False
-        self._manual = self.make_dispatcher(_no_handler, "by hand")
-        self._settle_manually = self._settle_received  # one object: deliveries show by it whose they are
-        self._pulling = asyncio.Lock()
+        self._puller = Puller(self, self.make_dispatcher(_no_handler, "by hand"))
         self._stopping = asyncio.Event()
         self._deadline: float | None = None
 
@@ -236,7 +233,7 @@ class Consumer(ConsumerHooks, Endpoint):
         while True:
             await self._connect(time.monotonic() + self.connect_timeout)
             try:
-                return await self._pull_fresh(max_messages, timeout, at_once)
+                return await self._puller.pull(max_messages, timeout, at_once=at_once)
             except ConnectError as error:
                 if error.permanent:
                     raise
@@ -254,7 +251,7 @@ class Consumer(ConsumerHooks, Endpoint):
             for delivery in deliveries:
                 if delivery.settled:
                     continue
-                if delivery.settle_manually is not self._settle_manually:
+                if not self._puller.has_given(delivery):
                     raise RuntimeError(f"{delivery!r} was not given by receive() of {self!r}: await delivery.ack().")
                 delivery.settled = True
                 batch.append(delivery)
@@ -331,6 +328,11 @@ class Consumer(ConsumerHooks, Endpoint):
         """When a delivery was last settled, on the monotonic clock; None before the loop began."""
         return self._loop.progress if self._loop is not None else None
 
+    @property
+    def _transport(self) -> TransportWrapper:
+        """The driver's hooks, or what stands before them."""
+        return self.wrapper or self
+
     # --- the way of a message -------------------------------------------------------------------
 
     async def _run(self, decider: Decider) -> None:
@@ -346,7 +348,7 @@ class Consumer(ConsumerHooks, Endpoint):
     async def _run_loop(self, decider: Decider, finished: Finished) -> None:
         """One loop over one connection, until it is told to stop or the connection is lost."""
         self._loop = Loop(
-            self.wrapper or self, decider, concurrency=self.concurrency, prefetch=self.prefetch, ack=self.ack,
+            self._transport, decider, concurrency=self.concurrency, prefetch=self.prefetch, ack=self.ack,
             ordering_key=self._ordering_key if self.ordered_by in ("partition", "key") else None, finished=finished,
         )  # fmt: skip
         watch = asyncio.create_task(self._watch(decider))
@@ -387,41 +389,6 @@ class Consumer(ConsumerHooks, Endpoint):
         except TimeoutError:
             pass
 
-    async def _pull_fresh(self, limit: int, deadline: float | None, at_once: bool) -> list[Delivery]:
-        """As `_pull`, but what has expired is dropped, as it would be before a handler."""
-        while True:
-            batch = await self._pull(limit, deadline, at_once)
-            stale = [delivery for delivery in batch if delivery.message.expired] if self.drops_expired else ()
-            if not stale:
-                return batch
-            fresh = [delivery for delivery in batch if delivery not in stale]
-            try:
-                await stray_cancellation_as_lost(self._settle([Settlement(delivery, DROP) for delivery in stale]))
-            except asyncio.CancelledError:
-                await self._settle([Settlement(delivery, RELEASE) for delivery in fresh])
-                raise
-            if fresh:
-                return fresh
-
-    async def _pull(self, limit: int, deadline: float | None, at_once: bool) -> list[Delivery]:
-        if at_once and self._pulling.locked():
-            return []  # another waits, so there is nothing
-        end = self.wrapper or self
-        receive = end._poll if at_once else end._receive
-        try:
-            async with asyncio.timeout_at(deadline), self._pulling:
-                batch = await stray_cancellation_as_lost(receive(limit))
-        except TimeoutError:
-            return []
-        for delivery in batch:
-            delivery.settle_manually = self._settle_manually
-        return list(batch)
-
-    async def _settle_received(self, delivery: Delivery, verdict: Verdict) -> None:
-        self._here()
-        settlement = self._manual.settlement(delivery, delivery.message, verdict, None)
-        await OneSettlement((self.wrapper or self)._settle, self._manual, settlement).perform()
-
     async def _connect(self, deadline: float) -> None:
         async with self._opening:
             await self._keep_connecting(deadline, [])
@@ -437,7 +404,7 @@ class Consumer(ConsumerHooks, Endpoint):
 
     def _in_second_loop(self, loop: asyncio.AbstractEventLoop) -> Self:
         """It may move to a second event loop only while it is idle in the first, where its messages are."""
-        if self._running or self._connected or self._opening.locked() or self._pulling.locked():
+        if self._running or self._connected or self._opening.locked() or self._puller.is_busy:
             raise ConfigurationError(
                 f"{self!r} is in use in another event loop: make another consumer for this one, or end it there "
                 "first: asyncio.run_coroutine_threadsafe(consumer.close(), its_loop)."

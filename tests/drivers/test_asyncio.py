@@ -88,7 +88,7 @@ async def test_a_send_that_is_cancelled_while_one_group_is_full_reaches_no_group
 async def test_a_consumer_that_waits_makes_a_deleted_queue_anew() -> None:
     async with Producer("orders") as producer, Admin() as admin, Consumer("orders") as consumer:
         waiting = asyncio.create_task(consumer.receive())
-        await eventually(lambda: consumer._pulling.locked())
+        await eventually(lambda: consumer._puller.is_busy)
         await admin.delete("orders")
         await eventually(lambda: "orders" in consumer._broker.topics)  # type: ignore[attr-defined]
         await producer.send("a")

@@ -307,7 +307,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _reject(self, settlement: Settlement, error: SendError) -> Settlement:
         """Kafka refuses what a handler has sent: that is the handler's failure, and no retry helps."""
         delivery = settlement.delivery
-        dispatch = self._manual if self._loop is None else self._loop.decider
+        dispatch = self._puller.decider if self._loop is None else self._loop.decider
         return dispatch.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
 
     async def _pass_over(self, partitions: Collection[AssignedPartition]) -> None:

@@ -248,7 +248,7 @@ class ConnectionCases(Cases):
             pytest.skip("the class has no fixture named cut, which would cut the connections")
         consumer = await stage.consumer()
         receiving = asyncio.create_task(consumer.receive(timeout=None))
-        await eventually(lambda: consumer._pulling.locked())
+        await eventually(lambda: consumer._puller.is_busy)
         await cut()
         await stage.send("after")
         [[delivery]] = await gather(receiving)

@@ -259,7 +259,7 @@ class ReceivingCases(Cases):
     async def test_close_wakes_who_waits_and_may_be_repeated(self, stage: Stage) -> None:
         consumer = await stage.consumer()
         receiving = asyncio.create_task(consumer.receive(timeout=None))
-        await eventually(lambda: consumer._pulling.locked())
+        await eventually(lambda: consumer._puller.is_busy)
         await consumer.close()
         await consumer.close()
         with pytest.raises(Closed):

@@ -104,7 +104,7 @@ async def test_close_answers_what_no_one_has_settled() -> None:
 async def test_close_wakes_who_waits_for_a_request() -> None:
     consumer = await HTTPConsumer("orders", port=0).open()
     waiting = asyncio.create_task(consumer.receive())
-    await wait_until(lambda: consumer._pulling.locked())
+    await wait_until(lambda: consumer._puller.is_busy)
     await consumer.close()
     with pytest.raises(Closed):
         await waiting

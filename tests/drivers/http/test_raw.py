@@ -187,5 +187,5 @@ async def test_a_cancelled_receive_loses_nothing() -> None:
             waiting.cancel()
             result = (await asyncio.gather(waiting, return_exceptions=True))[0]
             batch = await consumer._receive(1) if isinstance(result, asyncio.CancelledError) else result
-            await consumer._settle_received(batch[0], ACK)
+            await consumer._puller.settle(batch[0], ACK)
             assert (await asking).status == 202
