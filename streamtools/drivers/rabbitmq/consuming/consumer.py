@@ -30,7 +30,7 @@ from streamtools.verdicts import Copy
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds that deferred messages gather for, at most; the chain that held them makes them late by as much again.
+#: Seconds that deferred messages gather for, at most; the delay chain may be late by as much again.
 GATHER_TIMEOUT: Final = 0.05
 #: A header that deliveries of a stream have, and no others.
 STREAM_OFFSET: Final = b"\x0fx-stream-offset"

@@ -15,7 +15,7 @@ from streamtools.drivers.rabbitmq.consuming.consumer_channel import ConsumerChan
 from streamtools.drivers.rabbitmq.topology.queues import Queue
 from streamtools.engine.loop import SUSPECT
 
-#: Seconds for which nothing comes beside a suspect that is not settled, though more is asked for.
+#: Seconds for which a suspect that is not settled stays alone, even if more messages are asked for.
 ALONE_TIMEOUT: Final = 5.0
 
 
@@ -42,7 +42,7 @@ class Isolation:
         self.is_narrow: bool = prefetch > 1 and not (queue is not None and queue.is_classic)
         self.widens_after: bool = False
         self._widening: asyncio.Task[None] | None = None
-        #: Until then what was handed over last has nothing beside it, on the loop's clock.
+        #: Until when the messages that were handed over last stay alone, on the loop's clock.
         self._alone_until = 0.0
 
     @property
@@ -53,9 +53,9 @@ class Isolation:
     async def arrival(self, is_handled_alone: Callable[[], bool]) -> bool:
         """Wait for a delivery; False when the prefetch has been raised, or is about to be: wait again.
 
-        It is raised for a handler that holds its message and asks for more. So do a handler that gathers several
-        messages before it settles them, and a loop that holds a message back whose copy the broker refuses: with one
-        message at a time they would wait for ever.
+        It is raised for those that hold their message and ask for more: a handler that gathers several messages
+        before it settles them, and a loop that keeps a message whose copy the broker refuses. With one message at a
+        time they would wait for ever.
 
         Parameters:
             is_handled_alone: the handler needs no other message beside its own.
@@ -99,7 +99,7 @@ class Isolation:
         return True
 
     def handed_over(self) -> None:
-        """Messages were handed to whoever handles them."""
+        """Note that messages were handed to the consumer."""
         self._alone_until = asyncio.get_running_loop().time() + ALONE_TIMEOUT
 
     async def widen_and_settle(self, acks: Sequence[int]) -> None:
@@ -118,7 +118,7 @@ class Isolation:
         self._channel.settle(acks)
 
     async def stop(self, timeout: float) -> int:
-        """Leave the prefetch as it is from now on.
+        """Do not change the prefetch any more.
 
         Parameters:
             timeout: seconds for a change that is under way.

@@ -56,7 +56,7 @@ class PutBack:
         """
         self._copies = await CopyChannel.open(self._connection)
         await self._try_publishing(self._copies)
-        # Afterwards: while an alarm lasts, the broker does not see that a connection that has published is gone.
+        # The lock comes last: during an alarm the broker does not notice the end of a connection that has published.
         await self._wait_for_others()
 
     async def put(self, held: Sequence[Held]) -> None:
@@ -156,7 +156,7 @@ class PutBack:
         """Publish two messages that reach no queue: to learn later that we may not would be too late."""
         nowhere = Copy("", (PREFIX + secrets.token_hex(8)).encode(), b"\0\0", b"")
         try:
-            for _ in range(2):  # while an alarm lasts, the first one of a connection is taken, and no other
+            for _ in range(2):  # during an alarm the broker takes the first message of a connection, and no other
                 await copies.publish([nowhere], TRIAL_TIMEOUT)
         except TimeoutError:
             why = self._connection.blocked or "no answer"

@@ -1,4 +1,4 @@
-"""Levels of the delay chain whose queue has no leader: messages take a way without them.
+"""Levels of the delay chain whose queue has no leader: messages are sent without them.
 
 A quorum queue that has lost most of its nodes confirms nothing. What needs such a level is held a little longer, by
 the levels above it, until the level is tried again.
@@ -28,11 +28,11 @@ class LeaderlessLevels:
         self._until: dict[int, float] = {}
 
     def avoid(self, name: str) -> None:
-        """Use this level no more for a while."""
+        """Do not use this level for a while."""
         self._until[int(name.rpartition(".")[2])] = self._time() + LEADERLESS_TTL
 
     def passable(self, number: int) -> int:
-        """The least number of steps from this one on that needs none of these levels."""
+        """The least number of steps, at least this one, that needs none of these levels."""
         if not self._until:
             return number
         self._until = {level: until for level, until in self._until.items() if until > self._time()}

@@ -1,6 +1,6 @@
-"""Delays that are not possible: a user who may not declare the chain, or may not send to it, or does not want to.
+"""Delays that are not possible: this user may not declare the chain, may not send to it, or says declare=False.
 
-Each question about it would end a channel, so the answer is remembered for a while.
+Each refusal ends a channel, so it is remembered for a while.
 """
 
 from __future__ import annotations

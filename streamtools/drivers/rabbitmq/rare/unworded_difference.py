@@ -1,6 +1,6 @@
 """A queue that cannot be looked at, because RabbitMQ 4 ends the connection that asks.
 
-It fails to word what differs where that is longer than 255 bytes and not of ASCII alone.
+It should say which argument differs, and fails where its text is longer than 255 bytes and not ASCII alone.
 """
 
 from __future__ import annotations

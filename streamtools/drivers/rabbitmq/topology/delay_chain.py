@@ -94,9 +94,9 @@ class DelayChain:
         if number == 0:
             return "", ""
         bits = digits(self.leaderless.passable(number))
-        # `prepare` declared levels for a time that was longer by a moment.
+        # `prepare` declared the levels a moment earlier, for a delay that was a little longer.
         if len(bits) > self._levels:
-            bits = digits(number)  # since then a level has become one to avoid
+            bits = digits(number)  # a level became leaderless since then
         return level_name(len(bits) - 1), ".".join((*bits, target))
 
     def forget(self) -> None:
