@@ -92,7 +92,7 @@ class Consumer(ConsumerHooks, Endpoint):
         TypeError: an option that no protocol knows.
     """
 
-    #: Stands before the driver where messages come and go with another system's headers.
+    #: Reads and writes another system's headers, between the loop and the driver; None for our own.
     wrapper: TransportWrapper | None = None
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:

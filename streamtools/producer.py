@@ -110,7 +110,7 @@ class Producer(ProducerHooks, Endpoint):
         TypeError: an option that no protocol knows.
     """
 
-    #: Stands before the driver where messages leave with another system's headers.
+    #: Writes another system's headers, before the driver sends; None for our own.
     wrapper: TransportWrapper | None = None
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:

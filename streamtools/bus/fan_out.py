@@ -57,9 +57,9 @@ class HandlerFanOut:
         provided: what constructors of handler classes are given.
         threads: where `def` handlers run.
         sender: the bus, which sends the replies.
-        together: what a handler sends leaves with its acknowledgement; otherwise none follows.
+        together: what a handler sends leaves with the acknowledgement of its message; False where that came before.
         calls: the answer goes out on the same call, and not as a message (HTTP).
-        holds: a message that came before its time waits for it: other systems leave that to who receives.
+        holds: a message that arrives before its time is sent anew, delayed: other systems leave that to the receiver.
         failure_texts: a failed request is answered with the text of the error as well as with its class.
     """
 

@@ -9,7 +9,7 @@ from streamtools.delivery import Settlement
 
 
 class SettlementBatcher:
-    """Settles what is added, in batches: all that gathered while the last batch was under way."""
+    """Settles what is added in batches. While one batch is being settled, the next one gathers."""
 
     def __init__(self, settle: Callable[[list[Settlement]], Awaitable[None]]) -> None:
         self._settle = settle
@@ -19,7 +19,7 @@ class SettlementBatcher:
 
     @property
     def busy(self) -> bool:
-        """Something added is not settled yet."""
+        """Whether something that was added is not settled yet."""
         return self._settling or bool(self._pending)
 
     def add(self, settlement: Settlement) -> None:

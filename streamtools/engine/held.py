@@ -1,4 +1,4 @@
-"""What a consumer holds back because the broker refuses its copy: beside the prefetch, up to a limit of its own."""
+"""Messages that a consumer holds because the broker refuses their copies. They have a limit beside the prefetch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from streamtools.message import Message
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Messages that are held back at most, and bytes of their bodies, before no more are taken in.
+#: With this many messages held, or this many bytes of their bodies, no more messages are received.
 HELD_LIMIT: Final = 1000
 HELD_BYTES: Final = 128 * 1024 * 1024
-#: Seconds between two looks whether the queues are there: one serves all that are held back.
+#: Seconds between two declarations of the queues; one declaration serves all messages that are held.
 REDECLARE_INTERVAL: Final = 0.4
 
 

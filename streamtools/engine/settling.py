@@ -1,4 +1,4 @@
-"""Settling one delivery by itself, with less and less beside its body where it cannot be settled as it is."""
+"""Settling one delivery by itself: if it cannot be settled as it is, its copy is sent with less metadata."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Settle = Callable[[Sequence[Settlement]], Awaitable[None]]
 
 
 class Decider(Protocol):
-    """What turns a delivery into a settlement: by its handler, or by a verdict given by hand."""
+    """Decides what becomes of a delivery: by running its handler, or by a verdict that was given manually."""
 
     def stop(self) -> None: ...
     async def __call__(self, delivery: Delivery) -> Settlement: ...

@@ -1,4 +1,4 @@
-"""Telling our own cancellation from a stray one."""
+"""Cancellation: tells a cancellation that is meant for us from one that is not."""
 
 from __future__ import annotations
 
@@ -13,59 +13,59 @@ from streamtools.errors import ConnectionLost
 
 T = TypeVar("T")
 
-#: Times that a task which ignores its cancellation is cancelled.
+#: How often a task that ignores its cancellation is cancelled.
 CANCEL_TRIES: Final = 10
 
 
 def asked_to_stop() -> bool:
-    """Someone cancelled the running task; else a CancelledError in it is not meant for it."""
+    """Whether somebody cancelled the running task. If nobody did, a CancelledError in it is not meant for it."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 class WorkerScope:
-    """Whom the tasks that run handlers belong to: its end alone is theirs.
+    """The scope of the tasks that run handlers: they end when it ends, and for no other reason.
 
-    A handler can cancel the task that runs it, by mistake or by a library that does not put back what it
-    did; that is its failure, and must neither end the task nor reach the next message.
+    A handler can cancel the task that runs it: by mistake, or by a library that does not undo its own cancellation.
+    Then the handler has failed. The task must not end, and the next message must not be affected.
     """
 
     def __init__(self, task: asyncio.Task[Any] | None) -> None:
         self._task = task
-        #: The tasks are to end.
+        #: Set when the tasks are to end.
         self.ending: bool = False
 
     @property
     def ended(self) -> bool:
-        """The tasks are to end, or the one that started them was cancelled."""
+        """Whether the tasks are to end: by `ending`, or because the task that started them was cancelled."""
         return self.ending or (self._task is not None and self._task.cancelling() > 0)
 
 
-#: In tasks that run handlers.
+#: Set in tasks that run handlers.
 worker_scope: ContextVar[WorkerScope | None] = ContextVar("streamtools_home", default=None)
 
 
 def scope_ended() -> bool:
-    """The running task is to end; in one that runs handlers, whatever they have done to it."""
+    """Whether the running task is to end. In a task that runs handlers, what they did to it does not count."""
     owner = worker_scope.get()
     return asked_to_stop() if owner is None else owner.ended
 
 
 async def clear_cancellation() -> None:
-    """Forget that a handler cancelled the running task."""
+    """Clear a cancellation of the running task that a handler made."""
     task = asyncio.current_task()
     if task is None or not task.cancelling():
         return
     while task.uncancel():
         pass
     with suppress(asyncio.CancelledError):
-        await asyncio.sleep(0)  # before Python 3.13 it would still come
+        await asyncio.sleep(0)  # before Python 3.13 the cancellation is still raised once
 
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:
-    """Await what must come to its end: a cancellation meanwhile comes at the next await behind this one.
+    """Await work that must be completed: a cancellation meanwhile is raised at the next await after this one.
 
-    The second one ends it. One that a timeout asked for, whose block is over by then, comes no more.
+    A second cancellation ends the work. The cancellation of a timeout whose block has ended by then is not raised.
     """
     task, inner = asyncio.current_task(), asyncio.ensure_future(work)
     held = False
@@ -116,12 +116,12 @@ class until:  # noqa: N801 - used as `async with until(event):`, as asyncio.time
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]], seconds: float) -> int:
-    """Cancel tasks, and cancel those that go on several times more.
+    """Cancel tasks; cancel those that go on again, several times.
 
     A task that still goes on is left behind: closing the event loop does not wait for it.
 
     Returns:
-        The number of those that are left behind.
+        The number of tasks that are left behind.
     """
     pending, tries = {task for task in tasks if not task.done()}, 0
     try:
@@ -138,10 +138,10 @@ async def end(tasks: Iterable[asyncio.Task[Any]], seconds: float) -> int:
 
 
 async def stray_cancellation_as_lost(work: Awaitable[T]) -> T:
-    """Await what a driver does; a client library that cancels its callers has lost its connection.
+    """Await what a driver does. A client library that cancels its caller has lost its connection.
 
     Raises:
-        ConnectionLost: it was cancelled, and not by us.
+        ConnectionLost: the work was cancelled, and nobody cancelled the running task.
     """
     try:
         return await work

@@ -1,44 +1,45 @@
-"""WakeThrottle: how often to wake for what comes due one by one."""
+"""WakeThrottle: limits how often a consumer wakes for messages that come due one after the other."""
 
 from __future__ import annotations
 
 import time
 from typing import Final
 
-#: Seconds between wakes, at most, while much comes due.
+#: The longest pause between two wakes, in seconds, while many messages come due.
 WAKE_INTERVAL: Final = 0.1
-#: Seconds of rest that each message asks for: below 50 a second all are woken for singly.
+#: Seconds of pause that each message adds. Below 50 messages a second, each message has a wake of its own.
 REST_PER_MESSAGE: Final = 0.02
-#: Seconds of rest that may be owed: so a few at once, 25, are woken for singly, too.
+#: Seconds of pause that may add up before any is taken, so that 25 messages at once have wakes of their own, too.
 REST_LIMIT: Final = 0.5
 
 
 class WakeThrottle:
-    """Rare messages come when they are due; many gather, so that one wake serves all of a tick.
+    """Says how long to wait before the next wake.
 
-    Waking costs more than a message does: 500 of them a second, each at its own time, took a third of a CPU.
+    A rare message is received at its time. Many messages wait for each other, so that one wake serves all of them: to
+    wake costs more than a message does. 500 wakes a second took a third of a CPU.
 
     Parameters:
-        tick: the most seconds that anything waits for others.
+        tick: the longest time, in seconds, that a message waits for others.
     """
 
     def __init__(self, tick: float = WAKE_INTERVAL) -> None:
         self._tick = tick
-        # When all rests would be over, one after the other; on the monotonic clock, since a wall clock that
-        # is set back must not hold anything up.
+        # When all pauses would be over, one after the other. On the monotonic clock: a wall clock that is set back
+        # must not delay anything.
         self._rested = 0.0
 
     def wait(self) -> float:
-        """Seconds until the next wake may be: 0 for at once, a tick at most."""
+        """Seconds until the next wake is allowed: from 0 to a tick."""
         return max(0.0, self._rested - REST_LIMIT - time.monotonic())
 
     def woke(self, number: int) -> None:
-        """Count a wake that so many messages came with."""
+        """Count a wake that brought this number of messages."""
         now = time.monotonic()
         self._rested = min(
             max(self._rested, now) + min(self._tick, number * REST_PER_MESSAGE), now + REST_LIMIT + self._tick
         )
 
     def forget(self) -> None:
-        """Owe nothing."""
+        """Forget all pauses."""
         self._rested = 0.0
