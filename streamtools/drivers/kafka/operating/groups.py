@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from aiokafka import TopicPartition
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
@@ -25,6 +25,7 @@ NO_MEMBER: Final = ""
 #: The brokers' names for the state of a group without members, and of an unknown one.
 INACTIVE: Final = frozenset({"Empty", "Dead"})
 
+T = TypeVar("T")
 #: An offset, and the metadata of its commit.
 Commit = tuple[int, str]
 
@@ -60,7 +61,10 @@ class Groups:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self.persist = cluster.persist
+
+    async def persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Repeat an attempt as the cluster does."""
+        return await self._cluster.persist(attempt)
 
     @repeated
     async def names(self) -> dict[str, int]:

@@ -37,6 +37,8 @@ class ConsumerChannel(Channel):
         name: what the broker shows the consumer as.
     """
 
+    error: ConnectionLost | None
+
     def __init__(self, connection: Connection, channel: AbstractChannel, queue: str, name: str) -> None:
         super().__init__(connection, channel)
         self.queue = queue

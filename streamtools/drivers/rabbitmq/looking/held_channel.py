@@ -58,6 +58,8 @@ class HeldChannel(Channel):
         due: deliveries that were asked for and have not come.
     """
 
+    topic: str | None
+
     def __init__(self, connection: Connection, library: AbstractChannel, queue: str, *, gets: bool) -> None:
         super().__init__(connection, library)
         self._queue = queue

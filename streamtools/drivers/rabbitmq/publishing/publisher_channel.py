@@ -52,6 +52,8 @@ class PublisherChannel(Channel):
         watch: looks after messages whose confirmation does not come.
     """
 
+    error: ConnectionLost | None
+
     def __init__(
         self, shared: SharedConnection, library: AbstractChannel, limits: Limits, *, declares: bool = True
     ) -> None:
