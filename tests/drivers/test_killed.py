@@ -21,7 +21,7 @@ async def test_a_driver_that_gives_nothing_back_fails_the_case(
     async def kill(stage: Stage, how: str) -> None:
         await kill_holder(stage, how)
         taken.append(how)
-        monkeypatch.setattr(killed, "DEADLINE", 5.0)
+        monkeypatch.setattr(killed, "TIMEOUT", 5.0)
 
     stage = Stage(forgetful.ForgetfulConsumer.protocol, f"sqlite:///{tmp_path}/queues.db?lease=1", "orders")
     try:
