@@ -97,8 +97,16 @@ class InThread:
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
 
+    async def _cancel_what_is_left(self) -> None:
+        """A broker that is slow to say goodbye leaves tasks of its client library."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
     def __exit__(self, *_: object) -> None:
         self.run(self.loop.shutdown_asyncgens())
+        self.run(self._cancel_what_is_left())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
