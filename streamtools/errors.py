@@ -304,4 +304,4 @@ def suggest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
-    return f"{hint}Known: {', '.join(names)}."
+    return f"{hint}Known: {', '.join(names)}." if names else "There is none."

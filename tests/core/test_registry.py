@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from streamtools import ADMINS, CONSUMER_LOOPS, PRODUCERS, Consumer, ConsumerFactory, HandleMsgs, Producer, QueueAdmin
-from streamtools.errors import ConfigurationError, UnknownProtocol
+from streamtools.errors import ConfigurationError, UnknownProtocol, suggest
 from streamtools.protocols import ALIASES, EXTRAS
 from streamtools.registry import Registry
 from streamtools.settings import AsyncIOSettings
@@ -148,3 +148,8 @@ def test_a_protocol_name_is_also_its_urls_scheme_and_amqp_is_rabbitmqs() -> None
     assert [PRODUCERS.protocol(u) for u in ("amqp://", "AMQPS://x", "https://x", "sqlite://")] == [
         "rabbitmq", "rabbitmq", "http", "sqlite",
     ]  # fmt: skip
+
+
+def test_where_nothing_is_known_the_error_says_so() -> None:
+    assert suggest("consumer", []) == "There is none."
+    assert suggest("consumer", ["consumers"]) == "Did you mean 'consumers'? Known: consumers."
