@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from streamtools.errors import DecodeError, safe_str
+from streamtools.errors import DecodeError, SendError, safe_str
 from streamtools.message import Message
 from streamtools.validation.checks import Seconds, check_seconds
 from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
 
 #: What settles a delivery by hand: (delivery, verdict) -> None, given by the consumer.
 SettleManually = Callable[["Delivery", Verdict], Awaitable[None]]
+#: What sends the messages of settlements: (messages, the settlement of each) -> None, once the broker holds them all.
+Publish = Callable[[Sequence[Message], Sequence["Settlement"]], Awaitable[None]]
 
 
 class Delivery:
@@ -171,6 +173,64 @@ def unreadable(
     trouble = DecodeError(f"The message at {place} cannot be read: {type(error).__name__}: {safe_str(error)}")
     trouble.__cause__ = error
     return Message(body=body, queue=queue, id=id), trouble
+
+
+async def publish_first(
+    publish: Publish, settlements: Sequence[Settlement]
+) -> tuple[list[Settlement], SendError | None]:
+    """Publish what settlements send; replies last, and only of those whose other messages the broker holds.
+
+    A reply must not be out already when something else that its handler has sent is refused.
+
+    Parameters:
+        publish: raises a SendError whose `messages` are those that the broker does not hold, or may not hold; if it
+            names none, that is all of its call.
+
+    Returns:
+        the settlements of which the broker holds all messages, and the error that names the messages of the others.
+
+    Raises:
+        ConnectError: as `publish` does; nothing is known.
+    """
+    first: list[tuple[Message, Settlement]] = []
+    last: list[tuple[Message, Settlement]] = []
+    for settlement in settlements:
+        for message in settlement.outgoing:
+            is_last = message.intent == "reply" and len(settlement.outgoing) > 1
+            (last if is_last else first).append((message, settlement))
+    held, refused = await _published(publish, first, settlements)
+    if last:
+        held, more = await _published(publish, _of(held, last), held)
+        refused = refused or more  # an error of the others comes up when they are tried again
+        if refused is not None:
+            kept = set(map(id, held))
+            waiting = [message for message, settlement in last if id(settlement) not in kept]
+            refused.unknown = (*refused.unknown, *(message.id for message in waiting))
+            refused.messages = (*refused.messages, *waiting)
+    return held, refused
+
+
+async def _published(
+    publish: Publish, outgoing: Sequence[tuple[Message, Settlement]], settlements: Sequence[Settlement]
+) -> tuple[list[Settlement], SendError | None]:
+    """Publish these; return the settlements of which nothing was refused, and the refusal."""
+    if not outgoing:
+        return list(settlements), None
+    messages, owners = zip(*outgoing, strict=True)
+    try:
+        await publish(messages, owners)
+    except SendError as error:
+        refused = set(map(id, error.messages or messages))
+        left = {id(settlement) for message, settlement in outgoing if id(message) in refused}
+        return [settlement for settlement in settlements if id(settlement) not in left], error
+    return list(settlements), None
+
+
+def _of(
+    settlements: Sequence[Settlement], outgoing: Sequence[tuple[Message, Settlement]]
+) -> list[tuple[Message, Settlement]]:
+    kept = set(map(id, settlements))
+    return [each for each in outgoing if id(each[1]) in kept]
 
 
 def goes_last(message: Message, settlement: Settlement) -> bool:

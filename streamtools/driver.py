@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from streamtools.delivery import Delivery as Delivery
 from streamtools.delivery import Settlement as Settlement
+from streamtools.delivery import publish_first as publish_first
 from streamtools.delivery import read_message as read_message
 from streamtools.errors import ConfigurationError as ConfigurationError
 from streamtools.errors import ConnectError as ConnectError
@@ -174,17 +175,77 @@ class ConsumerHooks(EndpointHooks):
         async with asyncio.timeout(self.poll_timeout):
             return await self._receive(limit)
 
-    @required
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         """Send each one's `outgoing` and have it confirmed, then acknowledge (or give back) the delivery.
 
         May be called several times at once. Settling what is settled already does nothing.
+
+        As it stands, it calls the four hooks below. A driver that sends and acknowledges in one step
+        (`Features.atomic`) defines `_settle` instead of them.
 
         Raises:
             ConnectionLost: the connection ended; what was not settled is delivered again.
             SendError: the broker refused something outgoing; the deliveries concerned are still in
                 hand, and those whose outgoing messages it took are settled. It names every message
                 that the broker does not hold, unless `Features.atomic`: then none of a delivery has left.
+        """
+        ready: list[Settlement] = []
+        sending: list[Settlement] = []
+        for settlement in settlements:
+            (sending if settlement.outgoing and self._holds(settlement.delivery) else ready).append(settlement)
+        refused: SendError | None = None
+        if sending:
+            held, refused = await publish_first(self._publish, sending)
+            ready += held
+        acknowledged: list[Delivery] = []
+        released: list[Delivery] = []
+        for settlement in ready:
+            (released if settlement.verdict.kind.gives_back else acknowledged).append(settlement.delivery)
+        if released:
+            await self._release(released)
+        if acknowledged:
+            await self._acknowledge(acknowledged)
+        if refused is not None:
+            raise refused
+
+    @required
+    def _holds(self, delivery: Delivery) -> bool:
+        """Whether the delivery can still be settled; if not, its messages are not sent.
+
+        False for what is settled already, and for what came over a connection that has ended: for ever then.
+        """
+        raise NotImplementedError
+
+    @required
+    async def _publish(self, messages: Sequence[Message], settlements: Sequence[Settlement]) -> None:
+        """Return when the broker holds every message, each in the queue that it names.
+
+        Parameters:
+            settlements: for each message the settlement that sends it.
+
+        Raises:
+            SendError: its `messages` are those that the broker does not hold, or may not hold. All others are taken
+                to be held.
+            ConnectionLost: the connection ended; nothing is known. If messages leave by a connection of their own
+                that has ended, raise a SendError instead: the deliveries are then kept, and sending is tried again.
+        """
+        raise NotImplementedError
+
+    @required
+    async def _acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        """Have the broker forget these deliveries; skip those that are settled already.
+
+        Raises:
+            ConnectionLost: the connection ended, or some came over an earlier one; the others are settled first.
+        """
+        raise NotImplementedError
+
+    @required
+    async def _release(self, deliveries: Sequence[Delivery]) -> None:
+        """Give these deliveries back as they came; skip those that are settled already.
+
+        Raises:
+            ConnectionLost: the connection ended; they go back with it.
         """
         raise NotImplementedError
 

@@ -16,7 +16,6 @@ from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
 from streamtools.drivers.rabbitmq.options import QueueOptions, error_queue, work_queue
 from streamtools.drivers.rabbitmq.publishing.batch import Limits
-from streamtools.drivers.rabbitmq.publishing.copies import send_before_settling
 from streamtools.drivers.rabbitmq.publishing.sender import Sender
 from streamtools.drivers.rabbitmq.rare.forgotten_consumer import ForgottenConsumer
 from streamtools.drivers.rabbitmq.rare.unworded_difference import CarefulLook
@@ -24,7 +23,7 @@ from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.drivers.rabbitmq.topology.queues import STREAM, MissingQueue, Queue, missing
 from streamtools.engine.tasks.wake_throttle import WakeThrottle
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError
-from streamtools.message import id_generator
+from streamtools.message import Message, id_generator
 from streamtools.settings import RabbitMQSettings
 from streamtools.verdicts import Copy
 
@@ -171,41 +170,59 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     # --- settling -----------------------------------------------------------------------------------
 
-    async def _settle(self, settlements: Sequence[Settlement]) -> None:
-        subscription = self._subscription
-        mine, stale = self._sort(settlements)
-        refused: SendError | None = None
-        if subscription is not None and mine:
-            if any(s.outgoing for s in mine):
-                mine, refused = await send_before_settling(subscription.sender, mine)
-            if mine:
-                releases = [s.delivery.token[1] for s in mine if s.verdict.kind.gives_back]
-                acks = [s.delivery.token[1] for s in mine if not s.verdict.kind.gives_back]
-                await subscription.settle(acks, releases)
-        if stale:
-            raise ConnectionLost(
-                f"{stale} deliver{'y' if stale == 1 else 'ies'} of {self.queue!r} came over a connection that has "
-                "ended; the broker delivers them again."
-            )
-        if refused is not None:
-            if refused.early:
-                self._note_early(refused, settlements)
-            raise refused
+    def _holds(self, delivery: Delivery) -> bool:
+        (channel, tag), live = delivery.token, self._live_channel()
+        return live is not None and channel is live and not live.is_settled(tag)
 
-    def _sort(self, settlements: Sequence[Settlement]) -> tuple[list[Settlement], int]:
-        """Those that can be settled now, and the number of those that came over a connection that has ended."""
-        mine: list[Settlement] = []
-        stale = 0
-        subscription = self._subscription
-        for settlement in settlements:
-            channel, tag = settlement.delivery.token
+    async def _publish(self, messages: Sequence[Message], settlements: Sequence[Settlement]) -> None:
+        subscription, (channel, _) = self._subscription, settlements[0].delivery.token
+        if subscription is None or channel is not self._live_channel():  # it ended before the replies were sent
+            raise self._lost(len(settlements))
+        try:
+            await subscription.sender.publish(messages)
+        except SendError as error:
+            if error.early:
+                self._note_early(error, settlements)
+            raise
+        except ConnectError as error:
+            # The connection that receives is not affected: this is tried again.
+            raise SendError(str(error), unknown=[message.id for message in messages], messages=messages) from error
+
+    async def _acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        tags, stale = self._tags(deliveries)
+        if self._subscription is not None and tags:
+            await self._subscription.settle(tags, ())
+        if stale:
+            raise self._lost(stale)
+
+    async def _release(self, deliveries: Sequence[Delivery]) -> None:
+        tags, _ = self._tags(deliveries)  # what came over a connection that has ended went back with it
+        if self._subscription is not None and tags:
+            await self._subscription.settle((), tags)
+
+    def _tags(self, deliveries: Sequence[Delivery]) -> tuple[list[int], int]:
+        """The tags of what can be settled, and the number of those that came over a connection that has ended."""
+        live, tags, stale = self._live_channel(), list[int](), 0
+        for delivery in deliveries:
+            channel, tag = delivery.token
             if channel.is_settled(tag):
                 continue
-            if subscription is not None and channel is subscription.channel and channel.error is None:
-                mine.append(settlement)
-            elif not settlement.verdict.kind.gives_back:  # given back with its connection
+            if channel is live:
+                tags.append(tag)
+            else:
                 stale += 1
-        return mine, stale
+        return tags, stale
+
+    def _live_channel(self) -> ConsumerChannel | None:
+        """The channel that receives; None when it has ended."""
+        channel = self._subscription.channel if self._subscription is not None else None
+        return channel if channel is not None and channel.error is None else None
+
+    def _lost(self, number: int) -> ConnectionLost:
+        return ConnectionLost(
+            f"{number} deliver{'y' if number == 1 else 'ies'} of {self.queue!r} came over a connection that has "
+            "ended; the broker delivers them again."
+        )
 
     def _note_early(self, refused: SendError, settlements: Sequence[Settlement]) -> None:
         """Say once that retries wait here, where no queue of the broker's can hold them until they are due."""

@@ -16,19 +16,18 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from streamtools.delivery import Delivery, Settlement
+from streamtools.delivery import Delivery, Settlement, publish_first
 from streamtools.drivers.rabbitmq.amqp import properties
 from streamtools.drivers.rabbitmq.amqp.connection import Connection, open_connection
 from streamtools.drivers.rabbitmq.looking.held_channel import Held, HeldChannel
 from streamtools.drivers.rabbitmq.looking.put_back import PutBack
 from streamtools.drivers.rabbitmq.options import QueueOptions, work_queue
 from streamtools.drivers.rabbitmq.publishing.batch import Limits
-from streamtools.drivers.rabbitmq.publishing.copies import without
 from streamtools.drivers.rabbitmq.publishing.sender import Sender
 from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.drivers.rabbitmq.topology.queues import STREAM, missing
-from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
-from streamtools.message import id_generator
+from streamtools.errors import Closed, ConnectionLost, QueueError
+from streamtools.message import Message, id_generator
 from streamtools.settings import RabbitMQSettings
 
 #: The broker's codes for a queue that does not exist, and for one that gives nothing out to basic.get.
@@ -114,20 +113,16 @@ class RabbitMQReader:
         return [self._delivery(held) for held in new]
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
-        refused: SendError | None = None
         # Some may be settled already, in a call in which another one was refused.
         settlements = [s for s in settlements if not s.delivery.token.settled]
-        outgoing = [message for s in settlements for message in s.outgoing]
-        if outgoing:
-            try:
-                await self._sender.publish(outgoing)
-            except SendError as error:
-                refused = error
-        done = without(settlements, refused.messages if refused is not None else ())
+        done, refused = await publish_first(self._publish, settlements)
         if self._channel is not None:
             self._channel.acknowledge(s.delivery.token for s in done)
         if refused is not None:
             raise refused
+
+    async def _publish(self, messages: Sequence[Message], _settlements: Sequence[Settlement]) -> None:
+        await self._sender.publish(messages)
 
     async def _stop(self) -> None:
         # The channel of a quorum queue sends 32 acknowledgements at a time, and forgets the others when it is closed.
