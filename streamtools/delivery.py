@@ -233,10 +233,5 @@ def _of(
     return [each for each in outgoing if id(each[1]) in kept]
 
 
-def goes_last(message: Message, settlement: Settlement) -> bool:
-    """A reply: it must not be out already when something else that its handler has sent is refused."""
-    return message.intent == "reply" and len(settlement.outgoing) > 1
-
-
 #: The delivery being handled in this task, for code that runs inside a handler.
 current: ContextVar[Delivery | None] = ContextVar("streamtools_delivery", default=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 
-from streamtools.delivery import Settlement, goes_last
+from streamtools.delivery import Settlement, publish_first
 from streamtools.drivers.kafka.consuming.copies import Copies
 from streamtools.drivers.kafka.consuming.delays import DelayedRecord
 from streamtools.drivers.kafka.consuming.partition import AssignedPartition
@@ -42,34 +42,18 @@ class RetryPublisher:
             SendError: some messages were refused.
             ConnectError: the connection ended; nothing is known.
         """
-        held, refused = await self._send(settlements, last=False)
-        if held:
-            held, more = await self._send(held, last=True)
-            refused = refused or more  # the rest is tried again, and then raises its own error
+        held, refused = await publish_first(self._publish, settlements)
         done += held
         if refused is not None:
-            kept = {id(s) for s in held}
-            unsent = [m for s in settlements if id(s) not in kept for m in s.outgoing if goes_last(m, s)]
-            refused.unknown = (*refused.unknown, *(m.id for m in unsent))
-            refused.messages = (*refused.messages, *unsent)
             raise refused
 
-    async def _send(
-        self, settlements: Sequence[Settlement], *, last: bool
-    ) -> tuple[list[Settlement], SendError | None]:
-        """Send what goes last, or all else; return the settlements of which nothing was refused, and the refusal."""
-        messages: list[tuple[Settlement, Message]] = [
-            (s, m) for s in settlements for m in s.outgoing if goes_last(m, s) is last
-        ]
-        copies = [self._copies.one(*each) for each in messages]
+    async def _publish(self, messages: Sequence[Message], settlements: Sequence[Settlement]) -> None:
+        copies = [self._copies.one(*each) for each in zip(settlements, messages, strict=True)]
         try:
-            if copies:
-                await (await self._get_sender()).publish(copies)
+            await (await self._get_sender()).publish(copies)
         except SendError as error:
-            error.messages = not_held([m for _, m in messages], copies)
-            refused = {id(s) for (s, _), item in zip(messages, copies, strict=True) if item.error is not None}
-            return [s for s in settlements if id(s) not in refused], error
-        return list(settlements), None
+            error.messages = not_held(messages, copies)
+            raise
 
     async def forward(self, batch: Sequence[DelayedRecord]) -> None:
         """Send copies of what is not due to the retry topic, and finish the records.

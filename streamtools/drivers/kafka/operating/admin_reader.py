@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -16,7 +16,7 @@ from typing import Any, Final
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka import errors as kafka
 
-from streamtools.delivery import Delivery, Settlement
+from streamtools.delivery import Delivery, Settlement, publish_first
 from streamtools.drivers.kafka.brokers.cluster import EARLIEST, LATEST, Cluster
 from streamtools.drivers.kafka.brokers.topics import Topics
 from streamtools.drivers.kafka.client.batches import Buffers
@@ -152,19 +152,21 @@ class AdminReader:
             QueueError: the group has consumers, or somebody else has committed for it meanwhile.
             SendError: some messages were refused; only those stay in the topic.
         """
-        sender = await self._opened()
+        await self._opened()
         await self._check_alone()
-        copies = [await self._copies(settlement) for settlement in settlements]
-        batch = [item for items in copies for item in items]
+        held, refused = await publish_first(self._publish, settlements)
+        await self._finish(held)
+        if refused is not None:
+            raise refused
+
+    async def _publish(self, messages: Sequence[Message], settlements: Sequence[Settlement]) -> None:
+        sender = await self._opened()
+        copies = [await self._copy(*each) for each in zip(settlements, messages, strict=True)]
         try:
-            if batch:
-                await sender.publish(batch)
+            await sender.publish(copies)
         except SendError as error:
-            error.messages = not_held([m for s in settlements for m in s.outgoing], batch)
-            kept = [all(item.error is None for item in items) for items in copies]
-            await self._finish([s for s, is_held in zip(settlements, kept, strict=True) if is_held])
+            error.messages = not_held(messages, copies)
             raise
-        await self._finish(settlements)
 
     # --- how --------------------------------------------------------------------------------------
 
@@ -184,24 +186,27 @@ class AdminReader:
         except CLIENT_ERRORS as error:
             raise refusal(error, self._settings) from error
 
-    async def _copies(self, settlement: Settlement) -> list[ProducerRecord]:
+    async def _copy(self, settlement: Settlement, message: Message) -> ProducerRecord:
         record = settlement.delivery.token
-        items = records_of(settlement.outgoing, read=record.headers)
+        [item] = records_of([message], read=record.headers)
         told = header_texts(record.headers, (GROUP, RETRIES))
-        for item, message in zip(items, settlement.outgoing, strict=True):
-            item.is_copy = True
-            if message.error is not None:  # it stays rejected, and a later redrive needs to know where it came from
-                item.headers += decode_origin(record, _place(record)).headers
-                item.headers += [(name, text.encode()) for name, text in told.items()]
-        if GROUP in told and RETRIES in told and await self._exists(told[GROUP], told[RETRIES]):
-            origin = decode_origin(record, _place(record))
-            back = [i for i, m in zip(items, settlement.outgoing, strict=True) if isinstance(m, RedrivenMessage)]
-            for item in back:
-                if not await self._waits_for(told[GROUP], told[RETRIES], item.topic):
-                    continue
-                item.headers += [*origin.headers, (QUEUE, item.topic.encode())]
-                item.topic, item.partition, item.timestamp = told[RETRIES], 0, now_ms()
-        return items
+        item.is_copy = True
+        if message.error is not None:  # it stays rejected, and a later redrive needs to know where it came from
+            item.headers += decode_origin(record, _place(record)).headers
+            item.headers += [(name, text.encode()) for name, text in told.items()]
+        if isinstance(message, RedrivenMessage) and await self._goes_back(told, item.topic):
+            item.headers += [*decode_origin(record, _place(record)).headers, (QUEUE, item.topic.encode())]
+            item.topic, item.partition, item.timestamp = told[RETRIES], 0, now_ms()
+        return item
+
+    async def _goes_back(self, told: Mapping[str, str], topic: str) -> bool:
+        """The group that had rejected a message of this topic, as its headers say, still reads its retries."""
+        return (
+            GROUP in told
+            and RETRIES in told
+            and await self._exists(told[GROUP], told[RETRIES])
+            and await self._waits_for(told[GROUP], told[RETRIES], topic)
+        )
 
     async def _exists(self, group: str, topic: str) -> bool:
         """The group and its retry topic still exist; else nobody would read what is sent there."""
