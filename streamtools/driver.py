@@ -7,8 +7,9 @@ A driver is a module with up to three classes, each of which names the protocol 
     class BoxesAdmin(QueueAdmin, protocol="boxes"): ...
 
 `Producer`, `Consumer` and `QueueAdmin` call the hooks on this page; users call the public methods alone. Each driver
-defines the hooks that are marked `@required`; the others have a default. Hooks raise the errors that are imported
-here, each with the client library's error as its cause, and do not try again: the base classes do that.
+defines the hooks that are marked `@required`; the others have a default. A driver that defines `_settle` needs none
+of the four that `_settle` calls. Hooks raise the errors that are imported here, each with the client library's error
+as its cause, and do not try again: the base classes do that.
 """
 
 from __future__ import annotations
