@@ -183,8 +183,8 @@ async def publish_first(
     A reply must not be out already when something else that its handler has sent is refused.
 
     Parameters:
-        publish: raises a SendError whose `messages` are those that the broker does not hold, or may not hold; if it
-            names none, that is all of its call.
+        publish: raises a SendError whose `messages` are those that the broker does not hold, or may not hold. If it
+            has none, its ids say which; without ids as well, it is about all messages of the call.
 
     Returns:
         the settlements of which the broker holds all messages, and the error that names the messages of the others.
@@ -200,13 +200,14 @@ async def publish_first(
             (last if is_last else first).append((message, settlement))
     held, refused = await _published(publish, first, settlements)
     if last:
-        held, more = await _published(publish, _of(held, last), held)
+        kept = set(map(id, held))
+        held, more = await _published(publish, [each for each in last if id(each[1]) in kept], held)
         refused = refused or more  # an error of the others comes up when they are tried again
-        if refused is not None:
-            kept = set(map(id, held))
-            waiting = [message for message, settlement in last if id(settlement) not in kept]
-            refused.unknown = (*refused.unknown, *(message.id for message in waiting))
-            refused.messages = (*refused.messages, *waiting)
+    if refused is not None:
+        kept = set(map(id, held))
+        waiting = [message for message, settlement in last if id(settlement) not in kept]
+        refused.unknown = (*refused.unknown, *(message.id for message in waiting))
+        refused.messages = (*refused.messages, *waiting)
     return held, refused
 
 
@@ -220,17 +221,13 @@ async def _published(
     try:
         await publish(messages, owners)
     except SendError as error:
-        refused = set(map(id, error.messages or messages))
+        if not error.messages:
+            named = {*error.refused, *error.unknown}
+            error.messages = [message for message in messages if message.id in named] or messages
+        refused = set(map(id, error.messages))
         left = {id(settlement) for message, settlement in outgoing if id(message) in refused}
         return [settlement for settlement in settlements if id(settlement) not in left], error
     return list(settlements), None
-
-
-def _of(
-    settlements: Sequence[Settlement], outgoing: Sequence[tuple[Message, Settlement]]
-) -> list[tuple[Message, Settlement]]:
-    kept = set(map(id, settlements))
-    return [each for each in outgoing if id(each[1]) in kept]
 
 
 #: The delivery being handled in this task, for code that runs inside a handler.

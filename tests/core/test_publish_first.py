@@ -25,7 +25,6 @@ class Driver(ConsumerHooks):
         self.done: list[tuple[str, list[str]]] = []
         self.refuses = refuses
         self.stale = stale
-        self.names = True
 
     def _holds(self, delivery: Delivery) -> bool:
         return delivery.message.id not in self.stale
@@ -35,7 +34,7 @@ class Driver(ConsumerHooks):
             assert any(message is each for each in settlement.outgoing)
         self.done.append(("publish", [message.id for message in messages]))
         if refused := [message for message in messages if message.id in self.refuses]:
-            raise SendError("no", refused=[m.id for m in refused], messages=refused if self.names else ())
+            raise SendError("no", refused=[m.id for m in refused], messages=refused)
 
     async def _acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         self.done.append(("acknowledge", [delivery.message.id for delivery in deliveries]))
@@ -100,14 +99,20 @@ async def test_a_reply_that_is_refused_keeps_its_delivery() -> None:
     assert caught.value.refused == ("r",)
 
 
-async def test_a_refusal_that_names_no_message_is_about_all_of_them() -> None:
-    driver = Driver(refuses=["a"])
-    driver.names = False
+@pytest.mark.parametrize(("named", "settled"), [((), ["3"]), (("a",), ["3", "2"])])
+async def test_a_refusal_without_messages_is_about_the_ids_that_it_names_or_else_about_all(
+    named: tuple[str, ...], settled: list[str]
+) -> None:
+    class NamesIds(Driver):
+        async def _publish(self, messages: Sequence[Message], settlements: Sequence[Settlement]) -> None:
+            raise SendError("no", refused=named)
+
+    driver = NamesIds()
 
     with pytest.raises(SendError):
         await driver._settle([settlement("1", message("a")), settlement("2", message("b")), settlement("3")])
 
-    assert driver.done == [("publish", ["a", "b"]), ("acknowledge", ["3"])]
+    assert driver.done == [("acknowledge", settled)]
 
 
 async def test_messages_of_one_id_are_told_apart() -> None:
