@@ -161,6 +161,14 @@ class Loop:
         if self._ack == "manual":
             self._state.done(1)
 
+    def hold(self) -> None:
+        """Begin none of those in hand until `resume()`; handlers at work go on."""
+        self._ready.hold()
+
+    def resume(self) -> None:
+        """Begin those in hand again, in the same order."""
+        self._ready.resume()
+
     # --- taking in ------------------------------------------------------------------------------
 
     async def _take_in(self) -> None:

@@ -27,6 +27,8 @@ class ReadyQueue:
         #: Ordering key of a delivery that is ready or at work -> those that wait behind it.
         self._behind: dict[Hashable, deque[Delivery]] = {}
         self._idle: deque[asyncio.Future[None]] = deque()
+        #: Those that are ready, while none may be taken.
+        self._held: deque[Delivery] | None = None
 
     def add(self, delivery: Delivery) -> None:
         """Let it be handled when its turn comes."""
@@ -52,8 +54,21 @@ class ReadyQueue:
         self._idle.append(waiter)
         await waiter
 
+    def hold(self) -> None:
+        """Let no worker take any until `resume()`."""
+        if self._held is None:
+            self._held = self.deliveries.copy()
+            self.deliveries.clear()
+
+    def resume(self) -> None:
+        """Let workers take them again, in the same order."""
+        held, self._held = self._held, None
+        for delivery in held or ():
+            self._make_ready(delivery)
+
     def clear(self) -> list[Delivery]:
         """Take out all that no worker has begun."""
+        self.resume()
         waiting = [*self.deliveries, *(each for behind in self._behind.values() for each in behind)]
         self.deliveries.clear()
         for behind in self._behind.values():
@@ -61,6 +76,9 @@ class ReadyQueue:
         return waiting
 
     def _make_ready(self, delivery: Delivery) -> None:
+        if self._held is not None:
+            self._held.append(delivery)
+            return
         self.deliveries.append(delivery)
         while self._idle:
             waiter = self._idle.popleft()

@@ -108,7 +108,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _new_member(self, *, has_retry_topic: bool) -> GroupMember:
         return GroupMember(
             self.settings, self._subscription(has_retry_topic), changed=self._wake_up, drained=self._drained,
-            passed_over=self._pass_over, topic_changes=self._topic_changes,
+            passed_over=self._pass_over, doubted=self._doubted, topic_changes=self._topic_changes,
         )  # fmt: skip
 
     def _new_publisher(self, copies: Copies, member: GroupMember) -> RetryPublisher:
@@ -313,6 +313,15 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     async def _pass_over(self, partitions: Collection[AssignedPartition]) -> None:
         if self._publisher is not None:
             await self._publisher.pass_over(partitions)
+
+    def _doubted(self, doubtful: bool) -> None:
+        loop = self._loop
+        if loop is not None and self.ack != "on_receive":  # else what is in hand is committed, and ours in any case
+            if doubtful:
+                loop.hold()
+            else:
+                loop.resume()
+        self._wake_up()
 
     async def _drained(self, partitions: Collection[AssignedPartition]) -> None:
         if self._settler is not None:

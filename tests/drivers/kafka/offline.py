@@ -180,6 +180,7 @@ class OfflineConsumer(KafkaConsumer):
             changed=self._wake_up,
             drained=self._drained,
             passed_over=self._pass_over,
+            doubted=self._doubted,
             topic_changes=self._topic_changes,
         )
         cluster = SimpleNamespace(partitions_for_topic=lambda _: {PLACE.partition})

@@ -168,7 +168,7 @@ async def test_what_was_finished_of_a_deleted_topic_is_not_committed_for_the_nex
         static_id=None,
         session_timeout=10,
         fenced=lambda: None,
-        trusted=lambda: None,
+        doubted=lambda _: None,
     )
     with pytest.raises(kafka_errors.UnknownTopicOrPartitionError):
         await coordinator.commit({PLACE: OffsetAndMetadata(7, "")}, place)

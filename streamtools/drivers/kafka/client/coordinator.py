@@ -47,7 +47,8 @@ class Coordinator:
         static_id: the member's own name in the group; None without one.
         session_timeout: seconds after which the coordinator gives a silent member's partitions to others.
         fenced: called when another member has taken the static name over.
-        trusted: called when the coordinator has confirmed a membership that was in doubt.
+        doubted: called with True when the coordinator has been silent for `session_timeout`, also after the process
+            itself was stopped; and with False when it has confirmed the membership again.
     """
 
     def __init__(
@@ -57,24 +58,25 @@ class Coordinator:
         static_id: str | None,
         session_timeout: float,
         fenced: Callable[[], None],
-        trusted: Callable[[], None],
+        doubted: Callable[[bool], None],
     ) -> None:
         self._inner = inner = consumer._coordinator
         self._static_id = static_id
         self._session_timeout = session_timeout
         self._fenced = fenced
-        self._trusted = trusted
+        self._doubted = doubted
         self._former_id = ""
         self._send = inner._send_req
         inner._send_req = self._send_request
         self._confirmed_at = time.monotonic()  # when the coordinator last said that we are in the group
-        self._doubted = False
+        self._in_doubt = False
+        self._look: asyncio.TimerHandle | None = None
+        self._left = False
 
     @property
     def is_doubtful(self) -> bool:
         """The coordinator has been silent for so long that others may have our partitions: begin nothing more."""
-        self._doubted = time.monotonic() - self._confirmed_at > self._session_timeout
-        return self._doubted
+        return time.monotonic() - self._confirmed_at >= self._session_timeout
 
     @property
     def place(self) -> GroupPlace | None:
@@ -130,6 +132,9 @@ class Coordinator:
         Used where the library has not done so. While a member joins, its connection waits for the answer to that; so
         this goes over another one.
         """
+        self._left = True
+        if self._look is not None:
+            self._look.cancel()
         inner = self._inner
         member_id, node = inner.member_id, inner.coordinator_id
         if self._static_id is not None or not member_id or node is None:
@@ -151,10 +156,24 @@ class Coordinator:
         if code == 0 and isinstance(request, HeartbeatRequest | SyncGroupRequest):
             # The answer to a SyncGroup waits for the other members, and confirms from its arrival on.
             self._confirmed_at = sent if isinstance(request, HeartbeatRequest) else time.monotonic()
-            if self._doubted:
-                self._doubted = False
-                self._trusted()
+            self._watch()
         return response
+
+    def _watch(self) -> None:
+        """Say when the membership becomes doubtful, and when it is no more so.
+
+        The first look after a process was stopped comes before all that its tasks do next.
+        """
+        if self._look is not None:
+            self._look.cancel()
+        if self._left:
+            return
+        if self.is_doubtful != self._in_doubt:
+            self._in_doubt = not self._in_doubt
+            self._doubted(self._in_doubt)
+        if not self._in_doubt:
+            loop, due = asyncio.get_running_loop(), self._confirmed_at + self._session_timeout
+            self._look = loop.call_later(due - time.monotonic(), self._watch)
 
     def _name_former_id(self, request: Any) -> None:
         """With a static name, send the former member id: it alone shows whether another has taken the name over.

@@ -49,6 +49,7 @@ class GroupMember:
         changed: called whenever a partition comes or goes, or the membership fails.
         drained: called before partitions are revoked; returns when nothing of them is at work, or at the deadline.
         passed_over: commits, with `exactly_once=True`, the positions of partitions without messages.
+        doubted: called with True when others may have our partitions, and with False when they are surely ours again.
         topic_changes: what is known of the topics.
 
     Attributes:
@@ -67,12 +68,14 @@ class GroupMember:
         changed: Callable[[], None],
         drained: Callable[[Collection[AssignedPartition]], Awaitable[None]],
         passed_over: Callable[[Collection[AssignedPartition]], Awaitable[None]],
+        doubted: Callable[[bool], None],
         topic_changes: TopicChanges,
     ) -> None:
         self.settings: KafkaSettings = settings
         self.config: SubscriptionConfig = config
         self.changed: Callable[[], None] = changed
         self._drained = drained
+        self._doubted = doubted
         self.topic_changes: TopicChanges = topic_changes
         self.client: ConsumerClient | None = None
         self.coordinator: Coordinator | None = None
@@ -163,7 +166,7 @@ class GroupMember:
                 static_id=self._static_name,
                 session_timeout=self.settings.session_timeout,
                 fenced=self._name_taken,
-                trusted=self.changed,
+                doubted=self._doubted,
             )
         return self.coordinator
 
