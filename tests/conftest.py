@@ -38,6 +38,7 @@ from tests.brokers.kafka.mock import KafkaMock, real_or_mock
 from tests.brokers.kafka.node import KafkaCluster, KafkaNode
 from tests.brokers.processes import BrokerError
 from tests.brokers.rabbitmq import RabbitMQCluster, RabbitMQNode, add_vhost
+from tests.faults.left_open import left_open, watch_loops
 
 # Cases are imported one by one too, by other ways than `ConformanceSuite`.
 pytest.register_assert_rewrite("streamtools.testing.conformance", "tests.core.machine", "tests.core.machine_verdicts")
@@ -51,6 +52,8 @@ OURS = ("STREAMTOOLS_URL", "RMQ_", "HTTP_HOST", "KAFKA_HOST")
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if IN_CI else "dev")
+
+watch_loops()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -87,6 +90,15 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """Fail the test that leaves a connection open; a later one would, when the garbage collector finds it."""
+    left_open.clear()
+    yield
+    if left_open:
+        pytest.fail(f"{item.name} has left open: {', '.join(left_open)}", pytrace=False)
 
 
 @pytest.fixture(autouse=True)

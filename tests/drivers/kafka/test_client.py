@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import re
 from pathlib import Path
+from secrets import token_hex
+from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaProducer
 from aiokafka.client import AIOKafkaClient
 
+from streamtools import Closed, KafkaSettings
 from streamtools.drivers import kafka as driver
 from streamtools.drivers.kafka.client.connect import stopped
 from streamtools.drivers.kafka.client.guard import harden
+from streamtools.drivers.kafka.producing.publisher import Publisher
+from streamtools.drivers.kafka.producing.sender import Sender
+from streamtools.drivers.kafka.producing.transactions import TransactionalProducer
 from tests.brokers.kafka.address import KafkaAddress
 
 
@@ -54,6 +61,40 @@ async def test_a_connection_that_is_made_while_its_client_ends_is_closed(kafka: 
     await client.close()
     assert await connecting is None
     assert not any(connection.connected() for connection in client._conns.values())
+
+
+async def test_a_client_that_starts_while_its_owner_is_closed_is_ended(
+    kafka: KafkaAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end sees no client yet; the start would leave one that nobody ends."""
+    settings = KafkaSettings(host=kafka.bootstrap)
+    made: list[Any] = []
+    start = AIOKafkaProducer.start
+
+    async def closed_meanwhile(client: Any) -> None:
+        await start(client)
+        made.append(client)
+        await owner.close()
+
+    monkeypatch.setattr(AIOKafkaProducer, "start", closed_meanwhile)
+    owners: list[Any] = [TransactionalProducer(settings, f"id-{token_hex(4)}", "test"), Publisher(settings, "test")]
+    for owner in owners:
+        with pytest.raises(Closed):
+            await owner.open()
+        assert made[-1]._closed
+        assert not any(connection.connected() for connection in made[-1].client._conns.values())
+
+
+async def test_a_sender_that_is_closed_while_it_connects_lets_go_of_the_shared_client(
+    kafka: KafkaAddress,
+) -> None:
+    sender = Sender(KafkaSettings(host=kafka.bootstrap), f"test-{token_hex(4)}")
+    opening = asyncio.create_task(sender.open())
+    await asyncio.sleep(0)
+    await sender.close()
+    with pytest.raises(Closed):
+        await opening
+    # What it leaves open is seen at the end of the test.
 
 
 def test_only_the_client_room_uses_private_names_of_the_library() -> None:

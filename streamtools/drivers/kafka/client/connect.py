@@ -16,7 +16,7 @@ from streamtools.drivers.kafka.client.monitor import quieten
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, GARBAGE, client_error, connect_error
 from streamtools.engine.tasks.cancellation import asked_to_stop
 from streamtools.engine.tls import client_context, warn_unverified
-from streamtools.errors import ConnectError
+from streamtools.errors import Closed, ConnectError
 from streamtools.settings import KafkaSettings
 
 #: Milliseconds between two attempts of the library at one request.
@@ -27,6 +27,9 @@ METADATA_AGE: Final = 30.0
 CLOSE_TIMEOUT: Final = 5.0
 #: Seconds to end a client without a goodbye, and for a goodbye to brokers that may be away.
 DROP_TIMEOUT: Final = 1.0
+
+#: What an error says to those who use what was closed.
+CLOSED: Final = "The producer was closed; call open() to use it again."
 
 
 class Client(Protocol):
@@ -83,14 +86,17 @@ async def started(
     *,
     timeout: float | None = None,
     stop: Callable[[], Awaitable[None]] | None = None,
+    closed: Callable[[], bool] | None = None,
 ) -> None:
     """Start a client of the library; nothing is left open when it fails.
 
     Parameters:
         timeout: seconds; those for one connection attempt to each host when None.
         stop: ends the client if it cannot start; `stopped` when None.
+        closed: tells whether its owner was closed meanwhile.
 
     Raises:
+        Closed: its owner was closed meanwhile.
         ConnectError: with the reason, which the library itself only logs.
     """
     limit = timeout or settings.connect_timeout * (len(settings.addresses) + 1)
@@ -98,6 +104,8 @@ async def started(
     try:
         async with asyncio.timeout(limit):
             await client.start()
+        if closed is not None and closed():  # its end saw no client yet
+            raise Closed(CLOSED)
     except BaseException as error:
         close_first(error)
         await stop()

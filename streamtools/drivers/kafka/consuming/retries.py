@@ -73,6 +73,9 @@ class RetryPublisher:
             if self._sender is None:
                 sender = Sender(self._settings, self._sender_id, room=COPY_ROOM)
                 await sender.open()
+                if self._closed:  # meanwhile
+                    await sender.close()
+                    raise Closed("The consumer was closed.")
                 self._sender = sender
             return self._sender
 

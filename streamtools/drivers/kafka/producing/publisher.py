@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from aiokafka import AIOKafkaProducer
 
 from streamtools.drivers.kafka.brokers.topics import Topic, Topics
-from streamtools.drivers.kafka.client.connect import connection, started, stopped
+from streamtools.drivers.kafka.client.connect import CLOSED, connection, started, stopped
 from streamtools.drivers.kafka.client.monitor import ConnectionMonitor
 from streamtools.drivers.kafka.client.producers import abandoned, leader_and_replicas
 from streamtools.drivers.kafka.producing.batches import BATCH
@@ -20,8 +20,6 @@ from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, Unconfirm
 from streamtools.drivers.kafka.records import COPY_ROOM
 from streamtools.errors import Closed, ConnectError
 from streamtools.settings import KafkaSettings
-
-CLOSED: Final = "The producer was closed; call open() to use it again."
 
 
 class Publisher:
@@ -188,6 +186,6 @@ class Publisher:
         )
         self._monitor = ConnectionMonitor(producer.client, f"Producer {self._client_id}", self.settings)
         self._failed = True
-        await started(producer, self.settings)
+        await started(producer, self.settings, closed=lambda: self._closed)
         self._failed = False
         return producer

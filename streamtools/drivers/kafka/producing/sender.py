@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from streamtools.drivers.kafka.brokers.topics import Topic, Topics
-from streamtools.drivers.kafka.producing.publisher import CLOSED, Publisher
+from streamtools.drivers.kafka.client.connect import CLOSED
+from streamtools.drivers.kafka.producing.publisher import Publisher
 from streamtools.drivers.kafka.producing.record import ProducerRecord, refused
 from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, UnconfirmedBatch
 from streamtools.engine.tasks.sharing import Lease, Sharing
@@ -38,16 +39,20 @@ class Sender:
         self._limit = ByteLimit()
         self._pending: set[UnconfirmedBatch] = set()
         self._lease: Lease[Publisher] | None = None
+        self._closed = False
 
     async def open(self) -> Topics:
         """Connect, if nobody has; returns what looks for topics over the same connection.
 
         Raises:
             ConnectError: no broker lets us in.
+            Closed: `close()` was called meanwhile.
         """
         lease = await _PUBLISHERS.acquire((self._settings, self._client_id), self._new_publisher)
         try:
             await lease.value.open()  # the last attempt to connect anew may have failed
+            if self._closed:
+                raise Closed(CLOSED)
         except BaseException:
             await lease.release()
             raise
@@ -91,6 +96,7 @@ class Sender:
 
     async def close(self) -> None:
         """End; what is not confirmed fails. Safe to repeat."""
+        self._closed = True
         lease, self._lease = self._lease, None
         for pending in self._pending:
             pending.given_up = True

@@ -105,12 +105,14 @@ class TransactionalProducer:
         self._partitions = PartitionChooser(settings)
         self._producer: Any = None
         self.broken: bool = False
+        self._closed = False
 
     async def open(self) -> None:
         """Connect, and fence off the id's last owner unless that was done.
 
         Raises:
             ConnectError: no broker lets us in.
+            Closed: `close()` was called meanwhile.
         """
         producer = AIOKafkaProducer(
             **await connection(self._settings, self._client_id),
@@ -123,7 +125,12 @@ class TransactionalProducer:
         abort_what_was_added(producer)
         if self._identity is not None:
             take_identity(producer, self._identity)
-        await started(producer, self._settings, timeout=self._settings.connect_timeout + TIMEOUT)
+        await started(
+            producer,
+            self._settings,
+            timeout=self._settings.connect_timeout + TIMEOUT,
+            closed=lambda: self._closed,
+        )
         self._producer = producer
 
     async def begin(self) -> None:
@@ -171,6 +178,7 @@ class TransactionalProducer:
 
     async def close(self) -> None:
         """End at once; an open transaction is aborted by Kafka."""
+        self._closed = True
         producer, self._producer = self._producer, None
         await self._partitions.close()
         if producer is not None:
