@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-import tomllib
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "streamtools"
+from tests.pages.markdown import ROOT
+from tests.pages.rooms import BANDS, PACKAGE, PICTURE, layers, picture
+
 PAGE = (ROOT / "docs" / "contribute" / "architecture.md").read_text("utf-8")
 PLACES = sorted(set(re.findall(r"`([\w/]+\.py)`", PAGE)) - {"options.py"})
 NAMES = sorted(set(re.findall(r"`([\w/]+\.py)`:\s+`([\w.]+)`", PAGE)))
@@ -32,12 +31,10 @@ def test_a_name_is_defined_in_the_file_that_it_is_said_to_be_in(path: str, name:
 
 
 def test_every_room_is_on_it() -> None:
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
-    rooms = {
-        room for layer in contracts[0]["layers"] for room in re.findall(r"\((\w+)\)", layer) if _is_there(room)
-    } - {"jobs", "handlers"}  # older names
+    rooms = {room for layer in layers() for room in layer} - {"jobs", "handlers"}  # older names
     assert {room for room in rooms if f"`{room}/`" not in PAGE and f"`{room}.py`" not in PAGE} == set()
 
 
-def _is_there(room: str) -> bool:
-    return (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").is_file()
+def test_the_picture_shows_the_layers_as_they_are() -> None:
+    assert PICTURE.read_text("utf-8") == picture(), "draw it anew: python -m tests.pages.rooms"
+    assert BANDS.keys() <= {room for layer in layers() for room in layer}
