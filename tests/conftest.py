@@ -16,6 +16,7 @@ Without a broker they skip, saying what to type; with CI=true they fail.
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import sys
@@ -82,6 +83,12 @@ def _together(item: pytest.Item, fixtures: set[str]) -> str:
     if "tests/test_docs.py" in item.nodeid and "kafka" not in fixtures:
         return item.nodeid  # each page by itself; on Kafka they share their topics
     return item.nodeid.rpartition("::")[0]
+
+
+def pytest_collection_finish() -> None:
+    """The collected tests stay until the end: the garbage collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
