@@ -92,9 +92,14 @@ async def test_one_in_ten_of_5_000_fails_and_is_redriven_once(
     service.mended = True
     async with service.running():
         redriven = await put_back(protocol, url)
-        await eventually(
-            lambda: service.runs.total() >= expected().total() + len(FAILING), "all redriven are handled"
-        )
+        assert redriven == len(FAILING)
+        try:
+            await eventually(lambda: service.runs.total() >= expected().total() + len(FAILING), timeout=60)
+        except TimeoutError as error:
+            error.add_note(f"{(service.runs - expected()).total()} of {redriven} are handled")
+            async with QueueAdmin(url=url) as admin:
+                error.add_note(f"{await admin.list()}")
+            raise
     again = service.runs - expected()
     left = len(await dead_lettered(url))
     show(
@@ -104,7 +109,6 @@ async def test_one_in_ten_of_5_000_fails_and_is_redriven_once(
         repeats=again.total() - len(again),
         left=left,
     )
-    assert redriven == len(FAILING)
     assert again == Counter(FAILING)
     assert left == 0
 

@@ -73,8 +73,10 @@ class Stage:
         return producer
 
     def new_consumer(self, queue: str | None = None, **options: Any) -> Consumer:
-        """A consumer that is not open yet."""
+        """A consumer that is not open yet; its group is of the case's own, as members meet whatever they read."""
         defaults = {"url": self.url, "retry": QUICK, "error_queue": ERRORS}
+        if (group := options.get("group")) is not None:
+            options["group"] = f"{group}-{self.queue}"
         consumer = CONSUMER_LOOPS[self.protocol](queue or self.queue, **{**defaults, **options})
         self._stack.push_async_callback(consumer.close)
         return consumer

@@ -89,8 +89,8 @@ async def test_a_redrive_is_for_the_group_that_had_rejected_it_and_for_no_other(
 
     retry = Retry(retries=0)
     async with (
-        running(billing, group="billing", retry=retry, topics=[f"{queue}-2"]),
-        running(shipping, group="shipping", topics=[f"{queue}-2"]),
+        running(billing, group=f"{queue}-billing", retry=retry, topics=[f"{queue}-2"]),
+        running(shipping, group=f"{queue}-shipping", topics=[f"{queue}-2"]),
     ):
         receipt = await (await producer(f"{queue}-2")).send("x")
         await eventually(lambda: _waits(admin, f"{queue}.error", 1))

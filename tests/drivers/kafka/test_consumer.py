@@ -47,7 +47,7 @@ async def test_the_error_topic_says_where_a_message_was_read_first(
         raise ValueError("never")
 
     sender = await producer(partitions=3)
-    async with running(fails, group="billing", error_queue="{queue}.error", retry=Retry(retries=1, delay=0)):
+    async with running(fails, group=queue, error_queue="{queue}.error", retry=Retry(retries=1, delay=0)):
         receipt = await sender.send("x", key="k", headers={"a": "b"}, partition=2)
         await eventually(lambda: _has(kafka, f"{queue}.error", 1))
     [record] = await records(kafka, f"{queue}.error")
@@ -58,7 +58,7 @@ async def test_the_error_topic_says_where_a_message_was_read_first(
         b"2",
         str(receipt.offset).encode(),
     )
-    assert (headers["streamtools-group"], headers["ce_errorattempts"]) == (b"billing", b"2")
+    assert (headers["streamtools-group"], headers["ce_errorattempts"]) == (queue.encode(), b"2")
 
 
 async def test_a_key_that_is_no_text_is_bytes_and_kept_on_the_way_to_the_error_topic(
@@ -316,14 +316,14 @@ async def test_a_delayed_message_is_for_every_group_and_for_one_that_comes_later
 
     sender = await producer()
     async with (
-        running(note("billing"), group="billing"),
-        running(note("shipping"), group="shipping", ordered_by="key"),
+        running(note("billing"), group=f"{queue}-billing"),
+        running(note("shipping"), group=f"{queue}-shipping", ordered_by="key"),
     ):
         start = time.time()
         await sender.send("x", delay=0.6)
         await eventually(lambda: len(seen) == 2)
     assert all(at - start >= 0.6 for at in seen.values())
-    async with running(note("audit"), group="audit"):
+    async with running(note("audit"), group=f"{queue}-audit"):
         await eventually(lambda: "audit" in seen)
 
 
@@ -375,7 +375,7 @@ async def test_several_topics_and_those_of_a_pattern(
         await eventually(lambda: len(seen) == 3)
     assert set(seen) == {("a", queue, 1), ("twice", names[1], 1), ("twice", names[1], 2)}
     seen.clear()
-    async with running(handle, pattern=rf"{queue}-.*", group="patterns"):
+    async with running(handle, pattern=rf"{queue}-.*", group=f"{queue}-patterns"):
         await senders[2].send("c")
         await eventually(lambda: ("c", names[2], 1) in seen)
     assert ("a", queue, 1) in seen
@@ -397,10 +397,10 @@ async def test_a_new_group_begins_where_it_is_told(producer: MakeProducer, runni
             await eventually(lambda: 9 in seen)
         return seen[0]
 
-    assert await first(group="a", start_offset=4) == 4
-    assert await first(group="b", start_time=start + 6.5) == 7
-    assert await first(group="c") == 0
-    again = await KafkaConsumer(queue, url=sender.settings, group="a", start_offset=0).open()
+    assert await first(group=f"{queue}-a", start_offset=4) == 4
+    assert await first(group=f"{queue}-b", start_time=start + 6.5) == 7
+    assert await first(group=f"{queue}-c") == 0
+    again = await KafkaConsumer(queue, url=sender.settings, group=f"{queue}-a", start_offset=0).open()
     assert await again.receive(timeout=0.5) == [], "only a new group is told where to begin"
     await again.close()
 

@@ -25,14 +25,14 @@ pytestmark = pytest.mark.real_kafka("transactions, compaction, a place to begin"
 async def received(kafka: KafkaAddress, topic: str, number: int, **options: Any) -> list[Message]:
     """So many messages, acknowledged; then nothing is left to do for the group."""
     found: list[Message] = []
-    async with KafkaConsumer(topic, url=kafka.url, group="reader", **options) as consumer:
+    async with KafkaConsumer(topic, url=kafka.url, group=f"{topic}-reader", **options) as consumer:
         while len(found) < number:
             batch = await consumer.receive(7, timeout=30)
             assert batch, f"{len(found)} of {number} have come"
             found += [delivery.message for delivery in batch]
             await consumer.ack_many(batch)
         async with asyncio.timeout(30):
-            while any(lag for _, _, lag in (await shown(kafka, "reader", topic)).values()):
+            while any(lag for _, _, lag in (await shown(kafka, f"{topic}-reader", topic)).values()):
                 assert not await consumer.receive(1, timeout=0.1)
     return found
 
@@ -59,7 +59,7 @@ async def test_what_kafkas_console_producer_sends_is_text_and_a_number_for_who_w
     async def number(msg: int | str) -> None:
         anything.append(msg)
 
-    async with running(text, group="texts"), running(number, group="numbers"):
+    async with running(text, group=f"{queue}-texts"), running(number, group=f"{queue}-numbers"):
         await eventually(lambda: len(texts) == len(anything) == 5)
     assert texts == ["hello", "200", "[1]", "quoted", "größe"]
     assert anything == ["hello", 200, "[1]", "quoted", "größe"]

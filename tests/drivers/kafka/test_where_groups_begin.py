@@ -122,8 +122,8 @@ async def test_a_group_that_has_committed_nothing_begins_at_the_end_and_all_of_i
     async with running(seen.handle), running(seen.handle):  # by itself, from the beginning; and away again
         await eventually(lambda: len(seen) == 3)
     seen.clear()
-    async with running(seen.handle, group="late", offset="latest"):
-        assert {row[0] for row in (await shown(kafka, "late", queue)).values()} == {1}
+    async with running(seen.handle, group=f"{queue}-late", offset="latest"):
+        assert {row[0] for row in (await shown(kafka, f"{queue}-late", queue)).values()} == {1}
         await sender.send("new", partition=2)
         await eventually(lambda: bool(seen))
     assert seen == ["new"]
