@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 #: Messages taken at once by `peek` and `move`.
 BATCH: Final = 100
-#: Seconds of silence after which a queue that should hold more is taken as empty.
+#: Seconds of silence after which a queue that should hold more is asked whether it is empty.
 EMPTY_TIMEOUT: Final = 1.0
+#: Seconds of silence after which nothing more is expected, whatever the queue says.
+SLOW_TIMEOUT: Final = 30.0
 #: Seconds between two looks at whether deliveries have gone back.
 RETURN_POLL_INTERVAL: Final = 0.02
 
@@ -344,7 +346,7 @@ class QueueAdmin(AdminHooks, LoopBound):
             if progress is not None:
                 progress(settled)
 
-        await self._read_from(reader, number, settle)
+        await self._read_from(reader, source, number, settle)
         await self._returned(source, waiting - settled)
         if left:
             raise _stay(source, settled, left)
@@ -353,20 +355,19 @@ class QueueAdmin(AdminHooks, LoopBound):
     async def _read(self, queue: str, limit: int, use: Callable[[Sequence[Delivery]], Any]) -> None:
         waiting = (await self._stats(queue)).ready
         number = min(limit, waiting)
-        await self._read_from(self._reader(queue, number), number, use)
+        await self._read_from(self._reader(queue, number), queue, number, use)
         await self._returned(queue, waiting)
 
-    async def _read_from(self, reader: Reader, number: int, use: Callable[[Sequence[Delivery]], Any]) -> None:
+    async def _read_from(
+        self, reader: Reader, queue: str, number: int, use: Callable[[Sequence[Delivery]], Any]
+    ) -> None:
         """Give `number` deliveries to `use`, in batches; what it leaves unsettled goes back at the end."""
         if number < 1:
             return
         await reader.open()
         try:
             seen = 0
-            while seen < number:
-                batch = await reader.receive(min(BATCH, number - seen), timeout=EMPTY_TIMEOUT)
-                if not batch:
-                    break
+            while seen < number and (batch := await self._next(reader, queue, min(BATCH, number - seen))):
                 seen += len(batch)
                 await use(batch)
             # RabbitMQ's quorum queues take some 32 single acknowledgements at once and keep the rest in
@@ -374,6 +375,17 @@ class QueueAdmin(AdminHooks, LoopBound):
             await reader._stop()
         finally:
             await reader.close()
+
+    async def _next(self, reader: Reader, queue: str, limit: int) -> Sequence[Delivery]:
+        """The next deliveries; none only where the queue has none: a broker or a disk may be slow for a while."""
+        deadline = time.monotonic() + SLOW_TIMEOUT
+        while True:
+            began = time.monotonic()
+            if batch := await reader.receive(limit, timeout=EMPTY_TIMEOUT):
+                return batch
+            has_read_all = time.monotonic() - began < EMPTY_TIMEOUT / 2  # it has not waited
+            if has_read_all or began > deadline or not (await self._stats(queue)).ready:
+                return []
 
     async def _returned(self, queue: str, expected: int) -> None:
         """Wait until what a reader has left is back in its queue, so that who looks next finds it there.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProduc
 from streamtools.errors import ConfigurationError, ConnectError, QueueError, SendError
 from streamtools.message import ErrorDetails, Message
 from streamtools.redrive import redrive
+from streamtools.testing import eventually
 from tests.drivers.sqlite.conftest import drain, look, take
 
 
@@ -169,3 +172,35 @@ async def test_a_redrive_by_code_goes_only_where_it_is_told_to(url: str, admin: 
         with pytest.raises(ConfigurationError):
             await redrive(admin, "orders.error", failed_in=wrong)  # type: ignore[arg-type]
     assert await redrive(admin, "orders.error", target="orders") == 1
+
+
+async def test_a_redrive_goes_on_after_a_lock_that_lasts(
+    url: str, admin: SQLiteAdmin, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took a queue that was silent for a second as empty, and reported what it had moved until then."""
+    async with SQLiteProducer("failed", url=url) as producer, SQLiteProducer("orders", url=url):
+        await producer.send_many(range(5))
+    monkeypatch.setattr("streamtools.admin.EMPTY_TIMEOUT", 0.05)
+    received: list[int] = []
+    receive = SQLiteConsumer.receive
+
+    async def counted(self: SQLiteConsumer, *args: Any, **kwargs: Any) -> Any:
+        batch = await receive(self, *args, **kwargs)
+        received.append(len(batch))
+        return batch
+
+    monkeypatch.setattr(SQLiteConsumer, "receive", counted)
+    opened = SQLiteConsumer._open
+    locked = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+
+    async def lock_then(self: SQLiteConsumer) -> None:
+        await opened(self)
+        await asyncio.to_thread(locked.execute, "BEGIN IMMEDIATE")
+
+    monkeypatch.setattr(SQLiteConsumer, "_open", lock_then)
+    moving = asyncio.create_task(admin.move("failed", "orders"))
+    await eventually(lambda: received == [0])
+    await asyncio.to_thread(locked.execute, "ROLLBACK")
+    locked.close()
+    assert await moving == 5
+    assert (await admin.stats("orders")).ready == 5
