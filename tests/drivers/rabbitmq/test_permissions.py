@@ -68,7 +68,7 @@ def user(rabbitmq_vhost: RabbitMQAddress) -> Iterator[MakeUser]:
 async def made(url: str) -> None:
     """The queues that a service has, and the chain of delays, made by somebody who may."""
     async with RabbitMQConsumer("orders", url=url), RabbitMQProducer("orders", url=url) as producer:
-        await producer.send(b"", delay=3)
+        await producer.send(b"", delay=3600)  # it makes the chain, and arrives in no test
     async with RabbitMQAdmin(url=url) as admin:
         await admin.purge("orders")
 
