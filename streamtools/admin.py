@@ -377,7 +377,10 @@ class QueueAdmin(AdminHooks, LoopBound):
             await reader.close()
 
     async def _next(self, reader: Reader, queue: str, limit: int) -> Sequence[Delivery]:
-        """The next deliveries; none only where the queue has none: a broker or a disk may be slow for a while."""
+        """The next deliveries; none if the queue has none, or gives none for `SLOW_TIMEOUT`.
+
+        A slow broker or disk, or a lock, can keep messages back for more than a second.
+        """
         deadline = time.monotonic() + SLOW_TIMEOUT
         while True:
             began = time.monotonic()

@@ -162,7 +162,7 @@ class Coordinator:
     def _watch(self) -> None:
         """Say when the membership becomes doubtful, and when it is no more so.
 
-        The first look after a process was stopped comes before all that its tasks do next.
+        In a process that was stopped for so long, the timer is due when it goes on: before the next handler begins.
         """
         if self._look is not None:
             self._look.cancel()
