@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from datetime import timedelta
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self
 
 from streamtools.delivery import Delivery, Settlement
-from streamtools.driver import ConsumerHooks, Options
+from streamtools.driver import ConsumerHooks
 from streamtools.engine.answering import RouteAnswers
-from streamtools.engine.backoff import backoff
 from streamtools.engine.dispatch import Answer, Dispatcher, chain, check_middleware
 from streamtools.engine.endpoint import Endpoint
 from streamtools.engine.functions.calling import Decorated, check_handler, name_of, undecorated
-from streamtools.engine.functions.invoke import RESOLVERS, Resolver, check_decorators, compile_handler
+from streamtools.engine.functions.invoke import RESOLVERS, check_decorators, compile_handler
 from streamtools.engine.loop import Ack, Loop, Source
 from streamtools.engine.messages.failures import error_queue_of
 from streamtools.engine.pulling import Pulled, Puller
 from streamtools.engine.replies import ReplyRule
+from streamtools.engine.run import ConsumerRun
 from streamtools.engine.settler import Finished
 from streamtools.engine.settling import Decider
-from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost, until
 from streamtools.engine.tasks.eventloops import in_its_loop
 from streamtools.engine.tasks.threads import Threads
-from streamtools.engine.tasks.watch import watched
-from streamtools.errors import Closed, ConfigurationError, ConnectError, FeatureError
+from streamtools.errors import Closed, ConfigurationError, FeatureError
 from streamtools.exchange import Binding
 from streamtools.protocols import targets
 from streamtools.registry import Registry
@@ -40,11 +35,7 @@ from streamtools.verdicts import RELEASE
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
 
-log: logging.Logger = logging.getLogger("streamtools")
-
 OrderedBy = Literal["queue", "partition", "key"]
-#: Seconds for the answer to what is there now.
-POLL_TIMEOUT: Final = 5.0
 #: Deliveries in hand at most, when the consumer does not say.
 PREFETCH: Final = 100
 
@@ -91,9 +82,6 @@ class Consumer(ConsumerHooks, Endpoint):
         FeatureError: the protocol cannot do what is asked.
         TypeError: an option that no protocol knows.
     """
-
-    #: Reads and writes another system's headers, between the loop and the driver; None for our own.
-    wrapper: TransportWrapper | None = None
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -144,15 +132,11 @@ class Consumer(ConsumerHooks, Endpoint):
         self.connect_timeout: float = check_seconds("connect_timeout", connect_timeout)
         self.middleware: list[Middleware] = check_middleware(middleware)
         self._check()
-        self.options: Options = self._read_options(options, Consumer.__init__)
-        self.resolvers: Mapping[type, Resolver] = RESOLVERS
+        self._read_options(options, Consumer.__init__)
         #: The decorated handler, once there is one.
         self.handler: BoundHandler | None = None
-        self._loop: Loop | None = None
-        self._running = False
         self._puller = Puller(self, self.make_dispatcher(_no_handler, "by hand"))
-        self._stopping = asyncio.Event()
-        self._deadline: float | None = None
+        self._run = ConsumerRun(self)
 
     # --- for users ------------------------------------------------------------------------------
 
@@ -163,10 +147,9 @@ class Consumer(ConsumerHooks, Endpoint):
             ConnectError: the broker cannot be reached within `connect_timeout`, or refuses us.
             QueueError: a queue is missing (declare="passive") or has other arguments.
         """
-        self._here()
-        self._closed = False
-        self._stopping.clear()
-        await self._connect(time.monotonic() + self.connect_timeout)
+        self._reopen()
+        self._run.stopping.clear()
+        await self._connect()
         return self
 
     def __call__(
@@ -193,7 +176,7 @@ class Consumer(ConsumerHooks, Endpoint):
         """
         if options:
             given = {n: getattr(self.options, n) for n in self.options.model_fields_set}
-            self.options = self._read_options({**given, **options}, Consumer.__init__)
+            self._read_options({**given, **options}, Consumer.__init__)
         if retry is not None:
             check_retry(retry)
             self.retry = retry
@@ -222,22 +205,8 @@ class Consumer(ConsumerHooks, Endpoint):
         """
         if max_messages < 1:
             raise ValueError(f"max_messages={max_messages} is out of range: at least 1.")
-        if isinstance(timeout, timedelta):
-            timeout = timeout.total_seconds()
         self._here()
-        at_once = timeout == 0
-        if timeout is not None:
-            timeout = asyncio.get_running_loop().time() + (
-                POLL_TIMEOUT if at_once else max(timeout, self.poll_timeout)
-            )
-        while True:
-            await self._connect(time.monotonic() + self.connect_timeout)
-            try:
-                return await self._puller.pull(max_messages, timeout, at_once=at_once)
-            except ConnectError as error:
-                if error.permanent:
-                    raise
-                await self._disconnect(error)
+        return await self._puller.receive(max_messages, timeout)
 
     async def ack_many(self, deliveries: Iterable[Delivery]) -> None:
         """Acknowledge what `receive` returned, all at once; skips deliveries that are already settled.
@@ -246,22 +215,8 @@ class Consumer(ConsumerHooks, Endpoint):
             ConnectionLost: the connection ended; those of them that come again are new deliveries.
             RuntimeError: one was not received by this consumer.
         """
-        batch: list[Delivery] = []
-        try:
-            for delivery in deliveries:
-                if delivery.settled:
-                    continue
-                if not self._puller.has_given(delivery):
-                    raise RuntimeError(f"{delivery!r} was not given by receive() of {self!r}: await delivery.ack().")
-                delivery.settled = True
-                batch.append(delivery)
-            if batch:
-                self._here()
-                await stray_cancellation_as_lost(self._ack(batch))
-        except BaseException:
-            for delivery in batch:
-                delivery.settled = False  # still in hand: another verdict may fare better
-            raise
+        self._here()
+        await self._puller.acknowledge(deliveries)
 
     async def __aiter__(self) -> AsyncIterator[Delivery]:
         """Deliveries one after the other, for ever; each is to be settled by hand."""
@@ -271,7 +226,8 @@ class Consumer(ConsumerHooks, Endpoint):
                 while batch:
                     yield batch.pop(0)
             finally:
-                await self._settle([Settlement(d, RELEASE) for d in batch]) if batch else None
+                if batch:
+                    await self._settle([Settlement(d, RELEASE) for d in batch])
 
     async def run(self, handler: BoundHandler, *, on_started: Callable[[], None] | None = None) -> None:
         """Handle messages until `stop()` or cancellation, through reconnects.
@@ -282,36 +238,28 @@ class Consumer(ConsumerHooks, Endpoint):
             ConfigurationError: it runs a loop already, or is in use in another event loop.
         """
         self._here()
-        if self._running:
+        run = self._run
+        if run.has_begun:
             raise ConfigurationError(f"{self!r} runs a loop already; make another consumer for a second one.")
-        self._running = True
-        self._closed = False
+        run.has_begun = True
+        self._reopen()
         threads = Threads(self.concurrency, f"streamtools-{self.queue}")
         try:
-            decider = handler.make_decider(self, threads)
-            async with until(self._stopping):
-                await self._connect(time.monotonic() + self.connect_timeout)
-            if on_started is not None and not self._stopping.is_set():
-                on_started()
-            await self._run(decider)
-        except ConnectError:
-            if not self._stopping.is_set():
-                raise
+            await run.handle(handler.make_decider(self, threads), on_started)
         finally:
             threads.shutdown()
             try:
                 await self.close()
             finally:
-                self._stopping.clear()
-                self._running = False
+                self._run = ConsumerRun(self, run.loop)
 
     def stop(self, grace: float = 30.0) -> None:
         """Take no more messages. Running handlers have `grace` seconds, and the rest goes back.
 
         Safe to repeat, and from any thread.
         """
-        self._deadline = time.monotonic() + grace
-        in_its_loop(self._at, self._stopping.set)
+        self._run.end_within(grace)
+        in_its_loop(self._at, self._run.stopping.set)
 
     @property
     def in_flight(self) -> int:
@@ -321,90 +269,48 @@ class Consumer(ConsumerHooks, Endpoint):
     @property
     def connected(self) -> bool:
         """Whether the connection is up, as far as is known."""
-        return self._connected and not (self._running and self._loop is not None and self._loop.is_lost)
+        return self._connected and not self._run.is_lost
 
     @property
     def progress(self) -> float | None:
         """When a delivery was last settled, on the monotonic clock; None before the loop began."""
         return self._loop.progress if self._loop is not None else None
 
+    # --- for its parts and for drivers ------------------------------------------------------------
+
+    @property
+    def _loop(self) -> Loop | None:
+        """The loop over the present connection, or over the last one; None before the first."""
+        return self._run.loop
+
+    @property
+    def _stopping(self) -> asyncio.Event:
+        """Set when the run is to end."""
+        return self._run.stopping
+
     @property
     def _transport(self) -> TransportWrapper:
         """The driver's hooks, or what stands before them."""
-        return self.wrapper or self
+        return self.wrapper or self  # type: ignore[return-value]  # a consumer's wrapper has its hooks
 
-    # --- the way of a message -------------------------------------------------------------------
-
-    async def _run(self, decider: Decider) -> None:
-        finished: Finished = {}
-        attempt = 0
-        with suppress(Closed):  # close() was called from elsewhere
-            while not self._stopping.is_set():
-                await self._run_loop(decider, finished)
-                attempt = 0 if self._loop is not None and self._loop.settled else attempt + 1
-                if not self._stopping.is_set():
-                    await self._reconnect(attempt)
-
-    async def _run_loop(self, decider: Decider, finished: Finished) -> None:
-        """One loop over one connection, until it is told to stop or the connection is lost."""
-        self._loop = Loop(
+    def _make_loop(self, decider: Decider, finished: Finished) -> Loop:
+        return Loop(
             self._transport, decider, concurrency=self.concurrency, prefetch=self.prefetch, ack=self.ack,
             ordering_key=self._ordering_key if self.ordered_by in ("partition", "key") else None, finished=finished,
         )  # fmt: skip
-        watch = asyncio.create_task(self._watch(decider))
-        try:
-            with watched():
-                await self._loop.run(self._stopping, self._grace)
-        except ConnectError as error:
-            if error.permanent:
-                raise
-            await self._disconnect(error)
-        finally:
-            watch.cancel()
 
-    async def _watch(self, decider: Decider) -> None:
-        await self._stopping.wait()
-        decider.stop()
-
-    async def _reconnect(self, attempt: int) -> None:
-        while not self._stopping.is_set():
-            if attempt:
-                await self._pause(backoff(attempt))
-            attempt += 1
-            try:
-                async with until(self._stopping):
-                    await self._connect(time.monotonic())
-            except ConnectError as error:
-                if error.permanent:
-                    raise
-            else:
-                if not self._stopping.is_set():
-                    log.info("%r: connected again.", self)
-                return
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
-        except TimeoutError:
-            pass
-
-    async def _connect(self, deadline: float) -> None:
+    async def _connect(self, seconds: float | None = None) -> None:
+        """Connect, unless that is done; try for so many seconds, `connect_timeout` when None, and at least once."""
+        deadline = time.monotonic() + (self.connect_timeout if seconds is None else seconds)
         async with self._opening:
             await self._keep_connecting(deadline, [])
 
     async def _goes_on_after(self, delay: float) -> bool:
-        await self._pause(delay)
-        return not self._stopping.is_set()
-
-    async def _disconnect(self, error: ConnectError) -> None:
-        log.warning("%r: %s Reconnecting.", self, error)
-        self._connected = False
-        await stray_cancellation_as_lost(self._close_what_is_left())
+        return await self._run.goes_on_after(delay)
 
     def _in_second_loop(self, loop: asyncio.AbstractEventLoop) -> Self:
         """It may move to a second event loop only while it is idle in the first, where its messages are."""
-        if self._running or self._connected or self._opening.locked() or self._puller.is_busy:
+        if self._run.has_begun or self._connected or self._opening.locked() or self._puller.is_busy:
             raise ConfigurationError(
                 f"{self!r} is in use in another event loop: make another consumer for this one, or end it there "
                 "first: asyncio.run_coroutine_threadsafe(consumer.close(), its_loop)."
@@ -412,9 +318,6 @@ class Consumer(ConsumerHooks, Endpoint):
         self._begin_anew()
         self._live_in(loop)
         return self
-
-    def _grace(self) -> float:
-        return max(0.0, (self._deadline or time.monotonic()) - time.monotonic())
 
     def make_dispatcher(
         self,
@@ -549,7 +452,7 @@ class BoundHandler(Decorated):
         Parameters:
             threads: where a `def` handler runs.
         """
-        function = compile_handler(self.function, threads, consumer.resolvers)
+        function = compile_handler(self.function, threads, RESOLVERS)
         handler = chain(function, check_middleware(consumer.middleware))
         return consumer.make_dispatcher(handler, self.name, answer=consumer._answers())
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from streamtools import codec
 from streamtools.driver import Options, ProducerHooks
 from streamtools.engine.backoff import backoff_within
-from streamtools.engine.endpoint import Endpoint
+from streamtools.engine.endpoint import Endpoint, Wrapper
 from streamtools.engine.messages.times import refusal, wrong_time
 from streamtools.engine.options import parameters, read_options
 from streamtools.engine.outbox import Outbox, current_outbox
@@ -75,7 +75,7 @@ class Gathering:
 PLACES: Final = 3
 
 
-class TransportWrapper(Protocol):
+class TransportWrapper(Wrapper, Protocol):
     """What stands before a driver and takes a batch in its place."""
 
     async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None: ...
@@ -110,7 +110,6 @@ class Producer(ProducerHooks, Endpoint):
         TypeError: an option that no protocol knows.
     """
 
-    #: Writes another system's headers, before the driver sends; None for our own.
     wrapper: TransportWrapper | None = None
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
@@ -140,7 +139,7 @@ class Producer(ProducerHooks, Endpoint):
         self.send_timeout: float = check_seconds("send_timeout", send_timeout)
         if not self.send_timeout:
             raise ConfigurationError("send_timeout=0 leaves no time to send anything.")
-        self.options: Options = self._read_options(options, Producer.__init__)
+        self._read_options(options, Producer.__init__)
         #: Exchanges that are missing are made, where the protocol has exchanges.
         self.declares_exchanges: bool = declare is True
         self._no_options = self.send_options_class()
@@ -157,8 +156,7 @@ class Producer(ProducerHooks, Endpoint):
             ConnectError: the broker cannot be reached within `send_timeout`, or refuses us.
             QueueError: the queue is missing (declare="passive") or has other arguments.
         """
-        here = self._here()
-        here._closed = False
+        here = self._reopen()
         await here._connect(time.monotonic() + self.send_timeout)
         return self
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from streamtools.driver import EndpointHooks, Options, required
 from streamtools.engine.backoff import backoff_within
@@ -24,8 +24,23 @@ if TYPE_CHECKING:
 log: logging.Logger = logging.getLogger("streamtools")
 
 
+class Wrapper(Protocol):
+    """What stands between the engine and a driver, and reads and writes the headers of another system.
+
+    It has the hooks of the driver that it is put before.
+    """
+
+    @property
+    def style(self) -> object:
+        """The same for producers and consumers whose messages have the same headers."""
+        ...
+
+
 class Endpoint(LoopBound, EndpointHooks):
     """The base of Producer and Consumer."""
+
+    #: None: messages have our own headers.
+    wrapper: Wrapper | None = None
 
     def _set_up(
         self,
@@ -90,9 +105,15 @@ class Endpoint(LoopBound, EndpointHooks):
     @property
     def place(self) -> object:
         """The protocol, the address and the style of headers: what leaves here may leave by another of this place."""
-        return self.protocol, self.settings, getattr(getattr(self, "wrapper", None), "style", None)
+        return self.protocol, self.settings, self.wrapper.style if self.wrapper is not None else None
 
     # --- connecting -----------------------------------------------------------------------------
+
+    def _reopen(self) -> Self:
+        """This object, as the running loop is to use it, no longer closed."""
+        here = self._here()
+        here._closed = False
+        return here
 
     async def _keep_connecting(self, deadline: float, failures: list[ConnectError]) -> None:
         """Try until connected, until it is refused for good, or until the deadline (on the monotonic clock).
@@ -130,6 +151,12 @@ class Endpoint(LoopBound, EndpointHooks):
             await self._close_what_is_left()
             raise
 
+    async def _disconnect(self, error: ConnectError) -> None:
+        """Let go of a connection that has ended, before there is another."""
+        log.warning("%r: %s Reconnecting.", self, error)
+        self._connected = False
+        await stray_cancellation_as_lost(self._close_what_is_left())
+
     async def _close_what_is_left(self) -> None:
         try:
             await self._close()
@@ -143,12 +170,12 @@ class Endpoint(LoopBound, EndpointHooks):
 
     # --- options --------------------------------------------------------------------------------
 
-    def _read_options(self, given: Mapping[str, Any], constructor: Callable[..., Any]) -> Options:
+    def _read_options(self, given: Mapping[str, Any], constructor: Callable[..., Any]) -> None:
         own = parameters(constructor)
         owner = f"{type(self).__name__} of {self.queue!r}"
         options, foreign = read_options(self.options_class, given, known=QUEUE_OPTIONS, own=own, owner=owner)
+        self.options: Options = options
         self._note_ignored(foreign)
-        return options
 
     def _note_ignored(self, names: Iterable[str]) -> None:
         if new := [name for name in names if name not in self._ignored]:

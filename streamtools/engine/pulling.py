@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar, Final, Protocol
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.engine.settling import Decider, OneSettlement
 from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
+from streamtools.errors import ConnectError
+from streamtools.validation.checks import Seconds
 from streamtools.verdicts import DROP, RELEASE, Verdict
+
+#: Seconds for a broker to say what is there now.
+POLL_TIMEOUT: Final = 5.0
 
 
 class Pulled(Protocol):
@@ -23,11 +29,15 @@ class Pulled(Protocol):
 class Owner(Protocol):
     """What the puller needs of its consumer."""
 
+    poll_timeout: ClassVar[float]
     drops_expired: ClassVar[bool]
 
     @property
     def _transport(self) -> Pulled: ...
     def _here(self) -> Any: ...
+    async def _connect(self) -> None: ...
+    async def _disconnect(self, error: ConnectError) -> None: ...
+    async def _ack(self, deliveries: Sequence[Delivery]) -> None: ...
 
 
 class Puller:
@@ -49,20 +59,57 @@ class Puller:
         """Somebody waits for deliveries."""
         return self._lock.locked()
 
-    def has_given(self, delivery: Delivery) -> bool:
-        """Whether a delivery was received here."""
-        return delivery.settle_manually is self._settle_manually
-
-    async def pull(self, limit: int, deadline: float | None, *, at_once: bool) -> list[Delivery]:
-        """Up to `limit` deliveries, none when the time is over; messages that have expired are dropped.
+    async def receive(self, limit: int, timeout: Seconds | None) -> list[Delivery]:  # noqa: ASYNC109
+        """Up to `limit` deliveries, through reconnects; none when the time is over.
 
         Parameters:
-            deadline: on the event loop's clock; None for no limit.
-            at_once: only what is there now.
+            timeout: seconds to wait for the first one; 0 asks once what is there, None waits without a limit.
 
         Raises:
-            ConnectError: the connection ended.
+            ConnectError: the connection cannot be made, or is refused for good.
         """
+        if isinstance(timeout, timedelta):
+            timeout = timeout.total_seconds()
+        at_once, deadline = timeout == 0, None
+        if timeout is not None:
+            seconds = POLL_TIMEOUT if at_once else max(timeout, self._owner.poll_timeout)
+            deadline = asyncio.get_running_loop().time() + seconds
+        while True:
+            await self._owner._connect()
+            try:
+                return await self._pull_fresh(limit, deadline, at_once)
+            except ConnectError as error:
+                if error.permanent:
+                    raise
+                await self._owner._disconnect(error)
+
+    async def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
+        """Acknowledge deliveries all at once; skip those that are settled already.
+
+        Raises:
+            ConnectionLost: the connection ended.
+            RuntimeError: one was not received here.
+        """
+        batch: list[Delivery] = []
+        try:
+            for delivery in deliveries:
+                if delivery.settled:
+                    continue
+                if delivery.settle_manually is not self._settle_manually:
+                    raise RuntimeError(
+                        f"{delivery!r} was not given by receive() of {self._owner!r}: await delivery.ack()."
+                    )
+                delivery.settled = True
+                batch.append(delivery)
+            if batch:
+                await stray_cancellation_as_lost(self._owner._ack(batch))
+        except BaseException:
+            for delivery in batch:
+                delivery.settled = False  # still in hand: another verdict may fare better
+            raise
+
+    async def _pull_fresh(self, limit: int, deadline: float | None, at_once: bool) -> list[Delivery]:
+        """Deliveries whose messages have not expired; those that have are dropped."""
         while True:
             batch = await self._pull(limit, deadline, at_once)
             expired = [each for each in batch if each.message.expired] if self._owner.drops_expired else ()

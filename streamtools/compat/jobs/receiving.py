@@ -14,7 +14,7 @@ from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Delivery
 from streamtools.engine.dispatch import Dispatcher, chain
 from streamtools.engine.functions.calling import check_function
-from streamtools.engine.functions.invoke import compile_handler
+from streamtools.engine.functions.invoke import RESOLVERS, compile_handler
 from streamtools.engine.tasks.cancellation import finish, stray_cancellation_as_lost
 from streamtools.engine.tasks.threads import Threads
 from streamtools.errors import ConnectError, DecodeError
@@ -110,7 +110,7 @@ class JobHandler(BoundHandler):
 
     def make_decider(self, consumer: Consumer, threads: Threads) -> Dispatcher:
         """The callback, compiled."""
-        function = compile_handler(self.function, threads, consumer.resolvers, JobMessage)
+        function = compile_handler(self.function, threads, RESOLVERS, JobMessage)
         return consumer.make_dispatcher(chain(function, consumer.middleware), self.name)
 
 

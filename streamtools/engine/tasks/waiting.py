@@ -1,0 +1,14 @@
+"""Waiting for an event within a time."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+async def is_set_within(event: asyncio.Event, seconds: float | None) -> bool:
+    """Wait until the event is set; False when the seconds are over. None waits without a limit."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False
