@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from streamtools.delivery import Delivery, Settlement
@@ -299,14 +298,6 @@ class QueueAdmin(AdminHooks, LoopBound):
             QueueError: there is no such queue.
         """
         return await self._here()._settle_where(source, where, limit, progress, lambda message: ())
-
-    async def __aenter__(self) -> Self:
-        return await self.open()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self.settings.safe_url}>"

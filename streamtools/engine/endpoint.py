@@ -6,10 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from streamtools.driver import EndpointHooks, Options, required
+from streamtools.driver import EndpointHooks, Options
 from streamtools.engine.backoff import backoff_within
 from streamtools.engine.options import parameters, read_options
 from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
@@ -70,11 +69,6 @@ class Endpoint(LoopBound, EndpointHooks):
 
     # --- for users ------------------------------------------------------------------------------
 
-    @required
-    async def open(self) -> Self:
-        """Connect and declare the queue. Safe to repeat; opens again after `close()`."""
-        raise NotImplementedError
-
     async def a_init(self) -> Self:
         """The same as `open()`."""
         return await self.open()
@@ -90,14 +84,6 @@ class Endpoint(LoopBound, EndpointHooks):
         here._connected = False
         forget(here)
         await here._close()
-
-    async def __aenter__(self) -> Self:
-        return await self.open()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.queue!r} at {self.settings.safe_url}>"

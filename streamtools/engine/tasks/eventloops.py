@@ -12,7 +12,10 @@ import os
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
+from types import TracebackType
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
+
+from streamtools.driver import required
 
 T = TypeVar("T")
 
@@ -102,6 +105,24 @@ class LoopBound:
         new = super().__new__(cls)
         new._arguments = (arguments, options)
         return new
+
+    @required
+    async def open(self) -> Self:
+        """Connect, in the running loop."""
+        raise NotImplementedError
+
+    @required
+    async def close(self) -> None:
+        """Close the connection of the running loop."""
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
 
     def _here(self) -> Self:
         """This object, as the running loop is to use it."""
