@@ -15,6 +15,7 @@ from typing import Any, Final
 from streamtools.cli.health import Address, ToWorker, WorkerHealth, WorkersHealth
 from streamtools.cli.output import FAILED, USAGE
 from streamtools.engine.backoff import backoff
+from streamtools.engine.tasks.waiting import is_set_within
 from streamtools.errors import StreamToolsError
 from streamtools.settings import WORKER_VARIABLE
 
@@ -225,9 +226,7 @@ class Workers:
                 "Its own output above says why."
             )
         log.warning("Worker %d ended %s; starting it again in %.1f s.", worker.number, how, pause)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await self._stop.wait()
+        await is_set_within(self._stop, pause)
 
 
 def _exit_code(results: Sequence[int | BaseException]) -> int:

@@ -34,6 +34,7 @@ from streamtools.engine.messages.smaller import brief_copy, lesser_copies
 from streamtools.engine.outbox import Outbox, outbox, send_all
 from streamtools.engine.replies import lost_replies
 from streamtools.engine.tasks.cancellation import clear_cancellation, scope_ended
+from streamtools.engine.tasks.waiting import is_set_within
 from streamtools.errors import ConfigurationError, DecodeError, Drop, HandlerError, SendError, Signal, safe_str
 from streamtools.features import Features
 from streamtools.message import ErrorDetails, Message
@@ -379,10 +380,7 @@ class Dispatcher:
         wake = delivery.wake = asyncio.Event()
         self._waits.add(wake)
         try:
-            async with asyncio.timeout(delay):
-                return await wake.wait()
-        except TimeoutError:
-            return False
+            return await is_set_within(wake, delay)
         finally:
             delivery.wake = None
             self._waits.discard(wake)

@@ -321,11 +321,7 @@ class Loop:
                 state.lost, state.running, OUTLAST[1],
             )  # fmt: skip
             await self._outlast(OUTLAST[1])
-        try:
-            async with asyncio.timeout(grace()):
-                while self._at_work() if state.lost is not None else state.in_hand > 0:
-                    await state.wait()
-        except TimeoutError:
+        if not await state.wait_while(self._is_busy, grace()):
             log.warning("%d deliveries not finished in time; they go back to the broker.", state.in_hand)
 
     async def _outlast(self, seconds: float) -> bool:
@@ -336,6 +332,9 @@ class Loop:
                 async with asyncio.timeout(seconds):
                     await self._state.wait()
         return stopping.is_set() or not self._at_work()
+
+    def _is_busy(self) -> bool:
+        return self._at_work() if self._state.lost is not None else self._state.in_hand > 0
 
     def _at_work(self) -> bool:
         return self._state.running > 0 or (self._ack == "on_receive" and bool(self._ready.deliveries))

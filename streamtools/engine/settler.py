@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
@@ -15,6 +14,7 @@ from streamtools.engine.held import HeldBack
 from streamtools.engine.settling import Decider, OneSettlement, Unsettled
 from streamtools.engine.state import LoopState
 from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
+from streamtools.engine.tasks.waiting import is_set_within
 from streamtools.errors import ConnectError, ConnectionLost, QueueError, SendError
 from streamtools.message import Message
 from streamtools.verdicts import RELEASE, Verdict
@@ -114,10 +114,11 @@ class Settler:
 
     async def flush(self) -> None:
         """Settle what is finished, even when the loop itself was cancelled, so that it is not repeated."""
-        with suppress(TimeoutError):  # what is not settled in time is delivered again
-            async with asyncio.timeout(FLUSH_TIMEOUT):
-                while self._state.lost is None and (self._plain.busy or self._moves.busy):
-                    await self._state.wait()
+        # What is not settled in time is delivered again.
+        await self._state.wait_while(self._is_settling, FLUSH_TIMEOUT)
+
+    def _is_settling(self) -> bool:
+        return self._state.lost is None and (self._plain.busy or self._moves.busy)
 
     # --- together -------------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ class Settler:
                 if early or said:
                     place.take(said)
                     self._state.changed()  # there is room for one more
-                    if await self._stops_within(early or delay):
+                    if await is_set_within(self._state.stopping, early or delay):
                         self.alone -= 1
                         return self.give_back([one.settlement.delivery])
                     delay = delay if early else min(delay * 2, REFUSED_MAX_DELAY)
@@ -196,13 +197,6 @@ class Settler:
                 else:
                     self.alone -= 1
                     return self._state.done(1)
-
-    async def _stops_within(self, delay: float) -> bool:
-        try:
-            async with asyncio.timeout(delay):
-                return await self._state.stopping.wait()
-        except TimeoutError:
-            return False
 
     def _leave(self, settlement: Settlement) -> None:
         """Leave a delivery with the broker, which gives it to whoever comes next."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from streamtools.engine.tasks.cancellation import WorkerScope
 from streamtools.errors import ConnectError, ConnectionLost
@@ -40,6 +41,16 @@ class LoopState:
         """Wait for the next change."""
         await self._change.wait()
         self._change.clear()
+
+    async def wait_while(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until the condition is false; False when the seconds are over."""
+        try:
+            async with asyncio.timeout(seconds):
+                while condition():
+                    await self.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def done(self, number: int) -> None:
         """So many deliveries are settled."""

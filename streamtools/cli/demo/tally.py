@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from streamtools.engine.tasks.waiting import is_set_within
 from streamtools.errors import DecodeError, HandlerError, Reject
 from streamtools.message import Message
 from streamtools.types import Handler
@@ -49,13 +50,10 @@ class Tally:
         """
         while not finished():
             self._changed.clear()
-            try:
-                async with asyncio.timeout(EVENT_TIMEOUT):
-                    await self._changed.wait()
-            except TimeoutError:
+            if not await is_set_within(self._changed, EVENT_TIMEOUT):
                 raise HandlerError(
                     f"The demo heard of no message for {EVENT_TIMEOUT:g} s: is another program at work on its queues?"
-                ) from None
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ from streamtools.drivers.http.options import (
 from streamtools.drivers.http.tls import client_context
 from streamtools.drivers.http.troubles import passes
 from streamtools.engine.backoff import backoff
+from streamtools.engine.tasks.waiting import is_set_within
 from streamtools.engine.tls import warn_unverified
 from streamtools.errors import (
     Closed,
@@ -338,12 +339,8 @@ class HTTPProducer(Producer, protocol="http"):
             ) from error
 
     async def _pause(self, delay: float) -> None:
-        try:
-            async with asyncio.timeout(delay):
-                await self._leaving.wait()
-        except TimeoutError:
-            return
-        raise self._was_closed()
+        if await is_set_within(self._leaving, delay):
+            raise self._was_closed()
 
     def _was_closed(self) -> Closed:
         return Closed(f"{self!r} was closed; call open() to use it again.")

@@ -27,6 +27,7 @@ from streamtools.drivers.kafka.consuming.topic_changes import TopicChanges, rest
 from streamtools.drivers.kafka.errors import TROUBLE, client_error, plain
 from streamtools.drivers.kafka.offsets import Offsets
 from streamtools.drivers.kafka.producing.transactions import fence
+from streamtools.engine.tasks.waiting import is_set_within
 from streamtools.errors import ConnectError, ConnectionLost, StreamToolsError
 from streamtools.settings import KafkaSettings
 
@@ -131,13 +132,10 @@ class GroupMember:
         except StreamToolsError as error:
             raise self.failure or error from None
         # The library has started when it knows our partitions; we have when we know where to begin.
-        try:
-            async with asyncio.timeout(timeout):
-                await self._assigned.wait()
-        except TimeoutError as error:
+        if not await is_set_within(self._assigned, timeout):
             raise ConnectError(
                 f"The group {config.group!r} at {settings.safe_url} gave us no partitions within {timeout:g} s."
-            ) from error
+            )
         self.commits.start()
         if self.failure is not None:
             raise self.failure

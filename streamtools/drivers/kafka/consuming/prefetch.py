@@ -17,6 +17,7 @@ from streamtools.drivers.kafka.client.fetched import FetchedBuffers
 from streamtools.drivers.kafka.consuming.member import GroupMember
 from streamtools.drivers.kafka.consuming.partition import AssignedPartition
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, client_error
+from streamtools.engine.tasks.waiting import is_set_within
 from streamtools.errors import StreamToolsError
 
 #: Milliseconds that the library waits for records before other work is done here.
@@ -137,8 +138,5 @@ class Prefetcher:
         if self._waiting() < LOW:
             return
         self._low.clear()
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await self._low.wait()
-        except TimeoutError:
+        if not await is_set_within(self._low, PATIENCE):
             self.pause_and_resume(slow=True)
