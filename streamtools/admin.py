@@ -252,10 +252,10 @@ class QueueAdmin(AdminHooks, LoopBound):
         limit: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Move what waits in `source` back to work, as attempt 1; the number moved.
+        """Move what waits in `source` back to work, as attempt 1; returns the number moved.
 
-        Each message is held by its target before it leaves `source`: a crash in between can repeat
-        one, never lose one. Messages that arrive meanwhile are left.
+        Its target holds a message before it leaves `source`: a crash in between can repeat one, never lose one.
+        Messages that arrive meanwhile stay, and so do those that cannot be moved: all others are moved first.
 
         Parameters:
             target: where to; the queue that each message failed in when None.
@@ -272,8 +272,6 @@ class QueueAdmin(AdminHooks, LoopBound):
             ConfigurationError: there is no target, and messages do not say where they failed, or their queue is not
                 named.
             SendError: a target does not take a message.
-
-        Messages that cannot be moved stay in `source`; the error about them is raised after all others have moved.
         """
         named = queues_named(failed_in)
 

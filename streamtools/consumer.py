@@ -83,6 +83,9 @@ class Consumer(ConsumerHooks, Endpoint):
         TypeError: an option that no protocol knows.
     """
 
+    #: The decorated handler, once there is one.
+    handler: BoundHandler | None = None
+
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if protocol is not None:
@@ -117,15 +120,13 @@ class Consumer(ConsumerHooks, Endpoint):
         **options: Any,
     ) -> None:
         self._set_up(queue, url, declare, client_id, host, port)
-        if ordered_by == "partition" and not self.features.partitioned:
-            ordered_by = "queue"
-        self.concurrency: int = 1 if ordered_by == "queue" else check_count("concurrency", concurrency)
+        in_queue = ordered_by == "partition" and not self.features.partitioned
+        self.ordered_by: OrderedBy | None = "queue" if in_queue else ordered_by
+        self.concurrency: int = 1 if self.ordered_by == "queue" else check_count("concurrency", concurrency)
         self.prefetch: int = prefetch if prefetch is not None else max(PREFETCH, 2 * self.concurrency)
         self.retry: Retry = retry if retry is not None else Retry()
-        self.error_queue = error_queue
-        self.max_deliveries = max_deliveries
+        self.error_queue, self.max_deliveries = error_queue, max_deliveries
         self.ack = ack
-        self.ordered_by = ordered_by
         self.group = group
         self.offset = offset
         self.bindings: list[Binding] = list(bindings)
@@ -133,8 +134,6 @@ class Consumer(ConsumerHooks, Endpoint):
         self.middleware: list[Middleware] = check_middleware(middleware)
         self._check()
         self._read_options(options, Consumer.__init__)
-        #: The decorated handler, once there is one.
-        self.handler: BoundHandler | None = None
         self._puller = Puller(self, self.make_dispatcher(_no_handler, "by hand"))
         self._run = ConsumerRun(self)
 

@@ -177,9 +177,6 @@ class Producer(ProducerHooks, Endpoint):
     ) -> Receipt:
         """Send one message. Returns when the broker holds it; with `outbox=True` in a handler, at once.
 
-        In a handler its id is derived from the handled message, so that a handler that runs again sends the same ids,
-        and it belongs to the same conversation.
-
         Parameters:
             payload: `str` goes as UTF-8 text, `bytes` untouched, everything else as JSON.
             headers: the user's own, `str -> str`, 64 KiB at most.
@@ -187,25 +184,23 @@ class Producer(ProducerHooks, Endpoint):
             type: the name of the kind of payload.
             delay: seconds, or a timedelta, before it may be received.
             ttl: seconds, or a timedelta, after which it is not handled any more.
-            id: its unique id; generated when not given. To repeat a send safely, use the same id.
+            id: its unique id; to repeat a send safely, use the same one. It is generated when not given; a handler
+                that runs again generates the same ids.
             correlation_id: the id of the conversation; in a handler, that of the handled message when not given.
             reply_to: the address for a reply.
-            tombstone: with a payload of None and a `key`: says that what the key names was deleted. On Kafka it is a
-                record without a value; protocols without such messages refuse it (`Features.tombstones`).
+            tombstone: with a payload of None and a `key`: what the key names was deleted (`Features.tombstones`).
             options: the protocol's own.
 
         Raises:
-            SendError: the broker refused it, did not confirm it within `send_timeout`, or could not be reached for so
-                long.
-            ConnectError: the broker refuses the connection, and another try cannot help (a wrong password, a missing
-                virtual host).
+            SendError: the broker refused it, or did not confirm it within `send_timeout`.
+            ConnectError: the broker refuses the connection for good, such as for a wrong password.
             TypeError: the payload, a header or an option has the wrong type.
         """
         here = self._here()
-        common = here._common(
-            headers, type=type, key=key, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
+        meta = here._common(
+            headers, key, type, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
         )
-        message = here._tombstone(payload, id, common) if tombstone else here._encode(payload, id, common)
+        message = here._tombstone(payload, id, meta) if tombstone else here._encode(payload, id, meta)
         return (await here._let_go([message], here._read_send_options(options)))[0]
 
     async def send_many(
@@ -230,10 +225,10 @@ class Producer(ProducerHooks, Endpoint):
         """
         _check_several(payloads)
         here = self._here()
-        common = here._common(
-            headers, type=type, key=key, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
+        meta = here._common(
+            headers, key, type, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
         )
-        batch = here._drafts(payloads, common)
+        batch = here._drafts(payloads, meta)
         return await here._let_go(batch, here._read_send_options(options, Producer.send_many)) if batch else []
 
     async def send_messages(self, batch: Sequence[Message]) -> list[Receipt]:
@@ -323,13 +318,13 @@ class Producer(ProducerHooks, Endpoint):
     def _common(
         self,
         headers: Mapping[str, str] | None,
+        key: str | bytes | None,
+        type: str | None,  # noqa: A002
         *,
         delay: Seconds | None,
         ttl: Seconds | None,
-        type: str | None = None,  # noqa: A002
-        key: str | bytes | None = None,
-        correlation_id: str | None = None,
-        reply_to: str | None = None,
+        correlation_id: str | None,
+        reply_to: str | None,
     ) -> dict[str, Any]:
         """The fields of a message beside body, content type and id, checked."""
         if delay and not self.features.delay:

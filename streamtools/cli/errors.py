@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -43,6 +43,11 @@ Filter = Annotated[
     ),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="This many at most.")]
+From = Annotated[
+    list[str] | None,
+    typer.Option("--from", metavar="QUEUE", help="Only those that failed in this queue; may be repeated."),
+]
+To = Annotated[str | None, typer.Option(help="The queue to put them in; the one each failed in, if not given.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 Ids = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Message ids; all when none is given.")]
 
@@ -97,13 +102,8 @@ def redrive(
     url: Url = None,
     queue: Queue = "error",
     filter_: Filter = None,
-    from_: Annotated[
-        list[str] | None,
-        typer.Option("--from", metavar="QUEUE", help="Only those that failed in this queue; may be repeated."),
-    ] = None,
-    to: Annotated[
-        str | None, typer.Option(help="The queue to put them in; the one each failed in, if not given.")
-    ] = None,
+    from_: From = None,
+    to: To = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     yes: Yes = False,
@@ -131,29 +131,36 @@ def redrive(
         output.note(f"They would go: {told(targets)}.")
         chosen.say_what_stays(queue)
         return
-    if yes:
-        chosen.allow_own(queue)
+    _allow(chosen, targets, f"{queue!r} at {safe_address(url)}", own=queue if yes else None)
+    number = _move(url, queue, chosen, limit)
+    _print_done("redriven", queue, number, json=json)
+    chosen.say_what_stays(queue)
+    _say_what_is_missing(ids, queue, number, limit)
+
+
+def _allow(chosen: Movable, targets: Mapping[str, int], where: str, *, own: str | None) -> None:
+    """Allow the queues that the operator confirms; without a question, the one whose own error queue `own` is."""
+    if own is not None:
+        chosen.allow_own(own)
     elif targets:
-        where = f"{queue!r} at {safe_address(url)}"
         how = "" if output.at_terminal() or chosen.allowed else " (with --from QUEUE for each of them)"
         output.confirm(f"Put messages of {where} back to work: {told(targets)}?{how}", yes=False)
         chosen.allowed.update(told_whole(targets))
 
+
+def _move(url: str | None, queue: str, chosen: Movable, limit: int | None) -> int:
     from streamtools.redrive import redrive
 
     def work(admin: QueueAdmin, looked: Progress) -> Awaitable[int]:
-        named = chosen.allowed if chosen.allowed and to is None else None
-        return redrive(admin, queue, where=chosen, target=to, failed_in=named, limit=limit, progress=looked)
+        named = chosen.allowed if chosen.allowed and chosen.to is None else None
+        return redrive(admin, queue, where=chosen, target=chosen.to, failed_in=named, limit=limit, progress=looked)
 
     chosen.begin()
     try:
-        number = _with_bar(url, queue, work)
+        return _with_bar(url, queue, work)
     except typer.Exit:
         chosen.say_what_stays(queue)
         raise
-    _print_done("redriven", queue, number, json=json)
-    chosen.say_what_stays(queue)
-    _say_what_is_missing(ids, queue, number, limit)
 
 
 @errors.command()

@@ -34,7 +34,7 @@ class Movable:
 
     def __init__(self, chosen: Callable[[Message], bool], to: str | None, sources: Sequence[str] | None) -> None:
         self._meant = chosen
-        self._to = to
+        self.to = to
         self._sources = frozenset(sources or ())
         #: Queues that are known not to be there.
         self.missing: frozenset[str] = frozenset()
@@ -60,7 +60,7 @@ class Movable:
         """Its target; None if it was not selected, or its queue is unknown."""
         from streamtools.engine.messages.origin import failed_in_queue
 
-        return (self._to or failed_in_queue(message)) if self._chosen(message) else None
+        return (self.to or failed_in_queue(message)) if self._chosen(message) else None
 
     def targets(self, seen: Iterable[Message], limit: int | None) -> Counter[str]:
         """Where those would go that can, and how many to each."""
