@@ -125,7 +125,8 @@ class Consumer(ConsumerHooks, Endpoint):
         self.concurrency: int = 1 if self.ordered_by == "queue" else check_count("concurrency", concurrency)
         self.prefetch: int = prefetch if prefetch is not None else max(PREFETCH, 2 * self.concurrency)
         self.retry: Retry = retry if retry is not None else Retry()
-        self.error_queue, self.max_deliveries = error_queue, max_deliveries
+        self.error_queue: str = error_queue_of(error_queue, queue)
+        self.max_deliveries = max_deliveries
         self.ack = ack
         self.group = group
         self.offset = offset
@@ -338,7 +339,7 @@ class Consumer(ConsumerHooks, Endpoint):
             handler,
             name,
             retry=retry or self.retry,
-            error_queue=error_queue_of(self.error_queue, self.queue),
+            error_queue=self.error_queue,
             max_deliveries=self.max_deliveries,
             in_place=self.ordered_by is not None,
             features=self.features,
@@ -361,7 +362,7 @@ class Consumer(ConsumerHooks, Endpoint):
         Parameters:
             patterns: one of them must fit the address; None for any queue that takes replies.
         """
-        never = [error_queue_of(self.error_queue, self.queue)] if self.features.error_queue else []
+        never = [self.error_queue] if self.features.error_queue else []
         return ReplyRule(self.validate_reply, patterns, never)
 
     def _check(self) -> None:
@@ -372,7 +373,7 @@ class Consumer(ConsumerHooks, Endpoint):
         check_choice("offset", self.offset, ("earliest", "latest"))
         check_retry(self.retry)
         if self.features.error_queue:
-            self.validate_queue(error_queue_of(self.error_queue, self.queue))
+            self.validate_queue(self.error_queue)
         if self.group is not None:
             check_name(self.group, "group")
         if self.group is not None and not self.features.groups:

@@ -140,7 +140,7 @@ class Dispatcher:
         handler: the compiled handler within its middleware.
         name: the handler's name, for logs and error copies.
         retry: the retry policy.
-        error_queue: where rejected messages go; a template in which `{queue}` is the source.
+        error_queue: where rejected messages go.
         max_deliveries: a message delivered this often without a verdict is not run any more.
         in_place: retries wait here, holding their place in the order, instead of as copies.
         features: what the protocol can do.
@@ -330,8 +330,7 @@ class Dispatcher:
         """The copy for a retry, changed to one for the error queue."""
         if copy.queue != message.queue:
             return copy
-        target = self._error_queue.replace("{queue}", message.queue)
-        return copy.replace(queue=target, attempt=message.attempt, deliver_at=None, expires_at=None)
+        return copy.replace(queue=self._error_queue, attempt=message.attempt, deliver_at=None, expires_at=None)
 
     def settlement(
         self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
@@ -360,7 +359,7 @@ class Dispatcher:
         return copy
 
     def _details(self, message: Message, error: BaseException | None, reason: str = "") -> ErrorDetails:
-        if message.error is not None and self._error_queue.replace("{queue}", message.queue) == message.queue:
+        if message.error is not None and message.queue == self._error_queue:
             # The error queue's own consumer failed. What brought the message here, and where a redrive
             # takes it, stands in its details: they are not to be lost by looking at it.
             return message.error

@@ -157,7 +157,7 @@ def test_a_retry_copy_is_the_same_message_one_attempt_later(message: Message, de
 
 @given(strategies.messages)
 def test_through_the_error_queue_and_back_a_message_is_what_it_was(message: Message) -> None:
-    failed = error_copy(message, describe(message, ValueError("x")), "{queue}.error")
+    failed = error_copy(message, describe(message, ValueError("x")), "orders.error")
     assert (failed.queue, failed.expires_at, failed.deliver_at) == ("orders.error", None, None)
     back = redrive_copy(failed)
     assert (back.queue, back.attempt, back.error) == ("orders", 1, None)

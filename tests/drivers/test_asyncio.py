@@ -109,3 +109,12 @@ async def test_a_send_that_waits_for_room_learns_that_the_queue_was_deleted() ->
 
 def _waits_for_room(someone: Any) -> bool:
     return any(queue._putters for queue in someone._broker.topic("orders").groups.values())
+
+
+async def test_a_queue_named_like_the_placeholder_has_its_own_error_queue() -> None:
+    async with Producer("a{queue}") as producer, Consumer("a{queue}", error_queue="{queue}.error") as consumer:
+        await producer.send("x")
+        [delivery] = await consumer.receive()
+        await delivery.reject("no good")
+        async with Admin() as admin:
+            assert [message.body for message in await admin.peek("a{queue}.error")] == [b"x"]

@@ -51,7 +51,7 @@ def judged(message: Message) -> list[Message]:
     error = ValueError(message.id)
     details = describe(message, error, "handler")
     verdict = Retry().decide(error, message.attempt)
-    failed = error_copy(message, details, "{queue}.error")
+    failed = error_copy(message, details, f"{message.queue}.error")
     copies = [retry_copy(message, details, verdict.delay), failed, *lesser_copies(failed), redrive_copy(failed)]
     assert failed_in_queue(failed) == message.queue
     failed_in_queue(message)

@@ -48,7 +48,7 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
 
     async def _redeclare(self) -> None:
         self._broker.declare(self.queue, self.declare)
-        self._broker.declare(self.error_queue.replace("{queue}", self.queue), self.declare)
+        self._broker.declare(self.error_queue, self.declare)
 
     def _join(self, topic: Topic) -> Sequence[Queue]:
         return [topic.join(self.group, latest=self.offset == "latest")]

@@ -31,7 +31,6 @@ from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply,
 from streamtools.drivers.kafka.options import ConsumerOptions
 from streamtools.drivers.kafka.records import COPY_ROOM, QUEUE, decode_plain, header_texts, read_record
 from streamtools.engine.loop import Ack
-from streamtools.engine.messages.failures import error_queue_of
 from streamtools.errors import Closed, ConfigurationError, SendError, StreamToolsError
 from streamtools.settings import KafkaSettings
 from streamtools.validation.checks import check_name
@@ -143,10 +142,6 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     def _name(self) -> str:
         return self.client_id or f"streamtools-{self.queue}"
 
-    @property
-    def _error_topic(self) -> str:
-        return error_queue_of(self.error_queue, self.queue)
-
     async def _redeclare(self) -> None:
         await self._declare()
 
@@ -163,7 +158,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
         common: dict[str, Any] = {
             "replication": options.replication, "copies_of": tuple(topic.name for topic in queues),
         }  # fmt: skip
-        error = Topic(name=self._error_topic, config=copies | KEEP, **common)
+        error = Topic(name=self.error_queue, config=copies | KEEP, **common)
         retry = Topic(name=self.retry_topic, partitions=len(DELAY_LEVELS), config=copies, **common)
         if error.name not in {topic.name for topic in queues}:
             queues.append(error)
@@ -185,7 +180,7 @@ class KafkaConsumer(Consumer, protocol="kafka"):
             group=self.group_id,
             topics=tuple(topics),
             retry_topic=self.retry_topic,
-            pattern=subscription(options.pattern, tuple(topics), self._error_topic),
+            pattern=subscription(options.pattern, tuple(topics), self.error_queue),
             start=Start(latest=self.offset == "latest", offset=options.start_offset, time=options.start),
             static_id=options.static_id,
             revoke_timeout=options.revoke_timeout,

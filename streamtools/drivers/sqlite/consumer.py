@@ -103,7 +103,7 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
             raise
 
     async def _declare(self, session: Session) -> None:
-        await declare(session, [self.queue, self.error_queue.replace("{queue}", self.queue)], self.declare)
+        await declare(session, [self.queue, self.error_queue], self.declare)
 
     async def _redeclare(self) -> None:
         if self._session is not None:

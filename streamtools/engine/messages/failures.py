@@ -49,14 +49,16 @@ def retry_copy(message: Message, details: ErrorDetails, delay: float) -> Message
 
 
 def error_copy(message: Message, details: ErrorDetails, error_queue: str) -> Message:
-    """The copy that is sent to the error queue (a template: `{queue}` is the source queue)."""
-    target = error_queue.replace("{queue}", message.queue)
+    """The copy that is sent to the error queue."""
     # Without its expiry: a failed message is evidence, and must wait for its operator.
-    return message.replace(queue=target, deliver_at=None, expires_at=None, error=details)
+    return message.replace(queue=error_queue, deliver_at=None, expires_at=None, error=details)
 
 
 def error_queue_of(template: object, queue: str) -> str:
-    """The error queue of a consumer of `queue`, whatever further queues it reads.
+    """The name of the error queue of a consumer of `queue`.
+
+    Parameters:
+        template: the name, in which `{queue}` stands for the queue's.
 
     Raises:
         ConfigurationError: the template is none.

@@ -98,13 +98,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     async def _declare(self, declarations: Declarations) -> Queue | None:
         """Declare queue, error queue and bindings; the queue as it is, or None where we may not look."""
-        name = self.error_queue.replace("{queue}", self.queue)
         if self.declare == "passive" and not await declarations.exists(self.queue):
             raise missing(self.queue, declarations.where)
         await declarations.declare_error_queue(
-            error_queue(name, self.options), self.options.error_declare_or(self.declare)
+            error_queue(self.error_queue, self.options), self.options.error_declare_or(self.declare)
         )
-        wanted = work_queue(self.queue, self.options, name, single_active=self.ordered_by is not None)
+        wanted = work_queue(self.queue, self.options, self.error_queue, single_active=self.ordered_by is not None)
         queue: Queue | None = await declarations.declare(wanted, self.declare)
         if self.declare is False or not (queue and queue.arguments):
             queue = await self._look.as_it_is(declarations, wanted, self.declare)
