@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from streamtools.admin import ADMINS, QueueAdmin
+    from streamtools.built_in import CONSUMER_LOOPS, PRODUCERS
     from streamtools.bus import Bus, Command, Event, MessageContext
     from streamtools.codec import register_codec
     from streamtools.compat.handlers import HandleMsgs, HandlerFactory
-    from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
+    from streamtools.consumer import BoundHandler, Consumer
     from streamtools.delivery import Delivery
     from streamtools.errors import (
         Closed,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from streamtools.exchange import Binding, Exchange
     from streamtools.features import Features
     from streamtools.message import ErrorDetails, Message
-    from streamtools.producer import PRODUCERS, Producer
+    from streamtools.producer import Producer
     from streamtools.protocols import ASYNCIO, HTTP, KAFKA, RABBITMQ, SQLITE
     from streamtools.queues import GroupInfo, PartitionInfo, QueueInfo, QueueSettings
     from streamtools.receipt import Receipt

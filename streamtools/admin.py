@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.driver import AdminHooks, Reader
@@ -18,6 +18,7 @@ from streamtools.engine.tasks.eventloops import LoopBound, at_end, forget
 from streamtools.errors import ConfigurationError, ConnectError, QueueError, SendError, safe_str
 from streamtools.exchange import TOPIC, Binding, Exchange
 from streamtools.message import Message
+from streamtools.options import AnyProducerOptions
 from streamtools.protocols import NO_ADMIN, QUEUE_OPTIONS, targets
 from streamtools.queues import GroupInfo, Place, QueueInfo, QueueSettings
 from streamtools.registry import Registry
@@ -85,7 +86,7 @@ class QueueAdmin(AdminHooks, LoopBound):
         """Every queue, by name."""
         return sorted(await self._here()._list(), key=lambda info: info.name)
 
-    async def create(self, queue: str, **options: Any) -> None:
+    async def create(self, queue: str, **options: Unpack[AnyProducerOptions]) -> None:
         """Create a queue; safe to repeat.
 
         Parameters:
@@ -97,7 +98,7 @@ class QueueAdmin(AdminHooks, LoopBound):
         """
         check_name(queue)
         check_known(options, QUEUE_OPTIONS, owner=f"{type(self).__name__}.create")
-        await self._here()._create(queue, options)
+        await self._here()._create(queue, dict(options))
 
     async def delete(self, queue: str) -> None:
         """Delete a queue with all that is in it.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, Literal, Protocol, Self, Unpack, overload
+
+from typing_extensions import ParamSpec, TypeVar  # pydantic's; typing's own have no defaults before Python 3.13
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.driver import ConsumerHooks
@@ -25,6 +27,8 @@ from streamtools.engine.tasks.eventloops import in_its_loop
 from streamtools.engine.tasks.threads import Threads
 from streamtools.errors import Closed, ConfigurationError, FeatureError
 from streamtools.exchange import Binding
+from streamtools.options import AnyConsumerOptions
+from streamtools.parameters import OrderedBy as OrderedBy
 from streamtools.protocols import targets
 from streamtools.registry import Registry
 from streamtools.retry import Retry, check_retry
@@ -35,7 +39,10 @@ from streamtools.verdicts import RELEASE
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
 
-OrderedBy = Literal["queue", "partition", "key"]
+#: The parameters of a handler, and what a call of it returns.
+P = ParamSpec("P", default=...)
+R = TypeVar("R", default=Any)
+Q = ParamSpec("Q")
 #: Deliveries in hand at most, when the consumer does not say.
 PREFETCH: Final = 100
 
@@ -76,15 +83,16 @@ class Consumer(ConsumerHooks, Endpoint):
         host: where to listen, for protocols that do so (HTTP); others ignore it.
         port: the port to listen at, for the same protocols.
         options: options of the protocol; those of another built-in protocol are ignored, with a line in the log.
+            RabbitMQ: `arguments`, `auto_delete`, `durable`, `error_arguments`, `error_declare`, `exclusive`,
+            `queue_type`. Kafka: `auto_ack`, `consumer_group`, `exactly_once`, `partitions`, `pattern`, `replication`,
+            `revoke_timeout`, `start_offset`, `start_time`, `static_id`, `topics`. HTTP: `content_types`, `max_body`,
+            `method`.
 
     Raises:
         ConfigurationError: a name, a URL or an option that cannot work.
         FeatureError: the protocol cannot do what is asked.
         TypeError: an option that no protocol knows.
     """
-
-    #: The decorated handler, once there is one.
-    handler: BoundHandler | None = None
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,7 +125,7 @@ class Consumer(ConsumerHooks, Endpoint):
         client_id: str | None = None,
         host: str | None = None,
         port: int | None = None,
-        **options: Any,
+        **options: Unpack[AnyConsumerOptions],
     ) -> None:
         self._set_up(queue, url, declare, client_id, host, port)
         in_queue = ordered_by == "partition" and not self.features.partitioned
@@ -136,6 +144,8 @@ class Consumer(ConsumerHooks, Endpoint):
         self._check()
         self._read_options(options, Consumer.__init__)
         self._puller = Puller(self, self.make_dispatcher(_no_handler, "by hand"))
+        #: The decorated handler, once there is one. Set here: in the class, checkers would bind it to self.
+        self.handler: BoundHandler | None = None
         self._run = ConsumerRun(self)
 
     # --- for users ------------------------------------------------------------------------------
@@ -152,6 +162,17 @@ class Consumer(ConsumerHooks, Endpoint):
         await self._connect()
         return self
 
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> BoundHandler[P, R]: ...
+    @overload
+    def __call__(
+        self,
+        /,
+        *,
+        retry: Retry | None = ...,
+        middleware: Iterable[Middleware] = ...,
+        **options: Unpack[AnyConsumerOptions],
+    ) -> Callable[[Callable[P, R]], BoundHandler[P, R]]: ...
     def __call__(
         self,
         function: Callable[..., Any] | None = None,
@@ -159,7 +180,7 @@ class Consumer(ConsumerHooks, Endpoint):
         *,
         retry: Retry | None = None,
         middleware: Iterable[Middleware] = (),
-        **options: Any,
+        **options: Unpack[AnyConsumerOptions],
     ) -> Any:
         """Decorate the handler: `@consumer()`; nothing connects yet.
 
@@ -385,7 +406,7 @@ class Consumer(ConsumerHooks, Endpoint):
             raise FeatureError(f"{self.protocol!r} has no exchanges: leave bindings= away, and send to the queue.")
 
 
-class BoundHandler(Decorated):
+class BoundHandler(Decorated, Generic[P, R]):
     """A decorated handler: called with a message it is the function, without one it runs the loop.
 
     On a method it is a descriptor: `await obj.handle()` runs the loop, `await obj.handle(msg)` calls it once.
@@ -395,9 +416,10 @@ class BoundHandler(Decorated):
         stacked: if it was decorated several times, the inner handlers, each with its own queue.
     """
 
+    function: Callable[P, R]
     stacked: tuple[BoundHandler, ...] = ()
 
-    def __init__(self, consumer: Consumer, function: Callable[..., Any]) -> None:
+    def __init__(self, consumer: Consumer, function: Callable[P, R]) -> None:
         self.consumer = consumer
         self._describe(function)
 
@@ -421,6 +443,12 @@ class BoundHandler(Decorated):
             if isinstance(each.function, classmethod):
                 each.function = each.function.__get__(None, owner)
 
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(
+        self: BoundHandler[Concatenate[Any, Q], R], instance: object, owner: type | None = None
+    ) -> BoundHandler[Q, R]: ...
     def __get__(self, instance: object, owner: type | None = None) -> BoundHandler:
         if instance is None:
             return self
@@ -430,6 +458,10 @@ class BoundHandler(Decorated):
         bound.stacked = tuple(each.__get__(instance, owner) for each in self.stacked)
         return bound
 
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload  # the second, so that a decorator above this one sees the function's parameters
+    def __call__(self) -> Coroutine[Any, Any, None]: ...  # type: ignore[overload-cannot-match]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs) if args or kwargs else self._run()
 

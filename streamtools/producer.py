@@ -7,7 +7,7 @@ import inspect
 import logging
 import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self, Unpack
 
 from pydantic import BaseModel
 
@@ -21,6 +21,7 @@ from streamtools.engine.outbox import Outbox, current_outbox
 from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, FeatureError, OptionError, SendError
 from streamtools.message import NO_HEADERS, Draft, Message, id_generator, setters
+from streamtools.options import AnyProducerOptions, AnySendOptions
 from streamtools.protocols import SEND_OPTIONS, targets, that_can
 from streamtools.receipt import Receipt as Receipt
 from streamtools.registry import Registry
@@ -104,6 +105,8 @@ class Producer(ProducerHooks, Endpoint):
         outbox: in a handler, messages wait until the handler has succeeded, and are sent before its message is
             acknowledged. Otherwise, and elsewhere, `send` returns when the broker holds the message.
         options: options of the protocol; those of another built-in protocol are ignored, with a line in the log.
+            RabbitMQ: `arguments`, `auto_delete`, `durable`, `error_arguments`, `error_declare`, `error_queue`,
+            `exclusive`, `queue_type`. Kafka: `method`, `partitions`, `replication`. HTTP: `method`.
 
     Raises:
         ConfigurationError: a name, a URL or an option that cannot work.
@@ -133,7 +136,7 @@ class Producer(ProducerHooks, Endpoint):
         host: str | None = None,
         port: int | None = None,
         outbox: bool = False,
-        **options: Any,
+        **options: Unpack[AnyProducerOptions],
     ) -> None:
         self._set_up(queue, url, declare, client_id, host, port)
         self.send_timeout: float = check_seconds("send_timeout", send_timeout)
@@ -173,7 +176,7 @@ class Producer(ProducerHooks, Endpoint):
         correlation_id: str | None = None,
         reply_to: str | None = None,
         tombstone: bool = False,
-        **options: Any,
+        **options: Unpack[AnySendOptions],
     ) -> Receipt:
         """Send one message. Returns when the broker holds it; with `outbox=True` in a handler, at once.
 
@@ -189,7 +192,8 @@ class Producer(ProducerHooks, Endpoint):
             correlation_id: the id of the conversation; in a handler, that of the handled message when not given.
             reply_to: the address for a reply.
             tombstone: with a payload of None and a `key`: what the key names was deleted (`Features.tombstones`).
-            options: the protocol's own.
+            options: the protocol's own. Kafka: `method`, `partition`, `timestamp`, `wait`. HTTP: `endpoint`,
+                `header_tag`, `headers_tag`, `method`.
 
         Raises:
             SendError: the broker refused it, or did not confirm it within `send_timeout`.
@@ -214,7 +218,7 @@ class Producer(ProducerHooks, Endpoint):
         ttl: Seconds | None = None,
         correlation_id: str | None = None,
         reply_to: str | None = None,
-        **options: Any,
+        **options: Unpack[AnySendOptions],
     ) -> list[Receipt]:
         """Send many messages in one confirmed batch, in order; parameters as for `send`.
 

@@ -1,6 +1,6 @@
 """The one table of the built-in protocols, and the address that holds when none is given.
 
-The registries, the options and the errors read this table. It holds texts alone: a driver is imported when its
+The registries and the errors read this table. It holds texts alone: a driver is imported when its
 protocol is first used. `settings` and this file are the only readers of the environment.
 """
 
@@ -9,7 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+from streamtools.options import (
+    HTTPConsumerOptions,
+    HTTPProducerOptions,
+    HTTPSendOptions,
+    KafkaConsumerOptions,
+    KafkaProducerOptions,
+    KafkaSendOptions,
+    RabbitMQConsumerOptions,
+    RabbitMQProducerOptions,
+)
 
 RABBITMQ: Final = "rabbitmq"
 KAFKA: Final = "kafka"
@@ -54,6 +65,10 @@ class BuiltIn:
     suggested_for: frozenset[str] = frozenset()
 
 
+def _names(*options: Any) -> frozenset[str]:
+    return frozenset().union(*(each.__optional_keys__ for each in options))
+
+
 BUILT_IN: Final = (
     BuiltIn(
         name=ASYNCIO,
@@ -82,10 +97,7 @@ BUILT_IN: Final = (
         extra="rabbitmq",
         libraries=("aio-pika", "aiormq"),
         alias="RMQIOHandler",
-        options=frozenset(
-            {"queue_type", "durable", "exclusive", "auto_delete", "arguments"}
-            | {"error_queue", "error_arguments", "error_declare"}
-        ),
+        options=_names(RabbitMQProducerOptions, RabbitMQConsumerOptions),
     ),
     BuiltIn(
         name=KAFKA,
@@ -97,11 +109,8 @@ BUILT_IN: Final = (
         extra="kafka",
         libraries=("aiokafka",),
         alias="KafkaHandler",
-        options=frozenset(
-            {"method", "partitions", "replication", "static_id", "consumer_group", "auto_ack", "exactly_once"}
-            | {"topics", "pattern", "start_offset", "start_time", "revoke_timeout"}
-        ),
-        send_options=frozenset({"method", "partition", "timestamp", "wait"}),
+        options=_names(KafkaProducerOptions, KafkaConsumerOptions),
+        send_options=_names(KafkaSendOptions),
         suggested_for=frozenset({"replay", "tombstones"}),
     ),
     BuiltIn(
@@ -115,8 +124,8 @@ BUILT_IN: Final = (
         extra="http",
         libraries=("aiohttp",),
         alias="HTTPHandler",
-        options=frozenset({"method", "max_body", "content_types"}),
-        send_options=frozenset({"method", "endpoint", "headers_tag", "header_tag"}),
+        options=_names(HTTPProducerOptions, HTTPConsumerOptions),
+        send_options=_names(HTTPSendOptions),
     ),
 )
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, Self, Unpack, overload
 
-from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer
+from streamtools.consumer import CONSUMER_LOOPS, BoundHandler, Consumer, P, Q, R
 from streamtools.engine.dispatch import check_middleware
 from streamtools.engine.functions.calling import name_of
 from streamtools.errors import ConfigurationError
+from streamtools.parameters import FactoryParameters, RouteParameters
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
 
 
-class Route(BoundHandler):
+class Route(BoundHandler[P, R]):
     """A handler routed from a queue; its consumer is made when it is first asked for.
 
     Attributes:
@@ -23,7 +24,7 @@ class Route(BoundHandler):
         options: the consumer's parameters.
     """
 
-    def __init__(self, factory: ConsumerFactory, queue: str, function: Callable[..., Any], options: dict[str, Any]):
+    def __init__(self, factory: ConsumerFactory, queue: str, function: Callable[P, R], options: dict[str, Any]):
         self.factory = factory
         self.queue = queue
         self.options = options
@@ -40,6 +41,10 @@ class Route(BoundHandler):
         consumer.handler = self
         return consumer
 
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self: Route[Concatenate[Any, Q], R], instance: object, owner: type | None = None) -> Route[Q, R]: ...
     def __get__(self, instance: object, owner: type | None = None) -> BoundHandler:
         if instance is None:
             return self
@@ -77,7 +82,7 @@ class ConsumerFactory:
         url: str | ProtocolSettings | None = None,
         port: int | None = None,
         host: str | None = None,
-        **options: Any,
+        **options: Unpack[FactoryParameters],
     ) -> None:
         if queue_type is not None and queue_type not in CONSUMER_LOOPS:
             CONSUMER_LOOPS[queue_type]  # raises, naming the near ones
@@ -89,7 +94,7 @@ class ConsumerFactory:
         #: One for each decorated handler, in the order of decoration.
         self.handlers: list[Route] = []
 
-    def route(self, queue: str, **options: Any) -> Callable[[Callable[..., Any]], Route]:
+    def route(self, queue: str, **options: Unpack[RouteParameters]) -> Callable[[Callable[P, R]], Route[P, R]]:
         """Register a handler for a queue; nothing connects yet.
 
         Parameters:
@@ -107,7 +112,7 @@ class ConsumerFactory:
             )
         key = (queue, options.get("method"), options.get("group"))
 
-        def decorate(function: Callable[..., Any]) -> Route:
+        def decorate(function: Any) -> Any:
             for other in self.handlers:
                 if (other.queue, other.options.get("method"), other.options.get("group")) == key:
                     raise ConfigurationError(
@@ -120,7 +125,7 @@ class ConsumerFactory:
 
         return decorate
 
-    def _with(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _with(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The factory's options, with those of one route."""
         if "middleware" not in options:
             return {**self.options, **options}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 from streamtools.admin import ADMINS, QueueAdmin
 from streamtools.bus.bound import BusHandler
@@ -28,6 +28,7 @@ from streamtools.engine.tasks.eventloops import PerLoop
 from streamtools.engine.tasks.threads import Threads
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import TOPIC, Binding, Exchange
+from streamtools.parameters import BusParameters
 from streamtools.producer import Producer
 from streamtools.protocols import QUEUE_OPTIONS
 from streamtools.receipt import Receipt
@@ -102,7 +103,7 @@ class Bus(MessageSender):
         content_type: str | None = None,
         replies: Iterable[str] | None = None,
         failure_texts: bool = False,
-        **options: Any,
+        **options: Unpack[BusParameters],
     ) -> None:
         self.queue = queue
         self.mandatory = mandatory
@@ -112,7 +113,7 @@ class Bus(MessageSender):
         self.outgoing: list[Middleware] = as_list(outgoing, "outgoing")
         self.on_error = on_error
         self._url, self._send_timeout = url, send_timeout
-        self._options = {**options, "retry": retry, "client_id": client_id}
+        self._options: dict[str, Any] = {**options, "retry": retry, "client_id": client_id}
         check_choice("header_style", header_style, (None, "pikabus"))
         self._style = PikaBus(header_prefix, self._bind_direct) if header_style is not None else None
         self._topic: Exchange = TOPIC if self._style is None else pikabus.TOPIC

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import Any, Never, Self
+from typing import Any, Never, Self, TypeVar, overload
 
 from streamtools import codec
 from streamtools.bus.fan_out import pass_middleware
@@ -22,6 +22,8 @@ from streamtools.producer import Producer
 from streamtools.receipt import Receipt
 from streamtools.types import Middleware
 from streamtools.validation.checks import Seconds, check_seconds
+
+T = TypeVar("T")
 
 
 class MessageSender:
@@ -160,6 +162,30 @@ class MessageSender:
             return Receipt(message.id, message.queue)
         return await self._let_go(message, immediately=False)
 
+    @overload
+    async def request(
+        self,
+        command: object,
+        to: str | None = ...,
+        *,
+        timeout: Seconds = ...,
+        returns: type[T],
+        exchange: Exchange | None = ...,
+        headers: Mapping[str, str] | None = ...,
+        type: str | None = ...,
+    ) -> T: ...
+    @overload
+    async def request(
+        self,
+        command: object,
+        to: str | None = ...,
+        *,
+        timeout: Seconds = ...,
+        returns: Any = ...,
+        exchange: Exchange | None = ...,
+        headers: Mapping[str, str] | None = ...,
+        type: str | None = ...,
+    ) -> Any: ...
     async def request(
         self,
         command: object,

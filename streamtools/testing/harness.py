@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import fields
 from itertools import count
 from types import TracebackType
-from typing import Any, Final, Self, assert_never
+from typing import Any, Final, Self, TypeVar, assert_never, overload
 from unittest.mock import patch
 
 from streamtools import codec
@@ -30,6 +30,7 @@ from streamtools.testing.waiting import eventually
 from streamtools.types import Handler
 from streamtools.verdicts import Copy, Verdict, VerdictKind
 
+T = TypeVar("T")
 #: Seconds that `settled` waits.
 TIMEOUT: Final = 10.0
 #: Times in a chain that what handlers defer comes at once; what a handler defers for ever is only kept after that.
@@ -141,6 +142,10 @@ class Harness:
             hanging = "; ".join(text for watched in self._consumers if (text := watched.hanging()))
             raise TimeoutError(f"Not settled after {self._timeout:g} s: {hanging}.") from None
 
+    @overload
+    def handled(self, what: type[T]) -> list[T]: ...
+    @overload
+    def handled(self, what: str | None = None) -> list[Any]: ...
     def handled(self, what: str | type | None = None) -> list[Any]:
         """The payloads whose handler has returned, in order, as they were sent.
 
@@ -153,6 +158,10 @@ class Harness:
         """What the handlers returned, in the order of `handled`."""
         return [result for message, result in self._handled if is_of(message, what)]
 
+    @overload
+    def sent(self, what: type[T]) -> list[T]: ...
+    @overload
+    def sent(self, what: str | None = None) -> list[Any]: ...
     def sent(self, what: str | type | None = None) -> list[Any]:
         """The payloads that Producers and buses have sent within the block, in order; parameters as for `handled`."""
         return [_payload(message, what) for message in self.sent_messages(what)]
@@ -161,10 +170,18 @@ class Harness:
         """The same as whole messages, with headers and metadata."""
         return self._gone(what, lambda message: message.intent not in ("event", "reply"))
 
+    @overload
+    def deferred(self, what: type[T]) -> list[T]: ...
+    @overload
+    def deferred(self, what: str | None = None) -> list[Any]: ...
     def deferred(self, what: str | type | None = None) -> list[Any]:
         """The payloads in `sent` that were sent for later."""
         return [_payload(message, what) for message in self.sent_messages(what) if message.deliver_at is not None]
 
+    @overload
+    def published(self, what: type[T]) -> list[T]: ...
+    @overload
+    def published(self, what: str | None = None) -> list[Any]: ...
     def published(self, what: str | type | None = None) -> list[Any]:
         """The events that buses have published within the block, whoever has subscribed.
 
@@ -173,6 +190,10 @@ class Harness:
         """
         return [_payload(message, what) for message in self._gone(what, lambda m: m.intent == "event")]
 
+    @overload
+    def replied(self, what: type[T]) -> list[T]: ...
+    @overload
+    def replied(self, what: str | None = None) -> list[Any]: ...
     def replied(self, what: str | type | None = None) -> list[Any]:
         """What handlers have replied, or returned to requests; parameters as for `handled`, by the asker's queue."""
         return [_payload(message, what) for message in self._gone(what, lambda m: m.intent == "reply")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
@@ -12,6 +12,7 @@ from streamtools.drivers.asyncio.producer import FEATURES
 from streamtools.drivers.asyncio.queues import Item, Queue
 from streamtools.errors import Closed, ConnectionLost, QueueError, SendError
 from streamtools.message import Message
+from streamtools.parameters import ConsumerParameters
 from streamtools.settings import AsyncIOSettings
 from streamtools.verdicts import Copy
 
@@ -36,6 +37,10 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
     _broker: Broker
     #: What it reads: its group's queue; none when it is closed.
     _queues: Sequence[Queue] = ()
+
+    if TYPE_CHECKING:  # at run time options of other protocols are taken too, and ignored
+
+        def __init__(self, queue: str, **options: Unpack[ConsumerParameters]) -> None: ...
 
     async def _open(self) -> None:
         await self._close()

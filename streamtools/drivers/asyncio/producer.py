@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 from streamtools.driver import Options
 from streamtools.drivers.asyncio.broker import Broker
 from streamtools.errors import QueueError, SendError
 from streamtools.features import Features
 from streamtools.message import Message
+from streamtools.parameters import ProducerParameters, SendManyParameters, SendParameters
 from streamtools.producer import Producer
+from streamtools.receipt import Receipt
 from streamtools.settings import AsyncIOSettings
 
 FEATURES = Features(groups=True, redelivery=True, atomic=True, topics=True, cancel=True, tombstones=True)
@@ -23,6 +25,16 @@ class AsyncIOProducer(Producer, protocol="asyncio"):
     settings_class: ClassVar[type[AsyncIOSettings]] = AsyncIOSettings
     settings: AsyncIOSettings
     _broker: Broker
+
+    if TYPE_CHECKING:  # at run time options of other protocols are taken too, and ignored
+
+        def __init__(self, queue: str, **options: Unpack[ProducerParameters]) -> None: ...
+        async def send(  # type: ignore[override]
+            self, payload: object, **options: Unpack[SendParameters]
+        ) -> Receipt: ...
+        async def send_many(  # type: ignore[override]
+            self, payloads: Iterable[object], **options: Unpack[SendManyParameters]
+        ) -> list[Receipt]: ...
 
     async def _open(self) -> None:
         self._broker = Broker.of(self.settings)

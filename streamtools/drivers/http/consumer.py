@@ -6,13 +6,20 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, Unpack
 from urllib.parse import quote, unquote
 
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.http.access import Access
-from streamtools.drivers.http.options import FEATURES, ConsumerOptions, check_queue, is_url, refuse_reply
+from streamtools.drivers.http.options import (
+    FEATURES,
+    ConsumerOptions,
+    HTTPConsumerParameters,
+    check_queue,
+    is_url,
+    refuse_reply,
+)
 from streamtools.drivers.http.producer import HTTPProducer
 from streamtools.drivers.http.request_queue import PendingRequest, RequestQueue
 from streamtools.drivers.http.responses import settlement_response
@@ -58,6 +65,10 @@ class HTTPConsumer(Consumer, protocol="http"):
     _server: SharedServer | None = None
     _requests: RequestQueue | None = None
     _sender: HTTPProducer | None = None
+
+    if TYPE_CHECKING:  # at run time options of other protocols are taken too, and ignored
+
+        def __init__(self, queue: str, **options: Unpack[HTTPConsumerParameters]) -> None: ...
 
     @property
     def address(self) -> tuple[str, int]:

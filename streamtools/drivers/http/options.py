@@ -11,6 +11,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from streamtools.driver import Options
 from streamtools.errors import ConfigurationError
 from streamtools.features import Features
+from streamtools.options import HTTPConsumerOptions, HTTPProducerOptions, HTTPSendOptions
+from streamtools.parameters import ConsumerParameters, ProducerParameters, SendManyParameters, SendParameters
 from streamtools.validation.checks import check_name
 
 #: A call: the sender waits for the handler's answer, and keeps the message until it has one.
@@ -147,3 +149,19 @@ class SendOptions(Options):
         """The media type that a tag names."""
         tag = self.headers_tag or self.header_tag
         return TAGS[tag] if tag is not None else None
+
+
+class HTTPProducerParameters(ProducerParameters, HTTPProducerOptions, total=False):
+    """What the constructor of a producer takes by keyword."""
+
+
+class HTTPConsumerParameters(ConsumerParameters, HTTPConsumerOptions, total=False):
+    """What the constructor of a consumer takes by keyword."""
+
+
+class HTTPSendParameters(SendParameters, HTTPSendOptions, total=False):
+    """What `send` takes by keyword."""
+
+
+class HTTPSendManyParameters(SendManyParameters, HTTPSendOptions, total=False):
+    """What `send_many` takes by keyword."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -21,6 +21,9 @@ from streamtools.drivers.http.headers import CE_ATTEMPT, encode_headers, transfe
 from streamtools.drivers.http.options import (
     FEATURES,
     QUERY_METHODS,
+    HTTPProducerParameters,
+    HTTPSendManyParameters,
+    HTTPSendParameters,
     ProducerOptions,
     SendOptions,
     check_queue,
@@ -143,7 +146,16 @@ class HTTPProducer(Producer, protocol="http"):
     options: ProducerOptions
     _session: aiohttp.ClientSession | None = None
 
-    def __init__(self, queue: str, **options: Any) -> None:
+    if TYPE_CHECKING:  # at run time options of other protocols are taken too, and ignored
+
+        async def send(  # type: ignore[override]
+            self, payload: object, **options: Unpack[HTTPSendParameters]
+        ) -> HTTPReceipt: ...
+        async def send_many(  # type: ignore[override]
+            self, payloads: Iterable[object], **options: Unpack[HTTPSendManyParameters]
+        ) -> list[HTTPReceipt]: ...
+
+    def __init__(self, queue: str, **options: Unpack[HTTPProducerParameters]) -> None:
         super().__init__(queue, **options)
         self._leaving = asyncio.Event()
         self._base = self._base_url()

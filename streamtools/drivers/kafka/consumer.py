@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Hashable, Sequence
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, Unpack, cast
 
 from aiokafka import TopicPartition
 
@@ -28,7 +28,7 @@ from streamtools.drivers.kafka.consuming.topic_changes import TopicChanges
 from streamtools.drivers.kafka.errors import client_error
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply, retry_topic
-from streamtools.drivers.kafka.options import ConsumerOptions
+from streamtools.drivers.kafka.options import ConsumerOptions, KafkaConsumerParameters
 from streamtools.drivers.kafka.records import COPY_ROOM, QUEUE, decode_plain, header_texts, read_record
 from streamtools.engine.loop import Ack
 from streamtools.errors import Closed, ConfigurationError, SendError, StreamToolsError
@@ -64,8 +64,8 @@ class KafkaConsumer(Consumer, protocol="kafka"):
     _settler: Settler | None = None
     _prefetcher: Prefetcher | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, queue: str, **options: Unpack[KafkaConsumerParameters]) -> None:
+        super().__init__(queue, **options)
         self._given_group: str | None = self.group
         self._apply_options()
         self._wake: asyncio.Future[None] | None = None

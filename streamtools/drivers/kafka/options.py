@@ -10,6 +10,8 @@ from pydantic import Field, field_validator
 
 from streamtools.driver import Options
 from streamtools.drivers.kafka.names import check_kafka_name
+from streamtools.options import KafkaConsumerOptions, KafkaProducerOptions, KafkaSendOptions
+from streamtools.parameters import ConsumerParameters, ProducerParameters, SendManyParameters, SendParameters
 
 
 def is_async(method: str | None) -> bool | None:
@@ -113,3 +115,19 @@ class ConsumerOptions(Options):
     def start(self) -> float | None:
         """`start_time` in seconds since the epoch."""
         return self.start_time.timestamp() if isinstance(self.start_time, datetime) else self.start_time
+
+
+class KafkaProducerParameters(ProducerParameters, KafkaProducerOptions, total=False):
+    """What the constructor of a producer takes by keyword."""
+
+
+class KafkaConsumerParameters(ConsumerParameters, KafkaConsumerOptions, total=False):
+    """What the constructor of a consumer takes by keyword."""
+
+
+class KafkaSendParameters(SendParameters, KafkaSendOptions, total=False):
+    """What `send` takes by keyword."""
+
+
+class KafkaSendManyParameters(SendManyParameters, KafkaSendOptions, total=False):
+    """What `send_many` takes by keyword."""

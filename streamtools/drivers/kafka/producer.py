@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, Unpack
 
 from streamtools.delivery import Delivery, current
 from streamtools.drivers.kafka.brokers.topics import Topic
 from streamtools.drivers.kafka.consuming.partition import KafkaDelivery
 from streamtools.drivers.kafka.features import FEATURES
 from streamtools.drivers.kafka.names import check_kafka_name, check_kafka_reply
-from streamtools.drivers.kafka.options import ProducerOptions, SendOptions, is_async
+from streamtools.drivers.kafka.options import (
+    KafkaProducerParameters,
+    KafkaSendManyParameters,
+    KafkaSendParameters,
+    ProducerOptions,
+    SendOptions,
+    is_async,
+)
 from streamtools.drivers.kafka.producing.own_topic import make_and_send_again
 from streamtools.drivers.kafka.producing.record import ProducerRecord, not_held, records_of
 from streamtools.drivers.kafka.producing.sender import Sender
@@ -73,8 +80,17 @@ class KafkaProducer(Producer, protocol="kafka"):
     options: ProducerOptions
     _sender: Sender | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    if TYPE_CHECKING:  # at run time options of other protocols are taken too, and ignored
+
+        async def send(  # type: ignore[override]
+            self, payload: object, **options: Unpack[KafkaSendParameters]
+        ) -> Receipt: ...
+        async def send_many(  # type: ignore[override]
+            self, payloads: Iterable[object], **options: Unpack[KafkaSendManyParameters]
+        ) -> list[Receipt]: ...
+
+    def __init__(self, queue: str, **options: Unpack[KafkaProducerParameters]) -> None:
+        super().__init__(queue, **options)
         self._under_way: set[asyncio.Task[list[Receipt]]] = set()
         self._failed: list[SendError] = []
         self._idle: list[TransactionalProducer] = []

@@ -22,6 +22,8 @@ from streamtools.drivers.rabbitmq.topology.queues import (
     UNDELIVERABLE,
     Queue,
 )
+from streamtools.options import RabbitMQConsumerOptions, RabbitMQProducerOptions
+from streamtools.parameters import ConsumerParameters, ProducerParameters
 from streamtools.validation.checks import Declare, check_declare
 
 QueueType = Literal["quorum", "classic"]
@@ -107,6 +109,14 @@ class ProducerOptions(QueueOptions):
     def error_queue_of(self, queue: str) -> str:
         """The name of this queue's error queue."""
         return self.error_queue.replace("{queue}", queue)
+
+
+class RabbitMQProducerParameters(ProducerParameters, RabbitMQProducerOptions, total=False):
+    """What the constructor of a producer takes by keyword."""
+
+
+class RabbitMQConsumerParameters(ConsumerParameters, RabbitMQConsumerOptions, total=False):
+    """What the constructor of a consumer takes by keyword."""
 
 
 #: The option -> the broker's name for it, of those that it compares.

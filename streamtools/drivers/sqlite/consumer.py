@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Unpack
 
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
@@ -17,6 +17,7 @@ from streamtools.drivers.sqlite.rows import Claimed, Row, encode
 from streamtools.drivers.sqlite.schema import NoRoom, TooBig, is_missing
 from streamtools.drivers.sqlite.tables import SUSPECT, Tables
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError
+from streamtools.parameters import ConsumerParameters
 from streamtools.settings import SQLiteSettings
 from streamtools.verdicts import Copy
 
@@ -85,6 +86,10 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
     _holder: Holder | None = None
     #: Set when the suspect that was received last is settled; None when there is none.
     _suspect: asyncio.Event | None = None
+
+    if TYPE_CHECKING:  # at run time options of other protocols are taken too, and ignored
+
+        def __init__(self, queue: str, **options: Unpack[ConsumerParameters]) -> None: ...
 
     async def _open(self) -> None:
         await self._close()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
-from typing import ClassVar, Final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Final, Unpack
 
 from streamtools.driver import Options
 from streamtools.drivers.sqlite.database import Session
@@ -16,7 +16,9 @@ from streamtools.errors import ConnectionLost, QueueError, SendError
 from streamtools.exchange import Binding, another_type, no_subscriber
 from streamtools.features import Features
 from streamtools.message import Message
+from streamtools.parameters import ProducerParameters, SendManyParameters, SendParameters
 from streamtools.producer import Producer
+from streamtools.receipt import Receipt
 from streamtools.settings import SQLiteSettings
 from streamtools.validation.checks import Declare
 
@@ -43,6 +45,16 @@ class SQLiteProducer(Producer, protocol="sqlite"):
     settings_class: ClassVar[type[SQLiteSettings]] = SQLiteSettings
     settings: SQLiteSettings
     _session: Session | None = None
+
+    if TYPE_CHECKING:  # at run time options of other protocols are taken too, and ignored
+
+        def __init__(self, queue: str, **options: Unpack[ProducerParameters]) -> None: ...
+        async def send(  # type: ignore[override]
+            self, payload: object, **options: Unpack[SendParameters]
+        ) -> Receipt: ...
+        async def send_many(  # type: ignore[override]
+            self, payloads: Iterable[object], **options: Unpack[SendManyParameters]
+        ) -> list[Receipt]: ...
 
     async def _open(self) -> None:
         await self._close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final, Unpack
 
 from streamtools.consumer import Consumer
 from streamtools.delivery import Delivery, Settlement
@@ -14,7 +14,7 @@ from streamtools.drivers.rabbitmq.consuming.consumer_channel import ConsumerChan
 from streamtools.drivers.rabbitmq.consuming.subscription import Subscription
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
-from streamtools.drivers.rabbitmq.options import QueueOptions, error_queue, work_queue
+from streamtools.drivers.rabbitmq.options import QueueOptions, RabbitMQConsumerParameters, error_queue, work_queue
 from streamtools.drivers.rabbitmq.publishing.batch import Limits
 from streamtools.drivers.rabbitmq.publishing.sender import Sender
 from streamtools.drivers.rabbitmq.rare.forgotten_consumer import ForgottenConsumer
@@ -56,8 +56,8 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     #: The log says that retries wait here.
     _says_early = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, queue: str, **options: Unpack[RabbitMQConsumerParameters]) -> None:
+        super().__init__(queue, **options)
         self._limits = Limits()
         self._new_id = id_generator()
         self._pace = WakeThrottle(GATHER_TIMEOUT)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 from aiormq.exceptions import ChannelLockedResource
 
@@ -11,12 +11,18 @@ from streamtools.driver import Options
 from streamtools.drivers.rabbitmq.connections import ConnectionLease, receiving, sending
 from streamtools.drivers.rabbitmq.features import FEATURES
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name, check_rabbitmq_reply
-from streamtools.drivers.rabbitmq.options import ProducerOptions, error_queue, work_queue
+from streamtools.drivers.rabbitmq.options import (
+    ProducerOptions,
+    RabbitMQProducerParameters,
+    error_queue,
+    work_queue,
+)
 from streamtools.drivers.rabbitmq.publishing.batch import Limits
 from streamtools.drivers.rabbitmq.publishing.publisher import Publisher
 from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.errors import Closed, ConnectError, ConnectionLost
 from streamtools.message import Message
+from streamtools.parameters import SendManyParameters, SendParameters
 from streamtools.producer import Producer
 from streamtools.receipt import Receipt
 from streamtools.settings import RabbitMQSettings
@@ -33,8 +39,17 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
     _lease: ConnectionLease | None = None
     _publisher: Publisher | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    if TYPE_CHECKING:  # at run time options of other protocols are taken too, and ignored
+
+        async def send(  # type: ignore[override]
+            self, payload: object, **options: Unpack[SendParameters]
+        ) -> Receipt: ...
+        async def send_many(  # type: ignore[override]
+            self, payloads: Iterable[object], **options: Unpack[SendManyParameters]
+        ) -> list[Receipt]: ...
+
+    def __init__(self, queue: str, **options: Unpack[RabbitMQProducerParameters]) -> None:
+        super().__init__(queue, **options)
         self._limits = Limits()
 
     async def _open(self) -> None:
