@@ -51,7 +51,7 @@ CONSUMER_LOOPS: Registry[Consumer] = Registry("consumer", targets("consumer"))
 
 
 class TransportWrapper(Source, Pulled, Protocol):
-    """What a driver gives and takes, or what stands before it."""
+    """The hooks of a driver, or of what stands between a consumer and its driver."""
 
 
 class Consumer(ConsumerHooks, Endpoint):

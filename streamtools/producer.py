@@ -46,7 +46,7 @@ class Gathering:
 
     Parameters:
         producer: whose.
-        options: the protocol's own, which no acknowledgement of a consumer carries.
+        options: the protocol's own. Messages with options cannot be sent with a consumer's acknowledgement.
     """
 
     def __init__(self, producer: Producer, options: Any = None) -> None:
@@ -55,18 +55,18 @@ class Gathering:
 
     @property
     def place(self) -> object:
-        """The producer's; none with options, which only it knows how to send with."""
+        """The producer's; None with options, because only the producer can send with them."""
         return self._producer.place if self._options is None else None
 
     async def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """As they are."""
+        """The messages, unchanged."""
         return messages
 
     async def send_now(self, messages: Sequence[Message]) -> list[Receipt]:
         """Send them; returns once they are confirmed.
 
         Raises:
-            SendError: some were not taken.
+            SendError: some were refused.
         """
         here = self._producer._here()  # a handler in a thread may have given them in another event loop
         return await here._deliver(messages, here._no_options if self._options is None else self._options)
@@ -77,12 +77,12 @@ PLACES: Final = 3
 
 
 class TransportWrapper(Wrapper, Protocol):
-    """What stands before a driver and takes a batch in its place."""
+    """What stands between a producer and its driver."""
 
     async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None: ...
 
     def for_producer(self, producer: Producer) -> TransportWrapper:
-        """The same before another producer: the twin in a second event loop."""
+        """A wrapper for another producer: the twin in a second event loop."""
         ...
 
 
@@ -267,12 +267,12 @@ class Producer(ProducerHooks, Endpoint):
         return twin
 
     def _let_go(self, batch: Sequence[Message], options: Any) -> Coroutine[Any, Any, list[Receipt]]:
-        """Send, or have it wait for the handler around this to succeed."""
+        """Send, or put into the outbox of the handler around this code."""
         box = current_outbox() if self._outbox else None
         return self._deliver(batch, options) if box is None else self._gather(batch, options, box)
 
     async def _gather(self, batch: Sequence[Message], options: Any, box: Outbox) -> list[Receipt]:
-        if not self._connected:  # which makes the queue
+        if not self._connected:  # connecting makes the queue
             await self._connect(time.monotonic() + self.send_timeout)
         sender = self._gathering if options is self._no_options else Gathering(self, options)
         return [box.add(sender, message).receipt for message in batch]
@@ -333,7 +333,7 @@ class Producer(ProducerHooks, Endpoint):
         """The fields of a message beside body, content type and id, checked."""
         if delay and not self.features.delay:
             raise FeatureError(
-                f"{self.protocol!r} holds no message back: leave delay= away, or send it later yourself."
+                f"{self.protocol!r} cannot delay messages: leave delay= away, or send it later yourself."
             )
         check_texts({"type": type, "correlation_id": correlation_id, "reply_to": reply_to})
         wait = 0.0 if delay is None else check_seconds("delay", delay)
@@ -355,7 +355,7 @@ class Producer(ProducerHooks, Endpoint):
         }
 
     async def _deliver_others(self, batch: Sequence[Message]) -> NoReturn:
-        """Send all but those of which a time is none; then say so."""
+        """Send the messages whose times are right, and then refuse the others."""
         unfit = [message for message in batch if wrong_time(message) is not None]
         try:
             if others := [message for message in batch if wrong_time(message) is None]:
@@ -396,7 +396,7 @@ class Producer(ProducerHooks, Endpoint):
                 await asyncio.sleep(delay)
 
     async def _connect(self, deadline: float, before: Sequence[ConnectError] = ()) -> None:
-        failures = [*before[-1:]]  # where there is no time to find out more, that is why
+        failures = [*before[-1:]]  # if no time is left for another attempt, this is the reason
         try:
             async with asyncio.timeout_at(_loop_time(deadline)), self._opening:
                 await self._keep_connecting(deadline, failures)
@@ -432,10 +432,10 @@ class Producer(ProducerHooks, Endpoint):
 
 
 def _check_several(payloads: object) -> None:
-    """Several payloads: not one, whose keys, letters or fields would be sent.
+    """Check that these are several payloads, not one, of which the keys, letters or fields would be sent.
 
     Raises:
-        TypeError: it is one.
+        TypeError: it is one payload.
     """
     record = isinstance(payloads, tuple) and hasattr(payloads, "_fields")
     if isinstance(payloads, AsyncIterable):
@@ -454,7 +454,7 @@ def _check_several(payloads: object) -> None:
 
 
 def _places(batch: Sequence[Message]) -> str:
-    """Where these go: a bus sends to many queues over one producer."""
+    """The queues of a batch in words: a bus sends to many queues over one producer."""
     places = [repr(name) for name in dict.fromkeys(message.queue for message in batch)]
     return ", ".join(places) if len(places) <= PLACES else f"{places[0]} and {len(places) - 1} other queues"
 

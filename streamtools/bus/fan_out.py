@@ -128,9 +128,9 @@ class HandlerFanOut:
         """The verdict with the copies that it needs."""
         return self._find(message)[0][1].settlement(delivery, message, verdict, error)
 
-    def lesser(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
+    def fallbacks(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
         """Ever smaller forms of a settlement that cannot be performed as it is."""
-        return self._find(settlement.delivery.message)[0][1].lesser(settlement, error)
+        return self._find(settlement.delivery.message)[0][1].fallbacks(settlement, error)
 
     async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
         """What a handler sent was refused: as if it had raised that, so its message is retried or rejected."""
@@ -142,7 +142,11 @@ class HandlerFanOut:
             for name, dispatcher, part in settlement.parts:
                 now = await self._refused(dispatcher, part, error)
                 parts.append(
-                    (name, dispatcher, _addressed(now, name) if now is not part else dispatcher.left(part, error))
+                    (
+                        name,
+                        dispatcher,
+                        _addressed(now, name) if now is not part else dispatcher.without_held(part, error),
+                    )
                 )
             same = all(new[2] is old[2] for new, old in zip(parts, settlement.parts, strict=True))
             return settlement if same else _merged(delivery, parts)
@@ -159,9 +163,9 @@ class HandlerFanOut:
         message = settlement.delivery.message
         log.warning("The reply to message %s of %r is not sent: %s", message.id, message.queue, error)
         if isinstance(settlement, Shared):
-            parts = [(name, to, _without(to.left(part, error), lost)) for name, to, part in settlement.parts]
+            parts = [(name, to, _without(to.without_held(part, error), lost)) for name, to, part in settlement.parts]
             return _merged(settlement.delivery, parts)
-        return _without(self._find(message)[0][1].left(settlement, error), lost)
+        return _without(self._find(message)[0][1].without_held(settlement, error), lost)
 
     async def _refused(self, dispatcher: Dispatcher, part: Settlement, error: SendError) -> Settlement:
         settlement = await dispatcher.refused(part, error)

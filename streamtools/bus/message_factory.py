@@ -99,7 +99,7 @@ class MessageFactory:
             exchange = exchange or routed
         self._check_destination(to, exchange)
         if fields.get("delay") is not None and not self._features.delay:
-            raise FeatureError(f"{self._protocol!r} holds no message back: send it when its time has come.")
+            raise FeatureError(f"{self._protocol!r} cannot delay messages: send it when its time has come.")
         if exchange is None and not fields.get("delay"):  # which an exchange cannot have
             exchange = self.direct
         return self._message(payload, queue=to, exchange=exchange, intent=intent, **fields)

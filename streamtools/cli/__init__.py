@@ -16,7 +16,7 @@ PACKAGES: Final = ("typer", "rich")
 def main() -> None:
     """Run the command line; ends the process with 0 (done), 1 (it failed) or 2 (wrong usage)."""
     runs = sys.argv[1:2] == ["run"]
-    # Importing takes a second, in which nothing begins that would have to be ended.
+    # Importing takes a second. Nothing has begun by then, so a signal ends the process at once.
     signal.signal(signal.SIGTERM, _end_well if runs else _end)
     signal.signal(signal.SIGINT, _end_well if runs else _end)
     from importlib.util import find_spec
@@ -36,7 +36,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
-    # What fails is told by the command itself; the client library logs each try as an error besides.
+    # The command itself says what fails; the client library would log each attempt as an error, too.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     if not runs:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

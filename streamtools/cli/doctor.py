@@ -1,4 +1,4 @@
-"""`streamtools doctor`: is everything there that messages need, and what to do where it is not."""
+"""`streamtools doctor`: checks what messages need, and says what to do about what is missing."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Check:
     """One thing looked at.
 
     Attributes:
-        name: what.
-        state: how it is.
-        found: what was found.
-        next: the line to type next, where something is wrong.
+        name: what was looked at.
+        state: the result.
+        found: the result in words.
+        next: the line to type next, if something is wrong.
     """
 
     name: str
@@ -50,8 +50,7 @@ def doctor(*, url: Url = None, json: Json = False) -> None:
     """Check the configuration and the connection.
 
     Says which settings are used, where they come from, whether they work, and what to do if not. Sends one message
-    through a
-    temporary queue, which it deletes. Ends with 1 when something is wrong.
+    through a temporary queue, which it deletes. Ends with 1 when something is wrong.
     """
     examination = Doctor(url)
     if examination.prepare():
@@ -66,7 +65,7 @@ def doctor(*, url: Url = None, json: Json = False) -> None:
 
 
 class Doctor:
-    """Looks at one thing after the other; what depends on a thing that failed is skipped."""
+    """Runs one check after the other, and skips those that depend on one that failed."""
 
     def __init__(self, url: str | None) -> None:
         self._given = url
@@ -75,12 +74,12 @@ class Doctor:
         self.checks: list[Check] = []
 
     def prepare(self) -> bool:
-        """What can be seen without a connection; whether one is worth trying."""
+        """Check what needs no connection; False if connecting cannot work."""
         self._software()
         return self._address() and self._driver()
 
     async def talk(self) -> None:
-        """What only the broker can tell."""
+        """Check what only the broker can tell."""
         if await self._step("connection", self._connect):
             await self._step("round trip", self._probe)
             await self._step("admin", self._look)
@@ -134,7 +133,7 @@ class Doctor:
     # --- with a connection ----------------------------------------------------------------------
 
     async def _step(self, name: str, step: Callable[[], Awaitable[tuple[State, str]]]) -> bool:
-        """One check that talks to the broker; its error becomes the finding."""
+        """Run one check that talks to the broker; an error is its result."""
         from streamtools.errors import StreamToolsError
 
         try:
@@ -195,7 +194,7 @@ class Doctor:
                 if any(check.state == "failed" for check in self.checks):
                     raise
                 # The messages' own connection works: it was tried above.
-                return "warning", f"{error} All but listing queues works without."
+                return "warning", f"{error} Everything but listing queues works without it."
         waiting = sum(info.ready + (info.delayed or 0) for info in infos)
         text = f"{len(infos):,} queue{'' if len(infos) == 1 else 's'}, "
         text += f"{waiting:,} message{' waits' if waiting == 1 else 's wait'}"
@@ -224,7 +223,7 @@ def _version(package: str) -> str | None:
 
 
 def _print(checks: Sequence[Check]) -> None:
-    signs = {"ok": "ok", "warning": "look", "failed": "FAILED", "skipped": "skipped"}
+    signs = {"ok": "ok", "warning": "warning", "failed": "FAILED", "skipped": "skipped"}
     output.print_table(
         output.table("", "check", "", "found"), [(check.name, signs[check.state], check.found) for check in checks]
     )

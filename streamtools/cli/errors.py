@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from streamtools.message import Message
     from streamtools.redrive import ErrorFilter, ErrorGroup, Progress
 
-#: Messages that `list` and `show` look at, when they are not told how many.
+#: Messages that are looked at, at most, before something is listed, shown, moved or deleted.
 PEEK_LIMIT: Final = 10_000
 
 
@@ -111,10 +111,10 @@ def redrive(
 ) -> None:
     """Put failed messages back to work.
 
-    With the same id, body and headers, as attempt 1. Each is held by its queue before it leaves the error
-    queue: if this command is killed, one may be put back twice, none is lost. A message says itself where it failed,
-    so the queues are shown first, and you are asked. With --yes the messages go only to
-    queues named by --from or --to, and to the queue whose own error queue this is: orders for orders.error.
+    They keep id, body and headers, and begin with attempt 1. A message leaves the error queue only when its queue
+    holds it: if this command is killed, one may be put back twice, none is lost. A message says itself where it
+    failed, so the queues are shown first, and you are asked. With --yes the messages go only to queues named by
+    --from or --to, and to the queue whose own error queue this is: orders for orders.error.
     """
     if to is not None:
         from streamtools.validation.checks import check_name
@@ -184,7 +184,7 @@ def purge(
         _say_what_is_missing(ids, queue, number, limit)
         return
     more = " or more" if len(seen) == PEEK_LIMIT else ""
-    output.confirm(f"Forget {number:,}{more} failed messages in {queue!r} at {safe_address(url)} for ever?", yes=yes)
+    output.confirm(f"Delete {number:,}{more} failed messages in {queue!r} at {safe_address(url)} for good?", yes=yes)
 
     from streamtools.redrive import discard
 
@@ -199,13 +199,13 @@ def purge(
 
 
 def _say_what_is_missing(ids: Sequence[str] | None, queue: str, number: int, limit: int | None) -> None:
-    """End with 1 when ids were named that are not there: a script must not take it for done."""
+    """End with 1 if ids were given that are not there: a script must not take that for success."""
     if (missing := len(set(ids or ())) - number) > 0 and limit is None:
         output.fail(f"{queue!r} holds no message that is meant by {missing} of the ids.")
 
 
 def _with_bar(url: str | None, queue: str, work: Callable[[QueueAdmin, Progress], Awaitable[int]]) -> int:
-    """Do it to the queue's messages, with a progress bar over those looked at."""
+    """Do the work, with a progress bar that counts the messages looked at."""
     with output.Bar(f"Going through {queue}") as bar:
 
         async def watched(admin: QueueAdmin) -> int:
@@ -281,7 +281,7 @@ def _say_what_was_seen(queue: str, seen: int, chosen: int, url: str | None) -> N
     if not seen:
         output.note(f"{queue!r} at {safe_address(url)} is empty: nothing has failed.")
     elif not chosen:
-        output.note(f"None of the {seen:,} messages in {queue!r} is meant by the filter.")
+        output.note(f"None of the {seen:,} messages in {queue!r} matches the filter.")
     elif seen == PEEK_LIMIT:
         output.note(f"Of the first {PEEK_LIMIT:,} messages; there may be more.")
 

@@ -43,7 +43,7 @@ class ToParent:
         threading.Thread(target=self._listen, name="streamtools-parent", daemon=True).start()
 
     def endpoint(self, host: str, port: int, report: Callable[[], HealthReport]) -> _Endpoint:
-        """The replacement of a port of this worker's own."""
+        """What the runner of this worker uses in place of a health port of its own."""
         self._endpoint = _Endpoint(self, host, port, report)
         return self._endpoint
 
@@ -78,7 +78,7 @@ class _Endpoint:
         self._parent.tell({"address": [self.host, self.port]})
 
     async def stop(self) -> None:
-        """This worker is not to be asked any more. Safe to repeat."""
+        """Have the parent ask this worker no more. Safe to repeat."""
         self._loop = None
         self._parent.tell({"address": None})
 
@@ -108,7 +108,7 @@ class ToWorker:
         self._writer: asyncio.StreamWriter | None = None
 
     async def begin(self) -> None:
-        """Read what the worker says; it has its end by now."""
+        """Begin to read what the worker says; the worker has the other end by now."""
         self._theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=self._ours)
         self._reading = asyncio.create_task(self._read(reader), name="streamtools-worker-health")
@@ -193,7 +193,7 @@ class WorkersReport:
 class Reporting(Protocol):
     """A worker, as its health endpoints know it."""
 
-    #: Where it wants to be asked; what the last process said holds until the next one says something.
+    #: Its health port: the one that its last process named, until the next process names one.
     address: Address | None
 
     async def health(self) -> WorkerHealth: ...

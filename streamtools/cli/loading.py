@@ -90,7 +90,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # A module that is there and misses another one is the user's own error: theirs to see whole.
+        # If the module is there, and does not find another one, the user sees the whole traceback.
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise
         raise ConfigurationError(

@@ -110,12 +110,12 @@ class Template:
         """Raise if the protocol cannot do what is asked.
 
         Raises:
-            FeatureError: it holds no message back.
+            FeatureError: the protocol cannot delay messages.
         """
         if self._delay and not producer.features.delay:
             from streamtools.errors import FeatureError
 
-            raise FeatureError(f"{producer.protocol!r} holds no message back: leave --delay away.")
+            raise FeatureError(f"{producer.protocol!r} cannot delay messages: leave --delay away.")
 
     def make(self, body: bytes, queue: str) -> Message:
         """A message with this body."""
@@ -298,7 +298,7 @@ class Viewer:
         self._show = show
         self._ack = ack
         self._limit = limit
-        #: What can be held unacknowledged; more than that is never shown.
+        #: The most that is shown: without --ack, what can be held unacknowledged.
         self._most = limit if ack else min(limit or HOLD, HOLD)
         self._prefetch = min(self._most or BATCH, HOLD)
         self._consumer = Consumer(queue, url=url, declare=False, prefetch=self._prefetch)
@@ -309,7 +309,7 @@ class Viewer:
 
     @property
     def listens_at(self) -> str | None:
-        """Where it is itself the server, for protocols without a broker."""
+        """The address at which this command listens itself, for protocols without a broker; None for others."""
         return self._consumer.settings.safe_url if self._consumer.features.listens else None
 
     async def run(self, timeout: float | None) -> None:
@@ -367,7 +367,7 @@ def _body(message: Message) -> dict[str, Any]:
     if message.body is None:
         return {"tombstone": True}
     if (message.content_type or "json").partition(";")[0].endswith("json"):
-        # It says JSON and is not, or is nested so deeply that nothing could write it again: shown as text.
+        # If it is not JSON after all, or is nested too deeply to be written again, it is shown as text.
         with suppress(ValueError, RecursionError):
             payload = json_module.loads(message.body, parse_constant=_not_json)
             json_module.dumps(payload, indent=2)

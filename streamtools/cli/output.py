@@ -1,7 +1,7 @@
-"""What the commands print: results on stdout, everything said to a person on stderr or as a table.
+"""Prints what the commands say: results on stdout, notes for a person on stderr.
 
-With `--json`, stdout holds JSON alone. Text that came in a message is never trusted: what cannot be seen is
-shown as an escape, and sent to no terminal (see `streamtools.text.escaping`).
+With `--json`, stdout holds JSON alone. Text that came in a message is never trusted: invisible characters are shown
+as escapes, so that none of them reaches a terminal (see `streamtools.text.escaping`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ FAILED = 1
 USAGE = 2
 #: Characters of one cell of a table: what a message says of itself may have any number.
 CELL: Final = 500
-#: In a URL, from behind its "://" to the "@"; but for the words that stand for it in hints. A path has but one "/".
+#: The user and the password in a URL, not the words that stand for them in hints. A path has but one "/".
 PASSWORD: Final = re.compile(r"(?<=:/)/?(?!/?user:password@)[^\s/:@]*:\S+(?=@)")
-#: How the file names of those frames begin that lie between a command and the service's own code.
+#: Beginnings of file names: frames of these files lie between a command and the service's own code.
 MACHINERY: Final = (
     str(Path(__file__).parents[1]) + os.sep,
     *(str(Path(str(module.__file__)).parent) + os.sep for module in (asyncio, importlib)),
@@ -91,11 +91,11 @@ def fail(text: str, code: int = FAILED) -> NoReturn:
 
 
 def print_trace(error: Exception) -> None:
-    """The traceback of what a service raised, from its own code on; whole where nothing of it is the service's."""
+    """Print the traceback of a service's error, from the service's own code on; all of it without such code."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(MACHINERY):
         trace = trace.tb_next
-    if trace is None and not isinstance(error, SyntaxError):  # which says itself where it is
+    if trace is None and not isinstance(error, SyntaxError):  # a SyntaxError names the line itself
         trace = error.__traceback__
     print(visible_block("".join(traceback.format_exception(type(error), error, trace)).rstrip()), file=sys.stderr)
 
@@ -126,7 +126,7 @@ def print_table(made: Table, rows: Iterable[Sequence[object]]) -> None:
 
 
 class Bar:
-    """A progress bar on stderr, gone at the end, and none where there is no terminal."""
+    """A progress bar on stderr, removed at the end; without a terminal there is none."""
 
     def __init__(self, text: str) -> None:
         from rich.progress import Progress
@@ -135,11 +135,11 @@ class Bar:
         self._task = self._bars.add_task(text, total=None)
 
     def expect(self, total: int | None) -> None:
-        """So much is to be done in all."""
+        """Set how much there is to do."""
         self._bars.update(self._task, total=total)
 
     def advance(self, done: int = 1) -> None:
-        """So much more is done."""
+        """Add what was done."""
         self._bars.update(self._task, advance=done)
 
     def __enter__(self) -> Self:

@@ -100,7 +100,7 @@ def create(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Of the protocol; repeatable."),
+        typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the protocol; may be repeated."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -144,7 +144,9 @@ def alter(
             yes=yes,
         )
     if (kept or math.inf) < now.retention or (room or math.inf) < now.retention_bytes:
-        output.confirm(f"Keep less of {name!r} at {safe_address(url)}? What is over is deleted for ever.", yes=yes)
+        output.confirm(
+            f"Keep less of {name!r} at {safe_address(url)}? What is over the new limit is deleted for good.", yes=yes
+        )
 
     async def change(admin: QueueAdmin) -> QueueSettings:
         await admin.alter(name, partitions=partitions, retention=kept, retention_bytes=room)
@@ -167,7 +169,7 @@ def seek(
             metavar="PLACE", help="beginning, end, an offset, a time (2026-01-31T08:00), or how long ago (2h)."
         ),
     ],
-    group: Annotated[str | None, typer.Option(help="The group; that named as the queue when not given.")] = None,
+    group: Annotated[str | None, typer.Option(help="The group; when not given, the one named as the queue.")] = None,
     partition: Annotated[int | None, typer.Option(min=0, metavar="NUMBER", help="Only this one.")] = None,
     url: Url = None,
     yes: Yes = False,
@@ -196,7 +198,7 @@ def seek(
 def purge(name: Name, *, url: Url = None, yes: Yes = False, json: Json = False) -> None:
     """Delete every message that waits in a queue."""
     waiting = at(url, lambda admin: admin.stats(name))
-    output.confirm(f"Forget {_number(waiting)} in {name!r} at {safe_address(url)} for ever?", yes=yes)
+    output.confirm(f"Delete {_number(waiting)} in {name!r} at {safe_address(url)} for good?", yes=yes)
     _done("purged", name, at(url, lambda admin: admin.purge(name)), json=json)
 
 

@@ -24,10 +24,10 @@ NAME_SHOWN: Final = 255
 
 
 class Movable:
-    """Chooses the messages that a redrive moves: those that were selected and have a target; it notes the others.
+    """Chooses the messages that a redrive moves: those that were selected and have a target. It notes the others.
 
     Parameters:
-        chosen: those that are meant.
+        chosen: selects messages, by filter or by id.
         to: where all of them go; each to the queue that it failed in when None.
         sources: only those that failed in one of these queues; all when there are none.
     """
@@ -44,7 +44,7 @@ class Movable:
         self.begin()
 
     def begin(self) -> None:
-        """Note anew what stays."""
+        """Forget what stayed so far."""
         #: Ids of messages that do not say where they failed.
         self._homeless: list[str] = []
         #: Queues that are not there, and queues that were not named, with the number of messages that would go there.
@@ -127,7 +127,7 @@ def told(targets: Mapping[str, int]) -> str:
 
 
 def told_whole(targets: Iterable[str]) -> list[str]:
-    """Those whose whole names `told` says: an answer to the question is about no others."""
+    """The queues whose whole names `told` shows: the operator's answer is about no others."""
     return [name for name in sorted(targets)[:NAMED] if len(name) <= NAME_SHOWN]
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 #: Seconds between two looks.
 POLL_INTERVAL: Final = 0.5
-#: Directories that hold no source of the user's.
+#: Directories without sources of the user's.
 SKIPPED: Final = frozenset({"__pycache__", "node_modules", "site-packages", "build", "dist"})
 
 Stamps = dict[str, int]
@@ -20,7 +20,7 @@ async def changes(directory: Path) -> AsyncIterator[str]:
     """The name of a file under `directory` whenever one was changed, added or removed; never ends."""
     before = await asyncio.to_thread(_stamps, directory)
     while True:
-        # The file system is asked, again and again: what announces changes needs a package for each system.
+        # By polling: to be notified of changes would need another package on each operating system.
         await asyncio.sleep(POLL_INTERVAL)
         now = await asyncio.to_thread(_stamps, directory)
         if now != before:

@@ -49,7 +49,7 @@ def _run_here(target: str, parent: int | None, *, shared: bool) -> None:
 
     with suppress(Interrupted), heeded(), service_errors():
         watcher = None if parent is None else ToParent(parent)
-        runner = Interruptible(by_signal=True).run(load, target)  # importing the service may take its time
+        runner = Interruptible(by_signal=True).run(load, target)  # importing the service may take long
         if shared:
             check_shared(runner)
         if watcher is not None:

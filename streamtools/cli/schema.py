@@ -1,4 +1,4 @@
-"""`streamtools schema`: what a command or an event looks like, for those who write it in another language."""
+"""`streamtools schema`: the JSON Schema of commands and events, for programs in other languages."""
 
 from __future__ import annotations
 

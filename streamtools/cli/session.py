@@ -1,4 +1,4 @@
-"""What every command shares: the address it works at, and running a coroutine with errors for people."""
+"""What all commands share: the broker's address, and running a coroutine whose errors are plain lines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _read_url(given: str | None) -> str | None:
 
 
 def _holds_secret(url: str) -> bool:
-    """A password or a token stands in it, also where it is written wrongly."""
+    """Whether a URL holds a password or a token, even if it is malformed."""
     if PASSWORD.search(url):
         return True
     secret = {
@@ -115,7 +115,7 @@ def plain_errors() -> Iterator[None]:
         yield
     except StreamToolsError as error:
         fail(str(error), code_of(error))
-    except UnicodeEncodeError as error:  # an argument's bytes are no text: no name of a queue is
+    except UnicodeEncodeError as error:  # an argument that is not UTF-8 cannot name a queue
         fail(f"{str(error.object)[:80]!r} is not UTF-8.", USAGE)
 
 

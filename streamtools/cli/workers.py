@@ -21,7 +21,7 @@ from streamtools.settings import WORKER_VARIABLE
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: How often one worker is started again within WINDOW seconds.
+#: How often one worker is started again within RESTART_WINDOW seconds.
 RESTARTS: Final = 5
 RESTART_WINDOW: Final = 60.0
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -113,14 +113,14 @@ class Worker:
 class Workers:
     """A number of workers, supervised.
 
-    A worker that dies is started again with a growing pause, RESTARTS times within WINDOW seconds; after
-    that, or when one ends by wrong usage, all are ended. SIGTERM and SIGINT are passed on.
+    A worker that dies is started again after a growing pause, RESTARTS times within RESTART_WINDOW seconds. If it
+    dies again, or if one ends because of wrong usage, all are ended. SIGTERM and SIGINT are passed on.
 
     Parameters:
         command: the worker's command line.
         number: how many.
-        changes: yields the name of a changed file, upon which the workers are replaced; one that dies then
-            waits for the next change.
+        changes: yields the names of changed files. At each change the workers are replaced; a worker that dies is
+            started again only at the next one.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Workers:
             self._trouble.set_exception(WorkersEnded(str(error)) if isinstance(error, StreamToolsError) else error)
 
     def _end(self) -> None:
-        # A second signal goes on too: it ends the workers at once.
+        # A second signal is passed on as well: it ends the workers at once.
         self._stop.set()
         self._changed.set()
         self._signal_all()

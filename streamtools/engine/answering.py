@@ -32,7 +32,7 @@ class RouteAnswers:
     The sender of the message chose the address. A wrong one does not fail the handler.
 
     Parameters:
-        place: the consumer's, which carries the answer with its acknowledgement.
+        place: the consumer's: it sends the answer with its acknowledgement.
         rule: decides whether the address may get an answer.
         source: who answers.
     """
@@ -68,7 +68,7 @@ class RouteAnswers:
         )
 
     async def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """As they are."""
+        """The messages, unchanged."""
         return messages
 
     async def send_now(self, messages: Sequence[Message]) -> None:

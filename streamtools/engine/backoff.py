@@ -18,7 +18,7 @@ def backoff(attempt: int) -> float:
 
 
 def backoff_within(attempt: int, left: float) -> float | None:
-    """The same within the `left` seconds, so that the last tries come close to their end; None when it has come."""
+    """The same, shortened so that the last attempts come before the `left` seconds are over; None when they are."""
     delay = backoff(attempt)
     if delay < left:
         return delay

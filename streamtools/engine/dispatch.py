@@ -121,12 +121,12 @@ async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -
 Answer = Callable[[Outbox, Message, Any], None]
 
 
-class Again(NamedTuple):
-    """Another run of the same delivery, in its place.
+class RetryInPlace(NamedTuple):
+    """Another run of the same delivery, which keeps its place in the order.
 
     Attributes:
-        message: as it is given to the handler then.
-        delay: seconds before that.
+        message: what the handler gets then.
+        delay: seconds until then.
     """
 
     message: Message
@@ -142,12 +142,12 @@ class Dispatcher:
         retry: the retry policy.
         error_queue: where rejected messages go.
         max_deliveries: a message delivered this often without a verdict is not run any more.
-        in_place: retries wait here, holding their place in the order, instead of as copies.
+        in_place: retries wait in this process and keep their place in the order; otherwise they are sent as copies.
         features: what the protocol can do.
         on_error: decides about failures instead of the policy.
         place: the consumer's; messages that a handler sends from the same place leave with the acknowledgement.
-        together: they do so; otherwise the message is acknowledged before, or by hand, and everything leaves when
-            the handler has succeeded.
+        together: they do; False if the message is acknowledged earlier, or by hand: then they leave when the handler
+            has succeeded.
         atomic: if a settlement is refused, nothing of it has left; otherwise all that the refusal does not name has.
         answer: puts the handler's result into the outbox if the message is a request.
     """
@@ -175,7 +175,7 @@ class Dispatcher:
         self._max_deliveries = max_deliveries
         self._in_place = in_place
         self._copies = features.error_queue
-        # A copy that no broker holds back comes at once, and waits for its time here.
+        # Without delays in the protocol the copy for a retry arrives at once, and waits here until it is due.
         self._holds = features.error_queue and not features.delay
         self._stopping = False
         self._waits: set[asyncio.Event] = set()
@@ -212,17 +212,17 @@ class Dispatcher:
             try:
                 waits_for = context.run(work.send, None)
             except StopIteration as end:  # it has not waited for anything, as most do not: no generator is made
-                found: Settlement | Again = end.value
+                found: Settlement | RetryInPlace = end.value
             else:
                 found = await going_on(context, work, waits_for)
-            if not isinstance(found, Again):
+            if not isinstance(found, RetryInPlace):
                 return found
             if await self._given_back_within(delivery, found.delay):
                 return Settlement(delivery, RELEASE)
             message = found.message
 
-    async def _attempt(self, delivery: Delivery, message: Message) -> Settlement | Again:
-        """One run of the handler, and what becomes of it: a settlement, or another run here."""
+    async def _attempt(self, delivery: Delivery, message: Message) -> Settlement | RetryInPlace:
+        """Run the handler once; the result is a settlement, or another run in this process."""
         current.set(delivery)
         if self._decimals:
             own_decimals()
@@ -249,13 +249,13 @@ class Dispatcher:
             return Settlement(delivery, ACK, delivery.outgoing, result)
         ours = delivery.abandoned or scope_ended()
         await clear_cancellation()
-        if ours:  # then whatever it raised is our doing
+        if ours:  # we have cancelled it, so its error says nothing about the message
             return Settlement(delivery, RELEASE)
         verdict = await self.decide(message, failure)
         if verdict.kind.copy is not Copy.RETRY or not self._in_place:
             return self.settlement(delivery, message, verdict, failure)
         self._log(message, failure, verdict)
-        return Again(retry_copy(message, self._details(message, failure), 0), verdict.delay)
+        return RetryInPlace(retry_copy(message, self._details(message, failure), 0), verdict.delay)
 
     async def decide(self, message: Message, failure: BaseException) -> Verdict:
         """What is to become of a message that failed: as `on_error` says, else by the policy."""
@@ -283,21 +283,21 @@ class Dispatcher:
         message = settlement.delivery.message
         if lost := lost_replies(settlement.outgoing, error):
             log.warning("The reply to message %s of %r is not sent: %s", message.id, message.queue, error)
-            rest = self.left(settlement, error)
+            rest = self.without_held(settlement, error)
             return replace(rest, outgoing=tuple(m for m in rest.outgoing if m.id not in lost))
         if settlement.verdict.kind is not VerdictKind.ACK or not refused:
             return settlement
         return self.settlement(settlement.delivery, message, await self.decide(message, error), error)
 
-    def left(self, settlement: Settlement, error: SendError) -> Settlement:
+    def without_held(self, settlement: Settlement, error: SendError) -> Settlement:
         """A partly refused settlement without the messages that the broker holds already."""
         if self._atomic or not settlement.outgoing:
             return settlement
         outgoing = tuple(error.among(settlement.outgoing, {*error.refused, *error.unknown}))
         return settlement if len(outgoing) == len(settlement.outgoing) else replace(settlement, outgoing=outgoing)
 
-    def lesser(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
-        """Ever smaller forms of a settlement that cannot be performed as it is; the last ones reject the message.
+    def fallbacks(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
+        """Smaller and smaller forms of a settlement that cannot be performed; the last ones reject the message.
 
         Each has the whole body, and `ErrorDetails.omitted` says what it lacks. A handler never runs with less than
         its sender gave: a copy that lacks more than the details of its failure goes to the error queue.
@@ -314,7 +314,7 @@ class Dispatcher:
         own = [m for m in settlement.outgoing if m.id == delivery.message.id]
         others = tuple(m for m in settlement.outgoing if m.id != delivery.message.id and m not in unfit)
         if isinstance(error, SendError) and unfit and not any(m in unfit for m in own):
-            yield self.left(replace(settlement, outgoing=(*own, *others)), error)
+            yield self.without_held(replace(settlement, outgoing=(*own, *others)), error)
         if own:
             yield replace(settlement, outgoing=(*map(brief_copy, own), *others))
         rejection = Settlement(delivery, Verdict.reject(reason), error=settlement.error or error)
@@ -373,7 +373,7 @@ class Dispatcher:
         return self.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
 
     async def _given_back_within(self, delivery: Delivery, delay: float) -> bool:
-        """Wait so long; True at once when we stop, or when the broker takes the delivery back."""
+        """Wait; True as soon as the delivery is to be given back: we stop, or the broker takes it back."""
         if self._stopping or delivery.withdrawn:
             return True
         wake = delivery.wake = asyncio.Event()

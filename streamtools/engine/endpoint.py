@@ -90,7 +90,7 @@ class Endpoint(LoopBound, EndpointHooks):
 
     @property
     def place(self) -> object:
-        """The protocol, the address and the style of headers: what leaves here may leave by another of this place."""
+        """The protocol, the address and the style of headers: endpoints of one place can send for each other."""
         return self.protocol, self.settings, self.wrapper.style if self.wrapper is not None else None
 
     # --- connecting -----------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class HeldBack:
         self._looked = float("-inf")
 
     def has_room(self) -> bool:
-        """More may be taken in; where not, the log says once why not."""
+        """Whether more messages may be received; if not, the log says once why."""
         if self.number < HELD_LIMIT and self._bytes < HELD_BYTES:
             if 2 * self.number < HELD_LIMIT and 2 * self._bytes < HELD_BYTES:
                 self._is_said = False
@@ -53,7 +53,7 @@ class HeldBack:
 
     @contextmanager
     def place(self, message: Message) -> Iterator[Place]:
-        """The place of a message whose settlement is tried, until that has an end."""
+        """A place for a message, for as long as its settlement is tried."""
         place = Place(self, message)
         try:
             yield place
@@ -81,7 +81,7 @@ class Place:
         self._is_taken = False
 
     def take(self, reason: str) -> None:
-        """It is refused, for this reason."""
+        """Count the message: the broker refuses its copy, for this reason."""
         self._held._queue, self._held._reason = self._queue, reason
         if not self._is_taken:
             self._is_taken = True
@@ -89,7 +89,7 @@ class Place:
             self._held._bytes += self._bytes
 
     def leave(self) -> None:
-        """It has an end."""
+        """Count it no more."""
         if self._is_taken:
             self._is_taken = False
             self._held.number -= 1

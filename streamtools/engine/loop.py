@@ -36,8 +36,8 @@ log: logging.Logger = logging.getLogger("streamtools")
 SLICE: Final = 0.005
 #: A message delivered this often without a verdict is run alone: it may be what ends the process.
 SUSPECT: Final = 2
-#: Once the connection is lost: seconds without the end of a handler before it is told that those at work are waited
-#: for, and then before they are cancelled: one that never ends must not keep all others from their messages.
+#: Running handlers may go on once the connection is lost. Seconds in which none of them ends: first until the log
+#: says that they are waited for, then until they are cancelled, so that one that hangs does not block the queue.
 OUTLAST: Final = (10.0, 300.0)
 #: Seconds for which tasks that ignore their cancellation are cancelled again; less than a runner waits for a loop.
 CANCEL_TIMEOUT: Final = 3.0
@@ -62,7 +62,7 @@ class Loop:
         prefetch: deliveries in hand at most.
         ordering_key: deliveries with the same key are handled one after the other; those whose key is None, at once.
         ack: "after" the handler, "on_receive", or "manual".
-        finished: settlements that an earlier connection took with it, by message id, attempt and handler.
+        finished: settlements that an earlier connection did not perform, by message id, attempt and handler.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class Loop:
 
     @property
     def _room(self) -> int:
-        """What may be taken in besides; what the broker refuses takes nobody's place."""
+        """How many more deliveries may be received; those whose copies the broker refuses do not count."""
         return self._prefetch - self._state.in_hand + self._settler.refused.number
 
     async def _accept_all(self, batch: Sequence[Delivery]) -> None:
@@ -233,10 +233,10 @@ class Loop:
         if self._ack == "on_receive":
             await acknowledge(self._source._settle, batch)
             for delivery in batch:
-                delivery.settled = True  # a verdict by hand is the second
+                delivery.settled = True  # a verdict that the handler gives itself is ignored
         for position, delivery in enumerate(batch):
-            # By hand a handler may hold deliveries for as long as it likes: waiting for them could last for ever.
-            # On receive they are acknowledged already, so that none comes again.
+            # With ack="manual" a handler may keep deliveries as long as it likes: the wait could be endless.
+            # With ack="on_receive" they are acknowledged already, so none of them comes again.
             alone = delivery.redeliveries >= SUSPECT and self._ack == "after"
             if alone and not await self._idle(len(batch) - position):
                 self._settler.give_back(batch[position:])
@@ -249,7 +249,7 @@ class Loop:
                 return
 
     async def _idle(self, held: int) -> bool:
-        """Wait until `held` deliveries are in hand, beside what the broker refuses; False if it cannot be."""
+        """Wait until `held` deliveries are in hand, beside what the broker refuses; False if the loop ends first."""
         while self._state.in_hand - self._settler.alone > held:
             if not self._goes_on():
                 return False
@@ -289,7 +289,7 @@ class Loop:
             return Settlement(delivery, RELEASE)
         except Exception as error:  # before or after its handler; the handler's own errors have a verdict
             log.exception("%r could not be handled; it is rejected.", delivery)
-            return next(decider.lesser(Settlement(delivery, ACK), error))
+            return next(decider.fallbacks(Settlement(delivery, ACK), error))
         finally:
             if task.cancelling():
                 await clear_cancellation()
@@ -310,7 +310,7 @@ class Loop:
     # --- stopping -------------------------------------------------------------------------------
 
     def _release_ready(self) -> None:
-        if self._ack != "on_receive":  # else the broker has them no more: handled within the grace, or never
+        if self._ack != "on_receive":  # else they are acknowledged already: they are handled in the grace, or never
             self._settler.give_back(self._ready.clear())
 
     async def _drain(self, grace: Callable[[], float]) -> None:
@@ -325,7 +325,10 @@ class Loop:
             log.warning("%d deliveries not finished in time; they go back to the broker.", state.in_hand)
 
     async def _outlast(self, seconds: float) -> bool:
-        """Wait for the handlers at work: what they do would be done twice if their messages came again meanwhile."""
+        """Wait for running handlers; False once none of them has ended for so long.
+
+        Their messages come again over the next connection, so a handler that still ran then would run twice at once.
+        """
         stopping = self._state.stopping
         with suppress(TimeoutError):  # none of them has ended for so long
             while self._at_work() and not stopping.is_set():

@@ -16,7 +16,7 @@ from streamtools.receipt import Receipt
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: The key of request ids, the process's own.
+#: This process makes the ids of requests with it.
 _SECRET: Final = token_bytes(32)
 
 
@@ -25,10 +25,10 @@ class Sender(Protocol):
 
     @property
     def place(self) -> object:
-        """Where its messages leave: a consumer of the same place carries them with its acknowledgement."""
+        """Where its messages leave: a consumer of the same place sends them with its acknowledgement."""
 
     async def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Messages as a consumer is to carry them."""
+        """The messages as a consumer is to send them."""
 
     async def send_now(self, messages: Sequence[Message]) -> Any:
         """Send them, and return once they are confirmed."""
@@ -134,13 +134,16 @@ def current_outbox() -> Outbox | None:
 
 
 async def send_all(box: Outbox, place: object = None) -> list[Message]:
-    """Send the waiting messages; those that a consumer of this place carries are returned instead.
+    """Send the waiting messages, except those that a consumer of this place sends with its acknowledgement.
 
     Parameters:
         place: None if everything leaves now.
 
+    Returns:
+        The messages for the consumer.
+
     Raises:
-        SendError: some were not taken.
+        SendError: some were refused.
     """
     carried: list[Message] = []
     others: list[tuple[Sender, list[Message]]] = []

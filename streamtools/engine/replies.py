@@ -18,7 +18,7 @@ from streamtools.message import Message
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: How error queues are named, those of other services too: what lies there is believed to have failed.
+#: Names of error queues, of other services too. Operators take any message there for one that failed.
 _ERROR_QUEUE: Final = re.compile(r"(.*[._/:-])?error", re.DOTALL)
 
 
@@ -26,7 +26,7 @@ def check_patterns(patterns: object) -> tuple[str, ...] | None:
     """The patterns that reply addresses must fit, as a user has given them; None for any address.
 
     Raises:
-        ConfigurationError: they are no list of texts.
+        ConfigurationError: they are not a list of strings.
     """
     if patterns is None:
         return None
@@ -34,7 +34,9 @@ def check_patterns(patterns: object) -> tuple[str, ...] | None:
         raise ConfigurationError(f"replies={patterns!r} is not a list of patterns: replies=['*.replies.*'].")
     found = tuple(patterns)
     if not all(isinstance(pattern, str) and pattern for pattern in found):
-        raise ConfigurationError(f"replies={list(found)!r} has a pattern that is no text: replies=['*.replies.*'].")
+        raise ConfigurationError(
+            f"replies={list(found)!r} has a pattern that is not a string: replies=['*.replies.*']."
+        )
     return found
 
 
@@ -79,7 +81,7 @@ class ReplyRule:
 def lost_replies(outgoing: Iterable[Message], error: SendError) -> frozenset[str]:
     """Ids of the replies that are left out after this error.
 
-    Those that were refused; those whose confirmation never came, too, where nothing else is missing.
+    These are the refused replies, and those without a confirmation if the error names nothing but replies.
     """
     refused, unclear = {*error.refused, *error.unfit}, frozenset(error.unknown)
     named = error.among(outgoing, refused | unclear)

@@ -48,7 +48,7 @@ class ConsumerRun:
         self.stopping: asyncio.Event = asyncio.Event()
         self._owner = owner
         self._deadline: float | None = None
-        #: Settlements that the last connection took with it.
+        #: Settlements that the last connection did not perform.
         self._finished: Finished = {}
 
     @property

@@ -51,7 +51,7 @@ class Settler:
         decider: decides anew when what a handler sent is refused.
         state: shared with the loop.
         left_limit: deliveries that cannot be settled in any form, before the connection is given up.
-        finished: settlements that an earlier connection took with it, by message id, attempt and handler.
+        finished: settlements that an earlier connection did not perform, by message id, attempt and handler.
 
     Attributes:
         alone: settlements that are tried by themselves now.
@@ -99,7 +99,7 @@ class Settler:
             self._plain.add(Settlement(delivery, RELEASE))
 
     def settle_again(self, delivery: Delivery) -> bool:
-        """Settle what had been handled when the last connection went, without handling it again."""
+        """Settle a delivery that was handled before the connection was lost; False if it was not."""
         done = self.finished.pop(_name(delivery.message), None)
         # The same id is not enough: a foreign sender may repeat ids. Same body, and delivered before.
         if done is None or delivery.redeliveries < 1 or done.delivery.message.body != delivery.message.body:
@@ -170,14 +170,14 @@ class Settler:
             self._leave(one.settlement)
 
     async def _insist(self, one: OneSettlement, refusal: SendError | None) -> None:
-        # What nothing can hold until it is due needs no other try before that, and is no error.
+        # A copy that no queue can hold until it is due is tried again only then, and is not logged as an error.
         early = one.early(refusal)
         delay, said = REFUSED_DELAY, str(refusal) if early else ""
         with self.refused.place(one.settlement.delivery.message) as place:
             while True:
                 if early or said:
                     place.take(said)
-                    self._state.changed()  # there is room for one more
+                    self._state.changed()  # one more may be received
                     if await is_set_within(self._state.stopping, early or delay):
                         self.alone -= 1
                         return self.give_back([one.settlement.delivery])

@@ -28,7 +28,7 @@ class Decider(Protocol):
         self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
     ) -> Settlement: ...
     async def refused(self, settlement: Settlement, error: SendError) -> Settlement: ...
-    def lesser(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]: ...
+    def fallbacks(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]: ...
 
 
 class Unsettled(SendError):
@@ -74,7 +74,7 @@ class OneSettlement:
         self.settlement: Settlement = settlement
 
     async def perform(self) -> None:
-        """Settle it, in a smaller form at once where this one cannot be carried.
+        """Settle it; if the broker cannot take this form, at once in a smaller one.
 
         Raises:
             ConnectError: the connection ended.
@@ -94,7 +94,7 @@ class OneSettlement:
                 return
 
     def early(self, error: Exception | None) -> float:
-        """Seconds until all is due that this refusal says nothing can hold; 0 where it is about something else."""
+        """Seconds until all is due that was refused because no queue can hold it so long; 0 for another refusal."""
         if not isinstance(error, SendError) or not error.early:
             return 0.0
         now = time.time()
@@ -102,10 +102,10 @@ class OneSettlement:
         return max([0.0, *(message.deliver_at - now for message in early if message.deliver_at is not None)])
 
     async def change(self, error: Exception) -> bool:
-        """Choose the form to be tried next; False where it stays the same, and only time can help.
+        """Choose the form to try next; False if it stays the same, because only time can help.
 
         Raises:
-            Unsettled: there is none left, and `error` is no refusal of the broker's.
+            Unsettled: there is no other form, and the broker has not refused this one.
         """
         if isinstance(error, SendError):
             if await self._decide_anew(error):
@@ -117,7 +117,7 @@ class OneSettlement:
         return self._take_less(error)
 
     async def _decide_anew(self, error: SendError) -> bool:
-        """What a handler has sent was refused: its message may have another verdict then."""
+        """If something that a handler has sent was refused, its message may have another verdict."""
         try:
             instead = await self._decider.refused(self.settlement, error)
         except Exception:  # a bug, or a middleware's failure: the message keeps the verdict that it has
@@ -130,7 +130,7 @@ class OneSettlement:
 
     def _take_less(self, error: Exception) -> bool:
         if self._forms is None:
-            self._whole, self._forms = self.settlement, self._decider.lesser(self.settlement, error)
+            self._whole, self._forms = self.settlement, self._decider.fallbacks(self.settlement, error)
             self._log(error)
         smaller = next(self._forms, None)
         if smaller is not None:
@@ -138,7 +138,7 @@ class OneSettlement:
             return True
         if not isinstance(error, SendError):
             raise Unsettled(safe_str(error)) from error
-        # The body itself is too large. Once an operator has raised the limit, all of it is to go.
+        # The body itself is too large. Once an operator has raised the limit, the whole message is to be sent.
         self.settlement, self._forms = self._whole, None
         return False
 

@@ -11,7 +11,7 @@ from streamtools.errors import ConfigurationError
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: So many addresses are warned of, each once.
+#: Addresses about which a warning is logged, at most; one warning for each.
 REMEMBERED: Final = 1000
 _unverified: Final[set[tuple[str, int]]] = set()
 
@@ -42,7 +42,7 @@ def warn_unverified(settings: TLSSettings, *addresses: tuple[str, int]) -> None:
     """With `verify=False`, say so in the log, once in this process for each address.
 
     Parameters:
-        addresses: host and port of servers that are spoken to over TLS.
+        addresses: host and port of each server that is connected over TLS.
     """
     if settings.verify:
         return

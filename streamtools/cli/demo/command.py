@@ -1,4 +1,4 @@
-"""`streamtools demo`, and how it is told."""
+"""`streamtools demo`, and what it prints."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _place(url: str | None) -> Iterator[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Every rejection and retry is logged with its reason: in a service just right, here it would bury the story."""
+    """Log nothing: lines about each retry and rejection would hide what the demo says."""
     log = logging.getLogger("streamtools")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -76,7 +76,7 @@ def _quiet() -> Iterator[None]:
 
 
 class Silent:
-    """Tells nothing."""
+    """Prints nothing."""
 
     def __enter__(self) -> None:
         pass
@@ -95,7 +95,7 @@ class Silent:
 
 
 class Teller:
-    """Tells in one line for each phase, with a progress bar while it lasts."""
+    """Prints a line for each phase, and a progress bar while it lasts."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -111,7 +111,7 @@ class Teller:
         self._end(finished=error is None)
 
     def phase(self, text: str, total: int) -> None:
-        """A bar of its own."""
+        """Begin a phase."""
         self._end()
         self._number += 1
         self._text, self._begin = text, time.monotonic()
@@ -179,7 +179,7 @@ def _print_result(result: Result) -> None:
 
 
 def _command() -> str:
-    """What whoever started it can type again: in a checkout `make`, which brings the client library too."""
+    """The command to type next: in a checkout `make`, which installs the client library, too."""
     if Path("Makefile").is_file() and Path("streamtools", "cli", "demo").is_dir():
         return "make"
     return "streamtools" if sys.argv[0].endswith("/streamtools") else "python -m streamtools"

@@ -32,13 +32,13 @@ POLL_TIMEOUT: Final = 10.0
 
 
 class Narrator(Protocol):
-    """Tells a person what happens."""
+    """Says what happens."""
 
     def phase(self, text: str, total: int) -> None:
-        """A phase begins, in which `total` messages are to be gone through."""
+        """A phase begins, of `total` messages."""
 
     def progress(self, done: int) -> None:
-        """So many of them are."""
+        """So many of them are done."""
 
     def errors(self, groups: Sequence[ErrorGroup]) -> None:
         """What the error queue holds."""
@@ -47,8 +47,7 @@ class Narrator(Protocol):
 def load() -> list[bytes]:
     """The order events, one JSON line each.
 
-    The file has one place, `examples/data/orders.jsonl`, where readers find it; the wheel carries it
-    beside this module, and a checkout reads it where it is.
+    The file is `examples/data/orders.jsonl`, where readers find it. A wheel has a copy beside this module.
     """
     packed = files("streamtools.cli.demo") / "orders.jsonl"
     if packed.is_file():
@@ -163,9 +162,9 @@ class Course:
         return moved
 
     async def _depth(self, expected: int) -> int:
-        """The error queue's depth, once it is as expected or has had time to be."""
+        """The error queue's depth, once it is as expected, or POLL_TIMEOUT seconds later."""
         deadline = time.monotonic() + POLL_TIMEOUT
-        # No broker tells when a copy has been counted: a depth can only be asked for.
+        # No broker says when its count is up to date, so it is asked again and again.
         while (depth := (await self._admin.stats(self._queues.error)).ready) != expected:
             if time.monotonic() > deadline:
                 break

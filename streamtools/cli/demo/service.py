@@ -16,7 +16,7 @@ from streamtools.types import Middleware
 
 #: Handlers of one queue at once: while one waits for its send to be confirmed, the others go on.
 CONCURRENCY: Final = 50
-#: The card company answers within a fraction of a second, or is asked again.
+#: The card company is asked again after a fraction of a second.
 RETRY: Final = Retry(retries=5, delay=0.2)
 
 

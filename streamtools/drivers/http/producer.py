@@ -195,7 +195,7 @@ class HTTPProducer(Producer, protocol="http"):
         if (body := message.body) is None:
             raise ConfigurationError("'http' cannot carry a message without a body (a tombstone); 'kafka' can.")
         if message.deliver_at is not None and message.deliver_at > time.time():
-            raise ConfigurationError("'http' holds no message back: send it later, or by a protocol with a broker.")
+            raise ConfigurationError("'http' cannot delay messages: send it later, or by a protocol with a broker.")
         if message.intent == "reply":
             refuse_reply()
         method = options.method or self.options.method

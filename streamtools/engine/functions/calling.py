@@ -55,7 +55,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling it visibly gives a coroutine; then it runs in the event loop."""
+    """Whether a call is known to return a coroutine; such a function runs in the event loop."""
     function = unbound(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 

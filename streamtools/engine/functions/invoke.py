@@ -188,7 +188,7 @@ def _is_wrapper(function: Callable[..., Any]) -> bool:
 
 
 def _called(function: Callable[..., Any]) -> str:
-    """The name of what a decorator has made of a function: `wraps` gives it that of the function inside."""
+    """The own name of a wrapper; `functools.wraps` shows the name of the function inside instead."""
     function = unbound(function)
     code = getattr(function, "__code__", None)
     return str(code.co_qualname) if code is not None else type(function).__qualname__
@@ -249,7 +249,7 @@ _DISPATCHES: Final[Any] = getattr(_Dispatching().method, "__code__", None)
 
 
 def _tell_parameters(function: Any) -> None:
-    """Let a method of @singledispatchmethod show the parameters it is called with: it shows `self` as well."""
+    """Let a method of @singledispatchmethod show only the parameters that a call gives; it shows `self`, too."""
     function = unbound(function)
     code: Any = getattr(function, "__code__", None)
     if code is not None and code is _DISPATCHES:

@@ -1,6 +1,6 @@
-"""What a function returned and nobody has run: a generator, a function, a coroutine left in a list.
+"""Finds what a function has returned without running it: a generator, a function, a coroutine left in a list.
 
-Only what certainly has not run is found. Every other value belongs to the user, whose function has done its work.
+It finds only what certainly has not run: any other value is a result, and a result may be anything.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: Types of results that cannot be awaited and hold nothing; checking all others takes some time.
 PLAIN: Final = frozenset({NoneType, bool, int, float, str, bytes})
-#: Values within one result that are looked at, at most, and how many of them a container counts for.
+#: The most values that are searched in one result, and the number of them that each container counts for.
 MOST: Final = 250_000
 CONTAINER: Final = 5
 
@@ -58,7 +58,7 @@ _PLAIN_CONTAINERS: Final[tuple[Any, ...]] = (list, tuple, set, frozenset, deque)
 _COMMON: Final = frozenset({dict, *_PLAIN_CONTAINERS})
 #: Iterators that call a function for each item.
 _CALLERS: Final = (map, filter, itertools.starmap)
-#: Everything of which it can be told that it has not begun.
+#: Types whose objects show whether they have begun.
 _WORK: Final = frozenset({CoroutineType, GeneratorType, AsyncGeneratorType, *_CALLERS})
 _EMPTY: Final[tuple[Collection[Any], ...]] = (
     *([], (), set(), frozenset(), {}, deque(), range(0)),
@@ -68,7 +68,7 @@ _ITERATORS: Final[tuple[type, ...]] = (
     *(type(iter(each)) for each in _EMPTY),
     *(type(reversed(each)) for each in _EMPTY if isinstance(each, Reversible)),
 )
-#: Everything that is searched, beside dataclasses. What other objects hold is their own affair.
+#: Types that are searched, beside dataclasses; other objects are not looked into.
 _CONTAINERS: Final[tuple[type, ...]] = (
     *(type(each) for each in _EMPTY),
     *(MappingProxyType, UserDict, UserList, ChainMap, SimpleNamespace, BaseModel),
@@ -154,7 +154,7 @@ def _search(value: Any) -> list[Any]:
 
 
 def _worth_a_look(held: Iterable[Any]) -> set[Any]:
-    """The types of those that may have work to do, or hold others: most values are neither."""
+    """The types among these that may not have run, or that hold other values; most types are neither."""
     kinds: set[Any] = set(map(type, held))
     return {kind for kind in kinds if kind in _WORK or _is_container(kind)}
 

@@ -63,7 +63,7 @@ def event_data(event: dict[str, Any]) -> tuple[bytes | None, str | None]:
     """The body of an event's data and its content type; no body where it has no data.
 
     Raises:
-        DecodeError: its `data_base64` is none.
+        DecodeError: its `data_base64` is not base64.
     """
     kind = event.get("datacontenttype")
     content_type = read_text(kind) if isinstance(kind, str) else None

@@ -1,4 +1,4 @@
-"""Times in messages that programs have made themselves: what is none is refused before any driver sees it."""
+"""Checks the times in messages that programs have made themselves, before a driver sees them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamtools.wire import FIRST, LAST
 
 
 def wrong_time(message: Message) -> str | None:
-    """Why a message cannot be sent: when it is due, or when it expires, is no time; None where they are times."""
+    """What is wrong with the times at which a message is due and expires; None if nothing is."""
     for field, seconds in (("deliver_at", message.deliver_at), ("expires_at", message.expires_at)):
         if seconds is not None and not (is_number(seconds) and FIRST <= seconds <= LAST):
             return f"{field}={seconds!r} is no time of the years 1 to 9999, in seconds since the epoch"
@@ -19,7 +19,7 @@ def wrong_time(message: Message) -> str | None:
 
 
 def refusal(unfit: Sequence[Message], beside: SendError | None = None) -> SendError:
-    """The error for messages of which a time is none.
+    """The error for messages with a wrong time.
 
     Parameters:
         beside: what became of others of the same batch.

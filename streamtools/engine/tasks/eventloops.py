@@ -24,14 +24,14 @@ log: logging.Logger = logging.getLogger("streamtools")
 #: Seconds in which everything that is open when an event loop ends is closed.
 CLOSE_TIMEOUT: Final = 5.0
 
-#: Held while an object moves from one loop to another: threads may use it at once.
+#: Held while an object moves from one loop to another: several threads may use the object.
 _moving = threading.RLock()
 #: What a parent process had connected, kept in its forked child: collecting it there could harm the parent.
 _forked: Final[list[Any]] = []
 
 
 def _renew_lock() -> None:
-    global _moving  # noqa: PLW0603 - a thread that is not in the forked child may hold it
+    global _moving  # noqa: PLW0603 - it may be held by a thread that does not exist in the forked child
     _moving = threading.RLock()
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: one wish to stop, for everything that serves in the main thread's event loop."""
+"""SIGTERM and SIGINT: the first one stops everything that serves in the main thread's event loop."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Interrupted(BaseException):
 
 
 class _Signals:
-    """Both signals in the main thread, from the first block that heeds them to the end of the last.
+    """Handles both signals in the main thread, from the first `heeded` block to the end of the last one.
 
     Python calls `_came` between two of its instructions, also where code blocks the event loop, and while the event
     loop waits.
     """
 
-    #: The one that is installed.
+    #: The installed one; None outside of all blocks.
     current: _Signals | None = None
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class _Signals:
         #: What runs now may be interrupted by the first signal.
         self.interrupts = False
         self.in_loop: _InLoop | None = None
-        #: Another thread has sent the signal, for what is called here to decide whether it still interrupts.
+        #: Set when another thread sends the signal; called in this thread, it says whether to interrupt it still.
         self._overdue: Callable[[], bool] | None = None
         self.handler: Callable[[int, FrameType | None], None] = self._came
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -55,7 +55,7 @@ class _Signals:
             signal.signal(number, self.handler)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # it came to a forked child before that could leave us
+        if os.getpid() != self._process:  # it came to a forked child, before that had reset its signals
             self.leave()
             os.kill(os.getpid(), number)
             return
@@ -80,12 +80,12 @@ class _Signals:
             os._exit(128 + number)
 
     def interrupt_if(self, overdue: Callable[[], bool]) -> None:
-        """Interrupt what the main thread does, from another thread; `overdue` says there whether it is still so."""
+        """From another thread: interrupt the main thread, if `overdue` returns true when it is called there."""
         self._overdue = overdue
         signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])
 
     def leave(self) -> None:
-        """Make signals what they are in any process: for a forked child, whose parent has the event loop."""
+        """Reset both signals to Python's defaults, in a forked child: the event loop is its parent's."""
         signal.set_wakeup_fd(-1)  # the parent reads at its other end
         if signal.getsignal(signal.SIGTERM) is self.handler:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -100,11 +100,11 @@ class _Signals:
 
 
 class _InLoop:
-    """Both signals in one event loop: who is to stop."""
+    """What the first signal stops in one event loop."""
 
     def __init__(self, signals: _Signals, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        #: What stops each, and the seconds after which whoever still blocks the event loop is interrupted.
+        #: What stops each listener, and the seconds after which code that still blocks the event loop is interrupted.
         self.listeners: list[tuple[Callable[[], None], float]] = []
         self._signals = signals
         self._heard = threading.Event()
@@ -143,7 +143,7 @@ class _InLoop:
 
 
 def _leave_to_parent() -> None:
-    """In a forked child: what is heeded is the parent's."""
+    """In a forked child: its parent handles the signals."""
     signals, _Signals.current = _Signals.current, None
     if signals is not None:
         signals.leave()
@@ -154,7 +154,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _wake_up() -> None:
-    """Do nothing: the handler of the signal has run by now, and has asked the event loop to do all else."""
+    """Do nothing: `_came` has run by now, and has scheduled the rest."""
 
 
 def _in_main_thread() -> bool:
@@ -163,7 +163,7 @@ def _in_main_thread() -> bool:
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Take note of SIGTERM and SIGINT: whoever serves within the block stops, also if the signal came before that.
+    """Handle SIGTERM and SIGINT: what serves within the block stops, even if the signal came before it began.
 
     A second signal ends the process at once. Outside of the main thread, which alone can have signal handlers, it
     does nothing.
@@ -262,5 +262,5 @@ class Interruptible:
 
 
 def _handle(loop: asyncio.AbstractEventLoop, number: int) -> Any:
-    """What this event loop calls at a signal, where it tells: asyncio has no public way to ask, and uvloop none."""
+    """What this event loop calls at a signal, if known: only asyncio shows it, in a private attribute."""
     return getattr(loop, "_signal_handlers", {}).get(number)

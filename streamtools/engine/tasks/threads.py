@@ -1,4 +1,4 @@
-"""Threads: where `def` handlers run; daemons, so that one that hangs cannot keep the process alive."""
+"""Threads for `def` handlers: daemon threads, so that a handler that hangs cannot keep the process alive."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class Threads(Executor):
-    """A pool of daemon threads, each started when there is work that no other is free for.
+    """A pool of daemon threads; one is started when there is work and no other is idle.
 
-    concurrent.futures.ThreadPoolExecutor is joined when the interpreter exits, however long a
-    handler hangs; the broker gives such a handler's message out again, so nothing is lost by ending.
+    The interpreter waits at its exit for the threads of concurrent.futures.ThreadPoolExecutor, however long a handler
+    hangs. It does not wait for these: the broker delivers such a handler's message again, so nothing is lost.
 
     Parameters:
         number: threads at most.
-        name: their name's beginning.
+        name: the beginning of their names.
     """
 
     def __init__(self, number: int, name: str) -> None:
@@ -58,9 +58,9 @@ class Threads(Executor):
 
 
 class DefaultThreads(ThreadPoolExecutor):
-    """What `asyncio.to_thread` runs in, in an event loop of our own: its end waits for a while, not for ever.
+    """The threads of `asyncio.to_thread` in an event loop of our own: its end waits for them, but not for ever.
 
-    asyncio takes no other class for it, and so it is one of these; but the threads are ours.
+    asyncio takes only a ThreadPoolExecutor. The work runs in a pool of `Threads` all the same.
 
     Parameters:
         number: threads at most.

@@ -1,9 +1,8 @@
-"""A watch on event loops: who blocks one is named while it does so.
+"""Watches event loops: while code blocks one, the log names that code.
 
-While an event loop stands still no heartbeat is sent and nothing is acknowledged. Brokers take that for the end of
-the process, and give its messages to others; what the log then says of it is far from the cause. So a thread asks
-each loop that handles messages, once a second, to answer; where no answer comes, it looks at what the loop's thread
-is doing.
+While an event loop is blocked, it sends no heartbeat and acknowledges nothing. Brokers take that for the end of the
+process, and deliver its messages to others; the errors that follow do not show the cause. So a thread asks each loop
+that handles messages for an answer, once a second. If none comes, it looks at what the loop's thread is doing.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds between two questions.
 CHECK_INTERVAL: Final = 1.0
-#: Seconds without an answer after which it is told.
+#: Seconds without an answer after which the log says so.
 BLOCKED_TIMEOUT: Final = 3.0
 
 #: The files of this package, and of the event loop: never the ones to blame.
@@ -47,7 +46,7 @@ class _Watched:
         self._blocker = ""
 
     def ask(self, now: float) -> None:
-        """Have it answer, unless it was asked and has not answered yet."""
+        """Ask it for an answer, unless it has not given the last one yet."""
         if self._asked is not None:
             return
         self._asked = now
@@ -57,7 +56,7 @@ class _Watched:
             self._asked = None
 
     def look(self, now: float) -> None:
-        """See how long there was no answer."""
+        """Log what blocks it, if it has not answered for too long."""
         if self._asked is not None and not self._blocker and now - self._asked >= BLOCKED_TIMEOUT:
             self._blocker = _blocker(sys._current_frames().get(self._thread))
             log.warning(
@@ -69,7 +68,7 @@ class _Watched:
             )
 
     def forgive(self, now: float) -> None:
-        """The process itself did not run: nobody is to blame."""
+        """Wait anew for the answer: the whole process was stopped, so no code has blocked the loop."""
         if self._asked is not None and not self._blocker:
             self._asked = now
 
@@ -91,7 +90,7 @@ class _Watch:
         self._ended: threading.Event | None = None
 
     def add(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Watch the running loop; as often as this is called, `remove` is to be."""
+        """Watch a loop, until `remove` was called as often as this."""
         with self._lock:
             watched = self._watched.setdefault(loop, _Watched(loop))
             watched.users += 1
@@ -100,7 +99,7 @@ class _Watch:
                 threading.Thread(target=self._run, args=(self._ended,), name="streamtools-watch", daemon=True).start()
 
     def remove(self, loop: asyncio.AbstractEventLoop) -> None:
-        """One of those who use the loop is done."""
+        """End one `add`."""
         with self._lock:
             watched = self._watched[loop]
             watched.users -= 1
@@ -116,8 +115,8 @@ class _Watch:
             now, work = time.monotonic(), time.process_time()
             with self._lock:
                 watched = list(self._watched.values())
-            # This thread may be late itself. If the process did not work meanwhile, it was stopped; else something
-            # has kept the interpreter to itself since, as a regular expression does.
+            # This thread may be late itself. If the process used no CPU meanwhile, it was stopped; otherwise some
+            # code did not let other threads run, as a long regular expression does.
             stopped = now - last > 2 * CHECK_INTERVAL and work - worked < (now - last) / 10
             for one in watched:
                 if stopped:
@@ -142,10 +141,10 @@ def watched() -> Iterator[None]:
 
 
 def _blocker(frame: FrameType | None) -> str:
-    """The function that this package, or the event loop, has called, and where it is.
+    """The function of the user's that runs in a thread, and the line it has come to.
 
     Parameters:
-        frame: the innermost of the thread.
+        frame: the innermost frame of the thread.
     """
     outermost: FrameType | None = None
     at = frame
