@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, assert_type
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack, assert_type
 
 from pydantic import BaseModel
 
@@ -39,8 +39,11 @@ from streamtools import (
     StreamToolsError,
     Verdict,
 )
+from streamtools.driver import Options
 from streamtools.drivers.http import HTTPConsumer, HTTPProducer, HTTPReceipt
 from streamtools.drivers.kafka import KafkaProducer
+from streamtools.options import AnySendOptions
+from streamtools.parameters import ProducerParameters, SendParameters
 from streamtools.testing import Harness
 
 log = logging.getLogger(__name__)
@@ -182,6 +185,37 @@ async def ask() -> None:
         assert_type(await transaction.publish(OrderPlaced(id=1)), Receipt)
 
 
+# --- a driver of another package --------------------------------------------------------------------
+
+
+class BoxesOptions(Options):
+    size: int = 1
+
+
+class BoxesSendOptions(Options):
+    fragile: bool = False
+
+
+class BoxesParameters(ProducerParameters, total=False):
+    size: int
+
+
+class BoxesSendParameters(SendParameters, total=False):
+    fragile: bool
+
+
+class BoxesProducer(Producer):
+    options_class: ClassVar[type[Options]] = BoxesOptions
+    send_options_class: ClassVar[type[Options]] = BoxesSendOptions
+
+    if TYPE_CHECKING:
+
+        def __init__(self, queue: str, **options: Unpack[BoxesParameters]) -> None: ...
+        async def send(  # type: ignore[override]
+            self, payload: object, **options: Unpack[BoxesSendParameters]
+        ) -> Receipt: ...
+
+
 # --- protocols by name ----------------------------------------------------------------------------
 
 
@@ -214,6 +248,16 @@ async def options_that_are_read_from_a_file(options: dict[str, Any]) -> None:
     async with Producer("orders", **options) as producer:
         assert_type(producer, Producer)
         await producer.send("x", **options)
+
+
+async def send_order(producer: Producer, order: Order, **options: Unpack[AnySendOptions]) -> str:
+    receipt = await producer.send(order, key=str(order.id), **options)
+    return receipt.id
+
+
+async def another_protocol() -> None:
+    boxes = BoxesProducer("orders", url="boxes://", size=3, client_id="shop")
+    assert_type(await boxes.send("x", fragile=True, key="k"), Receipt)
 
 
 # --- by hand, and by an operator --------------------------------------------------------------------
