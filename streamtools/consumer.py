@@ -128,8 +128,7 @@ class Consumer(ConsumerHooks, Endpoint):
         **options: Unpack[AnyConsumerOptions],
     ) -> None:
         self._set_up(queue, url, declare, client_id, host, port)
-        in_queue = ordered_by == "partition" and not self.features.partitioned
-        self.ordered_by: OrderedBy | None = "queue" if in_queue else ordered_by
+        self.ordered_by: OrderedBy | None = self._order(ordered_by)
         self.concurrency: int = 1 if self.ordered_by == "queue" else check_count("concurrency", concurrency)
         self.prefetch: int = prefetch if prefetch is not None else max(PREFETCH, 2 * self.concurrency)
         self.retry: Retry = retry if retry is not None else Retry()
@@ -143,10 +142,8 @@ class Consumer(ConsumerHooks, Endpoint):
         self.middleware: list[Middleware] = check_middleware(middleware)
         self._check()
         self._read_options(options, Consumer.__init__)
-        self._puller = Puller(self, self.make_dispatcher(_no_handler, "by hand"))
-        #: The decorated handler, once there is one. Set here: in the class, checkers would bind it to self.
-        self.handler: BoundHandler | None = None
-        self._run = ConsumerRun(self)
+        self.handler: BoundHandler | None = None  # set here: in the class, type checkers would bind it to self
+        self._run, self._puller = ConsumerRun(self), Puller(self, self.make_dispatcher(_no_handler, "by hand"))
 
     # --- for users ------------------------------------------------------------------------------
 
@@ -385,6 +382,9 @@ class Consumer(ConsumerHooks, Endpoint):
         """
         never = [self.error_queue] if self.features.error_queue else []
         return ReplyRule(self.validate_reply, patterns, never)
+
+    def _order(self, ordered_by: OrderedBy | None) -> OrderedBy | None:
+        return "queue" if ordered_by == "partition" and not self.features.partitioned else ordered_by
 
     def _check(self) -> None:
         check_count("prefetch", self.prefetch)

@@ -187,8 +187,7 @@ class Producer(ProducerHooks, Endpoint):
             type: the name of the kind of payload.
             delay: seconds, or a timedelta, before it may be received.
             ttl: seconds, or a timedelta, after which it is not handled any more.
-            id: its unique id; to repeat a send safely, use the same one. It is generated when not given; a handler
-                that runs again generates the same ids.
+            id: unique; to repeat a send safely, use the same. Generated if None: the same when a handler runs again.
             correlation_id: the id of the conversation; in a handler, that of the handled message when not given.
             reply_to: the address for a reply.
             tombstone: with a payload of None and a `key`: what the key names was deleted (`Features.tombstones`).
@@ -201,9 +200,7 @@ class Producer(ProducerHooks, Endpoint):
             TypeError: the payload, a header or an option has the wrong type.
         """
         here = self._here()
-        meta = here._common(
-            headers, key, type, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
-        )
+        meta = here._common(headers, key, type, delay, ttl, correlation_id, reply_to)
         message = here._tombstone(payload, id, meta) if tombstone else here._encode(payload, id, meta)
         return (await here._let_go([message], here._read_send_options(options)))[0]
 
@@ -229,9 +226,7 @@ class Producer(ProducerHooks, Endpoint):
         """
         _check_several(payloads)
         here = self._here()
-        meta = here._common(
-            headers, key, type, delay=delay, ttl=ttl, correlation_id=correlation_id, reply_to=reply_to
-        )
+        meta = here._common(headers, key, type, delay, ttl, correlation_id, reply_to)
         batch = here._drafts(payloads, meta)
         return await here._let_go(batch, here._read_send_options(options, Producer.send_many)) if batch else []
 
@@ -324,7 +319,6 @@ class Producer(ProducerHooks, Endpoint):
         headers: Mapping[str, str] | None,
         key: str | bytes | None,
         type: str | None,  # noqa: A002
-        *,
         delay: Seconds | None,
         ttl: Seconds | None,
         correlation_id: str | None,

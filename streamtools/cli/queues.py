@@ -144,9 +144,7 @@ def alter(
             yes=yes,
         )
     if (kept or math.inf) < now.retention or (room or math.inf) < now.retention_bytes:
-        output.confirm(
-            f"Keep less of {name!r} at {safe_address(url)}? What is over the new limit is deleted for good.", yes=yes
-        )
+        output.confirm(f"Keep less of {name!r} at {safe_address(url)}? All else is deleted for good.", yes=yes)
 
     async def change(admin: QueueAdmin) -> QueueSettings:
         await admin.alter(name, partitions=partitions, retention=kept, retention_bytes=room)
