@@ -31,6 +31,7 @@ class Owner(Protocol):
 
     poll_timeout: ClassVar[float]
     drops_expired: ClassVar[bool]
+    _connected: bool
 
     @property
     def _transport(self) -> Pulled: ...
@@ -75,9 +76,15 @@ class Puller:
             seconds = POLL_TIMEOUT if at_once else max(timeout, self._owner.poll_timeout)
             deadline = asyncio.get_running_loop().time() + seconds
         while True:
-            await self._owner._connect()
+            if not self._owner._connected:
+                await self._owner._connect()
             try:
-                return await self._pull_fresh(limit, deadline, at_once)
+                batch = await self._pull(limit, deadline, at_once)
+                expired = [each for each in batch if each.message.expired] if self._owner.drops_expired else ()
+                if not expired:
+                    return batch
+                if fresh := await self._drop(expired, batch):
+                    return fresh
             except ConnectError as error:
                 if error.permanent:
                     raise
@@ -108,22 +115,16 @@ class Puller:
                 delivery.settled = False  # still in hand: another verdict may fare better
             raise
 
-    async def _pull_fresh(self, limit: int, deadline: float | None, at_once: bool) -> list[Delivery]:
-        """Deliveries whose messages have not expired; those that have are dropped."""
-        while True:
-            batch = await self._pull(limit, deadline, at_once)
-            expired = [each for each in batch if each.message.expired] if self._owner.drops_expired else ()
-            if not expired:
-                return batch
-            fresh = [delivery for delivery in batch if delivery not in expired]
-            settle = self._owner._transport._settle
-            try:
-                await stray_cancellation_as_lost(settle([Settlement(delivery, DROP) for delivery in expired]))
-            except asyncio.CancelledError:
-                await settle([Settlement(delivery, RELEASE) for delivery in fresh])
-                raise
-            if fresh:
-                return fresh
+    async def _drop(self, expired: list[Delivery], batch: list[Delivery]) -> list[Delivery]:
+        """Drop the deliveries of a batch whose messages have expired; returns the others."""
+        fresh = [delivery for delivery in batch if delivery not in expired]
+        settle = self._owner._transport._settle
+        try:
+            await stray_cancellation_as_lost(settle([Settlement(delivery, DROP) for delivery in expired]))
+        except asyncio.CancelledError:
+            await settle([Settlement(delivery, RELEASE) for delivery in fresh])
+            raise
+        return fresh
 
     async def _pull(self, limit: int, deadline: float | None, at_once: bool) -> list[Delivery]:
         if at_once and self._lock.locked():
