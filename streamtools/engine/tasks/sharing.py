@@ -101,6 +101,8 @@ class Sharing(Generic[T]):
             shelf = self._shelf(entry.loop)
             if shelf.get(entry.key) is entry:
                 del shelf[entry.key]
+            if not shelf:  # so that a loop that ends is not kept
+                self._loops.pop(entry.loop, None)
 
     def _shelf(self, loop: asyncio.AbstractEventLoop) -> Shelf[T]:
         found = self._loops.get(loop)
