@@ -11,7 +11,7 @@ from streamtools.admin import QueueAdmin
 from streamtools.driver import Reader
 from streamtools.drivers.sqlite.consumer import SQLiteReader
 from streamtools.drivers.sqlite.database import Session
-from streamtools.drivers.sqlite.files import Moved
+from streamtools.drivers.sqlite.file import Moved
 from streamtools.drivers.sqlite.producer import bind, declare
 from streamtools.drivers.sqlite.schema import NoRoom
 from streamtools.drivers.sqlite.tables import Tables

@@ -13,7 +13,7 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.producer import FEATURES, bind, declare, insert, missing, refusal
 from streamtools.drivers.sqlite.requests import Holder
-from streamtools.drivers.sqlite.rows import Claimed, Row, encode
+from streamtools.drivers.sqlite.rows import Claimed, Row, encode, size_of
 from streamtools.drivers.sqlite.schema import NoRoom, TooBig, is_missing
 from streamtools.drivers.sqlite.tables import SUSPECT, Tables
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError
@@ -149,12 +149,11 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
     def _deliveries(self, taken: Claimed, holder: Holder) -> list[Delivery]:
         if holder.alone and taken.counts[0] >= SUSPECT:
             self._isolate(taken.ids[0])
-        return [
-            Delivery(message, Token(row, taken.claim, taken.lane, origin), count, trouble)
-            for (message, trouble, origin), row, count in zip(
-                taken.messages(self.queue), taken.ids, taken.counts, strict=True
-            )
-        ]
+        deliveries = []
+        read = taken.messages(self.queue)
+        for (message, trouble, origin), row, count in zip(read, taken.ids, taken.counts, strict=True):
+            deliveries.append(Delivery(message, Token(row, taken.claim, taken.lane, origin), count, trouble))
+        return deliveries
 
     def _isolate(self, row: int) -> None:
         # What is taken while a suspect runs would be counted with it if it ends the process. Not for
@@ -217,7 +216,7 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
             elif settlement.outgoing:
                 rows = self._rows(settlement, token)
                 verdicts.moves.append((token.id, token.claim, rows))
-                size = sum(row.size for row in rows)
+                size = size_of(rows)
                 if settlement.verdict.kind.copy is None:
                     verdicts.new += size
                 else:
@@ -292,8 +291,9 @@ def lanes_of(tables: Tables, arguments: Sequence[str]) -> list[list[int]]:
 def settle(tables: Tables, arguments: Sequence[Verdicts]) -> list[list[Row]]:
     """Perform all batches at once; for each, what could not go out, whose deliveries are still in hand."""
     acks: dict[int, list[int]] = {}
-    refused = [_move(tables, verdicts.moves, acks) if verdicts.moves else [] for verdicts in arguments]
+    refused: list[list[Row]] = []
     for verdicts in arguments:
+        refused.append(_move(tables, verdicts.moves, acks) if verdicts.moves else [])
         for claim, ids in verdicts.acks.items():
             acks.setdefault(claim, []).extend(ids)
         for claim, ids in verdicts.releases.items():

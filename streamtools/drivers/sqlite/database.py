@@ -10,15 +10,16 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
-from typing import Any, ClassVar, Final
-from weakref import WeakKeyDictionary, ref
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, Final
 
-from streamtools.drivers.sqlite.requests import Holder, Job, Outcome, Run, Waiter
+from streamtools.drivers.sqlite.requests import Answer, Holder, Job, Request, Run, Waiter
 from streamtools.drivers.sqlite.rows import Claimed
 from streamtools.drivers.sqlite.schema import absolute, check_exists, locked
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.drivers.sqlite.worker import Worker
+from streamtools.engine.tasks.sharing import Lease, Sharing
 from streamtools.errors import Closed, ConnectionLost
 from streamtools.settings import SQLiteSettings
 
@@ -27,48 +28,117 @@ log: logging.Logger = logging.getLogger("streamtools")
 #: Seconds that closing waits for another process's lock before it leaves things to the lease.
 CLOSE_TIMEOUT: Final = 2.0
 
-#: Databases of before a fork: closing SQLite's files in the child could take its parent's locks away,
-#: so they are kept from being collected there.
-_FORKED: Final[list[Any]] = []
-
 
 class Database:
     """The database thread's other end.
 
     Parameters:
         path: the file.
-        settings: as given to the producer or consumer.
+        settings: lease and busy_timeout, in seconds.
     """
 
-    #: By event loop, so that it ends with the loop; then by file, settings and kind of use.
-    _all: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Any, Database]]] = WeakKeyDictionary()
-
-    def __init__(self, path: str, settings: SQLiteSettings, key: Any) -> None:
-        loop = asyncio.get_running_loop()
-        self.path = path
-        self.settings = settings
-        self._key = key
-        self._pid = os.getpid()
-        self._users = 0
-        # Weak, and no future kept for longer than someone waits: this object is the value of a mapping
-        # that is to end with the loop.
-        self._loop = ref(loop)
-        self._opening: asyncio.Future[None] | None = loop.create_future()
-        self._ending: asyncio.Future[None] | None = None
-        self._ended = False
-        self._worker = Worker(
-            path, settings, post=self._post, opened=self._on_opened, ended=self._on_ended, listening=self._listens
-        )
-        self._worker.thread.start()
-
-    # --- lifetime -------------------------------------------------------------------------------
+    def __init__(self, path: str, settings: SQLiteSettings) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.path: str = path
+        self.settings: SQLiteSettings = settings
+        self.pid: int = os.getpid()
+        self._opening: asyncio.Future[None] = self._loop.create_future()
+        self._ending: asyncio.Future[None] = self._loop.create_future()
+        self.worker: Worker = Worker(path, settings, self)
 
     @classmethod
-    async def attach(cls, settings: SQLiteSettings, *, use: str = "", wanted: str | None = None) -> Database:
-        """The open database of this file in the running loop.
+    async def open(cls, path: str, settings: SQLiteSettings) -> Database:
+        """Open the file in a thread of its own.
+
+        Raises:
+            ConnectError: the file cannot be used; permanent where trying again cannot help.
+        """
+        database = cls(path, settings)
+        database.worker.thread.start()
+        try:
+            await database._opening
+        except BaseException:
+            await database.close()
+            raise
+        return database
+
+    async def close(self) -> None:
+        """End the thread and close the file."""
+        self.worker.stop()
+        await self._ending
+
+    def give_back(self, result: Any) -> None:
+        """Undo what nobody waits for any more."""
+        if isinstance(result, Claimed):
+            self.worker.inbox.put(Job(self.settings.busy_timeout, release, (result.claim, result.ids)))
+
+    # --- for the database thread ----------------------------------------------------------------
+
+    def listens(self) -> bool:
+        """Whether the event loop still lives."""
+        return not self._loop.is_closed()
+
+    def post(self, answers: list[Answer]) -> None:
+        """Have requests answered in the event loop."""
+        self._call(self._answer, answers)
+
+    def opened(self, error: BaseException | None) -> None:
+        """The file is open, or cannot be."""
+        self._call(_finish, self._opening, error)
+
+    def ended(self) -> None:
+        """The thread ends."""
+        self._call(_finish, self._ending, None)
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody waits, and the thread ends by itself
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    # --- answers, in the event loop -------------------------------------------------------------
+
+    def _answer(self, answers: Sequence[Answer]) -> None:
+        for request, result in answers:
+            future = request.future
+            if future is None or future.done():
+                self.give_back(result)
+                if future is None and isinstance(result, BaseException):
+                    log.warning("Something that %s needs from time to time failed: %s", self.path, result)
+            elif isinstance(result, BaseException):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+
+def _finish(future: asyncio.Future[None], error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+#: By process, file, settings and kind of use. A forked child leaves those of its parent alone: closing SQLite's
+#: files could take the parent's locks away.
+_databases: Final[Sharing[Database]] = Sharing(Database.close, is_dead=lambda database: database.worker.gone)
+
+
+class Session:
+    """One producer's, consumer's or admin's use of a database; ended by `close()`."""
+
+    def __init__(self, lease: Lease[Database]) -> None:
+        self._lease = lease
+        self._database = lease.value
+        self._pending: set[Request] = set()
+        self.path: str = self._database.path
+        self.closed: bool = False
+
+    @classmethod
+    async def open(cls, settings: SQLiteSettings, *, use: str = "", wanted: str | None = None) -> Session:
+        """A session with the file, which is opened if it is not.
 
         Parameters:
-            use: databases for different uses are apart, each with its own thread.
+            use: sessions for different uses have threads of their own.
             wanted: what is looked for in a file that must be there; it is made when None.
 
         Raises:
@@ -79,149 +149,22 @@ class Database:
         path = await asyncio.to_thread(absolute, settings.path)
         if wanted is not None:
             await asyncio.to_thread(check_exists, path, wanted)
-        databases = cls._all.setdefault(asyncio.get_running_loop(), {})
-        key = (path, settings.lease, settings.busy_timeout, use)
-        database = databases.get(key)
-        if database is not None and database._pid != os.getpid():
-            _FORKED.append(databases.pop(key))
-            database = None
-        if database is None or database._worker.gone:
-            database = databases[key] = cls(path, settings, key)
-        database._users += 1
-        try:
-            if database._opening is not None:
-                await asyncio.shield(database._opening)
-        except BaseException:
-            await database.detach()
-            raise
-        return database
-
-    async def detach(self) -> None:
-        """Let go; with the last user the thread ends and the file is closed."""
-        self._users -= 1
-        if self._users > 0 or self._pid != os.getpid():
-            return
-        databases = self._all.get(asyncio.get_running_loop(), {})
-        if databases.get(self._key) is self:
-            del databases[self._key]
-        self._worker.stop()
-        if not self._ended:
-            self._ending = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._ending)
+        key = (os.getpid(), path, settings.lease, settings.busy_timeout, use)
+        return cls(await _databases.acquire(key, lambda: Database.open(path, settings)))
 
     @property
     def gone(self) -> bool:
-        """Its thread has ended: the file was moved or is in trouble."""
-        return self._worker.gone
+        """The file cannot be used by this session any more: it was moved, or is in trouble."""
+        return self._database.worker.gone
 
     def what_it_waits_for(self) -> str | None:
-        """That another process has locked the file, where that is so."""
-        since = self._worker.locked_since
+        """Why nothing is written at present: another process has locked the file; None where that is not so."""
+        since = self._database.worker.locked_since
         return None if since is None else locked(self.path, time.monotonic() - since)
 
-    # --- asking ---------------------------------------------------------------------------------
-
-    def ask(self, what: Job | Waiter) -> None:
-        """Hand something to the database thread; the answer goes into its future.
-
-        Raises:
-            ConnectionLost: the thread has ended, or this is a forked child, which has none.
-        """
-        if self._pid != os.getpid():
-            raise ConnectionLost(f"{self.path} was opened before this process was forked; it is opened anew.")
-        self._worker.ask(what)
-        if self._worker.gone:
-            raise ConnectionLost(f"{self.path} was closed.")
-
-    def tell(self, run: Run, argument: Any) -> None:
-        """Have something done that nobody waits for."""
-        self._worker.ask(Job(run, argument, False, self.settings.busy_timeout))
-
-    # --- answers, called in the database thread -------------------------------------------------
-
-    def _listens(self) -> bool:
-        loop = self._loop()
-        return loop is not None and not loop.is_closed()
-
-    def _post(self, outcomes: list[Outcome]) -> None:
-        self._call(self._answer, outcomes)
-
-    def _on_opened(self, error: BaseException | None) -> None:
-        self._call(self._answer_opened, error)
-
-    def _on_ended(self) -> None:
-        self._call(self._answer_ended)
-
-    def _call(self, function: Any, *arguments: Any) -> None:
-        loop = self._loop()
-        if loop is None:
-            return
-        try:
-            loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:
-            return  # the loop was closed: nobody waits, and the thread ends by itself
-
-    # --- answers, in the event loop -------------------------------------------------------------
-
-    def _answer(self, outcomes: Sequence[Outcome]) -> None:
-        for what, result, error in outcomes:
-            future = what.future
-            if future is None or future.done():
-                self._answer_nobody(what, result, error)
-            elif error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
-
-    def _answer_nobody(self, what: Job | Waiter, result: Any, error: BaseException | None) -> None:
-        if isinstance(result, Claimed):
-            self.tell(release, (result.claim, result.ids))
-        elif error is not None and what.future is None:
-            log.warning("Something that %s needs from time to time failed: %s", self.path, error)
-
-    def _answer_opened(self, error: BaseException | None) -> None:
-        opening, self._opening = self._opening, None
-        if opening is None:
-            return
-        if error is None:
-            opening.set_result(None)
-        else:
-            opening.set_exception(error)
-            opening.exception()  # everyone who waited may have been cancelled
-
-    def _answer_ended(self) -> None:
-        self._ended = True
-        if self._ending is not None:
-            self._ending.set_result(None)
-            self._ending = None
-
-
-class Session:
-    """One producer's, consumer's or admin's use of a database; ended by `close()`."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._pending: set[Job | Waiter] = set()
-        self.path: str = database.path
-        self.closed: bool = False
-
-    @classmethod
-    async def open(cls, settings: SQLiteSettings, *, use: str = "", wanted: str | None = None) -> Session:
-        """A session with the file, which is opened if it is not; parameters and errors as for `Database.attach`."""
-        return cls(await Database.attach(settings, use=use, wanted=wanted))
-
-    @property
-    def gone(self) -> bool:
-        """The file cannot be used by this session any more."""
-        return self._database.gone
-
-    def what_it_waits_for(self) -> str | None:
-        """Why nothing is written at present; None where nothing is in the way."""
-        return self._database.what_it_waits_for()
-
-    async def call(
+    def call(
         self, run: Run, argument: Any, *, full: bool, patience: float | None = None, new: int = 0, moved: int = 0
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """Have something done in a transaction, together with what else is asked meanwhile.
 
         Parameters:
@@ -236,9 +179,9 @@ class Session:
             Closed: the session was closed before it was done; it may be done all the same.
         """
         patience = self._database.settings.busy_timeout if patience is None else patience
-        return await self._ask(Job(run, argument, full, patience, new, moved))
+        return self._ask(Job(patience, run, argument, full, new, moved))
 
-    async def claim(self, holder: Holder, limit: int, *, once: bool = False) -> Claimed | None:
+    def claim(self, holder: Holder, limit: int, *, once: bool = False) -> Coroutine[Any, Any, Claimed | None]:
         """Wait for messages and take them into hand. When cancelled, nothing stays in hand.
 
         Parameters:
@@ -248,8 +191,7 @@ class Session:
             ConnectionLost: the file cannot be used any more, or is locked for too long.
             Closed: the session was closed.
         """
-        waiter = Waiter(holder, limit, self._database.settings.busy_timeout, once=once)
-        return await self._ask(waiter)  # type: ignore[no-any-return]
+        return self._ask(Waiter(self._database.settings.busy_timeout, holder, limit, once))
 
     async def let_go(self, holder: Holder, failed: Sequence[tuple[int, int]]) -> None:
         """Have what a holder has in hand made ready for others, and whoever waits with it raise Closed.
@@ -259,8 +201,8 @@ class Session:
                 back counted, so that the next connection knows them again.
         """
         holder.closed = True  # its lease is renewed no more, whether the rest succeeds or not
-        for what in [what for what in self._pending if isinstance(what, Waiter)]:
-            self._abandon(what)
+        for request in [request for request in self._pending if isinstance(request, Waiter)]:
+            self._abandon(request)
         # After the settlements that wait already, which are of the same kind.
         await self.call(end_claims, (holder, failed), full=True, patience=CLOSE_TIMEOUT)
 
@@ -269,34 +211,37 @@ class Session:
         if self.closed:
             return
         self.closed = True
-        for what in [*self._pending]:
-            self._abandon(what)
-        await self._database.detach()
+        for request in [*self._pending]:
+            self._abandon(request)
+        if self._database.pid == os.getpid():
+            await self._lease.release()
 
-    async def _ask(self, what: Job | Waiter) -> Any:
+    async def _ask(self, request: Request) -> Any:
+        database = self._database
         if self.closed:
             raise Closed(f"{self.path} was closed.")
-        future = what.future = asyncio.get_running_loop().create_future()
-        self._database.ask(what)
-        self._pending.add(what)
+        if database.pid != os.getpid():  # a child has no thread
+            raise ConnectionLost(f"{self.path} was opened before this process was forked; it is opened anew.")
+        future = request.future = asyncio.get_running_loop().create_future()
+        database.worker.inbox.put(request)
+        if database.worker.gone:
+            future.cancel()
+            raise ConnectionLost(f"{self.path} was closed.")
+        self._pending.add(request)
         try:
             return await future
         except asyncio.CancelledError:
-            what.cancelled = True
+            request.cancelled = True
             if future.done() and not future.cancelled() and future.exception() is None:
-                self._undo(future.result())
+                database.give_back(future.result())
             raise
         finally:
-            self._pending.discard(what)
+            self._pending.discard(request)
 
-    def _abandon(self, what: Job | Waiter) -> None:
-        what.cancelled = True
-        if not what.future.done():
-            what.future.set_exception(Closed(f"{self.path} was closed."))
-
-    def _undo(self, result: Any) -> None:
-        if isinstance(result, Claimed):
-            self._database.tell(release, (result.claim, result.ids))
+    def _abandon(self, request: Request) -> None:
+        request.cancelled = True
+        if not request.future.done():
+            request.future.set_exception(Closed(f"{self.path} was closed."))
 
 
 def end_claims(tables: Tables, arguments: Sequence[tuple[Holder, Sequence[tuple[int, int]]]]) -> list[int]:

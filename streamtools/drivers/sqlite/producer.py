@@ -5,11 +5,12 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar, Final, Unpack
 
 from streamtools.driver import Options
 from streamtools.drivers.sqlite.database import Session
-from streamtools.drivers.sqlite.rows import Row, encode
+from streamtools.drivers.sqlite.rows import Row, encode_all, size_of
 from streamtools.drivers.sqlite.schema import NoRoom, TooBig
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConnectionLost, QueueError, SendError
@@ -69,9 +70,8 @@ class SQLiteProducer(Producer, protocol="sqlite"):
         # The base gives up after send_timeout without knowing why; so be earlier and say it.
         patience = min(self.settings.busy_timeout, self.send_timeout * 0.9)
         try:
-            rows = [encode(message) for message in batch]
-            size = sum([row.size for row in rows])
-            refused = await self._session.call(insert, rows, full=True, patience=patience, new=size)
+            rows = encode_all(batch)
+            refused = await self._session.call(insert, rows, full=True, patience=patience, new=size_of(rows))
         except (NoRoom, TooBig) as error:
             ids = [m.id for m in batch]
             unfit = ids if isinstance(error, TooBig) else ()
@@ -117,8 +117,12 @@ def find_or_make(tables: Tables, arguments: Sequence[tuple[Sequence[str], bool]]
 
 def insert(tables: Tables, arguments: Sequence[Sequence[Row]]) -> list[list[Row]]:
     """Write all batches at once; for each, the rows whose queue is missing."""
-    absent = {id(row) for row in tables.insert([row for rows in arguments for row in rows], time.time())}
-    return [[row for row in rows if id(row) in absent] for rows in arguments]
+    rows = arguments[0] if len(arguments) == 1 else [*chain.from_iterable(arguments)]
+    absent = tables.insert(rows, time.time())
+    if not absent:
+        return [[]] * len(arguments)
+    which = {id(row) for row in absent}
+    return [[row for row in rows if id(row) in which] for rows in arguments]
 
 
 def bind(tables: Tables, arguments: Sequence[tuple[str, Binding]]) -> list[bool | QueueError | None]:
@@ -136,16 +140,17 @@ def _bind(tables: Tables, queue: str, binding: Binding) -> bool | QueueError:
 
 def missing(rows: Sequence[Row]) -> SendError:
     """The error for rows whose queue does not exist, or whose topic no queue is bound to."""
-    row = rows[0]
-    if row.exchange is None:
+    target = rows[0].target
+    if target.exchange is None:
+        several = "s" if len(rows) > 1 else ""
         why = (
-            f"There is no queue {row.queue!r}, so {len(rows)} message{'s' if len(rows) > 1 else ''} to it cannot be "
-            "held. Open a consumer of it first, or a producer with declare=True."
+            f"There is no queue {target.queue!r}, so {len(rows)} message{several} to it cannot be held. "
+            "Open a consumer of it first, or a producer with declare=True."
         )
-    elif row.clash is not None:
-        why = str(another_type(row.exchange, row.clash))
+    elif target.clash is not None:
+        why = str(another_type(target.exchange, target.clash))
     else:
-        why = str(no_subscriber(row.queue, row.exchange))
+        why = str(no_subscriber(target.queue, target.exchange))
     return refusal(why, rows)
 
 
@@ -155,5 +160,6 @@ def refusal(why: str, rows: Sequence[Row], *, unfit: bool = False) -> SendError:
     Parameters:
         unfit: they never can be, as they are.
     """
-    ids = [row.id for row in rows]
-    return SendError(why, refused=ids, unfit=ids if unfit else (), messages=[row.message for row in rows])
+    messages = [row.message for row in rows]
+    ids = [message.id for message in messages]
+    return SendError(why, refused=ids, unfit=ids if unfit else (), messages=messages)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from streamtools.drivers.sqlite import schema
+from streamtools.drivers.sqlite.requests import Job
 
 #: Bytes that what is sent leaves free for the file to grow, and that the log of an open file has at least.
 LEFT: Final = 1024 * 1024
@@ -46,20 +47,22 @@ class Room:
             finally:
                 os.close(number)
 
-    def check(self, new: int, moved: int) -> None:
-        """Whether so much can be written; outside a transaction, as it may copy the log.
+    def check(self, jobs: Iterable[Job]) -> None:
+        """Whether what these jobs write has room; outside a transaction, as it may copy the log.
 
-        A transaction that finds no room has made the log larger all the same: better not to begin it.
-
-        Parameters:
-            new: bytes of messages that are sent; they leave what the rest needs.
-            moved: bytes of what goes on when the disk is full; it may use what was left.
+        A transaction that finds no room has made the log larger all the same: better not to begin it. What is sent
+        leaves what the rest needs; what is moved may use that.
 
         Raises:
-            NoRoom: it cannot.
+            NoRoom: there is none.
         """
+        new = moved = 0
+        for job in jobs:
+            new += job.new
+            moved += job.moved
         need = 2 * (new + moved)  # as rows and pages; once in the log, and from there once in the file
-        if self._free() >= 2 * need + AMPLE:
+        disk = os.statvfs(self._directory)
+        if disk.f_bavail * disk.f_frsize >= 2 * need + AMPLE:
             return
         _, pages, copied = self._run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         size_of_log = os.path.getsize(self._path + "-wal")

@@ -6,7 +6,7 @@ Other programs may have written any row: each is read for itself, and what is wr
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -16,7 +16,7 @@ from pydantic_core import CoreSchema, SchemaValidator, ValidationError, core_sch
 from streamtools.delivery import read_message
 from streamtools.errors import DecodeError
 from streamtools.exchange import Exchange
-from streamtools.message import ErrorDetails, Message
+from streamtools.message import Draft, ErrorDetails, Message, common
 from streamtools.wire import FIRST, LAST, MOST
 
 #: Fields of Message that are kept in `meta`, where they are set; the body has its own column and
@@ -25,6 +25,8 @@ FIELDS: Final = (
     "id", "type", "source", "time", "content_type", "content_encoding", "correlation_id", "causation_id",
     "reply_to", "intent", "key", "handler", "topic", "version", "deliver_at", "expires_at",
 )  # fmt: skip
+#: How `meta` begins.
+_HEAD: Final = '{"id":'
 #: In `meta` instead of the key, where it is no text: the key in base64.
 KEY_BYTES: Final = "key_bytes"
 #: In `meta` beside them: the lane that a message in an error queue failed in, for its way back.
@@ -71,40 +73,71 @@ _METAS: Final = SchemaValidator(
 )
 
 
+@dataclass(slots=True, eq=False)
+class Target:
+    """Where rows go, and when; one for all messages that are sent together and differ in body and id alone.
+
+    Attributes:
+        queue: the queue, or the topic where there is an exchange.
+        key: for order by key.
+        due: when it may be delivered, in seconds since the epoch; None for at once.
+        exchange: where it goes by its topic.
+        mandatory: that it reaches no queue is an error.
+        lane: the one lane that it goes to; all lanes of the queue when None.
+        clash: the type that its exchange has instead of the one asked for.
+    """
+
+    queue: str
+    key: str | bytes | None = None
+    due: float | None = None
+    exchange: Exchange | None = None
+    mandatory: bool = True
+    lane: int | None = None
+    clash: str | None = None
+
+
 @dataclass(slots=True)
 class Row:
     """A message ready to be written.
 
     Attributes:
-        queue: its target.
-        key: for order by key.
-        due: when it may be delivered, in seconds since the epoch; None for at once.
+        target: where it goes.
         meta: JSON.
         body: the payload.
-        id: the message's id, for errors.
-        exchange: where it goes by its topic, which then is `queue`.
-        mandatory: that it reaches no queue is an error.
-        clash: the type that its exchange has instead of the one asked for.
-        lane: the one lane that it goes to; all lanes of the queue when None.
         message: what it is the row of, for errors.
     """
 
-    queue: str
-    key: str | bytes | None
-    due: float | None
+    target: Target
     meta: str
     body: bytes
-    id: str
-    exchange: Exchange | None = None
-    mandatory: bool = True
-    lane: int | None = None
-    clash: str | None = None
-    message: Message | None = None
+    message: Message
 
-    @property
-    def size(self) -> int:
-        """Bytes, about."""
-        return len(self.body) + len(self.meta)
+
+def size_of(rows: Iterable[Row]) -> int:
+    """Bytes that rows take, about."""
+    return sum([len(row.body) + len(row.meta) for row in rows])
+
+
+def encode_all(batch: Iterable[Message]) -> list[Row]:
+    """The rows of messages; of those that have all but body and id in common, the rest is made once.
+
+    Raises:
+        ValueError: as `encode` does.
+    """
+    rows: list[Row] = []
+    source: dict[str, Any] | None = None
+    target, tail = Target(""), ""
+    for message in batch:
+        shared = common(message) if type(message) is Draft else None
+        if shared is not None and shared is source:
+            row = Row(target, f"{_HEAD}{to_json(message.id).decode()}{tail}", message.body or b"", message)
+        else:
+            row = encode(message)
+            if shared is not None:
+                source, target = shared, row.target
+                tail = row.meta[len(_HEAD) + len(to_json(message.id).decode()) :]
+        rows.append(row)
+    return rows
 
 
 def encode(message: Message, *, lane: int | None = None, origin: int | None = None) -> Row:
@@ -134,11 +167,8 @@ def encode(message: Message, *, lane: int | None = None, origin: int | None = No
         fields["error"] = asdict(message.error)
     if origin is not None:
         fields[ORIGIN] = origin
-    meta = to_json(fields).decode()
-    return Row(
-        message.queue, message.key, message.deliver_at, meta, message.body, message.id, message.exchange,
-        message.mandatory, lane, None, message,
-    )  # fmt: skip
+    target = Target(message.queue, message.key, message.deliver_at, message.exchange, message.mandatory, lane)
+    return Row(target, to_json(fields).decode(), message.body, message)
 
 
 @dataclass(slots=True)
@@ -167,18 +197,20 @@ class Claimed:
         """Let go of all but the first `number`. The ids are in order; so is the rest."""
         del self.ids[number:], self.counts[number:]
 
-    def messages(self, queue: str) -> Iterator[tuple[Message, DecodeError | None, int | None]]:
+    def messages(self, queue: str) -> list[tuple[Message, DecodeError | None, int | None]]:
         """Each message, what is wrong with it, if anything is, and the lane that it failed in, if it did."""
+        found: list[tuple[Message, DecodeError | None, int | None]] = []
         end = 0
         bodies = self.bodies
         for (meta,), size, row in zip(self._metas(), self.sizes, self.ids):  # noqa: B905 - ids may be fewer
             start, end = end, end + size
             body = bodies[start:end]
             if isinstance(meta, bytes):
-                yield _read_one(queue, meta, body, row)
+                found.append(_read_one(queue, meta, body, row))
             else:
                 message, origin = _message(queue, meta, body)
-                yield message, None, origin
+                found.append((message, None, origin))
+        return found
 
     def _metas(self) -> Sequence[tuple[Any]]:
         """The `meta` of each row, by itself: read, or where one of them is odd, all as bytes."""

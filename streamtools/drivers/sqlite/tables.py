@@ -9,20 +9,22 @@ row of aggregates.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import groupby, product
+from operator import attrgetter
 from typing import Any, Final
 
 from pydantic_core import from_json, to_json
 
 from streamtools.drivers.sqlite import schema
-from streamtools.drivers.sqlite.rows import Claimed, Row, ids_json
+from streamtools.drivers.sqlite import statements as sql
+from streamtools.drivers.sqlite.rows import Claimed, Row, Target, ids_json
 from streamtools.exchange import Binding, Exchange
-from streamtools.wire import LAST, read_time
+from streamtools.wire import read_time
 
-#: Rows in one INSERT; each size is one prepared statement, the last one padded.
-CHUNKS: Final = (1, 16, 256)
-COLUMNS: Final = 6
+#: What rows that go to the same lanes have in common.
+TARGET: Final = attrgetter("target")
 #: Delayed messages made ready at once.
 RIPEN: Final = 1000
 #: A message delivered this often without a verdict is claimed alone: it may be what ends the process.
@@ -30,81 +32,16 @@ SUSPECT: Final = 2
 #: Bytes of bodies that a claim aims at, at most; it takes at least one message.
 CLAIM_BYTES: Final = 16 * 1024 * 1024
 
-_IDS: Final = "(SELECT value FROM json_each(:ids))"
-
-#: Which ready rows may be claimed, by `ordered_by`. What another consumer has in hand goes before
-#: all that is behind it: in the whole lane, or of the same key.
-ALLOWED: Final[Mapping[str | None, str]] = {
-    None: "",
-    "queue": "AND r.id < coalesce((SELECT min(id) FROM held WHERE lane = :lane AND claim <> :claim), x'ff')",
-    "key": "AND (r.key IS NULL OR r.key NOT IN (SELECT m.key FROM held h CROSS JOIN messages m ON m.id = h.id "
-    "WHERE h.lane = :lane AND h.claim <> :claim AND m.key IS NOT NULL))",
-}
-
-
-def candidates(ordered_by: str | None) -> str:
-    """The statement that reads what can be claimed, as one row."""
-    return (
-        "SELECT json_group_array(id), json_group_array(count), json_group_array(size), "  # nosec B608: ALLOWED has constants
-        "CAST(group_concat(meta, char(30)) AS BLOB), CAST(group_concat(body, '') AS BLOB) FROM ("
-        # As what they should be: other programs may have written anything.
-        "SELECT r.id, CAST(r.count AS INTEGER) AS count, length(CAST(m.body AS BLOB)) AS size, "
-        "replace(m.meta, char(30), '') AS meta, m.body "
-        "FROM ready r CROSS JOIN messages m ON m.id = r.id "
-        f"WHERE r.lane = :lane {ALLOWED[ordered_by]} ORDER BY r.id LIMIT :limit)"
-    )
-
-
-#: What can be no time, as other programs may write it: infinity, a text or a blob, which are greater than any number,
-#: or milliseconds. It counts as a time that is over, or nothing would ever come of it.
-NO_TIME: Final = f"{{}} > {LAST}"
-#: A message whose claim nobody renews, or ever will.
-UNCLAIMED: Final = "h.claim NOT IN (SELECT id FROM claims)"
-#: A row that leads to no message.
-WITHOUT_MESSAGE: Final = "NOT EXISTS (SELECT 1 FROM messages m WHERE m.id = r.id)"
-
-
-def _look(ordered_by: str | None) -> str:
-    return (
-        f"SELECT EXISTS (SELECT 1 FROM ready r WHERE r.lane = :lane {ALLOWED[ordered_by]}), "  # nosec B608: ALLOWED has constants
-        f"coalesce((SELECT 0 FROM later WHERE lane = :lane AND {NO_TIME.format('due')} LIMIT 1), "
-        "(SELECT min(due) FROM later WHERE lane = :lane)), "
-        "EXISTS (SELECT 1 FROM lanes WHERE id = :lane)"
-    )
-
-
-CANDIDATES: Final = {ordered_by: candidates(ordered_by) for ordered_by in ALLOWED}
-#: Whether some delayed messages of a lane have no time that can come, and whether some are due.
-RIPE: Final = (
-    f"SELECT EXISTS (SELECT 1 FROM later WHERE lane = :lane AND {NO_TIME.format('due')}), "  # nosec B608: NO_TIME is a constant
-    "EXISTS (SELECT 1 FROM later WHERE lane = :lane AND due <= :now)"
-)
-LOOK: Final = {ordered_by: _look(ordered_by) for ordered_by in ALLOWED}
-
-
-def of_meta(name: str, *types: str) -> str:
-    """The expression for a field of a message's `meta`; NULL where it is not of these types, or `meta` is no JSON."""
-    meta, path = "CAST(m.meta AS TEXT)", f"'$.{name}'"
-    wanted = ", ".join(f"'{each}'" for each in types)
-    return (
-        f"CASE WHEN json_valid({meta}) THEN CASE WHEN json_type({meta}, {path}) IN ({wanted}) "
-        f"THEN json_extract({meta}, {path}) END END"
-    )
-
-
-def _insert(rows: int) -> str:
-    values = ",".join(["(" + ",".join("?" * COLUMNS) + ")"] * rows)
-    return f"INSERT INTO messages SELECT * FROM (VALUES {values}) WHERE column1 IS NOT NULL"  # nosec B608: values are marks of parameters
-
-
-INSERT: Final = {rows: _insert(rows) for rows in CHUNKS}
-
 
 class Tables:
     """The statements, on one connection; used by its thread alone."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.run: Callable[..., sqlite3.Cursor] = connection.execute
+        #: Lanes in which messages were made ready since the last commit, by sends.
+        self.filled: set[int] = set()
+        #: Something else may have become ready since then, or will be at another time than before.
+        self.stirred: bool = False
         self._generation = 0
         self._lanes: dict[str, list[int]] = {}
         #: Exchange name -> (exchange, pattern of topics, queue) of each binding.
@@ -168,10 +105,10 @@ class Tables:
                 (lane, last, -1 if limit is None else limit),
             )
             given = {"lane": lane, "ids": ids}
-            self.run(f"DELETE FROM messages WHERE id IN {_IDS}", given)  # nosec B608: _IDS is a constant
-            found = self.run(f"DELETE FROM {kind} WHERE lane = :lane AND id IN {_IDS}", given).rowcount  # nosec B608: kind is one of the two names above
+            self.run(f"DELETE FROM messages WHERE id IN {sql.IDS}", given)  # nosec B608: IDS is a constant
+            found = self.run(f"DELETE FROM {kind} WHERE lane = :lane AND id IN {sql.IDS}", given).rowcount  # nosec B608: kind is one of the two names above
             if not found:
-                self.run(f"DELETE FROM {kind} AS r WHERE r.lane = :lane AND {WITHOUT_MESSAGE}", given)  # nosec B608: kind is one of the two names above
+                self.run(f"DELETE FROM {kind} AS r WHERE r.lane = :lane AND {sql.WITHOUT_MESSAGE}", given)  # nosec B608: kind is one of the two names above
             number += found
         return number
 
@@ -226,20 +163,23 @@ class Tables:
         given = {"lanes": to_json(self.lanes(queue)).decode(), "id": id, "now": now}
         found = self.value(
             "SELECT json_group_array(m.id) FROM json_each(:lanes) n JOIN later l ON l.lane = n.value "  # nosec B608: of_meta is given constants
-            f"CROSS JOIN messages m ON m.id = l.id WHERE l.due > :now AND {of_meta('id', 'text')} = :id",
+            f"CROSS JOIN messages m ON m.id = l.id WHERE l.due > :now AND {sql.of_meta('id', 'text')} = :id",
             given,
         )
-        self.run(f"DELETE FROM messages WHERE id IN {_IDS}", {"ids": found})  # nosec B608: _IDS is a constant
-        return self.run(f"DELETE FROM later WHERE id IN {_IDS}", {"ids": found}).rowcount > 0  # nosec B608: _IDS is a constant
+        self.run(f"DELETE FROM messages WHERE id IN {sql.IDS}", {"ids": found})  # nosec B608: IDS is a constant
+        return self.run(f"DELETE FROM later WHERE id IN {sql.IDS}", {"ids": found}).rowcount > 0  # nosec B608: IDS is a constant
 
-    def forget_lanes(self) -> None:
-        """Read the lanes anew at the next send: what was read may have been rolled back."""
+    def rolled_back(self) -> None:
+        """Forget what was read and written in a transaction that was rolled back."""
         self._generation = 0
+        self.filled.clear()
+        self.stirred = False
 
     def _changed_lanes(self) -> None:
         # By chance, not by one more: a file that was restored may come to the same number another way.
         self.run("UPDATE sequence SET generation = abs(random() % 4611686018427387903) + 1")
         self._generation = 0
+        self.stirred = True
 
     def _read_lanes(self, generation: int) -> None:
         self._lanes = {}
@@ -258,25 +198,38 @@ class Tables:
     def insert(self, rows: Sequence[Row], now: float) -> list[Row]:
         """Write rows, one copy for each lane that they go to; returned are those that must and cannot."""
         # The lanes are those of the last time, unless the generation says otherwise.
-        last = self._take_ids(len(rows))
-        spread = [(row, lane) for row in rows for lane in self._targets(row)]
+        last, delayed = self._take_ids(len(rows)), False
+        absent: list[Row] = []
+        spread: list[tuple[Row, int]] = []
+        for target, group in groupby(rows, TARGET):
+            lanes = self._targets(target)
+            if lanes:
+                spread += product(group, lanes)
+            elif target.mandatory or target.clash:
+                absent += group
+            if target.due is None:
+                self.filled.update(lanes)
+            else:
+                self.stirred = delayed = True
+        if not spread:
+            return absent
         if len(spread) > len(rows):
             last = self._take_ids(len(spread))
         first = last - max(len(rows), len(spread)) + 1
         self._write(first, spread)
-        if spread:
-            entered = self._enqueue(first, last, now, any(row.due is not None for row in rows))
-            if entered != len(spread):  # RAISE(IGNORE) skips a row, and says nothing
-                error = sqlite3.IntegrityError("a trigger in this file keeps messages out")
-                error.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT_TRIGGER
-                raise error
-        known = {id(row) for row, _ in spread}
-        return [row for row in rows if id(row) not in known and (row.mandatory or row.clash)]
+        entered = self._enqueue(first, last, now, delayed)
+        if entered != len(spread):  # RAISE(IGNORE) skips a row, and says nothing
+            error = sqlite3.IntegrityError("a trigger in this file keeps messages out")
+            error.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT_TRIGGER
+            raise error
+        return absent
 
     def stranded(self, rows: Iterable[Row]) -> set[int]:
         """Those of `rows`, by `id()`, that must go somewhere and cannot."""
         self._take_ids(0)
-        return {id(row) for row in rows if not self._targets(row) and (row.mandatory or row.clash)}
+        return {
+            id(row) for row in rows if not self._targets(row.target) and (row.target.mandatory or row.target.clash)
+        }
 
     def _take_ids(self, number: int) -> int:
         # Rows that another program has written may have had the next ids; what stands in its place may be none.
@@ -293,28 +246,30 @@ class Tables:
             self._read_lanes(generation)
         return int(last)
 
-    def _targets(self, row: Row) -> Sequence[int]:
-        if row.exchange is not None:
-            bindings = self._bindings.get(row.exchange.name, ())
-            if bindings and bindings[0][0].type != row.exchange.type:
-                row.clash = bindings[0][0].type
+    def _targets(self, target: Target) -> Sequence[int]:
+        if target.exchange is not None:
+            bindings = self._bindings.get(target.exchange.name, ())
+            if bindings and bindings[0][0].type != target.exchange.type:
+                target.clash = bindings[0][0].type
                 return []
-            queues = {queue: None for exchange, topic, queue in bindings if exchange.matches(topic, row.queue)}
+            queues = {queue: None for exchange, topic, queue in bindings if exchange.matches(topic, target.queue)}
             return [lane for queue in queues for lane in self._lanes.get(queue, ())]
-        lanes = self._lanes.get(row.queue, [])
+        lanes = self._lanes.get(target.queue, [])
         # A lane that has gone meanwhile: to whoever reads that queue now.
-        return [row.lane] if row.lane in lanes else lanes
+        return [target.lane] if target.lane in lanes else lanes
 
     def _write(self, first: int, spread: Sequence[tuple[Row, int]]) -> None:
-        start = 0
-        while start < len(spread):
-            size = next((size for size in CHUNKS if size >= len(spread) - start), CHUNKS[-1])
+        """Write rows, each into its lane, under ids from `first` on."""
+        start, left = 0, len(spread)
+        while left > 0:
+            size = 1 if left == 1 else sql.FEW if left <= sql.FEW else sql.MANY
             flat: list[Any] = []
             for number, (row, lane) in enumerate(spread[start : start + size], first + start):
-                flat += (number, lane, row.key, row.due, row.meta, row.body)
-            flat += [None] * (size * COLUMNS - len(flat))
-            self.run(INSERT[size], flat)
-            start += size
+                target = row.target
+                flat += (number, lane, target.key, target.due, row.meta, row.body)
+            flat += [None] * (size * sql.COLUMNS - len(flat))
+            self.run(sql.INSERT[size], flat)
+            start, left = start + size, left - size
 
     def _enqueue(self, first: int, last: int, now: float, delayed: bool) -> int:
         given = {"first": first, "last": last, "now": now}
@@ -335,7 +290,7 @@ class Tables:
 
     def look(self, lane: int, claim: int, ordered_by: str | None) -> tuple[bool, float | None, bool]:
         """Whether something is ready to be claimed; when the next delayed one is due; whether the lane is there."""
-        ready, due, there = self.run(LOOK[ordered_by], {"lane": lane, "claim": claim}).fetchone()
+        ready, due, there = self.run(sql.LOOK[ordered_by], {"lane": lane, "claim": claim}).fetchone()
         return bool(ready), due, bool(there)
 
     def claim(
@@ -346,50 +301,52 @@ class Tables:
         Parameters:
             alone: take a suspect by itself, so that no other is counted with it.
         """
-        self._ripen(lane, now)
-        taken = self._read(lane, claim, ordered_by, limit)
+        taken = self._read(lane, claim, ordered_by, limit, now)
         if taken is None:
             # What may be claimed and cannot be read leads to no message: it would count as ready for ever.
             self.run(
-                f"DELETE FROM ready AS r WHERE r.lane = :lane AND {WITHOUT_MESSAGE} {ALLOWED[ordered_by]}",  # nosec B608: ALLOWED has constants
+                f"DELETE FROM ready AS r WHERE r.lane = :lane AND {sql.WITHOUT_MESSAGE} {sql.ALLOWED[ordered_by]}",  # nosec B608: ALLOWED has constants
                 {"lane": lane, "claim": claim},
             )
             return None
-        if alone and (cut := _cut(taken.counts)) is not None:
-            taken.keep(cut)
-        given = {"lane": lane, "claim": claim, "ids": ids_json(taken.ids), "last": taken.ids[-1]}
+        if alone and max(taken.counts) >= SUSPECT:
+            taken.keep(_before_suspect(taken.counts))
+        given: dict[str, Any] = {"lane": lane, "claim": claim, "last": taken.ids[-1]}
         # All that is ready up to the last one, unless keys were left out between.
-        which = f"id IN {_IDS}" if ordered_by == "key" else "id <= :last"
+        which = "id <= :last"
+        if ordered_by == "key":
+            which, given["ids"] = f"id IN {sql.IDS}", ids_json(taken.ids)
         self.run(
-            "INSERT OR REPLACE INTO held SELECT id, :claim, lane, count FROM ready "  # nosec B608: which is _IDS, a bound, or nothing
+            "INSERT OR REPLACE INTO held SELECT id, :claim, lane, count FROM ready "  # nosec B608: which is IDS, or a bound
             f"WHERE lane = :lane AND {which} AND id IN (SELECT id FROM messages)",
             given,
         )
-        self.run(f"DELETE FROM ready WHERE lane = :lane AND {which}", given)  # nosec B608: which is _IDS, a bound, or nothing
+        self.run(f"DELETE FROM ready WHERE lane = :lane AND {which}", given)  # nosec B608: which is IDS, or a bound
         return taken
 
-    def _read(self, lane: int, claim: int, ordered_by: str | None, limit: int) -> Claimed | None:
+    def _read(self, lane: int, claim: int, ordered_by: str | None, limit: int, now: float) -> Claimed | None:
+        """What may be claimed, after what is due has been made ready."""
+        given = {"lane": lane, "claim": claim, "limit": limit}
+        ripened = False
         while True:
-            given = {"lane": lane, "claim": claim, "limit": limit}
             try:
-                ids, counts, sizes, meta, bodies = self.run(CANDIDATES[ordered_by], given).fetchone()
+                due, ids, counts, sizes, meta, bodies = self.run(sql.CANDIDATES[ordered_by], given).fetchone()
             except (sqlite3.Error, OverflowError, MemoryError) as error:
-                if limit == 1 or not schema.is_too_big(error):
+                if given["limit"] == 1 or not schema.is_too_big(error):
                     raise
-                limit = max(1, limit // 8)  # together they are more than SQLite joins
+                given["limit"] = max(1, given["limit"] // 8)  # together they are more than SQLite joins
+                continue
+            if due is not None and due <= now and not ripened:
+                self._ripen(lane, now)
+                ripened = True
                 continue
             if meta is None:
                 return None
             return Claimed(claim, lane, from_json(ids), from_json(counts), from_json(sizes), meta, bodies or b"")
 
     def _ripen(self, lane: int, now: float) -> None:
-        odd, due = self.run(RIPE, {"lane": lane, "now": now}).fetchone()
-        if odd:
-            self.run(f"UPDATE OR REPLACE later SET due = 0 WHERE lane = ? AND {NO_TIME.format('due')}", (lane,))  # nosec B608: NO_TIME is a constant
-        if odd or due:
-            self._make_ready(lane, now)
-
-    def _make_ready(self, lane: int, now: float) -> None:
+        """Make ready what is due, and what has no time that can come."""
+        self.run(f"UPDATE OR REPLACE later SET due = 0 WHERE lane = ? AND {sql.NO_TIME.format('due')}", (lane,))  # nosec B608: NO_TIME is a constant
         last = self.run(
             "SELECT due, id FROM (SELECT due, id FROM later WHERE lane = ? AND due <= ? ORDER BY due, id LIMIT ?) "
             "ORDER BY due DESC, id DESC LIMIT 1",
@@ -405,28 +362,29 @@ class Tables:
 
     def still_held(self, claim: int, ids: Sequence[int]) -> set[int]:
         """Those of `ids` that this claim still has in hand."""
-        statement = f"SELECT json_group_array(id) FROM held WHERE claim = :claim AND id IN {_IDS}"  # nosec B608: _IDS is a constant
+        statement = f"SELECT json_group_array(id) FROM held WHERE claim = :claim AND id IN {sql.IDS}"  # nosec B608: IDS is a constant
         return set(from_json(self.value(statement, {"claim": claim, "ids": ids_json(ids)})))
 
     def remove(self, claim: int, ids: Sequence[int]) -> int:
         """Delete messages that this claim has in hand; the number. Others of `ids` are left."""
         given = {"claim": claim, "ids": ids_json(ids)}
         self.run(
-            f"DELETE FROM messages WHERE id IN (SELECT id FROM held WHERE claim = :claim AND id IN {_IDS})",  # nosec B608: _IDS is a constant
+            f"DELETE FROM messages WHERE id IN (SELECT id FROM held WHERE claim = :claim AND id IN {sql.IDS})",  # nosec B608: IDS is a constant
             given,
         )
-        return self.run(f"DELETE FROM held WHERE claim = :claim AND id IN {_IDS}", given).rowcount  # nosec B608: _IDS is a constant
+        return self.run(f"DELETE FROM held WHERE claim = :claim AND id IN {sql.IDS}", given).rowcount  # nosec B608: IDS is a constant
 
     def put_back(self, claim: int, ids: Sequence[int] | None = None, *, count: int = 0) -> int:
         """Make messages that this claim has in hand (all of them when `ids` is None) ready again; the number."""
+        self.stirred = True
         given = {"claim": claim, "count": count, "ids": "[]" if ids is None else ids_json(ids)}
-        which = "" if ids is None else f"AND h.id IN {_IDS}"
+        which = "" if ids is None else f"AND h.id IN {sql.IDS}"
         self.run(
-            "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + :count, m.key FROM held h "  # nosec B608: which is _IDS, a bound, or nothing
+            "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + :count, m.key FROM held h "  # nosec B608: which is IDS, a bound, or nothing
             f"CROSS JOIN messages m ON m.id = h.id WHERE h.claim = :claim {which}",
             given,
         )
-        return self.run(f"DELETE FROM held AS h WHERE h.claim = :claim {which}", given).rowcount  # nosec B608: which is _IDS, a bound, or nothing
+        return self.run(f"DELETE FROM held AS h WHERE h.claim = :claim {which}", given).rowcount  # nosec B608: which is IDS, a bound, or nothing
 
     # --- leases ---------------------------------------------------------------------------------
 
@@ -455,24 +413,25 @@ class Tables:
     def next_expiry(self) -> float | None:
         """When the first lease ends; 0.0 where something is held that no lease would ever bring back."""
         expires = self.value(
-            f"SELECT iif(EXISTS (SELECT 1 FROM held h WHERE {UNCLAIMED}) OR EXISTS (SELECT 1 FROM claims WHERE "  # nosec B608: UNCLAIMED is a constant
-            f"{NO_TIME.format('expires')}), 0, (SELECT min(expires) FROM claims))"
+            f"SELECT iif(EXISTS (SELECT 1 FROM held h WHERE {sql.UNCLAIMED}) OR EXISTS (SELECT 1 FROM claims WHERE "  # nosec B608: UNCLAIMED is a constant
+            f"{sql.NO_TIME.format('expires')}), 0, (SELECT min(expires) FROM claims))"
         )
         return None if expires is None else float(expires)
 
     def expire(self, now: float) -> int:
         """Put back what consumers have in hand whose lease has run out, counted; the number."""
         number = 0
-        over = f"expires <= ? OR {NO_TIME.format('expires')}"
+        self.stirred = True
+        over = f"expires <= ? OR {sql.NO_TIME.format('expires')}"
         for claim in from_json(self.value(f"SELECT json_group_array(id) FROM claims WHERE {over}", (now,))):  # nosec B608: over is the constant above
             number += self.put_back(claim, count=1)
             self.run("DELETE FROM claims WHERE id = ?", (claim,))
         # What is held under no lease at all nothing else would ever bring back.
         self.run(
             "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + 1, m.key FROM held h "  # nosec B608: UNCLAIMED is a constant
-            f"CROSS JOIN messages m ON m.id = h.id WHERE {UNCLAIMED}"
+            f"CROSS JOIN messages m ON m.id = h.id WHERE {sql.UNCLAIMED}"
         )
-        return number + self.run(f"DELETE FROM held AS h WHERE {UNCLAIMED}").rowcount  # nosec B608: UNCLAIMED is a constant
+        return number + self.run(f"DELETE FROM held AS h WHERE {sql.UNCLAIMED}").rowcount  # nosec B608: UNCLAIMED is a constant
 
     # --- numbers --------------------------------------------------------------------------------
 
@@ -482,19 +441,16 @@ class Tables:
         among = "lane IN (SELECT value FROM json_each(:ids))"
         ready, due, delayed, in_hand, oldest = self.run(
             f"SELECT (SELECT count(*) FROM ready WHERE {among}), "  # nosec B608: among is the constant above
-            f"(SELECT count(*) FROM later WHERE {among} AND (due <= :now OR {NO_TIME.format('due')})), "
-            f"(SELECT count(*) FROM later WHERE {among} AND due > :now AND NOT {NO_TIME.format('due')}), "
+            f"(SELECT count(*) FROM later WHERE {among} AND (due <= :now OR {sql.NO_TIME.format('due')})), "
+            f"(SELECT count(*) FROM later WHERE {among} AND due > :now AND NOT {sql.NO_TIME.format('due')}), "
             f"(SELECT count(*) FROM held WHERE {among}), "
-            f"(SELECT min({of_meta('time', 'integer', 'real')}) FROM json_each(:ids) l CROSS JOIN messages m "
+            f"(SELECT min({sql.of_meta('time', 'integer', 'real')}) FROM json_each(:ids) l CROSS JOIN messages m "
             "ON m.id = (SELECT min(r.id) FROM ready r WHERE r.lane = l.value))",
             {"ids": ids, "now": now},
         ).fetchone()
         return ready + due, delayed, in_hand, read_time(oldest)
 
 
-def _cut(counts: Sequence[int]) -> int | None:
-    """How many to take so that a suspect is alone; None for all."""
-    for position, count in enumerate(counts):
-        if count >= SUSPECT:
-            return max(1, position)
-    return None
+def _before_suspect(counts: Sequence[int]) -> int:
+    """How many to take so that a suspect, of which there is one, is alone."""
+    return max(1, next(position for position, count in enumerate(counts) if count >= SUSPECT))

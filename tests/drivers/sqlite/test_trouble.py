@@ -312,7 +312,7 @@ async def test_a_locked_file_is_named_whatever_else_waits_for_it(beside: bool, u
         lock.execute("BEGIN IMMEDIATE")
         if beside:  # its lease is renewed, or its claim begun, and waits for the lock before the send does
             assert producer._session is not None
-            worker = producer._session._database._worker
+            worker = producer._session._database.worker
             await wait_until(lambda: worker.locked_since is not None)
         with pytest.raises(SendError, match=r"locked for .*fuser -v"):
             await producer.send("b")
