@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from streamtools.errors import ConfigurationError, suggest
 from streamtools.protocols import URL_VARIABLE
+from streamtools.validation.converted import Secret, SecretOrNone, Secrets, Texts
 from streamtools.validation.tokens import read_tokens
 
 #: The number of a process among those that `streamtools run --workers` started: 0, 1, and so on.
@@ -178,8 +179,8 @@ class RabbitMQSettings(ProtocolSettings):
     host: str = "localhost"
     port: Annotated[int | None, Field(ge=1, le=65535)] = None
     username: Annotated[str, Field(validation_alias=AliasChoices("username", "RMQ_USER", "RMQ_USERNAME"))] = "guest"
-    password: Annotated[SecretStr, Field(validation_alias=AliasChoices("password", "RMQ_PASS", "RMQ_PASSWORD"))] = (
-        SecretStr("guest")
+    password: Annotated[Secret, Field(validation_alias=AliasChoices("password", "RMQ_PASS", "RMQ_PASSWORD"))] = (
+        SecretStr("guest")  # type: ignore[assignment]
     )
     vhost: str = "/"
     tls: bool = False
@@ -189,7 +190,7 @@ class RabbitMQSettings(ProtocolSettings):
     verify: bool = True
     heartbeat: Annotated[int, Field(ge=0, le=65535)] = 30
     connect_timeout: Annotated[float, Field(gt=0)] = 10.0
-    management_url: SecretStr | None = None
+    management_url: SecretOrNone = None  # type: ignore[assignment]
 
     @field_validator("management_url")
     @classmethod
@@ -265,9 +266,9 @@ class KafkaSettings(ProtocolSettings):
     username: Annotated[
         str | None, Field(validation_alias=AliasChoices("username", "KAFKA_USER", "KAFKA_USERNAME"))
     ] = None
-    password: Annotated[
-        SecretStr, Field(validation_alias=AliasChoices("password", "KAFKA_PASS", "KAFKA_PASSWORD"))
-    ] = SecretStr("")
+    password: Annotated[Secret, Field(validation_alias=AliasChoices("password", "KAFKA_PASS", "KAFKA_PASSWORD"))] = (
+        SecretStr("")  # type: ignore[assignment]
+    )
     sasl: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
     tls: bool = False
     cafile: str | None = None
@@ -373,7 +374,7 @@ def _filled(value: object) -> object:
     return value
 
 
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+Names = Annotated[Texts, NoDecode, BeforeValidator(_names)]
 
 
 class HTTPSettings(ProtocolSettings):
@@ -414,10 +415,10 @@ class HTTPSettings(ProtocolSettings):
     verify: bool = True
     timeout: Annotated[float, Field(gt=0)] = 30.0
     max_body: Annotated[int, Field(gt=0)] = 1024 * 1024
-    tokens: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(read_tokens)] = ()
+    tokens: Annotated[Secrets, NoDecode, BeforeValidator(read_tokens)] = ()  # type: ignore[assignment]
     client_ca: Annotated[str | None, BeforeValidator(_filled)] = None
-    hosts: Annotated[Names, BeforeValidator(_filled)] = ()
-    origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)] = ()
+    hosts: Annotated[Names, BeforeValidator(_filled)] = ()  # type: ignore[assignment]
+    origins: Annotated[Texts, NoDecode, BeforeValidator(_origins)] = ()  # type: ignore[assignment]
     max_connections: Annotated[int, Field(gt=0)] = 2000
     max_answer: Annotated[int, Field(gt=0)] = 16 * 1024 * 1024
 

@@ -1,6 +1,16 @@
 """Mistakes that type checkers report: one in each line that ends with a comment."""
 
-from streamtools import CONSUMER_LOOPS, HTTP, PRODUCERS, Bus, Command, Consumer, ConsumerFactory, Producer
+from streamtools import (
+    CONSUMER_LOOPS,
+    HTTP,
+    PRODUCERS,
+    Bus,
+    Command,
+    Consumer,
+    ConsumerFactory,
+    Producer,
+    RabbitMQSettings,
+)
 from streamtools.testing import Harness
 
 consumers = ConsumerFactory(url="asyncio://", consumer_grup="billing")  # a name that no protocol has
@@ -48,6 +58,12 @@ async def by_name() -> None:
     PRODUCERS["kafka"]("orders", partitions="3")  # a wrong type
     CONSUMER_LOOPS["rabbitmq"]("orders", content_types=["text/*"])  # an option of HTTP
     CONSUMER_LOOPS["http"]("orders", concurrency="8")  # a wrong type
+
+
+def settings() -> None:
+    RabbitMQSettings(hst="rabbit")  # a wrong name
+    RabbitMQSettings(password=5)  # a wrong type
+    RabbitMQSettings().password.lower()  # it is a secret
 
 
 async def calls() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack, assert_type
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from streamtools import (
     ADMINS,
@@ -26,6 +26,8 @@ from streamtools import (
     Delivery,
     Event,
     Handler,
+    HTTPSettings,
+    KafkaSettings,
     Message,
     MessageContext,
     Producer,
@@ -233,9 +235,14 @@ async def by_name(name: str) -> None:
         assert_type(await kafka.send(None, key="k", tombstone=True, partition=1, timestamp=0.0, wait=False), Receipt)
         async with kafka.transaction():
             await kafka.send_many([1, 2], partition=2)
-    PRODUCERS[RABBITMQ](
-        "orders", url=RabbitMQSettings(host="rabbit"), queue_type="classic", error_queue="{queue}.bad"
-    )
+    settings = RabbitMQSettings(host="rabbit", password="p@ss", management_url="https://rabbit:15671")
+    assert_type(settings.password, SecretStr)
+    assert_type(settings.management_url, SecretStr | None)
+    PRODUCERS[RABBITMQ]("orders", url=settings, queue_type="classic", error_queue="{queue}.bad")
+    assert_type(KafkaSettings(password=SecretStr("p@ss"), sasl="PLAIN").password, SecretStr)
+    web = HTTPSettings(tokens=["a" * 16], hosts="shop.example", origins=["https://shop.example"])
+    assert_type(web.tokens, tuple[SecretStr, ...])
+    assert_type(web.origins, tuple[str, ...])
     loop = CONSUMER_LOOPS["http"]("orders", content_types=["application/json", "text/*"], max_body=1024, port=0)
     assert_type(loop, HTTPConsumer)
     assert_type(loop.address, tuple[str, int])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
+from pydantic import SecretStr
 
 import streamtools
 from streamtools import (
@@ -22,8 +23,10 @@ from streamtools import (
     Bus,
     Consumer,
     ConsumerFactory,
+    HTTPSettings,
     Message,
     Producer,
+    RabbitMQSettings,
     Verdict,
     built_in,
     options,
@@ -150,6 +153,16 @@ def test_what_validators_take_besides_is_taken() -> None:
     for given in ("text/*", ["text/*"], ("text/*",)):
         consumer = CONSUMER_LOOPS["http"]("orders", content_types=given)
         assert consumer.options.content_types == ("text/*",)
+
+
+def test_settings_take_what_checkers_let_pass() -> None:
+    token = "a" * 16
+    for password in ("p@ss", SecretStr("p@ss")):
+        assert RabbitMQSettings(password=password).password == SecretStr("p@ss")
+    for tokens in (token, [token], (token,), SecretStr(token), (SecretStr(token),)):
+        assert HTTPSettings(tokens=tokens).tokens == (SecretStr(token),)
+    for names in ("shop.example", ["shop.example"], ("shop.example",)):
+        assert HTTPSettings(hosts=names).hosts == ("shop.example",)
 
 
 @pytest.mark.parametrize("kind", ["Producer", "Consumer", "Send"])

@@ -1,0 +1,27 @@
+"""Types of settings that are given as one type and read as another: a password is given as text, read as a secret.
+
+At run time each is the type that is read; pydantic converts what is given. Type checkers take both from the methods
+of a descriptor, as PEP 681 has it.
+"""
+
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import SecretStr
+
+Given = TypeVar("Given", contravariant=True)
+Read = TypeVar("Read", covariant=True)
+
+if TYPE_CHECKING:
+
+    class Converted(Generic[Given, Read]):
+        """A field that takes one type and has another."""
+
+        def __get__(self, instance: object, owner: type[Any] | None = None) -> Read: ...
+        def __set__(self, instance: Any, value: Given) -> None: ...
+
+    Secret = Converted[str | SecretStr, SecretStr]
+    SecretOrNone = Converted[str | SecretStr | None, SecretStr | None]
+    Secrets = Converted[str | SecretStr | list[str] | tuple[str | SecretStr, ...], tuple[SecretStr, ...]]
+    Texts = Converted[str | list[str] | tuple[str, ...], tuple[str, ...]]
+else:
+    Secret, SecretOrNone, Secrets, Texts = SecretStr, SecretStr | None, tuple[SecretStr, ...], tuple[str, ...]
