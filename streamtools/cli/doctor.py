@@ -196,7 +196,7 @@ class Doctor:
                 # The messages' own connection works: it was tried above.
                 return "warning", f"{error} Everything but listing queues works without it."
         waiting = sum(info.ready + (info.delayed or 0) for info in infos)
-        text = f"{len(infos):,} queue{'' if len(infos) == 1 else 's'}, "
+        text = f"{output.counted(len(infos), 'queue')}, "
         text += f"{waiting:,} message{' waits' if waiting == 1 else 's wait'}"
         failed = next((info.ready for info in infos if info.name == "error"), 0)
         if failed:

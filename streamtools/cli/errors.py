@@ -339,4 +339,4 @@ def _print_done(what: str, queue: str, number: int, *, json: bool) -> None:
     if json:
         output.print_json({what: number})
     else:
-        output.say(f"{number:,} message{'' if number == 1 else 's'} of {queue} {what}.")
+        output.say(f"{output.counted(number, 'message')} of {queue} {what}.")

@@ -70,7 +70,7 @@ def send(
         with open_lines(file) as stream, output.Bar("Sending") as bar:
             bar.expect(size)
             sent = drive(_send_lines(producer, stream, template, bar, as_json=json))
-        output.note(f"{sent:,} message{'' if sent == 1 else 's'} sent to {queue}.")
+        output.note(f"{output.counted(sent, 'message')} sent to {queue}.")
     else:
         data = sys.stdin.buffer.read() if payload == "-" else (payload or "").encode("utf-8", "surrogateescape")
         drive(_send_one(producer, data, template, as_json=json))
@@ -344,7 +344,7 @@ class Viewer:
             output.note(f"{self._queue} has no message that is due.")
         else:
             what = "taken out of" if self._ack else "shown; they stay in"
-            output.note(f"{self._shown:,} message{'s' if self._shown > 1 else ''} {what} {self._queue}.")
+            output.note(f"{output.counted(self._shown, 'message')} {what} {self._queue}.")
 
 
 def as_data(message: Message) -> dict[str, Any]:

@@ -162,6 +162,11 @@ def cell(value: object) -> str:
     return escaped(text if len(text) <= CELL else f"{text[:CELL]}...")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words, such as "1 message" or "2,000 messages"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def moment(seconds: float | None) -> str | None:
     """Seconds since the epoch as RFC 3339 in UTC."""
     seconds = read_time(seconds)

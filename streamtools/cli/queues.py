@@ -210,18 +210,14 @@ def delete(name: Name, *, url: Url = None, yes: Yes = False, json: Json = False)
 
 
 def _number(info: QueueInfo) -> str:
-    return _messages(info.ready + (info.delayed or 0))
-
-
-def _messages(number: int) -> str:
-    return f"{number:,} message{'' if number == 1 else 's'}"
+    return output.counted(info.ready + (info.delayed or 0), "message")
 
 
 def _done(what: str, name: str, number: int | None, *, json: bool) -> None:
     if json:
         output.print_json({what: name} if number is None else {what: name, "messages": number})
     else:
-        output.say(f"{name}: {what}." if number is None else f"{name}: {_messages(number)} {what}.")
+        output.say(f"{name}: {what}." if number is None else f"{name}: {output.counted(number, 'message')} {what}.")
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -250,7 +246,7 @@ def _described(settings: QueueSettings) -> str:
     time = units.FOREVER if settings.retention == math.inf else f"for {output.age(settings.retention)}"
     limit = settings.retention_bytes
     room = "" if limit == math.inf else f", {units.show_size(limit)} at most of each"
-    return f"{settings.partitions} partition{'' if settings.partitions == 1 else 's'}, kept {time}{room}"
+    return f"{output.counted(settings.partitions, 'partition')}, kept {time}{room}"
 
 
 def _finite(settings: dict[str, Any]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def told_whole(targets: Iterable[str]) -> list[str]:
 
 
 def _of(number: int, queue: str) -> str:
-    return f"{number:,} message{'' if number == 1 else 's'} of {queue}"
+    return f"{output.counted(number, 'message')} of {queue}"
 
 
 async def missing_queues(admin: QueueAdmin, names: Iterable[str]) -> frozenset[str]:

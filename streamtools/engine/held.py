@@ -33,8 +33,8 @@ class HeldBack:
         self._bytes = 0
         self._queue, self._reason = "", ""  # of the last one
         self._is_said = False
-        self._looking = asyncio.Lock()
-        self._looked = float("-inf")
+        self._declaring = asyncio.Lock()
+        self._declared = float("-inf")
 
     def has_room(self) -> bool:
         """Whether more messages may be received; if not, the log says once why."""
@@ -52,45 +52,31 @@ class HeldBack:
         return False
 
     @contextmanager
-    def place(self, message: Message) -> Iterator[Place]:
-        """A place for a message, for as long as its settlement is tried."""
-        place = Place(self, message)
+    def place(self, message: Message) -> Iterator[Callable[[str], None]]:
+        """A place for a message while its settlement is tried; call what it gives with the reason of each refusal."""
+        size, is_taken = len(message.body or b""), False
+
+        def take(reason: str) -> None:
+            nonlocal is_taken
+            self._queue, self._reason = message.queue, reason
+            if not is_taken:
+                is_taken = True
+                self.number += 1
+                self._bytes += size
+
         try:
-            yield place
+            yield take
         finally:
-            place.leave()
+            if is_taken:
+                self.number -= 1
+                self._bytes -= size
 
     async def redeclare(self, redeclare: Callable[[], Awaitable[None]]) -> None:
         """Declare the queues again, unless that was done a moment ago for another message."""
-        async with self._looking:
-            if time.monotonic() - self._looked < REDECLARE_INTERVAL:
+        async with self._declaring:
+            if time.monotonic() - self._declared < REDECLARE_INTERVAL:
                 return
             try:
                 await stray_cancellation_as_lost(redeclare())
             finally:
-                self._looked = time.monotonic()
-
-
-class Place:
-    """One message's place among those held back."""
-
-    def __init__(self, held: HeldBack, message: Message) -> None:
-        self._held = held
-        self._queue = message.queue
-        self._bytes = len(message.body or b"")
-        self._is_taken = False
-
-    def take(self, reason: str) -> None:
-        """Count the message: the broker refuses its copy, for this reason."""
-        self._held._queue, self._held._reason = self._queue, reason
-        if not self._is_taken:
-            self._is_taken = True
-            self._held.number += 1
-            self._held._bytes += self._bytes
-
-    def leave(self) -> None:
-        """Count it no more."""
-        if self._is_taken:
-            self._is_taken = False
-            self._held.number -= 1
-            self._held._bytes -= self._bytes
+                self._declared = time.monotonic()

@@ -173,10 +173,10 @@ class Settler:
         # A copy that no queue can hold until it is due is tried again only then, and is not logged as an error.
         early = one.early(refusal)
         delay, said = REFUSED_DELAY, str(refusal) if early else ""
-        with self.refused.place(one.settlement.delivery.message) as place:
+        with self.refused.place(one.settlement.delivery.message) as hold:
             while True:
                 if early or said:
-                    place.take(said)
+                    hold(said)
                     self._state.changed()  # one more may be received
                     if await is_set_within(self._state.stopping, early or delay):
                         self.alone -= 1
