@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, Literal, Protocol, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, Literal, Self, Unpack, overload
 
 from typing_extensions import ParamSpec, TypeVar  # pydantic's; typing's own have no defaults before Python 3.13
 
@@ -16,15 +16,16 @@ from streamtools.engine.dispatch import Answer, Dispatcher, chain, check_middlew
 from streamtools.engine.endpoint import Endpoint
 from streamtools.engine.functions.calling import Decorated, check_handler, name_of, undecorated
 from streamtools.engine.functions.invoke import RESOLVERS, check_decorators, compile_handler
-from streamtools.engine.loop import Ack, Loop, Source
+from streamtools.engine.loop import Ack, Loop
 from streamtools.engine.messages.failures import error_queue_of
-from streamtools.engine.pulling import Pulled, Puller
+from streamtools.engine.pulling import Puller
 from streamtools.engine.replies import ReplyRule
 from streamtools.engine.run import ConsumerRun
 from streamtools.engine.settler import Finished
 from streamtools.engine.settling import Decider
 from streamtools.engine.tasks.eventloops import in_its_loop
 from streamtools.engine.tasks.threads import Threads
+from streamtools.engine.transport import Transport
 from streamtools.errors import Closed, ConfigurationError, FeatureError
 from streamtools.exchange import Binding
 from streamtools.options import AnyConsumerOptions
@@ -48,10 +49,6 @@ PREFETCH: Final = 100
 
 #: Protocol name to consumer class.
 CONSUMER_LOOPS: Registry[Consumer] = Registry("consumer", targets("consumer"))
-
-
-class TransportWrapper(Source, Pulled, Protocol):
-    """The hooks of a driver, or of what stands between a consumer and its driver."""
 
 
 class Consumer(ConsumerHooks, Endpoint):
@@ -307,7 +304,7 @@ class Consumer(ConsumerHooks, Endpoint):
         return self._run.stopping
 
     @property
-    def _transport(self) -> TransportWrapper:
+    def _transport(self) -> Transport:
         """The driver's hooks, or what stands before them."""
         return self.wrapper or self  # type: ignore[return-value]  # a consumer's wrapper has its hooks
 

@@ -13,11 +13,11 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.engine.ready import ReadyQueue
-from streamtools.engine.settler import Finished, Settler, Settles
+from streamtools.engine.settler import Finished, Settler
 from streamtools.engine.settling import Decider, acknowledge
 from streamtools.engine.state import LoopState, stray
 from streamtools.engine.tasks.cancellation import (
@@ -27,6 +27,7 @@ from streamtools.engine.tasks.cancellation import (
     stray_cancellation_as_lost,
     worker_scope,
 )
+from streamtools.engine.transport import Transport
 from streamtools.errors import ConnectError
 from streamtools.verdicts import ACK, RELEASE, Verdict, VerdictKind
 
@@ -45,13 +46,6 @@ CANCEL_TIMEOUT: Final = 3.0
 Ack = Literal["after", "on_receive", "manual"]
 
 
-class Source(Settles, Protocol):
-    """What the loop needs of a driver."""
-
-    async def _receive(self, limit: int) -> Sequence[Delivery]: ...
-    async def _stop(self) -> None: ...
-
-
 class Loop:
     """One consumer's loop over one connection; made anew after each reconnect.
 
@@ -67,7 +61,7 @@ class Loop:
 
     def __init__(
         self,
-        source: Source,
+        source: Transport,
         decider: Decider,
         *,
         concurrency: int,

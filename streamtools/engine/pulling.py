@@ -10,20 +10,13 @@ from typing import Any, ClassVar, Final, Protocol
 from streamtools.delivery import Delivery, Settlement
 from streamtools.engine.settling import Decider, OneSettlement
 from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
+from streamtools.engine.transport import Transport
 from streamtools.errors import ConnectError
 from streamtools.validation.checks import Seconds
 from streamtools.verdicts import DROP, RELEASE, Verdict
 
 #: Seconds for a broker to say what is there now.
 POLL_TIMEOUT: Final = 5.0
-
-
-class Pulled(Protocol):
-    """What the puller needs of a consumer's driver, or of what stands before it."""
-
-    async def _receive(self, limit: int) -> Sequence[Delivery]: ...
-    async def _poll(self, limit: int) -> Sequence[Delivery]: ...
-    async def _settle(self, settlements: Sequence[Settlement]) -> None: ...
 
 
 class Owner(Protocol):
@@ -34,7 +27,7 @@ class Owner(Protocol):
     _connected: bool
 
     @property
-    def _transport(self) -> Pulled: ...
+    def _transport(self) -> Transport: ...
     def _here(self) -> Any: ...
     async def _connect(self) -> None: ...
     async def _disconnect(self, error: ConnectError) -> None: ...

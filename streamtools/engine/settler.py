@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from streamtools.delivery import Delivery, Settlement
 from streamtools.engine.batching import SettlementBatcher
@@ -15,6 +15,7 @@ from streamtools.engine.settling import Decider, OneSettlement, Unsettled
 from streamtools.engine.state import LoopState
 from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
 from streamtools.engine.tasks.waiting import is_set_within
+from streamtools.engine.transport import Transport
 from streamtools.errors import ConnectError, ConnectionLost, QueueError, SendError
 from streamtools.message import Message
 from streamtools.verdicts import RELEASE, Verdict
@@ -31,13 +32,6 @@ FINISHED_LIMIT: Final = 10_000
 
 #: Settlements by message id, attempt and handler.
 Finished = dict[tuple[str, int, str | None], Settlement]
-
-
-class Settles(Protocol):
-    """What the settler needs of a driver."""
-
-    async def _settle(self, settlements: Sequence[Settlement]) -> None: ...
-    async def _redeclare(self) -> None: ...
 
 
 class Settler:
@@ -61,7 +55,7 @@ class Settler:
     """
 
     def __init__(
-        self, source: Settles, decider: Decider, state: LoopState, *, left_limit: int, finished: Finished
+        self, source: Transport, decider: Decider, state: LoopState, *, left_limit: int, finished: Finished
     ) -> None:
         self.decider = decider
         self.refused: HeldBack = HeldBack()
