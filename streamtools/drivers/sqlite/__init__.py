@@ -5,7 +5,7 @@
     requests.py                          what is asked of the database thread
     worker.py                            the database thread: turns and transactions
     waiting.py                           consumers in that thread: those that wait, and their leases
-    file.py, room.py                     one connection: begin, commit, the file's name; the disk's free room
+    file.py                              one connection: begin, commit, the file's name; the disk's free room
     tables.py, statements.py             what is done with the tables, and the longer statements
     rows.py                              messages to rows and back
     schema.py                            the file itself, and what can be wrong with it

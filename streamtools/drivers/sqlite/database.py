@@ -78,25 +78,15 @@ class Database:
         """Whether the event loop still lives."""
         return not self._loop.is_closed()
 
-    def post(self, answers: list[Answer]) -> None:
-        """Have requests answered in the event loop."""
-        self._call(self._answer, answers)
-
-    def opened(self, error: BaseException | None) -> None:
-        """The file is open, or cannot be."""
-        self._call(_finish, self._opening, error)
-
-    def ended(self) -> None:
-        """The thread ends."""
-        self._call(_finish, self._ending, None)
-
-    def _call(self, function: Any, *arguments: Any) -> None:
+    def tell(self, function: Any, *arguments: Any) -> None:
+        """Have a function called in the event loop."""
         with suppress(RuntimeError):  # the loop was closed: nobody waits, and the thread ends by itself
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    # --- answers, in the event loop -------------------------------------------------------------
+    # --- told in the event loop -----------------------------------------------------------------
 
-    def _answer(self, answers: Sequence[Answer]) -> None:
+    def answer(self, answers: Sequence[Answer]) -> None:
+        """These requests are answered."""
         for request, result in answers:
             future = request.future
             if future is None or future.done():
@@ -108,14 +98,19 @@ class Database:
             else:
                 future.set_result(result)
 
+    def opened(self, error: BaseException | None) -> None:
+        """The file is open, or cannot be."""
+        if self._opening.done():
+            return
+        if error is None:
+            self._opening.set_result(None)
+        else:
+            self._opening.set_exception(error)
 
-def _finish(future: asyncio.Future[None], error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+    def ended(self) -> None:
+        """The thread ends."""
+        if not self._ending.done():
+            self._ending.set_result(None)
 
 
 #: By process, file, settings and kind of use. A forked child leaves those of its parent alone: closing SQLite's

@@ -263,8 +263,3 @@ def _readable(given: Any, fields: Mapping[str, CoreSchema]) -> dict[str, Any]:
         with suppress(ValidationError):
             found[name] = SchemaValidator(kind).validate_python(value)
     return found
-
-
-def ids_json(ids: Sequence[int]) -> str:
-    """Row ids as one SQL parameter."""
-    return "[" + ",".join(map(str, ids)) + "]"

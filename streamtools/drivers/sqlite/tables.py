@@ -19,7 +19,7 @@ from pydantic_core import from_json, to_json
 
 from streamtools.drivers.sqlite import schema
 from streamtools.drivers.sqlite import statements as sql
-from streamtools.drivers.sqlite.rows import Claimed, Row, Target, ids_json
+from streamtools.drivers.sqlite.rows import Claimed, Row, Target
 from streamtools.exchange import Binding, Exchange
 from streamtools.wire import read_time
 
@@ -315,7 +315,7 @@ class Tables:
         # All that is ready up to the last one, unless keys were left out between.
         which = "id <= :last"
         if ordered_by == "key":
-            which, given["ids"] = f"id IN {sql.IDS}", ids_json(taken.ids)
+            which, given["ids"] = f"id IN {sql.IDS}", to_json(taken.ids).decode()
         self.run(
             "INSERT OR REPLACE INTO held SELECT id, :claim, lane, count FROM ready "  # nosec B608: which is IDS, or a bound
             f"WHERE lane = :lane AND {which} AND id IN (SELECT id FROM messages)",
@@ -363,11 +363,11 @@ class Tables:
     def still_held(self, claim: int, ids: Sequence[int]) -> set[int]:
         """Those of `ids` that this claim still has in hand."""
         statement = f"SELECT json_group_array(id) FROM held WHERE claim = :claim AND id IN {sql.IDS}"  # nosec B608: IDS is a constant
-        return set(from_json(self.value(statement, {"claim": claim, "ids": ids_json(ids)})))
+        return set(from_json(self.value(statement, {"claim": claim, "ids": to_json(ids).decode()})))
 
     def remove(self, claim: int, ids: Sequence[int]) -> int:
         """Delete messages that this claim has in hand; the number. Others of `ids` are left."""
-        given = {"claim": claim, "ids": ids_json(ids)}
+        given = {"claim": claim, "ids": to_json(ids).decode()}
         self.run(
             f"DELETE FROM messages WHERE id IN (SELECT id FROM held WHERE claim = :claim AND id IN {sql.IDS})",  # nosec B608: IDS is a constant
             given,
@@ -377,7 +377,7 @@ class Tables:
     def put_back(self, claim: int, ids: Sequence[int] | None = None, *, count: int = 0) -> int:
         """Make messages that this claim has in hand (all of them when `ids` is None) ready again; the number."""
         self.stirred = True
-        given = {"claim": claim, "count": count, "ids": "[]" if ids is None else ids_json(ids)}
+        given = {"claim": claim, "count": count, "ids": to_json(ids or []).decode()}
         which = "" if ids is None else f"AND h.id IN {sql.IDS}"
         self.run(
             "INSERT OR IGNORE INTO ready SELECT h.lane, h.id, CAST(h.count AS INTEGER) + :count, m.key FROM held h "  # nosec B608: which is IDS, a bound, or nothing

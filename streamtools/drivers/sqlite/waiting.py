@@ -101,7 +101,7 @@ class Waiting:
         if not self._likely.isdisjoint(holder.lanes):
             waiter.fresh = True  # if there is nothing after all, look properly
             return True
-        if not (changed or waiter.fresh or self._is_ripe(waiter)):
+        if not (changed or waiter.fresh or (waiter.due is not None and self._is_ripe(waiter.due, waiter))):
             return False
         self._ordered = self._ordered or holder.ordered_by is not None
         waiter.fresh, waiter.due = False, None
@@ -113,13 +113,11 @@ class Waiting:
             found = found or ready
             if due is not None:
                 waiter.due = due if waiter.due is None else min(due, waiter.due)
-        return found or self._is_ripe(waiter)
+        return found or (waiter.due is not None and self._is_ripe(waiter.due, waiter))
 
-    def _is_ripe(self, waiter: Waiter) -> bool:
+    def _is_ripe(self, due: float, waiter: Waiter) -> bool:
         """A delayed message is due, and it is worth a wake."""
-        if waiter.due is None or waiter.due > time.time():
-            return False
-        return waiter.once or not self._throttle.wait()
+        return due <= time.time() and (waiter.once or not self._throttle.wait())
 
     def claim(self, waiter: Waiter) -> Claimed | None:
         """Take into hand what is ready for it; within a transaction."""
@@ -133,13 +131,12 @@ class Waiting:
             taken = self._tables.claim(
                 lane, holder.claim, ordered_by=holder.ordered_by, limit=limit, alone=holder.alone, now=now
             )
-            if taken is None:
+            if taken is None or len(taken.ids) < limit:
                 self._likely.discard(lane)
-                continue
-            if len(taken.ids) == limit:
-                self._likely.add(lane)
             else:
-                self._likely.discard(lane)
+                self._likely.add(lane)
+            if taken is None:
+                continue
             if waiter.due is not None and waiter.due <= now:
                 self._throttle.woke(len(taken.ids))
             holder.size = max(taken.sizes[: len(taken.ids)]) or 1

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from streamtools.drivers.sqlite import schema
 from streamtools.drivers.sqlite.file import Moved, OpenFile
@@ -30,27 +30,14 @@ from streamtools.drivers.sqlite.waiting import Waiting
 from streamtools.errors import ConnectError, ConnectionLost
 from streamtools.settings import SQLiteSettings
 
+if TYPE_CHECKING:
+    from streamtools.drivers.sqlite.database import Database
+
 log: logging.Logger = logging.getLogger("streamtools")
 
 #: Seconds before another try for a lock, and the most of it.
 LOCK_DELAY: Final = 0.0005
 LOCK_MAX_DELAY: Final = 0.002
-
-
-class Owner(Protocol):
-    """Who is told what becomes of a worker and of requests; called in its thread."""
-
-    def post(self, answers: list[Answer]) -> None:
-        """These requests are answered."""
-
-    def opened(self, error: BaseException | None) -> None:
-        """The file is open, or cannot be."""
-
-    def ended(self) -> None:
-        """The thread ends."""
-
-    def listens(self) -> bool:
-        """Whether the event loop still lives."""
 
 
 class Worker:
@@ -59,10 +46,10 @@ class Worker:
     Parameters:
         path: the file.
         settings: lease and busy_timeout, in seconds.
-        owner: is told of all.
+        owner: is told in the event loop what becomes of the thread and of requests.
     """
 
-    def __init__(self, path: str, settings: SQLiteSettings, owner: Owner) -> None:
+    def __init__(self, path: str, settings: SQLiteSettings, owner: Database) -> None:
         self._path = path
         self._settings = settings
         self._owner = owner
@@ -91,11 +78,11 @@ class Worker:
         except BaseException as error:
             self.gone = True
             said = schema.explain(error, self._path) if isinstance(error, sqlite3.Error | OSError) else error
-            self._owner.opened(said)
-            self._owner.ended()
+            self._owner.tell(self._owner.opened, said)
+            self._owner.tell(self._owner.ended)
             return
         self._waiting = Waiting(self._path, self._file.tables, self._settings.lease)
-        self._owner.opened(None)
+        self._owner.tell(self._owner.opened, None)
         try:
             while not self._stopped and self._broken is None:
                 self._turn()
@@ -132,9 +119,9 @@ class Worker:
         while not self.inbox.empty():
             if (request := self.inbox.get_nowait()) is not None:
                 left.append(request)
-        self._owner.post([(request, gone) for request in left if request.future is not None])
+        self._owner.tell(self._owner.answer, [(request, gone) for request in left if request.future is not None])
         self._plain, self._full, self._waiting.waiters = [], [], []
-        self._owner.ended()
+        self._owner.tell(self._owner.ended)
 
     def _closed(self) -> ConnectionLost:
         return ConnectionLost(f"{self._path} was closed.")
@@ -195,7 +182,7 @@ class Worker:
                 self._fail(error, [], [*self._waiting.waiters])
             return []
         if answers:
-            self._owner.post(answers)
+            self._owner.tell(self._owner.answer, answers)
         return ready
 
     # --- transactions -----------------------------------------------------------------------------
@@ -212,7 +199,7 @@ class Worker:
         except Exception as error:
             self._undo(error, jobs, waiters, full=full, again=again)
         else:
-            self._owner.post(answers)
+            self._owner.tell(self._owner.answer, answers)
             self._waiting.committed(answers[len(jobs) :])
 
     def _perform(self, jobs: Sequence[Job], waiters: Sequence[Waiter]) -> list[Answer]:
@@ -277,7 +264,7 @@ class Worker:
 
     def _answer_all(self, requests: list[Request], error: BaseException) -> None:
         self._waiting.waiters = [waiter for waiter in self._waiting.waiters if waiter not in requests]
-        self._owner.post([(request, error) for request in requests])
+        self._owner.tell(self._owner.answer, [(request, error) for request in requests])
 
 
 def _is_fatal(error: BaseException) -> bool:
