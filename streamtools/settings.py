@@ -151,6 +151,20 @@ def _row(cls: type[ProtocolSettings], problem: Mapping[str, Any]) -> str:
     return f"{name}: {problem['msg']}"
 
 
+def _hosts_and_login(parts: Any, secure: str) -> dict[str, Any]:
+    """The settings in what stands before a URL's path; with the scheme `secure` it means TLS."""
+    user, at, hosts = parts.netloc.rpartition("@")
+    name, colon, password = user.partition(":")
+    fields: dict[str, Any] = {"tls": parts.scheme == secure}
+    if hosts:
+        fields["host"] = hosts
+    if at:
+        fields["username"] = unquote(name)
+        if colon:
+            fields["password"] = unquote(password)
+    return fields
+
+
 class RabbitMQSettings(ProtocolSettings):
     """`amqp(s)://user:password@host:5672,other:5672/vhost?cafile=...`, or `RMQ_HOST`, `RMQ_PORT`, `RMQ_USER`,
     `RMQ_PASS`, `RMQ_VHOST` and so on.
@@ -204,15 +218,7 @@ class RabbitMQSettings(ProtocolSettings):
 
     @classmethod
     def _from_parts(cls, parts: Any) -> dict[str, Any]:
-        user, at, hosts = parts.netloc.rpartition("@")
-        name, colon, password = user.partition(":")
-        fields: dict[str, Any] = {"tls": parts.scheme == "amqps"}
-        if hosts:
-            fields["host"] = hosts
-        if at:
-            fields["username"] = unquote(name)
-            if colon:
-                fields["password"] = unquote(password)
+        fields = _hosts_and_login(parts, "amqps")
         # AMQP URI specification of RabbitMQ: "/" after the host and nothing behind it is the vhost ""
         # there; every client but the strictest reads it as the default vhost, and so do we.
         if "@" in parts.path:  # not shown: behind an unencoded "/" it is a password
@@ -289,16 +295,7 @@ class KafkaSettings(ProtocolSettings):
                 "A kafka URL names brokers alone and ends behind them; the topic is the queue's name. In a user name "
                 "or password '/' is %2F, '@' is %40, ':' is %3A."
             )
-        user, at, hosts = parts.netloc.rpartition("@")
-        name, colon, password = user.partition(":")
-        fields: dict[str, Any] = {"tls": parts.scheme == "kafkas"}
-        if hosts:
-            fields["host"] = hosts
-        if at:
-            fields["username"] = unquote(name)
-            if colon:
-                fields["password"] = unquote(password)
-        return fields
+        return _hosts_and_login(parts, "kafkas")
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
