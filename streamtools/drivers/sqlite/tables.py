@@ -367,12 +367,13 @@ class Tables:
 
     def remove(self, claim: int, ids: Sequence[int]) -> int:
         """Delete messages that this claim has in hand; the number. Others of `ids` are left."""
-        given = {"claim": claim, "ids": to_json(ids).decode()}
-        self.run(
-            f"DELETE FROM messages WHERE id IN (SELECT id FROM held WHERE claim = :claim AND id IN {sql.IDS})",  # nosec B608: IDS is a constant
-            given,
-        )
-        return self.run(f"DELETE FROM held WHERE claim = :claim AND id IN {sql.IDS}", given).rowcount  # nosec B608: IDS is a constant
+        first, last = min(ids), max(ids)
+        given = {"claim": claim, "first": first, "last": last, "ids": to_json(ids).decode()}
+        # Mostly there is none between, and a range takes less than a list.
+        which = "id BETWEEN :first AND :last" if last - first + 1 == len({*ids}) else f"id IN {sql.IDS}"
+        held = f"held WHERE claim = :claim AND {which}"
+        self.run(f"DELETE FROM messages WHERE id IN (SELECT id FROM {held})", given)  # nosec B608: held is one of two constants
+        return self.run(f"DELETE FROM {held}", given).rowcount  # nosec B608: held is one of two constants
 
     def put_back(self, claim: int, ids: Sequence[int] | None = None, *, count: int = 0) -> int:
         """Make messages that this claim has in hand (all of them when `ids` is None) ready again; the number."""
