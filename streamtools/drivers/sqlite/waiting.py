@@ -84,7 +84,11 @@ class Waiting:
         for waiter in self.waiters:
             if waiter.cancelled or waiter.holder.closed:
                 continue
-            found = self._find(waiter, changed)
+            found: bool | ConnectionLost = not self._likely.isdisjoint(waiter.holder.lanes)
+            if found:
+                waiter.fresh = True  # if there is nothing after all, look properly
+            elif changed or waiter.fresh or (waiter.due is not None and self._is_ripe(waiter.due, waiter)):
+                found = self._find(waiter)
             if isinstance(found, ConnectionLost):
                 answers.append((waiter, found))
             elif waiter.once and not found:
@@ -96,13 +100,8 @@ class Waiting:
         self.waiters = left
         return ready, answers
 
-    def _find(self, waiter: Waiter, changed: bool) -> bool | ConnectionLost:
+    def _find(self, waiter: Waiter) -> bool | ConnectionLost:
         holder = waiter.holder
-        if not self._likely.isdisjoint(holder.lanes):
-            waiter.fresh = True  # if there is nothing after all, look properly
-            return True
-        if not (changed or waiter.fresh or (waiter.due is not None and self._is_ripe(waiter.due, waiter))):
-            return False
         self._ordered = self._ordered or holder.ordered_by is not None
         waiter.fresh, waiter.due = False, None
         found = False
@@ -125,7 +124,8 @@ class Waiting:
         if holder.closed or waiter.cancelled:
             return None
         now = time.time()
-        self.leases.ensure(holder, now)
+        if holder.expires < now + self.leases.length / 2:
+            self.leases.take(holder, now)
         limit = min(waiter.limit, max(1, CLAIM_BYTES // holder.size))
         for lane in holder.lanes:
             taken = self._tables.claim(
@@ -193,7 +193,7 @@ class OthersChanges:
         if quiet and 0 <= now - self._asked_at < COMMIT_TIMEOUT:
             return False
         self._log_changed, self._asked_at = changed, now
-        before, self._version = self._version, self._tables.value("PRAGMA data_version")
+        before, self._version = self._version, self._tables.run("PRAGMA data_version").fetchone()[0]
         return before != self._version
 
 
@@ -202,23 +202,21 @@ class Leases:
 
     Parameters:
         tables: of the file.
-        lease: seconds.
+        length: seconds.
     """
 
-    def __init__(self, tables: Tables, lease: float) -> None:
+    def __init__(self, tables: Tables, length: float) -> None:
         self._tables = tables
-        self._lease = lease
+        self.length: float = length
         #: The consumers that have one.
         self.holders: set[Holder] = set()
         #: When `due` is to be asked, on the monotonic clock.
         self.next_care: float = 0.0
         self._swept = False
 
-    def ensure(self, holder: Holder, now: float) -> None:
-        """Have the lease last for a while; within a transaction."""
-        if holder.expires >= now + self._lease / 2:
-            return
-        holder.expires = now + self._lease
+    def take(self, holder: Holder, now: float) -> None:
+        """Begin the lease of a consumer, or have it last as long as a new one; within a transaction."""
+        holder.expires = now + self.length
         self.holders.add(holder)
         if not self._tables.lease(holder.claim, holder.expires):
             # It ran out and others have what was in hand: under a new number, so that settlements
@@ -236,11 +234,11 @@ class Leases:
         Raises:
             sqlite3.Error: as it comes.
         """
-        self.next_care = time.monotonic() + min(CARE_INTERVAL, self._lease / 4)
+        self.next_care = time.monotonic() + min(CARE_INTERVAL, self.length / 4)
         self.holders = {holder for holder in self.holders if holder.expires and not holder.closed}
         now = time.time()
         jobs = []
-        if any(holder.expires < now + self._lease * 2 / 3 for holder in self.holders):
+        if any(holder.expires < now + self.length * 2 / 3 for holder in self.holders):
             jobs.append(Job(patience, self._renew, None))
         if waiting and (not self._swept or self._has_expired(now)):
             self._swept = True
@@ -262,7 +260,7 @@ class Leases:
         return expiry is not None and expiry <= now
 
     def _renew(self, tables: Tables, arguments: Sequence[Any]) -> Sequence[Any]:
-        expires = time.time() + self._lease
+        expires = time.time() + self.length
         for holder in self.holders:
             holder.expires = expires if tables.renew(holder.claim, expires) else 0.0
         return [None for _ in arguments]
