@@ -1,15 +1,16 @@
 """Commands and events: send, publish, defer, reply, request, subscribe, transaction.
 
+bus.py                what users call: handlers, subscriptions, start and stop
+message_sender.py     the verbs of a bus, and when a message leaves
+context.py            the message in hand, and the verbs of a handler
+message_factory.py    makes a message from what a verb is given
 contracts.py          what a command or an event is called, and where it goes
-message_factory.py    makes the message of what a verb is given
-message_sender.py     the verbs, and when their messages leave
-bus.py                handlers, subscriptions, receiving, start and stop
-handler_registry.py   the handlers, by what they handle
-fan_out.py            gives one delivery to all handlers of its type
-bound.py              the handlers of a bus as one handler of a runner
-context.py            what a handler knows of its message, and what it sends
+handler_registry.py   the handlers of a bus, by what they handle
+fan_out.py            gives a delivery to all handlers of its type
+subscriptions.py      the topics whose messages come into the queue of a bus
+transport.py          the producer, the consumers and the administrator of a bus
 connections.py        what a bus has open in one event loop
-requests.py           who waits for which reply
+requests.py           the reply queue, and the requests that wait for a reply
 """
 
 from streamtools.bus.bus import Bus

@@ -17,10 +17,12 @@ class Connections:
     """What a bus has open in one event loop, beside the producer that it sends by.
 
     Attributes:
-        requests: the reply queue, and who waits there.
-        admin: makes queues and bindings, once it is needed.
-        runner: runs the handlers, after `start`.
-        pulling: consumers that `receive` uses, by queue.
+        requests: the reply queue, and the requests that wait for a reply.
+        admin: creates queues and bindings; None until it is needed.
+        runner: runs the handlers between `start` and `stop`.
+        pulling: the consumers that `receive` uses, by queue.
+        opening_admin: held while the administrator connects.
+        starting: held while the bus starts or stops.
     """
 
     def __init__(self, requests: Requests) -> None:
@@ -29,7 +31,7 @@ class Connections:
         self.runner: ConsumerRunner | None = None
         self.pulling: dict[str, Consumer] = {}
         self.opening_admin: asyncio.Lock = asyncio.Lock()
-        self.turning: asyncio.Lock = asyncio.Lock()
+        self.starting: asyncio.Lock = asyncio.Lock()
 
     async def close(self) -> None:
         """Close all but the runner. Safe to repeat."""

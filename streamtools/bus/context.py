@@ -1,14 +1,15 @@
-"""MessageContext: what a handler knows of its message, and what it sends on."""
+"""MessageContext: the message that a handler has in hand, and the verbs to send others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, Never
 
 from streamtools.bus.message_factory import MessageFactory, refuse, seconds_until
+from streamtools.bus.message_sender import MessageSender
 from streamtools.engine.functions.invoke import RESOLVERS, Resolver
-from streamtools.engine.outbox import Outbox, Sender, Sent, outbox
+from streamtools.engine.outbox import Outbox, Sent, outbox
 from streamtools.errors import HandlerError
 from streamtools.exchange import Exchange
 from streamtools.message import Message
@@ -18,32 +19,31 @@ from streamtools.validation.checks import Seconds
 class MessageContext:
     """The message being handled, for a handler that asks for it: `async def place(command, context: MessageContext)`.
 
-    What is sent through it leaves when the handler has succeeded, before its message is acknowledged. An attempt that
-    fails sends nothing. The methods may be awaited, but need not: a `def` handler just calls them.
+    What it sends leaves when the handler has succeeded, before the message is acknowledged. An attempt that fails
+    sends nothing. An `async def` handler may await the methods, and a `def` handler just calls them.
 
     Attributes:
         message: the whole message.
     """
 
-    __slots__ = ("_factory", "_mandatory", "_outbox", "_sender", "message")
+    __slots__ = ("_factory", "_outbox", "_sender", "message")
 
     def __init__(
-        self, message: Message, factory: MessageFactory, sender: Sender, outbox: Outbox | None, *, mandatory: bool
+        self, message: Message, factory: MessageFactory, sender: MessageSender, outbox: Outbox | None
     ) -> None:
         self.message: Message = message
         self._sender = sender
         self._factory = factory
         self._outbox = outbox
-        self._mandatory = mandatory
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The sender's own headers."""
+        """The headers that the sender gave."""
         return self.message.headers
 
     @property
     def correlation_id(self) -> str:
-        """Common to all messages of this conversation."""
+        """The id that all messages of this conversation have in common."""
         return self.message.correlation_id or self.message.id
 
     @property
@@ -69,7 +69,8 @@ class MessageContext:
         **unknown: Never,
     ) -> Sent:
         """Send a command; parameters as for `Bus.send`."""
-        refuse("send", unknown)
+        if unknown:
+            refuse("send", unknown)
         return self._add(self._factory.command(command, to, exchange, headers=headers, type=type, key=key, ttl=ttl))
 
     def publish(
@@ -86,8 +87,9 @@ class MessageContext:
         **unknown: Never,
     ) -> Sent:
         """Publish an event; parameters as for `Bus.publish`."""
-        refuse("publish", unknown)
-        must = self._mandatory if mandatory is None else mandatory
+        if unknown:
+            refuse("publish", unknown)
+        must = self._sender.mandatory if mandatory is None else mandatory
         message = self._factory.event(
             event, topic, exchange, mandatory=must, headers=headers, type=type, key=key, ttl=ttl
         )
@@ -128,7 +130,7 @@ class MessageContext:
         Raises:
             ConfigurationError: the message does not say where a reply is to go.
         """
-        answer = self._factory.reply(self.message, payload, exchange=exchange, headers=headers, type=type)
+        answer = self._factory.reply(self.message, payload, exchange, headers=headers, type=type)
         sent = self._add(answer) if self._factory.may_reply(self.message) else Sent(answer)
         if self._outbox is not None:
             self._outbox.replied = True
@@ -137,7 +139,7 @@ class MessageContext:
     def _add(self, message: Message) -> Sent:
         if self._outbox is None or not self._outbox.open:
             raise HandlerError(
-                "The handler of this context has ended; what is sent after it goes by the bus: await bus.send(...)."
+                "The handler of this context has ended, so nothing is sent with it any more: await bus.send(...)."
             )
         return self._outbox.add(self._sender, message)
 
@@ -145,19 +147,17 @@ class MessageContext:
         return f"<MessageContext of {self.message.id}, attempt {self.attempt}>"
 
 
-def resolvers(
-    provided: Mapping[type, Any], factory: MessageFactory, sender: Sender, must: Callable[[], bool]
-) -> dict[type, Resolver]:
-    """What further parameters of handlers are filled with, by their types.
+def resolvers(provided: Mapping[type, Any], factory: MessageFactory, sender: MessageSender) -> dict[type, Resolver]:
+    """Finds the values for further parameters of handlers, by their types.
 
     Parameters:
         provided: values that are the same for every message.
+        factory: makes the messages of a context.
         sender: the bus.
-        must: whether what nobody subscribed to is an error.
     """
 
     def context(message: Message) -> MessageContext:
-        return MessageContext(message, factory, sender, outbox.get(), mandatory=must())
+        return MessageContext(message, factory, sender, outbox.get())
 
     constant = {kind: _constant(value) for kind, value in provided.items()}
     return {**RESOLVERS, **constant, MessageContext: context}

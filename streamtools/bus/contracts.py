@@ -11,19 +11,19 @@ from streamtools.engine.functions.invoke import parts_of
 from streamtools.errors import ConfigurationError, suggest
 from streamtools.validation.checks import check_name, check_topic
 
-#: What is given on the class, beside pydantic's own configuration.
+#: The parameters of a contract's class statement, beside those of pydantic.
 TERMS: Final = ("name", "version", "to", "topic")
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a contract says beside its fields.
+    """The name and the address of a contract.
 
     Attributes:
-        name: on the wire.
-        version: which version of that name.
-        to: a command's queue, where it has one of its own.
-        topic: what an event is published under.
+        name: the type on the wire.
+        version: the version of that name.
+        to: the queue that a command goes to, if its class says so.
+        topic: the topic that an event is published to.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Contract(BaseModel):
     #: Fields that a newer version added are left alone: a consumer of version 1 reads version 2.
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
 
-    # One name, which no field is likely to want.
+    # One attribute, with a name that no field is likely to have.
     __terms__: ClassVar[Terms] = Terms("")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -52,15 +52,11 @@ class Contract(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        # pydantic would read over what nobody knows, a misspelt version= among it.
+        # pydantic ignores what it does not know, such as a misspelt version=.
         for word in kwargs:
             raise TypeError(
                 f"class {cls.__name__}({word}=...) is nothing that a contract has. {suggest(word, TERMS)}"
             )
-
-    @classmethod
-    def _set(cls, terms: Terms) -> None:
-        cls.__terms__ = terms
 
 
 class Command(Contract):
@@ -84,16 +80,16 @@ class Command(Contract):
         super().__pydantic_init_subclass__(**kwargs)
         if to is not None:
             check_name(to)
-        cls._set(Terms(_name(cls, name), _version(cls, version), to=to))
+        cls.__terms__ = Terms(_name(cls, name), _version(cls, version), to=to)
 
 
 class Event(Contract):
-    """Something that has happened. It is published to all who have subscribed.
+    """Something that has happened. It is published to all services that have subscribed.
 
     Parameters:
         name: its name on the wire; the class's name when not given.
         version: the version of that name.
-        topic: what it is published under; its name when not given.
+        topic: the topic that it is published to; its name when not given.
 
     Raises:
         ConfigurationError: an impossible name, version or topic.
@@ -108,7 +104,7 @@ class Event(Contract):
         super().__pydantic_init_subclass__(**kwargs)
         name = _name(cls, name)
         topic = name if topic is None else check_topic(topic)
-        cls._set(Terms(name, _version(cls, version), topic=topic))
+        cls.__terms__ = Terms(name, _version(cls, version), topic=topic)
 
 
 def _name(contract: type, name: str | None) -> str:
@@ -131,7 +127,7 @@ def contracts_in(annotation: Any) -> tuple[type[Contract], ...]:
 def payload_for(contract: type[Contract], annotation: Any) -> Any:
     """The contract with what a handler's annotation adds to it, such as validators.
 
-    A discriminator is left out: the name on the wire selects the member of a union.
+    A discriminator is left out: the type on the wire selects the member of a union.
     """
     beside: tuple[Any, ...] = ()
     while get_origin(annotation) is not None:
@@ -143,3 +139,54 @@ def payload_for(contract: type[Contract], annotation: Any) -> Any:
         annotation = parts[0] if parts else None
     beside = tuple(each for each in beside if getattr(each, "discriminator", None) is None)
     return Annotated[(contract, *beside)] if beside else contract
+
+
+class Contracts:
+    """The contracts that a bus knows, by their names on the wire."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, type[Contract]] = {}
+
+    def find(self, name: str | None) -> type[Contract] | None:
+        """The contract of this name; None if the bus does not know it."""
+        return self._by_name.get(name or "")
+
+    def add(self, contract: type[Contract]) -> None:
+        """Remember a contract.
+
+        Raises:
+            ConfigurationError: another one has its name, or it is a base class of contracts.
+        """
+        check_contract(contract)
+        other = self._by_name.setdefault(contract.__terms__.name, contract)
+        if not same_contract(contract, other):
+            raise ConfigurationError(
+                f"{_where(contract)} and {_where(other)} are both called {contract.__terms__.name!r} on the wire: "
+                f'give one of them another name, class {contract.__name__}(..., name="...").'
+            )
+
+
+def check_contract(contract: type[Contract]) -> None:
+    """Check that a contract is a class of the user, and not `Command`, `Event` or `Contract` itself.
+
+    Raises:
+        ConfigurationError: it is one of these.
+    """
+    if not contract.__terms__.name:
+        raise ConfigurationError(
+            f"{contract.__name__} is the base of contracts and not one itself: name a class of yours. A handler of "
+            "dict takes what has no other handler, and '#' is every topic."
+        )
+
+
+def same_contract(one: type[Contract], other: type[Contract]) -> bool:
+    """Whether two classes are one contract: the same class, also if it is imported from two packages."""
+    if one is other:
+        return True
+    if (one.__qualname__, one.__terms__) != (other.__qualname__, other.__terms__):
+        return False
+    return one.model_json_schema() == other.model_json_schema()
+
+
+def _where(contract: type) -> str:
+    return f"{contract.__module__}.{contract.__qualname__}"

@@ -1,34 +1,28 @@
-"""HandlerRegistry: the handlers of a bus, by the name of what they handle."""
+"""HandlerRegistry: the handlers of a bus, by the type of message that they handle."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-from streamtools.bus.contracts import Command, Contract, Event, contracts_in, payload_for
+from streamtools.bus.contracts import Command, Contract, Contracts, Event, contracts_in, payload_for, same_contract
+from streamtools.bus.subscriptions import Subscriptions
 from streamtools.codec import bare
 from streamtools.delivery import Delivery
 from streamtools.engine.functions.calling import check_function, check_handler, name_of, undecorated
 from streamtools.engine.functions.invoke import asks_for, hints_of, parts_of, payload_type
 from streamtools.errors import ConfigurationError, FeatureError
-from streamtools.exchange import TOPIC, Binding, Exchange
+from streamtools.exchange import Exchange
 from streamtools.message import Message
 from streamtools.retry import Retry
-from streamtools.validation.checks import check_topic
 
-#: Annotations of a first parameter that takes whatever has no typed handler.
+#: Annotations of a handler that takes every message without a handler of its own.
 CATCH_ALL: Final = (dict, bytes, Message, Any, object)
 
-
-#: `type`, where a parameter has that name.
+#: The builtin `type`, in functions with a parameter of that name.
 _Class: Final = type
-
-#: What `subscribe` takes: a topic, or an event whose topic it is.
-Subscription = str | type[Event]
-#: One, or several.
-Subscriptions = Subscription | Iterable[Subscription] | Iterable[Subscription | Iterable[Subscription]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +30,10 @@ class Entry:
     """One handler of one type.
 
     Attributes:
-        name: its own, which copies for a retry carry.
-        type: the name on the wire; None for a catch-all.
-        payload: what its body is decoded to; None where the function's annotation says.
-        function: the handler; a class with `handle`, of which there is a fresh instance for each message.
+        name: the name of the handler, which copies for its retries carry.
+        type: the type of message, as on the wire; None for all that have no other handler.
+        payload: what the body is decoded into; None for what the function's annotation says.
+        function: the handler, or a class with `handle`, which gets a new instance for each message.
         retry: replaces the bus's policy.
     """
 
@@ -51,62 +45,42 @@ class Entry:
 
 
 class HandlerRegistry:
-    """The handlers of a bus, and the topics that they need.
+    """The handlers of a bus, and the values that they are given.
 
     Parameters:
-        queue: the bus's.
-        topic: the exchange of events.
+        contracts: learns the contracts that are handled.
+        subscriptions: learns the topics of the events that are handled, and by which exchanges commands come.
     """
 
-    def __init__(self, queue: str | None, topic: Exchange = TOPIC) -> None:
-        self._queue = queue
-        self._topic = topic
+    def __init__(self, contracts: Contracts, subscriptions: Subscriptions) -> None:
+        #: Values for parameters of handlers and constructors, by type.
+        self.provided: dict[type, Any] = {}
+        self._contracts = contracts
+        self._subscriptions = subscriptions
         self._by_type: dict[str | None, list[Entry]] = {}
-        self._contracts: dict[str, type[Contract]] = {}
-        #: Topics of the events that are handled, and where commands come in by an exchange.
-        self.bindings: dict[Binding, None] = {}
 
     def __bool__(self) -> bool:
         return bool(self._by_type)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Entry]:
         return (entry for entries in self._by_type.values() for entry in entries)
 
-    def find(self, type: str | None) -> list[Entry]:  # noqa: A002 - the field's name everywhere
-        """The handlers for this type; the catch-alls where there are none."""
-        return self._by_type.get(type) or self._by_type.get(None, [])
-
     def known(self) -> list[str]:
-        """The names that have a handler of their own."""
+        """The types of messages that have a handler of their own."""
         return sorted(name for name in self._by_type if name is not None)
 
-    def contract(self, name: str | None) -> type[Contract] | None:
-        """The contract of this name, where one is known here."""
-        return self._contracts.get(name or "")
-
-    def know(self, contract: type[Contract]) -> None:
-        """Remember a contract by its name.
-
-        Raises:
-            ConfigurationError: another one has it already, or it is the base of all.
-        """
-        check_contract(contract)
-        other = self._contracts.setdefault(contract.__terms__.name, contract)
-        if not _same(contract, other):
-            raise ConfigurationError(
-                f"{_where(contract)} and {_where(other)} are both called {contract.__terms__.name!r} on the wire: "
-                f'give one of them another name, class {contract.__name__}(..., name="...").'
-            )
-
     def check_shared(self, *, copies: bool, manually: bool) -> None:
-        """Several handlers of one message have a verdict each; their retries are copies that name them.
+        """Check that several handlers of one message can each have their own verdict.
+
+        A retry is then a copy of the message for the one handler that failed.
 
         Parameters:
-            copies: a failed message can be copied; otherwise it stays with its sender, as a whole.
-            manually: handlers acknowledge, which is the whole message too.
+            copies: a failed message can be copied; otherwise it stays with its sender.
+            manually: handlers acknowledge the message themselves, for all of them.
 
         Raises:
-            ConfigurationError: that cannot be.
+            FeatureError: a message has several handlers, and cannot be copied.
+            ConfigurationError: a message has several handlers, and one of them could settle it for all.
         """
         for type_, entries in self._by_type.items():
             if len(entries) < 2:
@@ -116,7 +90,7 @@ class HandlerRegistry:
             if not copies:
                 raise FeatureError(
                     f"{names} both handle {what}, and here a message that failed stays with its sender, so "
-                    "that neither can be retried without the other: have one handler, which calls both."
+                    "neither can be retried without the other: write one handler that calls both."
                 )
             if manually or any(asks_for(_as_function(entry.function), Delivery) for entry in entries):
                 raise ConfigurationError(
@@ -136,7 +110,7 @@ class HandlerRegistry:
         """Register a handler: by `contract`, by `type`, or by what its first parameter says.
 
         Raises:
-            ConfigurationError: it says nothing that can be handled, or a command has a handler already.
+            ConfigurationError: nothing says what it handles, or the command has a handler already.
         """
         function = undecorated(function)
         if not isinstance(function, _Class):
@@ -159,35 +133,28 @@ class HandlerRegistry:
                 )
             return self._add(Entry(name, None, None, function, retry))
         for each in contracts:
-            payload = payload_for(each, annotation)
-            self._add_contract(each, Entry(name, each.__terms__.name, payload, function, retry), exchange)
+            self._contracts.add(each)
+            self._add(Entry(name, each.__terms__.name, payload_for(each, annotation), function, retry))
+            self._subscriptions.add_contract(each, exchange)
 
     def _registered(self, contract: object, annotation: Any, name: str) -> tuple[type[Contract]]:
-        """What a handler is registered for, which its annotation must not contradict."""
+        """The contract that a handler is registered for; its annotation must allow it."""
         if not isinstance(contract, type) or not issubclass(contract, Contract):
             raise ConfigurationError(
                 f"{name} is registered for {contract!r}, which is neither a Command nor an Event: "
                 "bus.register(PlaceOrder, handler)."
             )
         wanted = contracts_in(annotation)
-        if wanted and not any(issubclass(contract, each) or _same(contract, each) for each in wanted):
+        if wanted and not any(issubclass(contract, each) or same_contract(contract, each) for each in wanted):
             raise ConfigurationError(
                 f"{name} is registered for {contract.__name__} and wants {wanted[0].__name__}: annotate its first "
                 "parameter with what it is registered for."
             )
         return (contract,)
 
-    def _add_contract(self, contract: type[Contract], entry: Entry, exchange: Exchange | None) -> None:
-        self.know(contract)
-        self._add(entry)
-        if issubclass(contract, Event):
-            self.bindings[Binding(contract.__terms__.topic, exchange or self._topic)] = None
-        elif exchange is not None and self._queue is not None:
-            self.bindings[Binding(self._queue, exchange)] = None
-
     def _add(self, entry: Entry) -> None:
         others = self._by_type.setdefault(entry.type, [])
-        if others and issubclass(self.contract(entry.type) or Event, Command):
+        if others and issubclass(self._contracts.find(entry.type) or Event, Command):
             raise ConfigurationError(
                 f"The command {entry.type!r} has the handler {others[0].name} already, and a command has one; "
                 f"{entry.name} cannot have it too."
@@ -201,13 +168,13 @@ class HandlerRegistry:
 
 
 def of_class(handler: type, provided: Mapping[type, Any]) -> Callable[..., Any]:
-    """A handler function for a class: a fresh instance for each message, its `handle` called.
+    """A handler function for a class, which makes an instance for each message and calls its `handle`.
 
     Parameters:
-        provided: type -> what a constructor's argument of that type is.
+        provided: values for the parameters of the constructor, by type.
 
     Raises:
-        ConfigurationError: it has no `handle`, or a constructor parameter that nothing provides.
+        ConfigurationError: it has no `handle`, or nothing provides a parameter of its constructor.
     """
     method = _handle_of(handler)
     arguments = _arguments(handler, provided)
@@ -236,7 +203,7 @@ def _handle_of(handler: type) -> Callable[..., Any]:
 
 
 def _as_method(handler: type, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, looking like the class's `handle` once it is bound."""
+    """Give `function` the signature and the name of the class's `handle`, bound to an instance."""
     method, looking = _handle_of(handler), cast("Any", function)
     signature = inspect.signature(method)
     looking.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
@@ -264,68 +231,3 @@ def _arguments(handler: type, provided: Mapping[type, Any]) -> dict[str, Any]:
 
 
 _VARIABLE: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def check_contract(contract: type[Contract]) -> None:
-    """A contract, not the base of all.
-
-    Raises:
-        ConfigurationError: it is that.
-    """
-    if not contract.__terms__.name:
-        raise ConfigurationError(
-            f"{contract.__name__} is the base of contracts, and none itself: name a class of yours; dict takes what "
-            "has no handler, and '#' is every topic."
-        )
-
-
-def _same(one: type[Contract], other: type[Contract]) -> bool:
-    """One contract, or one that is imported from two packages."""
-    if one is other:
-        return True
-    if (one.__qualname__, one.__terms__) != (other.__qualname__, other.__terms__):
-        return False
-    return one.model_json_schema() == other.model_json_schema()
-
-
-def _where(contract: type) -> str:
-    return f"{contract.__module__}.{contract.__qualname__}"
-
-
-def bindings_of(topics: Subscriptions, exchange: Exchange) -> list[Binding]:
-    """The bindings of these topics.
-
-    Raises:
-        ConfigurationError: neither a topic nor an event.
-    """
-    if isinstance(topics, Iterable) and not isinstance(topics, str | type):
-        return [binding for topic in topics for binding in bindings_of(topic, exchange)]
-    return [Binding(_topic(topics), exchange)]
-
-
-def bindings_given(topics: Subscriptions, exchange: Exchange) -> list[Binding]:
-    """As `bindings_of`; a fanout exchange needs no topic.
-
-    Raises:
-        ConfigurationError: no topic, or something that is none.
-    """
-    if found := bindings_of(topics, exchange):
-        return found
-    if exchange.type == "fanout":
-        return [Binding("", exchange)]
-    raise ConfigurationError(
-        "No topic is given: bus.subscribe('orders.#'), or an event; only a fanout exchange needs none."
-    )
-
-
-def _topic(topic: object) -> str:
-    if isinstance(topic, str):
-        return check_topic(topic)
-    if isinstance(topic, type) and issubclass(topic, Event):
-        check_contract(topic)
-        return topic.__terms__.topic
-    if isinstance(topic, type) and issubclass(topic, Command):
-        raise ConfigurationError(
-            f"{topic.__name__} is a command, which is not subscribed to: send() brings it to its owner's queue."
-        )
-    raise ConfigurationError(f"{topic!r} is neither a topic nor an Event.")

@@ -1,4 +1,4 @@
-"""MessageSender: what a bus sends, and when it leaves."""
+"""MessageSender: the verbs of a bus, each awaited until its message has left or waits in an outbox."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import Any, Never, Self, TypeVar, overload
+from typing import Any, Final, Never, Self, TypeVar, overload
 
 from streamtools import codec
-from streamtools.bus.fan_out import pass_middleware
-from streamtools.bus.handler_registry import HandlerRegistry
 from streamtools.bus.message_factory import MessageFactory, refuse, seconds_until
-from streamtools.bus.requests import Requests, call
+from streamtools.bus.requests import call
+from streamtools.bus.transport import Transport
 from streamtools.delivery import current
+from streamtools.engine.dispatch import chain
+from streamtools.engine.messages.times import wrong_time
 from streamtools.engine.outbox import Outbox, current_outbox, outbox, send_all
 from streamtools.errors import ConfigurationError
 from streamtools.exchange import Exchange
 from streamtools.message import Message
-from streamtools.producer import Producer
 from streamtools.receipt import Receipt
 from streamtools.types import Middleware
 from streamtools.validation.checks import Seconds, check_seconds
@@ -27,18 +27,24 @@ T = TypeVar("T")
 
 
 class MessageSender:
-    """Sends, publishes, defers, replies and requests: within a handler or a transaction when that has succeeded.
+    """Sends, publishes, defers, replies and requests; in a handler or a transaction once that has succeeded.
 
-    Attributes:
-        mandatory: publishing what nobody subscribed to is an error.
-        outgoing: middleware for everything that is sent, outermost first; add, reorder, replace.
+    Parameters:
+        factory: makes the messages.
+        transport: sends them.
+        mandatory: publishing is an error if nobody has subscribed.
+        outgoing: middleware for everything that is sent, outermost first.
     """
 
-    mandatory: bool
-    outgoing: list[Middleware]
-    _factory: MessageFactory
-    _handlers: HandlerRegistry
-    _sender: Producer
+    def __init__(
+        self, factory: MessageFactory, transport: Transport, *, mandatory: bool, outgoing: list[Middleware]
+    ) -> None:
+        #: Publishing is an error if nobody has subscribed.
+        self.mandatory = mandatory
+        #: Middleware for everything that is sent, outermost first; add, reorder, replace before the bus starts.
+        self.outgoing: list[Middleware] = outgoing
+        self._factory = factory
+        self._transport = transport
 
     async def send(
         self,
@@ -56,11 +62,11 @@ class MessageSender:
         """Send a command to its one owner.
 
         Parameters:
-            to: the owner's queue (with an exchange: a routing key); what `route` or the contract says when not given.
+            to: the owner's queue, or a routing key with an exchange; what `route` or the contract says when None.
             headers: the user's own, `str -> str`.
-            type: the name of the kind of payload, for a payload without a contract.
-            key: messages of one key keep their order for a bus with `ordered_by="key"`.
-            ttl: seconds after which it is not handled any more.
+            type: the name of the type on the wire, for a payload without a contract.
+            key: messages with the same key keep their order for a bus with `ordered_by="key"`.
+            ttl: seconds after which it is dropped instead of handled.
             immediately: send now, even in a handler or a transaction.
 
         Raises:
@@ -89,9 +95,9 @@ class MessageSender:
         """Publish an event to every queue that subscribed to its topic; parameters as for `send`, and:
 
         Parameters:
-            topic: the contract's own when not given.
-            exchange: `streamtools.topic` when not given.
-            mandatory: it is an error if nobody has subscribed; what the bus says when None.
+            topic: the contract's own when None.
+            exchange: `streamtools.topic` when None.
+            mandatory: it is an error if nobody has subscribed; the bus's own setting when None.
 
         Raises:
             SendError: nobody has subscribed, or it was not confirmed in time.
@@ -127,8 +133,8 @@ class MessageSender:
 
         Raises:
             FeatureError: the protocol cannot delay messages.
-            SendError: there is no such queue, or it was not confirmed in time; by an exchange also that nobody is
-                bound, but on RabbitMQ, which looks for the queues when the time has come.
+            SendError: there is no such queue, or it was not confirmed in time. With an exchange, also if no queue is
+                bound; not on RabbitMQ, which looks for the queues when the message is due.
             ConfigurationError: neither or both times are given.
         """
         delay = seconds_until(delay, at)
@@ -155,7 +161,7 @@ class MessageSender:
         delivery = current.get()
         if delivery is None:
             raise ConfigurationError("reply() answers the message being handled, and none is: send() instead.")
-        message = self._factory.reply(delivery.message, payload, exchange=exchange, headers=headers, type=type)
+        message = self._factory.reply(delivery.message, payload, exchange, headers=headers, type=type)
         if (box := current_outbox()) is not None:
             box.replied = True
         if not self._factory.may_reply(delivery.message):
@@ -201,7 +207,8 @@ class MessageSender:
 
         Parameters:
             timeout: seconds; a request that is not handled by then is dropped.
-            returns: what the reply is validated into; a contract known to this bus, else plain data, when None.
+            returns: the type that the reply is validated into. None for a contract that this bus knows, or else for
+                plain data.
 
         Raises:
             RequestTimeout: no reply came in time.
@@ -212,24 +219,22 @@ class MessageSender:
         message = self._factory.command(
             command, to, exchange, intent="request", headers=headers, type=type, ttl=timeout
         )
-        if self._sender.features.reply:
+        if self._transport.sender.features.reply:
             reply = await call(message, timeout, self.send_now)
         else:
-            reply = await self._replies().ask(message, timeout, self._send_now)
+            reply = await self._transport.connections.here().requests.ask(message, timeout, self.send_now)
         if returns is None:
-            returns = self._handlers.contract(reply.type) or Any
+            returns = self._factory.contracts.find(reply.type) or Any
         return _decoder(returns)(reply)
 
     # --- transactions ---------------------------------------------------------------------------
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Self]:
-        """Send the messages of this block at its end, in order, in one confirmed batch; send none if the block
-        raises.
+        """Send the messages of this block at its end, in order, in one confirmed batch. Send none if it raises.
 
-        It belongs to the task that opened it, and to tasks that this one starts within the block, until the block
-        ends.
-        Inside a handler, or another transaction, it is sent together with that.
+        The block is for the task that opened it and for the tasks that this one starts in it. In a handler, or in
+        another transaction, its messages leave together with those around it.
 
         Raises:
             SendError: the broker refused some messages; it holds the others.
@@ -249,37 +254,40 @@ class MessageSender:
 
     # --- the way of a message -------------------------------------------------------------------
 
-    def _replies(self) -> Requests:
-        """The requests that wait in the running event loop."""
-        raise NotImplementedError
-
     async def _let_go(self, message: Message, *, immediately: bool) -> Receipt:
         if not immediately and (box := current_outbox()) is not None:
-            return await box.add(self, message)
-        await self._send_now(message)
-        return Receipt(message.id, message.queue)
-
-    async def _send_now(self, message: Message) -> None:
+            return box.add(self, message).receipt
         await self.send_now([message])
+        return Receipt(message.id, message.queue)
 
     @property
     def place(self) -> object:
-        """The place where its messages leave: a consumer of the same place settles them with its own message."""
-        return self._sender.place
+        """Where its messages leave: a consumer of the same place sends them with its acknowledgement."""
+        return self._transport.sender.place
 
     async def prepare(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages after the outgoing middleware."""
-        return await pass_middleware(messages, self.outgoing)
+        """The messages as the outgoing middleware changes them."""
+        if not self.outgoing:
+            return list(messages)
+        let_go: list[Message] = []
+
+        async def last(message: Message) -> None:
+            if (why := wrong_time(message)) is not None:
+                raise ConfigurationError(f"An outgoing middleware has changed message {message.id}: {why}.")
+            let_go.append(message)
+
+        handler = chain(last, self.outgoing)
+        for message in messages:
+            await handler(message)
+        return let_go
 
     async def send_now(self, messages: Sequence[Message]) -> list[Receipt]:
-        """Send complete messages, outgoing middleware included; returns once they are confirmed.
+        """Send complete messages through the outgoing middleware. Returns when they are confirmed.
 
         Raises:
-            SendError: some were not taken.
+            SendError: the broker is not known to hold some of them.
         """
-        return await self._sender.send_messages(await self.prepare(messages))
+        return await self._transport.sender.send_messages(await self.prepare(messages))
 
 
-@lru_cache(maxsize=256)
-def _decoder(returns: Any) -> codec.Decoder:
-    return codec.decoder(returns)
+_decoder: Final = lru_cache(maxsize=256)(codec.decoder)

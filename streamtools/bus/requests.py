@@ -1,4 +1,4 @@
-"""Requests: one reply queue for a bus, and who waits for which reply."""
+"""Requests: the reply queue of a bus, and the requests that wait for a reply."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final
 
 from streamtools import codec
 from streamtools.admin import ADMINS, QueueAdmin
-from streamtools.bus.message_factory import FAILURE, Failure
 from streamtools.compat.pikabus import REPLY_QUEUE, PikaBus
 from streamtools.consumer import Consumer
 from streamtools.engine.messages.failures import NAME_LIMIT, REASON_LIMIT
@@ -25,28 +25,58 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: How a bus sends messages at once.
+#: The type of a reply that carries a failure.
+FAILURE: Final = "streamtools.Failure"
+#: Sends messages and returns when they are confirmed.
 SendAll = Callable[[Sequence[Message]], Awaitable[list[Receipt]]]
 
-#: Statuses of a call that its handler was run for.
+#: Statuses of the response when the handler has run and failed.
 ANSWERED: Final = (400, 422, 500)
-#: Replies taken in at once.
+#: Replies that are received ahead.
 PREFETCH: Final = 1000
-#: Options of the bus's consumer that the reply queue's has too.
+#: Options of the bus's consumer that the consumer of the reply queue has, too.
 SHARED: Final = ("client_id", "connect_timeout", "error_queue", "error_declare", "error_arguments")
-#: Where the protocol lets a queue belong to a connection, the reply queue does; it need not outlive the bus.
+#: The reply queue belongs to its connection, if the protocol can do that: it need not outlive the bus.
 OPTIONS: Final[dict[str, Any]] = {"queue_type": "classic", "durable": False, "exclusive": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The reply to a request whose handler failed.
+
+    Attributes:
+        exception: the class name of the exception that it raised.
+        reason: the text of that exception; empty where the service does not tell it.
+    """
+
+    exception: str = ""
+    reason: str = ""
+
+
 _FAILURE: Final = codec.decoder(Failure)
+#: Why a request has no reply in time, by how far it came.
+_NOT_SENT: Final = (
+    "The request to {queue!r} was not sent: the queue for its reply was not open within {timeout:g} s. Does the "
+    "broker answer? The log says what was tried."
+)
+_NOT_CONFIRMED: Final = (
+    "The request to {queue!r} was not confirmed within {timeout:g} s. Does the broker answer? The request may be "
+    "handled all the same."
+)
+_NO_REPLY: Final = (
+    "No reply from {queue!r} within {timeout:g} s. Is its handler running, and does it reply? The request may be "
+    "handled all the same."
+)
 
 
 class Requests:
-    """The reply queue, made with the first request, and the requests that wait.
+    """The reply queue, which the first request creates, and the requests that wait for a reply.
 
     Parameters:
-        name: the bus's queue, or its client_id.
-        url: where.
-        style: writes and reads another system's headers.
-        options: of the bus's consumer; those that are for the reply queue's too are taken.
+        name: the first part of the queue's name: the bus's client_id or its queue.
+        url: the address of the broker.
+        options: the options of the bus's consumer; the consumer of the reply queue takes some of them.
+        style: writes and reads PikaBus's headers; None for our own headers.
     """
 
     def __init__(
@@ -66,13 +96,13 @@ class Requests:
         self._loop: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
         self._consumer: Consumer | None = None
-        #: Loops of reply queues whose connection was lost, referenced until they end.
+        #: The tasks of reply queues that were given up, until they end.
         self._stranded: set[asyncio.Task[None]] = set()
 
     def _new_name(self) -> str:
         return self._prefix + token_hex(16)
 
-    async def ask(self, message: Message, timeout: float, send: Callable[[Message], Awaitable[Any]]) -> Message:  # noqa: ASYNC109
+    async def ask(self, message: Message, timeout: float, send: SendAll) -> Message:  # noqa: ASYNC109
         """Send a request and wait for its reply.
 
         Parameters:
@@ -85,26 +115,26 @@ class Requests:
         """
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._waiting[message.id] = future
-        late = _not_sent
+        late = _NOT_SENT
         try:
             async with asyncio.timeout(timeout):
                 await self._listen()
-                late = _not_confirmed
-                await send(message.replace(reply_to=self.queue))
-                late = _no_reply
+                late = _NOT_CONFIRMED
+                await send([message.replace(reply_to=self.queue)])
+                late = _NO_REPLY
                 reply = await future
         except TimeoutError:
-            raise late(message, timeout) from None
+            raise RequestTimeout(late.format(queue=message.queue, timeout=timeout)) from None
         finally:
             self._waiting.pop(message.id, None)
             if future.done() and not future.cancelled():
-                future.exception()  # looked at, so that asyncio does not complain of it
+                future.exception()  # retrieved: asyncio would log that it never was
         if reply.type == FAILURE:
             raise _failure(message, reply)
         return reply
 
     async def close(self) -> None:
-        """Let go of the reply queue; who still waits is told. Safe to repeat."""
+        """Stop receiving replies; requests that still wait fail with `Closed`. Safe to repeat."""
         consumer, self._consumer = self._consumer, None
         task, self._loop = self._loop, None
         if consumer is None or task is None:
@@ -126,10 +156,10 @@ class Requests:
     # --- listening ------------------------------------------------------------------------------
 
     async def _listen(self) -> None:
-        """Return when replies can come.
+        """Wait until replies can be received.
 
         Raises:
-            StreamToolsError: why they cannot.
+            StreamToolsError: they cannot.
         """
         if self._loop is not None and self._is_stranded():
             self._leave(self._loop)
@@ -141,14 +171,14 @@ class Requests:
             loop.result()
 
     def _is_stranded(self) -> bool:
-        """The connection that the reply queue belongs to is lost; the broker may keep the queue for it a while."""
+        """Whether the connection that the reply queue belongs to is lost. The broker may keep the queue a while."""
         consumer = self._consumer
         if consumer is None or consumer.connected or not self._started.is_set():
             return False
         return bool(getattr(consumer.options, "exclusive", False))
 
     def _leave(self, loop: asyncio.Task[None]) -> None:
-        """Give the reply queue up: the next one has another name. Replies on their way to this one do not come."""
+        """Give up the reply queue; the next one has another name. Replies on the way to this one are lost."""
         self._loop, self.queue = None, self._new_name()
         if self._consumer is not None:
             self._consumer.stop(0)
@@ -156,7 +186,7 @@ class Requests:
         loop.add_done_callback(self._stranded.discard)
 
     def _start(self) -> asyncio.Task[None]:
-        # Nothing waits here: a request that is given up meanwhile leaves the others theirs.
+        # Not awaited here: a request that is cancelled meanwhile must not end the reply queue of the others.
         consumer = self._consumer = Consumer(
             self.queue,
             url=self._url,
@@ -176,8 +206,8 @@ class Requests:
         return task
 
     async def _take(self, reply: Message) -> None:
-        # By the request's id, which only the asked service was told. Another system's reply cannot name it: that has
-        # the correlation id, which is the same where the request began the conversation.
+        # Found by the request's id, which only the service that was asked knows. A reply of another system has the
+        # correlation id alone, which is the same id if the request began the conversation.
         named = reply.causation_id or reply.correlation_id or ""
         future = self._waiting.get(named)
         if future is None or future.done():
@@ -192,7 +222,7 @@ class Requests:
             task.exception()
 
     def _end(self, task: asyncio.Task[None]) -> None:
-        """Tell those who wait why nothing comes any more."""
+        """Have the requests that wait fail, since no reply can come any more."""
         error = None if task.cancelled() else task.exception()
         for future in self._waiting.values():
             if not future.done():
@@ -200,18 +230,18 @@ class Requests:
 
 
 async def call(message: Message, timeout: float, send: SendAll) -> Message:  # noqa: ASYNC109
-    """Ask where the answer comes back on the same call (`Features.reply`): no queue is needed.
+    """Send a request whose reply is the response of the same call (`Features.reply`), without a reply queue.
 
     Raises:
-        RequestTimeout: none came in time.
-        RemoteError: the handler failed, or would not have it.
-        SendError: it did not get as far as a handler.
+        RequestTimeout: no response came in time.
+        RemoteError: the handler failed or rejected it.
+        SendError: it did not reach a handler.
     """
     try:
         async with asyncio.timeout(timeout):
             found: Any = (await send([message.replace(reply_to=None)]))[0]
     except TimeoutError:
-        raise _no_reply(message, timeout) from None
+        raise RequestTimeout(_NO_REPLY.format(queue=message.queue, timeout=timeout)) from None
     except ResponseError as error:
         if error.status not in ANSWERED:
             raise
@@ -222,27 +252,6 @@ async def call(message: Message, timeout: float, send: SendAll) -> Message:  # n
     # 202 has no body: the handler returned nothing.
     return Message(
         body=found.body or b"null", queue=message.queue, id=found.id, content_type=found.headers.get("Content-Type")
-    )
-
-
-def _not_sent(message: Message, timeout: float) -> RequestTimeout:
-    return RequestTimeout(
-        f"The request to {message.queue!r} was not sent: the queue for its reply was not open within {timeout:g} s. "
-        "Does the broker answer? The log says what it tried."
-    )
-
-
-def _not_confirmed(message: Message, timeout: float) -> RequestTimeout:
-    return RequestTimeout(
-        f"The request to {message.queue!r} was not confirmed within {timeout:g} s. Does the broker answer? "
-        "The request may be handled all the same."
-    )
-
-
-def _no_reply(message: Message, timeout: float) -> RequestTimeout:
-    return RequestTimeout(
-        f"No reply from {message.queue!r} within {timeout:g} s. Is its handler running, and does it reply? "
-        "The request may be handled all the same."
     )
 
 

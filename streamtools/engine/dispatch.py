@@ -169,7 +169,7 @@ class Dispatcher:
         answer: Answer | None = None,
     ) -> None:
         self._handler = handler
-        self._name = name
+        self.name = name
         self._retry = retry
         self._error_queue = error_queue
         self._max_deliveries = max_deliveries
@@ -233,7 +233,7 @@ class Dispatcher:
             inner = unwrapped(message) if message.content_type != JSON and message.enveloped else message
             if inner is not message and inner.expired:
                 return Settlement(delivery, DROP)
-            box = Outbox(inner, self._name)
+            box = Outbox(inner, self.name)
             outbox.set(box)
             try:
                 result = await self._handler(inner)
@@ -363,7 +363,7 @@ class Dispatcher:
             # The error queue's own consumer failed. What brought the message here, and where a redrive
             # takes it, stands in its details: they are not to be lost by looking at it.
             return message.error
-        return describe(message, error, self._name, reason=reason)
+        return describe(message, error, self.name, reason=reason)
 
     def _poison(self, delivery: Delivery) -> Settlement:
         error = HandlerError(
@@ -390,12 +390,12 @@ class Dispatcher:
         if verdict.kind.copy is Copy.RETRY:
             log.warning(
                 "%s failed on message %s of %r, attempt %d: %s: %s; again in %.3g s.",
-                self._name, message.id, message.queue, message.attempt,
+                self.name, message.id, message.queue, message.attempt,
                 type(error).__name__, safe_str(error)[:SHOWN], verdict.delay,
             )  # fmt: skip
         else:
             log.error(
                 "%s rejected message %s of %r after attempt %d: %s: %s",
-                self._name, message.id, message.queue, message.attempt,
+                self.name, message.id, message.queue, message.attempt,
                 type(error).__name__, safe_str(error)[:SHOWN], exc_info=trace,
             )  # fmt: skip

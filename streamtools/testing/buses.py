@@ -12,7 +12,6 @@ from streamtools.bus.contracts import Contract
 from streamtools.bus.fan_out import Shared
 from streamtools.consumer import BoundHandler, Consumer
 from streamtools.delivery import Settlement
-from streamtools.engine.tasks.eventloops import PerLoop
 from streamtools.exchange import Binding
 from streamtools.message import Message
 
@@ -30,13 +29,7 @@ async def moved(bus: Bus, url: str) -> AsyncIterator[None]:
     async def stop() -> None:
         return None
 
-    instead: dict[str, Any] = {
-        "_url": url,
-        "_sender": bus._make_sender(url),
-        "_connections": PerLoop(bus._make_connections),
-        "start": start,
-        "stop": stop,
-    }
+    instead: dict[str, Any] = {"_transport": bus._transport.moved(url), "start": start, "stop": stop}
     with ExitStack() as stack:
         for name, value in instead.items():
             stack.enter_context(patch.object(bus, name, value))
@@ -53,22 +46,22 @@ class BusProbe:
         self.loop: BoundHandler = bus.bound[0]
         self.name: str = self.loop.name
         self.bus: Bus = bus
-        self.queue: str = bus._own()
-        self.options: dict[str, Any] = bus._options
+        self.queue: str = bus._transport.own_queue
+        self.options: dict[str, Any] = bus._transport.options
 
     def build(self, url: str) -> Consumer:
         """The consumer of its queue; the bus has been moved to `url`."""
-        return self.bus._make_consumer()
+        return self.bus.consumer
 
     @property
     def bindings(self) -> list[Binding]:
         """What the queue is bound to now."""
-        return self.bus._bindings()
+        return [*self.bus._subscriptions]
 
 
 def parts_of(settlement: Settlement) -> list[Settlement]:
     """What each handler made of a message."""
-    return [part for _, _, part in settlement.parts] if isinstance(settlement, Shared) else [settlement]
+    return [part for _, part in settlement.parts] if isinstance(settlement, Shared) else [settlement]
 
 
 def type_of(payload: object) -> str | None:

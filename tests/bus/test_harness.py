@@ -96,7 +96,7 @@ async def test_buses_hear_each_other_by_topic_and_by_queue() -> None:
         await service.settled()
         assert len(seen) == 2
         assert service.published(OrderPlaced) == [OrderPlaced(id=1), OrderPlaced(id=2)]
-    assert (orders._url, audit._url) == (NOWHERE, "kafka://nowhere")
+    assert (orders._transport.url, audit._transport.url) == (NOWHERE, "kafka://nowhere")
 
 
 async def test_several_handlers_of_one_event_are_each_told_and_retried_alone() -> None:

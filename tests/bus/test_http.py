@@ -43,7 +43,7 @@ class TestHTTP:
             await asker.request({}, "orders", type="x")
         with pytest.raises(SendError):
             await asker.request(PlaceOrder(id=1), "nowhere")
-        assert asker._replies()._consumer is None
+        assert asker._transport.connections.here().requests._consumer is None
 
     async def test_one_that_is_not_answered_in_time(self, make: MakeBus) -> None:
         orders, asker, go = make("orders"), make(None), asyncio.Event()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from streamtools import Bus, ConfigurationError, Consumer, Message, MessageContext, Producer, RemoteError, Retry
-from streamtools.bus.message_factory import FAILURE
+from streamtools.bus.requests import FAILURE
 from streamtools.engine.outbox import Outbox
 from streamtools.producer import PRODUCERS
 from streamtools.testing.waiting import eventually, reaches

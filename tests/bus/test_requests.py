@@ -160,7 +160,7 @@ class TestRequest:
         await asker.stop()
         async with ADMINS[PRODUCERS.protocol(url)](url=url) as admin:
             with pytest.raises(QueueError):
-                await admin.stats(asker._replies().queue)
+                await admin.stats(asker._transport.connections.here().requests.queue)
 
     async def test_a_contract_that_the_asker_knows_is_the_type_of_the_answer(self, make: MakeBus) -> None:
         prices, orders = make("prices"), make("orders")
@@ -173,7 +173,7 @@ class TestRequest:
     async def test_the_reply_queue_of_a_long_name_has_a_name_too(self) -> None:
         name = "ä" * 127
         async with Bus(name, url="asyncio://") as bus:
-            assert len(bus._replies().queue.encode()) <= 255
+            assert len(bus._transport.connections.here().requests.queue.encode()) <= 255
             with pytest.raises(RequestTimeout):
                 await bus.request({}, name, timeout=0.01)
 
@@ -266,7 +266,8 @@ class TestRequest:
         await make("prices").declare()
         asker = make("asker")
         waiting = asyncio.create_task(asker.request(Quote(id=1), timeout=60))
-        await eventually(lambda: asker._replies()._consumer is not None and asker._replies()._consumer.connected)
+        requests = asker._transport.connections.here().requests
+        await eventually(lambda: requests._consumer is not None and requests._consumer.connected)
         await asker.stop()
         with pytest.raises(Closed):
             await waiting

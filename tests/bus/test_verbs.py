@@ -498,6 +498,8 @@ async def test_a_parameter_that_a_verb_does_not_have_names_what_does() -> None:
         ):
             with pytest.raises(TypeError, match=r"await defer\(command, delay=...\)"):
                 call()
+        with pytest.raises(TypeError, match=r"await bus\.send\(\.\.\., immediately=True\)"):
+            context.send(command, immediately=True)  # type: ignore[arg-type]
         heard.append(command.id)
 
     for call, why in (
