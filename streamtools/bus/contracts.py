@@ -35,19 +35,19 @@ class Terms:
 class Contract(BaseModel):
     """The base of commands and events: a pydantic model with a stable name on the wire.
 
-    `class PlaceOrder(Command, name="orders.PlaceOrder", version=2): id: int`. Without `name` it is the
-    class's own name alone, never its module's: one class imported from two packages is one contract. A
-    subclass is a contract of its own.
+    `class PlaceOrder(Command, name="orders.PlaceOrder", version=2): id: int`. Without `name=` it has the name of the
+    class, without that of its module: one class that is imported from two packages is one contract. A subclass is a
+    contract of its own.
     """
 
-    #: Fields that a newer version added are left alone: a consumer of version 1 reads version 2.
+    #: Unknown fields are ignored, so that a consumer of version 1 reads messages of version 2.
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
 
     # One attribute, with a name that no field is likely to have.
     __terms__: ClassVar[Terms] = Terms("")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # pydantic hands these on to __pydantic_init_subclass__ too, where the class is complete.
+        # pydantic passes these to __pydantic_init_subclass__, where the class is complete.
         super().__init_subclass__()
 
     @classmethod
