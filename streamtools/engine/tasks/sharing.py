@@ -57,10 +57,9 @@ class Sharing(Generic[T]):
         """
         loop = asyncio.get_running_loop()
         shelf = self._shelf(loop)
-        entry = shelf.get(key)
-        while entry is not None and entry.closing is not None:
+        while (entry := shelf.get(key)) is not None and entry.closing is not None:
             await asyncio.wait({entry.closing})  # what it held, a port or an exclusive queue, may be wanted anew
-            entry = shelf.get(key)
+            shelf = self._shelf(loop)  # the former one was given up if it was empty
         if entry is None or self._is_over(entry):
             entry = shelf[key] = _Entry(loop, key, loop.create_task(open_(), context=Context()))
         entry.holders += 1
