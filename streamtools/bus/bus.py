@@ -390,7 +390,7 @@ class BusHandler(BoundHandler):
 
     def __init__(self, bus: Bus) -> None:
         self.bus: Bus = bus
-        self.consumer = bus.consumer
+        self.consumer: Consumer = bus.consumer
         self.name: str = f"bus {bus.queue}"
 
     def make_decider(self, consumer: Consumer, threads: Threads) -> HandlerFanOut:

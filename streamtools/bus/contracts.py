@@ -58,6 +58,11 @@ class Contract(BaseModel):
                 f"class {cls.__name__}({word}=...) is nothing that a contract has. {suggest(word, TERMS)}"
             )
 
+    @classmethod
+    def _set_terms(cls, terms: Terms) -> None:
+        # Set here and in no subclass: there a type checker takes it for another attribute.
+        cls.__terms__ = terms
+
 
 class Command(Contract):
     """A request to do something. It is sent to the queue of the one service that does it.
@@ -80,7 +85,7 @@ class Command(Contract):
         super().__pydantic_init_subclass__(**kwargs)
         if to is not None:
             check_name(to)
-        cls.__terms__ = Terms(_name(cls, name), _version(cls, version), to=to)
+        cls._set_terms(Terms(_name(cls, name), _version(cls, version), to=to))
 
 
 class Event(Contract):
@@ -104,7 +109,7 @@ class Event(Contract):
         super().__pydantic_init_subclass__(**kwargs)
         name = _name(cls, name)
         topic = name if topic is None else check_topic(topic)
-        cls.__terms__ = Terms(name, _version(cls, version), topic=topic)
+        cls._set_terms(Terms(name, _version(cls, version), topic=topic))
 
 
 def _name(contract: type, name: str | None) -> str:
