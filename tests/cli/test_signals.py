@@ -121,6 +121,23 @@ def test_a_service_that_catches_everything_as_it_is_imported_ends_all_the_same(t
     assert (code, took < SOON, lines) == (0, True, ["swallowed"]), (took, errors)
 
 
+def test_a_signal_during_a_callback_whose_exceptions_python_ignores(tmp_path: Path) -> None:
+    blocks = (
+        "import os, signal, time, weakref\n"
+        "class Thing: pass\n"
+        "thing = Thing()\n"
+        "reference = weakref.ref(thing, lambda _: (os.kill(os.getpid(), signal.SIGTERM), [*range(1000)]))\n"
+        "del thing\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "shop.py").write_text(blocks + SERVICE)
+    environment = {"STREAMTOOLS_URL": f"sqlite:///{tmp_path}/queues.db", "QUEUE": "orders"}
+    with command(tmp_path, target="shop:runner", **environment) as running:
+        code, lines, errors, took = ended(running)
+    assert (code, took < SOON, lines) == (0, True, []), (took, errors)
+    assert "Traceback" not in errors
+
+
 # --- at any moment ----------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ log: logging.Logger = logging.getLogger("streamtools")
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 #: Seconds within which a repeated signal is the same one.
 SAME_SIGNAL_TIMEOUT: Final = 0.05
+#: Seconds between two attempts to interrupt.
+_MOMENT: Final = 0.05
 #: Seconds that the last line of the log may take.
 _LAST_LOG_TIMEOUT: Final = 0.5
 
@@ -53,6 +56,21 @@ class _Signals:
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
         for number in SIGNALS:
             signal.signal(number, self.handler)
+        self._ignoring = threading.Lock()
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._was_ignored
+
+    def _was_ignored(self, ignored: sys.UnraisableHookArgs) -> None:
+        # Python drops what is raised in a finalizer or in the callback of a weak reference; imports have both.
+        if not isinstance(ignored.exc_value, Interrupted):
+            self._unraisable(ignored)
+        elif self.interrupts:
+            with self._ignoring:
+                threading.Thread(target=self._interrupt_again, daemon=True).start()
+
+    def _interrupt_again(self) -> None:
+        with self._ignoring:
+            time.sleep(_MOMENT)  # in a thread of its own: until the main thread has left `_was_ignored`
+        self.interrupt_if(lambda: self.interrupts)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # it came to a forked child, before that had reset its signals
@@ -94,6 +112,8 @@ class _Signals:
 
     def restore(self) -> None:
         """Put back what was there before, unless somebody has put something else there meanwhile."""
+        if sys.unraisablehook == self._was_ignored:
+            sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             if signal.getsignal(number) is self.handler and handler is not None:
                 signal.signal(number, handler)  # None: it was not set from Python, and cannot be set from here

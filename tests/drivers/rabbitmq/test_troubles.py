@@ -287,7 +287,7 @@ async def test_a_request_waits_for_no_reply_queue_that_the_broker_keeps_for_a_lo
 
         await prices.start()
         assert await shop.request(Quote(id=1), to="prices", timeout=20) == 1
-        replies = shop._replies()
+        replies = shop._transport.connections.here().requests
         before = replies.queue
         await door.abandon()
         await wait_until(lambda: replies._consumer is not None and not replies._consumer.connected)
