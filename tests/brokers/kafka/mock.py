@@ -17,7 +17,7 @@ from tests.brokers.home import Home
 from tests.brokers.kafka.address import KafkaAddress
 from tests.brokers.kafka.handshake import look_at
 from tests.brokers.kafka.jars import NoRegistryError
-from tests.brokers.kafka.node import KafkaNode
+from tests.brokers.kafka.node import KafkaNode, archive_classes
 from tests.brokers.node import Node
 from tests.brokers.processes import BrokerError
 
@@ -61,6 +61,7 @@ class KafkaMock(Node):
 def real_or_mock(*, guarded: bool = True) -> KafkaNode | KafkaMock:
     """A real node, or the mock where no Maven registry gives the jars; says so."""
     try:
+        archive_classes()
         return KafkaNode(guarded=guarded)
     except NoRegistryError as error:
         print(f"kafka: {error}\nkafka: taking the mock cluster of confluent-kafka; what it cannot do is skipped")

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 
-from tests.brokers.kafka import jars
+from tests.brokers.kafka import archives, jars
 from tests.brokers.processes import BrokerError
 
 #: Short-lived: the quick compiler only.
@@ -30,15 +30,21 @@ CLASSES = {
 TIMEOUT = 60.0
 
 
-def kafka_tool(bootstrap: str, name: str, *arguments: str, stdin: str = "") -> str:
+def kafka_tool(
+    bootstrap: str, name: str, *arguments: str, stdin: str = "", archive: tuple[str, ...] | None = None
+) -> str:
     """Run a tool, e.g. `kafka_tool(address.bootstrap, "kafka-topics", "--list")`, and return what it prints.
+
+    Parameters:
+        archive: options of `java` about its class archive; None for those that read it.
 
     Raises:
         BrokerError: it failed; with what it said.
     """
     jars.ensure_installed()
+    archive = archives.reading(archives.TOOL) if archive is None else archive
     done = subprocess.run(
-        [*TOOL_JAVA, CLASSES[name], "--bootstrap-server", bootstrap, *arguments],
+        [*TOOL_JAVA, *archive, CLASSES[name], "--bootstrap-server", bootstrap, *arguments],
         env={**os.environ, "CLASSPATH": jars.classpath()},
         input=stdin,
         capture_output=True,
