@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import count
 from secrets import token_hex
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar, overload
 
 if TYPE_CHECKING:
     from streamtools.exchange import Exchange
@@ -241,15 +241,88 @@ class Draft(LazyMessage):
 #: What a Draft has in common with others: the same dict for all of them.
 common: Final[Callable[[Draft], dict[str, Any]]] = _SOURCE.__get__
 
+_new_draft: Final = Draft.__new__
+_set_common, _set_body, _set_id, _set_queue = setters("body", "id", "queue")
 
-def id_generator() -> Callable[[], str]:
+
+class Drafts(Sequence[Message]):
+    """Messages that are sent together, and differ in body and id alone; they are made when one is asked for.
+
+    Parameters:
+        common: their other fields, by name.
+        bodies: in order.
+        ids: as many.
+    """
+
+    __slots__ = ("_made", "bodies", "common", "ids")
+
+    def __init__(self, common: dict[str, Any], bodies: Sequence[bytes], ids: Sequence[str]) -> None:
+        self.common: dict[str, Any] = common
+        self.bodies: Sequence[bytes] = bodies
+        self.ids: Sequence[str] = ids
+        self._made: list[Message] = []
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[Message]:
+        return iter(self._all())
+
+    @overload
+    def __getitem__(self, place: int) -> Message: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Message]: ...
+    def __getitem__(self, place: int | slice) -> Message | list[Message]:
+        if isinstance(place, slice) or self._made:
+            return self._all()[place]
+        return self._draft(self.bodies[place], self.ids[place])
+
+    def _all(self) -> list[Message]:
+        if not self._made:
+            self._made = [self._draft(body, id) for body, id in zip(self.bodies, self.ids, strict=True)]
+        return self._made
+
+    def _draft(self, body: bytes, id: str) -> Draft:  # noqa: A002 - the field's name everywhere
+        draft = _new_draft(Draft)
+        _set_common(draft, self.common)
+        _set_body(draft, body)
+        _set_id(draft, id)
+        _set_queue(draft, self.common["queue"])
+        return draft
+
+
+#: The last two digits of the ids of a batch.
+_LAST_DIGITS: Final = [f"{number:02x}" for number in range(256)]
+
+
+class IdGenerator:
     """A source of unique message ids: 32 hex digits, random in the first half, counted in the second.
 
-    One random number serves a producer's whole life, so that an id costs no system call.
+    One random number serves a producer's whole life, so that an id costs no system call. Safe in several threads.
     """
-    prefix = token_hex(8)
-    numbers = count(1)
-    return lambda: f"{prefix}{next(numbers):016x}"
+
+    __slots__ = ("_numbers", "_prefix")
+
+    def __init__(self) -> None:
+        self._prefix = token_hex(8)
+        self._numbers = count(1)
+
+    def __call__(self) -> str:
+        """The next id."""
+        return f"{self._prefix}{next(self._numbers):014x}00"
+
+    def take(self, number: int) -> list[str]:
+        """The next so many ids: a number is counted for each 256 of them, and its text made once."""
+        found: list[str] = []
+        for start in range(0, number, len(_LAST_DIGITS)):
+            head = f"{self._prefix}{next(self._numbers):014x}"
+            found += [head + last for last in _LAST_DIGITS[: number - start]]
+        return found
+
+
+def id_generator() -> IdGenerator:
+    """A source of unique message ids."""
+    return IdGenerator()
 
 
 #: The older name.

@@ -20,7 +20,7 @@ from streamtools.engine.options import parameters, read_options
 from streamtools.engine.outbox import Outbox, current_outbox
 from streamtools.engine.tasks.cancellation import stray_cancellation_as_lost
 from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost, FeatureError, OptionError, SendError
-from streamtools.message import NO_HEADERS, Draft, Message, id_generator, setters
+from streamtools.message import NO_HEADERS, Drafts, Message, id_generator
 from streamtools.options import AnyProducerOptions, AnySendOptions
 from streamtools.protocols import SEND_OPTIONS, targets, that_can
 from streamtools.receipt import Receipt as Receipt
@@ -35,10 +35,6 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 #: Protocol name to producer class.
 PRODUCERS: Registry[Producer] = Registry("producer", targets("producer"))
-
-
-_new: Final = Draft.__new__
-_set_source, _set_body, _set_id, _set_queue = setters("body", "id", "queue")
 
 
 class Gathering:
@@ -276,6 +272,9 @@ class Producer(ProducerHooks, Endpoint):
         box = current_outbox()
         return (box.id(self.queue) if box is not None else None) or self._new_id()
 
+    def _next_ids(self, number: int) -> list[str]:
+        return self._new_id.take(number) if current_outbox() is None else [self._next_id() for _ in range(number)]
+
     def _encode(self, payload: object, id: str | None, common: dict[str, Any]) -> Message:  # noqa: A002
         if id is not None:
             check_texts({"id": id})
@@ -297,22 +296,18 @@ class Producer(ProducerHooks, Endpoint):
             f"key was deleted. {that_can('tombstones')} carries them."
         )
 
-    def _drafts(self, payloads: Iterable[object], common: dict[str, Any]) -> list[Message]:
-        encode, queue = codec.encode, self.queue
-        new_id = self._new_id if current_outbox() is None else self._next_id
-        batch: list[Message] = []
-        of_type = None
-        for payload in payloads:
-            body, content_type = encode(payload)
-            if content_type != of_type:
-                of_type, source = content_type, {**common, "content_type": content_type}
-            message = _new(Draft)
-            _set_source(message, source)
-            _set_body(message, body)
-            _set_id(message, new_id())
-            _set_queue(message, queue)
-            batch.append(message)
-        return batch
+    def _drafts(self, payloads: Iterable[object], common: dict[str, Any]) -> Sequence[Message]:
+        encoded = [codec.encode(payload) for payload in payloads]
+        if not encoded:
+            return []
+        ids = self._next_ids(len(encoded))
+        bodies, content_types = zip(*encoded, strict=True)
+        if len(set(content_types)) == 1:
+            return Drafts({**common, "content_type": content_types[0]}, bodies, ids)
+        return [
+            Message(**common, content_type=content_type, body=body, id=id)
+            for (body, content_type), id in zip(encoded, ids, strict=True)
+        ]
 
     def _common(
         self,

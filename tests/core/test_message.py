@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
 
 from streamtools import Message, Receipt
-from streamtools.message import NO_HEADERS
+from streamtools.message import NO_HEADERS, id_generator
 
 
 def test_every_field_is_what_was_given_or_its_default() -> None:
@@ -63,3 +64,16 @@ def test_a_receipt_is_made_by_place_or_by_name_and_is_frozen() -> None:
     assert receipt == Receipt(id="1", queue="orders") and type(receipt) is Receipt
     with pytest.raises(FrozenInstanceError):
         receipt.id = "2"  # type: ignore[misc]
+
+
+def test_ids_are_unique_one_by_one_and_many_at_once_in_several_threads() -> None:
+    one, other = id_generator(), id_generator()
+
+    def take(number: int) -> list[str]:
+        return [one(), *one.take(number), one(), *other.take(number)]
+
+    with ThreadPoolExecutor(8) as threads:
+        found = [id_ for ids in threads.map(take, [0, 1, 255, 256, 257, 5000] * 8) for id_ in ids]
+    assert len(found) == len(set(found)) == 8 * (12 + 2 * (1 + 255 + 256 + 257 + 5000))
+    assert all(len(id_) == 32 and int(id_, 16) for id_ in found)
+    assert len({id_[:16] for id_ in found}) == 2
