@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import count, repeat
 from secrets import token_hex
 from typing import TYPE_CHECKING, ClassVar, Final, Unpack
 
@@ -25,7 +26,7 @@ from streamtools.drivers.kafka.options import (
     is_async,
 )
 from streamtools.drivers.kafka.producing.own_topic import make_and_send_again
-from streamtools.drivers.kafka.producing.record import ProducerRecord, not_held, records_of
+from streamtools.drivers.kafka.producing.record import ProducerRecord, Records, not_held, records_to_send
 from streamtools.drivers.kafka.producing.sender import Sender
 from streamtools.drivers.kafka.producing.transaction import Transaction, current_transaction
 from streamtools.drivers.kafka.producing.transactions import TransactionalProducer, opened, same_kafka
@@ -141,7 +142,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             if self._closed:
                 raise Closed(f"{self!r} was closed; call open() to use it again.")
             raise ConnectionLost(f"{self!r} is not connected.")
-        items = records_of(batch)
+        items = records_to_send(batch)
         try:
             await self._publish(self._sender, items)
         except SendError as error:
@@ -149,7 +150,7 @@ class KafkaProducer(Producer, protocol="kafka"):
             raise
         return _receipts(items)
 
-    async def _publish(self, sender: Sender, items: Sequence[ProducerRecord]) -> None:
+    async def _publish(self, sender: Sender, items: Sequence[Records]) -> None:
         try:
             await sender.publish(items)
         except SendError:
@@ -288,5 +289,14 @@ def _placed(batch: Sequence[Message], options: SendOptions) -> Sequence[Message]
     return [Placed.of(message, options.partition, options.timestamp) for message in batch]
 
 
-def _receipts(items: Sequence[ProducerRecord]) -> list[Receipt]:
-    return [KafkaReceipt(id=i.id, queue=i.topic, partition=i.partition, offset=i.offset) for i in items]
+def _receipts(items: Iterable[Records]) -> list[Receipt]:
+    found: list[Receipt] = []
+    for item in items:
+        if isinstance(item, ProducerRecord):
+            found.append(KafkaReceipt(item.id, item.topic, item.partition, item.offset))
+        elif item.parts:
+            found += _receipts(item.parts)
+        else:
+            offsets = repeat(None) if item.offset is None else count(item.offset)
+            found += map(KafkaReceipt, item.ids, repeat(item.topic), repeat(item.partition), offsets)
+    return found

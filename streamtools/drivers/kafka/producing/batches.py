@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any
 
-from streamtools.drivers.kafka.producing.record import UNWRITABLE, ProducerRecord, unwritable
-
-#: Bytes of one batch; Kafka takes 1 MiB unless told otherwise (`message.max.bytes`).
-BATCH: Final = 512 * 1024
+from streamtools.drivers.kafka.producing.record import UNWRITABLE, Records, unwritable
 
 
 class BatchQueue:
@@ -23,18 +20,17 @@ class BatchQueue:
     """
 
     def __init__(self) -> None:
-        self.waiting: deque[ProducerRecord] = deque()
+        self.waiting: deque[Records] = deque()
         self._sizes: list[int] = []  # of the next batches after a refusal; the next one is the last item
 
-    def build(self, producer: Any) -> tuple[list[ProducerRecord], Any]:
+    def build(self, producer: Any) -> tuple[list[Records], Any]:
         """Put the next records into a batch of the library; it may be empty. What cannot be written fails.
 
         Returns:
             The records of the batch, and its builder.
         """
-        builder = producer.create_batch()
-        add, waiting = builder.append, self.waiting
-        batch: list[ProducerRecord] = []
+        builder, waiting = producer.create_batch(), self.waiting
+        batch: list[Records] = []
         number = most = min(self._sizes[-1], len(waiting)) if self._sizes else len(waiting)
         while number:
             item = waiting[0]
@@ -43,11 +39,12 @@ class BatchQueue:
                 item.pending.limit.free(waiting.popleft().size)
                 continue
             try:
-                if add(timestamp=item.timestamp, key=item.key, value=item.value, headers=item.headers) is None:
+                if not item.append_to(builder):
                     number += 1
                     break
             except UNWRITABLE as error:
-                waiting.popleft().fail(unwritable(error))
+                for single in waiting.popleft().singles():
+                    single.fail(unwritable(error))
             else:
                 batch.append(waiting.popleft())
         self._took(most - number)
@@ -60,23 +57,23 @@ class BatchQueue:
             if self._sizes[-1] <= 0:
                 self._sizes.pop()
 
-    def put_back(self, batch: Sequence[ProducerRecord]) -> None:
+    def put_back(self, batch: Sequence[Records]) -> None:
         """Put these before everything that waits."""
         self.waiting.extendleft(reversed(batch))
 
-    def halve(self, batch: Sequence[ProducerRecord]) -> None:
-        """Put these before everything that waits, as two batches."""
+    def halve(self, batch: Sequence[Records]) -> None:
+        """Put these single records before everything that waits, as two batches."""
         self._sizes += [len(batch) - len(batch) // 2, len(batch) // 2]
         self.put_back(batch)
 
-    def take_all(self) -> list[ProducerRecord]:
+    def take_all(self) -> list[Records]:
         """Take everything that waits."""
         items = list(self.waiting)
         self.waiting.clear()
         return items
 
 
-def confirm(batch: Iterable[ProducerRecord], partition: int, offset: int) -> None:
+def confirm(batch: Iterable[Records], partition: int, offset: int) -> None:
     """Kafka holds these: tell whoever waits for them.
 
     Parameters:
@@ -86,12 +83,12 @@ def confirm(batch: Iterable[ProducerRecord], partition: int, offset: int) -> Non
     for item in batch:
         item.partition = partition
         item.offset = offset if offset >= 0 else None
-        offset += 1
+        offset += item.number
         if item.pending is not pending:  # records of one send stand together
             if pending is not None:
                 pending.confirm(number, size)
             pending, number, size = item.pending, 0, 0
-        number += 1
+        number += item.number
         size += item.size
     if pending is not None:
         pending.confirm(number, size)

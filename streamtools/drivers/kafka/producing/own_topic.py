@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from streamtools.drivers.kafka.brokers.topics import Topic
 from streamtools.drivers.kafka.errors import Missing
-from streamtools.drivers.kafka.producing.record import ProducerRecord
+from streamtools.drivers.kafka.producing.record import Records, singles
 from streamtools.drivers.kafka.producing.sender import Sender
 
 log: logging.Logger = logging.getLogger("streamtools")
 
 
-async def make_and_send_again(sender: Sender, items: Sequence[ProducerRecord], own: Topic, who: str) -> bool:
+async def make_and_send_again(sender: Sender, items: Sequence[Records], own: Topic, who: str) -> bool:
     """Make the topic again, as it was, and send what was refused; False if records were refused for another reason.
 
     Parameters:
@@ -22,7 +22,7 @@ async def make_and_send_again(sender: Sender, items: Sequence[ProducerRecord], o
         own: the producer's topic.
         who: the producer, for the log.
     """
-    refused = [item for item in items if item.error is not None]
+    refused = [item for item in singles(items) if item.error is not None]
     ours = all(item.topic == own.name and isinstance(item.error, Missing) for item in refused)
     if not (refused and ours):
         return False

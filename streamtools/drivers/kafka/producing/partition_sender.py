@@ -19,7 +19,7 @@ from streamtools.drivers.kafka.errors import CLIENT_ERRORS, RECORD_REFUSALS, REF
 from streamtools.drivers.kafka.producing.batches import BatchQueue, confirm
 from streamtools.drivers.kafka.producing.deleted_topics import DeletionWatch, deleted
 from streamtools.drivers.kafka.producing.partitions import PartitionChooser
-from streamtools.drivers.kafka.producing.record import ProducerRecord
+from streamtools.drivers.kafka.producing.record import Records, singles
 from streamtools.engine.tasks.cancellation import asked_to_stop
 from streamtools.errors import Closed, StreamToolsError
 from streamtools.settings import KafkaSettings
@@ -43,7 +43,7 @@ class Producers(Protocol):
     async def renew(self, failed: Any) -> None:
         """Use a new producer instead of `failed`."""
 
-    def redistribute(self, batch: Sequence[ProducerRecord]) -> None:
+    def redistribute(self, batch: Sequence[Records]) -> None:
         """Hand these over once more, as their topic has fewer partitions now."""
 
 
@@ -79,7 +79,7 @@ class PartitionSender(BatchQueue):
             if batch:
                 await self._send(producer, batch, builder)
 
-    async def _send(self, producer: Any, batch: list[ProducerRecord], builder: Any) -> None:
+    async def _send(self, producer: Any, batch: list[Records], builder: Any) -> None:
         number = next_number(producer, self.topic, self.partition)
         use_topics(producer, (self.topic,))  # a new producer knows of none
         try:
@@ -100,7 +100,7 @@ class PartitionSender(BatchQueue):
             self._failures = 0
             confirm(batch, self.partition, offset)
 
-    async def _failed(self, batch: list[ProducerRecord], producer: Any, number: int, error: BaseException) -> None:
+    async def _failed(self, batch: list[Records], producer: Any, number: int, error: BaseException) -> None:
         partitions = self._producers.partitions
         partitions.look_again(producer.client.cluster)
         if partitions.lacks(self.topic, self.partition):  # the topic was made anew, with fewer
@@ -108,8 +108,8 @@ class PartitionSender(BatchQueue):
             return
         if isinstance(error, REFUSALS):
             rewind(producer, self.topic, self.partition, number)
-        if isinstance(error, RECORD_REFUSALS) and len(batch) > 1:
-            self.halve(batch)
+        if isinstance(error, RECORD_REFUSALS) and len(alone := singles(batch)) > 1:
+            self.halve(alone)
         elif isinstance(error, REFUSALS):
             _refuse(batch, error)
         elif isinstance(error, kafka.UnknownTopicOrPartitionError):
@@ -119,7 +119,7 @@ class PartitionSender(BatchQueue):
         else:
             await self._send_again(batch, producer, error)
 
-    async def _send_again(self, batch: list[ProducerRecord], producer: Any, error: BaseException) -> None:
+    async def _send_again(self, batch: list[Records], producer: Any, error: BaseException) -> None:
         """Put the batch before all others, to be sent by a new producer as long as somebody waits for it."""
         level = logging.WARNING if not self._failures else logging.DEBUG  # logged once
         log.log(
@@ -151,12 +151,12 @@ class PartitionSender(BatchQueue):
         _fail(self.take_all(), Closed("The producer was closed before this was confirmed."))
 
 
-def _refuse(batch: Sequence[ProducerRecord], error: BaseException) -> None:
-    for item in batch:
+def _refuse(batch: Sequence[Records], error: BaseException) -> None:
+    for item in singles(batch):
         item.fail(error)
 
 
-def _fail(batch: Sequence[ProducerRecord], error: BaseException) -> None:
+def _fail(batch: Sequence[Records], error: BaseException) -> None:
     """Nothing is known about these; whoever waits for them gets the error."""
     for item in batch:
         item.pending.limit.free(item.size)

@@ -18,7 +18,7 @@ from streamtools.drivers.kafka.client.producers import use_topics
 from streamtools.drivers.kafka.errors import TROUBLE, Unfit, client_error
 from streamtools.drivers.kafka.names import check_kafka_name
 from streamtools.drivers.kafka.producing.batches import BatchQueue
-from streamtools.drivers.kafka.producing.record import ProducerRecord
+from streamtools.drivers.kafka.producing.record import Records
 from streamtools.drivers.kafka.producing.unconfirmed import UnconfirmedBatch
 from streamtools.errors import ConfigurationError, SendError, StreamToolsError
 from streamtools.exchange import no_subscriber
@@ -47,8 +47,8 @@ class PartitionChooser:
         self._bindings = Bindings(settings)
 
     async def know(
-        self, batch: Sequence[ProducerRecord], producer: Any
-    ) -> tuple[Sequence[ProducerRecord], dict[str, StreamToolsError]]:
+        self, batch: Sequence[Records], producer: Any
+    ) -> tuple[Sequence[Records], dict[str, StreamToolsError]]:
         """Find the topics of a batch, and the queues that its events go to.
 
         Returns:
@@ -73,15 +73,15 @@ class PartitionChooser:
         return batch, {**missing, **unbound}
 
     async def _spread(
-        self, batch: Sequence[ProducerRecord], producer: Any
-    ) -> tuple[list[ProducerRecord], dict[str, StreamToolsError]]:
+        self, batch: Sequence[Records], producer: Any
+    ) -> tuple[list[Records], dict[str, StreamToolsError]]:
         """Replace each event by a record for each of its queues."""
         await self._bindings.read(producer.client)
         events = {(item.exchange, item.topic) for item in batch if item.exchange is not None}
         routes = {event: self._bindings.queues(*event) for event in events}
         # A queue that was deleted by other means has left its bindings behind.
         gone = await self._find({queue for queues in routes.values() for queue in queues}, producer)
-        spread: list[ProducerRecord] = []
+        spread: list[Records] = []
         unbound: dict[str, StreamToolsError] = {}
         for item in batch:
             if item.exchange is None:
@@ -218,7 +218,7 @@ class PartitionChooser:
 
     def distribute(
         self,
-        batch: Sequence[ProducerRecord],
+        batch: Sequence[Records],
         pending: UnconfirmedBatch,
         queue_of: Callable[[str, int], BatchQueue],
         *,
@@ -233,10 +233,11 @@ class PartitionChooser:
             missing: errors of topics that do not exist.
             max_size: bytes of one record at most, unless it is a copy.
         """
+        most = min(STICKY, max_size)
         last: tuple[str, int] | None = None
-        waiting: deque[ProducerRecord] = deque()
+        waiting: deque[Records] = deque()
         size = 0
-        for item in batch:
+        for item in [part for whole in batch for part in whole.cut(most)]:
             item.pending = pending
             trouble = item.error
             if trouble is None and missing:
@@ -244,9 +245,10 @@ class PartitionChooser:
             if trouble is None and (item.size > max_size or item.partition is not None):
                 trouble = self.trouble(item, max_size)
             if trouble is not None:
-                item.refuse(trouble)
-                pending.failed[item.id] = trouble
-                pending.done()
+                for single in item.singles():
+                    single.refuse(trouble)
+                    pending.failed[single.id] = trouble
+                    pending.done()
                 continue
             place = item.topic, self.choose(item)
             if place != last:  # records for one partition stand together
@@ -255,7 +257,7 @@ class PartitionChooser:
             size += item.size
         return size
 
-    def trouble(self, item: ProducerRecord, max_size: int) -> SendError | None:
+    def trouble(self, item: Records, max_size: int) -> SendError | None:
         """Why this record cannot go to its topic; None if it can.
 
         Parameters:
@@ -270,7 +272,7 @@ class PartitionChooser:
             return SendError(f"the topic {item.topic!r} has partitions 0 to {count - 1} and no {item.partition}")
         return None
 
-    def choose(self, item: ProducerRecord) -> int:
+    def choose(self, item: Records) -> int:
         """The partition for a record: the one it names, or that of its key, or any."""
         if item.partition is not None:
             return item.partition

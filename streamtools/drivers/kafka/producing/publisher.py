@@ -12,10 +12,9 @@ from streamtools.drivers.kafka.brokers.topics import Topic, Topics
 from streamtools.drivers.kafka.client.connect import CLOSED, connection, started, stopped
 from streamtools.drivers.kafka.client.monitor import ConnectionMonitor
 from streamtools.drivers.kafka.client.producers import abandoned, leader_and_replicas
-from streamtools.drivers.kafka.producing.batches import BATCH
 from streamtools.drivers.kafka.producing.partition_sender import PartitionSender
 from streamtools.drivers.kafka.producing.partitions import PartitionChooser
-from streamtools.drivers.kafka.producing.record import ProducerRecord
+from streamtools.drivers.kafka.producing.record import BATCH, Records
 from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, UnconfirmedBatch
 from streamtools.drivers.kafka.records import COPY_ROOM
 from streamtools.errors import Closed, ConnectError
@@ -57,7 +56,7 @@ class Publisher:
                 if failed is not None:
                     self._retire_later(failed)
 
-    async def submit(self, batch: Sequence[ProducerRecord], limit: ByteLimit, max_size: int) -> UnconfirmedBatch:
+    async def submit(self, batch: Sequence[Records], limit: ByteLimit, max_size: int) -> UnconfirmedBatch:
         """Take records over, in order, once they are within the limit; returns before they are confirmed.
 
         Parameters:
@@ -73,20 +72,21 @@ class Publisher:
             await limit.wait_for(size)
         if self._closed:
             raise Closed(CLOSED)
-        pending = UnconfirmedBatch(len(batch), limit)
+        pending = UnconfirmedBatch(sum([item.number for item in batch]), limit)
         limit.take(self.partitions.distribute(batch, pending, self._sender, missing=missing, max_size=max_size))
         if not batch:
             pending.done()  # an event may reach nobody
         return pending
 
-    def redistribute(self, batch: Sequence[ProducerRecord]) -> None:
+    def redistribute(self, batch: Sequence[Records]) -> None:
         """Hand these over once more, as their topic has fewer partitions now."""
         for item in batch:
             trouble = self.partitions.trouble(item, item.size)
             if trouble is None:
                 self._sender(item.topic, self.partitions.choose(item)).waiting.append(item)
             else:
-                item.fail(trouble)
+                for single in item.singles():
+                    single.fail(trouble)
 
     def _sender(self, topic: str, partition: int) -> PartitionSender:
         sender = self._senders.get((topic, partition))

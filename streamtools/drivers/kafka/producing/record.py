@@ -1,9 +1,10 @@
-"""ProducerRecord: one record on its way, and the errors for records that Kafka does not take."""
+"""ProducerRecord and RecordRun: one record, or many alike, on their way; and the errors for what Kafka refuses."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from aiokafka import errors as kafka
@@ -12,11 +13,13 @@ from streamtools.drivers.kafka.errors import Unfit, explained, is_too_large, is_
 from streamtools.drivers.kafka.records import COPY_ROOM, ID, Header, Placed, encode_headers, encode_key, timestamp
 from streamtools.errors import SendError, StreamToolsError
 from streamtools.exchange import Exchange
-from streamtools.message import Draft, Message, common
+from streamtools.message import Drafts, Message
 from streamtools.settings import KafkaSettings
 
 #: Bytes of a record beside key, value and headers at most (KIP-98, message format).
 OVERHEAD: Final = 96
+#: Bytes of one batch; Kafka takes 1 MiB unless told otherwise (`message.max.bytes`).
+BATCH: Final = 512 * 1024
 #: What is raised for a message of which no record can be made, or which the library cannot write.
 UNWRITABLE: Final = (TypeError, ValueError, OverflowError)
 
@@ -36,6 +39,9 @@ class ProducerRecord:
         is_copy: a copy of a message that was read; our own limit of sizes does not count, as a topic has held it.
         of: the event of which this is the record for one queue; None otherwise.
     """
+
+    #: How many records it is.
+    number: Final = 1
 
     __slots__ = (
         "error", "exchange", "headers", "id", "is_copy", "key", "mandatory", "of", "offset", "partition", "pending",
@@ -71,6 +77,24 @@ class ProducerRecord:
         self.is_copy: bool = False
         self.size: int = len(value or b"") + (_beside(key, headers) if beside is None else beside)
 
+    def singles(self) -> Sequence[ProducerRecord]:
+        """Its records one by one."""
+        return (self,)
+
+    def cut(self, most: int) -> Sequence[ProducerRecord]:  # noqa: ARG002 - as a RecordRun takes it
+        """What goes on its way: itself, whatever its size is."""
+        return (self,)
+
+    def append_to(self, builder: Any) -> bool:
+        """Write it into a batch of the library; False if the batch has no room.
+
+        Raises:
+            UNWRITABLE: the library cannot write it.
+        """
+        return (
+            builder.append(timestamp=self.timestamp, key=self.key, value=self.value, headers=self.headers) is not None
+        )
+
     def to(self, topic: str) -> ProducerRecord:
         """The same, for one topic."""
         item = ProducerRecord(
@@ -94,6 +118,114 @@ class ProducerRecord:
         self.pending.done()
 
 
+class RecordRun:
+    """Records that were sent together, and differ in id and value alone.
+
+    As long as all goes well they travel as one, so that what they have in common is done once. When something happens
+    to one of them, they become single records.
+
+    Parameters:
+        like: a record like them.
+        ids: of their messages, in order.
+        values: as many.
+
+    Attributes:
+        pending: the batch of one send that they belong to.
+        partition: where they are, once they are confirmed.
+        offset: of the first, once they are confirmed; None if Kafka held them already, from an attempt before.
+        size: bytes of all of them, roughly.
+        parts: what travels in place of this run, once it was cut.
+    """
+
+    __slots__ = ("_beside", "_like", "ids", "number", "offset", "partition", "parts", "pending", "size", "values")
+
+    error: Final = None
+    exchange: Final = None
+    is_copy: Final = False
+    mandatory: Final = True
+
+    def __init__(self, like: ProducerRecord, ids: Sequence[str], values: Sequence[bytes]) -> None:
+        self._like = like
+        self._beside = like.size - len(like.value or b"")
+        self.ids: Sequence[str] = ids
+        self.values: Sequence[bytes] = values
+        self.number: int = len(ids)
+        self.offset: int | None = None
+        self.partition: int | None = None
+        self.parts: Sequence[Records] = ()
+        self.pending: Any = None
+        self.size: int = self._beside * len(ids) + sum(map(len, values))
+
+    @property
+    def topic(self) -> str:
+        """Of all of them."""
+        return self._like.topic
+
+    @property
+    def key(self) -> bytes | None:
+        """Of all of them."""
+        return self._like.key
+
+    def cut(self, most: int) -> Sequence[Records]:
+        """What goes on its way: runs of so many bytes at most, or single records.
+
+        Parameters:
+            most: bytes.
+        """
+        if self.size <= most:
+            return (self,)
+        step = most // (self._beside + max(map(len, self.values)))
+        if step < 2:  # noqa: PLR2004 - a run of one is a single record
+            return self.singles()
+        starts = range(0, self.number, step)
+        self.parts = [
+            RecordRun(self._like, self.ids[start : start + step], self.values[start : start + step])
+            for start in starts
+        ]
+        return self.parts
+
+    def singles(self) -> Sequence[ProducerRecord]:
+        """The records one by one, which travel in place of this run from now on."""
+        if not self.parts:
+            self.parts = [self._single(place) for place in range(self.number)]
+        return singles(self.parts)
+
+    def _single(self, place: int) -> ProducerRecord:
+        like, id_ = self._like, self.ids[place]
+        headers = [(name, id_.encode() if name == ID else value) for name, value in like.headers]
+        item = ProducerRecord(
+            id_, like.topic, like.key, self.values[place], headers, like.timestamp, self.partition, self._beside
+        )
+        item.pending = self.pending
+        item.offset = None if self.offset is None else self.offset + place
+        return item
+
+    def append_to(self, builder: Any) -> bool:
+        """Write all of them into a batch of the library; False if the batch has no room.
+
+        Raises:
+            UNWRITABLE: the library cannot write them.
+        """
+        if builder.size() + self.size > BATCH:
+            return False
+        like = self._like
+        at = [name for name, _ in like.headers].index(ID)
+        before, behind = like.headers[:at], like.headers[at + 1 :]
+        headers = [[*before, (ID, id_.encode()), *behind] for id_ in self.ids]
+        add, timestamp, key = builder.append, like.timestamp, like.key
+        for value, own in zip(self.values, headers, strict=True):
+            add(timestamp=timestamp, key=key, value=value, headers=own)
+        return True
+
+
+Records = ProducerRecord | RecordRun
+
+
+def singles(items: Iterable[Records]) -> list[ProducerRecord]:
+    """The records one by one."""
+    return [single for item in items for single in item.singles()]
+
+
 def _beside(key: bytes | None, headers: Sequence[Header]) -> int:
     """Bytes of a record beside its value, roughly."""
     size = OVERHEAD + 10 * len(headers)
@@ -112,36 +244,23 @@ def records_of(
         read: the headers of the record that these are copies of.
     """
     now = time.time()
-    items: list[ProducerRecord] = []
-    source: dict[str, Any] | None = None
-    like: Callable[[str, bytes | None], ProducerRecord] | None = None
-    for message in batch:
-        shared = common(message) if type(message) is Draft else None
-        if like is not None and shared is not None and shared is source:
-            items.append(like(message.id, message.body))
-            continue
-        try:
-            item = _outgoing(message, headers, now, read)
-        except UNWRITABLE as error:
-            items.append(_refused(message, error))
-            continue
-        items.append(item)
-        if shared is not None:
-            source, like = shared, _pattern(item)
-    return items
+    return [_record_of(message, headers, now, read) for message in batch]
 
 
-def _pattern(first: ProducerRecord) -> Callable[[str, bytes | None], ProducerRecord]:
-    """A function that makes records which differ from this one in id and value alone; it has no exchange."""
-    at = next(number for number, (name, _) in enumerate(first.headers) if name == ID)
-    before, behind = first.headers[:at], first.headers[at + 1 :]
-    topic, key, timestamp, beside = first.topic, first.key, first.timestamp, first.size - len(first.value or b"")
-    name = ID
+def records_to_send(batch: Sequence[Message]) -> Sequence[Records]:
+    """The records of messages that a producer sends; those that are alike as one run."""
+    if isinstance(batch, Drafts):
+        with suppress(*UNWRITABLE):
+            like = _outgoing(batch[0], (), time.time(), ())
+            return [RecordRun(like, batch.ids, batch.bodies)]
+    return records_of(batch)
 
-    def like(id: str, value: bytes | None) -> ProducerRecord:  # noqa: A002
-        return ProducerRecord(id, topic, key, value, [*before, (name, id.encode()), *behind], timestamp, None, beside)
 
-    return like
+def _record_of(message: Message, headers: Sequence[Header], now: float, read: Iterable[Header]) -> ProducerRecord:
+    try:
+        return _outgoing(message, headers, now, read)
+    except UNWRITABLE as error:
+        return _refused(message, error)
 
 
 def _outgoing(message: Message, headers: Sequence[Header], now: float, read: Iterable[Header]) -> ProducerRecord:
@@ -170,21 +289,19 @@ def _refused(message: Message, error: Exception) -> ProducerRecord:
     return item
 
 
-def not_held(messages: Iterable[Message], items: Iterable[ProducerRecord]) -> list[Message]:
+def not_held(messages: Iterable[Message], items: Iterable[Records]) -> list[Message]:
     """The messages whose records were refused; `items` are their records in the same order."""
-    return [message for message, item in zip(messages, items, strict=True) if item.error is not None]
+    return [message for message, item in zip(messages, singles(items), strict=True) if item.error is not None]
 
 
-def refused(
-    failed: Mapping[str, BaseException], settings: KafkaSettings, batch: Iterable[ProducerRecord] = ()
-) -> SendError:
+def refused(failed: Mapping[str, BaseException], settings: KafkaSettings, batch: Iterable[Records] = ()) -> SendError:
     """The error for messages that Kafka does not take.
 
     Parameters:
         batch: all records that were sent together; with it, the error names the topic of the first refused one.
     """
     id_, first = next(iter(failed.items()))
-    item = next((item for item in batch if item.id == id_), None)
+    item = next((item for item in singles(batch) if item.id == id_), None)
     why = str(first) if isinstance(first, StreamToolsError) else _why(first) + _advice(first, item, settings)
     count = f"{len(failed)} message{'s' if len(failed) > 1 else ''}"
     unfit = [name for name, trouble in failed.items() if is_unfit(trouble)]

@@ -12,7 +12,7 @@ from typing import Final
 from streamtools.drivers.kafka.brokers.topics import Topic, Topics
 from streamtools.drivers.kafka.client.connect import CLOSED
 from streamtools.drivers.kafka.producing.publisher import Publisher
-from streamtools.drivers.kafka.producing.record import ProducerRecord, refused
+from streamtools.drivers.kafka.producing.record import Records, refused
 from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, UnconfirmedBatch
 from streamtools.engine.tasks.sharing import Lease, Sharing
 from streamtools.errors import Closed
@@ -59,7 +59,7 @@ class Sender:
         self._lease = lease
         return lease.value.topics
 
-    async def publish(self, batch: Sequence[ProducerRecord]) -> None:
+    async def publish(self, batch: Sequence[Records]) -> None:
         """Return when all are confirmed.
 
         Raises:

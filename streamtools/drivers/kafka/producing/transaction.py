@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Final
 
 from streamtools.drivers.kafka.errors import was_undone
-from streamtools.drivers.kafka.producing.record import ProducerRecord, not_held, records_of
+from streamtools.drivers.kafka.producing.record import Records, not_held, records_to_send
 from streamtools.drivers.kafka.producing.transactions import TIMEOUT, TransactionalProducer
 from streamtools.errors import ConnectError, SendError
 from streamtools.message import Message
@@ -37,13 +37,13 @@ class Transaction:
         await self.producer.begin()
         self._begun = time.monotonic()
 
-    async def send(self, batch: Sequence[Message], given: Sequence[Message]) -> Sequence[ProducerRecord]:
+    async def send(self, batch: Sequence[Message], given: Sequence[Message]) -> Sequence[Records]:
         """Send as part of it. A failure makes the whole fail, whether the caller goes on or not.
 
         Parameters:
             given: the same messages as the user knows them, for errors.
         """
-        items = records_of(batch)
+        items = records_to_send(batch)
         async with self._lock:
             try:
                 await self.producer.send(items)

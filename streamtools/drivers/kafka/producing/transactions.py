@@ -27,9 +27,9 @@ from streamtools.drivers.kafka.client.producers import (
     take_identity,
 )
 from streamtools.drivers.kafka.errors import BATCH_REFUSALS, CLIENT_ERRORS, RECORD_REFUSALS, client_error, plain
-from streamtools.drivers.kafka.producing.batches import BATCH, BatchQueue, confirm
+from streamtools.drivers.kafka.producing.batches import BatchQueue, confirm
 from streamtools.drivers.kafka.producing.partitions import PartitionChooser
-from streamtools.drivers.kafka.producing.record import ProducerRecord, refused
+from streamtools.drivers.kafka.producing.record import BATCH, Records, refused, singles
 from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, UnconfirmedBatch
 from streamtools.drivers.kafka.records import COPY_ROOM
 from streamtools.errors import ConnectionLost, StreamToolsError
@@ -137,7 +137,7 @@ class TransactionalProducer:
         """Begin a transaction."""
         await self._do(self._producer.begin_transaction())
 
-    async def send(self, batch: Sequence[ProducerRecord]) -> None:
+    async def send(self, batch: Sequence[Records]) -> None:
         """Send as part of the transaction, which must be aborted when this fails.
 
         Raises:
@@ -145,7 +145,7 @@ class TransactionalProducer:
             ConnectionLost: their fate is open.
         """
         batch, missing = await self._partitions.know(batch, self._producer)
-        pending = UnconfirmedBatch(len(batch), ByteLimit())
+        pending = UnconfirmedBatch(sum([item.number for item in batch]), ByteLimit())
         queues: dict[tuple[str, int], BatchQueue] = {}
 
         def queue_of(topic: str, partition: int) -> BatchQueue:
@@ -216,14 +216,14 @@ class TransactionalProducer:
                 return
             if not isinstance(error, RECORD_REFUSALS):
                 batch += queue.take_all()
-            elif len(batch) > 1:
-                queue.halve(batch)
+            elif len(alone := singles(batch)) > 1:
+                queue.halve(alone)
                 continue
-            for item in batch:
+            for item in singles(batch):
                 item.fail(error)
 
     async def _send_batch(
-        self, builder: Any, topic: str, partition: int, batch: Sequence[ProducerRecord]
+        self, builder: Any, topic: str, partition: int, batch: Sequence[Records]
     ) -> BaseException | None:
         """Send it; returns why it was refused, if it was."""
 
