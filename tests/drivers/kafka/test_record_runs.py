@@ -8,17 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtools.drivers.kafka import KafkaProducer
 from streamtools.drivers.kafka.producer import KafkaReceipt, _receipts
-from streamtools.drivers.kafka.producing.batches import BatchQueue, confirm
+from streamtools.drivers.kafka.producing.batches import BATCH, BatchQueue, confirm
 from streamtools.drivers.kafka.producing.partitions import STICKY, PartitionChooser
 from streamtools.drivers.kafka.producing.record import (
-    BATCH,
     RecordRun,
     Records,
     not_held,
@@ -33,7 +31,7 @@ from streamtools.message import Drafts, Message
 from streamtools.settings import KafkaSettings
 
 SETTINGS = KafkaSettings(host="127.0.0.1:1")
-PRODUCER = SimpleNamespace(create_batch=lambda: BatchBuilder(BATCH, 0))
+PRODUCER = SimpleNamespace(_txn_manager=SimpleNamespace(transactional_id=None))
 
 bodies = st.lists(st.binary(max_size=300), min_size=1, max_size=200)
 fields = st.fixed_dictionaries(

@@ -10,6 +10,7 @@ consumers.py    `consumer._fetcher`, `_subscription`, `_closed` and its tasks: t
 coordinator.py  `consumer._coordinator`: commits that name the place in the group; leaving while joining
 producers.py    `producer._txn_manager`, `_message_accumulator`, `_sender`: to take sequence numbers back after a
                 refusal, to fail batches of deleted topics, to abort what was added to a transaction, to end at once
+record_batch.py the methods of `BatchBuilder` that `producer.send_batch` and what is behind it call
 batches.py      `FetchResult._partition_records` and the record parsers: header names of any bytes, and limits
 fetched.py      `FetchResult`, `PartitionRecords`: records are parsed while they are handed over
 

@@ -107,6 +107,11 @@ def _look_at(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
+def is_transactional(producer: Any) -> bool:
+    """What it sends belongs to a transaction."""
+    return producer._txn_manager.transactional_id is not None
+
+
 def is_in_transaction(producer: Any) -> bool:
     """A transaction was begun, has not failed, and is not being ended."""
     return bool(producer._txn_manager.is_in_transaction())

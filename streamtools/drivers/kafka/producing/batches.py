@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
+from streamtools.drivers.kafka.client.producers import is_transactional
+from streamtools.drivers.kafka.client.record_batch import RecordBatch
 from streamtools.drivers.kafka.producing.record import UNWRITABLE, Records, unwritable
+
+#: Bytes of one batch; Kafka takes 1 MiB unless told otherwise (`message.max.bytes`).
+BATCH: Final = 512 * 1024
 
 
 class BatchQueue:
@@ -23,13 +28,13 @@ class BatchQueue:
         self.waiting: deque[Records] = deque()
         self._sizes: list[int] = []  # of the next batches after a refusal; the next one is the last item
 
-    def build(self, producer: Any) -> tuple[list[Records], Any]:
-        """Put the next records into a batch of the library; it may be empty. What cannot be written fails.
+    def build(self, producer: Any) -> tuple[list[Records], RecordBatch]:
+        """Put the next records into a batch; it may be empty. What cannot be written fails.
 
         Returns:
-            The records of the batch, and its builder.
+            The records of the batch, and the batch.
         """
-        builder, waiting = producer.create_batch(), self.waiting
+        written, waiting = RecordBatch(BATCH, transactional=is_transactional(producer)), self.waiting
         batch: list[Records] = []
         number = most = min(self._sizes[-1], len(waiting)) if self._sizes else len(waiting)
         while number:
@@ -39,7 +44,7 @@ class BatchQueue:
                 item.pending.limit.free(waiting.popleft().size)
                 continue
             try:
-                if not item.append_to(builder):
+                if not item.append_to(written):
                     number += 1
                     break
             except UNWRITABLE as error:
@@ -48,8 +53,7 @@ class BatchQueue:
             else:
                 batch.append(waiting.popleft())
         self._took(most - number)
-        builder.close()
-        return batch, builder
+        return batch, written
 
     def _took(self, number: int) -> None:
         if self._sizes:

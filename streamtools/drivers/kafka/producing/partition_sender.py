@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 from aiokafka import errors as kafka
 
 from streamtools.drivers.kafka.client.producers import next_number, rewind, use_topics
+from streamtools.drivers.kafka.client.record_batch import RecordBatch
 from streamtools.drivers.kafka.errors import CLIENT_ERRORS, RECORD_REFUSALS, REFUSALS, client_error, plain
 from streamtools.drivers.kafka.producing.batches import BatchQueue, confirm
 from streamtools.drivers.kafka.producing.deleted_topics import DeletionWatch, deleted
@@ -75,15 +76,15 @@ class PartitionSender(BatchQueue):
             if self._producers.partitions.lacks(self.topic, self.partition):
                 self._redistribute()
                 return
-            batch, builder = self.build(producer)
+            batch, written = self.build(producer)
             if batch:
-                await self._send(producer, batch, builder)
+                await self._send(producer, batch, written)
 
-    async def _send(self, producer: Any, batch: list[Records], builder: Any) -> None:
+    async def _send(self, producer: Any, batch: list[Records], written: RecordBatch) -> None:
         number = next_number(producer, self.topic, self.partition)
         use_topics(producer, (self.topic,))  # a new producer knows of none
         try:
-            future = await producer.send_batch(builder, self.topic, partition=self.partition)
+            future = await producer.send_batch(written, self.topic, partition=self.partition)
             with DeletionWatch(producer, self.topic, self.partition, self._producers.settings):
                 offset = (await future).offset
         except asyncio.CancelledError:

@@ -14,7 +14,7 @@ from streamtools.drivers.kafka.client.monitor import ConnectionMonitor
 from streamtools.drivers.kafka.client.producers import abandoned, leader_and_replicas
 from streamtools.drivers.kafka.producing.partition_sender import PartitionSender
 from streamtools.drivers.kafka.producing.partitions import PartitionChooser
-from streamtools.drivers.kafka.producing.record import BATCH, Records
+from streamtools.drivers.kafka.producing.record import Records
 from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, UnconfirmedBatch
 from streamtools.drivers.kafka.records import COPY_ROOM
 from streamtools.errors import Closed, ConnectError
@@ -181,7 +181,6 @@ class Publisher:
         producer = AIOKafkaProducer(
             **await connection(self.settings, self._client_id),
             enable_idempotence=True,
-            max_batch_size=BATCH,
             max_request_size=self.settings.max_message + COPY_ROOM,
         )
         self._monitor = ConnectionMonitor(producer.client, f"Producer {self._client_id}", self.settings)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from aiokafka import errors as kafka
 
+from streamtools.drivers.kafka.client.record_batch import RecordBatch
 from streamtools.drivers.kafka.errors import Unfit, explained, is_too_large, is_unfit, wants_key
 from streamtools.drivers.kafka.records import COPY_ROOM, ID, Header, Placed, encode_headers, encode_key, timestamp
 from streamtools.errors import SendError, StreamToolsError
@@ -18,8 +19,6 @@ from streamtools.settings import KafkaSettings
 
 #: Bytes of a record beside key, value and headers at most (KIP-98, message format).
 OVERHEAD: Final = 96
-#: Bytes of one batch; Kafka takes 1 MiB unless told otherwise (`message.max.bytes`).
-BATCH: Final = 512 * 1024
 #: What is raised for a message of which no record can be made, or which the library cannot write.
 UNWRITABLE: Final = (TypeError, ValueError, OverflowError)
 
@@ -85,15 +84,13 @@ class ProducerRecord:
         """What goes on its way: itself, whatever its size is."""
         return (self,)
 
-    def append_to(self, builder: Any) -> bool:
-        """Write it into a batch of the library; False if the batch has no room.
+    def append_to(self, batch: RecordBatch) -> bool:
+        """Write it into a batch; False if the batch has no room.
 
         Raises:
-            UNWRITABLE: the library cannot write it.
+            UNWRITABLE: no record can be made of it.
         """
-        return (
-            builder.append(timestamp=self.timestamp, key=self.key, value=self.value, headers=self.headers) is not None
-        )
+        return batch.append(self.timestamp, self.key, self.value, self.headers)
 
     def to(self, topic: str) -> ProducerRecord:
         """The same, for one topic."""
@@ -200,22 +197,15 @@ class RecordRun:
         item.offset = None if self.offset is None else self.offset + place
         return item
 
-    def append_to(self, builder: Any) -> bool:
-        """Write all of them into a batch of the library; False if the batch has no room.
+    def append_to(self, batch: RecordBatch) -> bool:
+        """Write all of them into a batch; False if the batch has no room.
 
         Raises:
-            UNWRITABLE: the library cannot write them.
+            UNWRITABLE: no records can be made of them.
         """
-        if builder.size() + self.size > BATCH:
-            return False
         like = self._like
-        at = [name for name, _ in like.headers].index(ID)
-        before, behind = like.headers[:at], like.headers[at + 1 :]
-        headers = [[*before, (ID, id_.encode()), *behind] for id_ in self.ids]
-        add, timestamp, key = builder.append, like.timestamp, like.key
-        for value, own in zip(self.values, headers, strict=True):
-            add(timestamp=timestamp, key=key, value=value, headers=own)
-        return True
+        ids = [id_.encode() for id_ in self.ids]
+        return batch.append_alike(like.timestamp, like.key, self.values, like.headers, ID, ids)
 
 
 Records = ProducerRecord | RecordRun
@@ -249,7 +239,7 @@ def records_of(
 
 def records_to_send(batch: Sequence[Message]) -> Sequence[Records]:
     """The records of messages that a producer sends; those that are alike as one run."""
-    if isinstance(batch, Drafts):
+    if isinstance(batch, Drafts) and len({*map(len, batch.ids)}) == 1:
         with suppress(*UNWRITABLE):
             like = _outgoing(batch[0], (), time.time(), ())
             return [RecordRun(like, batch.ids, batch.bodies)]

@@ -26,10 +26,11 @@ from streamtools.drivers.kafka.client.producers import (
     rewind,
     take_identity,
 )
+from streamtools.drivers.kafka.client.record_batch import RecordBatch
 from streamtools.drivers.kafka.errors import BATCH_REFUSALS, CLIENT_ERRORS, RECORD_REFUSALS, client_error, plain
 from streamtools.drivers.kafka.producing.batches import BatchQueue, confirm
 from streamtools.drivers.kafka.producing.partitions import PartitionChooser
-from streamtools.drivers.kafka.producing.record import BATCH, Records, refused, singles
+from streamtools.drivers.kafka.producing.record import Records, refused, singles
 from streamtools.drivers.kafka.producing.unconfirmed import ByteLimit, UnconfirmedBatch
 from streamtools.drivers.kafka.records import COPY_ROOM
 from streamtools.errors import ConnectionLost, StreamToolsError
@@ -118,7 +119,6 @@ class TransactionalProducer:
             **await connection(self._settings, self._client_id),
             transactional_id=self._id,
             transaction_timeout_ms=int(1000 * TIMEOUT),
-            max_batch_size=BATCH,
             max_request_size=self._max_size,
         )
         harden(producer.client)
@@ -204,11 +204,11 @@ class TransactionalProducer:
     async def _send_all(self, topic: str, partition: int, queue: BatchQueue) -> None:
         """Send batch after batch to one partition, until one is refused for another reason than a record of it."""
         while queue.waiting and not self.broken and is_in_transaction(self._producer):
-            batch, builder = queue.build(self._producer)
+            batch, written = queue.build(self._producer)
             if not batch:
                 continue
             number = next_number(self._producer, topic, partition)
-            error = await self._send_batch(builder, topic, partition, batch)
+            error = await self._send_batch(written, topic, partition, batch)
             if error is None:
                 continue
             rewind(self._producer, topic, partition, number)
@@ -223,12 +223,12 @@ class TransactionalProducer:
                 item.fail(error)
 
     async def _send_batch(
-        self, builder: Any, topic: str, partition: int, batch: Sequence[Records]
+        self, written: RecordBatch, topic: str, partition: int, batch: Sequence[Records]
     ) -> BaseException | None:
         """Send it; returns why it was refused, if it was."""
 
         async def send() -> int:
-            future = await self._producer.send_batch(builder, topic, partition=partition)
+            future = await self._producer.send_batch(written, topic, partition=partition)
             offset: int = (await future).offset
             return offset
 
