@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from streamtools.bus.contracts import Command, Contract
 from streamtools.cli import output
 from streamtools.cli.session import service_errors
+
+if TYPE_CHECKING:
+    from streamtools.bus.contracts import Contract
 
 #: https://json-schema.org/draft/2020-12: what pydantic writes.
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
@@ -33,6 +35,8 @@ def schema(
 
 def describe(contract: type[Contract]) -> dict[str, Any]:
     """A contract's JSON Schema, with its terms."""
+    from streamtools.bus.contracts import Command
+
     terms = contract.__terms__
     where = {"to": terms.to} if issubclass(contract, Command) else {"topic": terms.topic}
     kind = "command" if issubclass(contract, Command) else "event"

@@ -14,7 +14,7 @@ from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.producer import FEATURES, bind, declare, insert, missing, refusal
 from streamtools.drivers.sqlite.requests import Holder
 from streamtools.drivers.sqlite.rows import Claimed, Row, encode, size_of
-from streamtools.drivers.sqlite.schema import NoRoom, TooBig, is_missing
+from streamtools.drivers.sqlite.schema import NoDirectory, NoRoom, TooBig
 from streamtools.drivers.sqlite.tables import SUSPECT, Tables
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError
 from streamtools.parameters import ConsumerParameters
@@ -102,8 +102,8 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
         wanted = None if self.declare is True else f"queue {self.queue!r}"
         try:
             return await Session.open(self.settings, wanted=wanted)
-        except (QueueError, ConnectError) as error:
-            if self._opened and await asyncio.to_thread(is_missing, self.settings.path):
+        except (QueueError, NoDirectory) as error:
+            if self._opened:
                 raise ConnectionLost(str(error)) from error  # it was there: it may be being restored
             raise
 

@@ -100,6 +100,10 @@ class TooBig(ConnectionLost):
     """A message is larger than SQLite takes; it was not written."""
 
 
+class NoDirectory(ConnectError):
+    """The directory of the file is missing."""
+
+
 def absolute(path: str) -> str:
     """The file's absolute path; asks the operating system where we are.
 
@@ -126,7 +130,7 @@ def check_path(path: str) -> None:
     if file.is_dir():
         raise ConnectError(f"{path} is a directory; name a file in it: sqlite:///{path}/queues.db", permanent=True)
     if not file.parent.is_dir():
-        raise ConnectError(
+        raise NoDirectory(
             f"The directory {file.parent} does not exist, so {file.name} cannot be made in it: "
             f"mkdir -p {file.parent}",
             permanent=True,
@@ -146,11 +150,6 @@ def check_exists(path: str, wanted: str) -> None:
             f"There is no file {path}, and so no {wanted} in it. Check the path; the first producer or "
             "consumer makes it (declare=True)."
         )
-
-
-def is_missing(path: str) -> bool:
-    """There is no file there, or not even its directory."""
-    return not os.path.lexists(path)
 
 
 def connect(path: str) -> sqlite3.Connection:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProducer
+from streamtools.drivers.sqlite import SQLiteAdmin, SQLiteConsumer, SQLiteProducer, database
+from streamtools.drivers.sqlite.schema import check_exists
 from streamtools.errors import QueueError
 from tests.drivers.sqlite.conftest import drain, look
 from tests.drivers.sqlite.test_trouble import move_away
@@ -122,6 +123,27 @@ async def test_a_consumer_that_makes_no_file_waits_for_it_and_is_not_ready(
         await wait_until(lambda: got == [b"a", b"while it was away"])
         assert consumer.connected
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+
+
+async def test_a_file_that_comes_back_the_moment_after_it_was_missed_is_opened(
+    url: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make(path, "a")
+    got: list[bytes] = []
+
+    def missed(where: str, wanted: str) -> None:
+        try:
+            check_exists(where, wanted)
+        except QueueError:
+            backup.rename(path)
+            raise
+
+    monkeypatch.setattr(database, "check_exists", missed)
+    backup = await make(path.with_name("backup.db"), "b")
+    async with running(url, got, declare=False):
+        await wait_until(lambda: look(path, "SELECT count(*) FROM messages") == [(0,)])
+        move_away(path)
+        await wait_until(lambda: got == [b"a", b"b"])
 
 
 async def test_several_consumers_and_a_producer_notice_at_once_and_share_the_new_file(url: str, path: Path) -> None:
