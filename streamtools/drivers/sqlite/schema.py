@@ -19,8 +19,9 @@ APPLICATION: Final = 0x7374726D
 VERSION: Final = 1
 #: The oldest SQLite with all that is used here: RETURNING came with 3.35.
 OLDEST: Final = (3, 35, 0)
-#: Pages written to the log before they are copied into the file: 16 MB of 4 KiB pages.
-CHECKPOINT_PAGES: Final = 4000
+#: Pages written to the log before they are copied into the file: 4 MB of 4 KiB pages. Where the log still grows, the
+#: file system writes its new size with each flush, which takes twice as long as to write over what is there.
+CHECKPOINT_PAGES: Final = 1000
 #: Bytes above which the log is cut back.
 LOG_LIMIT: Final = 64 * 1024 * 1024
 #: The permissions of a file that we make: messages are nobody else's business.

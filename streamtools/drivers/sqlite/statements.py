@@ -71,9 +71,29 @@ def of_meta(name: str, *types: str) -> str:
     )
 
 
+#: Bound instead of None, which takes longer to bind: no key, not delayed, no row.
+NO_KEY: Final = 0
+NO_DUE: Final = ""
+NO_ROW: Final = 0
+
+
 def _insert(rows: int) -> str:
     values = ",".join(["(" + ",".join("?" * COLUMNS) + ")"] * rows)
-    return f"INSERT INTO messages SELECT * FROM (VALUES {values}) WHERE column1 IS NOT NULL"  # nosec B608: values are marks of parameters
+    return (
+        f"INSERT INTO messages SELECT column1, column2, nullif(column3, {NO_KEY}), nullif(column4, '{NO_DUE}'), "  # nosec B608: constants, and marks of parameters
+        f"column5, column6 FROM (VALUES {values}) WHERE column1 <> {NO_ROW}"
+    )
 
 
 INSERT: Final = {rows: _insert(rows) for rows in (1, FEW, MANY)}
+#: The last id that was taken, and the generation of the lanes. Rows that another program has written may have had the
+#: next ids; what stands in its place may be none.
+LAST_ID: Final = (
+    "SELECT max(iif(last < 1 << 62, last, 0), coalesce((SELECT max(id) FROM messages WHERE id < 1 << 62), 0)), "
+    "generation FROM sequence"
+)
+#: Lets go of what a claim has in hand if that is the whole range, and of nothing otherwise.
+REMOVE_RANGE: Final = (
+    "DELETE FROM held WHERE id BETWEEN :first AND :last AND :number = "
+    "(SELECT count(*) FROM held WHERE claim = :claim AND id BETWEEN :first AND :last)"
+)
