@@ -324,7 +324,8 @@ class Producer(ProducerHooks, Endpoint):
             raise FeatureError(
                 f"{self.protocol!r} cannot delay messages: leave delay= away, or send it later yourself."
             )
-        check_texts({"type": type, "correlation_id": correlation_id, "reply_to": reply_to})
+        if not (type is None and correlation_id is None and reply_to is None):
+            check_texts({"type": type, "correlation_id": correlation_id, "reply_to": reply_to})
         wait = 0.0 if delay is None else check_seconds("delay", delay)
         now = time.time()
         box = current_outbox()

@@ -9,6 +9,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any, Final
 
 from pydantic_core import CoreSchema, SchemaValidator, ValidationError, core_schema, from_json, to_json
@@ -25,6 +26,7 @@ FIELDS: Final = (
     "id", "type", "source", "time", "content_type", "content_encoding", "correlation_id", "causation_id",
     "reply_to", "intent", "key", "handler", "topic", "version", "deliver_at", "expires_at",
 )  # fmt: skip
+_FIELDS: Final = attrgetter(*FIELDS)
 #: How `meta` begins.
 _HEAD: Final = '{"id":'
 #: In `meta` instead of the key, where it is no text: the key in base64.
@@ -152,10 +154,8 @@ def encode(message: Message, *, lane: int | None = None, origin: int | None = No
     """
     if message.body is None:
         raise ValueError("SQLite cannot carry a message without a body (a tombstone); kafka:// can")
-    fields: dict[str, Any] = {}
-    for name in FIELDS:
-        if (value := getattr(message, name)) is not None:
-            fields[name] = value
+    values = zip(FIELDS, _FIELDS(message), strict=True)
+    fields: dict[str, Any] = {name: value for name, value in values if value is not None}
     if isinstance(message.key, bytes):
         del fields["key"]
         fields[KEY_BYTES] = b64encode(message.key).decode()
