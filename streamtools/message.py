@@ -238,9 +238,6 @@ class Draft(LazyMessage):
         return {**source, "body": self.body, "id": self.id}
 
 
-#: What a Draft has in common with others: the same dict for all of them.
-common: Final[Callable[[Draft], dict[str, Any]]] = _SOURCE.__get__
-
 _new_draft: Final = Draft.__new__
 _set_common, _set_body, _set_id, _set_queue = setters("body", "id", "queue")
 

@@ -367,7 +367,7 @@ class Producer(ProducerHooks, Endpoint):
                 connected, opened = True, self._opened
                 async with asyncio.timeout_at(_loop_time(deadline)):
                     receipts = await stray_cancellation_as_lost((self.wrapper or self)._send(batch, options))
-                return list(receipts) if receipts is not None else [Receipt(m.id, m.queue) for m in batch]
+                return _receipts(batch) if receipts is None else list(receipts)
             except TimeoutError as error:
                 raise self._unconfirmed(batch, self._why_unconfirmed(), doubt=True) from error
             except SendError as error:
@@ -441,6 +441,12 @@ def _check_several(payloads: object) -> None:
     else:
         return
     raise TypeError(f"send_many() takes a list of payloads, and this is one {type(payloads).__name__}: {how}.")
+
+
+def _receipts(batch: Sequence[Message]) -> list[Receipt]:
+    if isinstance(batch, Drafts):  # whose messages nobody has asked for
+        return [Receipt(id, batch.common["queue"]) for id in batch.ids]
+    return [Receipt(message.id, message.queue) for message in batch]
 
 
 def _places(batch: Sequence[Message]) -> str:

@@ -13,7 +13,7 @@ from streamtools.delivery import Delivery, Settlement
 from streamtools.drivers.sqlite.database import Session
 from streamtools.drivers.sqlite.producer import FEATURES, bind, declare, insert, missing, refusal
 from streamtools.drivers.sqlite.requests import Holder
-from streamtools.drivers.sqlite.rows import Claimed, Row, encode, size_of
+from streamtools.drivers.sqlite.rows import Claimed, Rows, encode, size_of
 from streamtools.drivers.sqlite.schema import NoDirectory, NoRoom, TooBig
 from streamtools.drivers.sqlite.tables import SUSPECT, Tables
 from streamtools.errors import Closed, ConnectError, ConnectionLost, QueueError, SendError
@@ -49,7 +49,7 @@ class Verdicts:
 
     acks: dict[int, list[int]] = field(default_factory=dict)
     releases: dict[int, list[int]] = field(default_factory=dict)
-    moves: list[tuple[int, int, list[Row]]] = field(default_factory=list)
+    moves: list[tuple[int, int, list[Rows]]] = field(default_factory=list)
     new: int = 0
     moved: int = 0
 
@@ -225,7 +225,7 @@ class SQLiteConsumer(Consumer, protocol="sqlite"):
                 verdicts.acks.setdefault(token.claim, []).append(token.id)
         return verdicts
 
-    def _rows(self, settlement: Settlement, token: Token) -> list[Row]:
+    def _rows(self, settlement: Settlement, token: Token) -> list[Rows]:
         copy = settlement.verdict.kind.copy
         rows = []
         for message in settlement.outgoing:
@@ -264,7 +264,7 @@ class SQLiteReader(SQLiteConsumer):
             raise QueueError(f"There is no queue {self.queue!r} in {session.path}.")
         return Holder(lanes, alone=False)
 
-    def _rows(self, settlement: Settlement, token: Token) -> list[Row]:
+    def _rows(self, settlement: Settlement, token: Token) -> list[Rows]:
         # Back to the group that it failed in; the others had it.
         # What keeps its error is put aside, and goes home from there.
         return [
@@ -288,10 +288,10 @@ def lanes_of(tables: Tables, arguments: Sequence[str]) -> list[list[int]]:
     return [tables.lanes(queue) for queue in arguments]
 
 
-def settle(tables: Tables, arguments: Sequence[Verdicts]) -> list[list[Row]]:
+def settle(tables: Tables, arguments: Sequence[Verdicts]) -> list[list[Rows]]:
     """Perform all batches at once; for each, what could not go out, whose deliveries are still in hand."""
     acks: dict[int, list[int]] = {}
-    refused: list[list[Row]] = []
+    refused: list[list[Rows]] = []
     for verdicts in arguments:
         refused.append(_move(tables, verdicts.moves, acks) if verdicts.moves else [])
         for claim, ids in verdicts.acks.items():
@@ -303,7 +303,7 @@ def settle(tables: Tables, arguments: Sequence[Verdicts]) -> list[list[Row]]:
     return refused
 
 
-def _move(tables: Tables, moves: Sequence[tuple[int, int, list[Row]]], acks: dict[int, list[int]]) -> list[Row]:
+def _move(tables: Tables, moves: Sequence[tuple[int, int, list[Rows]]], acks: dict[int, list[int]]) -> list[Rows]:
     asked: dict[int, list[int]] = {}
     for row, claim, _ in moves:
         asked.setdefault(claim, []).append(row)
@@ -314,8 +314,8 @@ def _move(tables: Tables, moves: Sequence[tuple[int, int, list[Row]]], acks: dic
             held[claim].discard(number)  # a second settlement of the same delivery does nothing
             valid.append((number, claim, rows))
     stranded = tables.stranded(row for _, _, rows in valid for row in rows)
-    refused: list[Row] = []
-    out: list[Sequence[Row]] = []
+    refused: list[Rows] = []
+    out: list[Sequence[Rows]] = []
     for number, claim, rows in valid:
         if bad := [row for row in rows if id(row) in stranded]:
             refused.extend(bad)

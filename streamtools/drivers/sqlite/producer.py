@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Unpack
 
 from streamtools.driver import Options
 from streamtools.drivers.sqlite.database import Session
-from streamtools.drivers.sqlite.rows import Row, encode_all, size_of
+from streamtools.drivers.sqlite.rows import Rows, encode_all, size_of
 from streamtools.drivers.sqlite.schema import NoRoom, TooBig
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.errors import ConnectionLost, QueueError, SendError
@@ -115,14 +115,14 @@ def find_or_make(tables: Tables, arguments: Sequence[tuple[Sequence[str], bool]]
     return [[queue for queue in queues if not tables.has_queue(queue)] for queues, _ in arguments]
 
 
-def insert(tables: Tables, arguments: Sequence[Sequence[Row]]) -> list[list[Row]]:
+def insert(tables: Tables, arguments: Sequence[Sequence[Rows]]) -> list[list[Rows]]:
     """Write all batches at once; for each, the rows whose queue is missing."""
-    rows = arguments[0] if len(arguments) == 1 else [*chain.from_iterable(arguments)]
-    absent = tables.insert(rows, time.time())
+    batches = arguments[0] if len(arguments) == 1 else [*chain.from_iterable(arguments)]
+    absent = tables.insert(batches, time.time())
     if not absent:
         return [[]] * len(arguments)
-    which = {id(row) for row in absent}
-    return [[row for row in rows if id(row) in which] for rows in arguments]
+    which = {id(rows) for rows in absent}
+    return [[rows for rows in batches if id(rows) in which] for batches in arguments]
 
 
 def bind(tables: Tables, arguments: Sequence[tuple[str, Binding]]) -> list[bool | QueueError | None]:
@@ -138,28 +138,29 @@ def _bind(tables: Tables, queue: str, binding: Binding) -> bool | QueueError:
     return True
 
 
-def missing(rows: Sequence[Row]) -> SendError:
+def missing(absent: Sequence[Rows]) -> SendError:
     """The error for rows whose queue does not exist, or whose topic no queue is bound to."""
-    target = rows[0].target
+    target = absent[0].target
     if target.exchange is None:
-        several = "s" if len(rows) > 1 else ""
+        number = sum(len(rows.metas) for rows in absent)
+        several = "s" if number > 1 else ""
         why = (
-            f"There is no queue {target.queue!r}, so {len(rows)} message{several} to it cannot be held. "
+            f"There is no queue {target.queue!r}, so {number} message{several} to it cannot be held. "
             "Open a consumer of it first, or a producer with declare=True."
         )
     elif target.clash is not None:
         why = str(another_type(target.exchange, target.clash))
     else:
         why = str(no_subscriber(target.queue, target.exchange))
-    return refusal(why, rows)
+    return refusal(why, absent)
 
 
-def refusal(why: str, rows: Sequence[Row], *, unfit: bool = False) -> SendError:
+def refusal(why: str, refused: Sequence[Rows], *, unfit: bool = False) -> SendError:
     """The error for rows that were not written.
 
     Parameters:
         unfit: they never can be, as they are.
     """
-    messages = [row.message for row in rows]
+    messages = [message for rows in refused for message in rows.messages]
     ids = [message.id for message in messages]
     return SendError(why, refused=ids, unfit=ids if unfit else (), messages=messages)

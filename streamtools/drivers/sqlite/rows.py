@@ -17,7 +17,7 @@ from pydantic_core import CoreSchema, SchemaValidator, ValidationError, core_sch
 from streamtools.delivery import read_message
 from streamtools.errors import DecodeError
 from streamtools.exchange import Exchange
-from streamtools.message import Draft, ErrorDetails, Message, common
+from streamtools.message import Drafts, ErrorDetails, Message
 from streamtools.wire import FIRST, LAST, MOST
 
 #: Fields of Message that are kept in `meta`, where they are set; the body has its own column and
@@ -98,52 +98,44 @@ class Target:
     clash: str | None = None
 
 
-@dataclass(slots=True)
-class Row:
-    """A message ready to be written.
+@dataclass(slots=True, eq=False)
+class Rows:
+    """Messages ready to be written, all to the same place.
 
     Attributes:
-        target: where it goes.
-        meta: JSON.
-        body: the payload.
-        message: what it is the row of, for errors.
+        target: where they go.
+        metas: JSON of each.
+        bodies: the payload of each.
+        messages: what they are the rows of, for errors.
     """
 
     target: Target
-    meta: str
-    body: bytes
-    message: Message
+    metas: Sequence[str]
+    bodies: Sequence[bytes]
+    messages: Sequence[Message]
 
 
-def size_of(rows: Iterable[Row]) -> int:
+def size_of(batches: Iterable[Rows]) -> int:
     """Bytes that rows take, about."""
-    return sum([len(row.body) + len(row.meta) for row in rows])
+    return sum([sum(map(len, rows.metas)) + sum(map(len, rows.bodies)) for rows in batches])
 
 
-def encode_all(batch: Iterable[Message]) -> list[Row]:
+def encode_all(batch: Sequence[Message]) -> list[Rows]:
     """The rows of messages; of those that have all but body and id in common, the rest is made once.
 
     Raises:
         ValueError: as `encode` does.
     """
-    rows: list[Row] = []
-    source: dict[str, Any] | None = None
-    target, tail = Target(""), ""
-    for message in batch:
-        shared = common(message) if type(message) is Draft else None
-        if shared is not None and shared is source:
-            row = Row(target, f"{_HEAD}{to_json(message.id).decode()}{tail}", message.body or b"", message)
-        else:
-            row = encode(message)
-            if shared is not None:
-                source, target = shared, row.target
-                tail = row.meta[len(_HEAD) + len(to_json(message.id).decode()) :]
-        rows.append(row)
-    return rows
+    if not isinstance(batch, Drafts):
+        return [encode(message) for message in batch]
+    first = encode(batch[0])
+    tail = first.metas[0][len(_HEAD) + len(to_json(batch.ids[0]).decode()) :]
+    ids = to_json(batch.ids).decode()[1:-1].split(",")  # we have made them: none has a comma
+    return [Rows(first.target, [f"{_HEAD}{id_}{tail}" for id_ in ids], batch.bodies, batch)]
 
 
-def encode(message: Message, *, lane: int | None = None, origin: int | None = None) -> Row:
-    """The row of a message.
+def encode(message: Message, *, lane: int | None = None, origin: int | None = None) -> Rows:
+    """The row of one message.
 
     Parameters:
         lane: the one lane that it goes to.
@@ -168,7 +160,7 @@ def encode(message: Message, *, lane: int | None = None, origin: int | None = No
     if origin is not None:
         fields[ORIGIN] = origin
     target = Target(message.queue, message.key, message.deliver_at, message.exchange, message.mandatory, lane)
-    return Row(target, to_json(fields).decode(), message.body, message)
+    return Rows(target, (to_json(fields).decode(),), (message.body,), (message,))
 
 
 @dataclass(slots=True)

@@ -7,10 +7,8 @@ from typing import Final
 
 from streamtools.wire import LAST
 
-#: Rows in one INSERT; each size is one prepared statement, and what is missing is padded.
-FEW: Final = 16
-MANY: Final = 256
-COLUMNS: Final = 6
+#: Rows in one INSERT; each size is one prepared statement, and what is missing is filled up.
+SIZES: Final = (1, 16, 64, 256)
 #: Row ids, as one parameter.
 IDS: Final = "(SELECT value FROM json_each(:ids))"
 
@@ -71,21 +69,21 @@ def of_meta(name: str, *types: str) -> str:
     )
 
 
-#: Bound instead of None, which takes longer to bind: no key, not delayed, no row.
+#: Bound instead of None, which takes longer to bind: no key, not delayed; and a row that is none.
 NO_KEY: Final = 0
 NO_DUE: Final = ""
-NO_ROW: Final = 0
+NO_ROW: Final = (0, 0, 0, 0, 0, 0)
 
 
 def _insert(rows: int) -> str:
-    values = ",".join(["(" + ",".join("?" * COLUMNS) + ")"] * rows)
+    values = ",".join(["(" + ",".join("?" * len(NO_ROW)) + ")"] * rows)
     return (
         f"INSERT INTO messages SELECT column1, column2, nullif(column3, {NO_KEY}), nullif(column4, '{NO_DUE}'), "  # nosec B608: constants, and marks of parameters
-        f"column5, column6 FROM (VALUES {values}) WHERE column1 <> {NO_ROW}"
+        f"column5, column6 FROM (VALUES {values}) WHERE column1 <> {NO_ROW[0]}"
     )
 
 
-INSERT: Final = {rows: _insert(rows) for rows in (1, FEW, MANY)}
+INSERT: Final = {rows: _insert(rows) for rows in SIZES}
 #: The last id that was taken, and the generation of the lanes. Rows that another program has written may have had the
 #: next ids; what stands in its place may be none.
 LAST_ID: Final = (

@@ -10,22 +10,20 @@ adapter of it; int, float, str and bytearray are bound at once. Hence other valu
 from __future__ import annotations
 
 import sqlite3
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from itertools import groupby, product
-from operator import attrgetter
+from itertools import chain, repeat
 from typing import Any, Final
 
 from pydantic_core import from_json, to_json
 
 from streamtools.drivers.sqlite import schema
 from streamtools.drivers.sqlite import statements as sql
-from streamtools.drivers.sqlite.rows import Claimed, Row, Target
+from streamtools.drivers.sqlite.rows import Claimed, Rows, Target
 from streamtools.exchange import Binding, Exchange
 from streamtools.wire import read_time
 
-#: What rows that go to the same lanes have in common.
-TARGET: Final = attrgetter("target")
 #: Delayed messages made ready at once.
 RIPEN: Final = 1000
 #: A message delivered this often without a verdict is claimed alone: it may be what ends the process.
@@ -198,40 +196,43 @@ class Tables:
 
     # --- in -------------------------------------------------------------------------------------
 
-    def insert(self, rows: Sequence[Row], now: float) -> list[Row]:
+    def insert(self, batches: Sequence[Rows], now: float) -> list[Rows]:
         """Write rows, one copy for each lane that they go to; returned are those that must and cannot."""
         # The lanes are those of the last time, unless the generation says otherwise.
-        last, delayed = self._take_ids(len(rows)), False
-        absent: list[Row] = []
-        spread: list[tuple[Row, int]] = []
-        for target, group in groupby(rows, TARGET):
-            lanes = self._targets(target)
-            if lanes:
-                spread += product(group, lanes)
-            elif target.mandatory or target.clash:
-                absent += group
+        number = sum([len(rows.metas) for rows in batches])
+        last, delayed, copies = self._take_ids(number), False, 0
+        absent: list[Rows] = []
+        spread: list[tuple[Rows, int]] = []
+        for rows in batches:
+            target, lanes = rows.target, self._targets(rows.target)
+            if not lanes and (target.mandatory or target.clash):
+                absent.append(rows)
+            for lane in lanes:
+                spread.append((rows, lane))
+                copies += len(rows.metas)
             if target.due is None:
                 self.filled.update(lanes)
             else:
                 self.stirred = delayed = True
         if not spread:
             return absent
-        if len(spread) > len(rows):
-            last = self._take_ids(len(spread))
-        first = last - max(len(rows), len(spread)) + 1
+        if copies > number:
+            last = self._take_ids(copies)
+        first = last - max(number, copies) + 1
         self._write(first, spread)
-        entered = self._enqueue(first, last, now, delayed)
-        if entered != len(spread):  # RAISE(IGNORE) skips a row, and says nothing
+        if self._enqueue(first, last, now, delayed) != copies:  # RAISE(IGNORE) skips a row, and says nothing
             error = sqlite3.IntegrityError("a trigger in this file keeps messages out")
             error.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT_TRIGGER
             raise error
         return absent
 
-    def stranded(self, rows: Iterable[Row]) -> set[int]:
-        """Those of `rows`, by `id()`, that must go somewhere and cannot."""
+    def stranded(self, batches: Iterable[Rows]) -> set[int]:
+        """Those of `batches`, by `id()`, that must go somewhere and cannot."""
         self._take_ids(0)
         return {
-            id(row) for row in rows if not self._targets(row.target) and (row.target.mandatory or row.target.clash)
+            id(rows)
+            for rows in batches
+            if not self._targets(rows.target) and (rows.target.mandatory or rows.target.clash)
         }
 
     def _take_ids(self, number: int) -> int:
@@ -257,20 +258,21 @@ class Tables:
         # A lane that has gone meanwhile: to whoever reads that queue now.
         return [target.lane] if target.lane in lanes else lanes
 
-    def _write(self, first: int, spread: Sequence[tuple[Row, int]]) -> None:
+    def _write(self, first: int, spread: Sequence[tuple[Rows, int]]) -> None:
         """Write rows, each into its lane, under ids from `first` on."""
-        start, left = 0, len(spread)
-        while left > 0:
-            size = 1 if left == 1 else sql.FEW if left <= sql.FEW else sql.MANY
-            flat: list[Any] = []
-            for number, (row, lane) in enumerate(spread[start : start + size], first + start):
-                target, body = row.target, row.body
-                key = sql.NO_KEY if target.key is None else target.key
-                due = sql.NO_DUE if target.due is None else target.due
-                flat += (number, lane, key, due, row.meta, bytearray(body) if len(body) < SMALL else body)
-            flat += [sql.NO_ROW] * (size * sql.COLUMNS - len(flat))
-            self.run(sql.INSERT[size], flat)
-            start, left = start + size, left - size
+        written: list[tuple[Any, ...]] = []
+        for rows, lane in spread:
+            target, number = rows.target, first + len(written)
+            key = sql.NO_KEY if target.key is None else target.key
+            due = sql.NO_DUE if target.due is None else target.due
+            bodies = [bytearray(body) if len(body) < SMALL else body for body in rows.bodies]
+            ids = range(number, number + len(bodies))
+            written += zip(ids, repeat(lane), repeat(key), repeat(due), rows.metas, bodies, strict=False)
+        for start in range(0, len(written), sql.SIZES[-1]):
+            some = written[start : start + sql.SIZES[-1]]
+            size = sql.SIZES[bisect_left(sql.SIZES, len(some))]
+            some += [sql.NO_ROW] * (size - len(some))
+            self.run(sql.INSERT[size], [*chain.from_iterable(some)])
 
     def _enqueue(self, first: int, last: int, now: float, delayed: bool) -> int:
         given = {"first": first, "last": last, "now": now}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamtools.drivers.sqlite import SQLiteConsumer, SQLiteProducer, schema
-from streamtools.drivers.sqlite.rows import Row, Target
+from streamtools.drivers.sqlite.rows import Rows, Target
 from streamtools.drivers.sqlite.statements import CANDIDATES, LOOK
 from streamtools.drivers.sqlite.tables import Tables
 from streamtools.message import Message
@@ -48,7 +48,7 @@ def test_every_statement_on_a_messages_way_uses_an_index(watched: tuple[Tables, 
     lane = tables.join("orders", "", latest=False)
     seen.clear()
     message = Message(body=b"x", queue="orders", id="id")
-    tables.insert([Row(Target("orders", "k", due), "{}", b"x", message) for due in (None, 5.0, 50.0)], 10.0)
+    tables.insert([Rows(Target("orders", "k", due), ["{}"], [b"x"], [message]) for due in (None, 5.0, 50.0)], 10.0)
     taken = tables.claim(lane, 7, ordered_by=None, limit=10, alone=True, now=20.0)
     assert taken is not None
     tables.claim(lane, 7, ordered_by="key", limit=10, alone=True, now=60.0)
