@@ -253,7 +253,7 @@ class QueueAdmin(AdminHooks, LoopBound):
         limit: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Move what waits in `source` back to work, as attempt 1; returns the number moved.
+        """Redrive: move what waits in `source` back to work, as attempt 1; returns the number moved.
 
         Its target holds a message before it leaves `source`: a crash in between can repeat one, never lose one.
         Messages that arrive meanwhile stay, and so do those that cannot be moved: all others are moved first.

@@ -10,7 +10,10 @@ from typing import Any, Literal, TypedDict
 
 
 class RabbitMQFactoryOptions(TypedDict, total=False):
-    """Options of RabbitMQ's consumers that a factory takes: there `queue_type` is the protocol."""
+    """Options of RabbitMQ's producers, consumers and factories; a new one stands here.
+
+    `queue_type` does not: to a factory it is the protocol.
+    """
 
     durable: bool
     exclusive: bool

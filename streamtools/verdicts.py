@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 
+# A further copy is to be known where these two are told apart: `retry_copy` and `error_copy`
+# (engine/messages/failures.py), `Dispatcher._log` and `_rejected` (engine/dispatch.py), `_answer_failure`
+# (bus/fan_out.py), and in the drivers `_route` (asyncio), `_rows` (SQLite) and copies.py (Kafka).
 class Copy(StrEnum):
     """Which copy of the message a verdict sends before the delivery is finished."""
 
@@ -17,16 +20,26 @@ class Copy(StrEnum):
     ERROR = "error"
 
 
-#: What each verdict does: whether it gives the delivery back, the copy that it sends, and its gravity.
-_EFFECTS: Final[dict[str, tuple[bool, Copy | None, int]]] = {
-    "ack": (False, None, 0),
-    "retry": (False, Copy.RETRY, 2),
-    "reject": (False, Copy.ERROR, 3),
-    "drop": (False, None, 1),
-    "release": (True, None, 0),
+class _Effect(NamedTuple):
+    """What a verdict does; see `VerdictKind`."""
+
+    gravity: int
+    copy: Copy | None = None
+    gives_back: bool = False
+
+
+_EFFECTS: Final[dict[str, _Effect]] = {
+    "ack": _Effect(gravity=0),
+    "retry": _Effect(gravity=2, copy=Copy.RETRY),
+    "reject": _Effect(gravity=3, copy=Copy.ERROR),
+    "drop": _Effect(gravity=1),
+    "release": _Effect(gravity=0, gives_back=True),
 }
 
 
+# A further kind needs its effect above, a signal that a handler raises (`errors.Signal` and `Retry._decide`, which
+# takes an unknown signal for an error), a method of `Delivery`, and a response over HTTP (`settlement_response`).
+# Type checkers and tests tell of the last two.
 class VerdictKind(StrEnum):
     """The five verdicts on a delivery.
 
@@ -48,7 +61,7 @@ class VerdictKind(StrEnum):
     RELEASE = "release"
 
     def __init__(self, name: str) -> None:
-        self.gives_back, self.copy, self.gravity = _EFFECTS[name]
+        self.gravity, self.copy, self.gives_back = _EFFECTS[name]
 
 
 @dataclass(frozen=True, slots=True)

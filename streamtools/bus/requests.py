@@ -30,7 +30,7 @@ FAILURE: Final = "streamtools.Failure"
 #: Sends messages and returns when they are confirmed.
 SendAll = Callable[[Sequence[Message]], Awaitable[list[Receipt]]]
 
-#: Statuses of the response when the handler has run and failed.
+#: Statuses of the response when the handler has failed: those of `settlement_response` (drivers/http/responses.py).
 ANSWERED: Final = (400, 422, 500)
 #: Replies that are received ahead.
 PREFETCH: Final = 1000

@@ -1,4 +1,4 @@
-"""Which messages `streamtools errors redrive` moves, and where to.
+"""Which messages `streamtools errors redrive` moves, and where to; `streamtools.redrive` moves them.
 
 Where a message failed stands in the message. Whoever may write to the error queue may have written it, and may not be
 allowed to write to that queue. So nothing goes to a queue that the operator has not named or confirmed.

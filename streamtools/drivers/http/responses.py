@@ -139,16 +139,17 @@ def _failure_response(settlement: Settlement, message: Message) -> web.Response:
 
 
 def _invalid_response(error: DecodeError, message: Message) -> web.Response:
+    # Another status here is another one in `ANSWERED` (bus/requests.py), too.
     content: dict[str, Any] = {"error": _brief(str(error)), "id": message.id}
     if not error.errors or any(e.get("type") == "json_invalid" for e in error.errors):
         return respond(400, content)
     return respond(422, {**content, "errors": [_validation_error(each) for each in error.errors[:PROBLEMS]]})
 
 
-def _validation_error(error_response: Mapping[str, Any]) -> dict[str, Any]:
-    """One problem, at a size that does not depend on the request's."""
-    parts = {name: _brief(value, LONGEST_PART) for name, value in error_response.items()}
-    return parts | {"loc": [_brief(part, LONGEST_PART) for part in error_response.get("loc", ())[:PROBLEMS]]}
+def _validation_error(problem: Mapping[str, Any]) -> dict[str, Any]:
+    """One problem, cut to a size that does not depend on the request."""
+    parts = {name: _brief(value, LONGEST_PART) for name, value in problem.items()}
+    return parts | {"loc": [_brief(part, LONGEST_PART) for part in problem.get("loc", ())[:PROBLEMS]]}
 
 
 def _brief(value: Any, longest: int = LONGEST) -> Any:

@@ -1,8 +1,9 @@
 """Options of RabbitMQ's producers and consumers, and the queues that they describe.
 
 An option that stands for an argument of the queue is one line here: a field with `_Declared` and the broker's name
-for the argument. The declaration, the check of queues that exist, and the error for a difference follow from that
-line. `streamtools.protocols` has the names of all options, so that other protocols ignore it.
+for the argument. Its default is None, else each queue gets the argument. The declaration, the check of queues that
+exist, and the error for a difference follow from that line. A second line, in `streamtools/options.py`, tells type
+checkers of the option, and the other protocols, which ignore it.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ that topic is a delay level: its records stay there equally long, so the first t
 A delayed message in the queue's own topic is kept in memory if it is due within 0.25 s, else forwarded at once.
 
 A message is never delivered early. It may be late: by the time that forwarding takes, by `FORWARD_AGAIN` more each
-time Kafka refuses the copy, and on level 1 by up to 2 s when memory is full. A consumer with an order (`ordered_by`)
-uses no topic: it retries in its process.
+time Kafka refuses the copy, and on level 1 by up to 2 s when memory is full. It waits, too, while its consumer has no
+room, while the group's coordinator is silent (coordinator.py), and while its partition moves to another member. A
+consumer with an order (`ordered_by`) uses no topic: it retries in its process (engine/dispatch.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""RetryPublisher: sends retries, rejected messages and what handlers have sent, without transactions."""
+"""RetryPublisher: sends retries, rejected messages and what handlers have sent, without transactions.
+
+When a retry comes stands in delays.py.
+"""
 
 from __future__ import annotations
 
