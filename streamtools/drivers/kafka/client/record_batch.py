@@ -62,12 +62,10 @@ class RecordBatch:
     def __init__(self, limit: int, *, transactional: bool) -> None:
         self._limit = limit
         self._attributes = _TRANSACTIONAL if transactional else 0
-        self._parts: list[bytes] = [bytes(_START)]
-        self._size = _START
+        self._data = bytearray(_START)
         self._number = 0
         self._first = self._last = 0  # timestamps
         self._producer = -1, -1, 0
-        self._data: bytearray | None = None
 
     def append(
         self, timestamp: int | None, key: bytes | None, value: bytes | None, headers: Sequence[Header]
@@ -86,7 +84,7 @@ class RecordBatch:
         fields = [_counted(part) for name, held in headers for part in (str.encode(name), held)]
         start = (b"\0", later, _varints[self._number], _counted(key), _counted(value), _varints[len(headers)])
         record = b"".join((*start, *fields))
-        return self._add((_varints[len(record)], record), 1, timestamp)
+        return self._add(_varints[len(record)] + record, 1, timestamp)
 
     def append_alike(
         self,
@@ -122,7 +120,7 @@ class RecordBatch:
         for number, value, id_ in zip(numbers, values, ids, strict=True):
             begin, middle = frames[len(number)][len(value)]
             records.append(template % (begin, number, middle, value, id_))
-        return self._add(records, len(records), timestamp)
+        return self._add(b"".join(records), len(records), timestamp)
 
     def _times(self, timestamp: int | None) -> tuple[int, bytes]:
         """A record's timestamp, and how much later it is than that of the first."""
@@ -133,12 +131,10 @@ class RecordBatch:
             self._first = self._last = timestamp
         return timestamp, _varints[timestamp - self._first]
 
-    def _add(self, records: Sequence[bytes], number: int, timestamp: int) -> bool:
-        size = sum(map(len, records))
-        if self._number and self._size + size > self._limit:
+    def _add(self, records: bytes, number: int, timestamp: int) -> bool:
+        if self._number and len(self._data) + len(records) > self._limit:
             return False
-        self._parts += records
-        self._size += size
+        self._data += records
         self._number += number
         self._last = max(self._last, timestamp)
         return True
@@ -147,7 +143,7 @@ class RecordBatch:
 
     def size(self) -> int:
         """Bytes of it."""
-        return self._size
+        return len(self._data)
 
     def record_count(self) -> int:
         """How many records it has."""
@@ -164,13 +160,10 @@ class RecordBatch:
         self._producer = producer_id, producer_epoch, base_sequence
 
     def _build(self) -> bytearray:
-        if self._data is None:
-            self._data = bytearray().join(self._parts)
-            rest = self._attributes, self._number - 1, self._first, self._last, *self._producer, self._number
-            _REST.pack_into(self._data, _HEAD.size, *rest)
-            checksum = calc_crc32c(memoryview(self._data)[_HEAD.size :])
-            _HEAD.pack_into(self._data, 0, 0, self._size - _UNCOUNTED, -1, _FORMAT, checksum)
-            self._parts.clear()
+        rest = self._attributes, self._number - 1, self._first, self._last, *self._producer, self._number
+        _REST.pack_into(self._data, _HEAD.size, *rest)
+        checksum = calc_crc32c(memoryview(self._data)[_HEAD.size :])
+        _HEAD.pack_into(self._data, 0, 0, len(self._data) - _UNCOUNTED, -1, _FORMAT, checksum)
         return self._data
 
 
