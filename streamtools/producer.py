@@ -142,7 +142,9 @@ class Producer(ProducerHooks, Endpoint):
         #: Exchanges that are missing are made, where the protocol has exchanges.
         self.declares_exchanges: bool = declare is True
         self._no_options = self.send_options_class()
-        self._new_id = id_generator()
+        ids = id_generator()
+        self._new_id: Callable[[], str] = ids.__call__
+        self._take_ids: Callable[[int], list[str]] = ids.take
         self._outbox = outbox
         self._gathering = Gathering(self)
 
@@ -273,7 +275,7 @@ class Producer(ProducerHooks, Endpoint):
         return (box.id(self.queue) if box is not None else None) or self._new_id()
 
     def _next_ids(self, number: int) -> list[str]:
-        return self._new_id.take(number) if current_outbox() is None else [self._next_id() for _ in range(number)]
+        return self._take_ids(number) if current_outbox() is None else [self._next_id() for _ in range(number)]
 
     def _encode(self, payload: object, id: str | None, common: dict[str, Any]) -> Message:  # noqa: A002
         if id is not None:

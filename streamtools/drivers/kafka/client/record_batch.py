@@ -16,6 +16,8 @@ from typing import Final
 
 from aiokafka.record.util import calc_crc32c
 
+from streamtools.text.bounded_cache import BoundedCache
+
 #: A record's header: its name and its value.
 Header = tuple[str, bytes | None]
 
@@ -49,6 +51,7 @@ class _Varints(dict[int, bytes]):
 
 
 _varints: Final = _Varints()
+_NONE: Final = _varints[-1]
 
 
 class RecordBatch:
@@ -81,9 +84,13 @@ class RecordBatch:
             OverflowError: the timestamp has more than 64 bits.
         """
         timestamp, later = self._times(timestamp)
-        fields = [_counted(part) for name, held in headers for part in (str.encode(name), held)]
-        start = (b"\0", later, _varints[self._number], _counted(key), _counted(value), _varints[len(headers)])
-        record = b"".join((*start, *fields))
+        fields = [b"\0", later, _varints[self._number]]
+        fields += (_NONE,) if key is None else (_varints[len(key)], key)
+        fields += (_NONE,) if value is None else (_varints[len(value)], value)
+        fields.append(_varints[len(headers)])
+        for name, held in headers:
+            fields += (_names[name], _NONE) if held is None else (_names[name], _varints[len(held)], held)
+        record = b"".join(fields)
         return self._add(_varints[len(record)] + record, 1, timestamp)
 
     def append_alike(
@@ -108,7 +115,7 @@ class RecordBatch:
         timestamp, later = self._times(timestamp)
         end = _varints[len(headers)]
         for name, held in headers:
-            end += _counted(str.encode(name)) + (_varints[len(ids[0])] if name == own else _counted(held))
+            end += _names[name] + (_varints[len(ids[0])] if name == own else _counted(held))
             if name == own:
                 before, end = end, b""
         template = b"%b%b%b%b" + before.replace(b"%", b"%%") + b"%b" + end.replace(b"%", b"%%")
@@ -124,7 +131,8 @@ class RecordBatch:
 
     def _times(self, timestamp: int | None) -> tuple[int, bytes]:
         """A record's timestamp, and how much later it is than that of the first."""
-        timestamp = int(time.time() * 1000) if timestamp is None else index(timestamp)
+        if type(timestamp) is not int:
+            timestamp = int(time.time() * 1000) if timestamp is None else index(timestamp)
         if not -(2**63) <= timestamp < 2**63:
             raise OverflowError(f"the timestamp {timestamp} has more than 64 bits")
         if not self._number:
@@ -136,7 +144,8 @@ class RecordBatch:
             return False
         self._data += records
         self._number += number
-        self._last = max(self._last, timestamp)
+        if timestamp > self._last:
+            self._last = timestamp
         return True
 
     # --- what the library calls -------------------------------------------------------------------
@@ -188,4 +197,8 @@ class _Frames(dict[int, tuple[bytes, bytes]]):
 
 def _counted(raw: bytes | None) -> bytes:
     """Bytes with their number before them."""
-    return _varints[-1] if raw is None else _varints[len(raw)] + raw
+    return _NONE if raw is None else _varints[len(raw)] + raw
+
+
+#: Names of headers, with their number of bytes.
+_names: Final = BoundedCache(lambda name: _counted(str.encode(name)))

@@ -233,11 +233,12 @@ class PartitionChooser:
             missing: errors of topics that do not exist.
             max_size: bytes of one record at most, unless it is a copy.
         """
-        most = min(STICKY, max_size)
+        if pending.remaining > len(batch):  # there are runs
+            batch = [part for item in batch for part in item.cut(min(STICKY, max_size))]
         last: tuple[str, int] | None = None
         waiting: deque[Records] = deque()
         size = 0
-        for item in [part for whole in batch for part in whole.cut(most)]:
+        for item in batch:
             item.pending = pending
             trouble = item.error
             if trouble is None and missing:

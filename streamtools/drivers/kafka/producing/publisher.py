@@ -67,12 +67,15 @@ class Publisher:
         if producer is None:
             raise Closed(CLOSED)
         batch, missing = await self.partitions.know(batch, producer)
-        size = sum([item.size for item in batch])
+        size = number = 0
+        for item in batch:
+            size += item.size
+            number += item.number
         if limit.is_exceeded_by(size):
             await limit.wait_for(size)
         if self._closed:
             raise Closed(CLOSED)
-        pending = UnconfirmedBatch(sum([item.number for item in batch]), limit)
+        pending = UnconfirmedBatch(number, limit)
         limit.take(self.partitions.distribute(batch, pending, self._sender, missing=missing, max_size=max_size))
         if not batch:
             pending.done()  # an event may reach nobody

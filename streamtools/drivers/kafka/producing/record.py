@@ -234,23 +234,22 @@ def records_of(
         read: the headers of the record that these are copies of.
     """
     now = time.time()
-    return [_record_of(message, headers, now, read) for message in batch]
+    items = []
+    for message in batch:
+        try:
+            items.append(_outgoing(message, headers, now, read))
+        except UNWRITABLE as error:
+            items.append(_refused(message, error))
+    return items
 
 
 def records_to_send(batch: Sequence[Message]) -> Sequence[Records]:
     """The records of messages that a producer sends; those that are alike as one run."""
-    if isinstance(batch, Drafts) and len({*map(len, batch.ids)}) == 1:
+    if type(batch) is Drafts and len({*map(len, batch.ids)}) == 1:
         with suppress(*UNWRITABLE):
             like = _outgoing(batch[0], (), time.time(), ())
             return [RecordRun(like, batch.ids, batch.bodies)]
     return records_of(batch)
-
-
-def _record_of(message: Message, headers: Sequence[Header], now: float, read: Iterable[Header]) -> ProducerRecord:
-    try:
-        return _outgoing(message, headers, now, read)
-    except UNWRITABLE as error:
-        return _refused(message, error)
 
 
 def _outgoing(message: Message, headers: Sequence[Header], now: float, read: Iterable[Header]) -> ProducerRecord:
