@@ -68,10 +68,10 @@ _ITERATORS: Final[tuple[type, ...]] = (
     *(type(iter(each)) for each in _EMPTY),
     *(type(reversed(each)) for each in _EMPTY if isinstance(each, Reversible)),
 )
-#: Types that are searched, beside dataclasses; other objects are not looked into.
+#: Types that are searched, beside models and dataclasses; other objects are not looked into.
 _CONTAINERS: Final[tuple[type, ...]] = (
     *(type(each) for each in _EMPTY),
-    *(MappingProxyType, UserDict, UserList, ChainMap, SimpleNamespace, BaseModel),
+    *(MappingProxyType, UserDict, UserList, ChainMap, SimpleNamespace),
     *(*_CALLERS, *_ITERATORS, zip, enumerate, reversed, itertools.chain, itertools.islice),
 )
 
@@ -83,13 +83,15 @@ def left_unrun(value: Any) -> list[Any]:
     (containers count for five); a warning says once where a result holds more. Nothing is iterated that would
     change, and no code of the user runs.
     """
-    kind = type(value)
+    kind: Any = type(value)
     if kind in PLAIN or (kind in _COMMON and _holds_plain_values(value)):
         return []
     if isinstance(value, FunctionType) or _prepares_a_call(value):
         return [value]
     if kind in _MADE:
         return [value] if _not_begun(value.gen) else []
+    if _is_object(kind) and _is_plain_object(value):
+        return []
     return _search(value)
 
 
@@ -100,6 +102,16 @@ def _holds_plain_values(value: Any) -> bool:
     return PLAIN.issuperset(map(type, value)) and (
         type(value) is not dict or PLAIN.issuperset(map(type, value.values()))
     )
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether a model or a dataclass holds plain values alone, itself or in one container each, as most do."""
+    kind = type(value)
+    for each in gc.get_referents(value):
+        held = type(each)
+        if held not in PLAIN and each is not kind and not (held in _COMMON and _holds_plain_values(each)):
+            return False
+    return True
 
 
 def refuse_unrun(value: Any, left: list[Any], refusal: type[Exception]) -> None:
@@ -180,7 +192,12 @@ def _say_that_more_is_held(kind: Any) -> None:
 @lru_cache(maxsize=256)
 def _is_container(kind: Any) -> bool:
     # By its type, never by isinstance: a mock says that it is an instance of what it stands for.
-    return issubclass(kind, _CONTAINERS) or dataclasses.is_dataclass(kind)
+    return issubclass(kind, _CONTAINERS) or _is_object(kind)
+
+
+@lru_cache(maxsize=256)
+def _is_object(kind: Any) -> bool:
+    return issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind)
 
 
 def _inside(container: Any) -> Iterable[Any]:
