@@ -21,6 +21,7 @@ import ssl
 from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache
+from time import monotonic
 from typing import Any, Final, cast
 
 from aiohttp import web
@@ -81,6 +82,11 @@ class Counted:
     def unsent(self) -> int:
         """Bytes that are to go out."""
         return self._wire.get_write_buffer_size() if self._wire is not None else 0
+
+    def wait(self) -> None:
+        """It waits from now on."""
+        self.busy = False
+        self.since = monotonic()
 
     def look(self, now: float) -> None:
         """End it if its time is over."""
@@ -176,7 +182,7 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
         if self._refused:
             return
         if not self.held and not self.busy:
-            self._connections.wait(self)
+            self.wait()
         cost = len(data)
         if self._body is None:
             cost += LINE_COST * data.count(b"\n")
@@ -221,13 +227,11 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
 
     def whole(self) -> None:
         """A request has arrived whole."""
+        if self.busy:
+            return
         self._body = None
         self.requests += 1
         self._connections.work(self)
-
-    def ended(self) -> None:
-        """The request in hand has its answer."""
-        self._connections.wait(self)
 
     # --- its end --------------------------------------------------------------------------------
 
@@ -274,7 +278,7 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
         self._refused = True
         if self._wire is not None and not self.unsent and self._body is None:
             self._wire.write(_answer(*why))
-            self._connections.wait(self)
+            self.wait()
         else:
             self.force_close()
 
@@ -295,8 +299,6 @@ class Connections:
         #: What they hold.
         self.held: int = 0
         self._all: dict[Counted, None] = {}
-        #: By peer, those that wait.
-        self._waiting: defaultdict[str, dict[Counted, None]] = defaultdict(dict)
         self._unread: dict[Counted, int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._ended = 0
@@ -318,7 +320,7 @@ class Connections:
     def add(self, connection: Counted) -> None:
         """One was accepted."""
         self._all[connection] = None
-        self.wait(connection)
+        connection.wait()
         if len(self._all) > self.limit:
             goal = self.limit - int(self.limit * SHARE)
             self._thin(
@@ -333,26 +335,14 @@ class Connections:
         """One has ended."""
         self._all.pop(connection, None)
         self._unread.pop(connection, None)
-        self._forget(connection)
         self.held -= connection.held
         connection.held = 0
-
-    def wait(self, connection: Counted) -> None:
-        """It waits from now on."""
-        if connection not in self._all:
-            return
-        connection.busy = False
-        connection.since = asyncio.get_running_loop().time()
-        waiting = self._waiting[connection.peer]
-        waiting.pop(connection, None)
-        waiting[connection] = None
 
     def work(self, connection: Counted) -> None:
         """A whole request is in hand."""
         connection.busy = True
         self.held -= connection.held
         connection.held = 0
-        self._forget(connection)
 
     def hold(self, connection: Counted, cost: int) -> None:
         """It holds more."""
@@ -364,7 +354,7 @@ class Connections:
         """End the slowest when all hold too much together."""
         if self.held <= self.room:
             return
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         goal = self.room * (1 - SHARE)
         self._thin(
             lambda one: one.held,
@@ -401,7 +391,11 @@ class Connections:
             weight: what one counts.
             order: of two of one peer, the lesser ends first.
         """
-        ranked = {peer: sorted(ones, key=order, reverse=True) for peer, ones in self._waiting.items() if ones}
+        waiting: defaultdict[str, list[Counted]] = defaultdict(list)
+        for connection in self._all:
+            if not connection.busy:
+                waiting[connection.peer].append(connection)
+        ranked = {peer: sorted(ones, key=order, reverse=True) for peer, ones in waiting.items()}
         heap = [(-sum(map(weight, ones)), peer) for peer, ones in ranked.items()]
         heapq.heapify(heap)
         while heap and more():
@@ -417,16 +411,8 @@ class Connections:
         connection.end()
         self.remove(connection)
 
-    def _forget(self, connection: Counted) -> None:
-        waiting = self._waiting.get(connection.peer)
-        if waiting is not None:
-            waiting.pop(connection, None)
-            if not waiting:
-                del self._waiting[connection.peer]
-
     def _look(self) -> None:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = monotonic()
         for connection in list(self._all):
             connection.look(now)
         if self._ended and now - self._told > LOG_INTERVAL:
@@ -438,7 +424,9 @@ class Connections:
                 self.limit,
             )
             self._ended, self._told = 0, now
-        self._timer = loop.call_later(CHECK_INTERVAL, self._look) if self._all else None
+        self._timer = None
+        if self._all:
+            self._timer = asyncio.get_running_loop().call_later(CHECK_INTERVAL, self._look)
 
 
 class _Server(web.Server):

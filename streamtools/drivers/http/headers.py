@@ -53,6 +53,8 @@ TRANSPORT: Final = frozenset(
 
 #: Headers of HTTP's own for fields of a message.
 _NATIVE: Final = {"content-type": "content_type", "content-encoding": "content_encoding"}
+#: Headers that say nothing about a message, as they come.
+_NO_ONES: Final = frozenset(name.encode() for name in TRANSPORT - _NATIVE.keys() - {PACKED})
 _OURS: Final = frozenset(
     PREFIX + name for name in (*TEXT.values(), *TIMES.values(), *ERROR_TEXT.values(), *ERROR_TIMES.values())
 ) | {PREFIX + name for name in ("specversion", KEY_BYTES, ATTEMPT, VERSION, ERROR_ATTEMPTS)}
@@ -110,7 +112,9 @@ class Headers(dict[str, str]):
 
 def transfer_coding(headers: MultiMapping[str]) -> str | None:
     """What a body is encoded as for its way, where that is not `chunked` alone, which aiohttp undoes; None else."""
-    found = ",".join(headers.getall("Transfer-Encoding", ()))
+    if "Transfer-Encoding" not in headers:
+        return None
+    found = ",".join(headers.getall("Transfer-Encoding"))
     names = [name for part in found.split(",") if (name := part.strip(" \t").lower())]
     return None if names in ([], ["chunked"]) else ", ".join(names)[:100]
 
@@ -131,6 +135,8 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
     spelled: dict[str, str] = {}
     packed = ""
     for raw_name, raw_value in raw:
+        if raw_name.lower() in _NO_ONES:
+            continue
         name = raw_name.decode("ascii", "backslashreplace")
         value = read_text(raw_value.strip(b" \t"))
         lower = name.lower()
@@ -142,7 +148,7 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
             native[field] = f"{native[field]}, {value}" if lower == "content-encoding" and field in native else value
         elif lower == PACKED:
             packed = value
-        elif lower not in TRANSPORT:
+        else:
             name = spelled.setdefault(lower, name)
             value = _decode(value) if lower.startswith(PREFIX) else value
             user[name] = f"{user[name]}, {value}" if name in user else value

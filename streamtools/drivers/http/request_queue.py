@@ -38,20 +38,25 @@ class Refused(Exception):  # noqa: N818 - not an error of ours: a request that c
 
 
 class PendingRequest:
-    """One request that has become a message, and waits for its answer."""
+    """One request that has become a message, and waits for its answer.
 
-    __slots__ = ("_answer", "_make", "_request", "message")
+    Attributes:
+        message: what it has become.
+        answered: done when an answer was given.
+    """
+
+    __slots__ = ("_make", "_request", "answered", "message")
 
     def __init__(self, request: web.BaseRequest, message: Message) -> None:
         self.message: Message = message
+        self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._request = request
-        self._answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._make: Callable[[], web.Response] | None = None
 
     @property
     def done(self) -> bool:
         """An answer was given."""
-        return self._answer.done()
+        return self.answered.done()
 
     @property
     def gone_away(self) -> bool:
@@ -61,7 +66,7 @@ class PendingRequest:
     @property
     def gone(self) -> bool:
         """No one waits any more: the client has left, or an answer was given."""
-        return self.gone_away or self._answer.done()
+        return self.gone_away or self.answered.done()
 
     def answer(self, make: Callable[[], web.Response]) -> None:
         """Let a response go out; the first one counts.
@@ -69,13 +74,12 @@ class PendingRequest:
         Parameters:
             make: makes it, when its turn has come: of many large responses only one is written at a time.
         """
-        if not self._answer.done():
+        if not self.answered.done():
             self._make = make
-            self._answer.set_result(None)
+            self.answered.set_result(None)
 
-    async def answered(self) -> web.Response:
-        """Wait for the answer."""
-        await self._answer
+    def response(self) -> web.Response:
+        """The answer, once it was given."""
         make, self._make = self._make, None  # which holds what holds this
         if make is None or self.gone_away:
             return responses.unavailable(str(self.message.attempt))  # nobody reads it
@@ -172,8 +176,9 @@ class RequestQueue:
             self._check_open(request)
             _check_transfer(request)
             self._check_content_type(request)
-            body = await self._read(request)
-            self._check_open(request)
+            if (body := self._body_at_once(request)) is None:
+                body = await self._read(request)
+                self._check_open(request)
             if isinstance(request.protocol, _Connection):
                 request.protocol.whole()
             message = self._message(request, body)
@@ -184,9 +189,10 @@ class RequestQueue:
         self._unanswered.add(call)
         self._arrival.set()
         try:
-            response = await call.answered()
+            await call.answered
         finally:
             self._unanswered.discard(call)
+        response = call.response()
         if self.stopped:
             response.force_close()
         return response
@@ -216,17 +222,21 @@ class RequestQueue:
         self._waiting = deque(call for call in self._waiting if not call.done)
         return len(self._waiting) < self._limit
 
+    def _body_at_once(self, request: web.BaseRequest) -> bytes | None:
+        """The body if it came in one piece with the headers, as most do; None if it has to be waited for."""
+        content = request.content
+        if not content.is_eof() or content.exception() is not None:
+            return None
+        body = content.read_nowait()
+        if len(body) > self.max_body:
+            raise self._too_large()
+        return body
+
     async def _read(self, request: web.BaseRequest) -> bytes:
         length = request.content_length
         if length is not None and length > self.max_body:
             raise self._too_large()
-        content = request.content
         try:
-            if content.is_eof():  # it came in one piece with the headers, as most do
-                body = content.read_nowait()
-                if len(body) > self.max_body:
-                    raise self._too_large()
-                return body
             return await self._read_slowly(request)
         except (ConnectionError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and request.transport is not None:

@@ -194,7 +194,8 @@ class SharedServer:
 
     async def _handle(self, request: web.BaseRequest) -> web.Response:
         try:
-            response = await self._answer(request)
+            found = self._find(request)
+            response = await found.handle(request) if isinstance(found, RequestQueue) else found
             if size_of(request.raw_headers) > LARGE_HEAD:
                 response.force_close()
             return response
@@ -203,9 +204,10 @@ class SharedServer:
             return responses.cut_off(500, "The request could not be handled.")
         finally:
             if isinstance(request.protocol, _Connection):
-                request.protocol.ended()
+                request.protocol.wait()
 
-    async def _answer(self, request: web.BaseRequest) -> web.Response:
+    def _find(self, request: web.BaseRequest) -> RequestQueue | web.Response:
+        """The queue that takes a request, or the answer where none does."""
         if (refusal := self.access.refusal(request)) is not None:
             return refusal
         path = _path(request.raw_path)
@@ -223,13 +225,13 @@ class SharedServer:
             requests = methods.get("GET")  # whose answer goes out without its body
         if requests is None:
             return responses.wrong_method(request.method, methods)
-        return await requests.handle(request)
+        return requests
 
 
 def _make_request(
     message: RawRequestMessage, payload: Any, protocol: Any, writer: Any, task: asyncio.Task[None]
 ) -> web.BaseRequest:
-    loop = asyncio.get_running_loop()
+    loop = task.get_loop()
     protocol.begun(payload)
     if message.path is None:  # `CONNECT` without a target
         message = message._replace(path="", url=ROOT)
