@@ -23,7 +23,7 @@ from faststream.rabbit import Channel, ExchangeType, QueueType, RabbitBroker, Ra
 from pydantic import BaseModel
 
 from benchmarks.rounds import Contender, Stopwatch, compare
-from streamtools import Bus, Command, Consumer, Event, Message, MessageContext
+from streamtools import ADMINS, Bus, Command, Consumer, Event, Message, MessageContext
 from streamtools.codec import JSON
 from streamtools.message import id_generator
 from tests.brokers.rabbitmq import RabbitMQNode
@@ -211,12 +211,10 @@ async def consume_by_faststream(url: str) -> tuple[float, float]:
 
 
 async def _fresh(url: str) -> None:
-    bus = Bus("bench", url=url, subscriptions=[Placed])
-    admin = await bus._get_admin()
-    await bus.declare()
-    await admin.delete("bench")
-    await bus.declare()
-    await bus.stop()
+    async with Bus("bench", url=url, subscriptions=[Placed]) as bus, ADMINS["rabbitmq"](url=url) as admin:
+        await bus.declare()
+        await admin.delete("bench")
+        await bus.declare()
 
 
 async def _fill(url: str) -> None:
@@ -227,10 +225,8 @@ async def _fill(url: str) -> None:
 
 
 async def _depth(url: str) -> int:
-    bus = Bus("bench", url=url)
-    found = await (await bus._get_admin()).stats("bench")
-    await bus.stop()
-    return found.ready
+    async with ADMINS["rabbitmq"](url=url) as admin:
+        return (await admin.stats("bench")).ready
 
 
 def _contender(
