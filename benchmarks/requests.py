@@ -1,6 +1,6 @@
 """Requests and replies through a broker, beside FastStream and aio-pika by hand, and in process.
 
-One process asks and answers: a request leaves, the handler of the other side returns a model, and whoever asks gets it
+One process asks and answers: a request leaves, the handler of the other side returns a model, and the asker gets it
 back validated. On RabbitMQ the request is persistent and confirmed, in a quorum queue; ours and the one by hand have
 their replies in an exclusive queue of their own, FastStream by RabbitMQ's direct reply-to. A `RabbitBroker` of
 FastStream has one request under way at a time, so that the others wait behind it.
