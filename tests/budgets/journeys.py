@@ -8,7 +8,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ class Meter(Protocol):
 
 
 #: Moves so many messages at a URL.
-Journey = Callable[[str, int, Meter], Awaitable[None]]
+Journey = Callable[[str, int, Meter], Coroutine[Any, Any, None]]
 
 
 class Place(Command, to="bus"):
