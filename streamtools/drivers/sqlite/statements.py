@@ -90,8 +90,9 @@ LAST_ID: Final = (
     "SELECT max(iif(last < 1 << 62, last, 0), coalesce((SELECT max(id) FROM messages WHERE id < 1 << 62), 0)), "
     "generation FROM sequence"
 )
-#: Lets go of what a claim has in hand if that is the whole range, and of nothing otherwise.
+#: Lets go of a range of ids if a claim has all of it in hand, and of nothing otherwise. The parameters: the first id,
+#: the last id, the claim, and how many they are.
 REMOVE_RANGE: Final = (
-    "DELETE FROM held WHERE id BETWEEN :first AND :last AND :number = "
-    "(SELECT count(*) FROM held WHERE claim = :claim AND id BETWEEN :first AND :last)"
+    "DELETE FROM held WHERE id BETWEEN ?1 AND ?2 "
+    "AND (SELECT count(*) FROM held WHERE id BETWEEN ?1 AND ?2 AND claim = ?3) = ?4"
 )
