@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, Literal, Sel
 
 from typing_extensions import ParamSpec, TypeVar  # pydantic's; typing's own have no defaults before Python 3.13
 
-from streamtools.delivery import Delivery, Settlement
+from streamtools.delivery import Delivery, Reads, Settlement
 from streamtools.driver import ConsumerHooks
 from streamtools.engine.answering import RouteAnswers
 from streamtools.engine.dispatch import Answer, Dispatcher, chain, check_middleware
@@ -91,9 +91,14 @@ class Consumer(ConsumerHooks, Endpoint):
         TypeError: an option that no protocol knows.
     """
 
+    _run: ConsumerRun
+    _puller: Puller
+    _reads: Reads
+
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if protocol is not None:
+            cls._check_names(Consumer)
             cls.protocol = protocol
             CONSUMER_LOOPS[protocol] = cls
 
@@ -141,6 +146,7 @@ class Consumer(ConsumerHooks, Endpoint):
         self._read_options(options, Consumer.__init__)
         self.handler: BoundHandler | None = None  # set here: in the class, type checkers would bind it to self
         self._run, self._puller = ConsumerRun(self), Puller(self, self.make_dispatcher(_no_handler, "by hand"))
+        self._reads = Reads(self._read)
 
     # --- for users ------------------------------------------------------------------------------
 
@@ -322,6 +328,12 @@ class Consumer(ConsumerHooks, Endpoint):
 
     async def _goes_on_after(self, delay: float) -> bool:
         return await self._run.goes_on_after(delay)
+
+    async def _close_driver(self) -> None:
+        try:
+            await self._reads.end()
+        finally:
+            await self._close()
 
     def _in_second_loop(self, loop: asyncio.AbstractEventLoop) -> Self:
         """It may move to a second event loop only while it is idle in the first, where its messages are."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from streamtools.errors import DecodeError, SendError, safe_str
+from streamtools.errors import Closed, DecodeError, SendError, safe_str
 from streamtools.message import Message
 from streamtools.validation.checks import Seconds, check_seconds
 from streamtools.verdicts import ACK, DROP, RELEASE, Verdict
@@ -228,6 +229,73 @@ async def _published(
         left = {id(settlement) for message, settlement in outgoing if id(message) in refused}
         return [settlement for settlement in settlements if id(settlement) not in left], error
     return list(settlements), None
+
+
+#: How often a read that ignores its cancellation is cancelled, and the seconds between.
+END_TRIES: Final = 10
+END_WAIT: Final = 0.1
+
+
+class Reads:
+    """Reads from the broker, one after the other; what a read returns is kept until somebody takes it.
+
+    A client library can lose what it has read when it is cancelled, and it can ignore a cancellation. So whoever
+    waits here can be cancelled at any time, but a read is cancelled by `end` only.
+
+    Parameters:
+        read: waits for deliveries, and returns at most so many.
+    """
+
+    def __init__(self, read: Callable[[int], Coroutine[Any, Any, Sequence[Delivery]]]) -> None:
+        self._read = read
+        self._reading: asyncio.Task[Sequence[Delivery]] | None = None
+        self._kept: deque[Delivery] = deque()
+
+    async def take(self, limit: int) -> list[Delivery]:
+        """Wait for at least one delivery, and take at most `limit`.
+
+        Raises:
+            Closed: the read was ended.
+        """
+        while not self._kept:
+            reading = self._reading or self._begin(limit)
+            if not reading.done():
+                await asyncio.wait([reading])
+            if self._reading is not reading:
+                raise Closed("The consumer was closed while it waited.")
+            self._reading = None
+            self._kept.extend(reading.result())
+        return [self._kept.popleft() for _ in range(min(limit, len(self._kept)))]
+
+    def _begin(self, limit: int) -> asyncio.Task[Sequence[Delivery]]:
+        reading = self._reading = asyncio.create_task(self._read(limit), name="streamtools-read")
+        asyncio.tasks._unregister_task(reading)  # asyncio.run would cancel it only once, and wait for it for ever
+        return reading
+
+    async def end(self) -> list[Delivery]:
+        """End the read under way; returns the deliveries that nobody has taken.
+
+        A read that ignores several cancellations is left behind: it ends when its connection is closed.
+        """
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.add_done_callback(_ignore_error)
+            for _ in range(END_TRIES):
+                if reading.done():
+                    break
+                reading.cancel()
+                await asyncio.wait([reading], timeout=END_WAIT)
+            if reading.done() and not reading.cancelled() and reading.exception() is None:
+                self._kept.extend(reading.result())
+        kept = [*self._kept]
+        self._kept.clear()
+        return kept
+
+
+def _ignore_error(task: asyncio.Task[Any]) -> None:
+    """Tell asyncio that somebody has looked at the error of a task."""
+    if not task.cancelled():
+        task.exception()
 
 
 #: The delivery being handled in this task, for code that runs inside a handler.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 from pydantic import BaseModel, ConfigDict
 
 from streamtools.delivery import Delivery as Delivery
+from streamtools.delivery import Reads
 from streamtools.delivery import Settlement as Settlement
 from streamtools.delivery import publish_first as publish_first
 from streamtools.delivery import read_message as read_message
@@ -38,7 +39,7 @@ from streamtools.protocols import that_can
 from streamtools.queues import GroupInfo, Place, QueueInfo, QueueSettings
 from streamtools.receipt import Receipt as Receipt
 from streamtools.validation.checks import check_name, check_not_ours
-from streamtools.verdicts import ACK
+from streamtools.verdicts import ACK, RELEASE
 
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
@@ -152,18 +153,31 @@ class ConsumerHooks(EndpointHooks):
 
     poll_timeout: ClassVar[float] = 0.25
     drops_expired: ClassVar[bool] = True
+    _reads: Reads
 
     @required
-    async def _receive(self, limit: int) -> Sequence[Delivery]:
-        """Wait for at least one message and return at most `limit`.
+    async def _read(self, limit: int) -> Sequence[Delivery]:
+        """Wait for messages, and return at most `limit`; one call at a time.
 
-        Cancelling it loses nothing: a message that is not returned stays with the broker, or is
-        returned by the next call. One call at a time.
+        It is cancelled only before `_stop` and `_close`. A client library may ignore that: it is cancelled again, and
+        `_close` follows after a second. What it returns is kept until somebody receives it.
 
         Raises:
             ConnectionLost: the connection ended.
         """
         raise NotImplementedError
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]:
+        """Wait for at least one message and return at most `limit`; one call at a time.
+
+        As it stands, it waits for `_read` in a task of its own. Drivers that can wait without a task define this
+        instead of `_read`. Then cancelling it must lose nothing: a message that is not returned stays with the
+        broker, or is returned by the next call.
+
+        Raises:
+            ConnectionLost: the connection ended.
+        """
+        return await self._reads.take(limit)
 
     async def _poll(self, limit: int) -> Sequence[Delivery]:
         """What is there now, at most `limit`; as it stands, what `_receive` finds within `poll_timeout` seconds.
@@ -267,7 +281,12 @@ class ConsumerHooks(EndpointHooks):
         """
 
     async def _stop(self) -> None:
-        """Take in no more; called once before the last settlements. Deliveries in hand stay so."""
+        """Take in no more; called once before the last settlements. Deliveries in hand stay so.
+
+        As it stands, it ends `_read`, and gives back what that has returned and nobody has received.
+        """
+        if kept := await self._reads.end():
+            await self._settle([Settlement(delivery, RELEASE) for delivery in kept])
 
     def _ordering_key(self, delivery: Delivery) -> Hashable:
         """Deliveries of which this is the same are handled one after the other; None: of no matter."""

@@ -110,10 +110,15 @@ class Producer(ProducerHooks, Endpoint):
     """
 
     wrapper: TransportWrapper | None = None
+    _no_options: Options
+    _new_id: Callable[[], str]
+    _outbox: bool
+    _gathering: Gathering
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if protocol is not None:
+            cls._check_names(Producer)
             cls.protocol = protocol
             PRODUCERS[protocol] = cls
 

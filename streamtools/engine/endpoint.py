@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from streamtools.driver import EndpointHooks, Options
 from streamtools.engine.backoff import backoff_within
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
 
 log: logging.Logger = logging.getLogger("streamtools")
+
+#: Private names of the base classes, beside the hooks, that drivers may define.
+MAY_DEFINE: Final = {"_abandon", "_deliver"}
+
+
+def _names(cls: type) -> set[str]:
+    """The private names that a class defines or declares."""
+    names = {*vars(cls), *vars(cls).get("__annotations__", {})}
+    return {name for name in names if name.startswith("_") and not name.endswith("__")}
 
 
 class Wrapper(Protocol):
@@ -40,6 +49,27 @@ class Endpoint(LoopBound, EndpointHooks):
 
     #: None: messages have our own headers.
     wrapper: Wrapper | None = None
+    _ignored: set[str]
+    _connected: bool
+    _closed: bool
+    #: Connections made so far.
+    _opened: int
+    _opening: asyncio.Lock
+
+    @classmethod
+    def _check_names(cls, base: type) -> None:
+        """Check that a driver's class defines none of the private names of its base class, but hooks.
+
+        Raises:
+            TypeError: it does.
+        """
+        ours = {name for each in base.__mro__ if each.__module__ != EndpointHooks.__module__ for name in _names(each)}
+        for each in cls.__mro__[: cls.__mro__.index(base)]:
+            if taken := sorted(ours & _names(each) - MAY_DEFINE):
+                raise TypeError(
+                    f"{each.__name__} defines {', '.join(taken)}, which {base.__name__} has for itself: give it "
+                    "another name."
+                )
 
     def _set_up(
         self,
@@ -60,10 +90,9 @@ class Endpoint(LoopBound, EndpointHooks):
         check_texts({"client_id": client_id})
         check_place(host, port)
         self.settings: ProtocolSettings = self.settings_class.resolve(url)
-        self._ignored: set[str] = set()
+        self._ignored = set()
         self._connected = False
         self._closed = False
-        #: Connections made so far.
         self._opened = 0
         self._opening = asyncio.Lock()
 
@@ -83,7 +112,7 @@ class Endpoint(LoopBound, EndpointHooks):
         here._closed = True
         here._connected = False
         forget(here)
-        await here._close()
+        await here._close_driver()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.queue!r} at {self.settings.safe_url}>"
@@ -145,9 +174,13 @@ class Endpoint(LoopBound, EndpointHooks):
 
     async def _close_what_is_left(self) -> None:
         try:
-            await self._close()
+            await self._close_driver()
         except Exception as error:  # it must not hide why the connection ended, nor keep us from a new one
             log.warning("%r: closing what is left: %s", self, error)
+
+    async def _close_driver(self) -> None:
+        """End what is under way, and close the driver."""
+        await self._close()
 
     async def _goes_on_after(self, delay: float) -> bool:
         """Wait before the next try; False when there is to be none."""

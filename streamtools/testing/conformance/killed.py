@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pytest_asyncio
 
 from streamtools.consumer import CONSUMER_LOOPS
 from streamtools.delivery import Delivery
-from streamtools.testing.conformance.cases import Cases, needs
+from streamtools.testing.conformance.cases import Cases, except_with, needs
 from streamtools.testing.conformance.stage import Stage
 from streamtools.testing.waiting import TIMEOUT
 
@@ -69,6 +70,23 @@ class KilledCases(Cases):
         await consumer.ack_many(back)
         await consumer.close()
         await kill_stage.nothing_waits()
+
+    @needs("processes", "redelivery")
+    @except_with("partitioned", "a second consumer takes partitions over, with what is in hand from them")
+    async def test_what_a_living_consumer_holds_for_longer_comes_to_no_other(
+        self, kill_stage: Stage, kill: Kill
+    ) -> None:
+        await (await kill_stage.consumer()).close()
+        await kill_stage.send_many(range(HELD))
+        await kill(kill_stage, "by_hand")
+        killed = time.monotonic()
+        consumer = await kill_stage.consumer()
+        held = await kill_stage.take(consumer, HELD)
+        until = time.monotonic() + 1.5 * (time.monotonic() - killed) + 0.2
+        other = await kill_stage.consumer()
+        while (left := until - time.monotonic()) > 0:
+            assert await other.receive(HELD, timeout=left) == []
+        await consumer.ack_many(held)
 
 
 async def kill_holder(stage: Stage, how: str) -> None:
