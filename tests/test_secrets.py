@@ -67,23 +67,27 @@ async def closing_port(*, after: bytes = b"") -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-async def use(url: str) -> tuple[list[BaseException], str]:
-    """Do with the address what can be done; what was raised, and how everything shows itself."""
+async def use(url: str, patience: float) -> tuple[list[BaseException], str]:
+    """Do with the address what can be done; what was raised, and how everything shows itself.
+
+    Parameters:
+        patience: seconds after which a broker that does not answer is an error.
+    """
     errors: list[BaseException] = []
     made: list[Any] = []
 
     async def attempt(work: Any) -> None:
         try:
-            await asyncio.wait_for(work, 10)
+            await asyncio.wait_for(work, patience + 10)
         except Exception as error:  # noqa: BLE001
             errors.append(error)
 
-    producer = Producer("canaries", url=url, send_timeout=1)
-    consumer = Consumer("canaries", url=url, connect_timeout=1)
+    producer = Producer("canaries", url=url, send_timeout=patience)
+    consumer = Consumer("canaries", url=url, connect_timeout=patience)
     consumers = ConsumerFactory(url=url, retry=Retry(retries=1, delay=0))
     failed = asyncio.Event()
 
-    @consumers.route("canaries", connect_timeout=1)
+    @consumers.route("canaries", connect_timeout=patience)
     async def handle(msg: str) -> None:
         failed.set()
         raise ValueError("this one fails")
@@ -93,7 +97,7 @@ async def use(url: str) -> tuple[list[BaseException], str]:
     await attempt(producer.send("x"))
     await attempt(consumer.receive(timeout=0.1))
     await attempt(consumer.close())
-    await attempt(_run(runner, failed))
+    await attempt(_run(runner, failed, patience))
     await attempt(producer.close())
     if producer.settings.protocol in ADMINS:
         admin: _Admin = QueueAdmin(url=url)
@@ -104,15 +108,15 @@ async def use(url: str) -> tuple[list[BaseException], str]:
     return errors, f"{made!r} {[str(one) for one in made]} {runner.health() if hasattr(runner, 'health') else ''}"
 
 
-async def _run(runner: ConsumerRunner, until: asyncio.Event) -> None:
-    async with asyncio.timeout(10), runner:
+async def _run(runner: ConsumerRunner, until: asyncio.Event, patience: float) -> None:
+    async with asyncio.timeout(patience + 9), runner:
         await until.wait()
 
 
 async def check(ear: Ear, url: str, *, fails: bool | None, secret: str = CANARY, user: str = USER) -> None:
     """Use the address; nothing of the secret is to be seen anywhere."""
     asyncio.get_running_loop().set_debug(True)
-    errors, seen = await use(url)
+    errors, seen = await use(url, 30 if fails is False else 1)
     assert fails is None or bool(errors) is fails, told(errors)
     for text in (told(errors), seen, ear.text):
         assert shown(text, secret, user)[:4] == []

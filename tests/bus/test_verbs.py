@@ -355,8 +355,9 @@ class TestDefer:
         await bus.defer(PlaceOrder(id=2), **times[when])
         await bus.send(PlaceOrder(id=1))
         await reaches(seen, 2)
-        assert [id_ for id_, _ in seen] == [1, 2]
-        assert seen[1][1] >= due - timedelta(milliseconds=1)
+        handled = dict(seen)
+        assert sorted(handled) == [1, 2]
+        assert handled[2] >= due - timedelta(milliseconds=1)
 
     async def test_what_is_due_already_is_handled_at_once(self, make: MakeBus) -> None:
         seen: list[Any] = []

@@ -16,6 +16,7 @@ from streamtools.drivers.kafka.consuming.starts import Start, StartOffsets
 from streamtools.testing import eventually
 from tests.brokers.kafka.address import KafkaAddress
 from tests.drivers.kafka.conftest import MakeProducer, Running, Tool, shown
+from tests.faults.waiting import wait_until
 
 TOLD = [
     pytest.param({"offset": "latest"}, id="latest"),
@@ -101,10 +102,15 @@ async def test_a_topic_that_is_made_anew_while_the_service_is_away_is_read_from_
     producer: MakeProducer, running: Running, admin: QueueAdmin, tool: Tool, queue: str
 ) -> None:
     seen = Seen()
+
+    async def is_gone() -> bool:
+        return queue not in [info.name for info in await admin.list()]
+
     await (await producer()).send("old")
     async with running(seen.handle, offset="latest"):
         pass
     await tool("kafka-topics", "--delete", "--topic", queue)
+    await wait_until(is_gone)  # the broker learns of it a moment after its controller
     await admin.create(queue, partitions=2)
     await (await producer()).send_many(["new", "newer"], partition=1)
     async with running(seen.handle, offset="latest"):
