@@ -1,4 +1,4 @@
-"""The error queue, for operators: which messages failed and why, and how to put them back to work."""
+"""Tools for operators: find out which messages failed and why, redrive them, or delete them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamtools.wire import key_text
 
 #: Called with the number of messages looked at so far.
 Progress = Callable[[int], None]
-#: The filter's names, each with the value that it is compared with.
+#: Name in a filter -> function that returns the value of a message to compare.
 FIELDS: Final[dict[str, Callable[[Message, ErrorDetails], str]]] = {
     "queue": lambda message, error: error.queue or message.queue,
     "exception": lambda message, error: error.exception,
@@ -27,7 +27,7 @@ FIELDS: Final[dict[str, Callable[[Message, ErrorDetails], str]]] = {
     "key": lambda message, error: key_text(message.key),
     "source": lambda message, error: message.source or "",
 }
-#: Before the name of a user's header.
+#: In a filter, this precedes the name of a user's header.
 HEADER: Final = "header."
 NO_DETAILS: Final = ErrorDetails(queue="")
 
@@ -46,7 +46,7 @@ class ErrorFilter:
             blanks.
 
     Raises:
-        ConfigurationError: an unknown name, or a quote that is not closed.
+        ConfigurationError: a condition has an unknown name, or a quote that is not closed.
     """
 
     def __init__(self, conditions: Iterable[str] = ()) -> None:
@@ -153,26 +153,27 @@ async def redrive(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Put failed messages back to work, as attempt 1, with their body, id and headers; the number of them.
+    """Put failed messages back into their queue, as attempt 1, with their body, id and headers; return how many.
 
-    Each is held by its target before it leaves the error queue: a crash in between can repeat one,
-    never lose one.
+    The target queue confirms each message before the message leaves the error queue: a crash in between can repeat a
+    message, but never lose one.
 
     Parameters:
         queue: the error queue.
-        where: only messages for which it returns true.
-        target: where to; the queue that each one failed in when None.
-        failed_in: only those that failed in one of these queues. A message says itself where it failed, and anyone
-            who may write to the error queue can write that. So without a `target` messages go only to queues that are
-            named here. When None, they go to the queue whose own error queue this is, as `orders` for
-            `orders.error`; others stay.
-        limit: this many at most.
-        progress: called with the number looked at so far.
+        where: choose only messages for which this returns true.
+        target: the queue to put the messages into; None for the queue in which each message failed.
+        failed_in: choose only messages that failed in one of these queues. A message itself says where it failed, and
+            everybody who may write to the error queue can write that. So without a `target`, messages go only to
+            queues that are named here. If this is None too, messages go only to the queue that the error queue
+            belongs to, such as `orders` for `orders.error`; all others stay.
+        limit: the most messages to put back.
+        progress: called with the number of messages looked at so far.
 
     Raises:
         QueueError: there is no such queue.
-        ConfigurationError: there is no target, and a message does not say where it failed, or its queue is not named.
-        SendError: a target does not take a message; it stays in the error queue.
+        ConfigurationError: there is no target, and a message does not say where it failed, or failed in a queue that
+            is not named.
+        SendError: a target queue refused a message, which stays in the error queue.
     """
     named = queues_named(failed_in)
     chosen = _counted(failed_there(named, where) or where, limit, progress)
@@ -187,7 +188,7 @@ async def discard(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Delete messages for good; returns how many. Parameters as for `redrive`.
+    """Delete messages of an error queue for good, and return how many. The parameters are those of `redrive`.
 
     Raises:
         QueueError: there is no such queue.
@@ -196,7 +197,7 @@ async def discard(
 
 
 def _counted(where: Condition, limit: int | None, progress: Progress | None) -> Condition:
-    """`where`, until it was true `limit` times."""
+    """Return `where` as a condition that counts: it is false once it was true `limit` times."""
     seen = found = 0
 
     def choose(message: Message) -> bool:

@@ -1,4 +1,4 @@
-"""Retry: what becomes of a message whose handler failed, decided without any I/O."""
+"""Retry, the policy that decides what happens to a message whose handler failed; it does no I/O."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class Retry:
         retries: how many attempts follow the first one; 0 moves the message to the error queue at once, None never
             gives up.
         delay: the delay before the first retry, in seconds or as a timedelta; 0 for none.
-        backoff: each further delay is so many times the one before.
+        backoff: each further delay is the one before, multiplied by this.
         max_delay: the longest delay, in seconds or as a timedelta.
         jitter: each delay varies at random by up to this part of itself, so that retries do not come all at once.
-        errors: other policies for some errors, by their class: `{TimeoutError: Retry(retries=None, delay=5)}`. Of an
-            error's base classes, the nearest one that is named here counts.
+        errors: other policies for some errors, by their class: `{TimeoutError: Retry(retries=None, delay=5)}`. For a
+            subclass, the policy of its nearest base class counts.
 
     Raises:
         ConfigurationError: a value is outside of its range.
-        OptionError: an unknown parameter.
+        OptionError: a parameter is unknown.
     """
 
     retries: int | None
@@ -101,7 +101,7 @@ class Retry:
                 )
 
     def of(self, error: BaseException) -> Retry:
-        """The policy for this error: that of its nearest class in `errors`, or else this one."""
+        """Return the policy for this error: that of its nearest class in `errors`, or else this policy."""
         if self.errors:
             for kind in type(error).__mro__:
                 if (found := self.errors.get(kind)) is not None:
@@ -109,17 +109,17 @@ class Retry:
         return self
 
     def after(self, attempt: int) -> float:
-        """The seconds to wait after attempt number `attempt` has failed (1 is the first)."""
+        """Return the seconds to wait after attempt number `attempt` has failed (1 is the first)."""
         try:
-            # As a float: the power of a whole number would be computed to its last digit, for any attempt that a
-            # message claims to be.
+            # backoff must be a float: Python computes the power of a whole number to its last digit, which takes long
+            # for the great number of attempts that a forged message can claim.
             delay = min(self.delay * float(self.backoff) ** (attempt - 1), self.max_delay)
         except OverflowError:
             delay = self.max_delay if self.delay else 0.0
         return delay * (1 + random.uniform(-self.jitter, self.jitter)) if self.jitter else delay  # nosec B311: a pause
 
     def decide(self, error: BaseException, attempt: int) -> Verdict:
-        """The verdict on attempt number `attempt`, which ended with `error`."""
+        """Return the verdict on attempt number `attempt`, which failed with `error`."""
         if not isinstance(error, BaseExceptionGroup):
             return self._decide(error, attempt)
         verdicts = [self._decide(each, attempt) for each in leaves(error, self._names)]
@@ -138,7 +138,7 @@ class Retry:
         return Verdict.retry(self.after(attempt) if chosen is None else chosen)
 
     def _names(self, group: BaseException) -> bool:
-        """Whether there is a policy for groups like this one as a whole."""
+        """Whether `errors` has a policy for this group as a whole."""
         return any(issubclass(kind, BaseExceptionGroup) and isinstance(group, kind) for kind in self.errors)
 
 
@@ -147,12 +147,15 @@ def _gravity(verdict: Verdict) -> tuple[int, float, bool]:
 
 
 def _chosen_delay(error: RetryLater) -> float | None:
-    """What it asks for; None for the policy's own. A subclass may not have called its base, or set anything."""
+    """Return the delay that the error asks for; None for the delay of the policy.
+
+    A subclass of RetryLater may not have called `super().__init__`, or may have set any value.
+    """
     delay = getattr(error, "delay", None)
     try:
         return None if delay is None else check_seconds("delay", delay)
     except ConfigurationError as wrong:
-        log.warning("%s has a delay that is none: %s", type(error).__qualname__, wrong)
+        log.warning("%s has a delay that cannot be used: %s", type(error).__qualname__, wrong)
         return None
 
 
@@ -161,7 +164,7 @@ def _in_seconds(value: Any) -> Any:
 
 
 def validate_verdict(verdict: object) -> Verdict:
-    """What an error handler has returned.
+    """Check what an error handler returned.
 
     Raises:
         TypeError: it is no verdict.
@@ -180,10 +183,10 @@ def _is_policy(kind: object, policy: object) -> bool:
 
 
 def check_retry(retry: object) -> None:
-    """A retry policy.
+    """Check that a value is a retry policy.
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: the value is not a `Retry`.
     """
     if not isinstance(retry, Retry):
         raise ConfigurationError(f"retry={retry!r} is not a policy: write retry=Retry(retries=...).")

@@ -367,7 +367,7 @@ def _origin(text: object) -> object:
 
 def _filled(value: object) -> object:
     if isinstance(value, str) and not value.strip():  # what was not filled in must not let everyone in
-        raise ValueError("it is set, and empty: leave it out if anyone may come")
+        raise ValueError("it is set, but empty: leave it out if every client may come")
     return value
 
 

@@ -1,9 +1,9 @@
-"""Metadata as text: the CloudEvents 1.0 names for what travels beside a body.
+"""Writes and reads the metadata of messages as text, under the names of CloudEvents 1.0.
 
-A driver puts what its protocol has a native place for there, and the rest under these names with
-a prefix of its own (`ce-` on HTTP, `ce_` on Kafka, `streamtools-` on AMQP). Names follow the
-CloudEvents 1.0 context attributes and its partitioning extension; attribute names there are
-lower-case letters and digits only, hence no dots or dashes.
+If a protocol has a field of its own for some metadata, the driver uses that field. It sends all other metadata under
+these names with a prefix (`ce-` on HTTP, `ce_` on Kafka, `streamtools-` on AMQP). The names are the context
+attributes of CloudEvents 1.0 and of its partitioning extension, and follow its rule: lower-case letters and digits
+only, no dots or dashes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 from streamtools.message import ErrorDetails, Message
 from streamtools.validation.checks import check_texts
 
-#: Fields of Message that travel as text as they are.
+#: Fields of Message that are sent as they are: field -> name on the wire.
 TEXT: Final = {
     "id": "id",
     "type": "type",
@@ -34,9 +34,9 @@ TEXT: Final = {
     "topic": "topic",
     "key": "partitionkey",
 }
-#: A key that is no text, in base64; instead of `partitionkey`.
+#: A key that is not text is sent under this name, in base64, and not as `partitionkey`.
 KEY_BYTES: Final = "partitionkeybytes"
-#: Fields that are times: seconds since the epoch in a Message, RFC 3339 on the wire.
+#: Fields that are times: a Message has seconds since the epoch, the wire has RFC 3339.
 TIMES: Final = {"time": "time", "deliver_at": "deliverytime", "expires_at": "expirytime"}
 #: Fields of ErrorDetails.
 ERROR_TEXT: Final = {
@@ -54,7 +54,7 @@ ERROR_ATTEMPTS: Final = "errorattempts"
 #: The first and the last whole second that RFC 3339 can name: the years 1 to 9999.
 FIRST: Final = -62135596800.0
 LAST: Final = 253402300799.0
-#: The greatest count that is read; greater ones are taken for it.
+#: A count that is greater than this is read as this.
 MOST: Final = 999_999_999
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -66,12 +66,12 @@ def to_rfc3339(seconds: float) -> str:
 
 
 def from_rfc3339(text: str) -> float | None:
-    """RFC 3339, or a plain number of seconds, as seconds since the epoch; None when it is neither.
+    """Return the seconds since the epoch of a time in RFC 3339, or of a number of seconds; None for anything else.
 
-    None, too, for a time that could not be written again: see `read_time`.
+    Also None for a time that could not be written again: see `read_time`.
     """
     if text[10:11] == "." and (seconds := read_time(text)) is not None:
-        return seconds  # 1700000000.000000, as AMQP has it: no date has that form, and to try one takes longer
+        return seconds  # 1700000000.000000, as the AMQP driver writes it: quicker than to try a date first
     try:
         moment = datetime.fromisoformat(text)
         return read_time((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
@@ -80,10 +80,10 @@ def from_rfc3339(text: str) -> float | None:
 
 
 def read_time(value: object) -> float | None:
-    """Seconds since the epoch as another program wrote them; None where that is no time of the years 1 to 9999.
+    """Return seconds since the epoch that another program wrote; None if that is not a time in the years 1 to 9999.
 
-    So what was read can be written again, whatever it was: a time in milliseconds, NaN, infinity, the greatest
-    date of another language.
+    So every time that was read can be written again. Milliseconds, NaN, infinity and the greatest date of another
+    language are read as None.
     """
     if isinstance(value, bool):
         return None
@@ -91,13 +91,13 @@ def read_time(value: object) -> float | None:
         seconds = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return None
-    return seconds if FIRST <= seconds <= LAST else None  # neither NaN nor infinity is
+    return seconds if FIRST <= seconds <= LAST else None  # false for NaN and infinity
 
 
 def read_text(value: str | bytes) -> str:
-    """A text as another program wrote it, mended where no wire carries it.
+    """Return a text that another program wrote, in a form that every protocol can carry.
 
-    Bytes that are no UTF-8, and lone surrogates, become their escapes, such as `\\xff`.
+    Bytes that are not UTF-8, and lone surrogates, are replaced by escapes such as `\\xff`.
     """
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
@@ -107,9 +107,9 @@ def read_text(value: str | bytes) -> str:
 
 
 def read_key(value: bytes) -> str | bytes:
-    """A key as it travels: a str where it is UTF-8 without control characters, else the bytes.
+    """Return a key as a str if it is UTF-8 without control characters, else as bytes.
 
-    `write_key` gives the same bytes for either.
+    `write_key` returns the same bytes for both.
     """
     try:
         text = value.decode()
@@ -119,10 +119,10 @@ def read_key(value: bytes) -> str | bytes:
 
 
 def checked_key(key: object) -> str | bytes | None:
-    """A user's key, as it will be read: bytes that are plain text become a str.
+    """Return a user's key as the receiver will read it: bytes that are plain text become a str.
 
     Raises:
-        TypeError: it is neither str nor bytes, or holds a lone surrogate.
+        TypeError: the key is neither str nor bytes, or holds a lone surrogate.
     """
     if isinstance(key, bytes):
         return read_key(key)
@@ -131,17 +131,17 @@ def checked_key(key: object) -> str | bytes | None:
 
 
 def write_key(key: str | bytes) -> bytes:
-    """The bytes of a key."""
+    """Return the bytes of a key."""
     return key if isinstance(key, bytes) else key.encode()
 
 
 def key_text(key: str | bytes | None) -> str:
-    """A key for a person, and for what compares texts: bytes as `0x...`, no key as nothing."""
+    """Return a key as a text to show or to compare: bytes as `0x...`, no key as an empty text."""
     return f"0x{key.hex()}" if isinstance(key, bytes) else key or ""
 
 
 def encode_meta(message: Message, *, prefix: str = "", skip: frozenset[str] = frozenset()) -> dict[str, str]:
-    """The metadata of `message` as text, without what is unset.
+    """Return the metadata of `message` as text, without fields that are not set.
 
     Parameters:
         prefix: goes before each name.
@@ -178,11 +178,11 @@ def _encode_error(error: ErrorDetails, prefix: str) -> dict[str, str]:
 
 
 def decode_meta(meta: Mapping[str, str], *, prefix: str = "") -> dict[str, Any]:
-    """The fields for `Message(...)` that stand in `meta`; what is malformed there is left out."""
+    """Return the fields for `Message(...)` that `meta` contains; malformed values are left out."""
     texts, times = _by_name(prefix)
     fields: dict[str, Any] = {}
     others = False
-    for name, text in meta.items():  # most messages have one or two of the names
+    for name, text in meta.items():  # most messages have only one or two of the names
         if (field := texts.get(name)) is not None:
             fields[field] = read_text(text)
         elif (field := times.get(name)) is None:
@@ -196,7 +196,7 @@ def decode_meta(meta: Mapping[str, str], *, prefix: str = "") -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _by_name(prefix: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Texts and times: name on the wire -> field of Message."""
+    """Return two mappings, for texts and for times: name on the wire -> field of Message."""
     return {prefix + n: f for f, n in TEXT.items()}, {prefix + n: f for f, n in TIMES.items()}
 
 
@@ -224,7 +224,7 @@ def _decode_error(meta: Mapping[str, str], prefix: str) -> ErrorDetails | None:
 
 
 def _count(text: str | None) -> int | None:
-    # Not int(): that takes underscores, signs and digits of other scripts, at any length.
+    # int() alone would accept underscores, signs and digits of other scripts, at any length.
     return min(int(text), MOST) if text and text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
@@ -233,5 +233,5 @@ def _key_bytes(text: str | None) -> str | bytes | None:
         return None
     try:
         return read_key(base64.b64decode(text, validate=True))
-    except (ValueError, binascii.Error):  # no base64, or no ASCII
+    except (ValueError, binascii.Error):  # it is not base64, or not ASCII
         return None

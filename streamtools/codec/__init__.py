@@ -1,10 +1,10 @@
-"""Payloads to bytes and back: by content type, and by what the handler's annotation asks for.
+"""Encodes payloads into bytes, and decodes bodies by their content type and by the handler's annotation.
 
 encoding.py     payload -> bytes
 decoding.py     bytes -> plain data
-validating.py   bytes -> what the handler's annotation asks for
-problems.py     what is wrong with a body
-codecs.py       codecs that users register
+validating.py   bytes -> the type of the handler's annotation
+problems.py     explains why a body does not fit
+codecs.py       the codecs that users register
 media.py        content types
 """
 

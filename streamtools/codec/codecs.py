@@ -1,4 +1,4 @@
-"""Codecs of users, by content type."""
+"""The codecs that users register, by content type."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from streamtools.errors import ConfigurationError, suggest
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """How the bodies of one content type are read and written.
+    """The functions that read and write the bodies of one content type.
 
     Attributes:
-        decode: body -> plain data; any exception of it means that the body is not of this type.
-        encode: plain data, as JSON knows it -> body; None where bodies are only read.
+        decode: body -> plain data; if it raises anything, the body is not of this content type.
+        encode: plain data, as in JSON -> body; None if bodies are only read.
     """
 
     decode: Callable[[bytes], Any]
     encode: Callable[[Any], bytes] | None = None
 
 
-#: Media type -> codec, beside JSON, text and bytes.
+#: Media type -> codec, in addition to JSON, text and bytes.
 CODECS: Final[dict[str, Codec]] = {}
 
 
 def register_codec(
     content_type: str, decode: Callable[[bytes], Any], encode: Callable[[Any], bytes] | None = None
 ) -> None:
-    """Read bodies of this content type from now on, for every handler in this process; replaces an earlier one.
+    """Decode bodies of this content type from now on, for every handler in this process; replaces an earlier codec.
 
     ```python
     register_codec("application/yaml", yaml.safe_load, lambda data: yaml.safe_dump(data).encode())
     ```
 
-    Handlers get their models from such bodies as they do from JSON.
+    Such a body is validated against the handler's model, as a JSON body is.
 
     Parameters:
         content_type: a media type, without parameters.
@@ -45,24 +45,26 @@ def register_codec(
         encode: plain data -> body, for `Bus(content_type=...)`.
 
     Raises:
-        ConfigurationError: it is not a media type, or it is JSON.
+        ConfigurationError: `content_type` is not a media type, or it is JSON; or a function is not a plain `def`.
     """
     media = media_type(content_type)
     if "/" not in media or ";" in content_type or media == JSON:
-        raise ConfigurationError(f"{content_type!r} is no media type of yours: write one as in 'application/yaml'.")
+        raise ConfigurationError(
+            f"{content_type!r} cannot be registered: write a media type other than JSON, such as 'application/yaml'."
+        )
     for function in (decode, encode):
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
             raise ConfigurationError(
-                f"{function.__name__} of {content_type!r} is to return the value itself: write it as a plain def."
+                f"{function.__name__} of {content_type!r} must return the value itself: write it as a plain def."
             )
     CODECS[media] = Codec(decode, encode)
 
 
 def check_content_type(content_type: str | None) -> None:
-    """What a bus is to send: None, or a content type that has an encoder.
+    """Check that a bus can send this content type: it is None, or has an encoder.
 
     Raises:
-        ConfigurationError: it has none.
+        ConfigurationError: the content type has no encoder.
     """
     if content_type is not None and content_type != JSON:
         encoder_of(content_type)

@@ -1,4 +1,4 @@
-"""Bytes to plain data, by content type."""
+"""Decodes bodies into plain data, by content type."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from streamtools.validation.parsing import parse_json
 
 
 def decode(message: Message) -> Any:
-    """The payload by content type: JSON data, text, or bytes; None for a tombstone.
+    """Return the payload of a message, by its content type: JSON data, text, or bytes; None for a tombstone.
 
-    Without a content type, and with one of `PERHAPS_JSON`, a body that is JSON is read as JSON (as
-    CloudEvents does), a form is a mapping of texts, any other is left as bytes.
+    If the message has no content type, or one of `PERHAPS_JSON`, the body is read as JSON if it is JSON (CloudEvents
+    does the same). Otherwise a form becomes a mapping of texts, and any other body stays bytes.
 
     Raises:
-        DecodeError: the body is not what its content type or its encoding says.
+        DecodeError: the body does not match its content type or its content encoding.
     """
     body = message.body
     if body is None:
@@ -33,7 +33,7 @@ def decode(message: Message) -> Any:
     if message.content_type == JSON and message.content_encoding is None:
         try:
             return parse_json(body)
-        except ValueError:  # it may have a byte order mark; else what is wrong is said below
+        except ValueError:  # it may have a byte order mark; if not, _decode_any raises the DecodeError
             pass
     return _decode_any(message, body)
 
@@ -60,23 +60,25 @@ def decode_by(codec: Codec, message: Message, body: bytes) -> Any:
     try:
         return codec.decode(body)
     except Exception as error:  # each library has errors of its own
-        raise DecodeError(f"The body says {message.content_type} but does not decode: {error}") from error
+        raise DecodeError(
+            f"The content type is {message.content_type}, but the body cannot be decoded: {error}"
+        ) from error
 
 
 def read_json(message: Message, body: bytes) -> Any:
-    """A body that its content type calls JSON, in the charset that this names.
+    """Return the data of a body whose content type is JSON, decoded in the charset of the content type.
 
     Raises:
-        DecodeError: it is not JSON.
+        DecodeError: the body is not JSON.
     """
     try:
         return parse_json(as_utf8(message, body))
     except ValueError as error:
-        raise DecodeError(f"The body says {message.content_type} but is not JSON: {error}") from error
+        raise DecodeError(f"The content type is {message.content_type}, but the body is not JSON: {error}") from error
 
 
 def as_utf8(message: Message, body: bytes) -> bytes:
-    """A JSON body of another charset, or with a byte order mark before it, as the standard has it."""
+    """Return a JSON body as UTF-8 without a byte order mark, whatever its charset is."""
     charset = charset_of(message)
     if charset not in ("utf-8", "utf8"):
         return read_characters(body, charset).encode()
@@ -84,7 +86,7 @@ def as_utf8(message: Message, body: bytes) -> bytes:
 
 
 def json_of(message: Message) -> bytes:
-    """What is validated of a JSON body: without its encoding, and of a batch the data alone."""
+    """Return the JSON that is validated: the decompressed body; for a batch, the data of its events."""
     body = decompressed(message.body or b"", message.content_encoding)
     return payloads(message, body) if media_type(message.content_type) == BATCH else as_utf8(message, body)
 
@@ -97,10 +99,12 @@ def _from_form(body: bytes) -> Any:
 
 
 def payloads(message: Message, body: bytes) -> bytes:
-    """The data of each event of a batch, as one JSON array."""
+    """Return the data of all events of a batch, as one JSON array."""
     events = read_json(message, body)
     if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
         raise DecodeError(f"The content type is {message.content_type}, but the body is not an array of CloudEvents.")
     if any("data_base64" in event for event in events):
-        raise DecodeError("An event of the batch has data_base64, which a JSON list cannot hold: send it by itself.")
+        raise DecodeError(
+            "An event of the batch has data_base64, which a JSON list cannot hold: send that event by itself."
+        )
     return to_json([event.get("data") for event in events], inf_nan_mode="strings")

@@ -1,4 +1,4 @@
-"""Payloads to bytes."""
+"""Encodes payloads into bytes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pydantic_core import (
 from streamtools.codec.codecs import encoder_of
 from streamtools.codec.media import BINARY, JSON, TEXT
 
-#: What goes untouched.
+#: Payloads of these types are sent unchanged.
 _BYTES_LIKE: Final = (bytes, bytearray, memoryview)
 #: The text that pydantic writes for secrets.
 MASK: Final = b"*" * 10
 
 
 def encode(payload: object, content_type: str | None = None) -> tuple[bytes, str]:
-    """The body and its content type: `str` as UTF-8 text, `bytes` untouched, all else as JSON.
+    """Return the body and its content type: `str` as UTF-8 text, `bytes` unchanged, everything else as JSON.
 
     Parameters:
-        content_type: what all else is encoded as instead, by its registered codec.
+        content_type: encode everything else as this content type instead of JSON, by the codec registered for it.
 
     Raises:
         TypeError: the payload has no JSON form.
-        ConfigurationError: nothing encodes that content type.
+        ConfigurationError: no codec encodes that content type.
     """
     if type(payload) is bytes:
         return payload, BINARY
@@ -45,11 +45,11 @@ def encode(payload: object, content_type: str | None = None) -> tuple[bytes, str
             if MASK in body:
                 _check_secrets(payload)
             return body, content_type
-        # Infinity and NaN have no JSON form: as strings they come back as the same float, where
-        # the default (null) would lose them.
+        # Infinity and NaN have no JSON form. Written as strings they are read back as the same float; pydantic's
+        # default, null, would lose them.
         body = to_json(payload, inf_nan_mode="strings")
-        if body.find(b"null") >= 0:  # which takes half the time of `in`
-            # A model serializes NaN in a mode of its own, as null. Its plain data use our mode.
+        if body.find(b"null") >= 0:  # find takes half the time of `in`
+            # A model writes NaN as null, whatever mode we ask for. Its plain data follow our mode.
             body = to_json(to_jsonable_python(payload), inf_nan_mode="strings")
         if body.find(MASK) >= 0:
             _check_secrets(payload)
@@ -62,10 +62,10 @@ def encode(payload: object, content_type: str | None = None) -> tuple[bytes, str
 
 
 def _check_secrets(payload: object, place: str = "the payload") -> None:
-    """Check that no secret is in it: the receiver would get asterisks instead of the value.
+    """Check that the payload has no secrets: the receiver would get asterisks instead of the value.
 
     Raises:
-        TypeError: a `SecretStr`, or the like.
+        TypeError: the payload has a `SecretStr`, a `SecretBytes` or a `Secret`.
     """
     if isinstance(payload, SecretStr | SecretBytes | Secret):
         raise TypeError(
@@ -77,7 +77,7 @@ def _check_secrets(payload: object, place: str = "the payload") -> None:
 
 
 def _parts(payload: object, place: str) -> Iterable[tuple[str, object]]:
-    """The parts of a payload, each with its place in words."""
+    """Return the parts of a payload, each with a text that says where it stands."""
     kind = type(payload).__name__
     if isinstance(payload, BaseModel):
         sent = (name for name, described in type(payload).model_fields.items() if not described.exclude)

@@ -1,4 +1,4 @@
-"""Content types: which bodies are JSON, which text, and in which charset."""
+"""Content types: which bodies are JSON, and which charset a body has."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from streamtools.validation.forms import FORM
 JSON: Final = "application/json"
 TEXT: Final = "text/plain; charset=utf-8"
 BINARY: Final = "application/octet-stream"
-#: Media types whose bodies are read as JSON where they are JSON, else left as bytes: SSI agents' messages are
-#: either, and `curl -d` calls every body a form.
+#: Media types whose bodies may be JSON or not: SSI agents send both under one type, and `curl -d` calls every body
+#: a form.
 PERHAPS_JSON: Final = frozenset({"application/ssi-agent-wire", FORM})
 #: Several CloudEvents in one body.
 BATCH: Final = "application/cloudevents-batch+json"
@@ -34,7 +34,7 @@ def media_type(content_type: str | None) -> str:
 
 
 def charset_of(message: Message) -> str:
-    """The charset of the content type; else the content encoding if that is a charset, as Celery writes it."""
+    """Return the charset of the content type, or else of the content encoding, where Celery writes it."""
     _, _, parameters = (message.content_type or "").lower().partition("charset=")
     named = parameters.partition(";")[0].strip(" \"'")
     if not named and message.content_encoding is not None and is_known_charset(message.content_encoding.lower()):

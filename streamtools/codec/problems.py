@@ -1,4 +1,4 @@
-"""What is wrong with a body that does not fit what the handler asks for."""
+"""Explains why a body does not fit the handler's annotation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from streamtools.errors import DecodeError
 from streamtools.message import Message
 from streamtools.validation.parsing import LARGE, Parser
 
-#: Problems with one body: how many are listed, and how many the error's text names.
+#: How many problems of one body a DecodeError lists, and how many of them its text names.
 PROBLEMS: Final = 20
 SHOWN: Final = 5
-#: With more problems than this, only the first is looked for.
+#: If a body has more problems than this, only its first one is reported.
 COUNTED: Final = 1000
-#: Characters of a field's name in a problem.
+#: A longer name of a field is cut to this number of characters.
 NAME_SHOWN: Final = 100
 
 
@@ -31,7 +31,7 @@ def invalid(error: ValidationError, adapter: TypeAdapter[Any], annotation: Any, 
         more = "; there may be more problems"
     text = f"The body is not a valid {_name(annotation)}: {first}{more}"
     if media_type(message.content_type) == BATCH and not (problems and problems[0]["loc"]):
-        text += ". It is a batch of CloudEvents: annotate list[...], or have the events sent one by one"
+        text += ". The body is a batch of CloudEvents: annotate list[...], or have the events sent one by one"
     elif is_no_json(error):
         text += _no_json(message)
     return DecodeError(text, errors=problems)
@@ -40,19 +40,20 @@ def invalid(error: ValidationError, adapter: TypeAdapter[Any], annotation: Any, 
 def no_body(annotation: Any) -> DecodeError:
     return DecodeError(
         "The message has no body: it is a tombstone, which says that what its key names was deleted, or an event "
-        f"without data. Annotate the handler's parameter with {_name(annotation)} | None to receive it as None."
+        f"without data. To receive such a message as None, annotate the handler's parameter with "
+        f"{_name(annotation)} | None."
     )
 
 
 def _no_json(message: Message) -> str:
-    """What the body is instead of JSON, where it shows or is said."""
+    """Say what the body is instead of JSON, if its first bytes or its content type show it."""
     body = message.body or b""
     if body.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in body[:4]:
         return ". It looks like UTF-16 or binary: have it sent as UTF-8, or with a charset in its content type"
     media = media_type(message.content_type)
     if media and media not in PERHAPS_JSON and not media.startswith("text/") and not is_json(media):
         return (
-            f". Its content type is {message.content_type!r}, which nothing reads here: register_codec({media!r}, "
+            f". Its content type is {message.content_type!r}, for which there is no codec: register_codec({media!r}, "
             "...), or annotate the handler's parameter with bytes or Message"
         )
     return ""
@@ -72,7 +73,7 @@ def _brief(part: int | str) -> int | str:
 
 
 def _first_problems(adapter: TypeAdapter[Any], message: Message) -> list[dict[str, Any]]:
-    """The first of very many problems: listing all takes seconds, and a gigabyte, for one body of a mebibyte."""
+    """Return only the first of very many problems: for a body of 1 MiB, listing all takes seconds and a gigabyte."""
     try:
         error = Parser(adapter).first_problem(json_of(message))
     except (ValueError, RecursionError):  # the body is not JSON
@@ -85,7 +86,7 @@ def _name(annotation: Any) -> str:
 
 
 def bare(annotation: Any) -> Any:
-    """An annotation without what is annotated beside, and without its alias."""
+    """Return an annotation without the metadata of `Annotated`, and with type aliases resolved."""
     while True:
         if get_origin(annotation) is Annotated:
             annotation = annotation.__origin__

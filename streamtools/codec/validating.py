@@ -1,4 +1,4 @@
-"""Bytes into what the handler asks for by its annotation."""
+"""Validates bodies by the handler's annotation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from streamtools.validation.bodies import decompressed, read_characters
 from streamtools.validation.forms import FORM, is_form, validate_form
 from streamtools.validation.parsing import LARGE, Parser
 
-#: Turns a message into the payload that a handler asked for.
+#: Turns a message into the payload that the handler takes.
 Decoder = Callable[[Message], Any]
 
 
 def decoder(annotation: Any) -> Decoder:
-    """The decoder for a handler whose first parameter has this annotation.
+    """Return the decoder for a handler whose first parameter has this annotation.
 
-    `bytes` gets the body untouched, `Message` the envelope, no annotation (or Any, object) the
-    payload by content type, anything else is validated straight from the bytes by pydantic. Where
-    nothing says that the body is JSON, what takes a text gets the text.
+    A parameter annotated with `bytes` gets the body unchanged, one with `Message` the whole message, one without
+    annotation (or with Any or object) the payload by content type. For any other annotation pydantic validates the
+    bytes. If the content type does not say JSON, an annotation that takes a text can get the body as text.
 
     Raises:
         pydantic.PydanticUserError: pydantic cannot validate this annotation.
@@ -47,7 +47,7 @@ def decoder(annotation: Any) -> Decoder:
     if kinds == {Message}:
         return lambda message: message
     adapter = TypeAdapter(annotation)
-    if not adapter.pydantic_complete:  # a name in it is defined by now, or never: not at the first message
+    if not adapter.pydantic_complete:  # an undefined name is reported now, not at the first message
         adapter.rebuild(force=True)
     if kinds == {bytes}:
         return _guarded(lambda message: adapter.validate_python(message.body), adapter, annotation)
@@ -55,7 +55,7 @@ def decoder(annotation: Any) -> Decoder:
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The parts of a union, without the metadata of `Annotated`."""
+    """Return the types of a union, without the metadata of `Annotated`."""
     annotation = bare(annotation)
     if get_origin(annotation) in (Union, UnionType):
         return {kind for part in get_args(annotation) for kind in _kinds(part)}
@@ -63,14 +63,14 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _checked(decode: Decoder, plain: Any, annotation: Any) -> Decoder:
-    """For annotations that pydantic checks, but does not read from JSON: `Annotated[bytes, Field(max_length=9)]`."""
+    """Return a decoder whose result pydantic checks by the metadata of `Annotated[bytes, Field(max_length=9)]`."""
     checked: Any = Annotated[(InstanceOf[Message] if plain is Message else Any, *_beside(annotation), None)]
     adapter: TypeAdapter[Any] = TypeAdapter(checked)
     return _guarded(lambda message: adapter.validate_python(decode(message)), adapter, annotation)
 
 
 def _beside(annotation: Any) -> tuple[Any, ...]:
-    """What is annotated beside a type, innermost first."""
+    """Return the metadata of `Annotated` and of the aliases in it, innermost first."""
     if get_origin(annotation) is Annotated:
         return (*_beside(annotation.__origin__), *annotation.__metadata__)
     return _beside(annotation.__value__) if type(annotation).__name__ == "TypeAliasType" else ()
@@ -95,7 +95,7 @@ def _validator(adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
 
 
 def _validator_of_others(adapter: TypeAdapter[Any], parse: Parser, takes_text: bool) -> Decoder:
-    """For all bodies that are not plain JSON."""
+    """Return the decoder of all bodies that are not plain JSON."""
 
     def validate(message: Message) -> Any:
         if message.body is None:
@@ -122,7 +122,7 @@ def _validator_of_others(adapter: TypeAdapter[Any], parse: Parser, takes_text: b
 
 
 def _validate_text(adapter: TypeAdapter[Any], parse: Parser, text: str) -> Any:
-    # "5" sent as text is a str for a handler that wants str, and the number 5 for one that wants int.
+    # The text "5" becomes a str for a handler that takes a str, and the number 5 for one that takes an int.
     try:
         return adapter.validate_python(text)
     except ValidationError:
@@ -130,7 +130,7 @@ def _validate_text(adapter: TypeAdapter[Any], parse: Parser, text: str) -> Any:
 
 
 def _validate_either(adapter: TypeAdapter[Any], parse: Parser, body: bytes, takes_text: bool) -> Any:
-    """A body that does not say what it is: JSON, else a text, as Kafka's console producer sends it."""
+    """Validate a body of unknown content type: as JSON, or else as text, which Kafka's console producer sends."""
     try:
         return parse(body.removeprefix(BOM_UTF8))
     except ValidationError as error:
@@ -142,7 +142,7 @@ def _validate_either(adapter: TypeAdapter[Any], parse: Parser, body: bytes, take
 
 
 def _guarded(decode: Decoder, adapter: TypeAdapter[Any], annotation: Any) -> Decoder:
-    """The same; each failure is a DecodeError."""
+    """Return a decoder that raises each failure of this one as a DecodeError."""
 
     def decode_or_say_why(message: Message) -> Any:
         try:

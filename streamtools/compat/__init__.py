@@ -1,1 +1,1 @@
-"""Interfaces of older systems, kept for those who come from there: handler pairs, jobs, headers of PikaBus."""
+"""The interfaces of older systems, for services that migrate from them: handler pairs, jobs, headers of PikaBus."""

@@ -1,4 +1,4 @@
-"""HandlerFactory: producer and consumer pairs from one configuration object."""
+"""HandlerFactory: makes pairs of a producer and a consumer from one configuration object."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class HandleMsgs:
-    """A producer and a consumer of one queue; each is made when it is first asked for.
+    """A producer and a consumer of one queue; each is made at its first use.
 
     Parameters:
         queue_name: the queue's name.
-        queue_type: the consumer's protocol, by registry name or alias.
-        producer_type: the producer's, when it is another.
-        url: the address for those of the two whose protocol it belongs to.
+        queue_type: the protocol of the consumer, by its name in the registry or by an alias.
+        producer_type: the protocol of the producer, if it is another one.
+        url: the address; the producer or the consumer uses it only if it is of that one's protocol.
 
     Raises:
-        ConfigurationError: the two protocols do not meet.
+        ConfigurationError: a producer of one protocol cannot send to a consumer of the other.
         UnknownProtocol: no protocol has this name.
     """
 
@@ -43,8 +43,8 @@ class HandleMsgs:
         self._url = url
         if self.producer_type not in (self.queue_type, HTTP):
             raise ConfigurationError(
-                f"Queue {queue_name!r}: a {self.producer_type!r} producer does not reach a {self.queue_type!r} "
-                f"consumer. Give both one protocol, or put an HTTP producer in front (producer: 'HTTPHandler')."
+                f"Queue {queue_name!r}: a {self.producer_type!r} producer cannot send to a {self.queue_type!r} "
+                f"consumer. Give both the same protocol, or use an HTTP producer (producer: 'HTTPHandler')."
             )
 
     @cached_property
@@ -55,7 +55,7 @@ class HandleMsgs:
 
     @cached_property
     def consumer(self) -> Consumer:
-        """The consumer; decorate the handler with it: `@pair.consumer()`."""
+        """The consumer; its decorator `@pair.consumer()` takes the handler."""
         kind = CONSUMER_LOOPS[self.queue_type]
         return kind(self.queue_name, url=self._url if _belongs(self._url, kind) else None)
 
@@ -82,7 +82,7 @@ class HandleMsgs:
 
 
 class HandlerFactory(Mapping[str, HandleMsgs]):
-    """Producer and consumer pairs by name.
+    """Pairs of a producer and a consumer, by name.
 
     ```python
     handlers = HandlerFactory(
@@ -93,10 +93,10 @@ class HandlerFactory(Mapping[str, HandleMsgs]):
 
     Parameters:
         queues: pair name -> {"name": queue, "consumer_loop": protocol, "producer": protocol}.
-        url: the address for those whose protocol it belongs to.
+        url: the address, for all producers and consumers of its protocol.
 
     Raises:
-        ConfigurationError: an entry lacks a key, has one too many, or its protocols do not meet.
+        ConfigurationError: an entry lacks a key, has an unknown key, or its producer cannot send to its consumer.
         UnknownProtocol: no protocol has this name.
     """
 
@@ -127,7 +127,7 @@ class HandlerFactory(Mapping[str, HandleMsgs]):
 
     @property
     def resources(self) -> list[Producer]:
-        """What is to be open before the first message: the producers."""
+        """The producers, which a runner opens before the first message."""
         return [pair.producer for pair in self.handlers.values()]
 
     @property
@@ -142,13 +142,13 @@ def _pair(name: str, entry: Mapping[str, str], url: str | ProtocolSettings | Non
         if key not in keys:
             raise ConfigurationError(f"Pair {name!r} has the unknown key {key!r}. {suggest(key, keys)}")
     if "consumer_loop" not in entry:
-        raise ConfigurationError(f"Pair {name!r} lacks 'consumer_loop': say which protocol its consumer speaks.")
+        raise ConfigurationError(f"Pair {name!r} lacks 'consumer_loop': name the protocol of its consumer.")
     return HandleMsgs(entry.get("name", name), entry["consumer_loop"], producer_type=entry.get("producer"), url=url)
 
 
 def _known(registry: Any, name: str) -> str:
     if name not in registry:
-        registry[name]  # raises, naming the near ones
+        registry[name]  # raises an error that suggests similar names
     return ALIASES.get(name, name)
 
 

@@ -1,11 +1,11 @@
-"""PikaBus: messages with the headers of PikaBus services, so that both may share a broker.
+"""PikaBus: writes and reads the headers of PikaBus, so that its services and ours can share a broker.
 
-PikaBus (https://pypi.org/project/PikaBus/) has its metadata in thirteen headers, `PikaBus.MessageId` and so on.
-Here they are written beside ours on all that leaves (copies for a retry and for the error queue too), and read
-from all that arrives; everything else of the bus knows only `Message`.
+PikaBus (https://pypi.org/project/PikaBus/) has its metadata in thirteen headers, `PikaBus.MessageId` and so on. This
+module adds them to every message that is sent, also to copies for a retry and for the error queue, and reads them
+from every message that is received. All other code of the bus knows only `Message`.
 
-Times are written as PikaBus 1.x writes them, `07/22/2019 11:40:19` in UTC, which is all that it reads; version 2
-reads that and ISO 8601. Here both are read.
+Times are written as PikaBus 1.x writes them, `07/22/2019 11:40:19` in UTC, because it reads nothing else. PikaBus 2
+and this module read that and ISO 8601.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ TOPIC: Final = Exchange("PikaBusTopic", type="topic")
 
 #: The time format of PikaBus 1.x.
 TIME_FORMAT: Final = "%m/%d/%Y %H:%M:%S"
-#: The header for what ErrorRetries was when we wrote it: what PikaBus has added since are its own failures.
+#: Our header for the value of ErrorRetries when we wrote it; PikaBus has failed as often as ErrorRetries is greater.
 COUNTED: Final = "CountedRetries"
-#: Our field -> the header's name, where both are the same text.
+#: Our field -> the header that has the same text.
 TEXT: Final = {
     "correlation_id": "CorrelationId",
     "reply_to": "ReplyToAddress",
@@ -50,8 +50,8 @@ TEXT: Final = {
 }
 OTHERS: Final = ("MessageId", "TimeSent", "ErrorDetails", "SourceQueue", "ErrorRetries", "DeferredTime", COUNTED)
 
-#: Arguments of ours that an error queue shared with PikaBus does without: it declares its own without any, and
-#: RabbitMQ refuses what differs.
+#: Arguments that we leave out for an error queue that we share with PikaBus: PikaBus declares it without arguments,
+#: and RabbitMQ refuses a declaration that differs.
 NO_ARGUMENTS: Final[Mapping[str, None]] = dict.fromkeys(
     (
         "x-queue-type",
@@ -61,10 +61,10 @@ NO_ARGUMENTS: Final[Mapping[str, None]] = dict.fromkeys(
         "x-dead-letter-strategy",
     )
 )
-#: Options of a reply queue: PikaBus binds it before it replies, which it could not if it were exclusive to us. One
-#: that is left behind ends by itself.
+#: Options of a reply queue. It cannot be exclusive to us, because PikaBus binds it before it replies. RabbitMQ
+#: deletes an unused one after the time in `x-expires` (milliseconds).
 REPLY_QUEUE: Final[Mapping[str, Any]] = {"queue_type": "classic", "arguments": {"x-expires": 300_000}}
-#: Destinations that are known to be bound, at most.
+#: The most queues to remember as bound.
 KNOWN: Final = 10_000
 
 
@@ -72,14 +72,14 @@ class PikaBus:
     """Writes and reads the headers of PikaBus.
 
     Parameters:
-        prefix: their first word.
-        bind: binds a queue to the direct exchange by its own name, as PikaBus does before it sends.
+        prefix: the first word of each header's name.
+        bind: binds a queue to the direct exchange under its own name; PikaBus does so before it sends.
     """
 
     def __init__(self, prefix: str, bind: Callable[[str], Awaitable[None]]) -> None:
         if not prefix or not prefix.isascii() or not prefix.isprintable() or prefix.lower().startswith("streamtools"):
             raise ConfigurationError(
-                f"header_prefix={prefix!r} cannot begin a header's name: header_prefix='PikaBus'."
+                f"header_prefix={prefix!r} cannot begin the name of a header: write header_prefix='PikaBus'."
             )
         self._prefix = f"{prefix}."
         self._names = frozenset(self._prefix + name for name in (*TEXT.values(), *OTHERS))
@@ -87,7 +87,7 @@ class PikaBus:
         self._bound: set[str] = set()
 
     def install(self, end: Producer | Consumer) -> None:
-        """Stand between this producer or consumer and its driver."""
+        """Wrap the driver of a producer or a consumer, so that messages get these headers."""
         if isinstance(end, Producer):
             end.wrapper = Outgoing(self, end)
         else:
@@ -96,9 +96,10 @@ class PikaBus:
     # --- writing --------------------------------------------------------------------------------
 
     async def write_all(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages with these headers; the queues of those on the direct exchange are bound to it first.
+        """Return the messages with these headers; bind the queues of those for the direct exchange first.
 
-        What cannot be bound (it is missing, or exclusive to another connection) is sent to as itself.
+        If a queue cannot be bound (it is missing, or exclusive to another connection), its messages are sent to the
+        queue directly.
         """
         written = []
         for message in messages:
@@ -120,17 +121,20 @@ class PikaBus:
         return True
 
     def forget(self, messages: Sequence[Message], refused: Sequence[str]) -> list[Message]:
-        """Those of the refused whose queue was bound once: it may have been deleted, and made anew without."""
+        """Return the refused messages whose queue is remembered as bound, and forget that it is.
+
+        Such a queue may have been deleted, and created again without its binding.
+        """
         found = [m for m in messages if m.id in refused and m.exchange == DIRECT and m.queue in self._bound]
         self._bound.difference_update(message.queue for message in found)
         return found
 
     def write(self, message: Message) -> Message:
-        """The message with these headers; writing twice changes nothing. What the user gave by name stays."""
+        """Return the message with these headers. Safe to repeat; headers that the user set are kept."""
         fields = {name: getattr(message, field) for field, name in TEXT.items()}
         fields["Intent"] = "event" if message.intent == "event" else "command"
         fields["ContentEncoding"] = message.content_encoding or "utf-8"
-        # A reply of PikaBus carries nothing but this id, so it must say which request it is for.
+        # A reply of PikaBus carries only this id, so for a request it has to be the id of the request.
         fields["CorrelationId"] = message.id if message.intent == "request" else message.correlation_id or message.id
         fields["MessageId"] = message.id
         fields["TimeSent"] = _to_text(message.time)
@@ -145,9 +149,9 @@ class PikaBus:
     # --- reading --------------------------------------------------------------------------------
 
     def read(self, message: Message) -> Message:
-        """The message with its fields set by these headers, which are taken out; as it is without them.
+        """Return the message with its fields set from these headers, and without them; unchanged if it has none.
 
-        Nothing that a foreign sender writes makes it fail: what cannot be read is left out.
+        No header of another program makes this fail: a value that cannot be read is left out.
         """
         found = {n.removeprefix(self._prefix): v for n, v in message.headers.items() if n in self._names}
         if not found:
@@ -166,19 +170,19 @@ class PikaBus:
 
 
 def consumer_options(protocol: str) -> dict[str, Any]:
-    """Options that a consumer needs to share its queues with PikaBus services."""
+    """Return the options that a consumer needs to share its queues with PikaBus services."""
     return {"error_arguments": NO_ARGUMENTS} if protocol == RABBITMQ else {}
 
 
 class Outgoing:
-    """Between a producer and its driver."""
+    """Wraps the driver of a producer."""
 
     def __init__(self, style: PikaBus, producer: Producer) -> None:
         self.style = style
         self._producer = producer
 
     def for_producer(self, producer: Producer) -> Outgoing:
-        """The same before another producer."""
+        """Return a wrapper for another producer."""
         return Outgoing(self.style, producer)
 
     async def _send(self, batch: Sequence[Message], options: Any) -> Sequence[Receipt] | None:
@@ -193,7 +197,7 @@ class Outgoing:
 
 
 class Incoming:
-    """Between a consumer's loop and its driver."""
+    """Wraps the driver of a consumer."""
 
     def __init__(self, style: PikaBus, consumer: Consumer) -> None:
         self.style = style
@@ -238,21 +242,19 @@ def _to_text(seconds: float | None) -> str | None:
 
 
 def _from_text(text: str) -> tuple[float | None, bool]:
-    """Seconds since the epoch, None for no time at all; and whether fractions of a second were cut off."""
+    """Return the seconds since the epoch, None if it is not a time; and whether its fractions were cut off."""
     if (seconds := from_rfc3339(text)) is not None:
         return seconds, False
     try:
         return datetime.strptime(text, TIME_FORMAT).replace(tzinfo=UTC).timestamp(), True
     except ValueError:
-        log.warning(
-            "%r is no time of PikaBus, neither as %s nor in ISO 8601; it is read over.", text[:80], TIME_FORMAT
-        )
+        log.warning("%r is ignored: a time of PikaBus is written as %s or in ISO 8601.", text[:80], TIME_FORMAT)
         return None, False
 
 
 def _time_sent(message: Message, found: Mapping[str, str]) -> float | None:
     sent, _ = _from_text(found["TimeSent"]) if "TimeSent" in found else (None, False)
-    # Ours has fractions of a second. The property of PikaBus 1.x is off by its time zone, the header is not.
+    # Our own time is more exact. But PikaBus 1.x sets AMQP's timestamp wrong by its time zone, and the header right.
     if sent is None or (message.time is not None and abs(message.time - sent) < 1):
         return message.time
     return sent
@@ -264,11 +266,11 @@ def _due(message: Message, found: Mapping[str, str]) -> float | None:
         return message.deliver_at
     if message.deliver_at is not None and 0 <= message.deliver_at - due < 1:
         return message.deliver_at
-    return due + 1 if cut else due  # never early, as PikaBus 1.x does it
+    return due + 1 if cut else due  # never early; PikaBus 1.x does the same
 
 
 def _error(found: Mapping[str, str], sent: float) -> ErrorDetails | None:
-    """Why a PikaBus service failed on it; when, it does not say."""
+    """Return why a PikaBus service failed; its headers do not say when, so both times are the time of sending."""
     if not (queue := found.get("SourceQueue")):
         return None
     details = found.get("ErrorDetails", "").strip()[-TRACEBACK_LIMIT:]

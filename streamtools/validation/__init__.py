@@ -1,1 +1,1 @@
-"""Checks: what users write, and bodies from outside, before anything is done with them."""
+"""Checks what users write, and checks bodies from outside before they are handled."""

@@ -1,8 +1,8 @@
-"""Raw bodies: decompresses content encodings up to a limit, and decodes text of known charsets.
+"""Decompresses bodies up to a limit, and decodes text of known charsets.
 
-Decompressing costs time for each byte out, far more for each byte in (a stream may be of tiny blocks, each with
-tables of its own), and for each member of a gzip body. Each of the three has a limit, and what lies between several
-encodings counts as bytes in.
+Decompressing takes time for each byte of output, for each member of a gzip body, and far more for each byte of input
+(a stream may consist of tiny blocks, each with its own tables). Each of the three has a limit. If a body has several
+encodings, the output of one is the input of the next, and counts as such.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from typing import Final
 
 from streamtools.errors import ConfigurationError, DecodeError
 
-#: Most encodings that one body may have, one upon the other.
+#: The most encodings that one body may have, one around the other.
 LAYERS: Final = 3
-#: Members of the gzip streams of one body, most of all in `bgzip`'s files: one for each 64 KiB.
+#: The most gzip members in one body. `bgzip` writes the most: one for each 64 KiB.
 MEMBERS: Final = 1000
-#: Bytes between a body's encodings, beside as many as the body has: what was compressed once hardly becomes shorter.
+#: What one encoding yields for the next may be this many bytes longer than the body: compressed data hardly shrink
+#: when they are compressed again.
 BETWEEN: Final = 512 * 1024
-#: Bytes that are decompressed at once. What follows a stream is copied, and is no longer than this.
+#: Bytes that are decompressed at once; zlib copies what follows a stream, and never more than this.
 PIECE: Final = 16 * 1024
-#: Characters of a content encoding.
+#: The most characters of a content encoding.
 LONGEST: Final = 256
-#: Names that other clients write when the body is not encoded (Celery: `utf-8`, `binary`).
+#: Names that other clients write for a body that is not encoded (Celery: `utf-8`, `binary`).
 _NOTHING_DONE: Final = frozenset({"", "identity", "binary", "8bit", "7bit", "none"})
-#: Charsets that decode in linear time; Python's `punycode` and some others do not.
+#: Charsets that Python decodes in linear time; `punycode` and some others take longer.
 _CHARSETS: Final = re.compile(
     r"utf-?8(-sig)?|(us-?)?ascii|iso-?8859-?\d{1,2}|latin-?\d{1,2}|utf-?(16|32)(-?[bl]e)?"
     r"|(windows-?|cp)125[0-8]|cp(437|850|852|858|866|932|949|950)|koi8-?[ru]|mac-?roman"
     r"|shift-?jis|euc-?(jp|kr)|gb2312|gbk|gb18030|big5"
 )
-#: zlib's window bits: gzip's header, zlib's header, none.
+#: zlib's window bits for a stream with gzip's header, with zlib's header, and with no header.
 _GZIP, _ZLIB, _RAW = 31, 15, -15
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _WINDOWS: Final = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": _ZLIB}
@@ -40,18 +41,18 @@ _WINDOWS: Final = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": _ZLIB}
 
 @dataclass(slots=True)
 class BodyLimits:
-    """What a body may have before it is parsed.
+    """The limits that a body must keep to be parsed.
 
     Attributes:
-        values: values of a JSON body, in all its lists and objects; None for any number.
-        inflated: bytes once it is decompressed; a few bytes can unpack to a gigabyte.
+        values: the most values of a JSON body, in all its lists and objects; None for any number.
+        inflated: the most bytes of a decompressed body; a few bytes can unpack to a gigabyte.
     """
 
     values: int | None = 100_000
     inflated: int = 16 * 1024 * 1024
 
 
-#: Those of this process.
+#: The limits of this process.
 LIMITS: Final = BodyLimits()
 
 
@@ -80,15 +81,15 @@ class TooLarge(DecodeError):
 
 
 def decompressed(body: bytes, encoding: str | None, limit: int | None = None) -> bytes:
-    """The body without its content encodings: gzip and deflate are decompressed, one after the other.
+    """Return the body without its content encodings: gzip and deflate are decompressed, one after the other.
 
     Parameters:
-        encoding: as the message has it, such as "gzip" or "deflate, gzip"; the last one was applied last.
-        limit: bytes that the body may have once it is decompressed; as `set_body_limits` says when None.
+        encoding: the message's content encoding, such as "gzip" or "deflate, gzip"; the last one was applied last.
+        limit: the most bytes that the decompressed body may have; None for the limit of `set_body_limits`.
 
     Raises:
         DecodeError: the encoding is not supported, or the body is not encoded that way.
-        TooLarge: it is over the limit.
+        TooLarge: the decompressed body is over the limit.
     """
     if encoding is None:
         return body
@@ -106,7 +107,7 @@ def can_decompress(encoding: str) -> bool:
 
 
 def _names(encoding: str) -> list[str]:
-    """The encodings that change a body; a list as HTTP has it (RFC 9110, section 5.6.1), in any case."""
+    """Return the encodings that change a body, in lower case, from a list written as in HTTP (RFC 9110, 5.6.1)."""
     if len(encoding) > LONGEST:
         raise DecodeError(f"The content encoding has {len(encoding):,} characters; at most {LONGEST} are read.")
     return [name for part in encoding.split(",") if not _is_nothing(name := part.strip(" \t").lower())]
@@ -127,11 +128,11 @@ def _check_name(name: str) -> None:
 
 
 class _Work:
-    """Decompresses one body, and counts what that takes.
+    """Decompresses one body, and counts its gzip members and the bytes between its encodings.
 
     Parameters:
-        body: as it came.
-        limit: bytes that it may have in the end.
+        body: the body as it was received.
+        limit: the most bytes of the decompressed body.
     """
 
     def __init__(self, body: bytes, limit: int) -> None:
@@ -140,7 +141,7 @@ class _Work:
         self._members = 0
 
     def undo(self, body: bytes, names: list[str]) -> bytes:
-        """The body without these encodings, of which the last one is undone first."""
+        """Return the body without these encodings; the last one is undone first."""
         for place in range(len(names) - 1, -1, -1):
             try:
                 body = self._undo(body, names[place], self._limit if place == 0 else min(self._limit, self._between))
@@ -152,7 +153,7 @@ class _Work:
 
     def _undo(self, body: bytes, name: str, room: int) -> bytes:
         window = _WINDOWS[name]
-        if window == _ZLIB and not _has_zlib_header(body):  # some send the bare stream (RFC 9110, section 8.4.1.2)
+        if window == _ZLIB and not _has_zlib_header(body):  # some clients omit zlib's header (RFC 9110, 8.4.1.2)
             window = _RAW
         parts: list[bytes] = []
         place, limit = 0, room
@@ -170,23 +171,23 @@ class _Work:
         self._members += 1
         if self._members > MEMBERS:
             raise DecodeError(
-                f"The body is of over {MEMBERS:,} gzip members, more than are decompressed: compress it in one piece."
+                f"The body has over {MEMBERS:,} gzip members, more than are decompressed: compress it in one piece."
             )
 
 
 def _over(limit: int, between: bool) -> str:
     if between:
-        return f"The body is over {limit:,} bytes when one of its encodings is decompressed and others are not yet."
+        return f"The body is over {limit:,} bytes after one of its encodings was decompressed, before the others are."
     return f"The body is over {limit:,} bytes once it is decompressed."
 
 
 def _has_zlib_header(body: bytes) -> bool:
-    """Whether it begins as RFC 1950 has it; no encoder begins a bare stream with these bits."""
+    """Whether the body begins with zlib's header (RFC 1950); no encoder begins a stream without header like this."""
     return len(body) < 2 or (body[0] & 0x0F == 8 and int.from_bytes(body[:2]) % 31 == 0)
 
 
 def _inflate(body: bytes, place: int, window: int, room: int, parts: list[bytes]) -> tuple[int, int]:
-    """Add what one stream holds to `parts`; where the stream ends, and the room that is left (below 0: none is)."""
+    """Decompress one stream into `parts`; return where it ends and the bytes left of `room` (below 0: too long)."""
     stream = zlib.decompressobj(window)
     view = memoryview(body)
     while not stream.eof:
@@ -202,10 +203,10 @@ def _inflate(body: bytes, place: int, window: int, room: int, parts: list[bytes]
 
 
 def _check_end(body: bytes, place: int, name: str) -> None:
-    """Check that nothing follows; zeros may follow gzip, whose own tools pad with them.
+    """Check that nothing follows the stream; only gzip may be followed by zeros, because its tools pad with them.
 
     Raises:
-        DecodeError: something does.
+        DecodeError: other bytes follow the stream.
     """
     rest = body[place:]
     if rest and (_WINDOWS[name] != _GZIP or rest.strip(b"\0")):
@@ -216,15 +217,15 @@ def _check_end(body: bytes, place: int, name: str) -> None:
 
 
 def is_known_charset(name: str) -> bool:
-    """Whether this charset is supported."""
+    """Whether this library decodes this charset."""
     return _CHARSETS.fullmatch(name.replace("_", "-")) is not None
 
 
 def read_characters(body: bytes, charset: str) -> str:
-    """The text of a body.
+    """Return the text of a body.
 
     Raises:
-        DecodeError: the charset is not supported, or the body does not decode.
+        DecodeError: the charset is not supported, or the body is not text of this charset.
     """
     if not is_known_charset(charset):
         raise DecodeError(
@@ -234,4 +235,4 @@ def read_characters(body: bytes, charset: str) -> str:
     try:
         return body.decode(charset)
     except (ValueError, LookupError) as error:
-        raise DecodeError(f"The body's charset is {charset}, but the body does not decode: {error}") from error
+        raise DecodeError(f"The body's charset is {charset}, but the body cannot be decoded: {error}") from error

@@ -10,22 +10,23 @@ from streamtools.errors import LONGEST, ConfigurationError
 
 #: A span of time: seconds, or a timedelta.
 Seconds = float | timedelta
-#: How a queue is declared: made if missing, never, or only checked.
+#: Whether a queue is created if it is missing (True), never (False), or only looked for ("passive").
 Declare = bool | Literal["passive"]
-#: User headers together are at most this long, names and values in bytes of UTF-8.
+#: The most bytes of all user headers together: names and values, in UTF-8.
 HEADERS_LIMIT: Final = 64 * 1024
-#: Header names that begin so are ours.
+#: Header names that begin with this are reserved for this library.
 RESERVED: Final = "streamtools-"
 
-#: Queues whose names begin so are ours: the stages of a delay, locks, bindings, what could not be delivered.
+#: Queue names that begin with these are reserved for this library's own queues: delay levels, locks, bindings, and
+#: messages that could not be delivered.
 OWN_QUEUES: Final = ("streamtools.delay", "streamtools.order.", "streamtools.bindings", "streamtools.undeliverable")
 
 
 def check_name(queue: object, what: str = "queue") -> None:
-    """The rule for the names of queues and groups that holds on every protocol.
+    """Check that a queue or a group can have this name on every protocol.
 
     Raises:
-        ConfigurationError: not a str, empty, over 255 bytes, or with control characters.
+        ConfigurationError: the name is not a str, is empty, is over 255 bytes, is a URL, or has control characters.
     """
     if not isinstance(queue, str) or not queue:
         raise ConfigurationError(f"A {what} needs a name of at least one character, not {queue!r}.")
@@ -40,21 +41,23 @@ def check_name(queue: object, what: str = "queue") -> None:
 
 
 def check_not_ours(queue: str) -> None:
-    """Check that a queue which a message names is none that only this library writes to.
+    """Check that a message does not name a queue that is reserved for this library.
 
     Raises:
-        ConfigurationError: it is one.
+        ConfigurationError: the queue is reserved.
     """
     if queue.lower().startswith(OWN_QUEUES):
-        raise ConfigurationError(f"The queue {queue!r} takes no messages of others: streamtools keeps its own there.")
+        raise ConfigurationError(
+            f"The queue {queue!r} is reserved for streamtools' own messages: name another queue."
+        )
 
 
 def check_topic(topic: object) -> str:
-    """A topic: dotted words, 255 bytes at most, as AMQP 0-9-1 has it (section 4.2.5.3, short strings).
+    """Check a topic: words with dots between them, at most 255 bytes (AMQP 0-9-1, section 4.2.5.3, short strings).
 
     Raises:
-        ConfigurationError: it is none.
-        TypeError: it holds a lone surrogate.
+        ConfigurationError: the topic is not a str, or is too long.
+        TypeError: the topic holds a lone surrogate.
     """
     if not isinstance(topic, str):
         raise ConfigurationError(f"A topic is a text, such as 'orders.placed', not {topic!r}.")
@@ -65,11 +68,11 @@ def check_topic(topic: object) -> str:
 
 
 def check_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
-    """A copy of the user's headers.
+    """Check the user's headers, and return a copy of them.
 
     Raises:
         TypeError: a name or a value is not a str.
-        ConfigurationError: a reserved or empty name, or more than 64 KiB together.
+        ConfigurationError: a name is reserved or empty, or all headers together are over 64 KiB.
     """
     if not isinstance(headers, Mapping):
         raise TypeError(f"Headers are a mapping of str -> str, not {type(headers).__name__}.")
@@ -89,10 +92,10 @@ def check_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
 
 
 def check_seconds(name: str, value: Seconds) -> float:
-    """A number of seconds that is finite and not negative, also given as a timedelta.
+    """Check a number of seconds, or a timedelta, and return it in seconds.
 
     Raises:
-        ConfigurationError: it is not.
+        ConfigurationError: the value is not a number, is negative, or is ten years or more.
     """
     if isinstance(value, timedelta):
         value = value.total_seconds()
@@ -102,10 +105,10 @@ def check_seconds(name: str, value: Seconds) -> float:
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
-    """A whole number of at least `least`.
+    """Check that a value is a whole number of at least `least`, and return it.
 
     Raises:
-        ConfigurationError: it is not.
+        ConfigurationError: the value is not such a number.
     """
     if not is_whole(value) or value < least:
         raise ConfigurationError(f"{name}={value!r} is out of range: a whole number of at least {least}.")
@@ -113,30 +116,30 @@ def check_count(name: str, value: int, least: int = 1) -> int:
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """One of a few values.
+    """Check that a value is one of the choices.
 
     Raises:
-        ConfigurationError: it is not.
+        ConfigurationError: the value is none of them.
     """
-    # By identity where there is one: 1 == True, and is not meant.
+    # Compares by identity, because 1 == True; only texts are compared by value.
     if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
         raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
 
 
 def check_declare(value: object, name: str = "declare") -> None:
-    """How a queue is declared.
+    """Check a value of `declare`.
 
     Raises:
-        ConfigurationError: neither True, False nor "passive".
+        ConfigurationError: the value is neither True, False nor "passive".
     """
     check_choice(name, value, (True, False, "passive"))
 
 
 def check_place(host: object, port: object) -> None:
-    """A host name and a port, or None.
+    """Check a host and a port; either may be None.
 
     Raises:
-        ConfigurationError: they cannot be such.
+        ConfigurationError: the host is not a text, or the port is not from 0 to 65535.
     """
     if host is not None and (not isinstance(host, str) or not host):
         raise ConfigurationError(f"host={host!r} is not a host's name or address.")
@@ -145,10 +148,10 @@ def check_place(host: object, port: object) -> None:
 
 
 def check_texts(fields: Mapping[str, object]) -> None:
-    """Metadata: each is None, or a str that a wire can carry.
+    """Check that each field is None, or a str that every protocol can carry.
 
     Raises:
-        TypeError: one is of another type, or holds a lone surrogate.
+        TypeError: a field is of another type, or holds a lone surrogate.
     """
     for name, value in fields.items():
         if value is None:
@@ -160,10 +163,10 @@ def check_texts(fields: Mapping[str, object]) -> None:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """An int, and no bool."""
+    """Whether a value is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """An int or a float, and no bool."""
+    """Whether a value is an int or a float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)

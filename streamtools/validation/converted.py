@@ -1,7 +1,7 @@
-"""Types of settings that are given as one type and read as another: a password is given as text, read as a secret.
+"""Types of settings that a user gives as one type and reads as another: gives a password as text, reads a secret.
 
-At run time each is the type that is read; pydantic converts what is given. Type checkers take both from the methods
-of a descriptor, as PEP 681 has it.
+At run time each name here is the type that is read, and pydantic converts the given value. Type checkers see a
+descriptor, whose methods name both types (PEP 681).
 """
 
 from typing import TYPE_CHECKING, Any, Generic, TypeVar

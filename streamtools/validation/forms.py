@@ -1,4 +1,4 @@
-"""Forms: bodies of `application/x-www-form-urlencoded`, and queries, which are written the same way."""
+"""Reads forms: bodies of `application/x-www-form-urlencoded`, and queries of URLs, which have the same syntax."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from pydantic_core import to_json
 
 FORM: Final = "application/x-www-form-urlencoded"
 
-#: Fields of one form, at most.
+#: The most fields of one form.
 MOST: Final = 10_000
 #: `curl -d` calls every body a form. A real one begins with a name and "="; XML, YAML and plain text do not.
 _FORM: Final = re.compile(rb"[^\s<>\"{}=]*=")
-#: As many escapes as follow each other.
+#: Percent-encoded bytes that follow each other.
 _ESCAPED: Final = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
-#: Problems to ignore where one value stands for a list of one.
+#: Validation errors that say: a list is expected, and the form has a single value.
 _LISTS: Final = frozenset({"list_type", "tuple_type", "set_type", "frozen_set_type", "iterable_type", "sequence_str"})
 
 
 def is_form(body: bytes) -> bool:
-    """Whether a body that is called a form looks like one."""
+    """Whether a body with the content type of forms looks like a form."""
     return not body or _FORM.match(body) is not None
 
 
 def read_form(body: bytes) -> dict[str, str | list[str]]:
-    """The fields by name; those of a name that comes several times are a list.
+    """Return the fields by name; a name that stands several times has a list of values.
 
     Raises:
-        ValueError: it is not percent-encoded UTF-8, or has too many fields.
+        ValueError: the form is not percent-encoded UTF-8, or has too many fields.
     """
     return _by_name(read_pairs(body))
 
 
 def read_pairs(body: bytes) -> list[tuple[str, str]]:
-    """The fields in order.
+    """Return the names and values of the fields, in their order.
 
     Raises:
-        ValueError: it is not percent-encoded UTF-8, or has too many fields.
+        ValueError: the form is not percent-encoded UTF-8, or has too many fields.
     """
-    # Not urllib's parse_qsl, which takes far longer for each "%" and for each byte beyond ASCII. Some programs leave
-    # characters beyond ASCII as they are.
+    # urllib's parse_qsl takes far longer for each "%" and for each byte beyond ASCII, which some programs do not
+    # percent-encode.
     if body.count(b"&") >= MOST:
         raise ValueError(f"the form has over {MOST:,} fields")
     pieces = (piece.partition(b"=") for piece in body.split(b"&") if piece)
@@ -60,16 +60,16 @@ def _unescaped(found: re.Match[bytes]) -> bytes:
 
 
 def write_form(pairs: Iterable[tuple[str, str]]) -> bytes:
-    """Fields as a form; names and values that need it are percent-encoded."""
+    """Return the fields as a form, percent-encoded where necessary."""
     return urlencode(list(pairs)).encode()
 
 
 def validate_form(adapter: TypeAdapter[Any], body: bytes) -> Any:
-    """The fields validated by a handler's annotation; a single value is a list of one where a list is expected.
+    """Validate the fields by a handler's annotation; where it takes a list, a single value becomes a list of one.
 
     Raises:
-        ValidationError: they do not fit.
-        ValueError: it is not percent-encoded UTF-8.
+        ValidationError: the fields do not fit the annotation.
+        ValueError: the form is not percent-encoded UTF-8, or has too many fields.
     """
     fields: dict[str, Any] = read_form(body)
     try:

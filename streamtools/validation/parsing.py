@@ -1,10 +1,11 @@
-"""JSON bodies into models, within limits: no message keeps the event loop for long.
+"""Validates JSON bodies within limits, so that no message occupies the event loop for long.
 
-The time for a body grows with the values in it, each of which may become an object or a problem. So in a large body
+Each value in a body may become an object, or a problem to report: the time grows with their number. So for a large
+body
 
 - the values are counted before anything is parsed;
-- the first wrong item of a sequence ends the validation, where others would be listed with all their problems;
-- numbers that are chosen to have one hash are refused: a set or a dict of many of them takes minutes.
+- the validation of a sequence stops at its first wrong item;
+- numbers that were chosen to have the same hash are refused: a set or a dict of many of them takes minutes.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from streamtools.validation.bodies import LIMITS
 from streamtools.validation.schemas import Schema, is_quick, nodes, parts, with_parts
 from streamtools.validation.unions import doubling
 
-#: Bytes over which a body is large.
+#: A body of more bytes is large.
 LARGE: Final = 16 * 1024
-#: Bytes of a body in which values are counted at once.
+#: The values of a body are counted in pieces of this number of bytes.
 PORTION: Final = 256 * 1024
-#: Bytes of a body with too many values in which its first problem is looked for.
+#: If a body has too many values, its first problem is looked for in this number of bytes.
 PREFIX: Final = 64 * 1024
-#: Numbers of one hash that a body may have, where it has more than MANY long ones.
+#: A body that has more than MANY long numbers may have this many with the same hash.
 SAME_HASH: Final = 100
 MANY: Final = 500
-#: An object that is tried takes so many times as long as a value that is parsed.
+#: To try an object as one member of a union takes this many times as long as to parse a value.
 WORK: Final = 2
-#: Plain data may have so many times as many values as what is validated: they take as much less time.
+#: The limit of values is multiplied by this for plain data, which take less time than validated data.
 PLAIN: Final = 5
-#: So many times as many values are parsed where all types are quick ones.
+#: The limit of values is multiplied by this if all types of the annotation are quick to validate.
 QUICK: Final = 1.5
 #: Python's hash of a number is the number modulo this; UUIDs are numbers too.
 MODULUS: Final = (1 << 61) - 1
@@ -46,21 +47,21 @@ _LONG_NUMBER: Final = re.compile(
     rb"(?<![0-9a-fA-F:-])(?:[0-9a-fA-F-]{19,}|[0-9a-fA-F]*:[0-9a-fA-F:]+)(?![0-9a-fA-F:])"
 )
 _HEX: Final = b"0123456789abcdefABCDEF"
-_ONE_HASH: Final = "The body has many values with the same hash, which a set or a dict takes minutes for."
+_ONE_HASH: Final = "The body has many values with the same hash: a set or a dict of them would take minutes."
 
 
 class TooManyValues(DecodeError):
-    """A body has more values than are parsed."""
+    """A body has more values than the limit allows."""
 
 
 def check_values(body: bytes, times: float = 1) -> None:
-    """Check that a JSON body has no more values than `set_body_limits` says.
+    """Check that a JSON body has no more values than `set_body_limits` allows.
 
     Parameters:
-        times: so many times that number are allowed.
+        times: multiplies that limit.
 
     Raises:
-        TooManyValues: it has.
+        TooManyValues: the body has more values.
     """
     if LIMITS.values is None or len(body) <= LARGE:
         return
@@ -77,11 +78,11 @@ def _count(body: bytes) -> int:
 
 
 def _has_more_values(body: bytes, limit: int) -> bool:
-    """Whether it has more values than the limit; what stands in texts is none. It looks no further than it has to."""
+    """Whether the body has more values than the limit. Commas and brackets in texts do not count."""
     found = place = within = 0
     while place < len(body) and found <= limit:
         end = place + PORTION
-        while body[end - 1 : end] == b"\\":  # an escape is not cut
+        while body[end - 1 : end] == b"\\":  # never cut an escape in two
             end += 1
         pieces = _without_escapes(body[place:end]).split(b'"')
         found += _count(b"".join(pieces[within::2]))
@@ -98,11 +99,11 @@ def _without_strings(body: bytes) -> bytes:
 
 
 def parse_json(body: bytes) -> Any:
-    """A JSON body as plain data.
+    """Return the plain data of a JSON body.
 
     Raises:
-        TooManyValues: it has more values than are parsed.
-        ValueError: it is not JSON.
+        TooManyValues: the body has more values than the limit allows.
+        ValueError: the body is not JSON.
     """
     if len(body) > LARGE:
         check_values(body, PLAIN)
@@ -110,10 +111,10 @@ def parse_json(body: bytes) -> Any:
 
 
 class Parser:
-    """Validates JSON bodies by an adapter.
+    """Validates JSON bodies by the handler's annotation.
 
     Parameters:
-        adapter: of the handler's annotation.
+        adapter: pydantic's adapter of the annotation.
     """
 
     def __init__(self, adapter: TypeAdapter[Any]) -> None:
@@ -125,17 +126,17 @@ class Parser:
         self._times: float | None = None
 
     def __call__(self, body: bytes | str) -> Any:
-        """The body as the annotation says.
+        """Return the body as the type of the annotation.
 
         Raises:
-            ValidationError: it is not JSON, or not valid; of a large body the first problems.
-            DecodeError: it is beyond a limit.
+            ValidationError: the body is not JSON, or not valid; for a large body it has the first problems only.
+            DecodeError: the body is beyond a limit.
         """
         return self.validate_small(body) if len(body) <= LARGE else self._large(body)
 
     @property
     def validate_small(self) -> Callable[[bytes | str], Any]:
-        """What validates bodies of `LARGE` bytes at most."""
+        """The function that validates bodies of `LARGE` bytes at most."""
         return self._validate
 
     def _validate_if_quick(self, body: bytes | str) -> Any:
@@ -143,21 +144,21 @@ class Parser:
         return self._adapter.validate_json(body)
 
     def _check_work(self, data: bytes) -> None:
-        """Check that no more values are tried than are parsed.
+        """Check that unions do not make pydantic try more values than the limit allows.
 
         Raises:
-            TooManyValues: there are more.
+            TooManyValues: pydantic would try more values.
         """
         growth, most = self._doubling, LIMITS.values and LIMITS.values // WORK
         if growth is not None and most is not None and growth.exceeds(_without_strings(data), most):
             raise TooManyValues(
                 f"The body is nested so deeply that over {most:,} values would be tried: {growth.members} types of a "
-                f"union have the field {growth.field!r}, in which it stands again. Tell them apart by "
+                f"union have the field {growth.field!r}, which holds the union again. Tell the types apart by "
                 "Field(discriminator=...)."
             )
 
     def first_problem(self, body: bytes | str) -> ValidationError | None:
-        """The first thing that is wrong; None where that cannot be told."""
+        """Return the first problem of a body; None if this validation finds none."""
         try:
             self._failing_fast.validate_json(body)
         except ValidationError as error:
@@ -181,7 +182,11 @@ class Parser:
         return self._failing_fast.validate_json(body)
 
     def _check_beginning(self, data: bytes) -> None:
-        """The first problem of a list that is too long: that it is wrong says more than its length."""
+        """Validate the beginning of a list that is too long: a wrong item tells more than the length does.
+
+        Raises:
+            ValidationError: an item at the beginning is not valid.
+        """
         try:
             found = from_json(data[:PREFIX], allow_partial=True)
         except ValueError:
@@ -193,9 +198,9 @@ class Parser:
     def _failing_fast(self) -> SchemaValidator | TypeAdapter[Any]:
         if self._made is None:
             try:
-                # Else a model within is validated by the validator of its class, which was made of its own schema.
+                # With prebuilt validators, pydantic would validate each model by its class, and ignore our schema.
                 self._made = SchemaValidator(failing_fast(self._adapter.core_schema), _use_prebuilt=False)
-            except (SchemaError, RecursionError):  # the schema cannot be changed so
+            except (SchemaError, RecursionError):  # this schema cannot be changed in this way
                 self._made = self._adapter
         return self._made
 
@@ -205,7 +210,7 @@ def _as_bytes(body: bytes | str) -> bytes:
 
 
 def failing_fast(schema: Schema) -> Schema:
-    """A core schema whose sequences end at their first item that is wrong, and whose sets look at hashes first."""
+    """Return a copy of a core schema: sequences stop at their first wrong item, and sets check hashes first."""
     copy = with_parts(schema, failing_fast)
     if schema.get("type") in ("set", "frozenset"):
         return _with_hashes_checked(copy)
@@ -213,10 +218,10 @@ def failing_fast(schema: Schema) -> Schema:
 
 
 def _with_hashes_checked(schema: Schema) -> Schema:
-    """The schema of a set: first a tuple of its items, whose hashes are counted, then the set.
+    """Return a schema that validates a tuple of the items, counts their hashes, and then makes the set.
 
-    A union prefers a list to a set. It has to see a tuple therefore, which is to it as a set is. It takes a set as
-    well, which a default may be.
+    It is a tuple and not a list, because a union prefers a list to a set, but ranks a tuple as it ranks a set. The
+    tuple schema also accepts a set, which a default may be.
     """
     items = {"type": "tuple", "variadic_item_index": 0, "fail_fast": True, "strict": False}
     items["items_schema"] = [schema.get("items_schema", {"type": "any"})]
@@ -235,16 +240,16 @@ def _checked_frozenset(items: tuple[Any, ...]) -> Any:
 
 
 def _checked(items: tuple[Any, ...], kind: Callable[[Iterable[Any]], Any]) -> Any:
-    """The set of items that are not chosen to have one hash.
+    """Make the set, unless its items were chosen to have the same hash.
 
     Raises:
-        DecodeError: they are.
+        DecodeError: too many different items have the same hash.
     """
     try:
         if len(items) > MANY:
             _check_hashes_of(items)
         return kind(items)
-    except TypeError as error:  # one has no hash
+    except TypeError as error:  # an item has no hash
         raise PydanticKnownError("set_item_not_hashable") from error
 
 
@@ -256,7 +261,11 @@ def _check_hashes_of(items: tuple[Any, ...]) -> None:
 
 
 def _check_distinct(items: Iterable[Any]) -> None:
-    """Check that items of one hash are mostly the same ones."""
+    """Check that items with the same hash are mostly equal items.
+
+    Raises:
+        DecodeError: too many of them are different.
+    """
     distinct: list[Any] = []
     for item in items:
         if item not in distinct:
@@ -266,7 +275,7 @@ def _check_distinct(items: Iterable[Any]) -> None:
 
 
 def _has_number_keys(schema: Schema) -> bool:
-    """Whether the keys of a dict may be anything but texts."""
+    """Whether a dict of the schema may have keys that are not texts."""
     return any(
         key == "keys_schema" and part["type"] != "str" for node in nodes(schema) for key, _, part in parts(node)
     )
@@ -275,7 +284,7 @@ def _has_number_keys(schema: Schema) -> bool:
 def _check_hashes(body: bytes) -> None:
     if len(body) - len(body.translate(None, _HEX)) < MANY * 8:  # too few digits for many long numbers, or addresses
         return
-    if b"\\u" in body:  # what is escaped is no less a number
+    if b"\\u" in body:  # the digits of a number may be escaped
         with suppress(ValueError):
             body = to_json(from_json(body))
     found = _LONG_NUMBER.findall(body)
@@ -292,5 +301,5 @@ def _number(text: bytes) -> int | None:
         if b":" in digits:
             return int.from_bytes(socket.inet_pton(socket.AF_INET6, digits.decode()))
         return int(digits) if digits.isdigit() else int(digits, 16)
-    except (ValueError, OSError):  # of more digits than Python converts; no address
+    except (ValueError, OSError):  # it has more digits than Python converts, or is not an address
         return None

@@ -1,7 +1,7 @@
-"""The core schemas that pydantic makes of annotations: which of their keys hold schemas.
+"""Walks the core schemas that pydantic makes of annotations: it knows which of their keys hold schemas.
 
-All other keys hold what belongs to the user: defaults, literal values, metadata, functions. That may look like a
-schema and is none: it is neither looked at nor copied.
+All other keys hold values of the user: defaults, literals, metadata, functions. They may look like schemas, so they
+are neither read nor copied.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-#: One of pydantic's core.
+#: A core schema of pydantic.
 Schema = Any
 
 _SEQUENCE: Final = ("items_schema",)
 _MAPPING: Final = ("keys_schema", "values_schema")
 _WITHIN: Final = ("schema",)
-#: What describes a parameter of "arguments" has no type.
+#: The schema of a parameter in "arguments" has no type of its own; we call it this.
 _PARAMETER: Final = "parameter"
-#: By the type of a schema: its keys that hold a schema, a list of schemas, or a mapping of names to schemas.
+#: Type of a schema -> its keys that hold a schema, a list of schemas, or a mapping of names to schemas.
 _KEYS: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(("list", "deque", "set", "frozenset", "tuple", "generator"), _SEQUENCE),
     **dict.fromkeys(("dict", "frozendict", "ordered-dict", "counter"), _MAPPING),
@@ -36,29 +36,29 @@ _KEYS: Final[dict[str, tuple[str, ...]]] = {
     "call": ("arguments_schema",),
     "definitions": ("schema", "definitions"),
 }
-#: Types whose validation takes less than 1 µs for one value of a body, beside what is made of models' defaults.
+#: Types that are validated in less than 1 µs for each value of a body, not counting the defaults of models.
 _QUICK: Final = frozenset(
     "any none bool int float str bytes date time datetime timedelta literal enum uuid decimal list deque set "
     "frozenset tuple dict default nullable tagged-union definitions definition-ref model model-fields model-field "
     "typed-dict typed-dict-field dataclass dataclass-args dataclass-field".split()
 )
-#: Fields with a default that a model of a quick type may have.
+#: The most fields with a default that a model may have and still be quick.
 _MISSING: Final = 10
-#: Defaults of these types are copied.
+#: pydantic copies defaults of these types, for each model.
 _COPIED: Final = (list, dict, set)
-#: Keys that hold a mapping of names to schemas, where they hold a dict.
+#: If these keys hold a dict, it is a mapping of names to schemas.
 _NAMED: Final = frozenset({"fields", "choices"})
 
 
 def parts(schema: Schema) -> Iterator[tuple[str, str | None, Schema]]:
-    """The schemas that stand in one: the key of each, its name where it is in a mapping, and itself."""
+    """Yield the schemas directly inside a schema: the key, the name if the key holds a mapping, and the schema."""
     for key in _keys(schema):
         for name, part in _held(key, schema.get(key)):
             yield key, name, part
 
 
 def nodes(schema: Schema) -> Iterator[Schema]:
-    """A schema and all that stand in it."""
+    """Yield a schema and all schemas inside it, at any depth."""
     waiting = [schema]
     while waiting:
         yield (node := waiting.pop())
@@ -66,12 +66,12 @@ def nodes(schema: Schema) -> Iterator[Schema]:
 
 
 def with_parts(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
-    """A copy of a schema in which each that stands in it is what `change` returns for it; all else is the same."""
+    """Return a copy of a schema in which each schema directly inside is replaced by `change(it)`."""
     return {**schema, **{key: _changed(key, schema[key], change) for key in _keys(schema) if key in schema}}
 
 
 def is_quick(schema: Schema) -> bool:
-    """Whether all types are quick to validate: no unions, addresses or functions, no models with many defaults."""
+    """Whether all types of a schema are quick: no unions, addresses or functions, no models with many defaults."""
     return all(node.get("type") in _QUICK and _has_few_defaults(node) for node in nodes(schema))
 
 

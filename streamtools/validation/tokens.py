@@ -1,4 +1,4 @@
-"""Who asks: bearer tokens, read from settings and compared in constant time; and whether it is this machine."""
+"""Bearer tokens, read from settings and compared in constant time; and whether a host is this machine."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Final
 
 from pydantic import SecretStr
 
-#: The fewest characters of a token: one of fewer can be guessed.
+#: The fewest characters of a token; a shorter one can be guessed.
 SHORTEST: Final = 16
 #: RFC 6750, section 2.1.
 _TOKEN: Final = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
 
 def read_tokens(value: object) -> tuple[SecretStr, ...]:
-    """Tokens as settings have them: a text with commas between them, or several texts.
+    """Read the tokens of a setting: one text with commas between the tokens, or several texts.
 
     Raises:
-        ValueError: one is too short, or has characters that no header carries; the text never holds it.
+        ValueError: a token is too short, or has characters that a header cannot carry; the error never shows it.
     """
     if isinstance(value, str | SecretStr):
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
-        if not text.strip():  # a secret that was not filled in must not open what it is to guard
-            raise ValueError("it is set, and empty: leave it out if no token is to be shown")
+        if not text.strip():  # a secret that was not filled in must not let everyone in
+            raise ValueError("it is set, but empty: leave it out if requests need no token")
         value = [part.strip() for part in text.split(",")]
     if not isinstance(value, Iterable):
         raise ValueError("tokens are several texts, or one with commas between them")
@@ -41,10 +41,10 @@ def read_tokens(value: object) -> tuple[SecretStr, ...]:
 
 
 class Tokens:
-    """Tokens of which one has to be shown; none when empty.
+    """Tokens of which a request has to show one; if there are none, every request is accepted.
 
     Parameters:
-        tokens: several while one takes the place of another.
+        tokens: several, for the time in which a new token replaces an old one.
     """
 
     def __init__(self, tokens: Iterable[SecretStr]) -> None:
@@ -63,7 +63,7 @@ class Tokens:
         return f"<{len(self._digests)} tokens>"
 
     def accept(self, authorization: str | None) -> bool:
-        """Whether an `Authorization` header shows one of them; all are compared, whichever it is.
+        """Whether an `Authorization` header shows one of the tokens; it is always compared with all of them.
 
         Parameters:
             authorization: the header's value, such as "Bearer ...".
@@ -77,7 +77,7 @@ class Tokens:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this is an address of the machine itself."""
+    """Whether a host is an address of this machine itself."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -1,8 +1,8 @@
-"""Unions whose members cannot be told apart: what validating them costs, before it is done.
+"""Estimates how long a body would occupy pydantic because of unions without a discriminator.
 
-A union of models that share a field in which the union stands again, such as `And` and `Or` that both have
-`items: list[And | Or]`, is validated by trying every member, and in each of them all that is nested. That takes twice
-as long for each level: 17 s for 225 bytes. A discriminator tells them apart at once.
+Take a union of models that share a field which holds the union again: `And` and `Or` both have `items: list[And |
+Or]`. pydantic tries every member of the union, and within each member everything that is nested. So each level of a
+body doubles the time: 225 bytes take 17 s. A discriminator tells the members apart at once.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from typing import Any, Final
 
 from streamtools.validation.schemas import Schema, nodes, parts
 
-#: The place of an item in a sequence, and of any value in a mapping, beside the names of fields.
+#: Places in a body besides the names of fields: any item of a sequence, and any value of a mapping.
 _ITEM: Final = "[]"
 _ANY: Final = "*"
-#: Keys of schemas of values whose names may be any.
+#: Keys that hold the schema of values under any name.
 _OF_ANY_NAME: Final = frozenset({"values_schema", "extras_schema", "var_kwargs_schema"})
-#: Deletes all bytes of a JSON body but its brackets and commas.
+#: All bytes except JSON's brackets and commas.
 _OTHERS: Final = bytes(byte for byte in range(256) if byte not in b"[]{},")
 _COMMA: Final = ord(",")
-#: So many numbers or texts take as long as one list or object.
+#: To validate one list or object takes as long as to validate this number of numbers or texts.
 SIMPLE: Final = 4
-#: Levels of JSON at most, as its parser has it.
+#: The most levels of a body; pydantic's parser of JSON has this limit.
 DEEPEST: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Doubling:
-    """How the work grows with the levels of a body.
+    """Describes how the work of a union grows with the depth of a body.
 
     Attributes:
-        members: that are tried at each level.
-        levels: of JSON that one level of the union takes.
-        field: that they share.
+        members: how many members of the union are tried at each of its levels.
+        levels: how many levels of JSON lie between two levels of the union.
+        field: the field that the members share.
     """
 
     members: int
@@ -43,10 +43,10 @@ class Doubling:
     field: str
 
     def exceeds(self, outline: bytes, most: int) -> bool:
-        """Whether more values than `most` are tried, each as often as it is.
+        """Whether pydantic would try more than `most` values; a value that is tried twice counts twice.
 
         Parameters:
-            outline: a body of JSON without its texts.
+            outline: a JSON body without its texts.
         """
         weights = [self.members ** (level // self.levels) for level in range(DEEPEST + 1)]
         level = work = 0
@@ -57,7 +57,7 @@ class Doubling:
             elif byte in b"[{":
                 level = min(level + 1, DEEPEST)
                 work += weights[level - 1] * SIMPLE
-            elif level == 0:  # it is no JSON
+            elif level == 0:  # the body is not JSON
                 return False
             else:
                 level -= 1
@@ -67,10 +67,10 @@ class Doubling:
 
 
 def doubling(schema: Any) -> Doubling | None:
-    """Of a core schema's unions the one whose work grows fastest; None where it does not grow.
+    """Return how the work grows for the union of a schema that grows fastest; None if there is no such union.
 
     Parameters:
-        schema: of pydantic's core.
+        schema: a core schema of pydantic.
     """
     graph = _Graph(schema)
     found = [each for union in graph.unions if (each := graph.doubling(union)) is not None]
@@ -78,23 +78,23 @@ def doubling(schema: Any) -> Doubling | None:
 
 
 class _Graph:
-    """A core schema as nodes, and the places in a body by which one leads to another."""
+    """A core schema as a graph: its nodes are schemas, its edges are places in a body."""
 
     def __init__(self, schema: Any) -> None:
         found = list(nodes(schema))
         self._definitions = {node["ref"]: node for node in found if "ref" in node}
-        #: Its unions without a discriminator.
+        #: The unions without a discriminator.
         self.unions = [node for node in found if node.get("type") == "union"]
-        #: By the id of a node: what it leads to, and by which place; by None where that is the same value.
+        #: Id of a node -> its children, each with its place in the body; None if the child is the same value.
         self._ways: dict[int, list[tuple[str | None, Any]]] = {id(node): list(self._children(node)) for node in found}
-        #: By the id of a node: the ids of those that lead to it, and whether that is a level of the body.
+        #: Id of a node -> the ids of its parents, and whether the node is one level of the body below them.
         self._back: defaultdict[int, list[tuple[int, bool]]] = defaultdict(list)
         for start, ways in self._ways.items():
             for place, child in ways:
                 self._back[id(child)].append((start, place is not None))
 
     def doubling(self, union: Any) -> Doubling | None:
-        """How the work of this union grows."""
+        """Return how the work of this union grows; None if it does not grow."""
         distances = self._distances(union)
         names: Counter[str] = Counter()
         levels = DEEPEST
@@ -109,7 +109,7 @@ class _Graph:
         return Doubling(members, levels, field) if members > 1 else None
 
     def _distances(self, union: Any) -> dict[int, int]:
-        """By the ids of all nodes that lead to the union: how many levels lower it stands."""
+        """Return, for the id of each node that leads to the union, how many levels below it the union stands."""
         found, waiting = dict[int, int](), deque([(id(union), 0)])
         while waiting:
             node, levels = waiting.popleft()
@@ -124,7 +124,7 @@ class _Graph:
         return found
 
     def _entries(self, node: Any) -> Iterator[tuple[str, Any]]:
-        """The places in the value of a node, and what stands there."""
+        """Yield the places in the value of a node, each with the schema of the value there."""
         seen, waiting = {id(node)}, [node]
         while waiting:
             for place, child in self._ways.get(id(waiting.pop()), ()):
@@ -135,7 +135,7 @@ class _Graph:
                     waiting.append(child)
 
     def _children(self, node: Any) -> Iterator[tuple[str | None, Any]]:
-        """What a node leads to, and by which place; by None where that is the same value."""
+        """Yield the children of a node, each with its place in the body; None if the child is the same value."""
         if node.get("type") == "definition-ref":
             yield from ((None, found) for found in [self._definitions.get(node["schema_ref"])] if found is not None)
         for key, name, part in parts(node):
@@ -143,7 +143,7 @@ class _Graph:
 
 
 def _places(node: Schema, key: str, name: str | None, part: Schema) -> list[str | None]:
-    """The places in a body at which a part of a schema may stand; None is where the schema stands itself."""
+    """Return the places in a body where a part of a schema may stand; None if it is the schema's own value."""
     if key in ("fields", "arguments_schema") and node["type"] != "call":
         named = [name or part["name"], *_aliases(part.get("validation_alias", part.get("alias")))]
         return [*named, _ITEM] if node["type"] == "named-tuple" else [*named]
@@ -153,7 +153,7 @@ def _places(node: Schema, key: str, name: str | None, part: Schema) -> list[str 
 
 
 def _aliases(alias: Any) -> list[str]:
-    """The names of a body's fields that an alias begins with: it is a name, or a path, or a list of paths."""
+    """Return the names of fields with which an alias begins; an alias is a name, a path, or a list of paths."""
     if isinstance(alias, list):
         return [found for part in (alias if isinstance(alias[0], list) else alias[:1]) for found in _aliases(part)]
     return [alias] if isinstance(alias, str) else []

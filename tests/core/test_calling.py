@@ -688,5 +688,5 @@ async def test_a_codec_that_would_have_to_be_awaited_is_refused() -> None:
     async def decode(body: bytes) -> Any:
         return body
 
-    with pytest.raises(ConfigurationError, match="decode of 'application/x-async' is to return the value itself"):
+    with pytest.raises(ConfigurationError, match="decode of 'application/x-async' must return the value itself"):
         register_codec("application/x-async", decode)

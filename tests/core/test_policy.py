@@ -230,7 +230,7 @@ def test_a_delay_that_is_none_falls_back_to_the_policy_and_is_told(
     error.delay = delay  # type: ignore[assignment]  # as a subclass sets it that does not call its base
 
     assert Retry(delay=7, jitter=0).decide(error, 1) == Verdict.retry(7)
-    assert "a delay that is none" in caplog.text
+    assert "a delay that cannot be used" in caplog.text
 
 
 def test_the_delay_of_a_subclass_may_be_a_timedelta() -> None:

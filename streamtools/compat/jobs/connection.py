@@ -1,4 +1,4 @@
-"""The two functions, and the connection that they use."""
+"""send_message and receive_message, and the connection that they use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class JobConnection:
-    """Sends job messages over one connection that it keeps; see `connect`."""
+    """Sends job messages over one connection, which it keeps open; see `connect`."""
 
     def __init__(self, url: str | ProtocolSettings | None = None) -> None:
         self._url = url
         self._new_id = id_generator()
         self._producer: Producer | None = None
-        #: Queues that are there.
+        #: Queues that were declared.
         self._made: set[str] = set()
 
     async def send_message(
@@ -40,7 +40,7 @@ class JobConnection:
         data: dict[str, Any] | None = None,
         original_message: str | JobMessage = "None",
     ) -> JobMessage:
-        """As `streamtools.compat.jobs.send_message`, over the kept connection; safe from many tasks at once."""
+        """Do what `streamtools.compat.jobs.send_message` does, over this connection. Safe to call from many tasks."""
         message = JobMessage(
             title=title,
             message_type=message_type,
@@ -69,11 +69,11 @@ class JobConnection:
         try:
             await (await self._producer_for(queue)).send_messages([envelope])
         except SendError:
-            self._made.discard(queue)  # it may have been deleted; the next message makes it again
+            self._made.discard(queue)  # the queue may have been deleted; the next message declares it again
             raise
 
     async def _producer_for(self, queue: str) -> Producer:
-        """The one that sends everything; a queue that it did not make itself is made by another, for that alone."""
+        """Return the one producer that sends everything; another one declares the queue first, if necessary."""
         if self._producer is None:
             self._producer = Producer(queue, url=self._url)
         elif queue not in self._made:
@@ -85,7 +85,7 @@ class JobConnection:
     async def receive_message(
         self, queue_name: str, max_wait_time: float = 0, call_back_function: Callback | None = None
     ) -> list[JobMessage]:
-        """As `streamtools.compat.jobs.receive_message`.
+        """Do what `streamtools.compat.jobs.receive_message` does.
 
         Each call receives over its own connection, because a connection that stays open would take messages from
         other receivers between the calls.
@@ -98,7 +98,7 @@ class JobConnection:
         return await receive_list(Consumer(queue_name, url=self._url, prefetch=LIMIT - 1), wait)
 
     async def close(self) -> None:
-        """Close the connection. Safe to repeat; it is opened again when needed."""
+        """Close the connection. Safe to repeat; the next message opens it again."""
         producer, self._producer = self._producer, None
         self._made.clear()
         if producer is not None:
@@ -114,7 +114,7 @@ class JobConnection:
 
 
 def connect(url: str | ProtocolSettings | None = None) -> JobConnection:
-    """`async with connect(url) as q:` keeps the connection for `q.send_message(...)`; nothing connects yet.
+    """Return a connection for `async with connect(url) as q:` and `q.send_message(...)`; the first message opens it.
 
     Parameters:
         url: the address; see `streamtools.settings`.
@@ -134,8 +134,7 @@ async def send_message(
     original_message: str | JobMessage = "None",
     url: str | ProtocolSettings | None = None,
 ) -> JobMessage:
-    """Send one message to the queue `send_to`, which is created if it does not exist; returns the message as it was
-    sent.
+    """Send one message to the queue `send_to`, create the queue if it does not exist, and return the message.
 
     Parameters: those of `JobMessage`, and
         url: the address; see `streamtools.settings`.
@@ -143,8 +142,8 @@ async def send_message(
     Raises:
         pydantic.ValidationError: a field has the wrong type.
         ConfigurationError: `send_to` cannot be a queue's name.
-        SendError: it was not confirmed within 30 seconds of trying.
-        ConnectError: the broker cannot be reached within them, or refuses us.
+        SendError: the broker did not confirm the message within 30 seconds.
+        ConnectError: the broker cannot be reached within 30 seconds, or refuses the connection.
     """
     async with connect(url) as q:
         return await q.send_message(
@@ -168,29 +167,29 @@ async def receive_message(
 ) -> list[JobMessage]:
     """Receive the messages of one queue, which is created if it does not exist.
 
-    Without a callback: wait for the first message, and return it with all that is there, 1,000 at most, and what
-    comes within two seconds. They are acknowledged when the list is returned; after that the caller is responsible
-    for them. A cancellation before that leaves them in the queue. A cancellation during the acknowledgement waits
-    until the caller has the list, and comes at its next `await`.
+    Without a callback, this waits for the first message, and returns it with the other messages of the queue, up to
+    1,000, that come within two seconds. It acknowledges them when it returns the list; after that the caller is
+    responsible for them. A cancellation before that leaves them in the queue. A cancellation during the
+    acknowledgement takes effect at the caller's next `await`, after it has the list.
 
-    With a callback nothing is lost: each message is acknowledged when the callback has returned. If it raises, the
-    message is handled again, five times with growing delays, and then moved to the error queue; so is a body that is
-    not a JobMessage. The call does not wait for a retry that is due later than `max_wait_time`: the next call handles
-    it.
+    With a callback no message is lost: each is acknowledged when the callback has returned. If the callback raises,
+    the message is handled again, five times with growing delays, and then moved to the error queue. A body that is
+    not a JobMessage is moved there at once. The call does not wait for a retry that is due later than
+    `max_wait_time`: the next call handles it.
 
     Parameters:
         queue_name: the queue, a str or a member of a `QueueName`.
-        max_wait_time: seconds for the first message; with a callback, seconds without a further one, not
-            counting those without a connection. 0 waits for ever.
+        max_wait_time: the most seconds to wait for the first message; with a callback, return after this many seconds
+            without a message, not counting the time without a connection. 0 waits for ever.
         call_back_function: called with each message, one after the other: an `async def`, or a `def`, which runs in a
             thread.
         url: the address; see `streamtools.settings`.
 
     Returns:
-        The messages in order, an empty list when the time is over; with a callback always an empty list.
+        The messages in order; an empty list if none came in time; with a callback always an empty list.
 
     Raises:
-        ConfigurationError: an impossible name or time, or a callback that does not take one message.
-        ConnectError: the broker cannot be reached within 30 seconds, or refuses us.
+        ConfigurationError: the name or the time is not valid, or the callback does not take one message.
+        ConnectError: the broker cannot be reached within 30 seconds, or refuses the connection.
     """
     return await connect(url).receive_message(queue_name, max_wait_time, call_back_function)

@@ -1,4 +1,4 @@
-"""The message: one schema for all jobs."""
+"""JobMessage: one schema for all job messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streamtools.wire import from_rfc3339
 
 
 class QueueName(StrEnum):
-    """The names of queues, to subclass: `class Queues(QueueName): L7 = "l7"`."""
+    """Base class for the names of queues: `class Queues(QueueName): L7 = "l7"`."""
 
 
 def _seconds(value: object) -> object:
@@ -29,14 +29,14 @@ def _original(value: object) -> object:
 
 
 class JobMessage(BaseModel):
-    """One job message. `str(message)` is its JSON document, as it is sent.
+    """One job message. `str(message)` is the JSON document that is sent.
 
     Parameters:
-        title: what it is, for people.
-        message_type: what it is, for programs.
+        title: what the message is, for people.
+        message_type: what the message is, for programs.
         send_from: the sender's queue.
         send_to: the receiver's queue.
-        create_time: when it was sent, in seconds since the epoch; now when not given. Read as text too.
+        create_time: when the message was sent, in seconds since the epoch, or as a text in RFC 3339; by default now.
         env: the deployment: dev, sqa, uat, prd.
         comments: free text.
         data: the data of the application.

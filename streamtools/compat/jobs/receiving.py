@@ -1,4 +1,4 @@
-"""Receiving: a list of what is there, or a callback for each message."""
+"""Receives job messages: as a list, or by a callback for each message."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from streamtools.types import Handler
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Messages that one call without a callback returns at most.
+#: The most messages that a call without a callback returns.
 LIMIT: Final = 1000
-#: Seconds after the first message in which such a call takes further ones, which may never cease to come.
+#: Such a call stops gathering messages this many seconds after the first, even if more keep coming.
 GATHER_TIMEOUT: Final = 2.0
 
-#: What is called with each message: `def`, in a thread, or `async def`.
+#: A function that is called with each message: an `async def`, or a `def`, which runs in a thread.
 Callback = Callable[[JobMessage], Any]
 
 
 async def receive_list(consumer: Consumer, wait: float | None) -> list[JobMessage]:
-    """What is there, acknowledged; none after `wait` seconds."""
+    """Receive the waiting messages, and acknowledge them; return none if none comes in `wait` seconds."""
     await consumer.open()
     try:
         deliveries = await _all_there(consumer, wait)
-        with suppress(ConnectError):  # which the acknowledgement meets as well
-            # Else the broker delivers the next ones when these are acknowledged, only to have them back, and
-            # RabbitMQ puts those that are under way at the queue's end.
+        with suppress(ConnectError):  # the acknowledgement below meets the same error
+            # Stop first: otherwise the acknowledgement makes the broker deliver further messages, which have to go
+            # back, and RabbitMQ would put them at the end of the queue.
             await stray_cancellation_as_lost(consumer._stop())
         read = [(delivery, await _read(delivery)) for delivery in deliveries]
     except BaseException:
         await consumer.close()
         raise
-    # From here on nobody else has them: who gives up now gets them all the same.
+    # From here on only the caller has the messages: `finish` delays a cancellation until it has got them.
     await finish(_take_over(consumer, [delivery for delivery, message in read if message is not None]))
     return [message for _, message in read if message is not None]
 
@@ -63,21 +63,21 @@ async def _all_there(consumer: Consumer, wait: float | None) -> list[Delivery]:
 
 
 async def _read(delivery: Delivery) -> JobMessage | None:
-    """The delivery's message; None for a body that is none, which goes to the error queue."""
+    """Return the job message of a delivery; if the body is not one, reject the delivery and return None."""
     try:
         message: JobMessage = _decode(delivery.message)
     except DecodeError as error:
-        log.error("Message %s of %r is no job message: %s", delivery.message.id, delivery.message.queue, error)  # noqa: TRY400
+        log.error("Message %s of %r is not a job message: %s", delivery.message.id, delivery.message.queue, error)  # noqa: TRY400
         await delivery.reject(str(error))
         return None
     return message
 
 
 async def _take_over(consumer: Consumer, deliveries: Sequence[Delivery]) -> None:
-    # All at once: of many single ones RabbitMQ forgets those that it has not come to when the channel is closed.
+    # One acknowledgement for all: RabbitMQ drops single ones that it has not processed when the channel is closed.
     try:
         await consumer.ack_many(deliveries)
-    except ConnectError as error:  # some may be acknowledged, so all are to be returned
+    except ConnectError as error:  # some may be acknowledged, so all have to be returned
         log.warning("Messages of %r may be delivered again: %s", consumer.queue, error)
     finally:
         await consumer.close()
@@ -87,7 +87,7 @@ _decode: Final = codec.decoder(JobMessage)
 
 
 async def call_for_each(consumer: Consumer, wait: float | None, callback: Callback) -> None:
-    """Call it with each message, until none has come for `wait` seconds."""
+    """Call the callback with each message, until none has come for `wait` seconds."""
     idle = Idle(consumer, wait)
     consumer.middleware.append(idle)
     try:
@@ -97,45 +97,45 @@ async def call_for_each(consumer: Consumer, wait: float | None, callback: Callba
 
 
 def check_callback(callback: object) -> None:
-    """A callback that can be called with one message.
+    """Check that a callback can be called with one message.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: the callback does not take one message.
     """
     check_function(callback, "callback", "def on_message(message): ...", "one message")
 
 
 class JobHandler(BoundHandler):
-    """A callback as a handler: what it is given is a JobMessage, annotated or not."""
+    """Makes a handler of a callback, which gets a JobMessage even if its parameter has no annotation."""
 
     def make_decider(self, consumer: Consumer, threads: Threads) -> Dispatcher:
-        """The callback, compiled."""
+        """Return the dispatcher that runs the callback."""
         function = compile_handler(self.function, threads, RESOLVERS, JobMessage)
         return consumer.make_dispatcher(chain(function, consumer.middleware), self.name)
 
 
 class Idle:
-    """Stops a consumer after so many seconds without a message.
+    """Stops a consumer that has got no message for some time.
 
     Parameters:
-        consumer: which.
-        wait: seconds; None never stops it.
+        consumer: the consumer to stop.
+        wait: the seconds without a message; None never stops the consumer.
     """
 
     def __init__(self, consumer: Consumer, wait: float | None) -> None:
         self._consumer = consumer
-        #: Not less than it takes to see what is there.
+        #: At least the time that the consumer needs to find the waiting messages.
         self._wait = None if wait is None else max(wait, consumer.poll_timeout)
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """Count from now on."""
+        """Start the time anew."""
         self.end()
         if self._wait is not None:
             self._timer = asyncio.get_running_loop().call_later(self._wait, self._over)
 
     def end(self) -> None:
-        """Count no more."""
+        """Stop the time."""
         if self._timer is not None:
             self._timer.cancel()
 

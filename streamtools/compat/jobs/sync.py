@@ -1,4 +1,4 @@
-"""The same two functions for code without an event loop."""
+"""send_message and receive_message for code without an event loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def send_message_sync(
     original_message: str | JobMessage = "None",
     url: str | ProtocolSettings | None = None,
 ) -> JobMessage:
-    """As `send_message`, for code without an event loop; safe from any thread."""
+    """Do what `send_message` does, for code without an event loop. Safe to call from any thread."""
     return background.run(
         send_message(
             title=title,
@@ -51,9 +51,9 @@ def receive_message_sync(
     *,
     url: str | ProtocolSettings | None = None,
 ) -> list[JobMessage]:
-    """As `receive_message`, for code without an event loop; safe from any thread.
+    """Do what `receive_message` does, for code without an event loop. Safe to call from any thread.
 
-    A `def` callback is called in the calling thread, an `async def` one on the background loop.
+    A `def` callback runs in the calling thread, an `async def` callback in the background loop.
     """
     if call_back_function is None or is_async(call_back_function):
         return background.run(receive_message(queue_name, max_wait_time, call_back_function, url=url))
@@ -65,20 +65,20 @@ def receive_message_sync(
         calls.put(call)
         return await call.done
 
-    hand_over.__qualname__ = name_of(call_back_function)  # as which it stands in the log and the error queue
+    hand_over.__qualname__ = name_of(call_back_function)  # the log and the error queue show the callback's name
     work = background.start(receive_message(queue_name, max_wait_time, hand_over, url=url))
     work.add_done_callback(lambda _: calls.put(None))
     try:
         while (call := calls.get()) is not None:
             call.make(call_back_function)
-    except BaseException:  # Ctrl-C: the message that was at work goes back
+    except BaseException:  # such as Ctrl-C: the current message goes back to its queue
         work.stop()
         raise
     return work.result()
 
 
 class Call:
-    """A message for a callback in another thread, and what it returns."""
+    """One message that a callback in another thread handles, and the callback's result."""
 
     def __init__(self, message: JobMessage) -> None:
         self._message = message
@@ -86,7 +86,7 @@ class Call:
         self.done: asyncio.Future[Any] = self._loop.create_future()
 
     def make(self, callback: Callback) -> None:
-        """Call it, in this thread."""
+        """Call the callback in this thread, and pass its result to the event loop."""
         try:
             result, error = callback(self._message), None
         except Exception as raised:
@@ -96,7 +96,7 @@ class Call:
     def _tell(self, result: Any, error: Exception | None) -> None:
         if self.done.done():
             return
-        if isinstance(error, StopIteration):  # which no future takes
+        if isinstance(error, StopIteration):  # a future does not accept it
             error = RuntimeError(f"the callback raised {error!r}")
         if error is not None:
             self.done.set_exception(error)

@@ -1,13 +1,12 @@
-"""`asyncio://`: queues within this process. The first driver for a driver author to read.
+"""`asyncio://`: queues within this process. A driver author should read this driver first.
 
-A message sent is appended to its queue's `ready`, or to the heap of `later` until it is due; a
-consumer takes it from there, holds it until it is settled, and puts it back in its place if it is
-released. That is all a protocol needs to do: retries, the error queue and the worker pool stand
-above it.
+A producer appends a message to `ready` of its queue, or puts it into the heap `later` until it is due. A consumer
+takes the message from there and holds it until it is settled. If it is released, the consumer puts it back into its
+place. A driver needs to do no more: the core adds retries, the error queue and the concurrency of handlers.
 
 producer.py, consumer.py, admin.py   the hooks
-broker.py                            all queues of one name, and where a message goes
-queues.py, waiters.py                one queue, and who waits for it
+broker.py                            all queues of one name, and the routes of messages
+queues.py, waiters.py                one queue, and the tasks that wait for it
 """
 
 from streamtools.drivers.asyncio.admin import AsyncIOAdmin

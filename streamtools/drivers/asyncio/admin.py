@@ -1,4 +1,4 @@
-"""AsyncIOAdmin: looks at the queues of this process."""
+"""AsyncIOAdmin: administers the queues of this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamtools.settings import AsyncIOSettings
 
 
 class AsyncIOAdmin(QueueAdmin, protocol="asyncio"):
-    """Looks at the queues of this process."""
+    """Administers the queues of this process."""
 
     settings_class: ClassVar[type[AsyncIOSettings]] = AsyncIOSettings
     settings: AsyncIOSettings

@@ -1,4 +1,4 @@
-"""Broker: all queues of one name in this process, and where a message goes."""
+"""Broker: the queues and bindings of one broker name in this process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from streamtools.validation.checks import Declare
 
 
 class Topic:
-    """What is sent to one name: a queue for each group that has ever consumed it.
+    """One queue name: it has a `Queue` of its own for each group that has ever consumed it.
 
-    Until a group has, messages wait in the queue of the group None, and the first group takes
-    that queue over; from then on each group has every message.
+    Until the first group consumes, messages wait in the `Queue` of the group None. The first group takes that one
+    over. From then on each group gets every message.
     """
 
     def __init__(self, name: str, maxsize: int, lock: RLock) -> None:
@@ -30,7 +30,7 @@ class Topic:
         self._claimed = False
 
     def join(self, group: str | None, *, latest: bool) -> Queue:
-        """The queue of a group, which is made if it is new."""
+        """Return the queue of a group; make it if the group is new."""
         with self.lock:
             if not self._claimed:
                 self._claimed = True
@@ -40,7 +40,7 @@ class Topic:
             return self.groups.setdefault(group, Queue(self.name, self.maxsize, self.lock))
 
     def delete(self) -> None:
-        """Forget everything; whoever waits finds out."""
+        """Delete all messages, and wake all consumers, which see that the queue was deleted."""
         for queue in self.groups.values():
             queue.deleted = True
             queue.purge()
@@ -48,15 +48,15 @@ class Topic:
 
 
 class Broker:
-    """The topics of one name within one process; its event loops share them, one after the other or in threads."""
+    """The topics of one broker name in this process; all its event loops share them, also in several threads."""
 
-    #: By process, for a forked child has none of its parent's messages, and by name.
+    #: The brokers by process and by name; by process, because a forked child must not see its parent's messages.
     _all: ClassVar[dict[tuple[int, str], Broker]] = {}
 
     def __init__(self, maxsize: int) -> None:
         self.lock: RLock = RLock()
         self.topics: dict[str, Topic] = {}
-        #: Exchange name -> its bindings with their queues, in the order made.
+        #: Exchange name -> its bindings with their queues, in the order in which they were made.
         self.bindings: dict[str, dict[tuple[Binding, str], None]] = {}
         self._maxsize = maxsize
 
@@ -66,10 +66,10 @@ class Broker:
         return cls._all.setdefault((os.getpid(), settings.name), cls(settings.maxsize))
 
     def declare(self, name: str, declare: Declare) -> None:
-        """Make a topic, or check that it is there.
+        """Create a topic, or check that it exists, as `declare` says.
 
         Raises:
-            QueueError: it is missing, and is not to be made.
+            QueueError: the topic is missing, and `declare` is "passive".
         """
         if declare is True:
             self.topics.setdefault(name, Topic(name, self._maxsize, self.lock))
@@ -77,10 +77,10 @@ class Broker:
             self.topic(name)
 
     def delete(self, name: str) -> None:
-        """Forget a topic and its bindings.
+        """Delete a topic and its bindings.
 
         Raises:
-            QueueError: there is none.
+            QueueError: there is no such topic.
         """
         with self.lock:
             self.topic(name).delete()
@@ -90,7 +90,7 @@ class Broker:
                     del bindings[found]
 
     def bind(self, queue: str, binding: Binding) -> None:
-        """Give a queue the messages of a topic; safe to repeat.
+        """Bind a queue to a topic of an exchange. Safe to repeat.
 
         Raises:
             QueueError: the queue is missing, or the exchange is of another type.
@@ -101,15 +101,15 @@ class Broker:
             self.bindings.setdefault(binding.exchange.name, {})[binding, queue] = None
 
     def unbind(self, queue: str, binding: Binding) -> None:
-        """Take it away again; safe to repeat."""
+        """Remove a binding. Safe to repeat."""
         with self.lock:
             self.bindings.get(binding.exchange.name, {}).pop((binding, queue), None)
 
     async def put(self, message: Message) -> None:
-        """Give a message to all queues that it goes to at once; waits while one of them is full.
+        """Put a message into all its queues at the same moment; wait while one of them is full.
 
         Raises:
-            QueueError: as for `route`.
+            QueueError: the same as for `route`.
         """
         full: Queue | None = None
         while True:
@@ -125,10 +125,10 @@ class Broker:
             await full.room()
 
     def route(self, message: Message) -> list[tuple[Message, Queue]]:
-        """Where a message goes, as each queue is to have it.
+        """Return the queues that a message goes to, each with the copy that it gets.
 
         Raises:
-            QueueError: there is no such queue, none bound to its topic, or the exchange is of another type.
+            QueueError: there is no such queue, no queue is bound to the topic, or the exchange has another type.
         """
         if message.exchange is None:
             if message.queue not in self.topics and not message.mandatory:
@@ -155,10 +155,10 @@ class Broker:
             return
 
     def topic(self, name: str) -> Topic:
-        """The topic of this name.
+        """Return the topic of this name.
 
         Raises:
-            QueueError: there is none.
+            QueueError: there is no such topic.
         """
         try:
             return self.topics[name]

@@ -18,7 +18,7 @@ from streamtools.verdicts import Copy
 
 
 class Hold:
-    """A message in someone's hand. A new one each time: a verdict of before means nothing to it."""
+    """One delivery of an item. Each delivery gets a new Hold, so that a late verdict on an earlier one is ignored."""
 
     __slots__ = ("item", "queue")
 
@@ -28,14 +28,14 @@ class Hold:
 
 
 class AsyncIOConsumer(Consumer, protocol="asyncio"):
-    """Receives within this process; what it holds unsettled when it closes goes back to its place."""
+    """Receives within this process. When it closes, messages that are not settled go back to their places."""
 
     features = FEATURES
     settings_class: ClassVar[type[AsyncIOSettings]] = AsyncIOSettings
     settings: AsyncIOSettings
     poll_timeout: ClassVar[float] = 0.0
     _broker: Broker
-    #: What it reads: its group's queue; none when it is closed.
+    #: The queues that it reads: the one of its group; none while it is closed.
     _queues: Sequence[Queue] = ()
 
     if TYPE_CHECKING:  # at run time options of other protocols are taken too, and ignored
@@ -85,7 +85,7 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
                 for settlement in settlements:
                     hold: Hold = settlement.delivery.token
                     if hold not in self._held:
-                        continue  # settled before, or gone back when we closed
+                        continue  # it was settled before, or went back when the consumer closed
                     if settlement.outgoing:
                         self._send_all(settlement, hold)
                     self._held.discard(hold)
@@ -98,18 +98,18 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
                     queue.put_back(items)
 
     def _send_all(self, settlement: Settlement, hold: Hold) -> None:
-        """Send all that is outgoing or nothing: so look first where each message goes."""
+        """Send all outgoing messages or none: find all their routes before the first is put into a queue."""
         routes = [self._route(message, settlement.verdict.kind.copy, hold) for message in settlement.outgoing]
         for copy, queue, origin in (place for route in routes for place in route):
             queue.put(copy, origin)
 
     def _route(self, message: Message, kind: Copy | None, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
-        """Where an outgoing message goes, and the queue that it failed in, if it did."""
+        """Return the queues that an outgoing message goes to, each with its copy and the queue that it failed in."""
         stays, origin = message.queue == self.queue, hold.item.origin
         if kind is Copy.RETRY and stays:
-            return [(message, hold.queue, origin)]  # for this group alone: the others have theirs
+            return [(message, hold.queue, origin)]  # only this group retries: the others have their own copies
         if kind is not Copy.ERROR:
-            origin = None  # the handler's own
+            origin = None  # the handler sent this message itself
         elif not stays:
             origin = hold.queue
         return [(copy, queue, origin) for copy, queue in self._find(message)]
@@ -132,7 +132,7 @@ class AsyncIOConsumer(Consumer, protocol="asyncio"):
 
 
 class AsyncIOReader(AsyncIOConsumer):
-    """Reads what waits for all groups of a queue, for an admin, without becoming a group of its own."""
+    """Reads the waiting messages of all groups of a queue, for an admin, without becoming a group itself."""
 
     drops_expired: ClassVar[bool] = False
 
@@ -140,10 +140,10 @@ class AsyncIOReader(AsyncIOConsumer):
         return [*topic.groups.values()]
 
     def _route(self, message: Message, kind: Copy | None, hold: Hold) -> list[tuple[Message, Queue, Queue | None]]:
-        # Back to the group that it failed in; the others had it.
+        # A redriven message goes only to the group that it failed in: the others have handled it.
         found = self._find(message)
         origin = hold.item.origin
         own = hold.queue if message.queue == self.queue else origin
-        if message.error is not None:  # it is put aside, and goes home from there
+        if message.error is not None:  # it moves to another error queue, and keeps its origin for a later redrive
             return [(*place, origin) for place in found]
         return [(copy, queue, None) for copy, queue in found if queue is own] or [(*place, None) for place in found]

@@ -1,4 +1,4 @@
-"""Queue: one group's messages, those that are ready, due later and in hand."""
+"""Queue: the messages of one group, ready, due later and in hand."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Item(NamedTuple):
     """A message in a queue.
 
     Attributes:
-        place: where it stands among the others; kept while it is in hand.
-        origin: the queue that it failed in, for its way back from an error queue.
+        place: its place among the other items, which it keeps while it is in hand.
+        origin: the queue that it failed in, to which a redrive puts it back.
     """
 
     place: int
@@ -33,7 +33,7 @@ class Queue:
     """One group's queue: messages that are ready, messages that are due later, and those in hand.
 
     Parameters:
-        lock: the broker's: several threads may run event loops that use it.
+        lock: the broker's lock, because event loops in several threads may use the queue.
     """
 
     def __init__(self, name: str, maxsize: int, lock: RLock) -> None:
@@ -45,7 +45,7 @@ class Queue:
         self.in_hand: int = 0
         self.deleted: bool = False
         self._places = count()
-        #: What wakes who waits when the first of `later` is due, in each event loop in which someone waits.
+        #: Event loop -> the timer that wakes its waiting tasks when the first item of `later` is due.
         self._timers: dict[asyncio.AbstractEventLoop, asyncio.TimerHandle] = {}
         self._pace = WakeThrottle()
         self._getters: deque[asyncio.Future[None]] = deque()
@@ -53,7 +53,7 @@ class Queue:
 
     @property
     def size(self) -> int:
-        """Messages that wait, due or not."""
+        """The number of messages that wait, due or not."""
         return len(self.ready) + len(self.later)
 
     async def room(self) -> None:
@@ -65,14 +65,14 @@ class Queue:
         await wait_for(waiter, self._putters)
 
     def pass_on(self) -> None:
-        """Room that someone has waited for and does not need is another's."""
+        """Wake the next task that waits for room, if there still is room that the caller does not use."""
         if self.size < self.maxsize:
             wake(self._putters)
 
     def put(self, message: Message, origin: Queue | None = None) -> None:
-        """Add a message, full or not: copies must not wait for the consumer that makes them.
+        """Add a message even if the queue is full: a consumer that sends must not wait for itself.
 
-        Whoever calls it has the lock.
+        The caller has to hold the lock.
         """
         item = Item(next(self._places), message, origin)
         if message.deliver_at is not None and message.deliver_at > time.time():
@@ -122,7 +122,7 @@ class Queue:
             return taken
 
     def cancel(self, id: str) -> bool:  # noqa: A002 - the field's name
-        """Forget a message that is not due yet; False when there is none of this id."""
+        """Delete a message that is not due yet; return False if there is none with this id."""
         with self.lock:
             kept = [entry for entry in self.later if entry[1].message.id != id]
             found = len(kept) < len(self.later)
@@ -131,7 +131,7 @@ class Queue:
             return found
 
     def purge(self) -> int:
-        """Forget all messages that wait; the number of them."""
+        """Delete all messages that wait, and return how many."""
         with self.lock:
             number = self.size
             self.ready.clear()
@@ -140,7 +140,7 @@ class Queue:
             return number
 
     def ripen(self) -> int:
-        """Make ready what is due; the number."""
+        """Move due messages from `later` to `ready`, and return by how many `ready` has grown."""
         with self.lock:
             now, before = time.time(), len(self.ready)
             while self.later and self.later[0][0] <= now:
@@ -149,13 +149,13 @@ class Queue:
                 wake(self._getters)
             return len(self.ready) - before
 
-    # --- what comes due -------------------------------------------------------------------------
+    # --- messages that are due later ------------------------------------------------------------
 
     def _schedule_where_someone_waits(self) -> None:
         loops = {waiter.get_loop() for waiter in self._getters}
         for loop in loops:
             call_in(loop, self._schedule)
-        if not loops:  # as a rule who waits next asks; a loop that is busy handling is told of it here
+        if not loops:  # usually the next task that waits sets the timer; while all are busy handling, we set it here
             self._schedule()
 
     def _schedule(self) -> None:

@@ -1,4 +1,4 @@
-"""Waiting in line, across event loops: futures of several loops in one deque."""
+"""Lets tasks of several event loops wait in one line: a deque of their futures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Line = deque["asyncio.Future[None]"]
 
 
 def stand_in(line: Line) -> asyncio.Future[None]:
-    """Wait in line from now on."""
+    """Add a future of the running loop to the line, and return it."""
     waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     line.append(waiter)
     return waiter
@@ -22,12 +22,12 @@ async def wait_for(waiter: asyncio.Future[None], line: Line) -> None:
         await waiter
     except asyncio.CancelledError:
         if waiter.done() and not waiter.cancelled():
-            wake(line)  # it was meant for us; pass it on
+            wake(line)  # this task was woken, but is cancelled: wake the next one
         raise
 
 
 def wake(line: Line) -> None:
-    """Wake the first who waits, in whichever event loop that is; passes over those whose loop has ended."""
+    """Wake the first task that waits, in any event loop; skip tasks whose loop is closed."""
     while line:
         running = asyncio.get_running_loop()
         try:
@@ -55,7 +55,7 @@ def wake_all(line: Line) -> None:
 
 
 def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> bool:
-    """Call a function in an event loop; False when that has ended."""
+    """Call a function in an event loop; return False if that loop is closed."""
     if loop is asyncio.get_running_loop():
         function(*arguments)
         return True

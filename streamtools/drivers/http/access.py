@@ -1,8 +1,9 @@
-"""Who may ask at a port: the name it is asked by, the web page that asks, and the token that is shown.
+"""Decides whether a request is allowed, by its host name, by the web page that sent it, and by its token.
 
-A browser sends a `text/plain` POST of any web page to any address it can reach, a service on its user's machine
-included. It says in `Origin`, or in `Sec-Fetch-Site`, for which page; other clients send neither. So a request of a
-page is refused unless the page is allowed, or the browser says that it is of the very same origin.
+Any web page can make a browser send a `text/plain` POST to any address that the browser can reach, such as a service
+on its user's machine. The browser names the page in `Origin`, or describes it in `Sec-Fetch-Site`; other clients send
+neither. So a request of a web page is refused unless the page is allowed, or the browser says that the page has the
+same origin as this service.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ class Access:
     """The rules of one port.
 
     Attributes:
-        tokens: of which each request has to show one; any request may come when empty.
-        hosts: names by which the port may be asked; any when empty.
-        origins: web pages that may ask; "*" for any.
+        tokens: each request has to show one of these tokens; if empty, a request needs none.
+        hosts: the host names that a request may use for this port; if empty, any.
+        origins: the origins of web pages that may send requests; "*" for any.
     """
 
     tokens: Tokens
@@ -33,23 +34,23 @@ class Access:
 
     @classmethod
     def of(cls, settings: HTTPSettings) -> Access:
-        """The rules that settings have."""
+        """Return the rules that the settings describe."""
         return cls(Tokens(settings.tokens), frozenset(map(_host, settings.hosts)), frozenset(settings.origins))
 
     def refusal(self, request: web.BaseRequest) -> web.Response | None:
-        """The answer to who may not ask; None for all others."""
+        """Return the response to a request that is not allowed; None if the request is allowed."""
         if self.hosts and not all(self._is_ours(name) for name in _names(request)):
-            return _closing(responses.error_response(421, "This service is not asked by that host name."))
+            return _closing(responses.error_response(421, "This service does not serve that host name."))
         if not self._may_come(request):
             return _closing(
                 responses.error_response(
-                    403, "A web page of another origin asks; allow it with origins= if it is yours."
+                    403, "The request is of a web page of another origin; allow it with origins= if it is yours."
                 )
             )
         if self.tokens and not self._is_shown(request):
             challenge = {"WWW-Authenticate": "Bearer"}
             return _closing(
-                responses.error_response(401, "A request here shows a token: Authorization: Bearer ...", **challenge)
+                responses.error_response(401, "A request needs a token: Authorization: Bearer ...", **challenge)
             )
         return None
 
@@ -72,7 +73,7 @@ class Access:
 
 
 def _host(name: str) -> str:
-    """A host as it is compared: in lower case, an IPv6 address without its brackets."""
+    """Return a host in the form in which hosts are compared: lower case, IPv6 addresses without brackets."""
     bare = name.lower()
     return bare[1:-1] if bare.startswith("[") and bare.endswith("]") and ":" in bare else bare
 
@@ -83,7 +84,7 @@ def _without_port(name: str) -> str:
 
 
 def _names(request: web.BaseRequest) -> list[str]:
-    """Each name by which a request asks: there is one in its target too where that is a whole URL."""
+    """Return all host names of a request: those of `Host`, and that of its target if the target is a whole URL."""
     names = [name.lower() for name in request.headers.getall("Host", [""])]
     if not request.raw_path.startswith(("/", "*")):
         try:

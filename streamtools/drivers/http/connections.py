@@ -1,13 +1,14 @@
-"""The connections of one port: what each holds, how long it may take, and which end first when there are too many.
+"""Limits the connections of one port: their number, their memory and their time.
 
-aiohttp limits one line, one header and their number, and gives an idle connection its time. It does not limit a head
-as a whole, the connections, what all of them hold together, or the time that a client takes to read an answer.
-`_Connection` is aiohttp's protocol for one connection, with these limits. It overrides its public methods alone,
-and reads one private name, `_messages`.
+aiohttp limits the length of a line and of a header, the number of headers, and the time of an idle connection. It
+limits neither the whole head of a request, nor the number of connections, nor the memory of all of them together, nor
+the time in which a client reads an answer. `_Connection` is aiohttp's protocol for one connection with these limits
+added. It overrides public methods only, and reads one private name, `_messages`.
 
-A connection *waits* while it is idle or a request has not arrived whole; then it may be ended. It is *busy* while a
-whole request is in hand: then it stays. Whenever a limit is reached, the peer that has the most loses first, and of
-its connections the slowest: one that has sent a request in good time is not waiting any more.
+A connection *waits* while it is idle or a request has arrived only in part; then it may be closed. It is *busy* while
+a complete request is handled; then it is never closed. When a limit is reached, the peer that uses the most loses
+connections first, beginning with the slowest: a connection that sent its request in time is busy, and no longer
+waits.
 """
 
 from __future__ import annotations
@@ -30,89 +31,89 @@ from streamtools.drivers.http.responses import SERVER
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds for the first byte of a connection, and for a head from its first byte to its last.
+#: Seconds until the first byte of a connection must arrive, and from the first to the last byte of a head.
 HEAD_TIMEOUT: Final = 20.0
 #: Seconds for a TLS handshake.
 HANDSHAKE_TIMEOUT: Final = 10.0
-#: Seconds between two looks at all connections.
+#: Seconds between two checks of all connections.
 CHECK_INTERVAL: Final = 1.0
-#: What a line of a head costs beside its bytes: the objects that aiohttp makes of it.
+#: The bytes that a line of a head takes in addition to its own: the objects that aiohttp makes of it.
 LINE_COST: Final = 300
-#: The most that an unfinished head may cost; a whole one is measured exactly when it is read.
+#: The most bytes that an unfinished head may take; a complete head is measured exactly when it is read.
 HEAD_LIMIT: Final = 640 * 1024
-#: Bytes of chunk headers and the like that may stand beside each byte of a body, once `HEAD_LIMIT` is used up.
+#: For each byte of a body, this many bytes of chunk headers may arrive, in addition to `HEAD_LIMIT`.
 OVERHEAD: Final = 8
-#: Bytes that may come behind a request that is in hand; then the connection ends with its answer.
+#: If more bytes than this arrive while a request is handled, the connection closes after its answer.
 PIPELINED: Final = 256 * 1024
-#: What all unfinished requests may hold together, in bytes; at least four of the largest bodies.
+#: The most bytes of all unfinished requests together; more if four of the largest bodies need more.
 UNFINISHED: Final = 32 * 1024 * 1024
-#: What all answers that their clients do not read may hold together, in bytes.
+#: The most bytes of all answers together that clients have not read.
 UNREAD: Final = 32 * 1024 * 1024
-#: Bytes a second that a client has to read of an answer, once the seconds of `READ_GRACE_TIMEOUT` are over.
+#: After `READ_GRACE_TIMEOUT` seconds, a client has to read this many bytes of an answer per second.
 READ_RATE: Final = 4096
 READ_GRACE_TIMEOUT: Final = 10.0
-#: Seconds that the rest of a refused request is read, so that its sender gets to see the answer.
+#: The rest of a refused request is read for this many seconds, so that its sender sees the answer.
 LINGER_TIMEOUT: Final = 2.0
-#: The share of a limit that is ended at once when it is reached, so that not each new connection has to look.
+#: When a limit is reached, this share of it is freed at once, so that not every new connection has to search.
 SHARE: Final = 1 / 16
-#: Seconds between two lines of the log about connections that were ended.
+#: Seconds between two warnings about connections that were closed.
 LOG_INTERVAL: Final = 60.0
 
 _TOO_SLOW: Final = b"408 Request Timeout", b"The request took too long to arrive."
 _TOO_LONG: Final = b"431 Request Header Fields Too Large", b"The head of the request is too long."
-_NO_BODY: Final = b"400 Bad Request", b"The body is not sent as HTTP has it."
+_NO_BODY: Final = b"400 Bad Request", b"The chunks of the body are not valid HTTP."
 
 
 class Counted:
-    """A connection as those of its port count it."""
+    """The part of a connection that `Connections` counts and closes."""
 
     def __init__(self, connections: Connections) -> None:
         self.peer: str = ""
-        #: When it began to wait.
+        #: The loop's time at which the connection began to wait.
         self.since: float = 0.0
-        #: What the bytes cost that belong to no whole request yet.
+        #: The bytes that the unfinished request takes.
         self.held: int = 0
         self.busy: bool = False
-        #: Whole requests so far.
+        #: The number of complete requests so far.
         self.requests: int = 0
         self._connections = connections
         self._wire: asyncio.Transport | None = None
 
     @property
     def unsent(self) -> int:
-        """Bytes that are to go out."""
+        """The bytes that are written and not sent yet."""
         return self._wire.get_write_buffer_size() if self._wire is not None else 0
 
     def wait(self) -> None:
-        """It waits from now on."""
+        """Note that the connection waits from now on."""
         self.busy = False
         self.since = monotonic()
 
     def look(self, now: float) -> None:
-        """End it if its time is over."""
+        """Close the connection if its time is over."""
 
     def end(self) -> None:
-        """End it, whatever it waits for."""
+        """Close the connection while it waits."""
         self.abort()
 
     def abort(self) -> None:
-        """End it at once, and forget what is to go out."""
+        """Close the connection at once, and discard what is not sent yet."""
         if self._wire is not None:
             self._wire.abort()
 
     def _join(self, wire: asyncio.BaseTransport) -> None:
-        self._wire = cast(asyncio.Transport, wire)  # uvloop's is no subclass
+        self._wire = cast(asyncio.Transport, wire)  # uvloop's transports are not subclasses of it
         self.peer = peer_of(wire.get_extra_info("peername"))
         self._connections.add(self)
 
 
 class Door(Counted, asyncio.Protocol):
-    """A connection whose TLS handshake is under way.
+    """A connection during its TLS handshake.
 
     Parameters:
-        connections: those of its port.
-        tls: what to speak.
-        inside: makes the protocol that speaks behind the handshake.
+        connections: the connections of its port.
+        tls: the TLS context.
+        inside: makes the protocol that takes over after the handshake.
     """
 
     def __init__(self, connections: Connections, tls: ssl.SSLContext, inside: Callable[[], asyncio.Protocol]) -> None:
@@ -122,14 +123,14 @@ class Door(Counted, asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It was accepted."""
+        """Count the connection, and begin the handshake."""
         self._join(transport)
         if self._wire is not None and not self._wire.is_closing():
-            self._wire.pause_reading()  # what comes now is for TLS
+            self._wire.pause_reading()  # start_tls reads what comes now
             self._task = asyncio.get_running_loop().create_task(self._shake_hands(self._wire))
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """It has ended before TLS began."""
+        """Forget the connection, which was closed before TLS began."""
         self._connections.remove(self)
 
     async def _shake_hands(self, wire: asyncio.Transport) -> None:
@@ -139,7 +140,7 @@ class Door(Counted, asyncio.Protocol):
                 wire, inside, self._tls, server_side=True,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT, ssl_shutdown_timeout=LINGER_TIMEOUT,
             )  # fmt: skip
-        except OSError as error:  # ssl.SSLError and TimeoutError are such
+        except OSError as error:  # the base class of ssl.SSLError and TimeoutError
             log.debug("A TLS handshake failed (%s).", type(error).__name__)
             wire.abort()
             secured = None
@@ -149,18 +150,18 @@ class Door(Counted, asyncio.Protocol):
             inside.connection_made(secured)
 
 
-class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their types are aiohttp's
+class _Connection(Counted, web.RequestHandler):  # private like _Server, because their base classes are aiohttp's
     """A connection that speaks HTTP.
 
     Parameters:
-        connections: those of its port.
-        options: aiohttp's.
+        connections: the connections of its port.
+        options: the options of aiohttp's RequestHandler.
     """
 
     def __init__(self, server: web.Server, connections: Connections, **options: Any) -> None:
         Counted.__init__(self, connections)
         web.RequestHandler.__init__(self, server, **options)
-        #: What its client had not read when that was first seen, and when.
+        #: When the client was first seen not to read: the unread bytes, and the loop's time.
         self._unread: tuple[int, float] | None = None
         self._body: Any = None
         self._refused = False
@@ -168,17 +169,17 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
     # --- aiohttp's hooks ------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It was accepted."""
+        """Count the connection."""
         super().connection_made(transport)
         self._join(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """It has ended."""
+        """Forget the connection."""
         self._connections.remove(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came."""
+        """Count the bytes that arrived, pass them on to aiohttp, and check the limits."""
         if self._refused:
             return
         if not self.held and not self.busy:
@@ -193,12 +194,12 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
         self._connections.check_held()
 
     def pause_writing(self) -> None:
-        """Its client reads more slowly than we write."""
+        """Check the limit of unread answers: the client reads more slowly than we write."""
         super().pause_writing()
         self._connections.check_unread(self)
 
     def handle_error(self, *args: Any, **kwargs: Any) -> web.StreamResponse:
-        """Answer what is no HTTP, without the name of the library and its version."""
+        """Answer a request that is not HTTP, without telling aiohttp's name and version."""
         response = super().handle_error(*args, **kwargs)
         response.headers["Server"] = SERVER
         return response
@@ -206,7 +207,7 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Send an answer, and let go of its body: aiohttp keeps the last answer of a connection that is idle."""
+        """Send an answer, and free its body: an idle connection of aiohttp keeps its last answer."""
         try:
             return await super().finish_response(request, resp, start_time)
         finally:
@@ -216,27 +217,27 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
     # --- the way of a request -------------------------------------------------------------------
 
     def begun(self, body: Any) -> None:
-        """A head has arrived.
+        """Note that the head of a request has arrived.
 
         Parameters:
-            body: aiohttp's stream of it.
+            body: aiohttp's stream of the request's body.
         """
         self._body = body
         if body.is_eof():
             self.whole()
 
     def whole(self) -> None:
-        """A request has arrived whole."""
+        """Note that a request has arrived completely."""
         if self.busy:
             return
         self._body = None
         self.requests += 1
         self._connections.work(self)
 
-    # --- its end --------------------------------------------------------------------------------
+    # --- closing --------------------------------------------------------------------------------
 
     def look(self, now: float) -> None:
-        """End it if its time is over."""
+        """Close the connection if its time is over."""
         if self._wire is None:
             return
         if self.unsent:
@@ -245,7 +246,7 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
                 self._wire.abort()
             return
         self._unread = None
-        if self.busy or self._body is not None:  # whoever reads a body has a limit of its own
+        if self.busy or self._body is not None:  # RequestQueue limits the time of a body
             return
         if self._refused and now - self.since > LINGER_TIMEOUT:
             self._wire.abort()
@@ -253,7 +254,7 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
             self.end()
 
     def end(self) -> None:
-        """End it, whatever it waits for; a request that has begun is answered 408, as one to be sent again."""
+        """Close the connection while it waits; if a request has begun, answer it 408, so that it is sent again."""
         if self._wire is None:
             return
         if self.unsent:
@@ -266,15 +267,15 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
     def _check(self) -> None:
         if self.busy:
             if self.held > PIPELINED:
-                self.close()  # what is in hand is answered, and nothing more is read
+                self.close()  # the current request is answered, and nothing more is read
         elif self._body is None:
-            if not self._messages:  # aiohttp's own: heads that are whole, and begin with the loop's next turn
+            if not self._messages:  # aiohttp's list of complete heads that it has not begun to handle
                 self._refuse(_TOO_LONG)
         elif self.held > HEAD_LIMIT + (1 + OVERHEAD) * self._body.total_bytes:
             self._refuse(_NO_BODY)
 
     def _refuse(self, why: tuple[bytes, bytes]) -> None:
-        """Answer, and read on for a while: a client that still sends would not see the answer otherwise."""
+        """Refuse a request, and read on for a while: a client that is still sending would not see the answer."""
         self._refused = True
         if self._wire is not None and not self.unsent and self._body is None:
             self._wire.write(_answer(*why))
@@ -284,19 +285,19 @@ class _Connection(Counted, web.RequestHandler):  # private, as is _Server: their
 
 
 class Connections:
-    """Those of one port.
+    """The connections of one port.
 
     Parameters:
-        limit: connections at most.
-        place: for the log, such as "port 9000".
+        limit: the most connections.
+        place: the port as the log names it, such as "port 9000".
     """
 
     def __init__(self, limit: int, place: str = "") -> None:
         self.limit: int = _within_files(limit)
         self.place: str = place
-        #: What all unfinished requests may hold, in bytes.
+        #: The most bytes that all unfinished requests may take together.
         self.room: int = UNFINISHED
-        #: What they hold.
+        #: The bytes that they take now.
         self.held: int = 0
         self._all: dict[Counted, None] = {}
         self._unread: dict[Counted, int] = {}
@@ -308,7 +309,7 @@ class Connections:
         return len(self._all)
 
     def close(self) -> None:
-        """End all that are left."""
+        """Close all connections."""
         for connection in list(self._all):
             connection.abort()
         if self._timer is not None:
@@ -318,7 +319,7 @@ class Connections:
     # --- from the connections -------------------------------------------------------------------
 
     def add(self, connection: Counted) -> None:
-        """One was accepted."""
+        """Count a connection that was accepted; if there are too many now, close some."""
         self._all[connection] = None
         connection.wait()
         if len(self._all) > self.limit:
@@ -332,26 +333,26 @@ class Connections:
             self._timer = asyncio.get_running_loop().call_later(CHECK_INTERVAL, self._look)
 
     def remove(self, connection: Counted) -> None:
-        """One has ended."""
+        """Forget a connection that was closed."""
         self._all.pop(connection, None)
         self._unread.pop(connection, None)
         self.held -= connection.held
         connection.held = 0
 
     def work(self, connection: Counted) -> None:
-        """A whole request is in hand."""
+        """Note that a connection is busy with a complete request."""
         connection.busy = True
         self.held -= connection.held
         connection.held = 0
 
     def hold(self, connection: Counted, cost: int) -> None:
-        """It holds more."""
+        """Note that the unfinished request of a connection takes more bytes."""
         if connection in self._all:
             connection.held += cost
             self.held += cost
 
     def check_held(self) -> None:
-        """End the slowest when all hold too much together."""
+        """Close the slowest connections if all unfinished requests together take too much."""
         if self.held <= self.room:
             return
         now = monotonic()
@@ -363,7 +364,7 @@ class Connections:
         )
 
     def check_unread(self, connection: Counted) -> None:
-        """End those that have left the most unread for the longest time."""
+        """Close the connections that have been unread for the longest time, if all unread answers take too much."""
         self._unread.pop(connection, None)
         self._unread[connection] = connection.unsent
         if sum(self._unread.values()) <= UNREAD:
@@ -385,11 +386,11 @@ class Connections:
         order: Callable[[Counted], Any],
         more: Callable[[], bool],
     ) -> None:
-        """End connections that wait, of whichever peer has the most, while `more()`.
+        """Close waiting connections, always one of the peer with the greatest weight, while `more()` is true.
 
         Parameters:
-            weight: what one counts.
-            order: of two of one peer, the lesser ends first.
+            weight: returns the weight of a connection.
+            order: returns a sort key; of one peer, the connection with the least key is closed first.
         """
         waiting: defaultdict[str, list[Counted]] = defaultdict(list)
         for connection in self._all:
@@ -417,8 +418,8 @@ class Connections:
             connection.look(now)
         if self._ended and now - self._told > LOG_INTERVAL:
             log.warning(
-                "%s: %d connections were ended, the slowest first, because there were more than %d, or because "
-                "unfinished requests or unread answers held too much.",
+                "%s: %d connections were closed, the slowest first, because there were more than %d, or because "
+                "unfinished requests or unread answers took too much memory.",
                 self.place,
                 self._ended,
                 self.limit,
@@ -438,13 +439,13 @@ class _Server(web.Server):
         self._options = options
 
     def __call__(self) -> web.RequestHandler:
-        """The protocol of a new connection."""
+        """Return the protocol of a new connection."""
         options = {name: value for name, value in self._options.items() if name != "request_factory"}
         return _Connection(self, self._limits, loop=asyncio.get_running_loop(), **options)
 
 
 def peer_of(name: object) -> str:
-    """Who is at the other end: an address, or the network of 64 bits that one IPv6 host has to itself."""
+    """Return the peer of a connection: its address; for IPv6 its network of 64 bits, which one host can own."""
     if not isinstance(name, tuple) or not name:
         return ""
     return _network(str(name[0]))
@@ -462,7 +463,7 @@ def _network(host: str) -> str:
 
 
 def _within_files(limit: int) -> int:
-    """No more connections than three quarters of the files that this process may open."""
+    """Return the limit, but at most three quarters of the files that this process may open."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return limit if files == resource.RLIM_INFINITY else max(1, min(limit, files * 3 // 4))
 

@@ -1,4 +1,4 @@
-"""HTTPConsumer: each request is a message, and its settlement the answer."""
+"""HTTPConsumer: each request is a message, and the settlement of the message is the answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from streamtools.errors import Closed, ConfigurationError, ConnectError, SendErr
 from streamtools.message import Message
 from streamtools.settings import HTTPSettings
 
-#: Headers that are for us where we ask for them, and not for the handler.
+#: If the settings have tokens, the handler does not get these headers.
 CREDENTIALS: Final = frozenset({b"authorization"})
 
 log: logging.Logger = logging.getLogger("streamtools")
@@ -38,23 +38,25 @@ log: logging.Logger = logging.getLogger("streamtools")
 class HTTPConsumer(Consumer, protocol="http"):
     """Takes requests to `/<queue name>` and answers them with what the handler returns.
 
-    All consumers of one event loop on one host and port share it; with `port=0` it is any free one,
-    which `address` tells. Answers: 200 with the handler's
-    value, 202 without one (an expired or dropped message too), 400 undecodable, 404 unknown path,
-    405 wrong method, 408 a body that does not arrive, 413 a body over `max_body`, 422 a body that
-    does not validate or that the handler rejected, 431 too many headers, 503 with Retry-After while
-    the retry policy has attempts left, 500 when it has none. The attempt is counted by the sender,
-    in `ce-attempt`; the answer 503 names the next. Requests beyond those in hand and `prefetch` more
-    that wait are answered 503 at once.
+    All consumers of one event loop with the same host and port share that port. With `port=0` the system chooses a
+    free port, which `address` returns.
 
-    The settings say who may ask: `tokens`, `client_ca`, `hosts` and `origins`. All others are answered 401, 403 or
-    421, and another content type than those of the option 415.
+    The answer is 200 with the value that the handler returned, or 202 if it returned none, or the message was dropped
+    or had expired. It is 400 if the body cannot be decoded, 404 for an unknown path, 405 for a wrong method, 408 if
+    the body does not arrive, 413 if the body is larger than `max_body`, 422 if the body is not valid or the handler
+    rejected the message, and 431 if there are too many headers. If the handler failed, the answer is 503 with
+    Retry-After while the retry policy has attempts left, then 500. The sender counts the attempts in `ce-attempt`;
+    the answer 503 tells it the next number. If `prefetch` requests already wait, further ones are answered 503 at
+    once.
+
+    The settings `tokens`, `client_ca`, `hosts` and `origins` say which requests are allowed. All others are answered
+    401, 403 or 421. A content type that is not in the option `content_types` is answered 415.
 
     Parameters beyond those of `Consumer`:
         method: "POST" (the default), "GET" (the body if there is one, else the query as a flat
             mapping, in which repeated keys are a list), "DELETE" (likewise), "PUT" or "PATCH".
         max_body: the largest body in bytes, compressed or not; 1 MiB by default, from the settings.
-        content_types: those that are taken, such as ["application/json", "text/*"]; any when None.
+        content_types: the content types to accept, such as ["application/json", "text/*"]; None for any.
     """
 
     features = FEATURES
@@ -72,7 +74,7 @@ class HTTPConsumer(Consumer, protocol="http"):
 
     @property
     def address(self) -> tuple[str, int]:
-        """The host and the port: while open those that it listens on, else those that it will (0: any free port)."""
+        """The host and the port to listen on; while the consumer is open, the port that it really has."""
         if self._server is not None:
             return self._server.address
         host, port = self.settings.address
@@ -90,7 +92,7 @@ class HTTPConsumer(Consumer, protocol="http"):
         check_queue(queue)
         if is_url(queue):
             raise ConfigurationError(
-                "A consumer has a queue's name, not a URL: the address is url=, host= and port=."
+                "A consumer takes the name of a queue, not a URL: give the address as url=, or as host= and port=."
             )
 
     @classmethod
@@ -134,7 +136,7 @@ class HTTPConsumer(Consumer, protocol="http"):
         for settlement in settlements:
             if not settlement.outgoing:
                 _answer(settlement)
-        # At once: a receiver that does not answer holds up no one but who sends to it.
+        # All are sent at once, so that a receiver that does not answer delays only its own messages.
         refused = [error for error in await asyncio.gather(*results) if error is not None]
         if refused:
             raise SendError(
@@ -145,8 +147,8 @@ class HTTPConsumer(Consumer, protocol="http"):
             ) from refused[0]
 
     async def _settle_one(self, settlement: Settlement) -> SendError | None:
-        """Send on what the handler sent, and answer; the error, where the sender is to know of it."""
-        # A reply goes in the answer and nowhere else: an address that stands in a request is no one's to be sent to.
+        """Send the handler's messages, and answer the request; return the error of sending if it failed."""
+        # A reply goes only into the answer: nobody who sends a request may choose an address for us to send to.
         replies = [message for message in settlement.outgoing if message.intent == "reply"]
         call: PendingRequest = settlement.delivery.token
         outgoing = [message for message in settlement.outgoing if message.intent != "reply"]
@@ -156,7 +158,7 @@ class HTTPConsumer(Consumer, protocol="http"):
             except SendError as error:
                 if not call.gone:
                     return error
-                log.warning("%r: the client has left, and what its handler sent is lost: %s", self, error)
+                log.warning("%r: the client has left, and the messages of its handler are lost: %s", self, error)
         _answer(settlement, replies[-1] if replies else None)
         return None
 
@@ -167,7 +169,10 @@ class HTTPConsumer(Consumer, protocol="http"):
             await self._sender.send_messages(messages)
         except SendError:
             raise
-        except (ConnectError, ConfigurationError) as error:  # of the receiver: our own port is none the worse
+        except (
+            ConnectError,
+            ConfigurationError,
+        ) as error:  # an error of that receiver must not reconnect our own port
             ids = [message.id for message in messages]
             raise SendError(str(error), refused=ids, messages=messages) from error
 

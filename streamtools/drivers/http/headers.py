@@ -1,13 +1,14 @@
-"""Metadata and user headers as HTTP headers, and back.
+"""Writes metadata and user headers as HTTP headers, and reads them.
 
-Ours stand under the names of the CloudEvents 1.0 HTTP binding, binary mode (`ce-id`, `ce-type`, ...).
-A user header whose name and value can pass as they are is a plain header of its own name. The
-others travel together in `streamtools-headers`, percent-encoded as `name=value&name=value`, so
-that nothing a user writes can end a line, change the request, or be lost on the way.
+Metadata have the names of the CloudEvents 1.0 HTTP binding, binary mode (`ce-id`, `ce-type`, ...). A user header is
+sent as a *plain* HTTP header if HTTP can carry its name and its value unchanged. All other user headers are *packed*
+together into `streamtools-headers`, percent-encoded as `name=value&name=value`. So nothing that a user writes can end
+a line, change the request, or be lost.
 
-A proxy that sets or removes a header (`X-Forwarded-User`) knows nothing of what is packed. So a packed header whose
-name could be a plain one counts only where the plain one is there as well and says so: its value is then
-`streamtools-headers`. A proxy that removes or replaces that one has the last word.
+A proxy may set or remove a header such as `X-Forwarded-User`, but it does not look into packed headers. If the name
+of a packed header could be plain, the sender also sends a plain header of that name with the value
+`streamtools-headers`, and the receiver reads the packed value only if that plain header has arrived. So a proxy that
+removes or replaces the plain header decides, and no client can evade it by packing.
 """
 
 from __future__ import annotations
@@ -40,29 +41,29 @@ PREFIX: Final = "ce-"
 CE_ATTEMPT: Final = PREFIX + ATTEMPT
 #: User headers that cannot be plain HTTP headers.
 PACKED: Final = "streamtools-headers"
-#: CloudEvents 1.0 section 3.1: an event has a type and a source. They stand for "not said".
+#: An event needs a type and a source (CloudEvents 1.0, section 3.1); these are sent if the message has none.
 UNSAID: Final = {"type": "streamtools.Message", "source": "urn:streamtools:anonymous"}
-#: Headers of one message whose names are those of HTTP; our server takes a few more in all.
+#: The most plain headers of one message; our server accepts a few more headers in all.
 PLAIN_LIMIT: Final = 1000
-#: Headers of the connection or of the body, which are no one's message.
+#: Headers that describe the connection or the body, and do not belong to the message.
 TRANSPORT: Final = frozenset(
     {"accept", "accept-charset", "accept-encoding", "accept-language", "accept-ranges", "connection"}
     | {"content-encoding", "content-length", "content-type", "expect", "host", "http2-settings", "keep-alive"}
     | {"proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "user-agent", PACKED}
 )
 
-#: Headers of HTTP's own for fields of a message.
+#: HTTP's own headers for fields of a message.
 _NATIVE: Final = {"content-type": "content_type", "content-encoding": "content_encoding"}
-#: Headers that say nothing about a message, as they come.
+#: The names of headers that say nothing about a message, as bytes in lower case.
 _NO_ONES: Final = frozenset(name.encode() for name in TRANSPORT - _NATIVE.keys() - {PACKED})
 _OURS: Final = frozenset(
     PREFIX + name for name in (*TEXT.values(), *TIMES.values(), *ERROR_TEXT.values(), *ERROR_TIMES.values())
 ) | {PREFIX + name for name in ("specversion", KEY_BYTES, ATTEMPT, VERSION, ERROR_ATTEMPTS)}
-#: Names that no plain header of a user's has: HTTP or we ourselves give them a meaning.
+#: A user header with one of these names is never plain: HTTP or this library gives the name a meaning.
 _NEVER_PLAIN: Final = TRANSPORT | _OURS | {"origin", "sec-fetch-site"}
 #: RFC 9110, section 5.6.2: a token.
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-#: Printable ASCII without a space at either end, where HTTP would trim it.
+#: Printable ASCII without a space at its ends, because HTTP removes such spaces.
 _PLAIN: Final = re.compile(r"(?:[!-~](?:[ -~]*[!-~])?)?")
 #: CloudEvents HTTP binding, section 3.1.3.2: a space, `"`, `%` and what is not printable ASCII are encoded.
 _TO_ENCODE: Final = re.compile(r"[^!#$&-~]")
@@ -70,10 +71,11 @@ _AS_THEY_ARE: Final = "!#$&'()*+,/:;<=>?@[\\]^`{|}~"
 
 
 def encode_headers(message: Message) -> dict[str, str]:
-    """All headers for a request that carries `message`.
+    """Return all headers of a request that carries `message`.
 
     Raises:
-        ConfigurationError: a field of the message holds a lone surrogate.
+        ConfigurationError: a field of the message holds a lone surrogate, HTTP cannot carry its content type or
+            content encoding, or it has too many headers.
     """
     found = encode_meta(message, prefix=PREFIX, skip=frozenset(_NATIVE.values()))
     headers = {name: _encode(name, value) for name, value in found.items()}
@@ -90,7 +92,7 @@ def encode_headers(message: Message) -> dict[str, str]:
 
 
 class Headers(dict[str, str]):
-    """The user's headers of a request: names as they were spelled, looked up in any case, as HTTP has it."""
+    """The user headers of a request. They keep the spelling of their names, and are found in upper or lower case."""
 
     def __missing__(self, name: str) -> str:
         value: str | None = self.get(name)
@@ -102,7 +104,7 @@ class Headers(dict[str, str]):
         return isinstance(name, str) and self.get(name) is not None
 
     def get(self, name: str, default: Any = None, /) -> Any:
-        """The value of a header; a name spelled like this one goes before others."""
+        """Return the value of a header; a name with exactly this spelling is preferred."""
         value = super().get(name)
         if value is not None:
             return value
@@ -111,7 +113,7 @@ class Headers(dict[str, str]):
 
 
 def transfer_coding(headers: MultiMapping[str]) -> str | None:
-    """What a body is encoded as for its way, where that is not `chunked` alone, which aiohttp undoes; None else."""
+    """Return the transfer encoding of a body; None if there is none, or only `chunked`, which aiohttp decodes."""
     if "Transfer-Encoding" not in headers:
         return None
     found = ",".join(headers.getall("Transfer-Encoding"))
@@ -120,14 +122,14 @@ def transfer_coding(headers: MultiMapping[str]) -> str | None:
 
 
 def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], Mapping[str, str]]:
-    """The fields for `Message(...)`, and the user's headers, of a request.
+    """Return the fields for `Message(...)`, and the user headers, of a request.
 
-    Attributes of CloudEvents that we do not know stay with the user's headers, without their percent-encoding. Of a
-    header that came several times, in whatever case, the values are joined by ", " (RFC 9110, section 5.3). What was
-    packed counts only where the plain header says so, or where its name is none that HTTP would deliver.
+    Unknown attributes of CloudEvents become user headers, percent-decoded. If a header came several times, in upper
+    or lower case, its values are joined by ", " (RFC 9110, section 5.3). A packed header counts only if the plain
+    header of its name says so, or if its name cannot be plain.
 
     Parameters:
-        raw: as they came: aiohttp's parsed names have a case of their own.
+        raw: the headers as bytes; aiohttp changes the case of the names that it parses.
     """
     meta: dict[str, str] = {}
     native: dict[str, str] = {}
@@ -144,7 +146,7 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
             meta[lower] = _decode(value)
         elif lower in _NATIVE:
             field = _NATIVE[lower]
-            # Of encodings, each is applied upon those before; a body has one type.
+            # A body can have several encodings, applied one after the other, but only one type.
             native[field] = f"{native[field]}, {value}" if lower == "content-encoding" and field in native else value
         elif lower == PACKED:
             packed = value
@@ -162,7 +164,7 @@ def decode_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[str, Any], 
 
 
 def size_of(raw: Iterable[tuple[bytes, bytes]]) -> int:
-    """Bytes that the headers of a request take, as they stand on the wire."""
+    """Return the bytes that the headers of a request take on the wire."""
     size = 0
     for name, value in raw:
         size += len(name) + len(value)
@@ -170,18 +172,19 @@ def size_of(raw: Iterable[tuple[bytes, bytes]]) -> int:
 
 
 def meta_size(raw: Iterable[tuple[bytes, bytes]]) -> int:
-    """Bytes that the metadata of a request takes, as it stands on the wire."""
+    """Return the bytes that the metadata of a request takes on the wire."""
     return size_of(each for each in raw if each[0].decode("latin-1").lower() in _OURS)
 
 
 def _unpack(packed: str, user: Headers, spelled: Mapping[str, str]) -> None:
-    """Add the packed headers to those that came plain.
+    """Add the packed headers to the plain ones in `user`.
 
     Parameters:
-        spelled: the plain ones: names in lower case -> as they stand in `user`.
+        spelled: name of a plain header in lower case -> its spelling in `user`.
     """
     named = {lower for lower, name in spelled.items() if user[name] == PACKED}
-    # As they are looked up: the lower case of some letters beyond ASCII is an ASCII letter.
+    # Names are compared as lower() writes them, as in Headers.get: for some letters beyond ASCII that is an ASCII
+    # letter.
     pairs = [(name, name.lower(), value) for name, value in parse_qsl(packed, keep_blank_values=True)]
     for lower in named.intersection(lower for _, lower, _ in pairs):
         del user[spelled[lower]]
@@ -192,7 +195,7 @@ def _unpack(packed: str, user: Headers, spelled: Mapping[str, str]) -> None:
 
 
 def _add_user_headers(headers: dict[str, str], user: Mapping[str, str]) -> None:
-    # Names that differ by case alone are one name to HTTP: they are packed, so that both arrive.
+    # Names that differ only in upper and lower case are one name in HTTP: they are packed, so that both arrive.
     times = Counter(name.lower() for name in user)
     packed = []
     plain: set[str] = set()
@@ -208,14 +211,14 @@ def _add_user_headers(headers: dict[str, str], user: Mapping[str, str]) -> None:
         packed.append(f"{quote(name, safe='')}={quote(value, safe='')}")
     if len(plain) > PLAIN_LIMIT:
         raise ConfigurationError(
-            f"HTTP carries up to {PLAIN_LIMIT} headers, and these are {len(plain)}: put data into the payload."
+            f"The message has {len(plain)} headers; over HTTP it can have {PLAIN_LIMIT}. Put data into the payload."
         )
     if packed:
         headers[PACKED] = "&".join(packed)
 
 
 def _written(name: str, value: str) -> str | None:
-    """The value of a plain header; None where it cannot be one."""
+    """Return the value of a plain header; None if the header cannot be plain."""
     if name.lower().startswith(PREFIX):
         value = _encode(name, value)
     return value if name.isascii() and _PLAIN.fullmatch(value) is not None else None
@@ -227,7 +230,7 @@ def _encode(name: str, value: str) -> str:
     try:
         return quote(value, safe=_AS_THEY_ARE)
     except UnicodeEncodeError as error:
-        raise ConfigurationError(f"The message's {name} holds a lone surrogate, which no wire carries.") from error
+        raise ConfigurationError(f"The message's {name} holds a lone surrogate, which cannot be sent.") from error
 
 
 def _native(field: str, value: str) -> str:
@@ -237,7 +240,7 @@ def _native(field: str, value: str) -> str:
 
 
 def _decode(value: str) -> str:
-    # The binding, section 3.1.3.2: first a quoted string is unquoted, then one round of percent-decoding.
+    # CloudEvents HTTP binding, section 3.1.3.2: unquote a quoted string, then percent-decode once.
     if len(value) > 1 and value[0] == value[-1] == '"':
         value = re.sub(r"\\(.)", r"\1", value[1:-1])
     return unquote(value)

@@ -1,4 +1,4 @@
-"""What the HTTP driver can do, and what may be asked of it."""
+"""The features and the options of the HTTP driver, and the checks of its queue names and URLs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from streamtools.options import HTTPConsumerOptions, HTTPProducerOptions, HTTPSe
 from streamtools.parameters import ConsumerParameters, ProducerParameters, SendManyParameters, SendParameters
 from streamtools.validation.checks import check_name
 
-#: A call: the sender waits for the handler's answer, and keeps the message until it has one.
+#: There is no broker: the sender waits for the handler's answer, and keeps the message until then.
 FEATURES: Final = Features(delay=False, error_queue=False, reply=True, listens=True, admin=False)
 
 METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
-#: Methods whose message may stand in the query.
+#: Methods whose message may be in the query of the URL.
 QUERY_METHODS: Final = frozenset({"GET", "DELETE"})
 #: Short names of content types.
 TAGS: Final = {"JSON": "application/json", "SSI": "application/ssi-agent-wire"}
@@ -45,24 +45,24 @@ def _several(value: object) -> object:
 
 def _media_range(value: str) -> str:
     if re.fullmatch(r"[^\s/*;,]+/([^\s/*;,]+|\*)", value) is None:
-        raise ValueError(f"{value!r} is no content type, such as 'application/json' or 'text/*'")
+        raise ValueError(f"{value!r} is not a content type: write one such as 'application/json' or 'text/*'")
     return value.lower()
 
 
 def check_url(url: str) -> str:
-    """An absolute address to send to.
+    """Check that a URL is absolute, and return it.
 
     Raises:
-        ConfigurationError: it is not one, or it holds a user name or a password.
+        ConfigurationError: the URL is not absolute, or it has a user name or a password.
     """
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:  # a port that is no number, an unclosed bracket; its text may quote a password
-        raise ConfigurationError("The URL cannot be read: its host or its port is not one.") from None
+    except ValueError:  # its port is not a number, or a bracket is not closed; the error may quote a password
+        raise ConfigurationError("The URL cannot be read: its host or its port is not valid.") from None
     if "@" in parts.netloc:
         raise ConfigurationError(
-            "A URL here has no user and password, which would end up in logs; send them as a header: "
+            "The URL has a user or a password, which would be written to logs: send them as a header, "
             'headers={"Authorization": ...}.'
         )
     if not fine or any(ord(c) <= 32 or ord(c) == 127 for c in url):
@@ -71,32 +71,32 @@ def check_url(url: str) -> str:
 
 
 def check_queue(queue: object) -> None:
-    """A queue's name, or an absolute URL.
+    """Check a queue's name, or an absolute URL.
 
     Raises:
-        ConfigurationError: it cannot be the path of a URL.
+        ConfigurationError: the name cannot be the path of a URL, or the URL is not valid.
     """
     if is_url(queue):
         check_url(str(queue))
         return
     check_name(queue)
     if {".", ".."} & set(str(queue).split("/")):
-        raise ConfigurationError(f"The queue name {queue!r} cannot be a path: clients take its '.' or '..' out.")
+        raise ConfigurationError(f"The queue name {queue!r} cannot be a path: clients remove '.' and '..' from it.")
 
 
 def refuse_reply() -> Never:
-    """Say that no reply goes to an address: whoever can reach the port could have us call any other.
+    """Refuse to send a reply to an address: a client could otherwise make this service call any address.
 
     Raises:
         ConfigurationError: always.
     """
     raise ConfigurationError(
-        "Over HTTP a reply goes in the answer to its request, not to an address: return it from the handler."
+        "Over HTTP a reply is the answer to its request and cannot be sent to an address: return it from the handler."
     )
 
 
 def is_url(queue: object) -> bool:
-    """This is an address, not the name of a queue."""
+    """Whether a queue is given as a URL, and not as a name."""
     return isinstance(queue, str) and queue.startswith(("http://", "https://"))
 
 
@@ -106,22 +106,22 @@ Tag = Annotated[str, BeforeValidator(_tag)]
 
 
 class ProducerOptions(Options):
-    """For the producer's constructor.
+    """Options of the producer's constructor.
 
     Parameters:
-        method: for every send that does not say.
+        method: the method of every send that does not choose another.
     """
 
     method: Method = "POST"
 
 
 class ConsumerOptions(Options):
-    """For the consumer's constructor and decorator.
+    """Options of the consumer's constructor and decorator.
 
     Parameters:
-        method: the requests to take.
-        max_body: the largest body, in bytes, compressed or not; the settings' when None.
-        content_types: those that are taken, such as "application/json" or "text/*"; any when None.
+        method: the method of the requests to receive.
+        max_body: the largest body, in bytes, compressed or not; None for the limit of the settings.
+        content_types: the content types to accept, such as "application/json" or "text/*"; None for any.
     """
 
     method: Method = "POST"
@@ -130,13 +130,13 @@ class ConsumerOptions(Options):
 
 
 class SendOptions(Options):
-    """For one send.
+    """Options of one send.
 
     Parameters:
-        method: of the request; by GET and DELETE a flat mapping becomes the query.
-        endpoint: an absolute URL to send to instead of the queue's.
+        method: the method of the request; with GET and DELETE a flat mapping becomes the query.
+        endpoint: an absolute URL to send to, instead of the queue's.
         headers_tag: the content type: "JSON" or "SSI".
-        header_tag: the same.
+        header_tag: the same as `headers_tag`.
     """
 
     method: Method | None = None
@@ -152,16 +152,16 @@ class SendOptions(Options):
 
 
 class HTTPProducerParameters(ProducerParameters, HTTPProducerOptions, total=False):
-    """What the constructor of a producer takes by keyword."""
+    """The keyword parameters of a producer's constructor."""
 
 
 class HTTPConsumerParameters(ConsumerParameters, HTTPConsumerOptions, total=False):
-    """What the constructor of a consumer takes by keyword."""
+    """The keyword parameters of a consumer's constructor."""
 
 
 class HTTPSendParameters(SendParameters, HTTPSendOptions, total=False):
-    """What `send` takes by keyword."""
+    """The keyword parameters of `send`."""
 
 
 class HTTPSendManyParameters(SendManyParameters, HTTPSendOptions, total=False):
-    """What `send_many` takes by keyword."""
+    """The keyword parameters of `send_many`."""

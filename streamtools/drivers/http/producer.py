@@ -1,4 +1,4 @@
-"""HTTPProducer: each message is a request, and the answer its confirmation."""
+"""HTTPProducer: each message is a request, and the answer confirms the message."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ from streamtools.receipt import Receipt
 from streamtools.settings import HTTPSettings
 from streamtools.validation.bodies import TooLarge, can_decompress, decompressed
 
-#: Connections of one producer at most; further sends wait for one to be free.
+#: The most connections of one producer; further sends wait until a connection is free.
 CONNECTIONS: Final = 1000
-#: Seconds to wait for one connection to be made.
+#: The most seconds to wait for a new connection.
 CONNECT_TIMEOUT: Final = 10.0
 #: The longest header of an answer, in bytes.
 MAX_FIELD: Final = 16 * 1024
-#: Encodings of an answer that are decompressed here, up to a limit.
+#: Content encodings of an answer that the producer decompresses.
 ENCODINGS: Final = "gzip, deflate"
-#: Seconds before `send_timeout` is over at which we say so ourselves: we know more than the base.
+#: The producer gives up this many seconds before `send_timeout`: its error says more than that of its base class.
 MARGIN: Final = 0.05
 #: The most of an answer that an error's text quotes, in characters.
 EXCERPT: Final = 200
@@ -68,12 +68,12 @@ TIME_LENGTH: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class HTTPReceipt(Receipt):
-    """What `send` returns: the answer.
+    """The answer to a request, which `send` returns.
 
     Attributes:
         status: the HTTP status code, 200 to 299.
-        headers: of the answer; names in any case.
-        body: of the answer.
+        headers: the headers of the answer, found in upper or lower case.
+        body: the body of the answer, decompressed.
     """
 
     status: int
@@ -81,10 +81,10 @@ class HTTPReceipt(Receipt):
     body: bytes
 
     def json(self) -> Any:
-        """The body as JSON data.
+        """Return the JSON data of the body.
 
         Raises:
-            DecodeError: it is not JSON; a handler without a value is answered 202 with an empty body.
+            DecodeError: the body is not JSON; it is empty (status 202) if the handler returned no value.
         """
         try:
             return from_json(self.body)
@@ -94,7 +94,7 @@ class HTTPReceipt(Receipt):
 
 @dataclass(slots=True)
 class _Request:
-    """A message as a request; made once for all its attempts."""
+    """The request for a message; it is made once, and used for every attempt to send it."""
 
     method: str
     url: URL
@@ -104,12 +104,12 @@ class _Request:
 
     @property
     def where(self) -> str:
-        """What an error names."""
+        """The method and the URL, as an error names them."""
         return f"{self.method} {_shown(self.url)}"
 
 
 class _Sending:
-    """One call of `send` or `send_many`, through all reconnects: what is done is not done again."""
+    """The state of one call of `send` or `send_many`: after a reconnect, only unanswered messages are sent again."""
 
     def __init__(self, options: Any, number: int, deadline: float) -> None:
         self.options = options
@@ -117,25 +117,25 @@ class _Sending:
         self.requests: list[_Request | None] = [None] * number
         self.receipts: list[HTTPReceipt | None] = [None] * number
         self.refusals: dict[int, ResponseError] = {}
-        #: The position of the one whose answer is awaited.
+        #: The position of the message whose answer is awaited.
         self.asking = 0
 
 
 class HTTPProducer(Producer, protocol="http"):
     """Sends each message as a request, and returns the answer.
 
-    The queue is a name, sent to `/<name>` at the address, or an absolute URL. One session with up to
-    1000 connections serves all tasks; a batch goes one message after the other, in order. `declare`
-    has no meaning here.
+    The queue is a name, whose messages go to `/<name>` at the address, or it is an absolute URL. One session with up
+    to 1000 connections serves all tasks; the messages of a batch are sent one after the other, in order. `declare`
+    has no effect.
 
-    A request is sent again, with the same `ce-id`, when the connection fails, after 408, 425, 502, 503 and
-    504, and after 429 and any 5xx that say when (as late as Retry-After says), until `send_timeout` is over. A
-    connection that fails while the answer is awaited leaves open whether the request was handled: the
-    receiver may see one `ce-id` twice, and a handler that must not act twice remembers the ids it has
-    handled. Other errors raise at once, as does an answer that takes longer than the settings' `timeout`.
+    Until `send_timeout` is over, a request is sent again, with the same `ce-id`, if the connection fails, if the
+    answer is 408, 425, 502, 503 or 504, or if it is 429 or any 5xx with `Retry-After`, which says how long to wait.
+    If the connection fails while the answer is awaited, nobody knows whether the request was handled. So the receiver
+    may get the same `ce-id` twice; a handler that must not act twice has to remember the ids that it has handled. Any
+    other error is raised at once, also if an answer takes longer than the setting `timeout`.
 
     Parameters beyond those of `Producer`:
-        method: for every send that does not say ("POST").
+        method: the method of every send that does not choose another; "POST" by default.
     """
 
     features = FEATURES
@@ -159,7 +159,7 @@ class HTTPProducer(Producer, protocol="http"):
         super().__init__(queue, **options)
         self._leaving = asyncio.Event()
         self._base = self._base_url()
-        #: Where our token is for: no other address that a queue or an option names gets to see it.
+        #: Our token is sent to this origin only, and not to other addresses that a queue or an option names.
         self._origin = URL(self._base).origin()
         self._target = self._url_of(queue)
         if is_url(queue):
@@ -176,7 +176,7 @@ class HTTPProducer(Producer, protocol="http"):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.queue!r} at {self._base}>"
 
-    # --- where to -------------------------------------------------------------------------------
+    # --- addresses ------------------------------------------------------------------------------
 
     def _base_url(self) -> str:
         host, port = self.settings.address
@@ -187,7 +187,7 @@ class HTTPProducer(Producer, protocol="http"):
     def _url_of(self, queue: str) -> URL:
         if is_url(queue):
             return URL(queue)
-        # "/" may stand in a name, and is kept readable where no one takes it for an empty segment.
+        # A "/" in a name is kept readable, unless that makes an empty segment of the path.
         safe = "" if "//" in f"/{queue}/" else "/"
         return URL(f"{self._base}/{quote(queue, safe=safe)}", encoded=True)
 
@@ -221,7 +221,7 @@ class HTTPProducer(Producer, protocol="http"):
     async def _open(self) -> None:
         self._leaving.clear()
         if self._session is not None and not self._session.closed:
-            return  # a connection that was lost is replaced by the session itself
+            return  # the session itself replaces lost connections
         tls = await client_context(self.settings)
         if self.settings.tls:
             warn_unverified(self.settings, self.settings.address)
@@ -229,7 +229,7 @@ class HTTPProducer(Producer, protocol="http"):
             connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=tls),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": "streamtools", "Accept-Encoding": ENCODINGS},
-            auto_decompress=False,  # aiohttp's knows no limit for the whole of it
+            auto_decompress=False,  # aiohttp does not limit the size of the decompressed body
             skip_auto_headers=["Content-Type"],
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
             max_field_size=MAX_FIELD,
@@ -244,7 +244,7 @@ class HTTPProducer(Producer, protocol="http"):
             request = sending.requests[sending.asking]
             if request is None or not isinstance(error.__cause__, TimeoutError):
                 raise
-            # On a busy event loop the time for the whole batch ends in the same moment as that for one answer.
+            # On a busy event loop the timeout of the whole batch can end at the same moment as that of one answer.
             late = _no_answer(request.where, batch[sending.asking], self.settings.timeout)
             _name_left(late, batch, sending, sending.asking)
             raise late from error
@@ -262,7 +262,7 @@ class HTTPProducer(Producer, protocol="http"):
                 sending.receipts[position] = await self._call(message, request, sending.deadline)
             except ResponseError as error:
                 sending.refusals[position] = error
-                if passes(error.status, error.headers):  # the time is over, for those behind it too
+                if passes(error.status, error.headers):  # `send_timeout` is over, for the messages behind it too
                     _name_left(error, batch, sending, position)
                     raise
             except SendError as error:
@@ -289,7 +289,7 @@ class HTTPProducer(Producer, protocol="http"):
             if 200 <= status < 300:
                 return HTTPReceipt(message.id, message.queue, status, headers, body)
             failures += 1
-            # Spread out: those refused together would come again together.
+            # The delays are spread, so that requests that were refused together do not come again together.
             delay = _retry_after(headers) * random.uniform(1, 1.25) or backoff(failures)  # nosec B311: a pause
             if not passes(status, headers) or time.monotonic() + delay >= deadline:
                 raise _response_error(message, request, status, headers, body)
@@ -322,14 +322,18 @@ class HTTPProducer(Producer, protocol="http"):
             raise ConnectError(f"{where}: cannot connect: {error.strerror or error}.") from error
         except aiohttp.ClientResponseError as error:
             why = _printable(" ".join(error.message.split()))
-            raise SendError(f"{where} was not answered in HTTP: {why}.", unknown=[message.id]) from error
+            raise SendError(f"{where}: the answer is not HTTP: {why}.", unknown=[message.id]) from error
         except aiohttp.ClientError as error:
             if self._session is None:
                 raise self._was_closed() from error
             raise ConnectionLost(f"{where}: the connection ended before the answer: {error}.") from error
 
     async def _read(self, response: aiohttp.ClientResponse, where: str, message: Message) -> bytes:
-        """The body of an answer; of one that is too large, or is not encoded as it says, none if it is an error's."""
+        """Read the body of an answer. If the body of an error is too large or cannot be decoded, return no body.
+
+        Raises:
+            SendError: the answer is a success, but its body is too large or cannot be decoded.
+        """
         limit = self.settings.max_answer
         body = bytearray()
         try:
@@ -338,7 +342,7 @@ class HTTPProducer(Producer, protocol="http"):
                 if len(body) > limit:
                     raise TooLarge("The body is too large.")
             if (coding := transfer_coding(response.headers)) is not None:
-                raise DecodeError(f"its Transfer-Encoding is {coding!r}, which no one asked for")
+                raise DecodeError(f"its Transfer-Encoding is {coding!r}, which this client does not decode")
             encoding = response.headers.get("Content-Encoding", "")
             return decompressed(bytes(body), encoding, limit) if can_decompress(encoding) else bytes(body)
         except DecodeError as error:
@@ -346,7 +350,7 @@ class HTTPProducer(Producer, protocol="http"):
                 return b""
             why = f"over {limit} bytes (max_answer=)" if isinstance(error, TooLarge) else f"unreadable: {error}"
             raise SendError(
-                f"{where} was answered {response.status}, so the message was taken, but the answer is {why}.",
+                f"{where} was answered {response.status}, so the message was accepted, but the answer is {why}.",
                 unknown=[message.id],
             ) from error
 
@@ -359,7 +363,7 @@ class HTTPProducer(Producer, protocol="http"):
 
 
 def _as_query(message: Message) -> str | None:
-    """The payload as a query, when it is a flat mapping of scalars and lists of scalars; else None."""
+    """Return the payload as a query if it is a flat mapping of scalars and lists of scalars; else None."""
     if message.content_type != codec.JSON:
         return None
     try:
@@ -372,7 +376,7 @@ def _as_query(message: Message) -> str | None:
     for name, value in data.items():
         values = value if isinstance(value, list) else [value]
         if not values or not all(isinstance(v, str | int | float) for v in values):
-            return None  # None, an empty list and what is nested have no form in a query
+            return None  # a query cannot express None, an empty list or a nested value
         pairs += [(name, _scalar(v)) for v in values]
     return urlencode(pairs)
 
@@ -388,12 +392,12 @@ def _with_query(url: URL, query: str) -> URL:
 
 
 def _shown(url: URL) -> str:
-    """Without the query, which is data, or may hold a secret."""
+    """Return the URL without its query, which is data and may hold a secret."""
     return str(url.with_query(None).with_fragment(None))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds to wait (RFC 9110, section 10.2.3: a number, or a date); 0 when nothing is said."""
+    """Return the seconds of `Retry-After`, a number or a date (RFC 9110, section 10.2.3); 0 without that header."""
     text = headers.get("Retry-After", "")[:TIME_LENGTH].strip()
     if text.isascii() and text.isdigit() and len(text) < 10:
         return float(text)
@@ -404,7 +408,10 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 
 
 def _next_attempt(headers: Mapping[str, str], attempt: int) -> int:
-    """What our consumer says (the same again, if no handler saw the message), else one more."""
+    """Return the next attempt: the number that our consumer answered, else one more.
+
+    Our consumer answers the same number again if no handler has seen the message.
+    """
     text = headers.get(CE_ATTEMPT, "")
     return max(1, int(text)) if text.isascii() and text.isdigit() and len(text) < 10 else attempt + 1
 
@@ -423,12 +430,12 @@ def _response_error(
 
 
 def _printable(text: str) -> str:
-    """The beginning of what a peer wrote, so that it cannot forge a line of a log or steer a terminal."""
+    """Return the beginning of a peer's text, escaped so that it cannot forge a log line or control a terminal."""
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:EXCERPT])
 
 
 def _name_left(error: SendError, batch: Sequence[Message], sending: _Sending, position: int) -> None:
-    """Have the error name those refused so far, and those not sent because of the one at `position`."""
+    """Name in the error the messages refused so far, and those not sent because the one at `position` failed."""
     refused = [m for place, m in enumerate(batch) if place in sending.refusals or place > position]
     error.refused = tuple(m.id for m in refused)
     unknown = [batch[position]] if error.unknown else []
@@ -437,7 +444,7 @@ def _name_left(error: SendError, batch: Sequence[Message], sending: _Sending, po
 
 def _no_answer(where: str, message: Message, timeout: float) -> SendError:
     return SendError(
-        f"{where} was not answered in time ({timeout:g} s for one answer, send_timeout for all). It may be handled "
-        "yet; send again with the same id= to be sure.",
+        f"{where} was not answered in time ({timeout:g} s for one answer, send_timeout for all). The message may "
+        "still be handled; send it again with the same id= to be sure.",
         unknown=[message.id],
     )

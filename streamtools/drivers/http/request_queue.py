@@ -1,4 +1,4 @@
-"""RequestQueue: the requests to one consumer, from their arrival to their answer."""
+"""RequestQueue: keeps the requests to one consumer from their arrival to their answer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from streamtools.validation.forms import FORM, read_pairs, write_form
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Requests that are handed to the handlers in one turn of the event loop.
+#: The most requests that the handlers get in one turn of the event loop.
 TAKEN_AT_ONCE: Final = 16
-BUSY: Final = "Too many requests wait here; send the message again."
+BUSY: Final = "Too many requests are waiting; send the message again."
 
 
-class Refused(Exception):  # noqa: N818 - not an error of ours: a request that cannot become a message
-    """A request gets this answer, and never becomes a message."""
+class Refused(Exception):  # noqa: N818 - the client's error, not ours
+    """Ends a request with this answer, before it becomes a message."""
 
     def __init__(self, response: web.Response) -> None:
         super().__init__(response.status)
@@ -38,10 +38,10 @@ class Refused(Exception):  # noqa: N818 - not an error of ours: a request that c
 
 
 class PendingRequest:
-    """One request that has become a message, and waits for its answer.
+    """A request that became a message, and waits for its answer.
 
     Attributes:
-        message: what it has become.
+        message: the message that the request became.
         answered: done when an answer was given.
     """
 
@@ -55,48 +55,48 @@ class PendingRequest:
 
     @property
     def done(self) -> bool:
-        """An answer was given."""
+        """Whether an answer was given."""
         return self.answered.done()
 
     @property
     def gone_away(self) -> bool:
-        """The client has left."""
+        """Whether the client has left."""
         return self._request.transport is None
 
     @property
     def gone(self) -> bool:
-        """No one waits any more: the client has left, or an answer was given."""
+        """Whether nobody waits any more: the client has left, or an answer was given."""
         return self.gone_away or self.answered.done()
 
     def answer(self, make: Callable[[], web.Response]) -> None:
-        """Let a response go out; the first one counts.
+        """Give the answer; only the first call counts.
 
         Parameters:
-            make: makes it, when its turn has come: of many large responses only one is written at a time.
+            make: makes the response just before it is sent, so that many large responses are never all in memory.
         """
         if not self.answered.done():
             self._make = make
             self.answered.set_result(None)
 
     def response(self) -> web.Response:
-        """The answer, once it was given."""
-        make, self._make = self._make, None  # which holds what holds this
+        """Return the response, after an answer was given."""
+        make, self._make = self._make, None  # break a reference cycle
         if make is None or self.gone_away:
-            return responses.unavailable(str(self.message.attempt))  # nobody reads it
+            return responses.unavailable(str(self.message.attempt))  # nobody reads this response
         return make()
 
 
 class RequestQueue:
-    """Takes the requests of one method on one path, as messages, up to a limit.
+    """Turns the requests of one method and one path into messages, and holds them until they are received.
 
     Parameters:
         queue: the queue's name.
-        method: the method.
-        limit: requests that wait to be received; further ones are told to come again.
+        method: the method of the requests.
+        limit: the most requests that wait to be received; further ones are answered 503.
         max_body: the largest body, in bytes, compressed or not.
-        body_timeout: seconds for a body to arrive.
-        content_types: those that are taken, such as "text/*"; any when None.
-        hidden: headers that the handler does not see, in lower case.
+        body_timeout: seconds until a body must have arrived.
+        content_types: the content types to accept, such as "text/*"; None for any.
+        hidden: headers that the handler does not get, in lower case.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class RequestQueue:
         self._content_types = content_types
         self._hidden = hidden
         self.method = method
-        #: No more is taken in; what was received is still answered.
+        #: If true, no request is accepted any more; those that a consumer has received are still answered.
         self.stopped: bool = False
-        #: Nothing is answered any more but "come again".
+        #: If true, all requests were answered.
         self.closed: bool = False
         self._queue = queue
         self._limit = limit
@@ -130,9 +130,10 @@ class RequestQueue:
     # --- for the consumer -----------------------------------------------------------------------
 
     async def take(self, limit: int) -> list[PendingRequest]:
-        """Wait for requests, and take up to `limit`; none when closed. Cancelling it loses nothing.
+        """Wait for requests, and return up to `limit`; return none if closed. A cancellation loses no request.
 
-        Only a few at once: their responses go out before the next ones are handled, and connections get their turn.
+        It returns only a few at once, so that their responses are sent, and connections are served, before the next
+        requests are handled.
         """
         limit = min(limit, TAKEN_AT_ONCE)
         if self._waiting:
@@ -142,7 +143,7 @@ class RequestQueue:
             while self._waiting and len(taken) < limit:
                 call = self._waiting.popleft()
                 if call.gone:
-                    _send_back(call)  # who has left will come again: handling this one too would be for nothing
+                    _send_back(call)  # the client has left, and sends the message again
                 else:
                     taken.append(call)
             if taken:
@@ -152,7 +153,7 @@ class RequestQueue:
         return []
 
     def stop(self) -> None:
-        """Take no more in; what no one has received yet is told to come again."""
+        """Accept no more requests, and answer 503 to those that no consumer has received."""
         self.stopped = True
         while self._waiting:
             _send_back(self._waiting.popleft())
@@ -161,7 +162,7 @@ class RequestQueue:
                 limit.reschedule(asyncio.get_running_loop().time())
 
     def close(self) -> None:
-        """Answer everyone who still waits."""
+        """Stop, and answer 503 to all requests that have no answer yet."""
         self.stop()
         self.closed = True
         for call in self._unanswered:
@@ -171,7 +172,7 @@ class RequestQueue:
     # --- for the server -------------------------------------------------------------------------
 
     async def handle(self, request: web.BaseRequest) -> web.Response:
-        """The answer to a request, once there is one."""
+        """Make a message of a request, wait for its settlement, and return the response."""
         try:
             self._check_open(request)
             _check_transfer(request)
@@ -212,7 +213,7 @@ class RequestQueue:
         media = codec.media_type(request.headers.get("Content-Type"))
         if media not in taken and f"{media.partition('/')[0]}/*" not in taken:
             raise Refused(
-                responses.error_response(415, "This content type is not taken here.", Accept=", ".join(taken))
+                responses.error_response(415, "This content type is not accepted here.", Accept=", ".join(taken))
             )
 
     def _make_room(self) -> bool:
@@ -240,7 +241,7 @@ class RequestQueue:
             return await self._read_slowly(request)
         except (ConnectionError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and request.transport is not None:
-                raise  # else it is aiohttp's word for a connection that has ended
+                raise  # without a transport, aiohttp's RuntimeError says that the connection was closed
             log.debug("A client left while the body of its request to %r arrived.", self._queue)
             _forget_frames(error)
             raise Refused(responses.cut_off(400, "The body did not arrive.")) from None
@@ -251,7 +252,7 @@ class RequestQueue:
     async def _read_slowly(self, request: web.BaseRequest) -> bytes:
         if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0  # that was no part of the answer
+            request.writer.output_size = 0  # these bytes do not belong to the answer
         body = bytearray()
         try:
             async with asyncio.timeout(self._body_timeout) as limit:
@@ -277,7 +278,7 @@ class RequestQueue:
             raw = tuple(each for each in raw if each[0].lower() not in self._hidden)
         fields, headers = decode_headers(raw)
         size = sum(len(n) + len(v) for n, v in headers.items())
-        if size_of(raw) > HEADERS_LIMIT:  # few are that long, and only they are measured exactly
+        if size_of(raw) > HEADERS_LIMIT:  # only such long headers, which are rare, are measured exactly
             size = max(size, meta_size(raw))
         if size > HEADERS_LIMIT:
             raise Refused(responses.error_response(431, f"The headers are over {HEADERS_LIMIT} bytes."))
@@ -302,17 +303,17 @@ class RequestQueue:
 
 def _check_transfer(request: web.BaseRequest) -> None:
     if (coding := transfer_coding(request.headers)) is not None:
-        why = f"Transfer-Encoding {coding!r} is not undone here: compress the body with Content-Encoding instead."
+        why = f"Transfer-Encoding {coding!r} is not decoded here: compress the body with Content-Encoding instead."
         raise Refused(responses.cut_off(501, why))
 
 
 def _forget_frames(error: BaseException) -> None:
-    """Let go of what the frames of an error hold: aiohttp's stream keeps the error, and they keep the body and it."""
+    """Free what the error's traceback holds: aiohttp's stream keeps the error, and the frames keep the body."""
     error.__traceback__ = None
 
 
 def attempt_of(request: web.BaseRequest) -> str:
-    """Which attempt the sender says that this is."""
+    """Return the number of the attempt, as the sender says it."""
     text = request.headers.get(CE_ATTEMPT, "")
     return text if text.isascii() and text.isdigit() and len(text) < 10 else "1"
 

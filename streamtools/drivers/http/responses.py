@@ -1,7 +1,7 @@
-"""What each request is answered: from a settlement, or because it never became a message.
+"""Makes the response to each request: from a settlement, or because the request cannot become a message.
 
-Whatever stands in a message or an error, its answer can be written: texts are mended, and what still fails is
-answered 500, for that one request.
+A response can always be written, whatever a message or an error contains: invalid characters are replaced, and if
+that is not enough, this one request is answered 500.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from streamtools.verdicts import VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds after which a request that was not handled is to be sent again.
+#: After this many seconds, a request that was not handled should be sent again.
 RETRY_AFTER: Final = 1
-#: Characters of a text in the answer to a refused request, and of a text in each of its problems.
+#: The most characters of an error's text in a response, and of a text in each of its problems.
 LONGEST: Final = 4000
 LONGEST_PART: Final = 500
-#: Problems that such an answer lists.
+#: The most problems that a response lists.
 PROBLEMS: Final = 10
-#: In place of aiohttp's, which names its version.
+#: The header `Server`; aiohttp's own would tell its version.
 SERVER: Final = "streamtools"
 
 
 def settlement_response(settlement: Settlement, reply: Message | None = None) -> web.Response:
-    """The answer that a verdict stands for; never raises.
+    """Return the response for a settlement. Never raises.
 
     Parameters:
-        reply: what the handler replied, where it returned nothing.
+        reply: the handler's reply; it is used if the handler returned nothing.
     """
     message = settlement.delivery.message
     try:
         return _verdict_response(settlement, message, reply)
     except Exception:
-        log.exception("Message %s of %r cannot be answered as it should be.", message.id, message.queue)
-        return respond(500, {"error": "The message has its verdict, but its answer cannot be written."})
+        log.exception("The answer to message %s of %r cannot be written.", message.id, message.queue)
+        return respond(500, {"error": "The message was settled, but its answer cannot be written."})
 
 
 def _verdict_response(settlement: Settlement, message: Message, reply: Message | None) -> web.Response:
@@ -69,33 +69,33 @@ def _verdict_response(settlement: Settlement, message: Message, reply: Message |
 
 
 def unavailable(attempt: str, why: str = "The service is stopping; send the message again.") -> web.Response:
-    """503: the message did not reach a handler, so that it is to come again as the same attempt."""
+    """Return 503: no handler has seen the message, so the sender should send it again as the same attempt."""
     return respond(503, {"error": why}, **{"Retry-After": str(RETRY_AFTER), CE_ATTEMPT: attempt})
 
 
 def error_response(status: int, why: str, **headers: str) -> web.Response:
-    """An error status with the reason as JSON."""
+    """Return a response with an error status, and the reason as JSON."""
     return respond(status, {"error": why}, **headers)
 
 
 def cut_off(status: int, why: str) -> web.Response:
-    """An error status before the request was read to its end, so that its connection cannot go on."""
+    """Return an error for a request that was not read to its end; its connection is closed afterwards."""
     response = error_response(status, why)
     response.force_close()
     return response
 
 
 def wrong_method(method: str, allowed: Iterable[str]) -> web.Response:
-    """405, or the answer to OPTIONS."""
+    """Return 405, or the response to OPTIONS."""
     methods = {*allowed, "OPTIONS"}
     allow = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
     if method == "OPTIONS":
         return respond(204, Allow=allow)
-    return error_response(405, f"{method} is not taken here; allowed: {allow}.", Allow=allow)
+    return error_response(405, f"{method} is not accepted here; allowed: {allow}.", Allow=allow)
 
 
 def respond(status: int, content: Mapping[str, Any] | None = None, **headers: str) -> web.Response:
-    """A response with JSON, or without a body."""
+    """Return a response with JSON, or without a body."""
     headers["Server"] = SERVER
     if content is None:
         return web.Response(status=status, headers=headers)
@@ -106,7 +106,7 @@ def respond(status: int, content: Mapping[str, Any] | None = None, **headers: st
 def _json(content: Mapping[str, Any]) -> bytes:
     try:
         return to_json(content, fallback=safe_str)
-    except ValueError:  # a lone surrogate: what a handler raised may quote any text
+    except ValueError:  # a lone surrogate: a handler's error may quote any text
         text = json.dumps(content, ensure_ascii=False, default=safe_str)
         return text.encode("utf-8", "replace")
 
@@ -116,7 +116,7 @@ def _result_response(result: object, message: Message) -> web.Response:
         return respond(202)
     try:
         body, content_type = codec.encode(result)
-    except Exception:  # whatever a value of the user's does when it is serialised, someone waits for an answer
+    except Exception:  # a user's value may raise anything when it is serialised, and the client waits for an answer
         log.exception("The handler of %r returned a value that cannot be sent.", message.queue)
         return respond(500, {"error": "The message was handled, but its answer cannot be sent.", "id": message.id})
     return _body(body, content_type)
@@ -134,7 +134,7 @@ def _failure_response(settlement: Settlement, message: Message) -> web.Response:
         error = next((each for each in leaves(error) if isinstance(each, Reject)), error)
     if isinstance(error, Reject) or settlement.error is None:
         return respond(422, {"error": _brief(settlement.verdict.reason), "id": message.id})
-    # Not the error's own text: it is the log's, and may hold what no caller is to see.
+    # The text of the error goes to the log only: it may hold what the client must not see.
     return respond(500, {"error": "The handler failed.", "id": message.id, "attempts": message.attempt})
 
 
@@ -147,7 +147,7 @@ def _invalid_response(error: DecodeError, message: Message) -> web.Response:
 
 
 def _validation_error(problem: Mapping[str, Any]) -> dict[str, Any]:
-    """One problem, cut to a size that does not depend on the request."""
+    """Return one problem, shortened so that its size does not depend on the request."""
     parts = {name: _brief(value, LONGEST_PART) for name, value in problem.items()}
     return parts | {"loc": [_brief(part, LONGEST_PART) for part in problem.get("loc", ())[:PROBLEMS]]}
 

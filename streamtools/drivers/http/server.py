@@ -1,4 +1,4 @@
-"""SharedServer: one port of one event loop, for all consumers that listen there."""
+"""SharedServer: the server of one host and port in one event loop, which all its consumers share."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ from streamtools.errors import ConfigurationError, ConnectError
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: The longest header, in bytes: 64 KiB of user headers, percent-encoded, in one.
+#: The longest header, in bytes: all 64 KiB of user headers, percent-encoded in one header.
 MAX_FIELD: Final = 200 * 1024
-#: Headers of one request: those of the user, and those that we, the client and proxies add.
+#: The most headers of one request: those of the user, and those that this library, the client and proxies add.
 MAX_HEADERS: Final = PLAIN_LIMIT + 128
 #: The longest request line, in bytes.
 MAX_LINE: Final = 64 * 1024
-#: Seconds that an idle connection, or one that sends no whole request, stays open.
+#: An idle connection stays open for this many seconds.
 KEEP_ALIVE_TIMEOUT: Final = 75.0
-#: Seconds that the rest of a refused body is read, so that its sender gets to see the answer.
+#: The rest of a refused body is read for this many seconds, so that its sender sees the answer.
 LINGER_TIMEOUT: Final = 3.0
-#: Seconds that the last responses have to go out when the server ends; for each of two steps.
+#: When the server closes, each of its two steps may take this many seconds to send the last responses.
 CLOSE_TIMEOUT: Final = 1.0
-#: After a head of more bytes a connection ends: aiohttp keeps the last head of one that is idle.
+#: After a longer head (in bytes) the connection is closed: an idle connection of aiohttp keeps its last head.
 LARGE_HEAD: Final = 16 * 1024
-#: How many of the largest bodies may be under way at once, at least.
+#: At least this many of the largest bodies may arrive at the same time.
 LARGEST: Final = 4
-#: In place of a target that cannot be read.
+#: Stands in for a target that cannot be read.
 ROOT: Final[URL] = URL("/")
-#: Connections that wait to be accepted.
+#: The most connections that wait to be accepted.
 BACKLOG: Final = 1024
 
 Key = tuple[str, int]
 
 
 class SharedServer:
-    """Serves the request queues of one host and port; it listens from the first that joins to the last that leaves.
+    """Serves the request queues of one host and port, from the first that joins until the last has left.
 
-    A path whose consumer has left responses 503, not 404, as long as the server lives: a consumer that
-    is restarted must not look as if it had never been.
+    When a consumer has left its path, requests to that path are answered 503, not 404, while the server lives: during
+    a restart of the consumer, senders try again.
     """
 
-    #: By event loop; held by the consumers alone, so that nothing outlives them.
+    #: The servers by event loop. References are weak, so that a server ends with its consumers.
     _all: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[Key, SharedServer]]] = (
         WeakKeyDictionary()
     )
@@ -63,7 +63,7 @@ class SharedServer:
     def __init__(self, key: Key, tls: ssl.SSLContext | None, terms: object, access: Access, connections: int) -> None:
         self._key = key
         self._tls = tls
-        #: What the TLS context was made of, to compare.
+        #: The settings from which the TLS context was made, to compare them.
         self.terms = terms
         self.access = access
         self._request_queues: dict[str, dict[str, RequestQueue]] = {}
@@ -71,17 +71,17 @@ class SharedServer:
         self._listener: asyncio.Server | None = None
         self._http: _Server | None = None
         self._connections = Connections(connections, f"port {key[1]}")
-        #: The host and the port, once it listens.
+        #: The host and the port; once the server listens, the port that it really has.
         self.address: tuple[str, int] = key
 
     @classmethod
     def of(
         cls, host: str, port: int, tls: ssl.SSLContext | None, terms: object, access: Access, connections: int
     ) -> SharedServer:
-        """The server of this host and port in the running loop.
+        """Return the server of this host and port in the running loop; make it if there is none.
 
         Raises:
-            ConfigurationError: another consumer listens there with other certificates, or lets others ask.
+            ConfigurationError: another consumer listens there with other TLS settings or other access rules.
         """
         servers = cls._all.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
         server = servers.get((host, port))
@@ -95,11 +95,11 @@ class SharedServer:
         return server
 
     async def join(self, path: str, requests: RequestQueue) -> None:
-        """Serve the requests to a path (not percent-encoded); listen, if it is the first.
+        """Serve the requests to a path (not percent-encoded); the first path makes the server listen.
 
         Raises:
-            ConfigurationError: a consumer has this path and method already.
-            ConnectError: the port cannot be listened on.
+            ConfigurationError: another consumer has this path and method.
+            ConnectError: the server cannot listen on the port.
         """
         methods = self._request_queues.setdefault(path, {})
         before = methods.get(requests.method)
@@ -128,7 +128,7 @@ class SharedServer:
                 self._listener.close()
 
     async def leave(self) -> None:
-        """A request queue was closed; with the last one the server ends."""
+        """Close the server if all its request queues are closed."""
         if self._any_left():
             return
         self._forget()
@@ -137,10 +137,10 @@ class SharedServer:
         if listener is None or http is None:
             return
         listener.close()
-        http.pre_shutdown()  # idle connections end now, those at work after their answer
+        http.pre_shutdown()  # closes idle connections now, and busy ones after their answer
         await http.shutdown(CLOSE_TIMEOUT)
         self._connections.close()
-        with suppress(TimeoutError):  # the sockets are closed; what is left to wait for is the transports' own end
+        with suppress(TimeoutError):  # the sockets are closed; only the transports may take longer
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await listener.wait_closed()
 
@@ -165,7 +165,7 @@ class SharedServer:
             self._handle,
             connections,
             request_factory=_make_request,
-            auto_decompress=False,  # the request queue does: aiohttp takes a body that was cut short for whole
+            auto_decompress=False,  # RequestQueue decompresses: aiohttp accepts a body that was cut short
             access_log=None,
             logger=_Quiet(),
             max_line_size=MAX_LINE,
@@ -175,14 +175,14 @@ class SharedServer:
             lingering_time=LINGER_TIMEOUT,
         )  # fmt: skip
         try:
-            if port == 0:  # one address only: each would get a port of its own
+            if port == 0:  # use one address only: each address would get another port
                 found = await loop.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
                 host = str(found[0][4][0])
             self._listener = await loop.create_server(self._make_protocol, host, port, backlog=BACKLOG)
         except OSError as error:
             raise ConnectError(
-                f"Cannot listen on {self._key[0]}:{port}: {error.strerror or error}. Is another process there? "
-                "Choose another with port=, or HTTP_PORT.",
+                f"Cannot listen on {self._key[0]}:{port}: {error.strerror or error}. Does another process use it? "
+                "Choose another port with port=, or HTTP_PORT.",
                 permanent=True,
             ) from error
         self.address = self._key[0], self._listener.sockets[0].getsockname()[1]
@@ -199,7 +199,7 @@ class SharedServer:
             if size_of(request.raw_headers) > LARGE_HEAD:
                 response.force_close()
             return response
-        except Exception:  # ours, and of this request alone
+        except Exception:  # an error in this library must end only this request
             log.exception("A request could not be handled.")
             return responses.cut_off(500, "The request could not be handled.")
         finally:
@@ -219,10 +219,10 @@ class SharedServer:
                 response = responses.unavailable(attempt_of(request))
                 response.force_close()
                 return response
-            return responses.error_response(404, f"No consumer is at {path!r} here.")
+            return responses.error_response(404, f"There is no consumer at {path!r}.")
         requests = methods.get(request.method)
         if requests is None and request.method == "HEAD":
-            requests = methods.get("GET")  # whose answer goes out without its body
+            requests = methods.get("GET")  # aiohttp sends the answer without its body
         if requests is None:
             return responses.wrong_method(request.method, methods)
         return requests
@@ -237,14 +237,14 @@ def _make_request(
         message = message._replace(path="", url=ROOT)
     try:
         return web.BaseRequest(message, payload, protocol, writer, task, loop)
-    except Exception:  # some targets are no URL to aiohttp, which would let the connection stay open for ever
+    except Exception:  # aiohttp cannot parse some targets, and would keep such a connection open for ever
         return web.BaseRequest(message._replace(url=ROOT), payload, protocol, writer, task, loop)
 
 
 def _path(raw: str) -> str | None:
-    """The path of a request's target, without its percent-encoding; None where there is none."""
+    """Return the path of a request's target, percent-decoded; None if the target has no path."""
     path = raw.partition("#")[0].partition("?")[0]
-    if not path.startswith("/"):  # a proxy's request: the whole URL (RFC 9112, section 3.2.2)
+    if not path.startswith("/"):  # a request to a proxy has the whole URL (RFC 9112, section 3.2.2)
         try:
             path = urlsplit(path).path
         except ValueError:  # an unclosed bracket
@@ -255,13 +255,13 @@ def _path(raw: str) -> str | None:
 
 
 class _Quiet:
-    """A log for aiohttp's server, whose own would quote parts of malformed requests, secrets included."""
+    """The log of aiohttp's server; aiohttp's own log would quote malformed requests, with their secrets."""
 
     def debug(self, *args: Any, **kwargs: Any) -> None:
-        """Not kept."""
+        """Log nothing."""
 
     def exception(self, text: str, *args: Any, exc_info: BaseException | None = None) -> None:
-        """Keep what is our own fault."""
+        """Log errors of this library; log malformed requests only at debug level, without their content."""
         if isinstance(exc_info, HttpProcessingError):
             log.debug("A malformed request was answered %d (%s).", exc_info.code, type(exc_info).__name__)
         elif isinstance(exc_info, ConnectionError | web.RequestPayloadError):

@@ -1,4 +1,4 @@
-"""TLS contexts from settings; their files are read in a thread."""
+"""Makes TLS contexts from settings; reads their files in a thread."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from streamtools.settings import HTTPSettings
 
 
 async def server_context(settings: HTTPSettings) -> ssl.SSLContext | None:
-    """For a consumer; None for plain HTTP.
+    """Return the TLS context of a consumer; None for plain HTTP.
 
     Raises:
-        ConfigurationError: a file is missing or is not what it should be, or half of the settings are.
+        ConfigurationError: a file cannot be used, or a setting that belongs to another one is missing.
     """
     if not settings.tls:
         if settings.client_ca:
             raise ConfigurationError(
-                "client_ca is set, but the URL begins with http://, where clients have no certificates; write https://."
+                "client_ca is set, but the URL begins with http://, where clients show no certificates; write https://."
             )
         if settings.certfile:
             raise ConfigurationError(
@@ -36,10 +36,10 @@ async def server_context(settings: HTTPSettings) -> ssl.SSLContext | None:
 
 
 async def client_context(settings: HTTPSettings) -> ssl.SSLContext | bool:
-    """For a producer; True for the system's certificates.
+    """Return the TLS context of a producer; True for the system's certificates.
 
     Raises:
-        ConfigurationError: a file is missing or is not what it should be.
+        ConfigurationError: a file is missing or cannot be used.
     """
     if settings.verify and not settings.cafile and not settings.certfile:
         return True

@@ -1,12 +1,12 @@
-"""What passes, so that a message is sent again until `send_timeout` is over, and what is for good.
+"""Decides which failures are temporary: then a message is sent again until `send_timeout` is over.
 
-| | |
+| failure | kind |
 |---|---|
-| connection refused or reset, no connection in time, a name that is not found | passes |
-| the certificate is wrong, or the other side speaks no TLS | for good |
-| the answer is not HTTP, or does not come within `timeout` | for good: it may have been handled |
-| the statuses of `PASSING`; 429 and any 5xx that say when to come again (`Retry-After`) | passes |
-| every other status but 2xx | for good |
+| connection refused or reset, no connection in time, a host name that is not found | temporary |
+| the certificate is wrong, or the other side does not speak TLS | permanent |
+| the answer is not HTTP, or does not come within `timeout` | permanent: the message may have been handled |
+| a status of `PASSING`; 429 or any 5xx with `Retry-After` | temporary |
+| every other status except 2xx | permanent |
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-#: Statuses after which a message is sent again, and what they say.
+#: Temporary statuses, after which a message is sent again, and their meanings.
 PASSING: Final = {
     408: "the request did not arrive in time",
     425: "too early",
@@ -25,5 +25,5 @@ PASSING: Final = {
 
 
 def passes(status: int, headers: Mapping[str, str]) -> bool:
-    """Whether the same request may be answered otherwise later."""
+    """Whether a status is temporary, so that the request should be sent again."""
     return status in PASSING or ((status == 429 or 500 <= status < 600) and "Retry-After" in headers)

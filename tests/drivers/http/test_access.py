@@ -115,10 +115,10 @@ def test_a_guard_that_was_not_filled_in_does_not_let_everyone_in(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigurationError, match="it is set, and empty"):
+    with pytest.raises(ConfigurationError, match="it is set, but empty"):
         HTTPSettings()
     monkeypatch.delenv(name)
-    with pytest.raises(ConfigurationError, match="it is set, and empty"):
+    with pytest.raises(ConfigurationError, match="it is set, but empty"):
         HTTPSettings.from_url(f"http://127.0.0.1?{name.removeprefix('HTTP_').lower()}=")
     assert HTTPSettings(tokens=(), hosts=(), client_ca=None) == HTTPSettings()
 

@@ -120,7 +120,7 @@ async def test_as_many_headers_as_http_carries_arrive_and_more_are_a_clear_error
     headers = {f"x-{n}": str(n) for n in range(PLAIN_LIMIT)}
     async with serving(handler) as consumer, producer_to(consumer) as producer:
         await producer.send(b"", headers=headers)
-        with pytest.raises(ConfigurationError, match="up to 1000 headers"):
+        with pytest.raises(ConfigurationError, match="it can have 1000"):
             await producer.send(b"", headers={**headers, "one-more": ""})
     assert [dict(message.headers) for message in received] == [headers]
 

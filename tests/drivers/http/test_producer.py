@@ -157,8 +157,8 @@ async def test_ssi_content_is_json_where_it_is_json_and_bytes_where_not() -> Non
         ({"method": "FETCH"}, "'FETCH' is not one of GET, POST"),
         ({"method": 5}, "5 is not one of GET, POST"),
         ({"endpoint": "/relative"}, "not absolute"),
-        ({"endpoint": "http://u:hunter2@h/"}, "no user and password"),
-        ({"endpoint": "http://h:99999999/"}, "its port is not one"),
+        ({"endpoint": "http://u:hunter2@h/"}, "has a user or a password"),
+        ({"endpoint": "http://h:99999999/"}, "its port is not valid"),
         ({"endpoint": "http://h/a b"}, "a space"),
     ],
 )

@@ -268,7 +268,7 @@ async def test_a_peer_that_does_not_speak_http_is_a_clear_error() -> None:
 
     async with await asyncio.start_server(babble, "127.0.0.1", 0) as listener:
         async with HTTPProducer("orders", port=listener.sockets[0].getsockname()[1]) as producer:
-            with pytest.raises(SendError, match="was not answered in HTTP") as caught:
+            with pytest.raises(SendError, match="the answer is not HTTP") as caught:
                 await producer.send(1)
             assert str(caught.value).isprintable()
 

@@ -114,7 +114,7 @@ async def test_an_error_whose_body_is_huge_or_broken_is_the_same_error_without_i
 async def test_an_answer_that_is_not_encoded_as_it_says_was_an_answer_all_the_same() -> None:
     async with trap(whole(b"200 OK\r\nContent-Encoding: gzip", b"no gzip")) as (port, _):
         error = await send(port)
-    assert ("so the message was taken" in str(error), error.unknown) == (True, ("1",))
+    assert ("so the message was accepted" in str(error), error.unknown) == (True, ("1",))
 
 
 async def test_an_answer_with_a_transfer_encoding_that_no_one_asked_for_is_a_clear_error() -> None:
