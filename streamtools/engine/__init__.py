@@ -1,4 +1,4 @@
-"""The way of a message through the library, below what users call and above the drivers' protocols.
+"""The engine: what happens to a message between the classes that users call and the drivers.
 
-`endpoint` connects, `loop` receives, `dispatch` runs the handler and decides, `batching` and `settling` settle.
+`endpoint` connects, `loop` receives, `dispatch` runs the handler and decides, `settler` and `settling` settle.
 """

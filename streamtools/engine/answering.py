@@ -16,10 +16,10 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 
 def is_request(message: Message, result: Any) -> bool:
-    """Whether a handler's result is to be sent to the requester.
+    """Whether a handler's result must be sent to the sender of the message.
 
-    A bus marks its requests, and waits for an answer of None as well. Other programs give no intent: their
-    message with a reply-to is a request, and only a value answers it.
+    A bus marks its requests by their intent, and waits for the answer even if it is None. Other programs set no
+    intent: their message is a request if it has a reply-to address, and a result of None does not answer it.
     """
     if message.reply_to is None:
         return False
@@ -29,12 +29,12 @@ def is_request(message: Message, result: Any) -> bool:
 class RouteAnswers:
     """Puts the result of a routed handler into its outbox if the message is a request.
 
-    The sender of the message chose the address. A wrong one does not fail the handler.
+    The sender of the message chose the address of the answer. If the address is wrong, the handler does not fail.
 
     Parameters:
-        place: the consumer's: it sends the answer with its acknowledgement.
+        place: the place of the consumer, which sends the answer with its acknowledgement.
         rule: decides whether the address may get an answer.
-        source: who answers.
+        source: the `source` of the answer.
     """
 
     def __init__(self, place: object, rule: ReplyRule, source: str | None) -> None:
@@ -43,7 +43,7 @@ class RouteAnswers:
         self._source = source
 
     def __call__(self, box: Outbox, message: Message, result: Any) -> None:
-        """Answer, or log why that is not possible."""
+        """Put the answer into the outbox, or log why that is not possible."""
         if box.replied or not is_request(message, result) or not self._rule.allows(message):
             return
         try:
@@ -58,7 +58,7 @@ class RouteAnswers:
             body=body,
             queue=target,
             id=box.id(target) or message.id,
-            mandatory=False,  # nobody may be waiting any more
+            mandatory=False,  # perhaps nobody waits for the answer any more
             source=self._source,
             time=time.time(),
             content_type=content_type,
@@ -68,9 +68,9 @@ class RouteAnswers:
         )
 
     async def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The messages, unchanged."""
+        """Return the messages unchanged."""
         return messages
 
     async def send_now(self, messages: Sequence[Message]) -> None:
-        """Not sent: only an acknowledgement carries an answer, and the handler has settled the message itself."""
+        """Log that the answer is not sent: only an acknowledgement carries it, and the handler settled by itself."""
         log.warning("The answer to message %s is not sent: it was settled by hand.", messages[0].causation_id)

@@ -1,4 +1,4 @@
-"""Pauses between attempts to reach a broker."""
+"""The delays between attempts to reach a broker."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Final
 #: Seconds before the second attempt to reach a broker; doubled each time, up to MAX_BACKOFF.
 BACKOFF: Final = 0.1
 MAX_BACKOFF: Final = 5.0
-#: Seconds before a deadline within which nothing is tried again.
+#: If a deadline is nearer than this many seconds, nothing is tried again.
 LAST_TRY_MARGIN: Final = 0.2
 
 
 def backoff(attempt: int) -> float:
-    """Seconds to wait after failed attempt number `attempt` (1 is the first), spread by a quarter."""
+    """Return the seconds to wait after failed attempt `attempt` (1 is the first), varied at random by a quarter."""
     return float(min(BACKOFF * 2 ** min(attempt - 1, 16), MAX_BACKOFF) * random.uniform(0.75, 1.25))  # nosec B311: a pause
 
 
 def backoff_within(attempt: int, left: float) -> float | None:
-    """The same, shortened so that the last attempts come before the `left` seconds are over; None when they are."""
+    """Return `backoff(attempt)`, shortened to fit into the `left` seconds; None if no further attempt fits."""
     delay = backoff(attempt)
     if delay < left:
         return delay

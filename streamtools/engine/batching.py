@@ -1,4 +1,4 @@
-"""SettlementBatcher: settlements gather while the last batch is under way, without any timer."""
+"""SettlementBatcher: gathers settlements into batches without a timer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streamtools.delivery import Settlement
 
 
 class SettlementBatcher:
-    """Settles what is added in batches. While one batch is being settled, the next one gathers."""
+    """Settles settlements in batches: while one batch is being settled, new settlements gather for the next."""
 
     def __init__(self, settle: Callable[[list[Settlement]], Awaitable[None]]) -> None:
         self._settle = settle

@@ -1,7 +1,7 @@
-"""Dispatch: one delivery in, one settlement out, whatever happens on the way.
+"""Dispatch: turns each delivery into exactly one settlement, whatever happens to its handler.
 
-decode -> middleware -> handler        (one compiled handler; the order is the chain's)
--> policy                              (error and attempt to a verdict)
+middleware -> decode -> handler        (one compiled function)
+-> policy                              (an error and an attempt become a verdict)
 -> settlement                          (the verdict with the copies that it needs)
 """
 
@@ -44,25 +44,25 @@ from streamtools.verdicts import ACK, DROP, RELEASE, Copy, Verdict, VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Characters of an error's text in the log.
+#: The most characters of an error's text in the log.
 SHOWN: Final = 500
 
 
 def chain(handler: Handler, middleware: Sequence[Middleware]) -> Handler:
-    """The handler inside its middleware; the first of the list is outermost."""
+    """Return the handler inside its middleware; the first of the list is the outermost."""
     for layer in reversed(middleware):
         handler = partial(_call_layer, layer, handler)
     return handler
 
 
 def check_middleware(given: Any, parameter: str = "middleware") -> list[Middleware]:
-    """Check a list of middleware: each is called with a message and `call_next`.
+    """Check a list of middleware: each function must take a message and `call_next`.
 
     Parameters:
-        parameter: the name of the parameter that it was given as.
+        parameter: the name of the user's parameter, for the error text.
 
     Raises:
-        ConfigurationError: it is not such a list.
+        ConfigurationError: it is not a list, or a function does not take these arguments.
     """
     layers = as_list(given, parameter)
     for layer in layers:
@@ -71,10 +71,10 @@ def check_middleware(given: Any, parameter: str = "middleware") -> list[Middlewa
 
 
 def as_list(given: Any, parameter: str) -> list[Middleware]:
-    """The layers in a list of middleware, which may be added to before it is used.
+    """Return a copy of a list of middleware.
 
     Raises:
-        ConfigurationError: it is no list.
+        ConfigurationError: it is not a list.
     """
     if callable(given) or not isinstance(given, Iterable):
         name = given.__name__ if isinstance(given, type | FunctionType) else repr(given)
@@ -83,10 +83,10 @@ def as_list(given: Any, parameter: str) -> list[Middleware]:
 
 
 def check_error_handler(handler: object) -> None:
-    """An error handler that can be called, or None.
+    """Check that an error handler can be called, or is None.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: it does not take a message, an error and an attempt.
     """
     if handler is not None:
         check_function(
@@ -117,16 +117,16 @@ async def _call_layer(layer: Middleware, call_next: Handler, message: Message) -
     return result
 
 
-#: Puts what a handler has returned into its outbox: (outbox, message, result).
+#: Puts the result of a handler into its outbox if that answers the message: (outbox, message, result).
 Answer = Callable[[Outbox, Message, Any], None]
 
 
 class RetryInPlace(NamedTuple):
-    """Another run of the same delivery, which keeps its place in the order.
+    """A retry of the same delivery in this process, by which it keeps its place in the order.
 
     Attributes:
-        message: what the handler gets then.
-        delay: seconds until then.
+        message: the message for the next attempt.
+        delay: the seconds until the next attempt.
     """
 
     message: Message
@@ -134,21 +134,24 @@ class RetryInPlace(NamedTuple):
 
 
 class Dispatcher:
-    """Turns a delivery into a settlement, whatever happens; what was cancelled by us is given back.
+    """Turns a delivery into a settlement, whatever happens. If the consumer cancels the handler, it releases it.
 
     Parameters:
-        handler: the compiled handler within its middleware.
+        handler: the compiled handler inside its middleware.
         name: the handler's name, for logs and error copies.
         retry: the retry policy.
-        error_queue: where rejected messages go.
-        max_deliveries: a message delivered this often without a verdict is not run any more.
-        in_place: retries wait in this process and keep their place in the order; otherwise they are sent as copies.
+        error_queue: the queue that rejected messages go to.
+        max_deliveries: a message that was delivered this often without a verdict is rejected without another run.
+        in_place: if true, retries wait in this process and keep their place in the order; else they are sent as
+            copies.
         features: what the protocol can do.
         on_error: decides about failures instead of the policy.
-        place: the consumer's; messages that a handler sends from the same place leave with the acknowledgement.
-        together: they do; False if the message is acknowledged earlier, or by hand: then they leave when the handler
-            has succeeded.
-        atomic: if a settlement is refused, nothing of it has left; otherwise all that the refusal does not name has.
+        place: the place of the consumer; messages that the handler sends from the same place are sent with the
+            acknowledgement.
+        together: if false, they are sent as soon as the handler has succeeded, because the message is acknowledged
+            earlier or manually.
+        atomic: if true, the broker performs a settlement as a whole or not at all; else it has taken every message
+            that a refusal does not name.
         answer: puts the handler's result into the outbox if the message is a request.
     """
 
@@ -175,7 +178,7 @@ class Dispatcher:
         self._max_deliveries = max_deliveries
         self._in_place = in_place
         self._copies = features.error_queue
-        # Without delays in the protocol the copy for a retry arrives at once, and waits here until it is due.
+        # If the protocol has no delays, the copy for a retry arrives at once, and waits here until it is due.
         self._holds = features.error_queue and not features.delay
         self._stopping = False
         self._waits: set[asyncio.Event] = set()
@@ -186,13 +189,13 @@ class Dispatcher:
         self._answer = answer
 
     def stop(self) -> None:
-        """Let retries that wait in place be given back at once."""
+        """Release all retries that wait in this process."""
         self._stopping = True
         for wait in self._waits:
             wait.set()
 
     def start(self) -> None:
-        """Be usable again after `stop()`."""
+        """Let retries wait in this process again, after `stop()`."""
         self._stopping = False
 
     async def __call__(self, delivery: Delivery) -> Settlement:
@@ -207,11 +210,11 @@ class Dispatcher:
         if message.expires_at is not None and message.expired:
             return Settlement(delivery, DROP)
         while True:
-            # What a handler sets, such as a tenant, must not reach the next message or the next attempt.
+            # Context variables that a handler sets, such as a tenant, must not reach the next message or attempt.
             context, work = copy_context(), self._attempt(delivery, message)
             try:
                 waits_for = context.run(work.send, None)
-            except StopIteration as end:  # it has not waited for anything, as most do not: no generator is made
+            except StopIteration as end:  # most handlers never wait for anything: they need no generator
                 found: Settlement | RetryInPlace = end.value
             else:
                 found = await going_on(context, work, waits_for)
@@ -222,11 +225,11 @@ class Dispatcher:
             message = found.message
 
     async def _attempt(self, delivery: Delivery, message: Message) -> Settlement | RetryInPlace:
-        """Run the handler once; the result is a settlement, or another run in this process."""
+        """Run the handler once; return a settlement, or a retry in this process."""
         current.set(delivery)
         if self._decimals:
             own_decimals()
-        delivery.outgoing = ()  # an attempt that failed has sent nothing
+        delivery.outgoing = ()  # messages of a failed attempt are not sent
         try:
             if delivery.decode_error is not None:
                 raise delivery.decode_error
@@ -243,13 +246,13 @@ class Dispatcher:
                 box.open = False
             if box.gathered:
                 delivery.outgoing += tuple(await send_all(box, None if delivery.settled else self._place))
-        except BaseException as error:  # SystemExit too: a message must not end the process
+        except BaseException as error:  # also SystemExit: a message must not end the process
             failure = error
         else:
             return Settlement(delivery, ACK, delivery.outgoing, result)
         ours = delivery.abandoned or scope_ended()
         await clear_cancellation()
-        if ours:  # we have cancelled it, so its error says nothing about the message
+        if ours:  # the consumer cancelled the handler, so the error says nothing about the message
             return Settlement(delivery, RELEASE)
         verdict = await self.decide(message, failure)
         if verdict.kind.copy is not Copy.RETRY or not self._in_place:
@@ -258,7 +261,7 @@ class Dispatcher:
         return RetryInPlace(retry_copy(message, self._details(message, failure), 0), verdict.delay)
 
     async def decide(self, message: Message, failure: BaseException) -> Verdict:
-        """What is to become of a message that failed: as `on_error` says, else by the policy."""
+        """Return the verdict on a message that failed: that of `on_error`, or else that of the policy."""
         if self._on_error is None:
             return self._retry.decide(failure, message.attempt)
         try:
@@ -274,10 +277,11 @@ class Dispatcher:
         return self._retry.decide(failure, message.attempt)
 
     async def refused(self, settlement: Settlement, error: SendError) -> Settlement:
-        """What to do with a settlement whose outgoing messages the broker refuses.
+        """Return the settlement to try after the broker has refused outgoing messages of this one.
 
-        If a message that a handler sent was refused, the handler has failed with that error: its message is retried
-        or rejected. A refused reply is left out. A refused copy is tried again.
+        If a message that the handler sent was refused, the handler has failed with that error: its message is retried
+        or rejected. A refused reply is left out. If the copy for a retry or for the error queue was refused, the
+        settlement stays the same.
         """
         refused = error.among(settlement.outgoing, {*error.refused, *error.unfit})
         message = settlement.delivery.message
@@ -290,20 +294,20 @@ class Dispatcher:
         return self.settlement(settlement.delivery, message, await self.decide(message, error), error)
 
     def without_held(self, settlement: Settlement, error: SendError) -> Settlement:
-        """A partly refused settlement without the messages that the broker holds already."""
+        """Return a partly refused settlement without the messages that the broker has taken already."""
         if self._atomic or not settlement.outgoing:
             return settlement
         outgoing = tuple(error.among(settlement.outgoing, {*error.refused, *error.unknown}))
         return settlement if len(outgoing) == len(settlement.outgoing) else replace(settlement, outgoing=outgoing)
 
     def fallbacks(self, settlement: Settlement, error: BaseException) -> Iterator[Settlement]:
-        """Smaller and smaller forms of a settlement that cannot be performed; the last ones reject the message.
+        """Yield smaller and smaller forms of a settlement that cannot be performed; the last ones reject the message.
 
-        Each has the whole body, and `ErrorDetails.omitted` says what it lacks. A handler never runs with less than
-        its sender gave: a copy that lacks more than the details of its failure goes to the error queue.
+        Each form has the whole body, and `ErrorDetails.omitted` says what it lacks. A handler never gets a message
+        that lacks something of its sender: such a copy goes to the error queue.
 
         Parameters:
-            error: why it cannot be.
+            error: why the settlement cannot be performed.
         """
         delivery = settlement.delivery
         reason = f"it could not be settled: {type(error).__name__}: {safe_str(error)}"
@@ -327,7 +331,7 @@ class Dispatcher:
             yield replace(rejection, outgoing=least)
 
     def _rejected(self, copy: Message, message: Message) -> Message:
-        """The copy for a retry, changed to one for the error queue."""
+        """Change the copy for a retry to a copy for the error queue."""
         if copy.queue != message.queue:
             return copy
         return copy.replace(queue=self._error_queue, attempt=message.attempt, deliver_at=None, expires_at=None)
@@ -335,7 +339,7 @@ class Dispatcher:
     def settlement(
         self, delivery: Delivery, message: Message, verdict: Verdict, error: BaseException | None
     ) -> Settlement:
-        """The verdict with the copies that it needs; logged where it is a failure."""
+        """Return a settlement: the verdict with the copies that it needs; log a failure."""
         if (copy := verdict.kind.copy) is not None:
             if error is not None and not isinstance(error, Drop):
                 self._log(message, error, verdict)
@@ -354,14 +358,14 @@ class Dispatcher:
 
     def _error_copy(self, message: Message, details: ErrorDetails) -> Message:
         copy = error_copy(message, details, self._error_queue)
-        if copy.queue == message.queue:  # the error queue's own consumer failed: not again at once
+        if copy.queue == message.queue:  # the consumer of the error queue failed: do not deliver it again at once
             return copy.replace(deliver_at=time.time() + self._retry.max_delay)
         return copy
 
     def _details(self, message: Message, error: BaseException | None, reason: str = "") -> ErrorDetails:
         if message.error is not None and message.queue == self._error_queue:
-            # The error queue's own consumer failed. What brought the message here, and where a redrive
-            # takes it, stands in its details: they are not to be lost by looking at it.
+            # The consumer of the error queue failed. The details say why the message first failed, and where a
+            # redrive puts it: keep them.
             return message.error
         return describe(message, error, self.name, reason=reason)
 
@@ -373,7 +377,7 @@ class Dispatcher:
         return self.settlement(delivery, delivery.message, Verdict.reject(str(error)), error)
 
     async def _given_back_within(self, delivery: Delivery, delay: float) -> bool:
-        """Wait; True as soon as the delivery is to be given back: we stop, or the broker takes it back."""
+        """Wait; return True if the delivery must be released: the consumer stops, or the broker takes it back."""
         if self._stopping or delivery.withdrawn:
             return True
         wake = delivery.wake = asyncio.Event()
@@ -385,7 +389,7 @@ class Dispatcher:
             self._waits.discard(wake)
 
     def _log(self, message: Message, error: BaseException, verdict: Verdict) -> None:
-        # A verdict that the handler chose, or a body that is wrong, needs no traceback.
+        # A verdict that the handler chose, or a body that cannot be decoded, needs no traceback.
         trace = None if isinstance(error, Signal | DecodeError) else error
         if verdict.kind.copy is Copy.RETRY:
             log.warning(

@@ -1,4 +1,4 @@
-"""Endpoint: what producers and consumers share, a queue at an address and the connection to it."""
+"""Endpoint: the base of producers and consumers: a queue, its address and the connection to it."""
 
 from __future__ import annotations
 
@@ -33,26 +33,23 @@ def _names(cls: type) -> set[str]:
 
 
 class Wrapper(Protocol):
-    """What stands between the engine and a driver, and reads and writes the headers of another system.
-
-    It has the hooks of the driver that it is put before.
-    """
+    """Wraps a driver to write and read the headers of another system; it has the hooks of that driver."""
 
     @property
     def style(self) -> object:
-        """The same for producers and consumers whose messages have the same headers."""
+        """The style of the headers; equal for producers and consumers whose messages have the same headers."""
         ...
 
 
 class Endpoint(LoopBound, EndpointHooks):
     """The base of Producer and Consumer."""
 
-    #: None: messages have our own headers.
+    #: The wrapper of the driver; None if messages have our own headers.
     wrapper: Wrapper | None = None
     _ignored: set[str]
     _connected: bool
     _closed: bool
-    #: Connections made so far.
+    #: The number of connections made so far.
     _opened: int
     _opening: asyncio.Lock
 
@@ -61,7 +58,7 @@ class Endpoint(LoopBound, EndpointHooks):
         """Check that a driver's class defines none of the private names of its base class, but hooks.
 
         Raises:
-            TypeError: it does.
+            TypeError: the class defines such a name.
         """
         ours = {name for each in base.__mro__ if each.__module__ != EndpointHooks.__module__ for name in _names(each)}
         for each in cls.__mro__[: cls.__mro__.index(base)]:
@@ -103,10 +100,10 @@ class Endpoint(LoopBound, EndpointHooks):
         return await self.open()
 
     async def close(self) -> None:
-        """Close the connection. Safe to repeat; operations that are under way raise.
+        """Close the connection. Safe to repeat; operations that are not finished raise.
 
-        An object that is used in several event loops has a connection in each: this closes the running loop's.
-        When a loop ends, its connection is closed.
+        An object that is used in several event loops has a connection in each of them. This closes the one of the
+        running loop. When a loop ends, its connection is closed, too.
         """
         here = self._here()
         here._closed = True
@@ -125,16 +122,16 @@ class Endpoint(LoopBound, EndpointHooks):
     # --- connecting -----------------------------------------------------------------------------
 
     def _reopen(self) -> Self:
-        """This object, as the running loop is to use it, no longer closed."""
+        """Return the object that the running loop uses, and mark it as not closed."""
         here = self._here()
         here._closed = False
         return here
 
     async def _keep_connecting(self, deadline: float, failures: list[ConnectError]) -> None:
-        """Try until connected, until it is refused for good, or until the deadline (on the monotonic clock).
+        """Try to connect until that succeeds, until an error is permanent, or until the deadline (monotonic clock).
 
         Parameters:
-            failures: where each is kept.
+            failures: the errors so far; new ones are added.
         """
         while not self._connected:
             if self._closed:
@@ -147,7 +144,7 @@ class Endpoint(LoopBound, EndpointHooks):
                 if error.permanent or delay is None:
                     raise
                 if [str(failure) for failure in failures[-2:-1]] == [str(error)]:
-                    log.debug("%r: the same again. Trying again in %.1f s.", self, delay)
+                    log.debug("%r: the same error. Trying again in %.1f s.", self, delay)
                 else:
                     log.warning("%r: %s Trying again.", self, error)
                 if not await self._goes_on_after(delay):
@@ -167,7 +164,7 @@ class Endpoint(LoopBound, EndpointHooks):
             raise
 
     async def _disconnect(self, error: ConnectError) -> None:
-        """Let go of a connection that has ended, before there is another."""
+        """Log that the connection was lost, and close what is left of it."""
         log.warning("%r: %s Reconnecting.", self, error)
         self._connected = False
         await stray_cancellation_as_lost(self._close_what_is_left())
@@ -175,15 +172,15 @@ class Endpoint(LoopBound, EndpointHooks):
     async def _close_what_is_left(self) -> None:
         try:
             await self._close_driver()
-        except Exception as error:  # it must not hide why the connection ended, nor keep us from a new one
+        except Exception as error:  # this must not hide the first error, nor prevent a new connection
             log.warning("%r: closing what is left: %s", self, error)
 
     async def _close_driver(self) -> None:
-        """End what is under way, and close the driver."""
+        """End what is still running, and close the driver."""
         await self._close()
 
     async def _goes_on_after(self, delay: float) -> bool:
-        """Wait before the next try; False when there is to be none."""
+        """Wait before the next try; return False if there must not be one."""
         await asyncio.sleep(delay)
         return True
 

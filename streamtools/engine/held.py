@@ -1,4 +1,4 @@
-"""Messages that a consumer holds because the broker refuses their copies. They have a limit beside the prefetch."""
+"""Limits the messages that a consumer holds because the broker refuses their copies; prefetch does not count them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from streamtools.message import Message
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: With this many messages held, or this many bytes of their bodies, no more messages are received.
+#: If this many messages are held, or this many bytes of bodies, the consumer receives no more messages.
 HELD_LIMIT: Final = 1000
 HELD_BYTES: Final = 128 * 1024 * 1024
 #: Seconds between two declarations of the queues; one declaration serves all messages that are held.
@@ -22,10 +22,10 @@ REDECLARE_INTERVAL: Final = 0.4
 
 
 class HeldBack:
-    """The messages that one loop holds back.
+    """Counts the messages that one loop holds back.
 
     Attributes:
-        number: of the messages.
+        number: the number of these messages.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class HeldBack:
         if not self._is_said:
             self._is_said = True
             log.warning(
-                "No more messages of %r are taken in: %d (%d bytes) are held back, and the limit is %d (%d bytes). "
+                "No more messages of %r are received: %d (%d bytes) are held back, and the limit is %d (%d bytes). "
                 "The last one: %s",
                 self._queue, self.number, self._bytes, HELD_LIMIT, HELD_BYTES, self._reason,
             )  # fmt: skip
@@ -53,7 +53,10 @@ class HeldBack:
 
     @contextmanager
     def place(self, message: Message) -> Iterator[Callable[[str], None]]:
-        """A place for a message while its settlement is tried; call what it gives with the reason of each refusal."""
+        """Count a message, from its first refusal until the block ends; the block gets a function to report refusals.
+
+        The block calls that function with the reason of each refusal.
+        """
         size, is_taken = len(message.body or b""), False
 
         def take(reason: str) -> None:

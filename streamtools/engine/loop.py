@@ -1,9 +1,9 @@
-"""The consumer loop: receive, dispatch, settle, in batches, until told to stop.
+"""The consumer loop: receives, dispatches and settles messages, in batches, until it is stopped.
 
-One task receives and fills `ready`; `concurrency` workers take from it and run the handler; two batchers settle what
-is finished. A batcher settles together all that was added while its last batch was under way, so acknowledgements
-gather without any timer. Settlements that send something first have a batcher of their own: a publisher that is
-blocked must not hold up plain acknowledgements.
+One task receives messages and fills `ready`. As many workers as `concurrency` says take messages from there and run
+the handler. Two batchers settle what is finished: each settles together all that was added while its last batch was
+being settled. One of them is for settlements that send something: a blocked publisher must not delay plain
+acknowledgements.
 """
 
 from __future__ import annotations
@@ -33,28 +33,31 @@ from streamtools.verdicts import ACK, RELEASE, Verdict, VerdictKind
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds that a worker may run handlers that never wait, before others have their turn.
+#: After a worker has run handlers that never wait for this many seconds, other tasks have their turn.
 SLICE: Final = 0.005
-#: A message delivered this often without a verdict is run alone: it may be what ends the process.
+#: A message that was delivered this often without a verdict is handled alone: it may be the one that ends the
+#: process.
 SUSPECT: Final = 2
-#: Running handlers may go on once the connection is lost. Seconds in which none of them ends: first until the log
-#: says that they are waited for, then until they are cancelled, so that one that hangs does not block the queue.
+#: When the connection is lost, running handlers may go on. If none of them ends for the first number of seconds, the
+#: log says that the consumer waits for them. If none ends for the second number, they are cancelled, so that a
+#: handler that hangs does not block the queue.
 OUTLAST: Final = (10.0, 300.0)
-#: Seconds for which tasks that ignore their cancellation are cancelled again; less than a runner waits for a loop.
+#: Tasks that ignore their cancellation are cancelled again for this many seconds; a runner waits longer for a loop.
 CANCEL_TIMEOUT: Final = 3.0
 
 Ack = Literal["after", "on_receive", "manual"]
 
 
 class Loop:
-    """One consumer's loop over one connection; made anew after each reconnect.
+    """The loop of one consumer over one connection; after each reconnect there is a new one.
 
     Parameters:
         source: the driver's hooks.
-        decider: delivery -> settlement.
-        concurrency: handlers at once.
-        prefetch: deliveries in hand at most.
-        ordering_key: deliveries with the same key are handled one after the other; those whose key is None, at once.
+        decider: makes a settlement of each delivery.
+        concurrency: how many handlers run at the same time.
+        prefetch: the most deliveries in hand.
+        ordering_key: deliveries with the same key are handled one after the other; those with the key None in any
+            order.
         ack: "after" the handler, "on_receive", or "manual".
         finished: settlements that an earlier connection did not perform, by message id, attempt and handler.
     """
@@ -77,27 +80,27 @@ class Loop:
         self._ready = ReadyQueue(ordering_key)
         self._state = LoopState()
         self._settler = Settler(source, decider, self._state, left_limit=prefetch, finished=finished)
-        #: Taking in waits until there is room for half a prefetch.
+        #: Whether receiving waits until half of the prefetch is free.
         self._pausing = False
 
     @property
     def decider(self) -> Decider:
-        """What turns each delivery into a settlement."""
+        """The decider, which makes a settlement of each delivery."""
         return self._settler.decider
 
     @property
     def in_hand(self) -> int:
-        """Deliveries received and not yet settled."""
+        """The number of deliveries that are received and not settled."""
         return self._state.in_hand
 
     @property
     def running(self) -> int:
-        """Handlers at work."""
+        """The number of handlers that are running."""
         return self._state.running
 
     @property
     def settled(self) -> int:
-        """Deliveries settled so far."""
+        """The number of deliveries settled so far."""
         return self._state.settled
 
     @property
@@ -107,18 +110,19 @@ class Loop:
 
     @property
     def is_lost(self) -> bool:
-        """The connection has ended; handlers may be at work still."""
+        """Whether the connection was lost; handlers may still be running."""
         return self._state.lost is not None
 
     async def run(self, stopping: asyncio.Event, grace: Callable[[], float]) -> None:
-        """Until `stopping` is set and all in hand is settled, or the connection is lost.
+        """Run until `stopping` is set and all deliveries in hand are settled, or until the connection is lost.
 
         Parameters:
-            stopping: set it to stop taking messages in.
-            grace: the seconds that handlers at work are then given.
+            stopping: set it to stop receiving.
+            grace: returns the seconds that running handlers get after that.
 
         Raises:
-            ConnectionLost: once the handlers at work have ended; what was not settled comes back.
+            ConnectionLost: the connection was lost, and all running handlers have ended; messages that are not
+                settled will be delivered again.
         """
         state = self._state
         state.stopping, state.scope = stopping, WorkerScope(asyncio.current_task())
@@ -150,20 +154,20 @@ class Loop:
         return task
 
     async def settle_manually(self, delivery: Delivery, verdict: Verdict) -> None:
-        """Perform a verdict that the handler gave itself; returns when it is given to the broker."""
+        """Perform a verdict that the handler gave itself; return when the broker has it."""
         await self._settler.perform(delivery, verdict)
         if self._ack == "manual":
             self._state.done(1)
 
     def hold(self) -> None:
-        """Begin none of those in hand until `resume()`; handlers at work go on."""
+        """Begin no delivery until `resume()`; running handlers go on."""
         self._ready.hold()
 
     def resume(self) -> None:
-        """Begin those in hand again, in the same order."""
+        """Begin deliveries again, in the same order."""
         self._ready.resume()
 
-    # --- taking in ------------------------------------------------------------------------------
+    # --- receiving ------------------------------------------------------------------------------
 
     async def _take_in(self) -> None:
         state, receive = self._state, None
@@ -200,7 +204,7 @@ class Loop:
         receive.cancel()
         await asyncio.gather(receive, return_exceptions=True)
         if not receive.cancelled() and receive.exception() is None:
-            batch = receive.result()  # it was just about to return these
+            batch = receive.result()  # it returned these at the moment of the cancellation
             self._state.in_hand += len(batch)
             self._settler.give_back(batch)
 
@@ -211,7 +215,7 @@ class Loop:
             self._state.lost = error
 
     def _has_room(self) -> bool:
-        # Half a prefetch at a time, so that intake stays in batches; at once when workers would idle.
+        # Receive when half of the prefetch is free, so that messages come in batches; at once if workers would idle.
         room = self._room
         if room <= 0 or (2 * room < self._prefetch and self._ready.deliveries):
             return False
@@ -219,7 +223,7 @@ class Loop:
 
     @property
     def _room(self) -> int:
-        """How many more deliveries may be received; those whose copies the broker refuses do not count."""
+        """How many more deliveries may be received; those held back by `HeldBack` do not count."""
         return self._prefetch - self._state.in_hand + self._settler.refused.number
 
     async def _accept_all(self, batch: Sequence[Delivery]) -> None:
@@ -227,10 +231,10 @@ class Loop:
         if self._ack == "on_receive":
             await acknowledge(self._source._settle, batch)
             for delivery in batch:
-                delivery.settled = True  # a verdict that the handler gives itself is ignored
+                delivery.settled = True  # so a verdict that the handler gives itself is ignored
         for position, delivery in enumerate(batch):
-            # With ack="manual" a handler may keep deliveries as long as it likes: the wait could be endless.
-            # With ack="on_receive" they are acknowledged already, so none of them comes again.
+            # A suspect runs alone only with ack="after". With "manual" a handler may keep deliveries for ever, so we
+            # could wait for ever. With "on_receive" they are acknowledged already, and never come again.
             alone = delivery.redeliveries >= SUSPECT and self._ack == "after"
             if alone and not await self._idle(len(batch) - position):
                 self._settler.give_back(batch[position:])
@@ -243,7 +247,7 @@ class Loop:
                 return
 
     async def _idle(self, held: int) -> bool:
-        """Wait until `held` deliveries are in hand, beside what the broker refuses; False if the loop ends first."""
+        """Wait until only `held` deliveries are in hand, not counting refused ones; False if the loop ends first."""
         while self._state.in_hand - self._settler.alone > held:
             if not self._goes_on():
                 return False
@@ -262,7 +266,7 @@ class Loop:
                 turn = clock()
             delivery = ready.popleft()
             if self._pausing and not ready:
-                state.changed()  # a worker may be idle
+                state.changed()  # receive now: a worker may soon be idle
             state.running += 1
             try:
                 settlement = await self._handle(delivery, task)
@@ -279,9 +283,9 @@ class Loop:
         delivery.task, decider = task, self._settler.decider
         try:
             return await decider(delivery)
-        except asyncio.CancelledError:  # by `abandon()`, or by our end
+        except asyncio.CancelledError:  # `abandon()` was called, or the loop ends
             return Settlement(delivery, RELEASE)
-        except Exception as error:  # before or after its handler; the handler's own errors have a verdict
+        except Exception as error:  # an error of this library: the dispatcher turns handlers' errors into verdicts
             log.exception("%r could not be handled; it is rejected.", delivery)
             return next(decider.fallbacks(Settlement(delivery, ACK), error))
         finally:
@@ -294,7 +298,7 @@ class Loop:
         if self._ready.is_ordered:
             self._ready.decided(delivery)
         if self._ack == "manual" and (delivery.settled or settlement.verdict.kind is VerdictKind.ACK):
-            return  # the handler settles it itself, when it is ready
+            return  # the handler settles it itself, at any time
         if self._ack == "on_receive" or delivery.settled:
             self._state.done(1)
         else:
@@ -304,27 +308,27 @@ class Loop:
     # --- stopping -------------------------------------------------------------------------------
 
     def _release_ready(self) -> None:
-        if self._ack != "on_receive":  # else they are acknowledged already: they are handled in the grace, or never
+        if self._ack != "on_receive":  # those are acknowledged already: they are handled in the grace time, or never
             self._settler.give_back(self._ready.clear())
 
     async def _drain(self, grace: Callable[[], float]) -> None:
         state = self._state
         if state.lost is not None and not await self._outlast(OUTLAST[0]):
             log.warning(
-                "%s It is made anew once the handlers at work have ended (%d), or when none has for %g s.",
+                "%s The consumer reconnects when its %d running handlers have ended, or when none ends for %g s.",
                 state.lost, state.running, OUTLAST[1],
             )  # fmt: skip
             await self._outlast(OUTLAST[1])
         if not await state.wait_while(self._is_busy, grace()):
-            log.warning("%d deliveries not finished in time; they go back to the broker.", state.in_hand)
+            log.warning("%d deliveries were not finished in time; they go back to the broker.", state.in_hand)
 
     async def _outlast(self, seconds: float) -> bool:
-        """Wait for running handlers; False once none of them has ended for so long.
+        """Wait for running handlers; return False if none of them ends for this many seconds.
 
-        Their messages come again over the next connection, so a handler that still ran then would run twice at once.
+        The next connection delivers their messages again. If a handler still ran then, it would run twice at once.
         """
         stopping = self._state.stopping
-        with suppress(TimeoutError):  # none of them has ended for so long
+        with suppress(TimeoutError):  # none of them has ended in that time
             while self._at_work() and not stopping.is_set():
                 async with asyncio.timeout(seconds):
                     await self._state.wait()
@@ -339,4 +343,4 @@ class Loop:
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
     if left := await end(tasks, CANCEL_TIMEOUT):
-        log.error("%d handlers ignore that they are cancelled; they are left behind.", left)
+        log.error("%d handlers ignore their cancellation; they are left behind.", left)

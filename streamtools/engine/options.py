@@ -1,7 +1,7 @@
-"""Options of one protocol, so that code written for it runs unchanged on another.
+"""Reads the options of a protocol, so that code written for one protocol runs unchanged on another.
 
-An option that the chosen protocol does not know but another built-in one does is ignored, with
-one log line; an option that no protocol knows is an error.
+If the chosen protocol does not know an option, but another built-in protocol does, the option is ignored, with one
+log line. An option that no protocol knows is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 
 def parameters(function: Callable[..., Any]) -> frozenset[str]:
-    """The names that a function takes by keyword."""
+    """Return the names of the parameters that a function takes by keyword."""
     fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
     found = inspect.signature(function).parameters.values()
     return frozenset(p.name for p in found if p.kind not in fixed and p.name != "self")
@@ -30,10 +30,10 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 
 
 def check_known(names: Iterable[str], known: frozenset[str], *, owner: str, own: Collection[str] = ()) -> None:
-    """Every name is an option of some protocol; parameters as for `read_options`.
+    """Check that every name is an option of some protocol. The parameters are those of `read_options`.
 
     Raises:
-        OptionError: one is not.
+        OptionError: a name is not an option of any protocol.
     """
     for name in names:
         if name in own and name not in known:
@@ -45,18 +45,18 @@ def check_known(names: Iterable[str], known: frozenset[str], *, owner: str, own:
 def read_options(
     model: type[O], given: Mapping[str, Any], *, known: frozenset[str], own: frozenset[str], owner: str
 ) -> tuple[O, list[str]]:
-    """The options for one protocol, and the names that belong to others and are ignored.
+    """Return the options of one protocol, and the names of ignored options of other protocols.
 
     Parameters:
-        model: the driver's options.
-        given: what the user wrote.
-        known: names that some built-in protocol knows.
-        own: parameter names of the callable itself, to suggest from.
-        owner: who takes the options, for the error text.
+        model: the class of the driver's options.
+        given: the options that the user wrote.
+        known: the names that some built-in protocol knows.
+        own: the parameters of the called function itself, for suggestions.
+        owner: what takes the options, for the error text.
 
     Raises:
-        OptionError: a name that no protocol knows.
-        ConfigurationError: a value that does not fit.
+        OptionError: no protocol knows an option.
+        ConfigurationError: the value of an option is not valid.
     """
     foreign = [name for name in given if name not in model.model_fields]
     check_known(foreign, known, owner=owner, own={*own, *model.model_fields})
@@ -69,5 +69,5 @@ def read_options(
 
 def _row(problem: Mapping[str, Any]) -> str:
     where = ".".join(map(str, problem["loc"]))
-    text = str(problem["msg"]).removeprefix("Value error, ").removesuffix(".")  # pydantic's prefix for errors of ours
+    text = str(problem["msg"]).removeprefix("Value error, ").removesuffix(".")  # pydantic adds this prefix
     return f"{where}: {text}" if where else text

@@ -1,4 +1,4 @@
-"""Outbox: messages that wait for the handler, or the block, around them to succeed."""
+"""Outbox: holds messages until the handler, or the transaction block, has succeeded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamtools.receipt import Receipt
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: This process makes the ids of requests with it.
+#: The key of this process for the ids of requests.
 _SECRET: Final = token_bytes(32)
 
 
@@ -25,29 +25,29 @@ class Sender(Protocol):
 
     @property
     def place(self) -> object:
-        """Where its messages leave: a consumer of the same place sends them with its acknowledgement."""
+        """The place that it sends from: a consumer of the same place sends its messages with the acknowledgement."""
 
     async def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The messages as a consumer is to send them."""
+        """Return the messages in the form in which a consumer has to send them."""
 
     async def send_now(self, messages: Sequence[Message]) -> Any:
-        """Send them, and return once they are confirmed."""
+        """Send messages, and return when the broker has confirmed them."""
 
 
 class Outbox:
-    """The messages that were sent so far, in order; none has left yet.
+    """Holds the messages that a handler or a block has sent, in order, until they really leave.
 
     Parameters:
-        incoming: the message being handled; None in a transaction outside any handler.
-        handler: the name of the handler at work.
+        incoming: the message that is handled; None in a transaction outside any handler.
+        handler: the name of the running handler.
     """
 
-    # Made when they are needed: there is an outbox for each message, and most handlers send nothing.
+    # These are made only when needed: each message has an outbox, and most handlers send nothing.
     gathered: Sequence[tuple[Sender, Message]] = ()
     _numbers: Counter[str] | None = None
-    #: The handler, or the block, has ended: no further message is added.
+    #: False when the handler, or the block, has ended: then no message can be added.
     open: bool = True
-    #: The handler has given its reply itself.
+    #: Whether the handler has sent its reply itself.
     replied: bool = False
 
     def __init__(self, incoming: Message | None = None, handler: str = "") -> None:
@@ -62,7 +62,7 @@ class Outbox:
         return Sent(message)
 
     def nested(self) -> Outbox:
-        """An outbox for a transaction inside this one; the numbers of ids go on."""
+        """Return an outbox for a transaction inside this one; it continues the numbers of the ids."""
         inner = Outbox(self.incoming, self._handler)
         if self._numbers is None:
             self._numbers = Counter()
@@ -76,21 +76,21 @@ class Outbox:
         self.replied = self.replied or inner.replied
 
     def by_sender(self) -> list[tuple[Sender, list[Message]]]:
-        """The waiting messages, by sender."""
+        """Return the waiting messages, grouped by sender."""
         found: dict[int, tuple[Sender, list[Message]]] = {}
         for sender, message in self.gathered:
             found.setdefault(id(sender), (sender, []))[1].append(message)
         return list(found.values())
 
     def id(self, queue: str, question: bytes = b"") -> str | None:
-        """The id for the next message to this queue; None outside any handler.
+        """Return the id for the next message to this queue; None outside any handler.
 
-        It derives from the incoming message's id and from the number of the message to this queue. So a handler that
-        is run again sends the same ids, and a receiver can detect the repeat.
+        The id is computed from the id of the incoming message and from how many messages went to this queue before.
+        So a handler that runs again sends the same ids, and a receiver can detect the repeat.
 
         Parameters:
-            question: the body of a request: it is part of the id, so that a late reply is not taken for the answer
-                to a different request of the next run.
+            question: the body of a request. It is part of the id, so that a late reply is not taken for the answer
+                to a different request of the next attempt.
         """
         if self.incoming is None:
             return None
@@ -99,15 +99,15 @@ class Outbox:
         self._numbers[queue] += 1
         incoming = self.incoming
         seed = f"{incoming.id}\n{incoming.queue}\n{self._handler}\n{queue}\n{self._numbers[queue]}\n"
-        # Whoever knows the id of a request can answer it: another process must not work it out.
+        # Anyone who knows the id of a request can answer it, so other processes must not be able to compute it.
         key = _SECRET if question else b""
         return blake2b(seed.encode("utf-8", "surrogatepass") + question, digest_size=16, key=key).hexdigest()
 
 
 class Sent:
-    """A message that is in the outbox; awaiting it gives its receipt at once.
+    """A message that was put into the outbox; `await` returns its receipt at once.
 
-    So a handler may write `await context.publish(...)`, and a plain `def` handler `context.publish(...)`.
+    So an `async def` handler may write `await context.publish(...)`, and a `def` handler `context.publish(...)`.
     """
 
     __slots__ = ("receipt",)
@@ -123,12 +123,12 @@ class Sent:
         return f"<Sent {self.receipt.id} to {self.receipt.queue!r}, when the handler has succeeded>"
 
 
-#: The outbox of the handler, or the transaction, that this task is in.
+#: The outbox of the handler, or of the transaction, that the running task is in.
 outbox: Final[ContextVar[Outbox | None]] = ContextVar("streamtools_outbox", default=None)
 
 
 def current_outbox() -> Outbox | None:
-    """The open outbox around this code; None where messages leave at once."""
+    """Return the open outbox around the calling code; None if messages are sent at once."""
     found = outbox.get()
     return found if found is not None and found.open else None
 
@@ -137,13 +137,13 @@ async def send_all(box: Outbox, place: object = None) -> list[Message]:
     """Send the waiting messages, except those that a consumer of this place sends with its acknowledgement.
 
     Parameters:
-        place: None if everything leaves now.
+        place: the consumer's place; None to send everything now.
 
     Returns:
-        The messages for the consumer.
+        The messages that the consumer has to send.
 
     Raises:
-        SendError: some were refused.
+        SendError: a broker refused some messages.
     """
     carried: list[Message] = []
     others: list[tuple[Sender, list[Message]]] = []
@@ -164,5 +164,5 @@ async def _send_now(sender: Sender, messages: list[Message]) -> None:
     if replies:
         try:
             await sender.send_now(replies)
-        except SendError as error:  # whoever asked gave the address: no failure of the handler
+        except SendError as error:  # the requester chose the address, so the handler has not failed
             log.warning("The reply to message %s is not sent: %s", replies[0].causation_id, error)

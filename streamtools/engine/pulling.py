@@ -1,4 +1,4 @@
-"""Puller: what a consumer without a handler does: it receives deliveries, and settles each when it is told to."""
+"""Puller: receives deliveries for a consumer without a handler, and settles each when the user says so."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from streamtools.errors import ConnectError
 from streamtools.validation.checks import Seconds
 from streamtools.verdicts import DROP, RELEASE, Verdict
 
-#: Seconds for a broker to say what is there now.
+#: The most seconds to wait for a broker to say which messages are there now.
 POLL_TIMEOUT: Final = 5.0
 
 
 class Owner(Protocol):
-    """What the puller needs of its consumer."""
+    """The part of a consumer that its puller uses."""
 
     poll_timeout: ClassVar[float]
     drops_expired: ClassVar[bool]
@@ -35,7 +35,7 @@ class Owner(Protocol):
 
 
 class Puller:
-    """Receives deliveries that somebody settles manually.
+    """Receives deliveries that the user settles.
 
     Parameters:
         owner: the consumer.
@@ -46,21 +46,22 @@ class Puller:
         self.decider = decider
         self._owner = owner
         self._lock = asyncio.Lock()
-        self._settle_manually = self.settle  # one object: deliveries show by it whose they are
+        self._settle_manually = self.settle  # always the same object, by which we recognize our deliveries
 
     @property
     def is_busy(self) -> bool:
-        """Somebody waits for deliveries."""
+        """Whether a caller waits for deliveries."""
         return self._lock.locked()
 
     async def receive(self, limit: int, timeout: Seconds | None) -> list[Delivery]:  # noqa: ASYNC109
-        """Up to `limit` deliveries, through reconnects; none when the time is over.
+        """Receive up to `limit` deliveries, and reconnect if necessary; return none if the time is over.
 
         Parameters:
-            timeout: seconds to wait for the first one; 0 asks once what is there, None waits without a limit.
+            timeout: the seconds to wait for the first delivery; 0 returns only what is there now, None waits without
+                a limit.
 
         Raises:
-            ConnectError: the connection cannot be made, or is refused for good.
+            ConnectError: the connection cannot be made, or the broker refuses it permanently.
         """
         if isinstance(timeout, timedelta):
             timeout = timeout.total_seconds()
@@ -84,11 +85,11 @@ class Puller:
                 await self._owner._disconnect(error)
 
     async def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
-        """Acknowledge deliveries all at once; skip those that are settled already.
+        """Acknowledge deliveries all together; skip those that are settled already.
 
         Raises:
-            ConnectionLost: the connection ended.
-            RuntimeError: one was not received here.
+            ConnectionLost: the connection was lost.
+            RuntimeError: a delivery was not received by this consumer.
         """
         batch: list[Delivery] = []
         try:
@@ -105,11 +106,11 @@ class Puller:
                 await stray_cancellation_as_lost(self._owner._ack(batch))
         except BaseException:
             for delivery in batch:
-                delivery.settled = False  # still in hand: another verdict may fare better
+                delivery.settled = False  # it is still in hand, and may get another verdict
             raise
 
     async def _drop(self, expired: list[Delivery], batch: list[Delivery]) -> list[Delivery]:
-        """Drop the deliveries of a batch whose messages have expired; returns the others."""
+        """Drop the deliveries whose messages have expired, and return the others of the batch."""
         fresh = [delivery for delivery in batch if delivery not in expired]
         settle = self._owner._transport._settle
         try:
@@ -121,7 +122,7 @@ class Puller:
 
     async def _pull(self, limit: int, deadline: float | None, at_once: bool) -> list[Delivery]:
         if at_once and self._lock.locked():
-            return []  # another waits, so there is nothing
+            return []  # another caller waits for a message, so there is none
         transport = self._owner._transport
         receive = transport._poll if at_once else transport._receive
         try:

@@ -1,4 +1,4 @@
-"""ReadyQueue: deliveries that wait for a worker, in order."""
+"""ReadyQueue: holds deliveries that wait for a worker, in order."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from streamtools.delivery import Delivery
 
 
 class ReadyQueue:
-    """Deliveries that wait for a worker; one behind another with the same ordering key waits until that is decided.
+    """Holds deliveries that wait for a worker. A delivery waits for the one before it that has its ordering key.
 
     Parameters:
-        ordering_key: deliveries with the same key are handled one after the other; those whose key is None, at once.
+        ordering_key: returns the key; deliveries with the same key are handled one after the other, those with the
+            key None in any order.
 
     Attributes:
-        deliveries: those that a worker may take.
-        is_ordered: there is an ordering key.
+        deliveries: the deliveries that a worker may take.
+        is_ordered: whether there is an ordering key.
     """
 
     def __init__(self, ordering_key: Callable[[Delivery], Hashable] | None) -> None:
         self.deliveries: deque[Delivery] = deque()
         self.is_ordered: bool = ordering_key is not None
         self._ordering_key = ordering_key
-        #: Ordering key of a delivery that is ready or at work -> those that wait behind it.
+        #: Ordering key of a delivery that is ready or being handled -> the deliveries that wait behind it.
         self._behind: dict[Hashable, deque[Delivery]] = {}
         self._idle: deque[asyncio.Future[None]] = deque()
-        #: Those that are ready, while none may be taken.
+        #: After `hold()`: the deliveries that are ready, but that no worker may take.
         self._held: deque[Delivery] | None = None
 
     def add(self, delivery: Delivery) -> None:
-        """Let it be handled when its turn comes."""
+        """Add a delivery; a worker takes it when its turn comes."""
         if self._ordering_key is not None and (key := self._ordering_key(delivery)) is not None:
             if (behind := self._behind.get(key)) is not None:
                 behind.append(delivery)
@@ -40,7 +41,7 @@ class ReadyQueue:
         self._make_ready(delivery)
 
     def decided(self, delivery: Delivery) -> None:
-        """Its handler has ended: the next one with its ordering key has its turn."""
+        """Let the next delivery with this ordering key have its turn, because the handler of this one has ended."""
         if self._ordering_key is None or (key := self._ordering_key(delivery)) is None:
             return
         if behind := self._behind.get(key):
@@ -49,25 +50,25 @@ class ReadyQueue:
             self._behind.pop(key, None)
 
     async def wait(self) -> None:
-        """Wait, as an idle worker, until something was made ready."""
+        """Wait until a delivery is ready; called by an idle worker."""
         waiter = asyncio.get_running_loop().create_future()
         self._idle.append(waiter)
         await waiter
 
     def hold(self) -> None:
-        """Let no worker take any until `resume()`."""
+        """Let no worker take a delivery until `resume()`."""
         if self._held is None:
             self._held = self.deliveries.copy()
             self.deliveries.clear()
 
     def resume(self) -> None:
-        """Let workers take them again, in the same order."""
+        """Let workers take deliveries again, in the same order."""
         held, self._held = self._held, None
         for delivery in held or ():
             self._make_ready(delivery)
 
     def clear(self) -> list[Delivery]:
-        """Take out all that no worker has begun."""
+        """Remove and return all deliveries that no worker has begun."""
         self.resume()
         waiting = [*self.deliveries, *(each for behind in self._behind.values() for each in behind)]
         self.deliveries.clear()

@@ -1,8 +1,8 @@
-"""Replies: where they may go, and which of them are left out because they cannot be sent.
+"""Decides to which addresses replies may be sent, and which replies are left out because they cannot be sent.
 
-The address of a reply stands in a message, so whoever sends the message has chosen it. It must be a queue's name that
-the driver accepts for replies (`validate_reply`). A reply that may not go there, or cannot be sent, is dropped with
-one log line: it never fails, repeats or holds the request that it answers.
+The sender of a request chooses the address of the reply. It must be the name of a queue that the driver accepts for
+replies (`validate_reply`). A reply that may not go to its address, or cannot be sent, is dropped with one log line:
+it never makes the request fail, repeat or wait.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from streamtools.message import Message
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Names of error queues, of other services too. Operators take any message there for one that failed.
+#: Names of error queues, also of other services. A reply there would look to an operator like a failed message.
 _ERROR_QUEUE: Final = re.compile(r"(.*[._/:-])?error", re.DOTALL)
 
 
 def check_patterns(patterns: object) -> tuple[str, ...] | None:
-    """The patterns that reply addresses must fit, as a user has given them; None for any address.
+    """Check the patterns that a user gives for reply addresses, and return them; None for any address.
 
     Raises:
-        ConfigurationError: they are not a list of strings.
+        ConfigurationError: the patterns are not a list of strings.
     """
     if patterns is None:
         return None
@@ -45,7 +45,8 @@ class ReplyRule:
 
     Parameters:
         check: the driver's `validate_reply`.
-        patterns: one of them must fit the address (`*` and `?` stand for anything); None for any address.
+        patterns: the address must match one of them (`*` stands for any characters, `?` for one); None for any
+            address.
         never: queues that get no replies, such as the error queue.
     """
 
@@ -57,7 +58,7 @@ class ReplyRule:
         self._never = frozenset(never)
 
     def allows(self, message: Message) -> bool:
-        """Whether a reply to this message may be sent; logs why not."""
+        """Whether a reply to this message may be sent; if not, log why."""
         try:
             self.check(message.reply_to or "")
         except ConfigurationError as error:
@@ -66,10 +67,10 @@ class ReplyRule:
         return True
 
     def check(self, address: str) -> None:
-        """Check an address.
+        """Check that an address may get a reply.
 
         Raises:
-            ConfigurationError: it may not get a reply.
+            ConfigurationError: the address may not get a reply.
         """
         self._check(address)
         if address in self._never or _ERROR_QUEUE.fullmatch(address):
@@ -79,9 +80,9 @@ class ReplyRule:
 
 
 def lost_replies(outgoing: Iterable[Message], error: SendError) -> frozenset[str]:
-    """Ids of the replies that are left out after this error.
+    """Return the ids of the replies that are left out after this error.
 
-    These are the refused replies, and those without a confirmation if the error names nothing but replies.
+    These are the refused replies; and if the error names only replies, also those that were not confirmed.
     """
     refused, unclear = {*error.refused, *error.unfit}, frozenset(error.unknown)
     named = error.among(outgoing, refused | unclear)

@@ -1,4 +1,4 @@
-"""ConsumerRun: one run of a consumer's handler, over one connection after the other, until it is told to stop."""
+"""ConsumerRun: runs a consumer's handler, over one connection after the other, until it is stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 
 class Owner(Protocol):
-    """What a run needs of its consumer."""
+    """The part of a consumer that a run uses."""
 
     def _make_loop(self, decider: Decider, finished: Finished) -> Loop: ...
     async def _connect(self, seconds: float | None = None) -> None: ...
@@ -30,16 +30,16 @@ class Owner(Protocol):
 
 
 class ConsumerRun:
-    """One run. It is made before it begins, so that it can be stopped before that, too.
+    """One run. The object exists before the run begins, so that it can be stopped earlier.
 
     Parameters:
         owner: the consumer.
-        loop: the last loop of the run before; what it has counted is shown until this run has a loop.
+        loop: the last loop of the run before; its counts are shown until this run has a loop.
 
     Attributes:
-        loop: over the present connection, or over the last one.
-        has_begun: it has begun, and has not ended.
-        stopping: set when it is to end.
+        loop: the loop over the present connection, or over the last one.
+        has_begun: whether the run has begun and has not ended.
+        stopping: set when the run has to end.
     """
 
     def __init__(self, owner: Owner, loop: Loop | None = None) -> None:
@@ -53,25 +53,25 @@ class ConsumerRun:
 
     @property
     def is_lost(self) -> bool:
-        """The connection of its loop has ended; handlers may be at work still."""
+        """Whether the connection of its loop was lost; handlers may still be running."""
         return self.has_begun and self.loop is not None and self.loop.is_lost
 
     def end_within(self, seconds: float) -> None:
-        """Give the handlers at work so many seconds, once `stopping` is set."""
+        """Give the running handlers this many seconds from now; `stopping` ends the run."""
         self._deadline = time.monotonic() + seconds
 
     async def goes_on_after(self, seconds: float) -> bool:
-        """Wait; False as soon as the run is to end."""
+        """Wait; return False as soon as the run has to end."""
         return not await is_set_within(self.stopping, seconds)
 
     async def handle(self, decider: Decider, on_started: Callable[[], None] | None) -> None:
-        """Connect, and handle messages until told to stop, through reconnects.
+        """Connect, and handle messages until the run is stopped; reconnect if necessary.
 
         Parameters:
-            on_started: called once it is connected.
+            on_started: called when the consumer is connected.
 
         Raises:
-            ConnectError: the first connection cannot be made, or a later one is refused for good.
+            ConnectError: the first connection cannot be made, or the broker refuses a later one permanently.
         """
         try:
             async with until(self.stopping):
@@ -94,7 +94,7 @@ class ConsumerRun:
                 await self._reconnect(failures)
 
     async def _run(self, loop: Loop, decider: Decider) -> None:
-        """Run a loop until it is told to stop or the connection is lost."""
+        """Run a loop until the run is stopped or the connection is lost."""
         watch = asyncio.create_task(self._stop_at_the_end(decider))
         try:
             with watched():

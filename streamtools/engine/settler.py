@@ -1,4 +1,4 @@
-"""Settler: performs the settlements of a consumer's loop, in batches, and each by itself where a batch is refused."""
+"""Settler: performs the settlements of a consumer's loop in batches; if a batch is refused, one by one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from streamtools.verdicts import RELEASE, Verdict
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds before a refused copy is tried again, and the most of it; doubled each time.
+#: Seconds before a refused copy is sent again; doubled each time, up to REFUSED_MAX_DELAY.
 REFUSED_DELAY: Final = 0.5
 REFUSED_MAX_DELAY: Final = 30.0
-#: Seconds for the last settlements when the loop ends.
+#: When the loop ends, the last settlements may take this many seconds.
 FLUSH_TIMEOUT: Final = 5.0
-#: Verdicts kept over a reconnect, at most.
+#: The most settlements that are kept for the next connection.
 FINISHED_LIMIT: Final = 10_000
 
 #: Settlements by message id, attempt and handler.
@@ -37,21 +37,21 @@ Finished = dict[tuple[str, int, str | None], Settlement]
 class Settler:
     """Performs settlements.
 
-    Settlements that send something first have a batcher of their own: a publisher that is blocked must not hold up
-    plain acknowledgements.
+    Settlements that send something have a batcher of their own: a blocked publisher must not delay plain
+    acknowledgements.
 
     Parameters:
         source: the driver's hooks.
-        decider: decides anew when what a handler sent is refused.
-        state: shared with the loop.
-        left_limit: deliveries that cannot be settled in any form, before the connection is given up.
+        decider: decides again if the broker refuses a message that the handler sent.
+        state: the state that is shared with the loop.
+        left_limit: if this many deliveries cannot be settled in any form, the connection is given up.
         finished: settlements that an earlier connection did not perform, by message id, attempt and handler.
 
     Attributes:
-        alone: settlements that are tried by themselves now.
-        refused: the messages among them that the broker refuses.
-        tasks: what tries them.
-        finished: as given; empty as long as no connection was lost.
+        alone: the number of settlements that are being tried one by one.
+        refused: counts the messages among them that the broker refuses.
+        tasks: the tasks that try them.
+        finished: the parameter of this name; empty if no connection was lost.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Settler:
 
     @property
     def batchers(self) -> tuple[SettlementBatcher, SettlementBatcher]:
-        """What has to run while the loop does."""
+        """The batchers, which have to run while the loop runs."""
         return self._plain, self._moves
 
     def add(self, settlement: Settlement) -> None:
-        """Perform a settlement with the next batch; after the connection's end, keep it for the next one."""
+        """Perform a settlement with the next batch; if the connection is lost, keep it for the next connection."""
         if self._state.lost is not None:
             self._remember([settlement])
         elif settlement.outgoing:
@@ -84,7 +84,7 @@ class Settler:
             self._plain.add(settlement)
 
     def give_back(self, deliveries: Sequence[Delivery]) -> None:
-        """Give deliveries back to the broker, as they came."""
+        """Release deliveries to the broker, unchanged."""
         if self._state.lost is not None:
             self._state.in_hand -= len(deliveries)  # the broker takes them back by itself
             return
@@ -93,28 +93,28 @@ class Settler:
             self._plain.add(Settlement(delivery, RELEASE))
 
     def settle_again(self, delivery: Delivery) -> bool:
-        """Settle a delivery that was handled before the connection was lost; False if it was not."""
+        """Settle a delivery that was handled before the connection was lost; return False if it was not."""
         done = self.finished.pop(_name(delivery.message), None)
-        # The same id is not enough: a foreign sender may repeat ids. Same body, and delivered before.
+        # Other programs may use an id twice, so the body must be the same too, and it must be a redelivery.
         if done is None or delivery.redeliveries < 1 or done.delivery.message.body != delivery.message.body:
             return False
         self.add(replace(done, delivery=delivery))
         return True
 
     async def perform(self, delivery: Delivery, verdict: Verdict) -> None:
-        """Perform a verdict that a handler gave itself; returns when it is given to the broker."""
+        """Perform a verdict that a handler gave itself; return when the broker has it."""
         settlement = self.decider.settlement(delivery, delivery.message, verdict, None)
         await OneSettlement(self._source._settle, self.decider, settlement).perform()
 
     async def flush(self) -> None:
-        """Settle what is finished, even when the loop itself was cancelled, so that it is not repeated."""
-        # What is not settled in time is delivered again.
+        """Wait until all finished deliveries are settled, so that they are not handled again."""
+        # A delivery that is not settled in time is delivered again.
         await self._state.wait_while(self._is_settling, FLUSH_TIMEOUT)
 
     def _is_settling(self) -> bool:
         return self._state.lost is None and (self._plain.busy or self._moves.busy)
 
-    # --- together -------------------------------------------------------------------------------
+    # --- in batches -----------------------------------------------------------------------------
 
     async def _settle_batch(self, batch: list[Settlement]) -> None:
         try:
@@ -124,7 +124,7 @@ class Settler:
         except Exception as error:
             if isinstance(error, SendError | QueueError):
                 level = logging.DEBUG if isinstance(error, SendError) and error.early else logging.ERROR
-                log.log(level, "The broker refused what is to be sent before settling: %s", error)
+                log.log(level, "The broker refused messages that must be sent before settling: %s", error)
             else:
                 log.exception("%d deliveries could not be settled together; each is settled by itself.", len(batch))
             for settlement in batch:
@@ -132,7 +132,7 @@ class Settler:
         else:
             self._state.done(len(batch))
 
-    # --- alone ----------------------------------------------------------------------------------
+    # --- one by one -----------------------------------------------------------------------------
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         self.alone += 1
@@ -143,7 +143,7 @@ class Settler:
         task.add_done_callback(self._state.task_ended)
 
     async def _settle_alone(self, settlement: Settlement, refusal: SendError | None) -> None:
-        """Try again until the broker accepts it, or we stop: the message is not given up, and none waits behind it.
+        """Try one settlement until the broker accepts it or the consumer stops; no other settlement waits for it.
 
         Parameters:
             refusal: why the batch was refused; it may concern other deliveries only.
@@ -157,27 +157,27 @@ class Settler:
             self.alone -= 1
             self._fail(error, [one.settlement])
         except asyncio.CancelledError:
-            if self._state.lost is not None:  # what was decided holds over a reconnect: the handler is not run again
+            if self._state.lost is not None:  # the next connection performs the verdict without another run
                 self._remember([one.settlement])
             raise
         except Unsettled:
             self._leave(one.settlement)
 
     async def _insist(self, one: OneSettlement, refusal: SendError | None) -> None:
-        # A copy that no queue can hold until it is due is tried again only then, and is not logged as an error.
+        # If no queue can hold a copy until it is due, send it again only when it is due, and do not log an error.
         early = one.early(refusal)
         delay, said = REFUSED_DELAY, str(refusal) if early else ""
         with self.refused.place(one.settlement.delivery.message) as hold:
             while True:
                 if early or said:
                     hold(said)
-                    self._state.changed()  # one more may be received
+                    self._state.changed()  # the loop may receive one more message
                     if await is_set_within(self._state.stopping, early or delay):
                         self.alone -= 1
                         return self.give_back([one.settlement.delivery])
                     delay = delay if early else min(delay * 2, REFUSED_MAX_DELAY)
                 try:
-                    if not early:  # else the error queue may have been deleted
+                    if not early:  # the error queue may have been deleted
                         await self.refused.redeclare(self._source._redeclare)
                     await one.perform()
                 except (ConnectError, Unsettled):
@@ -193,12 +193,12 @@ class Settler:
                     return self._state.done(1)
 
     def _leave(self, settlement: Settlement) -> None:
-        """Leave a delivery with the broker, which gives it to whoever comes next."""
+        """Leave a delivery with the broker, which delivers it again after this connection."""
         log.exception("%r cannot be settled in any form; it is left with the broker.", settlement.delivery)
         self.alone -= 1
         self._state.done(1)
         self._left += 1
-        if self._left >= self._left_limit:  # the broker gives no more while it holds so many
+        if self._left >= self._left_limit:  # they use up the prefetch, so the broker delivers nothing more
             self._fail(ConnectionLost(f"{self._left} deliveries cannot be settled in any form."), [])
 
     # --- when the connection is lost ------------------------------------------------------------
@@ -211,12 +211,12 @@ class Settler:
         for settlement in batch:
             if not settlement.verdict.kind.gives_back:
                 self.finished[_name(settlement.delivery.message)] = settlement
-        while len(self.finished) > FINISHED_LIMIT:  # the oldest went to another consumer
+        while len(self.finished) > FINISHED_LIMIT:  # the oldest messages went to another consumer
             del self.finished[next(iter(self.finished))]
         self._state.in_hand -= len(batch)
         self._state.changed()
 
 
 def _name(message: Message) -> tuple[str, int, str | None]:
-    # With the handler: copies for a retry by several handlers of one message differ in nothing else.
+    # The handler is part of the name: retry copies for several handlers of one message differ only in it.
     return message.id, message.attempt, message.handler

@@ -1,4 +1,4 @@
-"""Settling one delivery by itself: if it cannot be settled as it is, its copy is sent with less metadata."""
+"""Settles one delivery by itself; if it cannot be settled as it is, its copy is sent with less metadata."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Settle = Callable[[Sequence[Settlement]], Awaitable[None]]
 
 
 class Decider(Protocol):
-    """Decides what becomes of a delivery: by running its handler, or by a verdict that was given manually."""
+    """Makes a settlement of a delivery: runs its handler, or takes a verdict that was given manually."""
 
     def stop(self) -> None: ...
     async def __call__(self, delivery: Delivery) -> Settlement: ...
@@ -32,14 +32,14 @@ class Decider(Protocol):
 
 
 class Unsettled(SendError):
-    """No form of a settlement could be performed, and trying again cannot help; its cause says why."""
+    """No form of a settlement could be performed, and trying again cannot help; the cause says why."""
 
 
 async def acknowledge(settle: Settle, batch: Sequence[Delivery]) -> None:
-    """Acknowledge before the handlers run: all at once, and each by itself where that fails.
+    """Acknowledge deliveries before their handlers run: all together, or one by one if that fails.
 
     Raises:
-        ConnectError: the connection ended.
+        ConnectError: the connection was lost.
     """
     settlements = [Settlement(delivery, ACK) for delivery in batch]
     try:
@@ -58,12 +58,12 @@ async def acknowledge(settle: Settle, batch: Sequence[Delivery]) -> None:
 
 
 class OneSettlement:
-    """One delivery's settlement, in the form that is to be tried next.
+    """The settlement of one delivery, in the form to try next.
 
     Parameters:
         settle: the driver's hook.
-        decider: decides what becomes of a message whose outgoing messages are refused.
-        settlement: as it was first.
+        decider: decides again if outgoing messages are refused.
+        settlement: the first form.
     """
 
     def __init__(self, settle: Settle, decider: Decider, settlement: Settlement) -> None:
@@ -74,13 +74,13 @@ class OneSettlement:
         self.settlement: Settlement = settlement
 
     async def perform(self) -> None:
-        """Settle it; if the broker cannot take this form, at once in a smaller one.
+        """Settle the delivery; if the broker cannot take this form, settle it in a smaller form.
 
         Raises:
-            ConnectError: the connection ended.
-            SendError: the broker refuses what is to go out; that may pass, or an operator can mend it.
-            QueueError: a queue is missing, or not as it was.
-            Unsettled: it cannot be settled at all; a SendError as well.
+            ConnectError: the connection was lost.
+            SendError: the broker refuses outgoing messages; the cause may be temporary, or an operator can fix it.
+            QueueError: a queue is missing, or was changed.
+            Unsettled: the delivery cannot be settled in any form; it is a subclass of SendError.
         """
         while True:
             try:
@@ -94,7 +94,7 @@ class OneSettlement:
                 return
 
     def early(self, error: Exception | None) -> float:
-        """Seconds until all is due that was refused because no queue can hold it so long; 0 for another refusal."""
+        """Return the seconds until all messages are due that no queue can hold so long; 0 for another refusal."""
         if not isinstance(error, SendError) or not error.early:
             return 0.0
         now = time.time()
@@ -102,10 +102,10 @@ class OneSettlement:
         return max([0.0, *(message.deliver_at - now for message in early if message.deliver_at is not None)])
 
     async def change(self, error: Exception) -> bool:
-        """Choose the form to try next; False if it stays the same, because only time can help.
+        """Choose the form to try next; return False if it stays the same, because only waiting can help.
 
         Raises:
-            Unsettled: there is no other form, and the broker has not refused this one.
+            Unsettled: there is no other form, and the error is not a refusal of the broker.
         """
         if isinstance(error, SendError):
             if await self._decide_anew(error):
@@ -117,10 +117,10 @@ class OneSettlement:
         return self._take_less(error)
 
     async def _decide_anew(self, error: SendError) -> bool:
-        """If something that a handler has sent was refused, its message may have another verdict."""
+        """Ask the decider for another settlement, in case a message of the handler was refused."""
         try:
             instead = await self._decider.refused(self.settlement, error)
-        except Exception:  # a bug, or a middleware's failure: the message keeps the verdict that it has
+        except Exception:  # a bug, or the error of a middleware: the message keeps its verdict
             log.exception("No new verdict could be decided for %r; it keeps its first one.", self.settlement.delivery)
             return False
         changed = instead is not self.settlement
@@ -138,7 +138,7 @@ class OneSettlement:
             return True
         if not isinstance(error, SendError):
             raise Unsettled(safe_str(error)) from error
-        # The body itself is too large. Once an operator has raised the limit, the whole message is to be sent.
+        # The body itself is too large. When an operator has raised the limit, the whole message must be sent.
         self.settlement, self._forms = self._whole, None
         return False
 

@@ -1,4 +1,4 @@
-"""LoopState: what the parts of a consumer's loop share."""
+"""LoopState: the state that the parts of a consumer's loop share."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from streamtools.errors import ConnectError, ConnectionLost
 
 
 class LoopState:
-    """Counts, and whether the loop goes on; `changed()` wakes the loop to look at them.
+    """Has the counts of a loop, and whether it goes on; `changed()` wakes the loop to check them.
 
     Attributes:
-        in_hand: deliveries received and not yet settled.
-        running: handlers at work.
-        settled: deliveries settled so far.
+        in_hand: the number of deliveries that are received and not settled.
+        running: the number of handlers that are running.
+        settled: the number of deliveries settled so far.
         progress: when a delivery was last settled, on the monotonic clock.
-        lost: why the connection has ended; handlers may be at work still.
-        stopping: no more is to be taken in.
-        scope: of the tasks that run handlers.
+        lost: why the connection was lost; handlers may still be running.
+        stopping: set when no more messages must be received.
+        scope: the scope of the tasks that run handlers.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class LoopState:
         self._change.clear()
 
     async def wait_while(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Wait until the condition is false; False when the seconds are over."""
+        """Wait until the condition is false; return False if the seconds are over first."""
         try:
             async with asyncio.timeout(seconds):
                 while condition():
@@ -53,19 +53,19 @@ class LoopState:
         return True
 
     def done(self, number: int) -> None:
-        """So many deliveries are settled."""
+        """Count deliveries that were settled."""
         self.in_hand -= number
         self.settled += number
         self.progress = time.monotonic()
         self._change.set()
 
     def lose(self, error: ConnectError) -> None:
-        """The connection has ended; the first error counts."""
+        """Note that the connection was lost; the first error counts."""
         self.lost = self.lost or error
         self._change.set()
 
     def task_ended(self, task: asyncio.Task[None]) -> None:
-        """End the loop when one of its tasks has ended by an error, or was cancelled by somebody else."""
+        """End the loop if one of its tasks has ended with an error, or was cancelled by other code."""
         if task.cancelled() and self.scope.ending:
             return
         error = stray() if task.cancelled() else task.exception()
@@ -74,5 +74,5 @@ class LoopState:
 
 
 def stray() -> ConnectionLost:
-    """The error for a task of the loop that was cancelled by somebody else."""
-    return ConnectionLost("Someone has cancelled a task of the consumer's loop, which is not theirs.")
+    """Return the error for a task of the loop that was cancelled by other code."""
+    return ConnectionLost("A task of the consumer's loop was cancelled by other code.")

@@ -1,4 +1,4 @@
-"""TLS for clients: the authority to trust and the certificate to show, the same for every protocol."""
+"""TLS for clients, the same for every protocol: the authority to trust and the certificate to show."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from streamtools.errors import ConfigurationError
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Addresses about which a warning is logged, at most; one warning for each.
+#: The most addresses that are warned of; each address gets one warning.
 REMEMBERED: Final = 1000
 _unverified: Final[set[tuple[str, int]]] = set()
 
 
 class TLSSettings(Protocol):
-    """What the settings of each protocol with TLS have; see `RabbitMQSettings`."""
+    """The settings that every protocol with TLS has; see `RabbitMQSettings`."""
 
     @property
     def cafile(self) -> str | None: ...
@@ -30,16 +30,16 @@ class TLSSettings(Protocol):
 
 
 async def client_context(settings: TLSSettings) -> ssl.SSLContext:
-    """The context for a client's connections; its files are read in a thread.
+    """Return the TLS context for a client's connections; read its files in a thread.
 
     Raises:
-        ConfigurationError: a file is missing or is not what it should be.
+        ConfigurationError: a file is missing or cannot be used.
     """
     return await asyncio.to_thread(_context, settings)
 
 
 def warn_unverified(settings: TLSSettings, *addresses: tuple[str, int]) -> None:
-    """With `verify=False`, say so in the log, once in this process for each address.
+    """Warn of `verify=False` in the log, once in this process for each address.
 
     Parameters:
         addresses: host and port of each server that is connected over TLS.
@@ -59,17 +59,17 @@ def warn_unverified(settings: TLSSettings, *addresses: tuple[str, int]) -> None:
 
 
 def load_certificate(context: ssl.SSLContext, certfile: str, keyfile: str | None) -> None:
-    """Let this side show its certificate; blocks.
+    """Load the certificate that this side shows; blocks.
 
     Raises:
-        ConfigurationError: a file is missing or is not what it should be.
+        ConfigurationError: a file is missing or cannot be used.
     """
     try:
         context.load_cert_chain(certfile, keyfile)
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:  # the base class of ssl.SSLError
         raise ConfigurationError(
             f"certfile={certfile!r} with keyfile={keyfile!r} cannot be used: {error.strerror or error}. "
-            "They name files in PEM."
+            "Both must name files in PEM format."
         ) from error
 
 
@@ -78,7 +78,7 @@ def _context(settings: TLSSettings) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=settings.cafile)
     except OSError as error:
         raise ConfigurationError(
-            f"cafile={settings.cafile!r} cannot be used: {error.strerror or error}. It names a file in PEM."
+            f"cafile={settings.cafile!r} cannot be used: {error.strerror or error}. It must name a PEM file."
         ) from error
     if not settings.verify:
         context.check_hostname = False

@@ -9,7 +9,7 @@ from streamtools.delivery import Delivery, Settlement
 
 
 class Transport(Protocol):
-    """A driver, or what stands between a consumer and its driver; see `ConsumerHooks` for what each hook does."""
+    """A driver, or the wrapper of a driver; `ConsumerHooks` says what each hook does."""
 
     async def _receive(self, limit: int) -> Sequence[Delivery]: ...
     async def _poll(self, limit: int) -> Sequence[Delivery]: ...

@@ -475,7 +475,7 @@ async def test_a_handler_that_never_ends_does_not_keep_the_connection_from_being
             await task
     assert gate.entered == ["0", "1"]
     assert loop.is_lost
-    assert "once the handlers at work have ended (2)" in caplog.text
+    assert "when its 2 running handlers have ended" in caplog.text
 
 
 async def test_what_was_handled_and_not_settled_is_settled_and_not_handled_again() -> None:

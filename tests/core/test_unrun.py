@@ -296,7 +296,7 @@ async def test_a_result_with_more_than_is_looked_at_says_so_once(
     handler = compile_handler(handle)
     assert [await handler(FIVE), await handler(FIVE)] == [[[n] for n in range(1000)]] * 2
     [record] = caplog.records
-    assert "a list with some 100 values or more. Those behind are not looked at" in record.getMessage()
+    assert "a list with about 100 values or more. The rest is not searched" in record.getMessage()
 
 
 async def test_what_runs_is_found_before_the_limit_whatever_stands_around_it(monkeypatch: pytest.MonkeyPatch) -> None:

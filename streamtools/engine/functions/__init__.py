@@ -1,1 +1,1 @@
-"""Functions of users: checked, compiled once, and called."""
+"""Checks the functions of users, compiles them once, and calls them."""

@@ -1,6 +1,6 @@
-"""Calling users' functions: handlers, middleware, error handlers, hooks, callbacks.
+"""Calls the functions of users: handlers, middleware, error handlers, hooks, callbacks.
 
-This module refuses functions that cannot work before the first message, and awaits whatever they return.
+This module refuses functions that cannot work, before the first message, and awaits whatever a function returns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from streamtools.errors import ConfigurationError, HandlerError
 
 T = TypeVar("T")
 
-#: For what is called without arguments.
+#: Stands for a call without arguments.
 NOTHING: Final = "nothing"
 #: How often an awaitable may return another awaitable.
 _DEPTH: Final = 16
@@ -35,21 +35,21 @@ class Decorated:
 
 
 def undecorated(function: Any) -> Any:
-    """The user's own function, without the handlers that decorators have made of it."""
+    """Return the user's own function, without the handlers that our decorators have made of it."""
     while isinstance(function, Decorated):
         function = function.function
     return function
 
 
 def unbound(function: Any) -> Any:
-    """The function inside its partials."""
+    """Return the function inside its partials."""
     while isinstance(function, partial):
         function = function.func
     return function
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The name of a handler, for logs, errors and copies."""
+    """Return the name of a handler, for logs, errors and copies."""
     function = unbound(function)
     return str(getattr(function, "__qualname__", None) or type(function).__qualname__).removeprefix("<locals>.")
 
@@ -67,12 +67,14 @@ def check_function(function: object, what: str, write: str, *arguments: str) -> 
     """Check that a function runs when it is called.
 
     Parameters:
-        what: what it is to be, such as "handler".
-        write: the line to type instead.
-        arguments: what it is called with, in words; NOTHING for a call without any; omitted: not checked.
+        what: what the function is for, such as "handler".
+        write: the line that the error tells the user to write.
+        arguments: a word for each argument of a call; NOTHING for a call without arguments; if there are none here,
+            the parameters are not checked.
 
     Raises:
-        ConfigurationError: it cannot be called, it is a class, or a call would run none of its code.
+        ConfigurationError: it cannot be called, it is a class, it does not take the arguments, or a call would run
+            none of its code.
     """
     inner = unbound(function)
     if not callable(inner):
@@ -94,7 +96,7 @@ def check_handler(function: object) -> None:
     """Check that a function can be a handler; its parameters are checked later, when it is compiled.
 
     Raises:
-        ConfigurationError: it cannot be one.
+        ConfigurationError: the function cannot be a handler.
     """
     if isinstance(function, classmethod | staticmethod):
         function = function.__func__  # it is bound once its class exists
@@ -106,7 +108,7 @@ def check_handler(function: object) -> None:
 
 
 def _runs_nothing(function: Any) -> str:
-    """Why a call would run none of its code; empty if it runs."""
+    """Return why a call would run none of the function's code; empty if a call runs it."""
     if not inspect.isroutine(function):
         function = getattr(function, "__call__", function)  # noqa: B004
     code = getattr(getattr(function, "__func__", function), "__code__", None)
@@ -120,7 +122,7 @@ def _runs_nothing(function: Any) -> str:
 
 
 def _is_coroutine_code(code: Any) -> bool:
-    return code is not None and bool(code.co_flags & inspect.CO_ITERABLE_COROUTINE)  # of @types.coroutine
+    return code is not None and bool(code.co_flags & inspect.CO_ITERABLE_COROUTINE)  # made by @types.coroutine
 
 
 def _takes(function: Any, arguments: int) -> bool:
@@ -133,16 +135,16 @@ def _takes(function: Any, arguments: int) -> bool:
     return True
 
 
-# --- what comes out -------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 async def awaited(value: Any, refusal: type[Exception] = HandlerError) -> Any:
-    """The result of a function; if that can be awaited, the result of awaiting it.
+    """Return the result of a function; if it can be awaited, await it first.
 
     A wrapper, a lambda or a forgotten `await` returns a coroutine that has not run.
 
     Parameters:
-        refusal: the error for a result that nobody runs, such as a generator.
+        refusal: the class of the error for a result that nobody runs, such as a generator.
     """
     for _ in range(_DEPTH):
         if type(value) in PLAIN:
@@ -151,36 +153,37 @@ async def awaited(value: Any, refusal: type[Exception] = HandlerError) -> Any:
             value = asyncio.wrap_future(value)
         if not can_be_awaited(value):
             if left_unrun(value):
-                await asyncio.sleep(0)  # a task that has just been made of a coroutine begins here
+                await asyncio.sleep(0)  # a coroutine in a new task begins now
                 if left := left_unrun(value):
                     refuse_unrun(value, left, refusal)
             return value
         outcome = await value
-        if outcome is value:  # it awaits to itself: a receipt
+        if outcome is value:  # a receipt, whose `await` returns the receipt itself
             return value
         value = outcome
     raise refusal(f"The result is an awaitable that gives another awaitable without end: {value!r}.")
 
 
 def can_be_awaited(value: Any) -> bool:
-    """Whether a value can be awaited, by its type: a mock says that it is an instance of what it stands for."""
+    """Whether a value can be awaited. Checks its type, because isinstance is true for a mock of an awaitable."""
     kind = type(value)
     return hasattr(kind, "__await__") or (kind is GeneratorType and _is_coroutine_code(value.gi_code))
 
 
 class Steps(Protocol):
-    """What runs the steps of a coroutine: a `contextvars.Context`, for one."""
+    """An object that runs the steps of a coroutine, such as a `contextvars.Context`."""
 
     def run(self, step: Callable[..., Any], /, *arguments: Any) -> Any: ...
 
 
 def in_thread(function: Callable[..., Any], executor: Executor | None) -> Callable[..., Awaitable[Any]]:
-    """The function as `async def`: it runs in a thread; if its result can be awaited, that runs in the event loop.
+    """Return an `async def` function that runs this function in a thread, and awaits its result in the event loop.
 
-    Both see the caller's context variables, and the result also sees those that the thread has set.
+    The function and the awaited result see the context variables of the caller; the result also sees the variables
+    that the function has set.
 
     Parameters:
-        executor: whose threads; the loop's default when None.
+        executor: provides the threads; None for the default executor of the event loop.
     """
 
     async def call(*args: Any, **kwargs: Any) -> Any:
@@ -215,10 +218,10 @@ def within(context: Steps, work: Coroutine[Any, Any, T]) -> Generator[Any, Any, 
 
 @coroutine
 def going_on(context: Steps, work: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, Any, T]:
-    """Await a coroutine that has begun in a context of its own, as `within` does.
+    """Await the rest of a coroutine whose first step has run in its own context.
 
     Parameters:
-        waits_for: what its first `context.run(work.send, None)` returned.
+        waits_for: what the first step, `context.run(work.send, None)`, returned.
     """
     run = context.run
     try:
@@ -231,7 +234,7 @@ def going_on(context: Steps, work: Coroutine[Any, Any, T], waits_for: Any) -> Ge
                 raise
             except BaseException as error:
                 failure = error
-            # Outside of the `except`: else this error would become the context of what the coroutine raises next.
+            # Not in the `except` block: there, this error would become the __context__ of the coroutine's next error.
             waits_for = run(work.send, value) if failure is None else run(work.throw, failure)
     except StopIteration as end:
         result: T = end.value
@@ -239,12 +242,12 @@ def going_on(context: Steps, work: Coroutine[Any, Any, T], waits_for: Any) -> Ge
 
 
 def has_decimals() -> bool:
-    """Whether this context has a decimal context already; copies of it share the same one."""
+    """Whether the current context has a decimal context, which all copies of the context would share."""
     return any(isinstance(value, decimal.Context) for value in contextvars.copy_context().values())
 
 
 def own_decimals() -> None:
-    """Give this context a decimal context of its own: `decimal.getcontext().prec = 5` changes it in place."""
+    """Give the current context its own decimal context: `decimal.getcontext().prec = 5` changes it in place."""
     decimal.setcontext(decimal.getcontext().copy())
 
 
@@ -253,8 +256,8 @@ async def _wait_for(value: Awaitable[Any]) -> Any:
 
 
 def _outcome(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[bool, Any]:
-    # An exception travels as a value: StopIteration set on a future never arrives, and the awaiting
-    # task would hang for ever.
+    # An exception is returned as a value: a future does not accept StopIteration, and the awaiting task would hang
+    # for ever.
     try:
         return True, function(*args, **kwargs)
     except StopIteration as error:

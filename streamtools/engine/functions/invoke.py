@@ -1,4 +1,4 @@
-"""Binding: a user's function, compiled once into the shape async (message) -> result."""
+"""Compiles a user's function once into a handler, which has the shape async (message) -> result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from streamtools.errors import ConfigurationError, Reject
 from streamtools.message import Message
 from streamtools.types import Handler
 
-#: Finds the value of a handler's further parameter from the message.
+#: Returns the value of a handler's further parameter for a message.
 Resolver = Callable[[Message], Any]
 
 
@@ -37,10 +37,10 @@ def _delivery(message: Message) -> Delivery | None:
     return current.get()
 
 
-#: What a handler's further parameters may be annotated with.
+#: The types with which a handler's further parameters may be annotated -> the functions that return their values.
 RESOLVERS: Mapping[type, Resolver] = {Message: lambda message: message, Delivery: _delivery}
 
-#: The names of all such types, a bus's as well.
+#: The names of all such types, including those of a bus.
 FILLED: Final = frozenset({"Message", "Delivery", "MessageContext"})
 
 
@@ -50,17 +50,17 @@ def compile_handler(
     resolvers: Mapping[type, Resolver] = RESOLVERS,
     payload: Any = None,
 ) -> Handler:
-    """The function as a handler: its plan is made here, once, never per message.
+    """Make a handler of a function. Its signature is read here, once, and not for each message.
 
     Parameters:
-        function: `async def` or `def`, a function or a bound method. Its first parameter's
-            annotation decides what the body is decoded to; the others are filled by type.
-        executor: where a `def` runs; the loop's default when None.
-        resolvers: type -> where a further parameter of that type comes from.
-        payload: what the body is decoded to, instead of what the first parameter says.
+        function: an `async def` or `def`, a function or a bound method. The annotation of its first parameter is the
+            type that the body is decoded to; the other parameters get values by their types.
+        executor: runs a `def` function; None for the default executor of the event loop.
+        resolvers: type -> function that returns the value of a further parameter of that type.
+        payload: the type that the body is decoded to, instead of the annotation of the first parameter.
 
     Raises:
-        ConfigurationError: the signature cannot be filled.
+        ConfigurationError: a parameter gets no value, or its annotation cannot be used.
     """
     function = undecorated(function)
     check_handler(function)
@@ -124,7 +124,7 @@ def _further(
     hints: Mapping[str, Any],
     resolvers: Mapping[type, Resolver],
 ) -> list[tuple[str, Resolver]]:
-    """Where the values of all parameters behind the message come from."""
+    """Return the names of the parameters after the message, each with its resolver."""
     further, name = [], name_of(function)
     for parameter in parameters[1:]:
         kinds = parts_of(hints.get(parameter.name, inspect.Parameter.empty))
@@ -147,7 +147,7 @@ def _further(
 
 
 def _check_own_parameters(function: Callable[..., Any], shown: list[inspect.Parameter], further: list[str]) -> None:
-    """Check that what is called takes what the function inside its decorators wants."""
+    """Check that the wrapper that a decorator made takes the arguments that the function inside shows."""
     if not _is_wrapper(function):
         return
     try:
@@ -165,48 +165,48 @@ def _check_own_parameters(function: Callable[..., Any], shown: list[inspect.Para
 
 
 def check_decorators(function: Callable[..., Any]) -> None:
-    """Check, as soon as a routed handler is decorated, what decorators with `functools.wraps` have made of it.
+    """Check a routed handler that was wrapped by decorators with `functools.wraps`, as soon as it is decorated.
 
     Raises:
-        ConfigurationError: its parameters cannot be filled.
+        ConfigurationError: a parameter gets no value.
     """
     if isinstance(function, classmethod | staticmethod) or not _is_wrapper(function):
         return
     parameters = _parameters(function)
     if not parameters or (parameters[0].name == "self" and inspect.isfunction(function)):
-        return  # a method: it is checked when it has its object
+        return  # a method is checked when it is bound to its object
     try:
         hints = hints_of(function)
     except ConfigurationError:
-        return  # a name may be defined later, and is looked for at the start
+        return  # a name may be defined later; it is looked for when the consumer starts
     _further(function, parameters, hints, RESOLVERS)
 
 
 def _is_wrapper(function: Callable[..., Any]) -> bool:
-    # Not by hasattr(): a proxy has whatever it is asked for.
+    # hasattr() would be true for a proxy, which has every attribute.
     return inspect.getattr_static(unbound(function), "__wrapped__", None) is not None
 
 
 def _called(function: Callable[..., Any]) -> str:
-    """The own name of a wrapper; `functools.wraps` shows the name of the function inside instead."""
+    """Return the name of a wrapper itself; `functools.wraps` shows the name of the function inside."""
     function = unbound(function)
     code = getattr(function, "__code__", None)
     return str(code.co_qualname) if code is not None else type(function).__qualname__
 
 
 def _decorator_hint(function: Callable[..., Any], shown: list[inspect.Parameter], filled: str) -> str:
-    """What to write where a decorator fills a parameter; empty where there is none.
+    """Return what to write if a decorator fills a parameter; empty if the function has no decorator.
 
     Parameters:
-        shown: the parameters of the function inside.
-        filled: the one that is to be filled.
+        shown: the parameters of the function inside the decorator.
+        filled: the parameter that has no value.
     """
     if not _is_wrapper(function):
         return ""
     names = [parameter.name for parameter in shown]
     own = next(iter(inspect.signature(function, follow_wrapped=False).parameters), "")
     message = own if own in names else names[0]
-    if filled == message:  # what the decorator fills stands before the message
+    if filled == message:  # the parameter that the decorator fills stands before the message
         filled = next(name for name in [*names, "another one"] if name != message)
     called = _called(function)
     decorator, _, inner = called.rpartition(".<locals>.")
@@ -228,13 +228,13 @@ def _elsewhere(kinds: tuple[Any, ...]) -> str:
 
 
 def payload_type(function: Callable[..., Any]) -> Any:
-    """The annotation of a handler's first parameter; Any where there is none."""
+    """Return the annotation of a handler's first parameter; Any if it has none."""
     parameters = _parameters(function)
     return _annotation(parameters[0], hints_of(function)) if parameters else Any
 
 
 def _annotation(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Any:
-    """The annotation of a parameter with its constraints: `msg: int = Field(gt=10)` has both."""
+    """Return the annotation of a parameter with the constraints of its default, as in `msg: int = Field(gt=10)`."""
     annotation = hints.get(parameter.name, Any)
     return Annotated[annotation, parameter.default] if isinstance(parameter.default, FieldInfo) else annotation
 
@@ -244,30 +244,30 @@ class _Dispatching:
     def method(self, message: Any) -> None: ...
 
 
-#: The code of what every @singledispatchmethod gives for an attribute.
+#: The code of the function that every @singledispatchmethod returns for its attribute.
 _DISPATCHES: Final[Any] = getattr(_Dispatching().method, "__code__", None)
 
 
 def _tell_parameters(function: Any) -> None:
-    """Let a method of @singledispatchmethod show only the parameters that a call gives; it shows `self`, too."""
+    """Correct the signature of a method of @singledispatchmethod, which shows `self` although it is bound."""
     function = unbound(function)
     code: Any = getattr(function, "__code__", None)
     if code is not None and code is _DISPATCHES:
         held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
         method = function.__wrapped__.__get__(held["obj"], held["cls"])
-        function.__signature__ = inspect.signature(method)  # made anew for each use of the attribute
+        function.__signature__ = inspect.signature(method)  # each use of the attribute makes a new function
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     _tell_parameters(function)
     try:
         return list(inspect.signature(function).parameters.values())
-    except (ValueError, TypeError):  # a builtin, or a proxy, that does not tell: it is given the message
+    except (ValueError, TypeError):  # a builtin or a proxy without a signature: it gets only the message
         return [inspect.Parameter("message", inspect.Parameter.POSITIONAL_ONLY)]
 
 
 def parts_of(annotation: Any) -> tuple[Any, ...]:
-    """The parts of a union, such as `Stock | None`, without what is annotated beside; else the annotation itself."""
+    """Return the types of a union such as `Stock | None`, without metadata; for other annotations only itself."""
     annotation = codec.bare(annotation)
     if get_origin(annotation) not in (Union, UnionType):
         return (annotation,)
@@ -275,7 +275,7 @@ def parts_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def asks_for(function: Callable[..., Any], kind: type) -> bool:
-    """Whether a parameter of the handler is annotated so."""
+    """Whether a parameter of the handler is annotated with this type."""
     return any(kind in parts_of(hint) for hint in hints_of(function).values())
 
 
@@ -296,7 +296,7 @@ def _decoder(annotation: Any, name: str) -> codec.Decoder:
 
 
 def _all_parts(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of, at any depth."""
+    """Return the types that an annotation is made of, at any depth."""
     parts = get_args(codec.bare(annotation))
     return {found for part in parts for found in _all_parts(part)} if parts else _hashable(codec.bare(annotation))
 
@@ -308,18 +308,18 @@ def _hashable(part: Any) -> set[Any]:
 def _innermost(function: Any) -> Any:
     try:
         return inspect.unwrap(function)
-    except ValueError:  # a proxy that shows another one for ever
+    except ValueError:  # a proxy that wraps another one for ever
         return function
 
 
 def hints_of(function: Callable[..., Any], filled: Iterable[Any] = ()) -> dict[str, Any]:
-    """The annotations of a function, without those that cannot be found and that nobody needs.
+    """Return the annotations of a function, except those that cannot be resolved and are not needed.
 
     Parameters:
-        filled: types that parameters are filled by, beside `Message`, `Delivery` and `MessageContext`.
+        filled: types of parameters that get a value, besides `Message`, `Delivery` and `MessageContext`.
 
     Raises:
-        ConfigurationError: one cannot be found that may say what a parameter is filled with.
+        ConfigurationError: an annotation that is needed for the value of a parameter cannot be resolved.
     """
     function = unbound(undecorated(function))
     inner = _innermost(function)
@@ -346,7 +346,7 @@ def _needed_hints(function: Callable[..., Any], target: Any, filled: set[str]) -
 
 
 def _needed(function: Callable[..., Any]) -> set[str]:
-    """The parameters that have to be filled."""
+    """Return the names of the parameters that need a value."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = [each for each in _parameters(function) if each.kind not in variable]
     return {each.name for each in named if each is named[0] or each.default is each.empty}

@@ -1,6 +1,6 @@
-"""Finds what a function has returned without running it: a generator, a function, a coroutine left in a list.
+"""Finds code that a function has returned instead of running it: a generator, a function, a coroutine in a list.
 
-It finds only what certainly has not run: any other value is a result, and a result may be anything.
+It finds only code that certainly has not run. Any other value is a result, and a result may be anything.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from pydantic import BaseModel
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Types of results that cannot be awaited and hold nothing; checking all others takes some time.
+#: Types of results that cannot be awaited and hold no other values; results of all other types are searched.
 PLAIN: Final = frozenset({NoneType, bool, int, float, str, bytes})
-#: The most values that are searched in one result, and the number of them that each container counts for.
+#: The most values that are searched in one result; each container counts for CONTAINER values more.
 MOST: Final = 250_000
 CONTAINER: Final = 5
 
@@ -51,14 +51,14 @@ async def _empty_async() -> Any:
 
 #: The code of every function that @contextmanager or @asynccontextmanager has made.
 CONTEXT_MANAGERS: Final = frozenset({_empty.__code__, _empty_async.__code__})
-#: The classes of what such functions return.
+#: The classes of the objects that such functions return.
 _MADE: Final = (type(_empty()), type(_empty_async()))
-#: Containers whose own iteration gives what they hold, and runs no code of the user.
+#: Containers that can be iterated without running code of the user.
 _PLAIN_CONTAINERS: Final[tuple[Any, ...]] = (list, tuple, set, frozenset, deque)
 _COMMON: Final = frozenset({dict, *_PLAIN_CONTAINERS})
 #: Iterators that call a function for each item.
 _CALLERS: Final = (map, filter, itertools.starmap)
-#: Types whose objects show whether they have begun.
+#: Types of objects that have not begun or have begun to run, and show which.
 _WORK: Final = frozenset({CoroutineType, GeneratorType, AsyncGeneratorType, *_CALLERS})
 _EMPTY: Final[tuple[Collection[Any], ...]] = (
     *([], (), set(), frozenset(), {}, deque(), range(0)),
@@ -68,7 +68,7 @@ _ITERATORS: Final[tuple[type, ...]] = (
     *(type(iter(each)) for each in _EMPTY),
     *(type(reversed(each)) for each in _EMPTY if isinstance(each, Reversible)),
 )
-#: Types that are searched, beside models and dataclasses; other objects are not looked into.
+#: Types that are searched, besides models and dataclasses; other objects are not.
 _CONTAINERS: Final[tuple[type, ...]] = (
     *(type(each) for each in _EMPTY),
     *(MappingProxyType, UserDict, UserList, ChainMap, SimpleNamespace),
@@ -77,11 +77,11 @@ _CONTAINERS: Final[tuple[type, ...]] = (
 
 
 def left_unrun(value: Any) -> list[Any]:
-    """What has not run of a result: the result itself, or coroutines and generators that it holds.
+    """Return what has not run of a result: the result itself, or coroutines and generators inside it.
 
-    It looks into the containers of the standard library, dataclasses and pydantic models, for 250,000 values at most
-    (containers count for five); a warning says once where a result holds more. Nothing is iterated that would
-    change, and no code of the user runs.
+    It searches the containers of the standard library, dataclasses and pydantic models, up to 250,000 values (each
+    container counts for five more). If a result holds more, one warning says so. It iterates nothing that would
+    change by that, and runs no code of the user.
     """
     kind: Any = type(value)
     if kind in PLAIN or (kind in _COMMON and _holds_plain_values(value)):
@@ -96,7 +96,7 @@ def left_unrun(value: Any) -> list[Any]:
 
 
 def _holds_plain_values(value: Any) -> bool:
-    """Whether nothing needs a search, as in most results: this takes a third of its time."""
+    """Whether a container holds only plain values, as most results do; this takes a third of the time of a search."""
     if len(value) > MOST:
         return False
     return PLAIN.issuperset(map(type, value)) and (
@@ -105,7 +105,7 @@ def _holds_plain_values(value: Any) -> bool:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether a model or a dataclass holds plain values alone, itself or in one container each, as most do."""
+    """Whether a model or a dataclass holds only plain values, or containers of plain values, as most do."""
     kind = type(value)
     for each in gc.get_referents(value):
         held = type(each)
@@ -115,13 +115,11 @@ def _is_plain_object(value: Any) -> bool:
 
 
 def refuse_unrun(value: Any, left: list[Any], refusal: type[Exception]) -> None:
-    """Refuse a result of which something has not run.
+    """Raise an error for a result of which something has not run.
 
     Parameters:
-        left: what `left_unrun` found.
-
-    Raises:
-        refusal: always; it says what to write.
+        left: what `left_unrun` returned.
+        refusal: the class of the error, which says what to write instead.
     """
     for each in left:
         if isinstance(each, CoroutineType | GeneratorType):
@@ -145,7 +143,7 @@ def _advice(value: Any) -> str:
     if isinstance(value, _MADE):
         return "enter it, by with or async with"
     if isinstance(value, FunctionType | partial):
-        return "call it before you return. Where a decorator takes arguments, it is to be written with parentheses"
+        return "call it before you return. If a decorator takes arguments, write it with parentheses"
     return "collect its items before you return, as in return [x async for x in values] or return list(values)"
 
 
@@ -166,13 +164,13 @@ def _search(value: Any) -> list[Any]:
 
 
 def _worth_a_look(held: Iterable[Any]) -> set[Any]:
-    """The types among these that may not have run, or that hold other values; most types are neither."""
+    """Return the types of values that may not have run, or that may hold other values; most types are neither."""
     kinds: set[Any] = set(map(type, held))
     return {kind for kind in kinds if kind in _WORK or _is_container(kind)}
 
 
 def _sort(items: Iterable[Any], found: list[Any], waiting: deque[Any]) -> None:
-    """Keep what has not begun, and what is to be looked into."""
+    """Add items that have not begun to `found`, and containers to `waiting`."""
     for item in items:
         kind: Any = type(item)
         if kind in _WORK and _not_begun(item):
@@ -184,14 +182,14 @@ def _sort(items: Iterable[Any], found: list[Any], waiting: deque[Any]) -> None:
 @lru_cache(maxsize=256)
 def _say_that_more_is_held(kind: Any) -> None:
     log.warning(
-        "A function has returned %s with some %d values or more. Those behind are not looked at: a coroutine among "
-        "them would not run. Await coroutines before you return.", _name_of(kind), MOST,
+        "A function has returned %s with about %d values or more. The rest is not searched: a coroutine among it "
+        "would not run. Await coroutines before you return.", _name_of(kind), MOST,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
 def _is_container(kind: Any) -> bool:
-    # By its type, never by isinstance: a mock says that it is an instance of what it stands for.
+    # Checks the type, because isinstance is true for a mock of a container.
     return issubclass(kind, _CONTAINERS) or _is_object(kind)
 
 
@@ -201,7 +199,7 @@ def _is_object(kind: Any) -> bool:
 
 
 def _inside(container: Any) -> Iterable[Any]:
-    """What a container holds, read without any method that a subclass may have changed."""
+    """Return the values in a container, without calling a method that a subclass may have changed."""
     kind = type(container)
     if issubclass(kind, dict):
         return itertools.chain(dict.values(container), dict.keys(container))
@@ -209,7 +207,7 @@ def _inside(container: Any) -> Iterable[Any]:
         if issubclass(kind, plain):
             items: Iterable[Any] = plain.__iter__(container)
             return items
-    return gc.get_referents(container)  # what an iterator is to give, too, which goes no step further
+    return gc.get_referents(container)  # this also finds the items of an iterator, without advancing it
 
 
 def _not_begun(value: Any) -> bool:
@@ -229,11 +227,11 @@ def _async_generator_not_begun(value: Any) -> bool:
         return False
     if (waits := getattr(value, "ag_suspended", None)) is not None:  # from Python 3.12 on
         return not waits
-    return bool(value.ag_code.co_code[frame.f_lasti] == opmap["RETURN_GENERATOR"])  # where its call has returned it
+    return bool(value.ag_code.co_code[frame.f_lasti] == opmap["RETURN_GENERATOR"])  # it stands where the call ended
 
 
 def _has_calls_to_make(iterator: Any) -> bool:
-    """Whether `map` or its like has items left for a function of the user."""
+    """Whether `map`, `filter` or `starmap` has items left for a function of the user."""
     parts = gc.get_referents(iterator)
     if not any(isinstance(each, FunctionType | MethodType) or _prepares_a_call(each) for each in parts):
         return False

@@ -1,1 +1,1 @@
-"""Messages that the engine makes of others: copies of failed ones, smaller ones, what an envelope held."""
+"""Makes messages of other messages: copies of failed ones, smaller copies, the message inside an envelope."""

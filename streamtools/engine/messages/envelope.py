@@ -1,8 +1,8 @@
-"""Structured CloudEvents: messages whose body holds the event and its attributes as JSON.
+"""Reads structured CloudEvents: messages whose body holds the event and its attributes as JSON.
 
 A producer that speaks CloudEvents 1.0 in structured mode (`application/cloudevents+json`) puts id, type, source and
-time into the body, beside the data. Its handler gets the message as if it had come in binary mode: the attributes as
-the message's own, the data as the body.
+time into the body, together with the data. The handler gets the message as in binary mode: the attributes become
+fields of the message, the data becomes the body.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from streamtools.wire import decode_meta, read_text
 
 #: Prefix of a header for an attribute that has no field in Message; the same as on HTTP.
 PREFIX: Final = "ce-"
-#: Fields that an envelope sets; the sender must not set the attempt and the failure of a message.
+#: Fields that an envelope may set; it must not set the attempt and the error of a message.
 FIELDS: Final = frozenset(
     {"id", "type", "source", "time", "content_type", "correlation_id", "causation_id", "reply_to", "intent", "key"}
     | {"version", "expires_at"}
@@ -30,15 +30,15 @@ _NO_HEADERS: Final = frozenset({"specversion", "data", "data_base64", "dataconte
 
 
 def unwrapped(message: Message) -> Message:
-    """The message that an envelope holds; its headers, queue and attempt are those of the message that carried it.
+    """Return the message inside an envelope; it keeps the headers, queue and attempt of the outer message.
 
     Raises:
-        DecodeError: the body is no CloudEvent.
+        DecodeError: the body is not a CloudEvent.
     """
     event = _event(message)
     meta = {name: text for name, value in event.items() if (text := _as_text(value)) is not None}
     fields = {name: value for name, value in decode_meta(meta).items() if name in FIELDS}
-    if not fields.get("id"):  # an empty one is none
+    if not fields.get("id"):  # the id is missing or empty
         fields["id"] = message.id
     body, content_type = event_data(event)
     headers = dict(message.headers)
@@ -51,7 +51,7 @@ def unwrapped(message: Message) -> Message:
 
 
 def event_type(message: Message) -> str | None:
-    """The type of the event in an envelope; None where it is no event."""
+    """Return the type of the event in an envelope; None if the body is not an event."""
     try:
         kind = _event(message).get("type")
     except DecodeError:
@@ -60,10 +60,10 @@ def event_type(message: Message) -> str | None:
 
 
 def event_data(event: dict[str, Any]) -> tuple[bytes | None, str | None]:
-    """The body of an event's data and its content type; no body where it has no data.
+    """Return the data of an event as a body, and its content type; the body is None if the event has no data.
 
     Raises:
-        DecodeError: its `data_base64` is not base64.
+        DecodeError: `data_base64` is not base64.
     """
     kind = event.get("datacontenttype")
     content_type = read_text(kind) if isinstance(kind, str) else None
@@ -76,7 +76,7 @@ def event_data(event: dict[str, Any]) -> tuple[bytes | None, str | None]:
         return None, content_type
     data = event["data"]
     if isinstance(data, str) and content_type is not None and not codec.is_json(content_type):
-        # It is text already; the charset applied only to a body of bytes.
+        # JSON has decoded this text already, so a charset in the content type no longer applies.
         return read_text(data).encode(), f"{codec.media_type(content_type)}; charset=utf-8"
     return to_json(data, inf_nan_mode="strings"), content_type or codec.JSON
 
@@ -92,7 +92,7 @@ def _event(message: Message) -> dict[str, Any]:
 
 
 def _as_text(value: object) -> str | None:
-    """An attribute as text; None for what is none (CloudEvents 1.0, section 3: a string, a number, a boolean)."""
+    """Return an attribute as text; None if it is no string, integer or boolean (CloudEvents 1.0, section 3)."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Copies of a message that failed: for a retry, for the error queue, and back from there to work."""
+"""Makes copies of a failed message: for a retry, for the error queue, and for a redrive."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from streamtools.errors import ConfigurationError, safe_str
 from streamtools.message import ErrorDetails, Message
 from streamtools.text.tracebacks import format_error
 
-#: The most of a traceback that travels with a message, in bytes of UTF-8; its end is kept.
+#: A longer traceback is cut to this many bytes of UTF-8; its end is kept.
 TRACEBACK_LIMIT: Final = 8 * 1024
-#: The most of an exception's text, in bytes of UTF-8; its beginning is kept.
+#: A longer text of an exception is cut to this many bytes of UTF-8; its beginning is kept.
 REASON_LIMIT: Final = 2 * 1024
-#: The most of a name (of a handler, a class, a queue), in bytes of UTF-8.
+#: A longer name (of a handler, a class, a queue) is cut to this many bytes of UTF-8.
 NAME_LIMIT: Final = 512
 
 
 def describe(message: Message, error: BaseException | None, handler: str = "", *, reason: str = "") -> ErrorDetails:
-    """Why `message` failed, shortened to what travels everywhere.
+    """Describe why `message` failed, short enough for every protocol.
 
     Parameters:
-        error: the exception, where there was one.
-        reason: what the verdict says; the exception's own text when empty.
+        error: the exception, if there was one.
+        reason: the reason of the verdict; if empty, the text of the exception.
     """
     now = time.time()
     before = message.error
@@ -43,38 +43,39 @@ def describe(message: Message, error: BaseException | None, handler: str = "", *
 
 
 def retry_copy(message: Message, details: ErrorDetails, delay: float) -> Message:
-    """The copy that is sent for a retry: one more attempt, due after `delay` seconds."""
+    """Return the copy for a retry: one more attempt, due after `delay` seconds."""
     due = time.time() + delay if delay > 0 else None
     return message.replace(attempt=message.attempt + 1, deliver_at=due, error=details)
 
 
 def error_copy(message: Message, details: ErrorDetails, error_queue: str) -> Message:
-    """The copy that is sent to the error queue."""
-    # Without its expiry: a failed message is evidence, and must wait for its operator.
+    """Return the copy for the error queue."""
+    # It does not expire: a failed message has to wait for an operator.
     return message.replace(queue=error_queue, deliver_at=None, expires_at=None, error=details)
 
 
 def error_queue_of(template: object, queue: str) -> str:
-    """The name of the error queue of a consumer of `queue`.
+    """Return the name of the error queue for `queue`.
 
     Parameters:
-        template: the name, in which `{queue}` stands for the queue's.
+        template: the name of the error queue, with `{queue}` in place of the queue's name.
 
     Raises:
-        ConfigurationError: the template is none.
+        ConfigurationError: the template is not a text, or has other braces.
     """
     if not isinstance(template, str) or "{" in template.replace("{queue}", ""):
-        raise ConfigurationError(f"error_queue={template!r} is not a name, in which only {{queue}} is replaced.")
+        raise ConfigurationError(f"error_queue={template!r} is not a name; only {{queue}} in it is replaced.")
     return template.replace("{queue}", queue)
 
 
 def redrive_copy(message: Message, queue: str | None = None) -> Message:
-    """The copy that goes back to work: to `queue`, or to the queue it failed in, as attempt 1.
+    """Return the copy for a redrive, as attempt 1: to `queue`, or to the queue in which the message failed.
 
-    In another queue than its own it keeps its failure and its origin, so that it can be redriven from there.
+    If it goes to another queue than the one it failed in, it keeps the details of its failure, so that it can be
+    redriven from there.
 
     Raises:
-        ConfigurationError: no queue is given and the message does not say where it failed.
+        ConfigurationError: no queue is given, and the message does not say where it failed.
     """
     home = failed_in_queue(message)
     if (target := queue or home) is None:

@@ -1,6 +1,6 @@
-"""Where a failed message came from, and whether that is believed.
+"""Finds out where a failed message came from, and whether to believe it.
 
-It stands in the message, so whoever may write to the error queue may have written it.
+The message itself says where it failed, and everybody who may write to the error queue can write such a message.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from streamtools.errors import ConfigurationError
 from streamtools.message import Message
 from streamtools.validation.checks import check_name, check_not_ours
 
-#: What stands between the name of a queue and the word that says that its failures are there.
+#: The characters that may stand between the name of a queue and the word `error` in the name of its error queue.
 SEPARATORS: Final = (".", "-", "_", "/", ":")
-#: Characters of a queue's name that are shown.
+#: The most characters of a queue's name that an error shows.
 SHOWN: Final = 255
 
 
 def failed_in_queue(message: Message) -> str | None:
-    """The queue that a message says it failed in; None where it does not say, or names none that can fail a message.
+    """Return the queue in which a message says that it failed; None if it names none, or a queue of this library.
 
-    Whoever may write to the error queue may have written it: who moves messages there has to know the queue.
+    Everybody who may write to the error queue can write that. So check the queue before you move messages to it.
     """
     if message.error is None:
         return None
@@ -33,37 +33,37 @@ def failed_in_queue(message: Message) -> str | None:
 
 
 def belongs_to(error_queue: str, queue: str) -> bool:
-    """Whether an error queue bears a queue's name, as `orders.error` that of `orders`.
+    """Whether an error queue is named after a queue, such as `orders.error` after `orders`.
 
-    Whoever may write to a queue's own error queue is that queue's own service.
+    Then it is believed that its messages failed in that queue: only the service of that queue writes to it.
     """
     return any(error_queue == f"{queue}{separator}error" for separator in SEPARATORS)
 
 
 def check_failed_here(message: Message, source: str) -> None:
-    """Check that a message may go where it says that it failed, though nobody has named that queue.
+    """Check that a message may go to the queue in which it says that it failed, if the user has not named that queue.
 
     Parameters:
-        source: where it is now.
+        source: the error queue that the message is in.
 
     Raises:
-        ConfigurationError: it may not.
+        ConfigurationError: the queue is not the one that the error queue belongs to.
     """
     home = failed_in_queue(message)
     if home is None or home == source or belongs_to(source, home):
         return
     name = home[:SHOWN]
     raise ConfigurationError(
-        f"they say that they failed in {name!r}, which whoever may write to {source!r} may have written. "
+        f"they say that they failed in {name!r}, but everybody who may write to {source!r} can write that. "
         f"If it is right, name the queue: failed_in=[{name!r}]"
     )
 
 
 def queues_named(failed_in: Iterable[str] | None) -> frozenset[str] | None:
-    """The queues of `failed_in`, as `QueueAdmin.move` takes it.
+    """Check the parameter `failed_in` of `QueueAdmin.move`, and return its queues.
 
     Raises:
-        ConfigurationError: it is one name, or none that a queue can have.
+        ConfigurationError: it is a single name, or a queue cannot have one of the names.
     """
     if failed_in is None:
         return None
@@ -78,7 +78,7 @@ def queues_named(failed_in: Iterable[str] | None) -> frozenset[str] | None:
 def failed_there(
     named: frozenset[str] | None, where: Callable[[Message], bool] | None
 ) -> Callable[[Message], bool] | None:
-    """The condition `where`, and that a message failed in one of the named queues."""
+    """Return the condition that `where` is true and that a message failed in one of the named queues."""
     if named is None:
         return where
     return lambda message: (where is None or where(message)) and failed_in_queue(message) in named

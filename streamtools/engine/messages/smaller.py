@@ -1,4 +1,4 @@
-"""Smaller copies of a message whose metadata no broker accepts: the body stays whole, the copy says what it lacks."""
+"""Makes smaller copies of a message whose metadata the broker refuses. They keep the body, and say what they lack."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any, Final
 from streamtools.message import NO_HEADERS, ErrorDetails, Message
 from streamtools.wire import TEXT, TIMES, read_text, read_time
 
-#: Bytes of UTF-8 that a text of the metadata, or a header's name, may have on a smaller copy: AMQP's short strings.
+#: The most bytes of UTF-8 of each text in the metadata, on a smaller copy: the limit of AMQP's short strings.
 TEXT_LIMIT: Final = 255
-#: Bytes of one header's value, and of all headers together, on a smaller copy.
+#: The most bytes of one header's value, and of all headers together, on a smaller copy.
 VALUE_LIMIT: Final = 1024
 HEADERS_LIMIT: Final = 8 * 1024
-#: Bytes of a key on a smaller copy.
+#: The most bytes of a key on a smaller copy.
 KEY_LIMIT: Final = 8 * 1024
-#: Characters of the words that say what was left out.
+#: The most bytes of the text that says what was left out.
 OMITTED_LIMIT: Final = 500
-#: Names of headers that these words hold.
+#: The most names of headers in that text.
 NAMED: Final = 5
 
 
 def brief_copy(message: Message) -> Message:
-    """The whole message with a short reason of its failure."""
+    """Return the whole message with a short reason of its failure, and without the traceback."""
     return message.replace(error=_error(message, [], TEXT_LIMIT))
 
 
 def lesser_copies(message: Message) -> Iterator[Message]:
-    """Copies with less and less metadata: first short texts and headers only; then the body and its error only.
+    """Yield two copies with less metadata: one with short texts and headers only, one with the body and error only.
 
-    `error.omitted` of each says what it lacks.
+    `error.omitted` of each copy says what it lacks.
     """
     yield _copy(message, TEXT_LIMIT, _short_headers, KEY_LIMIT)
     yield _copy(message, 0, lambda headers: {}, 0)
@@ -47,7 +47,7 @@ def _copy(
     fields: dict[str, Any] = {}
     for name in TEXT:
         value = getattr(message, name)
-        # The fields by which the copy is found and delivered stay, as far as every protocol carries them.
+        # The copy is found by its id and delivered by its handler: both stay, if every protocol can carry them.
         limit = max(text_limit, TEXT_LIMIT) if name in ("id", "handler") else text_limit
         limit = key_limit if name == "key" else limit
         if value is not None and not _fits(value, limit):
@@ -69,7 +69,7 @@ def _copy(
 
 
 def _short_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers that every protocol carries, from the first on, while there is room."""
+    """Return the headers that every protocol can carry, from the first on, up to the limit."""
     chosen: dict[str, str] = {}
     room = HEADERS_LIMIT
     for name, value in headers.items():
@@ -89,7 +89,7 @@ def _left_out(names: list[str], headers: Mapping[str, str]) -> str:
 
 
 def _error(message: Message, omitted: list[str], text_limit: int) -> ErrorDetails:
-    """Why it failed, shortened, with what is left out here and before."""
+    """Return the details of the failure, shortened; they also name what is left out now and was left out before."""
     now = time.time()
     old = message.error or ErrorDetails(queue=message.queue, first_failed=now, last_failed=now)
     if old.traceback:

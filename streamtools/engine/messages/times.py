@@ -1,4 +1,4 @@
-"""Checks the times in messages that programs have made themselves, before a driver sees them."""
+"""Checks the times in messages that a program has made itself, before a driver gets them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamtools.wire import FIRST, LAST
 
 
 def wrong_time(message: Message) -> str | None:
-    """What is wrong with the times at which a message is due and expires; None if nothing is."""
+    """Return what is wrong with the times of a message, `deliver_at` and `expires_at`; None if nothing is wrong."""
     for field, seconds in (("deliver_at", message.deliver_at), ("expires_at", message.expires_at)):
         if seconds is not None and not (is_number(seconds) and FIRST <= seconds <= LAST):
             return f"{field}={seconds!r} is no time of the years 1 to 9999, in seconds since the epoch"
@@ -19,10 +19,10 @@ def wrong_time(message: Message) -> str | None:
 
 
 def refusal(unfit: Sequence[Message], beside: SendError | None = None) -> SendError:
-    """The error for messages with a wrong time.
+    """Return the error for messages with a wrong time.
 
     Parameters:
-        beside: what became of others of the same batch.
+        beside: the error of other messages in the same batch.
     """
     ids = [message.id for message in unfit]
     of = f"Message {ids[0]}" if len(ids) == 1 else f"{len(ids)} messages"
@@ -30,7 +30,7 @@ def refusal(unfit: Sequence[Message], beside: SendError | None = None) -> SendEr
     if beside is None:
         return SendError(text, refused=ids, unfit=ids, messages=unfit)
     return SendError(
-        f"{text} Of the others: {beside}",
+        f"{text} The other messages: {beside}",
         refused=[*ids, *beside.refused],
         unknown=beside.unknown,
         unfit=[*ids, *beside.unfit],

@@ -1,1 +1,1 @@
-"""Event loops, tasks, threads and signals."""
+"""Tools for event loops, tasks, threads and signals."""

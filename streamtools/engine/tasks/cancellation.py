@@ -1,4 +1,4 @@
-"""Cancellation: tells a cancellation that is meant for us from one that is not."""
+"""Tells a cancellation that is meant for the running task from one that is not."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from streamtools.errors import ConnectionLost
 
 T = TypeVar("T")
 
-#: How often a task that ignores its cancellation is cancelled.
+#: A task that ignores its cancellation is cancelled this often.
 CANCEL_TRIES: Final = 10
 
 
 def asked_to_stop() -> bool:
-    """Whether somebody cancelled the running task. If nobody did, a CancelledError in it is not meant for it."""
+    """Whether other code cancelled the running task. If not, a CancelledError in it is not meant for it."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -32,21 +32,21 @@ class WorkerScope:
 
     def __init__(self, task: asyncio.Task[Any] | None) -> None:
         self._task = task
-        #: Set when the tasks are to end.
+        #: True when the tasks have to end.
         self.ending: bool = False
 
     @property
     def ended(self) -> bool:
-        """Whether the tasks are to end: by `ending`, or because the task that started them was cancelled."""
+        """Whether the tasks have to end: `ending` is true, or the task that started them was cancelled."""
         return self.ending or (self._task is not None and self._task.cancelling() > 0)
 
 
-#: Set in tasks that run handlers.
+#: The scope of the running task, if it runs handlers.
 worker_scope: ContextVar[WorkerScope | None] = ContextVar("streamtools_home", default=None)
 
 
 def scope_ended() -> bool:
-    """Whether the running task is to end. In a task that runs handlers, what they did to it does not count."""
+    """Whether the running task has to end. If it runs handlers, a cancellation that a handler made does not count."""
     owner = worker_scope.get()
     return asked_to_stop() if owner is None else owner.ended
 
@@ -63,9 +63,10 @@ async def clear_cancellation() -> None:
 
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:
-    """Await work that must be completed: a cancellation meanwhile is raised at the next await after this one.
+    """Await work that must be completed: a cancellation meanwhile takes effect at the caller's next await.
 
-    A second cancellation ends the work. The cancellation of a timeout whose block has ended by then is not raised.
+    A second cancellation cancels the work. If the cancellation came from a timeout whose block has ended by then, it
+    is not raised.
     """
     task, inner = asyncio.current_task(), asyncio.ensure_future(work)
     held = False
@@ -89,7 +90,7 @@ def _cancel_now(task: asyncio.Task[Any]) -> None:
 
 
 class until:  # noqa: N801 - used as `async with until(event):`, as asyncio.timeout is
-    """A block that is cancelled when an event is set; it works like `asyncio.timeout`."""
+    """A block that ends without an error when an event is set; it works like `asyncio.timeout`."""
 
     def __init__(self, event: asyncio.Event) -> None:
         self._event = event
@@ -116,12 +117,12 @@ class until:  # noqa: N801 - used as `async with until(event):`, as asyncio.time
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]], seconds: float) -> int:
-    """Cancel tasks; cancel those that go on again, several times.
+    """Cancel tasks; cancel those that continue several times.
 
-    A task that still goes on is left behind: closing the event loop does not wait for it.
+    A task that still continues is abandoned: the end of the event loop does not wait for it.
 
     Returns:
-        The number of tasks that are left behind.
+        The number of abandoned tasks.
     """
     pending, tries = {task for task in tasks if not task.done()}, 0
     try:
@@ -138,14 +139,14 @@ async def end(tasks: Iterable[asyncio.Task[Any]], seconds: float) -> int:
 
 
 async def stray_cancellation_as_lost(work: Awaitable[T]) -> T:
-    """Await what a driver does. A client library that cancels its caller has lost its connection.
+    """Await a call of a driver. If its client library cancels the caller, it has lost its connection.
 
     Raises:
-        ConnectionLost: the work was cancelled, and nobody cancelled the running task.
+        ConnectionLost: the work was cancelled, although nobody cancelled the running task.
     """
     try:
         return await work
     except asyncio.CancelledError as error:
         if asked_to_stop():
             raise
-        raise ConnectionLost("The client library gave up what was under way.") from error
+        raise ConnectionLost("The client library cancelled the operation.") from error

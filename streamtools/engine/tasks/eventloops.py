@@ -1,7 +1,8 @@
-"""Event loops: connections, locks and tasks belong to the loop that they were made in, and end with it.
+"""Binds objects to event loops: connections, locks and tasks belong to the loop that they were made in.
 
-A producer, consumer, admin or bus may stand in a module and be used in one event loop after the other, or in several
-at once in threads. Each loop has connections of its own; what is still open when a loop ends is closed by `at_end`.
+A producer, consumer, admin or bus may be a global of a module. It can be used in one event loop after the other, or
+in several at the same time, in threads. It has a connection in each loop. `at_end` closes a connection that is still
+open when its loop ends.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ T = TypeVar("T")
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds in which everything that is open when an event loop ends is closed.
+#: When an event loop ends, all that is open is closed within this many seconds.
 CLOSE_TIMEOUT: Final = 5.0
 
 #: Held while an object moves from one loop to another: several threads may use the object.
 _moving = threading.RLock()
-#: What a parent process had connected, kept in its forked child: collecting it there could harm the parent.
+#: Connections of the parent process, kept in a forked child: if they were collected there, the parent's could break.
 _forked: Final[list[Any]] = []
 
 
 def _renew_lock() -> None:
-    global _moving  # noqa: PLW0603 - it may be held by a thread that does not exist in the forked child
+    global _moving  # noqa: PLW0603 - a thread that does not exist in the forked child may hold the old one
     _moving = threading.RLock()
 
 
@@ -46,10 +47,10 @@ class Closable(Protocol):
 
 
 class PerLoop(Generic[T]):
-    """One object for each event loop that asks; those of loops that have ended are forgotten.
+    """Holds one object for each event loop that asks for it; forgets the objects of closed loops.
 
     Parameters:
-        make: makes one, in the running loop.
+        make: makes an object, in the running loop.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -58,7 +59,7 @@ class PerLoop(Generic[T]):
         self._found: dict[asyncio.AbstractEventLoop, T] = {}
 
     def here(self) -> T:
-        """The object of the running loop; it is made when it is first asked for."""
+        """Return the object of the running loop; make it at the first call."""
         loop = asyncio.get_running_loop()
         found = self._found.get(loop)
         if found is None or self._process != os.getpid():
@@ -68,14 +69,14 @@ class PerLoop(Generic[T]):
         return found
 
     def elsewhere(self) -> list[T]:
-        """The objects of other loops that have not ended."""
+        """Return the objects of all other loops that are not closed."""
         loop = asyncio.get_running_loop()
         with _moving:
             self._forget()
             return [found for other, found in self._found.items() if other is not loop]
 
     def everywhere(self) -> list[T]:
-        """The objects of all loops that have not ended; from any thread."""
+        """Return the objects of all loops that are not closed. Safe to call from any thread."""
         with _moving:
             self._forget()
             return [*self._found.values()]
@@ -91,8 +92,9 @@ class PerLoop(Generic[T]):
 class LoopBound:
     """An object whose connections belong to the event loop that it is used in.
 
-    When that loop has ended, it begins anew in the next one: what the constructor makes is made again, from the same
-    arguments, while public attributes stay as they are. In a second loop beside the first, `_in_second_loop` decides.
+    When that loop is closed, the object starts again in the next loop: its constructor runs again with the same
+    arguments, and public attributes keep their values. If it is used in a second loop while the first one is open,
+    `_in_second_loop` decides what that loop uses.
     """
 
     #: The loop that its connections belong to; None before its first use.
@@ -125,7 +127,7 @@ class LoopBound:
         await self.close()
 
     def _here(self) -> Self:
-        """This object, as the running loop is to use it."""
+        """Return the object that the running loop uses: this one or a twin."""
         loop = asyncio.get_running_loop()
         if loop is self._at:
             return self
@@ -140,7 +142,7 @@ class LoopBound:
         return self
 
     def _in_second_loop(self, loop: asyncio.AbstractEventLoop) -> Self:
-        """The object for a second loop, while the first one has not ended: a twin with connections of its own."""
+        """Return the object for a second loop while the first one is open: a twin with its own connections."""
         if self._twins is None:
             self._twins = PerLoop(self._make_twin)
         return self._twins.here()
@@ -156,7 +158,7 @@ class LoopBound:
         self._at, self._process = loop, os.getpid()
 
     def _begin_anew(self) -> None:
-        """Run the constructor again; nothing of the loop that has ended is awaited."""
+        """Run the constructor again, without awaiting anything of the closed loop."""
         public, kept = self._public(), {"_arguments": self._arguments, "_twins": self._twins}
         arguments, options = self._arguments
         if self._process == os.getpid():
@@ -170,14 +172,14 @@ class LoopBound:
         vars(self).update({**kept, **public})
 
     def _abandon(self) -> None:
-        """Release what can be released without awaiting: the loop ended before this was closed."""
+        """Release what can be released without `await`, because the loop ended before the object was closed."""
 
     def _public(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
 def in_its_loop(loop: asyncio.AbstractEventLoop | None, function: Callable[[], Any]) -> None:
-    """Call a function in the event loop that it is for: at once in that loop, soon from another thread or loop."""
+    """Call a function in an event loop: at once if that loop is running here, else as soon as it can."""
     try:
         running = asyncio.get_running_loop()
     except RuntimeError:
@@ -186,7 +188,7 @@ def in_its_loop(loop: asyncio.AbstractEventLoop | None, function: Callable[[], A
         function()
     elif loop is running:
         function()
-        loop.call_soon_threadsafe(_wake_up)  # a signal handler may have interrupted its waiting
+        loop.call_soon_threadsafe(_wake_up)  # if a signal handler called us, the loop may be waiting
     else:
         loop.call_soon_threadsafe(function)
 
@@ -199,27 +201,27 @@ def _wake_up() -> None:
 
 
 class _Ending:
-    """What is to be closed at the end of one event loop."""
+    """Closes objects at the end of one event loop."""
 
-    #: By loop; each removes itself at its end.
+    #: The objects of this class by event loop; each removes itself at the end of its loop.
     all: Final[dict[asyncio.AbstractEventLoop, _Ending]] = {}
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.open: dict[int, Closable] = {}
         self._loop = loop
-        # asyncio closes the asynchronous generators of a loop when that ends, after its tasks (see
-        # loop.shutdown_asyncgens, which asyncio.run calls): it is the one moment at which the loop still works.
+        # At the end of a loop, after its tasks, asyncio closes its asynchronous generators (asyncio.run calls
+        # loop.shutdown_asyncgens). Only then can we still run something in the loop, so we wait in a generator.
         self._generator = self._wait()
         try:
             self._generator.asend(None).send(None)
-        except StopIteration:  # it has come to its yield
+        except StopIteration:  # the generator has reached its yield
             pass
 
     async def _wait(self) -> AsyncGenerator[None, None]:
         try:
             yield
         finally:
-            # asyncio warns of generators that begin now, also those of asynccontextmanager; ours come to their end.
+            # asyncio warns of every generator that begins now, such as an asynccontextmanager; ours end in time.
             hooks = sys.get_asyncgen_hooks()
             sys.set_asyncgen_hooks(firstiter=None)
             try:
@@ -231,7 +233,7 @@ class _Ending:
     async def _close_all(self) -> None:
         deadline = self._loop.time() + CLOSE_TIMEOUT
         late: set[asyncio.Task[None]] = set()
-        while self.open and not late:  # closing one may begin to close another
+        while self.open and not late:  # closing one object may add another
             closing = [asyncio.ensure_future(_close(what)) for what in self.open.values()]
             self.open.clear()
             _, late = await asyncio.wait(closing, timeout=max(0.0, deadline - self._loop.time()))
@@ -252,13 +254,13 @@ async def _close(what: Closable) -> None:
 
 
 def unlisted(task: asyncio.Task[T]) -> asyncio.Task[T]:
-    """A task that asyncio does not list, and so does not cancel when its event loop ends: `at_end` waits for it."""
+    """Hide a task from asyncio, so that it is not cancelled when its event loop ends; `at_end` waits for it."""
     asyncio.tasks._unregister_task(task)
     return task
 
 
 def at_end(what: Closable) -> None:
-    """Have something closed when the running event loop ends, unless `forget` comes first. Safe to repeat."""
+    """Close an object when the running event loop ends, unless `forget` is called before. Safe to repeat."""
     loop = asyncio.get_running_loop()
     ending = _Ending.all.get(loop)
     if ending is None:
@@ -269,7 +271,7 @@ def at_end(what: Closable) -> None:
 
 
 def forget(what: Closable) -> None:
-    """Leave it out at the end of the running event loop: it is closed, or has nothing open."""
+    """Do not close an object at the end of the running event loop: it is closed already, or has nothing open."""
     ending = _Ending.all.get(asyncio.get_running_loop())
     if ending is not None:
         ending.open.pop(id(what), None)

@@ -1,4 +1,4 @@
-"""Sharing: one object for each event loop and key, opened by the first who needs it, closed by the last.
+"""Sharing: one object for each event loop and key; its first user opens it, and its last user closes it.
 
 ```python
 connections = Sharing(close=Connection.close, is_dead=lambda connection: connection.lost is not None)
@@ -27,15 +27,15 @@ Shelf = dict[Hashable, "_Entry[T]"]
 
 
 class Sharing(Generic[T]):
-    """Objects that are shared by all who ask for them under one key, on one event loop.
+    """Shares objects among all callers that ask for the same key in the same event loop.
 
-    May stand in a module: nothing outlives the event loop that it was opened on. Safe from any thread that runs a
-    loop, as each loop has objects of its own.
+    It may be a global of a module: no object outlives the event loop that it was opened in. It can be used from every
+    thread that runs a loop, because each loop has its own objects.
 
     Parameters:
-        close: closes an object; runs in a task of its own, so that nobody's cancellation interrupts it.
-        is_dead: the object is of no use any more: whoever asks next gets another, while those who have it keep it
-            until they release it.
+        close: closes an object. It runs in its own task, so that no caller's cancellation interrupts it.
+        is_dead: whether an object cannot be used any more. Then the next caller gets another object, and those that
+            have this one keep it until they release it.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class Sharing(Generic[T]):
         self._loops: dict[asyncio.AbstractEventLoop, Shelf[T]] = {}
 
     async def acquire(self, key: Hashable, open_: Callable[[], Coroutine[Any, Any, T]]) -> Lease[T]:
-        """The object of this key on the running loop: opened if nobody has it, waited for while somebody opens it.
+        """Return the object of this key in the running loop: open it if nobody has, wait if somebody is opening it.
 
         Parameters:
-            open_: opens one. It runs in a task of its own and in an empty context: a caller that is cancelled does
-                not interrupt it for the others; the last one does.
+            open_: opens an object. It runs in its own task, in an empty context: the cancellation of one caller does
+                not interrupt it while others wait for it.
 
         Raises:
-            BaseException: whatever `open_` raises, for all who waited for it. The next caller tries anew.
+            BaseException: whatever `open_` raises, in all callers that waited for it. The next caller tries again.
         """
         loop = asyncio.get_running_loop()
         shelf = self._shelf(loop)
         while (entry := shelf.get(key)) is not None and entry.closing is not None:
-            await asyncio.wait({entry.closing})  # what it held, a port or an exclusive queue, may be wanted anew
-            shelf = self._shelf(loop)  # the former one was given up if it was empty
+            await asyncio.wait({entry.closing})  # the new object may need the same port or exclusive queue
+            shelf = self._shelf(loop)  # the old shelf was discarded if it was empty
         if entry is None or self._is_over(entry):
             entry = shelf[key] = _Entry(loop, key, loop.create_task(open_(), context=Context()))
         entry.holders += 1
@@ -68,7 +68,7 @@ class Sharing(Generic[T]):
             return Lease(self, entry, entry.opening.result())
         except BaseException:
             if (closing := self._leave(entry)) is not None:
-                await asyncio.wait({closing})  # leave nothing half open behind
+                await asyncio.wait({closing})  # leave nothing half open
             raise
 
     def _is_over(self, entry: _Entry[T]) -> bool:
@@ -78,13 +78,13 @@ class Sharing(Generic[T]):
         return opening.cancelled() or opening.exception() is not None or self._is_dead(opening.result())
 
     def _leave(self, entry: _Entry[T]) -> asyncio.Task[None] | None:
-        """Count one holder less; what closes the object, if that was the last one."""
+        """Count one holder less; if it was the last one, return the task that closes the object."""
         entry.holders -= 1
         if entry.holders:
             return None
         if not entry.opening.done():
             entry.opening.cancel()
-        # The end of the loop lets it come to its end: cancelled, or not even begun, it would leave the object open.
+        # The end of the loop must not cancel this task, even before it has begun: that would leave the object open.
         entry.closing = closing = unlisted(entry.loop.create_task(self._end(entry), context=Context()))
         end = _Closing(closing)
         at_end(end)
@@ -100,14 +100,14 @@ class Sharing(Generic[T]):
             shelf = self._shelf(entry.loop)
             if shelf.get(entry.key) is entry:
                 del shelf[entry.key]
-            if not shelf:  # so that a loop that ends is not kept
+            if not shelf:  # so that no closed loop is kept
                 self._loops.pop(entry.loop, None)
 
     def _shelf(self, loop: asyncio.AbstractEventLoop) -> Shelf[T]:
         found = self._loops.get(loop)
         if found is None:
             for other in list(self._loops):
-                if other.is_closed():  # what it ran cannot be awaited any more
+                if other.is_closed():  # its tasks cannot be awaited any more
                     self._loops.pop(other, None)
             found = self._loops[loop] = {}
         return found
@@ -126,15 +126,15 @@ class Lease(Generic[T]):
         self._entry: _Entry[T] | None = entry
 
     async def release(self) -> None:
-        """Let go of the object; the last one to do so closes it, and waits for that. Safe to repeat.
+        """Release the object; the last release closes it, and waits until it is closed. Safe to repeat.
 
-        From another event loop nothing is awaited: the object's own loop closes it, or has ended with it.
+        In another event loop this waits for nothing: the loop of the object closes it, or is closed itself.
         """
         entry, self._entry = self._entry, None
         if entry is None or entry.loop.is_closed():
             return
         if entry.loop is not asyncio.get_running_loop():
-            with suppress(RuntimeError):  # it has ended in this moment
+            with suppress(RuntimeError):  # that loop was closed at this moment
                 entry.loop.call_soon_threadsafe(self._sharing._leave, entry)
             return
         if (closing := self._sharing._leave(entry)) is not None:
@@ -143,13 +143,13 @@ class Lease(Generic[T]):
 
 
 class _Closing:
-    """The closing of an object; the end of the event loop waits for it."""
+    """Lets the end of the event loop wait for the task that closes an object."""
 
     def __init__(self, task: asyncio.Task[None]) -> None:
         self._task = task
 
     async def close(self) -> None:
-        """Wait until it has ended."""
+        """Wait until the task has ended."""
         try:
             await asyncio.wait({self._task})
         except asyncio.CancelledError:
@@ -166,5 +166,5 @@ class _Entry(Generic[T]):
         self.key = key
         self.opening = opening
         self.closing: asyncio.Task[None] | None = None
-        #: Those who have the object, or wait for it.
+        #: The number of callers that have the object, or wait for it.
         self.holders = 0

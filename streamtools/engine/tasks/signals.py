@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first one stops everything that serves in the main thread's event loop."""
+"""Handles SIGTERM and SIGINT: the first one stops everything that listens in the main thread's event loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 log: logging.Logger = logging.getLogger("streamtools")
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-#: Seconds within which a repeated signal is the same one.
+#: A signal that is repeated within this many seconds counts once.
 SAME_SIGNAL_TIMEOUT: Final = 0.05
 #: Seconds between two attempts to interrupt.
 _MOMENT: Final = 0.05
@@ -29,17 +29,17 @@ _LAST_LOG_TIMEOUT: Final = 0.5
 
 
 class Interrupted(BaseException):
-    """A signal came, or the time was over, while code ran that no event loop can stop."""
+    """Raised in code that blocks the event loop, because a signal came or its time is over."""
 
 
 class _Signals:
     """Handles both signals in the main thread, from the first `heeded` block to the end of the last one.
 
-    Python calls `_came` between two of its instructions, also where code blocks the event loop, and while the event
-    loop waits.
+    Python calls `_came` between any two of its instructions, also in code that blocks the event loop, and while the
+    event loop waits.
     """
 
-    #: The installed one; None outside of all blocks.
+    #: The object that is installed; None outside of all blocks.
     current: _Signals | None = None
 
     def __init__(self) -> None:
@@ -47,10 +47,10 @@ class _Signals:
         self._process = os.getpid()
         #: When the first signal came, on the monotonic clock.
         self.first: float | None = None
-        #: What runs now may be interrupted by the first signal.
+        #: Whether the first signal interrupts the code that runs now.
         self.interrupts = False
         self.in_loop: _InLoop | None = None
-        #: Set when another thread sends the signal; called in this thread, it says whether to interrupt it still.
+        #: Set while another thread interrupts us by a signal: returns whether the interruption is still wanted.
         self._overdue: Callable[[], bool] | None = None
         self.handler: Callable[[int, FrameType | None], None] = self._came
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -60,7 +60,7 @@ class _Signals:
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._was_ignored
 
     def _was_ignored(self, ignored: sys.UnraisableHookArgs) -> None:
-        # Python drops what is raised in a finalizer or in the callback of a weak reference; imports have both.
+        # Python ignores exceptions in finalizers and in callbacks of weak references; imports run both.
         if not isinstance(ignored.exc_value, Interrupted):
             self._unraisable(ignored)
         elif self.interrupts:
@@ -69,11 +69,11 @@ class _Signals:
 
     def _interrupt_again(self) -> None:
         with self._ignoring:
-            time.sleep(_MOMENT)  # in a thread of its own: until the main thread has left `_was_ignored`
+            time.sleep(_MOMENT)  # in another thread, until the main thread has left `_was_ignored`
         self.interrupt_if(lambda: self.interrupts)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # it came to a forked child, before that had reset its signals
+        if os.getpid() != self._process:  # the signal came to a forked child before it had reset its signals
             self.leave()
             os.kill(os.getpid(), number)
             return
@@ -91,40 +91,41 @@ class _Signals:
         elif (
             time.monotonic() - self.first >= SAME_SIGNAL_TIMEOUT
         ):  # sooner, it is the same one: timeout(1) signals twice
-            # By a thread, because this one may hold the lock of a handler of the log.
+            # Log in another thread, because this one may hold the lock of a log handler.
             last = threading.Thread(target=log.warning, args=("A second signal: ending at once.",), daemon=True)
             last.start()
             last.join(_LAST_LOG_TIMEOUT)
             os._exit(128 + number)
 
     def interrupt_if(self, overdue: Callable[[], bool]) -> None:
-        """From another thread: interrupt the main thread, if `overdue` returns true when it is called there."""
+        """Interrupt the main thread if `overdue` returns true when the main thread calls it; for other threads."""
         self._overdue = overdue
         signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])
 
     def leave(self) -> None:
         """Reset both signals to Python's defaults, in a forked child: the event loop is its parent's."""
-        signal.set_wakeup_fd(-1)  # the parent reads at its other end
+        signal.set_wakeup_fd(-1)  # the parent reads from the other end of this pipe
         if signal.getsignal(signal.SIGTERM) is self.handler:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) is self.handler:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def restore(self) -> None:
-        """Put back what was there before, unless somebody has put something else there meanwhile."""
+        """Restore the handlers of before, unless other code has set its own meanwhile."""
         if sys.unraisablehook == self._was_ignored:
             sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             if signal.getsignal(number) is self.handler and handler is not None:
-                signal.signal(number, handler)  # None: it was not set from Python, and cannot be set from here
+                signal.signal(number, handler)  # None was not set by Python, and cannot be restored
 
 
 class _InLoop:
-    """What the first signal stops in one event loop."""
+    """Stops the listeners of one event loop at the first signal."""
 
     def __init__(self, signals: _Signals, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        #: What stops each listener, and the seconds after which code that still blocks the event loop is interrupted.
+        #: For each listener: the function that stops it, and the seconds after which code that still blocks the event
+        #: loop is interrupted.
         self.listeners: list[tuple[Callable[[], None], float]] = []
         self._signals = signals
         self._heard = threading.Event()
@@ -134,7 +135,7 @@ class _InLoop:
             signal.signal(number, signals.handler)
 
     def stop_all(self, number: int) -> None:
-        """Have all of them stop, as soon as the event loop runs."""
+        """Stop all listeners, as soon as the event loop runs."""
         self.loop.call_soon_threadsafe(self._say, number)
         for stop, _ in self.listeners:
             self.loop.call_soon_threadsafe(stop)
@@ -150,7 +151,7 @@ class _InLoop:
             self._signals.interrupt_if(lambda: not self._heard.is_set())
 
     def restore(self) -> None:
-        """Put back what was there before, unless somebody has put something else there meanwhile."""
+        """Restore the handlers of before, unless other code has set its own meanwhile."""
         self._heard.set()
         for number, handle in self._before.items():
             if signal.getsignal(number) is not self._signals.handler:
@@ -163,7 +164,7 @@ class _InLoop:
 
 
 def _leave_to_parent() -> None:
-    """In a forked child: its parent handles the signals."""
+    """Leave the handling of signals to the parent; called in a forked child."""
     signals, _Signals.current = _Signals.current, None
     if signals is not None:
         signals.leave()
@@ -183,9 +184,9 @@ def _in_main_thread() -> bool:
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Handle SIGTERM and SIGINT: what serves within the block stops, even if the signal came before it began.
+    """Handle SIGTERM and SIGINT in this block: listeners in it stop, even if the signal comes before they begin.
 
-    A second signal ends the process at once. Outside of the main thread, which alone can have signal handlers, it
+    A second signal ends the process at once. Only the main thread can have signal handlers; in other threads this
     does nothing.
     """
     if not _in_main_thread():
@@ -206,11 +207,11 @@ def heeded() -> Iterator[None]:
 def stopped_by_signals(stop: Callable[[], None], limit: float) -> Iterator[None]:
     """Call `stop` at the first SIGTERM or SIGINT; a second one ends the process at once.
 
-    Several may listen in one event loop: all of them are stopped. When the last has left, the handlers of before are
-    put back. Outside of the main thread it does nothing.
+    Several may listen in one event loop: all of them are stopped. When the last one has ended, the handlers of before
+    are restored. Outside of the main thread this does nothing.
 
     Parameters:
-        limit: seconds after the signal; code that still blocks the event loop then is interrupted.
+        limit: the seconds after the signal after which code that still blocks the event loop is interrupted.
     """
     with heeded():
         if not _in_main_thread() or (signals := _Signals.current) is None:
@@ -234,15 +235,16 @@ def stopped_by_signals(stop: Callable[[], None], limit: float) -> Iterator[None]
 class Interruptible:
     """Runs code that may block the event loop, and interrupts it.
 
-    For `with`, or step by step as the context of `calling.within`. Outside of the main thread, and where nobody heeds
-    signals, it interrupts nothing.
+    Use it by `with`, or as the context of `calling.within`. Outside of the main thread, and outside of `heeded`, it
+    interrupts nothing.
 
     Parameters:
-        by_signal: the first signal interrupts; `Interrupted` is raised at once if it came before.
-        seconds: so long after the beginning of the `with` block, too; None for no limit.
+        by_signal: whether the first signal interrupts the code; if that signal has come before, the constructor
+            raises at once.
+        seconds: interrupt the code also this many seconds after the beginning of the `with` block; None for no limit.
 
     Raises:
-        Interrupted: it was interrupted.
+        Interrupted: the code was interrupted.
     """
 
     def __init__(self, *, by_signal: bool = False, seconds: float | None = None) -> None:
@@ -282,5 +284,5 @@ class Interruptible:
 
 
 def _handle(loop: asyncio.AbstractEventLoop, number: int) -> Any:
-    """What this event loop calls at a signal, if known: only asyncio shows it, in a private attribute."""
+    """Return what an event loop calls at a signal; only asyncio's own loop tells, in a private attribute."""
     return getattr(loop, "_signal_handlers", {}).get(number)

@@ -1,4 +1,4 @@
-"""Threads for `def` handlers: daemon threads, so that a handler that hangs cannot keep the process alive."""
+"""Runs `def` handlers in daemon threads, so that a handler that hangs cannot keep the process alive."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class Threads(Executor):
-    """A pool of daemon threads; one is started when there is work and no other is idle.
+    """A pool of daemon threads; it starts a thread when there is work and no thread is idle.
 
-    The interpreter waits at its exit for the threads of concurrent.futures.ThreadPoolExecutor, however long a handler
-    hangs. It does not wait for these: the broker delivers such a handler's message again, so nothing is lost.
+    At its exit the interpreter waits for the threads of concurrent.futures.ThreadPoolExecutor, however long a handler
+    hangs. It does not wait for daemon threads. Nothing is lost by that: the broker delivers the message again.
 
     Parameters:
-        number: threads at most.
+        number: the most threads.
         name: the beginning of their names.
     """
 
@@ -41,7 +41,7 @@ class Threads(Executor):
         return future
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:
-        """Let each thread end after its present work; waits for none. Safe to repeat."""
+        """Let each thread end after its present work, without waiting for it. Safe to repeat."""
         for _ in self._threads:
             self._work.put(None)
 
@@ -58,13 +58,13 @@ class Threads(Executor):
 
 
 class DefaultThreads(ThreadPoolExecutor):
-    """The threads of `asyncio.to_thread` in an event loop of our own: its end waits for them, but not for ever.
+    """The threads of `asyncio.to_thread` in an event loop of this library; its end waits for them, but not for ever.
 
-    asyncio takes only a ThreadPoolExecutor. The work runs in a pool of `Threads` all the same.
+    asyncio accepts only a ThreadPoolExecutor, so this is one; but the work runs in a pool of `Threads`.
 
     Parameters:
-        number: threads at most.
-        patience: seconds for work under way when it ends.
+        number: the most threads.
+        patience: the seconds that the end of the loop waits for running work.
     """
 
     def __init__(self, number: int, patience: float) -> None:
@@ -81,7 +81,7 @@ class DefaultThreads(ThreadPoolExecutor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let each thread end after its present work; waits for that, but not for ever. Safe to repeat."""
+        """Let each thread end after its present work, and wait for that, but not for ever. Safe to repeat."""
         self._pool.shutdown()
         if wait:
             _wait_for([*self._under_way], self._patience)

@@ -1,4 +1,4 @@
-"""Waiting for an event within a time."""
+"""Waits for an event for some time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 async def is_set_within(event: asyncio.Event, seconds: float | None) -> bool:
-    """Wait until the event is set; False when the seconds are over. None waits without a limit."""
+    """Wait until the event is set; return False if the seconds are over first. None waits without a limit."""
     try:
         async with asyncio.timeout(seconds):
             return await event.wait()

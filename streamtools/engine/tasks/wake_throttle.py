@@ -1,23 +1,23 @@
-"""WakeThrottle: limits how often a consumer wakes for messages that come due one after the other."""
+"""WakeThrottle: limits how often a consumer wakes for messages that become due one after the other."""
 
 from __future__ import annotations
 
 import time
 from typing import Final
 
-#: The longest pause between two wakes, in seconds, while many messages come due.
+#: The longest pause between two wakes, in seconds, while many messages become due.
 WAKE_INTERVAL: Final = 0.1
-#: Seconds of pause that each message adds. Below 50 messages a second, each message has a wake of its own.
+#: Each message adds this many seconds of pause. Below 50 messages a second, each message has its own wake.
 REST_PER_MESSAGE: Final = 0.02
-#: Seconds of pause that may add up before any is taken, so that 25 messages at once have wakes of their own, too.
+#: Pauses begin when this many seconds have added up; so 25 messages in quick succession each have their own wake.
 REST_LIMIT: Final = 0.5
 
 
 class WakeThrottle:
-    """Says how long to wait before the next wake.
+    """Computes how long to wait before the next wake.
 
-    A rare message is received at its time. Many messages wait for each other, so that one wake serves all of them: to
-    wake costs more than a message does. 500 wakes a second took a third of a CPU.
+    If messages are rare, each is received at its time. If there are many, they wait for each other, so that one wake
+    serves all of them: a wake takes more CPU time than a message. 500 wakes a second took a third of a CPU.
 
     Parameters:
         tick: the longest time, in seconds, that a message waits for others.
@@ -25,8 +25,8 @@ class WakeThrottle:
 
     def __init__(self, tick: float = WAKE_INTERVAL) -> None:
         self._tick = tick
-        # When all pauses would be over, one after the other. On the monotonic clock: a wall clock that is set back
-        # must not delay anything.
+        # The time at which all pauses would be over, one after the other. It is on the monotonic clock, because a
+        # wall clock that is set back must not delay anything.
         self._rested = 0.0
 
     def wait(self) -> float:

@@ -1,8 +1,8 @@
-"""Watches event loops: while code blocks one, the log names that code.
+"""Watches event loops, and logs which code blocks one.
 
-While an event loop is blocked, it sends no heartbeat and acknowledges nothing. Brokers take that for the end of the
-process, and deliver its messages to others; the errors that follow do not show the cause. So a thread asks each loop
-that handles messages for an answer, once a second. If none comes, it looks at what the loop's thread is doing.
+A blocked event loop sends no heartbeat and acknowledges nothing. Brokers then believe that the process is dead, and
+deliver its messages to others; the errors that follow do not show the cause. So once a second, a thread asks each
+loop that handles messages for an answer. If no answer comes, it logs what the loop's thread is doing.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from typing import Final
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds between two questions.
+#: Seconds between two questions to a loop.
 CHECK_INTERVAL: Final = 1.0
-#: Seconds without an answer after which the log says so.
+#: After this many seconds without an answer, a warning is logged.
 BLOCKED_TIMEOUT: Final = 3.0
 
-#: The files of this package, and of the event loop: never the ones to blame.
+#: The directories of this package and of asyncio; the warning never names code in them.
 _OURS: Final = str(Path(__file__).absolute().parents[2]) + os.sep
 _ASYNCIO: Final = os.path.dirname(os.path.abspath(asyncio.__file__)) + os.sep  # noqa: PTH100, PTH120
 
 
 class _Watched:
-    """One event loop.
+    """One watched event loop.
 
     Parameters:
-        loop: the running one.
+        loop: the running loop.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -46,29 +46,29 @@ class _Watched:
         self._blocker = ""
 
     def ask(self, now: float) -> None:
-        """Ask it for an answer, unless it has not given the last one yet."""
+        """Ask the loop for an answer, unless the last answer has not come yet."""
         if self._asked is not None:
             return
         self._asked = now
         try:
             self.loop.call_soon_threadsafe(self._answer)
-        except RuntimeError:  # it is closed
+        except RuntimeError:  # the loop is closed
             self._asked = None
 
     def look(self, now: float) -> None:
-        """Log what blocks it, if it has not answered for too long."""
+        """Log what blocks the loop, if it has not answered for too long."""
         if self._asked is not None and not self._blocker and now - self._asked >= BLOCKED_TIMEOUT:
             self._blocker = _blocker(sys._current_frames().get(self._thread))
             log.warning(
                 "The event loop has stood still for %.1f s, in %s. Meanwhile no heartbeat is sent and nothing is "
-                "acknowledged, and a broker may give its messages to others. Await what takes long, or write the "
+                "acknowledged, and a broker may deliver its messages to others. Await slow operations, or write the "
                 "handler with `def`: then it runs in a thread.",
                 now - self._asked,
                 self._blocker,
             )
 
     def forgive(self, now: float) -> None:
-        """Wait anew for the answer: the whole process was stopped, so no code has blocked the loop."""
+        """Start the wait for the answer again: the whole process was stopped, so no code has blocked the loop."""
         if self._asked is not None and not self._blocker:
             self._asked = now
 
@@ -82,7 +82,7 @@ class _Watched:
 
 
 class _Watch:
-    """Watches the event loops of this process by one thread, which is there while there are any."""
+    """Watches the event loops of this process, in one thread that runs while there are any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class _Watch:
         self._ended: threading.Event | None = None
 
     def add(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Watch a loop, until `remove` was called as often as this."""
+        """Watch a loop until `remove` has been called as often as `add`."""
         with self._lock:
             watched = self._watched.setdefault(loop, _Watched(loop))
             watched.users += 1
@@ -99,7 +99,7 @@ class _Watch:
                 threading.Thread(target=self._run, args=(self._ended,), name="streamtools-watch", daemon=True).start()
 
     def remove(self, loop: asyncio.AbstractEventLoop) -> None:
-        """End one `add`."""
+        """Undo one `add`."""
         with self._lock:
             watched = self._watched[loop]
             watched.users -= 1
@@ -115,8 +115,8 @@ class _Watch:
             now, work = time.monotonic(), time.process_time()
             with self._lock:
                 watched = list(self._watched.values())
-            # This thread may be late itself. If the process used no CPU meanwhile, it was stopped; otherwise some
-            # code did not let other threads run, as a long regular expression does.
+            # This thread may itself be late. If the process used no CPU meanwhile, the process was stopped. Otherwise
+            # some code let no other thread run, for example a long regular expression.
             stopped = now - last > 2 * CHECK_INTERVAL and work - worked < (now - last) / 10
             for one in watched:
                 if stopped:
@@ -141,7 +141,7 @@ def watched() -> Iterator[None]:
 
 
 def _blocker(frame: FrameType | None) -> str:
-    """The function of the user's that runs in a thread, and the line it has come to.
+    """Return the function of the user that runs in a thread, and its current line.
 
     Parameters:
         frame: the innermost frame of the thread.
