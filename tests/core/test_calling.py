@@ -388,7 +388,7 @@ async def test_a_decorator_without_its_parentheses_is_told_and_loses_no_message(
         await service.settled()
         [rejected] = service.rejected
     assert rejected.error is not None
-    assert "written with parentheses" in rejected.error.reason
+    assert "write it with parentheses" in rejected.error.reason
 
 
 @pytest.mark.parametrize("result", [[], [1, 2], {"a": 1}, (1,), {1}, object()])

@@ -2,14 +2,14 @@
 
 Modules:
     options: the options of producers and consumers, and the queues that they describe.
-    connections: the two connections that a process shares, one for sending and one for receiving.
-    errors: the client library's errors become ours.
+    connections: the two connections of a process, one for sending and one for receiving.
+    errors: translates the client library's errors into ours.
     amqp: connections, channels, frames and properties.
     topology: queues, exchanges, bindings, and the queues that hold delayed messages.
     publishing: the producer, and how it sends with confirms.
     consuming: the consumer, and how it receives and settles.
-    looking: for operators: queues are listed, looked at and changed.
-    rare: states of a broker that are very rare, each in a module of its own.
+    looking: the operator's side: lists, reads and changes queues.
+    rare: very rare states of a broker, each in its own module.
 """
 
 from streamtools.drivers.rabbitmq.consuming.consumer import RabbitMQConsumer

@@ -1,8 +1,8 @@
-"""The two connections of a process, for each event loop and address: one receives, the other sends.
+"""Shares two connections in a process, for each event loop and address: one receives, the other sends.
 
-All consumers, producers, buses and admins have channels of them. The first that needs a connection opens it, the last
-that has it closes it, and a lost one is opened again once for all. A broker that is short of memory stops reading
-from the connection that sends; acknowledgements go over the other one.
+All consumers, producers, buses and admins have channels on them. The first that needs a connection opens it, and the
+last that uses it closes it. If a connection is lost, one new connection serves all of them. A broker that is short of
+memory stops reading from the connection that sends; acknowledgements go over the other one.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from streamtools.engine.tasks.sharing import Lease, Sharing
 from streamtools.exchange import Exchange
 from streamtools.settings import RabbitMQSettings
 
-#: Channels at once that try routes; see `Routes.is_tried`.
+#: The most channels that try routes at the same time; see `Routes.is_tried`.
 TRYING: Final = 32
-#: Topics of one exchange that are tried; further ones are taken to be as those before.
+#: The most topics of one exchange that are tried; further topics are assumed to work as well.
 MOST_TOPICS: Final = 1000
 
 
 class Routes:
-    """What all who send over one connection know of exchanges and their topics.
+    """The exchanges and topics that the senders of one connection know.
 
     Attributes:
-        exchanges: those that are known to exist.
-        trying: held while a route is tried.
+        exchanges: the exchanges that exist.
+        trying: limits how many routes are tried at the same time.
     """
 
     def __init__(self) -> None:
@@ -40,28 +40,28 @@ class Routes:
         self._tried: dict[str, set[str]] = {}
 
     def is_tried(self, exchange: str, topic: str) -> bool:
-        """The broker has taken a message to this topic of this exchange from us.
+        """Whether the broker has accepted a message to this topic of this exchange from us.
 
-        A message that we may not send ends its channel, and with it the confirmations of all that was sent there
-        before. So the first message to each topic has a channel of its own.
+        If we are not allowed to send a message, the broker closes the channel, and the confirmations of all earlier
+        messages on that channel are lost. So the first message to each topic gets its own channel.
         """
         topics = self._tried.get(exchange)
         return topics is not None and (topic in topics or len(topics) >= MOST_TOPICS)
 
     def note_tried(self, exchange: str, topic: str) -> None:
-        """The broker takes messages to this topic of this exchange."""
+        """Note that the broker accepts messages to this topic of this exchange."""
         topics = self._tried.setdefault(exchange, set())
         if len(topics) < MOST_TOPICS:
             topics.add(topic)
 
     def forget(self, exchange: str) -> None:
-        """It may be deleted, or we may no longer send to it."""
+        """Forget an exchange, which may have been deleted, or to which we may no longer send."""
         self._tried.pop(exchange, None)
         self.exchanges = {one for one in self.exchanges if one.name != exchange}
 
 
 class SharedConnection:
-    """A connection, and what is known of the broker behind it.
+    """A connection, with the state that its users share.
 
     Attributes:
         chain: the queues of delayed messages.
@@ -95,7 +95,7 @@ class ConnectionLease:
         self.connection: Connection = lease.value.connection
 
     async def release(self) -> None:
-        """Let go of the connection; the last one closes it. Safe to repeat."""
+        """Release the connection; the last release closes it. Safe to repeat."""
         if not self._released:
             self._released = True
             self.connection.channels.leave()
@@ -103,24 +103,24 @@ class ConnectionLease:
 
 
 async def receiving(settings: RabbitMQSettings, name: str | None) -> ConnectionLease:
-    """A lease of the connection that receives, acknowledges and declares.
+    """Return a lease of the connection that receives, acknowledges and declares.
 
     Parameters:
-        name: shown by the broker as the connection's, if this opens it; the program's when None.
+        name: the name of the connection that the broker shows, if this call opens it; None for the program's name.
 
     Raises:
-        ConnectError: it cannot be opened.
+        ConnectError: the connection cannot be opened.
     """
     return await _lease(settings, name, "receiving")
 
 
 async def sending(settings: RabbitMQSettings, name: str | None) -> ConnectionLease:
-    """A lease of the connection that sends; as `receiving`."""
+    """Return a lease of the connection that sends. Parameters and errors are those of `receiving`."""
     return await _lease(settings, name, "sending")
 
 
 async def _lease(settings: RabbitMQSettings, name: str | None, role: str) -> ConnectionLease:
-    """A lease of the first connection that has room: another one is opened when all channels are in use."""
+    """Return a lease of the first connection that has a free channel; if none has, open another connection."""
     address = settings.model_copy(update={"management_url": None})
     opens = partial(_open, settings, f"{name or _program()} ({role})")
     for number in count():

@@ -1,7 +1,8 @@
-"""Errors of the client library become ours here, and here alone it is decided which of them pass.
+"""Translates the client library's errors into ours, and decides which of them are temporary.
 
-An error that passes is a `ConnectError`: the base classes try again with a back-off, within their time, and log once.
-Any other error is a `QueueError`, or a `ConnectError` with permanent=True. Each keeps its cause.
+A temporary error becomes a `ConnectError`: the base classes try again with growing delays until their time is over,
+and log it once. Any other error becomes a `QueueError`, or a `ConnectError` with permanent=True. Each keeps its
+cause.
 """
 
 from __future__ import annotations
@@ -29,26 +30,26 @@ from streamtools.settings import RabbitMQSettings
 
 E = TypeVar("E", bound=BaseException)
 
-#: What the client library raises besides its own errors.
+#: Everything that the client library raises when a request or a connection fails.
 CLIENT_ERRORS: Final[tuple[type[BaseException], ...]] = (
     AMQPError,
     ChannelInvalidStateError,
     OSError,
     RuntimeError,
     asyncio.InvalidStateError,
-    StopAsyncIteration,  # what aiormq raises when a connection ends before a whole frame has come
+    StopAsyncIteration,  # aiormq raises it if a connection ends in the middle of a frame
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """A kind of refusal.
+    """One kind of the broker's error answers.
 
     Attributes:
         code: the broker's reply code.
-        words: what stands in its text; empty for any other text with this code.
-        passes: trying again can help.
-        meaning: what it is, as the documentation shows it.
+        words: the broker's text contains these words; empty for any other text with this code.
+        passes: whether the error is temporary, so that trying again can help.
+        meaning: what it means, as the documentation shows it.
     """
 
     code: int
@@ -57,8 +58,8 @@ class Trouble:
     meaning: str
 
 
-#: What the broker can answer, while connecting, opening a channel, declaring, publishing or consuming: the first row
-#: that fits decides. A code that is not here passes.
+#: The broker's error answers while we connect, open a channel, declare, publish or consume. The first row that fits
+#: decides. A code that is not in the table is temporary.
 TROUBLES: Final = (
     Trouble(320, "", True, "the broker shuts down, or an operator closed the connection"),
     Trouble(403, "in exclusive use", True, "another client is the only one that may consume this queue"),
@@ -86,7 +87,7 @@ _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
 
 
 def trouble(code: int, text: str) -> Trouble:
-    """What this answer of the broker means."""
+    """Return the row for an error answer of the broker."""
     found = (row for row in TROUBLES if row.code == code and row.words in text)
     return next(found, Trouble(code, "", True, "not known here"))
 
@@ -95,17 +96,17 @@ def trouble(code: int, text: str) -> Trouble:
 _DIFFERENCE: Final = re.compile(
     r"inequivalent arg '(?P<name>[^']+)'(?:.*: received (?P<asked>.*) but current is (?P<current>.*)$)?", re.DOTALL
 )
-#: How the broker ends a text that it has cut off, as AMQP has room for 255 bytes.
+#: The broker cuts a text off with this, because AMQP has room for 255 bytes.
 _CUT: Final = "..."
 _VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '(?P<type>\w+)')?", re.DOTALL)
 
 
 def connect_error(error: BaseException, settings: RabbitMQSettings, where: str, said: str) -> ConnectError:
-    """Why one attempt to connect failed; permanent where trying again cannot help.
+    """Return the error for a failed attempt to connect; it is permanent if trying again cannot help.
 
     Parameters:
         where: the host and port.
-        said: the broker's own words when it closed the connection, which the library does not always tell.
+        said: the broker's text when it closed the connection; the library does not always pass it on.
     """
     if isinstance(error, TimeoutError):
         return ConnectError(f"RabbitMQ at {where} did not answer within {settings.connect_timeout:g} s.")
@@ -117,7 +118,7 @@ def connect_error(error: BaseException, settings: RabbitMQSettings, where: str, 
         )
     if isinstance(error, AuthenticationError):
         return ConnectError(
-            f"RabbitMQ at {where} takes no user and password: it offers {error.args[:1]}.", permanent=True
+            f"RabbitMQ at {where} does not accept a user and a password: it offers {error.args[:1]}.", permanent=True
         )
     if said:
         return _refused(said, settings, where)
@@ -142,7 +143,7 @@ def _tls_failed(error: ssl.SSLError, where: str) -> ConnectError:
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectError(
             f"RabbitMQ at {where} shows a certificate that cannot be verified: {error.verify_message}. "
-            "Name the authority's file with cafile=, or the host as the certificate has it.",
+            "Name the authority's file with cafile=, or write the host as it stands in the certificate.",
             permanent=True,
         )
     return ConnectError(
@@ -163,8 +164,8 @@ def _refused(said: str, settings: RabbitMQSettings, where: str) -> ConnectError:
         )
     if "not found" in text and "vhost" in text:
         return ConnectError(
-            f"RabbitMQ at {where} has no virtual host {settings.vhost!r}. Make it: rabbitmqctl add_vhost "
-            f"{settings.vhost}. Or name another behind the last / of the URL, or in RMQ_VHOST.",
+            f"RabbitMQ at {where} has no virtual host {settings.vhost!r}. Create it: rabbitmqctl add_vhost "
+            f"{settings.vhost}. Or name another after the last / of the URL, or in RMQ_VHOST.",
             permanent=True,
         )
     if "refused for user" in text and not kind.passes:
@@ -180,17 +181,17 @@ def _refused(said: str, settings: RabbitMQSettings, where: str) -> ConnectError:
 
 
 def lost(where: str, why: str) -> ConnectionLost:
-    """The connection has ended."""
+    """Return the error for a connection that has ended."""
     return ConnectionLost(f"The connection to RabbitMQ at {where} has ended: {why.rstrip('.')}.")
 
 
 def channel_lost(where: str, why: str) -> ConnectionLost:
-    """A channel has ended; its connection and other channels go on."""
+    """Return the error for a channel that has ended while its connection goes on."""
     return ConnectionLost(f"A channel of RabbitMQ at {where} has ended: {why.rstrip('.')}.")
 
 
 def channel_error(error: BaseException, where: str) -> StreamToolsError:
-    """The error for a failed request on a channel, where nothing more specific is known."""
+    """Return the error for a failed request on a channel, if nothing more specific is known."""
     code = next((code for kind, code in _CODES if isinstance(error, kind)), 0)
     text = plain(error)
     if not code and isinstance(error, ChannelClosed) and len(error.args) > 1 and isinstance(error.args[0], int):
@@ -206,14 +207,14 @@ def channel_error(error: BaseException, where: str) -> StreamToolsError:
 
 
 def is_missing(error: ChannelNotFoundEntity) -> bool:
-    """It does not exist; if False, it exists and its node is down."""
+    """Whether the queue or exchange does not exist; if False, it exists, but its node is down."""
     return not trouble(404, plain(error)).passes
 
 
 def difference(error: ChannelPreconditionFailed) -> tuple[str, str, str] | None:
-    """The broker's words for (argument, asked for, current); None when it complains of something else.
+    """Return the broker's words for (argument, wanted value, current value); None for another complaint.
 
-    With long names its text may be cut off before the values, which are empty then.
+    If names are long, the broker may cut its text off before the values; then both values are empty.
     """
     text = plain(error)
     found = _DIFFERENCE.search(text)
@@ -224,10 +225,10 @@ def difference(error: ChannelPreconditionFailed) -> tuple[str, str, str] | None:
 
 
 def value(text: str, like: object = None) -> str | int | bool | float | None:
-    """The value that these words of the broker mean: none, 'true', the value 'error' of type 'longstr'.
+    """Return the value that the broker describes by words such as: none, 'true', the value 'error' of type 'longstr'.
 
     Parameters:
-        like: what was asked for; the broker names no type where both have the same.
+        like: the wanted value; if the current value has the same type, the broker names no type.
     """
     found = _VALUE.fullmatch(text.strip())
     if found is None:
@@ -241,7 +242,7 @@ def value(text: str, like: object = None) -> str | int | bool | float | None:
 
 
 def plain(error: BaseException) -> str:
-    """The error's own words, or its name where it has none."""
+    """Return the text of an error; if it is empty, the name of its class."""
     text = " ".join(str(part) for part in error.args if part is not None).strip()
     return text or type(error).__name__
 
@@ -249,7 +250,7 @@ def plain(error: BaseException) -> str:
 def _cause(error: BaseException, kind: type[E]) -> E | None:
     found: BaseException | None = error
     seen: set[int] = set()
-    # Clients that raise one exception object several times make circles of causes (seen).
+    # The causes can form a circle, because some clients raise one exception object several times.
     while found is not None and id(found) not in seen:
         if isinstance(found, kind):
             return found

@@ -1,4 +1,4 @@
-"""What RabbitMQ can do."""
+"""The features of RabbitMQ."""
 
 from streamtools.features import Features
 

@@ -1,9 +1,9 @@
-"""Options of RabbitMQ's producers and consumers, and the queues that they describe.
+"""The options of RabbitMQ's producers and consumers, and the queues that they describe.
 
-An option that stands for an argument of the queue is one line here: a field with `_Declared` and the broker's name
-for the argument. Its default is None, else each queue gets the argument. The declaration, the check of queues that
-exist, and the error for a difference follow from that line. A second line, in `streamtools/options.py`, tells type
-checkers of the option, and the other protocols, which ignore it.
+To add an option for an argument of the queue, write one line here: a field with `_Declared` and the broker's name of
+the argument, and the default None, or else each queue gets the argument. The declaration, the check of existing
+queues and the error for a difference use that line. Write a second line in `streamtools/options.py`: it makes the
+option known to type checkers, and to the other protocols, which ignore it.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class QueueOptions(Options):
 
     Parameters:
         queue_type: "quorum" (replicated; the default) or "classic".
-        durable: the queue outlives a restart of the broker.
-        exclusive: the queue belongs to this connection and ends with it.
-        auto_delete: the queue ends with its last consumer.
-        arguments: further arguments of the queue, such as {"x-max-length": 1000}. They replace the defaults; None
-            leaves a default away when the queue is made.
+        durable: whether the queue outlives a restart of the broker.
+        exclusive: whether the queue belongs to this connection and is deleted with it.
+        auto_delete: whether the queue is deleted with its last consumer.
+        arguments: further arguments of the queue, such as {"x-max-length": 1000}. They replace the defaults; a value
+            of None removes a default when the queue is created.
         error_arguments: the same for the error queue.
-        error_declare: as `declare`, for the error queue; the same as `declare` when None.
+        error_declare: the value of `declare` for the error queue; None for the same as `declare`.
     """
 
     queue_type: Annotated[QueueType | None, _Declared(TYPE)] = None
@@ -86,7 +86,7 @@ class QueueOptions(Options):
         return self
 
     def error_declare_or(self, declare: Declare) -> Declare:
-        """How the error queue is declared, if the queue is declared so."""
+        """Return how to declare the error queue if the queue itself is declared in this way."""
         return declare if self.error_declare is None else self.error_declare
 
 
@@ -94,8 +94,8 @@ class ProducerOptions(QueueOptions):
     """Options of RabbitMQ's producers, and of `queues create`.
 
     Parameters:
-        error_queue: where the broker itself moves messages that it gives up on: the error queue of the queue's
-            consumers. `{queue}` stands for the queue's name.
+        error_queue: the queue to which the broker itself moves messages that it gives up on. Name the error queue of
+            the queue's consumers. `{queue}` stands for the queue's name.
     """
 
     error_queue: str = "error"
@@ -104,23 +104,23 @@ class ProducerOptions(QueueOptions):
     @classmethod
     def _is_template(cls, value: str) -> str:
         if not value or "{" in value.replace("{queue}", ""):
-            raise ValueError("a name, in which only {queue} is replaced")
+            raise ValueError("it must be a name; only {queue} in it is replaced")
         return value
 
     def error_queue_of(self, queue: str) -> str:
-        """The name of this queue's error queue."""
+        """Return the name of this queue's error queue."""
         return self.error_queue.replace("{queue}", queue)
 
 
 class RabbitMQProducerParameters(ProducerParameters, RabbitMQProducerOptions, total=False):
-    """What the constructor of a producer takes by keyword."""
+    """The keyword parameters of a producer's constructor."""
 
 
 class RabbitMQConsumerParameters(ConsumerParameters, RabbitMQConsumerOptions, total=False):
-    """What the constructor of a consumer takes by keyword."""
+    """The keyword parameters of a consumer's constructor."""
 
 
-#: The option -> the broker's name for it, of those that it compares.
+#: For the options that the broker compares: option -> the broker's name for it.
 _DECLARED: Final[dict[str, str]] = {
     option: mark.name
     for option, info in QueueOptions.model_fields.items()
@@ -130,9 +130,9 @@ _DECLARED: Final[dict[str, str]] = {
 
 
 def work_queue(name: str, options: QueueOptions, error_queue: str, *, single_active: bool = False) -> Queue:
-    """The queue that these options describe; the broker moves what it gives up on to the error queue.
+    """Return the queue that these options describe; the broker moves messages that it gives up on to the error queue.
 
-    RabbitMQ 4 drops a message after 20 redeliveries unless its queue has a dead-letter target.
+    Without such a dead-letter target, RabbitMQ 4 would drop a message after 20 redeliveries.
     """
     declared = {_DECLARED[option]: getattr(options, option) for option in _DECLARED}
     chosen = {broker: value for broker, value in declared.items() if value is not None}
@@ -149,9 +149,9 @@ def work_queue(name: str, options: QueueOptions, error_queue: str, *, single_act
 
 
 def error_queue(name: str, options: QueueOptions) -> Queue:
-    """The queue of rejected messages.
+    """Return the error queue.
 
-    RabbitMQ 4 moves a message that was looked at there too often to `streamtools.undeliverable`.
+    If its messages are read too often, RabbitMQ 4 moves them to `streamtools.undeliverable`.
     """
     arguments = {TYPE: "quorum", **_dead_letters_to("quorum", UNDELIVERABLE)}
     explicit = _given(options.error_arguments)
@@ -176,11 +176,11 @@ def _merged(ours: dict[str, Any], given: Mapping[str, Any] | None) -> dict[str, 
 
 
 def _explicit(options: QueueOptions) -> dict[str, str]:
-    """What the user asked for: the broker's name -> the option."""
+    """Return what the user asked for: the broker's name -> the option."""
     chosen = [name for name in options.model_fields_set if getattr(options, name) is not None]
     return {_DECLARED[name]: name for name in chosen if name in _DECLARED} | _given(options.arguments)
 
 
 def _given(arguments: Mapping[str, Any] | None) -> dict[str, str]:
-    """Arguments that a queue must have; a queue that exists may have those that are given as None."""
+    """Return the arguments that an existing queue must have; one that is given as None may be there or not."""
     return {name: "arguments" for name, value in (arguments or {}).items() if value is not None}

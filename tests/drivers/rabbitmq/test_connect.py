@@ -184,7 +184,7 @@ async def test_a_connection_that_hangs_is_given_up_after_two_heartbeats(rabbitmq
         async with RabbitMQConsumer("orders", url=url) as consumer:
             proxy.hang()
             begin = time.monotonic()
-            with pytest.raises(ConnectError, match="nothing was heard"):
+            with pytest.raises(ConnectError, match="nothing was received"):
                 await consumer._receive(1)
             assert 1.5 < time.monotonic() - begin < 20
 

@@ -145,7 +145,7 @@ async def test_a_queue_is_made_with_the_error_queue_of_its_consumers_to_be(
 
 
 def test_a_template_of_an_error_queue_knows_the_queue_alone(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="only {queue} is replaced"):
+    with pytest.raises(ConfigurationError, match="only {queue} in it is replaced"):
         RabbitMQProducer("orders", url=url, error_queue="{name}.error")
 
 

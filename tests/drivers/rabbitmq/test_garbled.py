@@ -112,7 +112,7 @@ async def test_a_connection_that_opens_no_channel_is_given_up_however_long_the_c
             async with asyncio.timeout(patience):
                 await shared.channels.open(confirms=False)
         await wait_until(lambda: shared.lost is not None)
-        assert "opening a channel had no answer" in str(shared.lost)
+        assert "not answered the opening of a channel" in str(shared.lost)
         broker.mute = set()
         async with asyncio.timeout(10):
             await producer.send(b"second")

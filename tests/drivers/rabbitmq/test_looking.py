@@ -319,7 +319,7 @@ async def test_who_finds_the_queue_being_looked_at_is_told(
     first = admin._reader("shared", 3)
     await first.open()
     try:
-        with pytest.raises(QueueError, match="Somebody else looks at the queue 'shared'"):
+        with pytest.raises(QueueError, match="Somebody else is reading the queue 'shared'"):
             await admin.peek("shared")
     finally:
         await first.close()

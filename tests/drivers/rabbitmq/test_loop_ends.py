@@ -116,7 +116,7 @@ def test_a_broker_that_has_fallen_silent_is_not_waited_for_long(
     for words in ("were not closed", "was destroyed", "never retrieved"):
         assert words not in caplog.text
     assert not [record for record in caplog.records if record.name.startswith("aiormq")]
-    assert caplog.text.count("gave no answer to our goodbye") == 2  # from each of the two connections
+    assert caplog.text.count("did not answer our goodbye") == 2  # from each of the two connections
 
 
 def test_a_request_that_the_end_of_the_loop_meets_is_no_line_of_the_library(

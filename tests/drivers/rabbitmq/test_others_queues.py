@@ -319,7 +319,7 @@ async def test_without_declaring_no_retry_makes_anything(
     await running
     assert _made(rabbitmq_vhost) == {"orders", "error"}
     waits = delay and ordered_by is None
-    assert caplog.text.count("waits for that in this process") == bool(waits)
+    assert caplog.text.count("waits in this process for its retry") == bool(waits)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
@@ -401,7 +401,8 @@ async def test_a_delay_without_declaring_uses_what_stands_and_else_is_refused(
     url = rabbitmq_vhost.url
     async with RabbitMQProducer("orders", url=url, declare=declare) as sender:
         for _ in range(2):
-            with pytest.raises(SendError, match="without declare=True none are made. Use declare=True") as caught:
+            with pytest.raises(SendError, match="without declare=True they are not created. Use declare=True") as
+            caught:
                 await sender.send(b"later", delay=0.2)
             assert caught.value.early == caught.value.refused != ()
         assert _made(rabbitmq_vhost) == {"orders"}
@@ -459,7 +460,7 @@ async def test_a_queue_that_is_deleted_is_waited_for(
         caplog.clear()
         await foreign.queue_delete("orders")
         # More than one try finds none.
-        await wait_until(lambda: "it is waited for" in caplog.text or running.done())
+        await wait_until(lambda: "the consumer waits for it" in caplog.text or running.done())
         await asyncio.wait({running}, timeout=1)
         assert not running.done()
         assert caplog.text.count("There is no queue 'orders'") == 1

@@ -174,7 +174,7 @@ async def test_a_retry_whose_delay_the_broker_may_not_hold_waits_in_the_process(
     await wait_until(lambda: sorted(attempts) == [0, 0, 0, 1, 1, 1, 2, 2, 2])
     receiver.stop()
     await running
-    assert caplog.text.count("waits for that in this process") == 1
+    assert caplog.text.count("waits in this process for its retry") == 1
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 

@@ -220,7 +220,7 @@ SIGNS = (
     "refused for user",
     "may not write to",
     "hold delayed messages are missing",
-    "waits for that in this process",
+    "waits in this process for its retry",
 )
 
 

@@ -1,1 +1,1 @@
-"""AMQP 0-9-1: frames, properties, one connection and its channels."""
+"""AMQP 0-9-1: frames, properties, connections and channels."""

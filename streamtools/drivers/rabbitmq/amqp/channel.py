@@ -1,4 +1,4 @@
-"""A channel of ours on a connection: for receiving, or for publishing."""
+"""Channel: the base of our channels, for receiving and for publishing."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from streamtools.errors import ConnectionLost
 
 
 class Channel(FastChannel):
-    """A channel with one user. It ends alone, or with its connection, and is then replaced by another one.
+    """A channel with one user. When the channel or its connection ends, another channel replaces it.
 
     Parameters:
-        connection: the connection that it is on.
-        library: the client library's channel of the same number.
+        connection: the connection of the channel.
+        library: the client library's channel with the same number.
 
     Attributes:
-        error: why it has ended; None while it is open.
-        code: the broker's code when it closed the channel; 0 when it did not.
+        error: why the channel has ended; None while it is open.
+        code: the broker's code if the broker closed the channel, else 0.
     """
 
     def __init__(self, connection: Connection, library: AbstractChannel) -> None:
@@ -37,22 +37,22 @@ class Channel(FastChannel):
             self._on_end()
 
     def _on_end(self) -> None:
-        """Wake whoever waits for something on this channel."""
+        """Wake the tasks that wait for something on this channel."""
 
     def refuse(self, code: int, text: str) -> None:
         self.code = code
         super().refuse(code, text)
 
     def check(self) -> None:
-        """Raise ConnectionLost when the channel has ended."""
+        """Raise ConnectionLost if the channel has ended."""
         if self.error is not None:
             raise ConnectionLost(str(self.error))
 
     def discard(self, why: str = "it was closed by us") -> asyncio.Task[None]:
-        """Begin to close the channel, in a task that goes on if its caller is cancelled."""
+        """Start a task that closes the channel, and return it; it goes on if the caller is cancelled."""
         self.fail(why)
         return self.connection.discard(self, self._library)
 
 
 async def ignore(message: object) -> None:
-    """A callback for the client library, which never gets a delivery of these channels."""
+    """The callback that the client library requires; it is never called, because we read the deliveries ourselves."""

@@ -1,4 +1,4 @@
-"""The channels of one connection: their numbers, how they are opened, and those for declarations."""
+"""ChannelPool: opens the channels of one connection, and keeps some for declarations."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from streamtools.drivers.rabbitmq.amqp.frame_reader import FrameReader
 from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error
 from streamtools.errors import ConnectError
 
-if TYPE_CHECKING:  # which has one of these
+if TYPE_CHECKING:  # that module imports this one
     from streamtools.drivers.rabbitmq.amqp.connection import Connection
 
-#: Seconds for a channel to be opened while nothing else is answered: no queue holds that up, so it is the connection.
+#: If a channel is not opened within this many seconds, and nothing else is answered either, the connection is given
+#: up: no queue can delay the opening of a channel.
 OPEN_TIMEOUT: Final = 15.0
-#: Channels for declarations at once: a queue that gives no answer holds one of them up, not the others.
+#: The most channels for declarations at the same time: a queue that gives no answer blocks only one of them.
 DECLARING_CHANNELS: Final = 16
-#: Channels for declarations that are kept open.
+#: The most unused channels for declarations that stay open.
 IDLE_CHANNELS: Final = 2
 
 
 class ChannelPool:
-    """Opens channels, and counts those who have one.
+    """Opens channels, and counts the consumers and producers that have one.
 
     Attributes:
         channel_max: the most channels that the connection may have.
@@ -46,33 +47,33 @@ class ChannelPool:
         self._declaring = asyncio.Semaphore(DECLARING_CHANNELS)
 
     def limit(self, channel_max: int) -> None:
-        """The broker allows so many."""
+        """Set the number of channels that the broker allows."""
         self.channel_max = channel_max
         self._declaring = asyncio.Semaphore(max(1, min(DECLARING_CHANNELS, channel_max // 8)))
 
     def join(self) -> bool:
-        """Count one more consumer or producer that has a channel here; False when there is no room for it."""
-        # What is left is for declarations, and for channels that replace others.
+        """Count one more consumer or producer that has a channel here; return False if there is no room for it."""
+        # The other channels are for declarations, and for channels that replace others.
         if self._users >= max(1, self.channel_max * 3 // 4):
             return False
         self._users += 1
         return True
 
     def leave(self) -> None:
-        """Count one less."""
+        """Count one consumer or producer less."""
         self._users -= 1
 
     async def open(self, *, confirms: bool) -> AbstractChannel:
         """Open a channel.
 
         Raises:
-            ConnectError: the connection has ended, or has all the channels that the broker lets it have.
+            ConnectError: the connection has ended, or has as many channels as the broker allows.
         """
         self._connection.check()
         number = self._free_number()
         self._opening.add(number)
         self._frames.opened.add(number)
-        # In a task of its own: a caller that waits less than OPEN_TIMEOUT would never learn that no answer comes.
+        # A separate task waits for OPEN_TIMEOUT even if the caller gives up earlier.
         opening = self._client.run(self._open(number, confirms))
         try:
             await asyncio.wait({opening})
@@ -99,9 +100,9 @@ class ChannelPool:
         return channel
 
     def _check_opening(self, asked: float) -> None:
-        # A broker that answers others may have much to read before it comes to this; then CALL_TIMEOUT counts.
+        # If the broker answers other requests, it is only busy; then CALL_TIMEOUT limits the wait.
         if not self._connection.blocked and self._frames.answered <= asked:
-            why = f"opening a channel had no answer for {OPEN_TIMEOUT:g} s, nor had anything else"
+            why = f"the broker has not answered the opening of a channel, or anything else, for {OPEN_TIMEOUT:g} s"
             self._connection.give_up(why)
 
     def _drop_opened(self, opening: asyncio.Task[AbstractChannel]) -> None:
@@ -113,22 +114,21 @@ class ChannelPool:
             self._client.run(channel.close())
 
     def _free_number(self) -> int:
-        # The library would count on past the broker's limit, which ends the connection.
+        # The library itself would exceed the broker's limit, and the broker would close the connection.
         taken = {*self._client.channel_numbers, *self._opening}
-        # The number of a channel that was just closed comes last: the goodbye to it may not have been sent yet.
+        # The number of a channel that was just closed is tried last: its close frame may not have been sent yet.
         for number in chain(range(self._last + 1, self.channel_max + 1), range(1, self._last + 1)):
             if number not in taken:
                 self._last = number
                 return number
         raise ConnectError(
-            f"RabbitMQ at {self._connection.where} lets a connection have {self.channel_max} channels (channel_max), "
-            "and all of them are in use. Raise it in rabbitmq.conf, or use fewer consumers and producers in one "
-            "process."
+            f"RabbitMQ at {self._connection.where} allows {self.channel_max} channels in a connection (channel_max), "
+            "and all are in use. Raise it in rabbitmq.conf, or use fewer consumers and producers in one process."
         )
 
     @asynccontextmanager
     async def declaring(self) -> AsyncIterator[AbstractChannel]:
-        """A channel for declarations, for one user at a time; one whose request has failed is not used again.
+        """Yield a channel for declarations, to one user at a time; after a failed request the channel is closed.
 
         Raises:
             ConnectionLost: the connection has ended.

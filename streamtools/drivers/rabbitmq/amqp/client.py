@@ -1,8 +1,8 @@
 """The client library's part of a connection: the handshake, the opening of channels, declarations and the heartbeat.
 
-This is the one place that uses what aio-pika and aiormq do not document:
+Only this module uses features of aio-pika and aiormq that are not documented:
 
-- `aio_pika.Connection.kwargs`, which it hands on to aiormq: our transport, and our way to start tasks;
+- `aio_pika.Connection.kwargs`, which aio-pika passes on to aiormq: our transport, and our way to start tasks;
 - `aio_pika.Connection.transport.connection`, which is aiormq's connection;
 - its `channels`, `connection_tune` and `server_properties`, and that `channel()` takes a number;
 - the loggers `aiormq.connection` and `aiormq.channel`.
@@ -27,21 +27,21 @@ from streamtools.settings import RabbitMQSettings
 
 T = TypeVar("T")
 
-#: Channels of one connection, where the broker names no limit (channel_max 0).
+#: The most channels of one connection if the broker has no limit (channel_max 0).
 CHANNEL_MAX: Final = 65_535
-#: Seconds for the library's tasks to end once the socket is closed.
+#: After the socket is closed, the library's tasks have this many seconds to end.
 END_TIMEOUT: Final = 0.5
 _ABOUT: Final = {"product": "streamtools"}
 
-#: The client that works, in the library's tasks and callbacks.
+#: The client to which the running task or callback of the library belongs.
 _working: Final[ContextVar[Client | None]] = ContextVar("streamtools_rabbitmq_client", default=None)
 
 
 class _OurLines(logging.Filter):
-    """Leaves out what the library logs about requests and connections that have ended; our own lines say it."""
+    """Drops the library's log lines about requests and connections that have ended, which we log ourselves."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Leave out the traceback, and warnings about requests that we gave up and connections that have ended."""
+        """Drop tracebacks, and warnings about requests that we gave up and about connections that have ended."""
         client = _working.get()
         if client is None or record.levelno != logging.WARNING:
             is_said = False
@@ -57,7 +57,7 @@ for _name in ("aiormq.connection", "aiormq.channel"):
 
 
 class _OpenTransport(TransportFactory):
-    """Gives the library a transport that is open already."""
+    """Returns a transport that is already open to the library."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._pair = reader, writer
@@ -67,15 +67,14 @@ class _OpenTransport(TransportFactory):
 
 
 class _UnlistedTasks:
-    """The event loop as the library has it: asyncio does not list the tasks that it starts there.
+    """Stands in for the event loop in the library: asyncio does not list the tasks that the library starts with it.
 
-    At the end of an event loop asyncio cancels all tasks that it lists. The library's tasks would then close the
-    socket, and what was acknowledged last would be delivered again: the broker ends a channel whose socket is closed
-    before it reads the channel's last frames. So they go on until `Client.close`, which runs later and waits for
-    them.
+    At the end of an event loop, asyncio cancels all tasks that it lists. If the library's tasks were among them, they
+    would close the socket, and the broker would drop the last acknowledgements unread and deliver these messages
+    again. So the tasks go on until `Client.close`, which runs later and waits for them.
 
     Attributes:
-        tasks: those that have not ended.
+        tasks: the tasks that have not ended.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, client: Client) -> None:
@@ -84,7 +83,7 @@ class _UnlistedTasks:
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def create_task(self, work: Coroutine[Any, Any, T], **options: Any) -> asyncio.Task[T]:
-        """As the loop's own."""
+        """Create a task as the event loop does, but one that asyncio does not list."""
         context = copy_context()
         context.run(_working.set, self._client)
         task = unlisted(self._loop.create_task(work, **{"context": context, **options}))
@@ -107,11 +106,11 @@ class _LibraryConnection(aio_pika.Connection):
 
 
 class Client:
-    """The library's connection, over a transport that is open.
+    """The library's connection, over an open transport.
 
     Attributes:
-        has_ended: the connection is lost, or being closed.
-        frame_max: the largest frame that the broker takes, in bytes; 0 for any.
+        has_ended: whether the connection is lost, or is being closed.
+        frame_max: the largest frame that the broker accepts, in bytes; 0 for any.
         channel_max: the most channels that the connection may have.
         server_version: the broker's version; empty if it does not tell.
     """
@@ -125,14 +124,14 @@ class Client:
         self.server_version: str = ""
 
     async def connect(self, url: URL, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
-        """Shake hands, or raise what the library raises; the transport is closed then."""
+        """Do the handshake. If it fails, close the transport and raise the library's error."""
         properties = {"connection_name": name, **_ABOUT}
         connection = _LibraryConnection(url, _OpenTransport(reader, writer), self._work, properties)
         try:
             await connection.connect()
         except BaseException:
             writer.transport.abort()
-            # There is nothing to close, but without this its finalizer starts a task, in any thread.
+            # Without this close(), the object's finalizer would start a task, in whichever thread it runs.
             await connection.close()
             raise
         self._connection = connection
@@ -148,15 +147,15 @@ class Client:
 
     @property
     def channel_numbers(self) -> Collection[int]:
-        """Numbers of channels that are open."""
+        """The numbers of the open channels."""
         return self._library.channels.keys()
 
     def channel(self, number: int, *, confirms: bool) -> Any:
-        """A request that opens a channel of this number."""
+        """Return a request that opens the channel with this number."""
         return self._library.channel(number, publisher_confirms=confirms)
 
     def run(self, work: Any) -> asyncio.Task[Any]:
-        """Run this in a task that goes on when its caller is cancelled, or the event loop ends."""
+        """Run a coroutine in a task that goes on if the caller is cancelled or the event loop ends."""
         task: asyncio.Task[Any] = self._work.create_task(work)
         task.add_done_callback(retrieve)
         return task
@@ -165,20 +164,20 @@ class Client:
         """Close the library's side of a connection whose socket is closed."""
         if self._connection is None:
             return
-        # In a task of its own: the library does not always give in to a cancellation while it closes.
+        # In a separate task, because the library sometimes ignores a cancellation while it closes.
         closing = self.run(self._connection.close())
         await asyncio.wait({closing}, timeout=timeout)
-        closing.cancel()  # does nothing to one that is done
+        closing.cancel()  # has no effect if the task is done
 
     async def end_tasks(self) -> None:
-        """Wait for the library's tasks: they have no socket any more, and nobody else waits for them."""
+        """Wait until the library's tasks have ended; their socket is closed, and nobody else waits for them."""
         if tasks := set(self._work.tasks):
             await asyncio.wait(tasks, timeout=END_TIMEOUT)
             await end(tasks, END_TIMEOUT)
 
 
 def connection_url(settings: RabbitMQSettings, host: str, port: int) -> URL:
-    """The address as the library wants it."""
+    """Return the address in the form that the library takes."""
     return URL.build(
         scheme="amqps" if settings.tls else "amqp",
         user=settings.username,
@@ -191,6 +190,6 @@ def connection_url(settings: RabbitMQSettings, host: str, port: int) -> URL:
 
 
 def retrieve(task: asyncio.Future[Any]) -> None:
-    """A done callback: an error that nobody waits for is not logged by asyncio."""
+    """Retrieve the error of a future, so that asyncio does not log it if nobody waits for it; a done callback."""
     if not task.cancelled():
         task.exception()

@@ -1,4 +1,4 @@
-"""One connection to RabbitMQ. It is given up as a whole, and never mended."""
+"""One connection to RabbitMQ. If anything is wrong with it, the whole connection is given up, never repaired."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ T = TypeVar("T")
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds for a goodbye to the broker; after it the socket is closed without one.
+#: Seconds to wait for the broker's answer to our goodbye, before the socket is closed without it.
 CLOSE_TIMEOUT: Final = 2.0
-#: Seconds for the answer to one request, unless the broker has blocked the connection.
+#: Seconds to wait for the answer to one request, not counting the time in which the broker blocks the connection.
 CALL_TIMEOUT: Final = 30.0
 
 
 class Connection:
-    """An open connection, which many share: what happens to one channel does not concern the others.
+    """An open connection that many users share: an error on one channel does not affect the others.
 
     A connection that is lost is never used again.
 
     Attributes:
         where: host and port.
-        another: opens a second connection of the same kind.
-        lost: why it has ended; None while it is up.
-        gone: a future that is done once it has ended.
-        client: the client library's part of it.
+        another: opens a second connection to the same address.
+        lost: why the connection has ended; None while it is open.
+        gone: a future that is done when the connection has ended.
+        client: the client library's part of the connection.
         channels: opens channels.
-        locks: of those who share the connection, by name.
+        locks: the locks of the users of this connection, by name.
     """
 
     def __init__(self, where: str, heartbeat: int, another: Callable[[], Awaitable[Connection]]) -> None:
@@ -67,7 +67,7 @@ class Connection:
     async def connect(
         self, settings: RabbitMQSettings, host: str, port: int, context: ssl.SSLContext | None, name: str
     ) -> None:
-        """Connect, or raise what the client library raises; nothing is left open then."""
+        """Connect. If that fails, raise the client library's error and leave nothing open."""
         reader = self._frames.reader
         self._transport, _ = await self._loop.create_connection(lambda: self._frames, host, port, ssl=context)
         self._writer = asyncio.StreamWriter(self._transport, self._frames, reader, self._loop)
@@ -84,12 +84,12 @@ class Connection:
 
     @property
     def blocked(self) -> str:
-        """Why the broker takes no messages over this connection now; empty while it does."""
+        """Why the broker accepts no messages over this connection now; empty while it accepts them."""
         return self._frames.blocked
 
     @property
     def said(self) -> str:
-        """The broker's words when it closed the connection; empty if it did not."""
+        """The broker's text if the broker closed the connection; else empty."""
         return self._frames.said
 
     # --- requests -----------------------------------------------------------------------------------
@@ -97,14 +97,14 @@ class Connection:
     async def request(
         self, ask: Callable[[AbstractChannel], Awaitable[T]], *, expects: tuple[type[AMQPError], ...] = ()
     ) -> T:
-        """Make one request on a channel for declarations; a refusal ends that channel, and no other.
+        """Make one request on a channel for declarations; if the broker refuses, it closes only that channel.
 
         Parameters:
-            ask: begins the request.
-            expects: refusals that are raised as the client library's errors.
+            ask: makes the request.
+            expects: errors of the client library that are raised unchanged.
 
         Raises:
-            StreamToolsError: what any other refusal means, or the connection has ended.
+            StreamToolsError: the broker refused for another reason, or the connection has ended.
         """
         try:
             async with self.channels.declaring() as channel:
@@ -117,15 +117,16 @@ class Connection:
             raise channel_error(error, self.where) from error
 
     async def call(self, request: Awaitable[T], what: str = "a request", *, opens: bool = False) -> T:
-        """Await a request of the client library on one channel, but no longer than the connection lives.
+        """Await a request of the client library on one channel, until the connection ends.
 
         Parameters:
-            what: names it, if it has no answer.
-            opens: it opens a channel. Without an answer the connection is of no use any more, else the channel is.
+            what: names the request in the error for a missing answer.
+            opens: whether the request opens a channel. If such a request gets no answer, the connection is given up;
+                if another one gets none, only its channel is.
 
         Raises:
-            ConnectionLost: the connection has ended, or there was no answer.
-            aiormq.AMQPError: what the broker answered.
+            ConnectionLost: the connection has ended, or the broker did not answer.
+            aiormq.AMQPError: the broker refused the request.
         """
         task = asyncio.ensure_future(request)
         task.add_done_callback(retrieve)
@@ -135,7 +136,7 @@ class Connection:
             while not done:
                 done, _ = await asyncio.wait(ends, timeout=CALL_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
                 if not done and not self.blocked:
-                    self._no_answer(f"{what} had no answer for {CALL_TIMEOUT:g} s", opens=opens)
+                    self._no_answer(f"{what} got no answer for {CALL_TIMEOUT:g} s", opens=opens)
         except BaseException:
             task.cancel()
             raise
@@ -145,7 +146,7 @@ class Connection:
         return task.result()
 
     def _no_answer(self, why: str, *, opens: bool) -> None:
-        # The heartbeat watches the connection, so the channel or its queue is at fault.
+        # The heartbeat shows that the connection works, so the channel or its queue is the cause.
         if self._heartbeat and self.lost is None and not opens:
             raise channel_lost(self.where, why)
         self.give_up(why)
@@ -153,7 +154,7 @@ class Connection:
     # --- channels -----------------------------------------------------------------------------------
 
     def attach(self, channel: FastChannel) -> None:
-        """Read this channel's frames here, and tell it when the connection ends."""
+        """Deliver the frames of a channel to it, and tell it if the connection ends."""
         self._frames.attach(channel)
         if self.lost is not None:
             channel.fail("it was cut", connection=True)
@@ -163,19 +164,19 @@ class Connection:
         return self.client.run(self._discard(channel, library))
 
     async def _discard(self, channel: FastChannel, library: AbstractChannel) -> None:
-        # It stays attached until it is closed, so that no late confirm reaches the library.
+        # The channel stays attached until it is closed, so that no late confirm reaches the library.
         try:
-            if not channel.closed:  # the library may not have seen that yet, and would close it a second time
+            if not channel.closed:  # if the broker closed it, the library may not know yet, and would close it again
                 await library.close()
         finally:
             self._frames.detach(channel)
 
     def write(self, data: bytes) -> None:
-        """Send whole frames."""
+        """Send complete frames."""
         self._transport.write(data)
 
     async def drain(self) -> None:
-        """Wait while the socket takes no more.
+        """Wait until the socket accepts more data.
 
         Raises:
             ConnectionLost: the connection has ended.
@@ -188,16 +189,16 @@ class Connection:
     # --- the end ------------------------------------------------------------------------------------
 
     def loss(self) -> ConnectionLost:
-        """A new error saying why the connection has ended."""
+        """Return a new error that says why the connection has ended."""
         return ConnectionLost(str(self.lost)) if self.lost is not None else lost(self.where, "it was cut")
 
     def check(self) -> None:
-        """Raise ConnectionLost when the connection has ended."""
+        """Raise ConnectionLost if the connection has ended."""
         if self.lost is not None:
             raise self.loss()
 
     def lose(self, why: str) -> None:
-        """Note that the connection has ended; the first reason stands."""
+        """Note that the connection has ended; the first reason counts."""
         if self.lost is not None:
             return
         self.lost = lost(self.where, "it was closed by us" if self._closing else why)
@@ -208,32 +209,32 @@ class Connection:
             channel.fail(why, connection=True)
 
     def give_up(self, why: str) -> None:
-        """End the connection: the broker does not answer."""
+        """Abort the connection, because the broker does not answer."""
         self.lose(why)
         self._transport.abort()
 
     def _check_life(self) -> None:
         silence = self._loop.time() - self._frames.heard
-        # Specification 0-9-1, section 4.2.7: two heartbeats without anything, and the peer is gone.
+        # If nothing comes for two heartbeat intervals, the peer is dead (specification 0-9-1, section 4.2.7).
         if silence > 2 * self._heartbeat:
-            self.give_up(f"nothing was heard for {silence:.0f} s (heartbeat={self._heartbeat})")
+            self.give_up(f"nothing was received for {silence:.0f} s (heartbeat={self._heartbeat})")
         elif self.lost is None:
             self._watch = self._loop.call_later(self._heartbeat / 2, self._check_life)
 
     async def close(self) -> None:
-        """Say goodbye if the broker listens, and close; never longer than CLOSE_TIMEOUT. Safe to repeat."""
+        """Say goodbye to the broker, and close the connection; each takes CLOSE_TIMEOUT at most. Safe to repeat."""
         if self._closing:
             return
         self._closing = self.client.has_ended = True
         if self._watch is not None:
             self._watch.cancel()
         try:
-            if self.lost is None:  # not by the library: some of its tasks are listed, and may have been cancelled
+            if self.lost is None:  # we do it ourselves: the library's tasks for it may have been cancelled
                 await self._say_goodbye()
         finally:
             self.give_up("it was closed by us")
         await self.client.close(CLOSE_TIMEOUT)
-        with suppress(OSError, TimeoutError):  # it does not matter any more how the socket ended
+        with suppress(OSError, TimeoutError):  # errors of the socket do not matter any more
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._writer.wait_closed()
         await self.client.end_tasks()
@@ -243,8 +244,8 @@ class Connection:
         await asyncio.wait({self.gone}, timeout=CLOSE_TIMEOUT)
         if not self.gone.done():
             log.warning(
-                "RabbitMQ at %s gave no answer to our goodbye within %g s; the connection is closed without. "
-                "What was acknowledged last may be delivered again.",
+                "RabbitMQ at %s did not answer our goodbye within %g s; the connection is closed without an answer. "
+                "The messages that were acknowledged last may be delivered again.",
                 self.where, CLOSE_TIMEOUT,
             )  # fmt: skip
 
@@ -256,7 +257,7 @@ async def open_connection(settings: RabbitMQSettings, name: str) -> Connection:
         name: shown by the broker as the connection's name.
 
     Raises:
-        ConnectError: none answers, or one refuses us for good (permanent=True).
+        ConnectError: no host answers, or one refuses the connection permanently (permanent=True).
         ConfigurationError: a certificate file cannot be read.
     """
     context = await client_context(settings) if settings.tls else None
@@ -269,7 +270,7 @@ async def open_connection(settings: RabbitMQSettings, name: str) -> Connection:
             async with asyncio.timeout(settings.connect_timeout):
                 await connection.connect(settings, host, port, context, name)
         except asyncio.CancelledError as error:
-            if asked_to_stop():  # the library cancels its callers when a connection ends
+            if asked_to_stop():  # if not, the library has cancelled us because the connection ended
                 raise
             failure = _failure(ConnectionError("the connection ended at once"), settings, connection)
             failure.__cause__ = error

@@ -1,4 +1,4 @@
-"""One channel whose frames are read here instead of in the client library."""
+"""FastChannel: reads the frames of one channel, which the client library would read more slowly."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from streamtools.drivers.rabbitmq.amqp.frames import BODY, HEADER, LONG, LONGLON
 
 
 class FastChannel:
-    """Takes the frames of one channel and hands over whole messages and confirms to a subclass.
+    """Reads the frames of one channel, and calls the methods of a subclass with complete messages and confirms.
 
     Attributes:
-        closed: the broker has closed the channel.
-        topic: what the last message was published under, where it came by an exchange.
+        closed: whether the broker has closed the channel.
+        topic: the routing key of the last message, if it came by an exchange.
     """
 
     def __init__(self, number: int) -> None:
@@ -28,31 +28,31 @@ class FastChannel:
 
     @property
     def receiving(self) -> bool:
-        """A part of a message has arrived, and the rest not yet."""
+        """Whether a message has arrived only in part."""
         return self._method != 0
 
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
-        """A message arrived."""
+        """Handle a message that arrived."""
         raise ValueError("a delivery on a channel that receives nothing")
 
     def returned(self, routing_key: str, properties: bytes, body: bytes) -> None:
-        """A message that was published could not be routed."""
+        """Handle a published message that came back because no queue takes it."""
 
     def confirm(self, tag: int, *, multiple: bool, held: bool) -> None:
-        """The broker holds what was published under `tag`, or does not."""
+        """Handle the broker's answer whether it holds the message that was published under `tag`."""
 
     def fail(self, why: str, *, connection: bool = False) -> None:
-        """The channel has ended, or the whole connection."""
+        """Handle the end of the channel, or of the whole connection."""
 
     def refuse(self, code: int, text: str) -> None:
-        """The broker has closed the channel."""
+        """Handle that the broker has closed the channel."""
         self.fail(f"the broker closed it: {code} {text}")
 
     def frame(self, kind: int, data: bytes, start: int, stop: int) -> bool:
-        """Take one frame, whose payload is `data[start:stop]`; False leaves it to the library.
+        """Read one frame, whose payload is `data[start:stop]`; return False to leave it to the library.
 
         Raises:
-            ValueError: it cannot stand here.
+            ValueError: the frame must not come here.
         """
         if kind == METHOD:
             if self._method:
@@ -88,7 +88,7 @@ class FastChannel:
     def _take_method(self, data: bytes, start: int) -> bool:
         (method,) = LONG.unpack_from(data, start)
         if method == frames.DELIVER:
-            position = start + 5 + data[start + 4]  # behind the consumer tag
+            position = start + 5 + data[start + 4]  # after the consumer tag
             (self._tag,) = LONGLONG.unpack_from(data, position)
             self._redelivered = data[position + 8] & 1 == 1
             self.topic = frames.delivered_topic(data, position + 9)

@@ -1,4 +1,4 @@
-"""AMQP field tables as they arrive: where each value ends, and what it is as text.
+"""Reads AMQP field tables: finds where each value ends, and converts it to text.
 
 A table holds names and values. A letter before each value is its type; RabbitMQ and all clients agree on the letters
 (https://www.rabbitmq.com/amqp-0-9-1-errata, section 3). Headers of a `Message` are text. Other values become text by
@@ -22,13 +22,13 @@ from typing import Any, Final
 
 from streamtools.drivers.rabbitmq.amqp.frames import LONG
 
-#: Levels of tables and arrays that are read.
+#: The most levels of tables and arrays that are read.
 DEEPEST: Final = 32
-#: Stands for what is nested deeper.
+#: Replaces values that are nested deeper.
 TOO_DEEP: Final = "..."
-#: Bytes of a name, at most (specification 0-9-1, section 4.2.5.3).
+#: The most bytes of a name (specification 0-9-1, section 4.2.5.3).
 LONGEST_NAME: Final = 255
-#: Bytes of a name's hash where the name itself is too long.
+#: The bytes of the hash in a name that was cut because it was too long.
 HASH: Final = 8
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -46,10 +46,10 @@ STRING, _BYTES, _TABLE, _ARRAY, _VOID, _TIME, _DECIMAL = b"SxFAVTD"
 
 
 def entries(table: bytes) -> Iterator[tuple[int, int, int]]:
-    """For each entry of a table: where it begins, where its value begins (with its letter), and where it ends.
+    """Yield for each entry of a table where it begins, where its value begins (with its letter), and where it ends.
 
     Raises:
-        ValueError: an entry's end cannot be known.
+        ValueError: the table is malformed, so that the end of an entry is unknown.
     """
     position, end = 0, len(table)
     while position < end:
@@ -62,10 +62,10 @@ def entries(table: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def end_of(data: bytes, start: int) -> int:
-    """The end of the value that begins here with its letter; beyond the data if the value is cut off.
+    """Return the end of the value that begins at `start` with its letter; beyond the data if the value is cut off.
 
     Raises:
-        ValueError: there is no such letter.
+        ValueError: no type has this letter.
     """
     letter = data[start]
     if letter in _SIZED:
@@ -80,9 +80,9 @@ def end_of(data: bytes, start: int) -> int:
 
 
 def name_text(data: bytes) -> str:
-    """A header's name as text that AMQP can carry again: a name that is too long is cut, and ends in its hash."""
+    """Return a header's name as text that AMQP can carry again; if it is too long, cut it and append its hash."""
     try:
-        return data.decode()  # its length stands in one octet
+        return data.decode()  # it is short enough, because its length is one octet
     except UnicodeDecodeError:
         name = data.decode("utf-8", "backslashreplace")
     if len(name.encode()) <= LONGEST_NAME:
@@ -92,9 +92,9 @@ def name_text(data: bytes) -> str:
 
 
 def value(data: bytes, start: int, stop: int, depth: int = 0) -> object:
-    """The value that begins here with its letter, of any type. It never fails.
+    """Return the value, of any type, that begins at `start` with its letter. It never fails.
 
-    What is malformed within an array or a table is left out.
+    In a malformed array or table, everything from the first malformed value on is left out.
     """
     letter = data[start]
     if letter == STRING:
@@ -167,7 +167,7 @@ _SPECIAL: Final[dict[int, Callable[..., object]]] = {_TIME: _time, _DECIMAL: _de
 
 
 def as_text(found: object) -> str:
-    """A value of any AMQP type as text, by the rule above."""
+    """Return a value of any AMQP type as text, by the rules in the docstring of this module."""
     if isinstance(found, str):
         return found
     if isinstance(found, bytes):

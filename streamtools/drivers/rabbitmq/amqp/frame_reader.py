@@ -1,9 +1,8 @@
-"""The byte stream from the broker is split into frames, and each frame goes where it is read.
+"""FrameReader: splits the byte stream from the broker into frames, and passes each to its channel or to the library.
 
-aio-pika and aiormq connect, declare, and keep the heartbeat. They cost three awaits, a queue hop and a decoded object
-for each frame, and one task for each delivery. So deliveries and confirms of channels that are attached here are
-taken out of the byte stream first, in bulk as they arrive, by a stream protocol that the library's own reader stands
-behind.
+aio-pika and aiormq connect, declare, and keep the heartbeat. They need three awaits, a queue and a decoded object for
+each frame, and one task for each delivery. So this stream protocol stands between the socket and the library's
+reader. It takes the deliveries and confirms of attached channels out of the byte stream, as they arrive.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from streamtools.drivers.rabbitmq.amqp.frames import (
     OVERHEAD,
 )
 
-#: Seconds after which the library is shown a heartbeat, when all else that arrived was ours: it
-#: takes a connection on which it sees nothing for dead.
+#: If the library has got no frame for this many seconds because all were ours, it gets a heartbeat: it believes that
+#: a connection without frames is dead.
 HEARTBEAT_INTERVAL: Final = 1.0
 
 
 class _ClosedChannel(FastChannel):
-    """Takes frames that still come for a channel that the broker has closed, until its number is used again."""
+    """Receives late frames for a channel that the broker has closed, until its number is used again."""
 
     def frame(self, kind: int, data: bytes, start: int, stop: int) -> bool:
-        """Leave methods to the library, and drop messages and confirms."""
+        """Drop messages and confirms, and leave all other methods to the library."""
         if kind != METHOD:
             return True
         (method,) = LONG.unpack_from(data, start)
@@ -47,14 +46,13 @@ class _ClosedChannel(FastChannel):
 
 
 class FrameReader(asyncio.StreamReaderProtocol):
-    """Splits the byte stream into frames; those of attached channels go there, the rest to the library.
+    """Splits the byte stream into frames; passes those of attached channels to them, and all others to the library.
 
-    An impossible frame ends the connection at once. After it the stream is out of step: what comes next would be
-    read as something else, or as part of a frame that never ends.
+    An impossible frame ends the connection at once: after it nobody knows where the next frame begins.
 
     Parameters:
-        reader: where the library reads.
-        on_lost: called once with the reason when the connection has ended.
+        reader: the stream that the library reads.
+        on_lost: called with the reason when the connection has ended.
     """
 
     def __init__(
@@ -68,37 +66,37 @@ class FrameReader(asyncio.StreamReaderProtocol):
         self._rest = b""
         self._foreign = False
         self._began = False
-        #: The kinds of frames, and bytes in each of them at most.
+        #: Type of a frame -> the most bytes of its payload.
         self._most: dict[int, float] = {METHOD: METHOD_MAX, HEADER: HEADER_MAX, HEARTBEAT: 0}
         self.agree(FRAME_MAX)
-        #: Numbers of channels that were opened so far. A frame for another channel is impossible; one for a channel
-        #: that is closed may be late.
+        #: The numbers of all channels that were opened so far. A frame for any other channel is impossible; a frame
+        #: for a closed channel is only late.
         self.opened: set[int] = set()
         self._transport_to_abort: asyncio.BaseTransport | None = None
-        #: When a whole frame last arrived, on the loop's clock. Bytes alone are no sign of life.
+        #: When the last complete frame arrived, on the loop's clock. Bytes alone do not show that the broker lives.
         self.heard: float = loop.time()
-        #: The same, of frames that are no heartbeats.
+        #: When the last complete frame that is not a heartbeat arrived.
         self.answered: float = self.heard
         self._shown = self.heard
-        #: What the broker said when it closed the connection.
+        #: The broker's text when it closed the connection.
         self.said: str = ""
-        #: Why the broker does not take messages now ("low on memory"); empty while it does.
+        #: Why the broker accepts no messages now ("low on memory"); empty while it accepts them.
         self.blocked: str = ""
 
     def agree(self, frame_max: float) -> None:
-        """The broker sends no larger frames, in bytes around and in it; a content header may be larger."""
+        """Set the size, in bytes, of the largest frame that the broker sends; content headers may be larger."""
         self._most[BODY] = frame_max - OVERHEAD
 
     def attached(self) -> list[FastChannel]:
-        """The channels whose frames are read here."""
+        """Return the attached channels."""
         return list(self._channels.values())
 
     def attach(self, channel: FastChannel) -> None:
-        """Read this channel's frames here."""
+        """Pass the frames of this channel to it from now on."""
         self._channels[channel.number] = channel
 
     def detach(self, channel: FastChannel) -> None:
-        """Leave its frames to the library again."""
+        """Pass the frames of this channel to the library again."""
         if self._channels.get(channel.number) is channel:
             del self._channels[channel.number]
 
@@ -131,7 +129,7 @@ class FrameReader(asyncio.StreamReaderProtocol):
             if size > most.get(kind, -1):
                 if kind in most or self._began:
                     raise ValueError(f"a frame of type {kind} and {size} bytes")
-                # A greeting instead of a frame: the other side speaks another protocol or version.
+                # This is a greeting, not a frame: the other side speaks another protocol or version.
                 self._foreign = True
                 self._pass(data[position:])
                 return
@@ -146,7 +144,7 @@ class FrameReader(asyncio.StreamReaderProtocol):
                 self._pass(frames.readable(data[position:stop]))
             elif not channel.frame(kind, data, position + 7, stop - 1):
                 self._pass(frames.readable(data[position:stop]))
-                if channel.closed:  # drop what is on its way, until the number is used again
+                if channel.closed:  # drop late frames until the number is used again
                     self._channels[number] = _ClosedChannel(number)
             position = stop
         self._rest = data[position:]
@@ -164,10 +162,10 @@ class FrameReader(asyncio.StreamReaderProtocol):
         super().data_received(data)
 
     def _check(self, kind: int, number: int, data: bytes, start: int) -> None:
-        """Look at a frame that is for no attached channel.
+        """Check a frame that is not for an attached channel.
 
         Raises:
-            ValueError: it cannot be.
+            ValueError: the frame is impossible.
         """
         if kind == HEARTBEAT:
             if number:
@@ -180,7 +178,7 @@ class FrameReader(asyncio.StreamReaderProtocol):
             raise ValueError(f"a frame for channel {number}, which was never opened")
 
     def _note(self, data: bytes, start: int) -> None:
-        """Look at what the broker says about the connection; the library answers it."""
+        """Note what the broker says about the connection; the library answers it."""
         (method,) = LONG.unpack_from(data, start)
         if method == frames.CONNECTION_CLOSE:
             code, text = frames.close_reason(data, start + 4)
@@ -194,6 +192,6 @@ class FrameReader(asyncio.StreamReaderProtocol):
             self.blocked = ""
 
     def _broken(self, error: Exception) -> None:
-        self._on_lost(f"what arrived is not AMQP: {error}")
+        self._on_lost(f"the broker sent bytes that are not AMQP: {error}")
         if isinstance(self._transport_to_abort, asyncio.WriteTransport):
             self._transport_to_abort.abort()

@@ -1,8 +1,8 @@
-"""AMQP 0-9-1 frames of the hot path: publish, ack, nack, and the reading of deliveries and confirms.
+"""Writes and reads the AMQP 0-9-1 frames of the message path: publish, ack, nack, deliveries and confirms.
 
-Everything else (handshake, declarations, heartbeats) is the client library's. A frame is a type
-octet, the channel, a length, the payload, and an end octet (specification 0-9-1, section 2.3.5);
-methods are numbered as class * 65536 + method. The properties of a message are in `properties`.
+The client library handles all other frames (handshake, declarations, heartbeats). A frame has a type octet, a channel
+number, a length, a payload and an end octet (specification 0-9-1, section 2.3.5). Methods are numbered as class *
+65536 + method. The properties of a message are in `properties`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 
 #: A frame's type, channel and payload length.
 HEAD: Final = Struct(">BHI")
-#: Bytes of a frame around its payload.
+#: The bytes of a frame in addition to its payload.
 OVERHEAD: Final = 8
 END: Final = 0xCE
 _END: Final = b"\xce"
@@ -24,12 +24,12 @@ HEARTBEAT: Final = 8
 #: A whole heartbeat frame.
 HEARTBEAT_FRAME: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 
-#: The largest frame that RabbitMQ proposes, and the largest that is read before both sides have agreed on one.
+#: The largest frame that RabbitMQ proposes; before both sides have agreed on a size, we read no larger one.
 FRAME_MAX: Final = 131_072
-#: The largest method that is read: a broker's methods hold a few short strings, and the very first one a table.
+#: The largest method that we read: a broker's methods have a few short strings, and the first one has a table.
 METHOD_MAX: Final = 8192
-#: The largest content header that is read. RabbitMQ does not split a header, and what it adds (x-death) may make one
-#: larger than a frame may be. No message is larger than this.
+#: The largest content header that we read. RabbitMQ never splits a header, and with the fields that it adds (x-death)
+#: a header may be larger than a frame. No message is larger than this.
 HEADER_MAX: Final = 512 * 1024 * 1024
 
 LONG: Final = Struct(">I")
@@ -49,7 +49,7 @@ DELIVER: Final = 60 << 16 | 60
 ACK: Final = 60 << 16 | 80
 NACK: Final = 60 << 16 | 120
 
-#: How the names of our exchanges begin that delayed messages pass through.
+#: The exchanges through which our delayed messages pass have names that begin with this.
 OWN_EXCHANGES: Final = b"streamtools.delay."
 
 _PUBLISH: Final = Struct(">HHH")
@@ -61,10 +61,10 @@ _REQUEUE: Final = 2
 
 
 def readable(frame: bytes) -> bytes:
-    """The frame with a text that the client library can decode; the broker may have cut it within a character."""
+    """Return the frame with a text that the client library can decode: the broker may have cut it in a character."""
     if frame[0] != METHOD or LONG.unpack_from(frame, 7)[0] not in (CHANNEL_CLOSE, CONNECTION_CLOSE):
         return frame
-    start = 14  # behind the head, the method, the code, and the text's length
+    start = 14  # after the head, the method, the code and the length of the text
     stop = start + frame[start - 1]
     try:
         frame[start:stop].decode()
@@ -79,19 +79,19 @@ class Unsendable(ValueError):
 
 
 def shortstr(text: str | bytes) -> bytes:
-    """A string of at most 255 bytes with its length before it.
+    """Return a string of at most 255 bytes, preceded by its length.
 
     Raises:
-        Unsendable: it is longer.
+        Unsendable: the string is longer.
     """
     data = text if isinstance(text, bytes) else text.encode()
     if len(data) > 255:
-        raise Unsendable(f"{text[:40]!r}... is {len(data)} bytes long; AMQP takes 255 at most there.")
+        raise Unsendable(f"{text[:40]!r}... is {len(data)} bytes long; AMQP allows 255 there.")
     return bytes((len(data),)) + data
 
 
 def publish_frame(channel: int, exchange: str | bytes, routing_key: str | bytes) -> bytes:
-    """A whole basic.publish frame, mandatory: a message that reaches no queue comes back.
+    """Return a complete basic.publish frame, mandatory: a message that reaches no queue comes back.
 
     Raises:
         Unsendable: a name is over 255 bytes.
@@ -101,26 +101,26 @@ def publish_frame(channel: int, exchange: str | bytes, routing_key: str | bytes)
 
 
 def header_frame(channel: int, properties: bytes, body_size: int, frame_max: int) -> bytes:
-    """A whole content header frame.
+    """Return a complete content header frame.
 
     Parameters:
-        properties: flags and values, as `properties.encode` makes them.
-        frame_max: the largest frame that the broker takes, in bytes.
+        properties: flags and values, as `properties.encode` returns them.
+        frame_max: the largest frame that the broker accepts, in bytes.
 
     Raises:
-        Unsendable: the properties do not fit; a header cannot be split.
+        Unsendable: the properties do not fit into a frame, and a header cannot be split.
     """
     size = len(properties) + 12
     if size + OVERHEAD > frame_max:
         raise Unsendable(
-            f"its headers and properties are {len(properties)} bytes; this broker takes {frame_max - OVERHEAD - 12} "
+            f"its headers and properties are {len(properties)} bytes; this broker allows {frame_max - OVERHEAD - 12} "
             "(frame_max). Put data into the payload."
         )
     return _CONTENT.pack(HEADER, channel, size, 60, 0, body_size) + properties + _END
 
 
 def body_frames(channel: int, body: bytes, frame_max: int) -> bytes:
-    """The body in as many frames as it needs: none when it is empty."""
+    """Return the body in as many frames as it needs; an empty body needs none."""
     size = len(body)
     most = frame_max - OVERHEAD
     if 0 < size <= most:
@@ -133,20 +133,20 @@ def body_frames(channel: int, body: bytes, frame_max: int) -> bytes:
 
 
 def ack_frame(channel: int, tag: int, *, multiple: bool) -> bytes:
-    """A whole basic.ack frame: of this delivery, or of all up to it."""
+    """Return a complete basic.ack frame, for this delivery or for all up to it."""
     return _SETTLE.pack(METHOD, channel, 13, ACK, tag, multiple, END)
 
 
 def release_frame(channel: int, tag: int) -> bytes:
-    """A whole basic.nack frame that gives one delivery back to its queue."""
+    """Return a complete basic.nack frame that gives one delivery back to its queue."""
     return _SETTLE.pack(METHOD, channel, 13, NACK, tag, _REQUEUE, END)
 
 
 def delivered_topic(data: bytes, start: int) -> str | None:
-    """The routing key of a basic.deliver that came by an exchange, except by those of our delays.
+    """Return the routing key of a basic.deliver that came by an exchange; None if by none, or by one of our delays.
 
     Parameters:
-        start: where the exchange stands.
+        start: the position of the exchange's name.
     """
     if not data[start]:
         return None
@@ -157,7 +157,7 @@ def delivered_topic(data: bytes, start: int) -> str | None:
 
 
 def returned_key(data: bytes, start: int) -> str:
-    """The routing key of a basic.return, which comes after code, text and exchange."""
+    """Return the routing key of a basic.return, which stands after code, text and exchange."""
     text = start + 2
     exchange = text + 1 + data[text]
     key = exchange + 1 + data[exchange]
@@ -165,15 +165,15 @@ def returned_key(data: bytes, start: int) -> str:
 
 
 def close_reason(data: bytes, start: int) -> tuple[int, str]:
-    """Code and text of a connection.close or channel.close.
+    """Return the code and the text of a connection.close or channel.close.
 
     Parameters:
-        start: where the method's arguments begin.
+        start: the position of the method's arguments.
     """
     (code,) = SHORT.unpack_from(data, start)
     return code, text_at(data, start + 2)
 
 
 def text_at(data: bytes, start: int) -> str:
-    """The short string that stands there."""
+    """Return the short string at a position."""
     return data[start + 1 : start + 1 + data[start]].decode("utf-8", "replace")

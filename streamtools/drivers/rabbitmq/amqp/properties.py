@@ -1,9 +1,9 @@
-"""A Message as AMQP properties and headers, and back.
+"""Writes a Message as AMQP properties and headers, and reads it.
 
-Native properties carry what AMQP has a place for; the rest of the metadata travels in headers named
-`streamtools-...` (see `streamtools.wire`); user headers stand under their own names. The encoding is
-that of the specification 0-9-1, section 4.2, with the type letters that RabbitMQ and every client
-agree on (https://www.rabbitmq.com/amqp-0-9-1-errata, section 3).
+Fields for which AMQP has a property are sent as that property. All other metadata are sent in headers named
+`streamtools-...` (see `streamtools.wire`), and user headers under their own names. The encoding follows the
+specification 0-9-1, section 4.2, with the type letters that RabbitMQ and all clients agree on
+(https://www.rabbitmq.com/amqp-0-9-1-errata, section 3).
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from streamtools.text.bounded_cache import BoundedCache
 
 PREFIX: Final = "streamtools-"
 TIME: Final = PREFIX + wire.TIMES["time"]
-#: Prefix for a user's header whose name AMQP or RabbitMQ would act upon.
+#: Prefix for a user's header whose name has a meaning for AMQP or RabbitMQ.
 ESCAPE: Final = PREFIX + "header-"
-#: How the names of our queues begin that delayed messages pass through.
+#: The queues through which our delayed messages pass have names that begin with this.
 DELAY_PREFIX: Final = "streamtools.delay."
-#: Bytes of x-death that say that a message was in a queue, and in one of those queues (two digits follow).
+#: The bytes in x-death for "was in a queue", and for "was in one of our delay queues" (two digits follow).
 IN_QUEUE: Final = b"\x05queueS"
 IN_DELAY: Final = IN_QUEUE + b"\x00\x00\x00\x14" + DELAY_PREFIX.encode()
 
-#: How often a quorum queue has delivered a message before: the broker writes it on what it delivers again.
+#: How often a quorum queue has delivered a message before; the broker adds this header to redeliveries.
 DELIVERY_COUNT: Final = "x-delivery-count"
-#: The same from RabbitMQ 4 on, which also counts messages that were given back in order.
+#: From RabbitMQ 4 on: the same, but it also counts messages that were given back in order.
 ACQUIRED_COUNT: Final = "x-acquired-count"
 
-#: Headers that RabbitMQ itself reads or writes. A copied x-death makes the second trip through a
-#: delay level vanish as a cycle, CC and BCC route copies (or close the channel): none is ever sent.
+#: Headers that RabbitMQ itself reads or writes; we never send them. With a copied x-death, RabbitMQ would drop a
+#: message at its second delay, because it believes that the message goes in a circle. CC and BCC make it route
+#: copies, or close the channel.
 BROKER_HEADERS: Final = frozenset(
     {"cc", "bcc", "x-death", DELIVERY_COUNT, ACQUIRED_COUNT, "x-delay"}
     | {f"x-{which}-death-{what}" for which in ("first", "last") for what in ("reason", "queue", "exchange")}
@@ -50,11 +51,11 @@ BROKER_HEADERS: Final = frozenset(
 CONTENT_TYPE, CONTENT_ENCODING, HEADERS, DELIVERY_MODE, PRIORITY = 1 << 15, 1 << 14, 1 << 13, 1 << 12, 1 << 11
 CORRELATION_ID, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP = 1 << 10, 1 << 9, 1 << 8, 1 << 7, 1 << 6
 TYPE, USER_ID, APP_ID, CLUSTER_ID = 1 << 5, 1 << 4, 1 << 3, 1 << 2
-#: Fields that AMQP has a property for, where they are short enough.
+#: Fields for which AMQP has a property, if their values are short enough.
 NATIVE: Final = frozenset(
     {"id", "type", "source", "content_type", "content_encoding", "correlation_id", "reply_to", "time"}
 )
-#: (flag, encoding, our field), in the order of the specification; a property without a field of ours is skipped.
+#: (flag, encoding, our field), in the order of the specification; properties for which we have no field are skipped.
 _LAYOUT: Final = (
     (CONTENT_TYPE, "text", "content_type"),
     (CONTENT_ENCODING, "text", "content_encoding"),
@@ -72,7 +73,7 @@ _LAYOUT: Final = (
     (CLUSTER_ID, "text", ""),
 )
 _PERSISTENT: Final = b"\x02"
-#: That there is a priority, in the first octet of the flags.
+#: The bit in the first octet of the flags for "has a priority".
 _FIRST_PRIORITY: Final = PRIORITY >> 8
 
 
@@ -81,19 +82,19 @@ class Prioritized(Message):
     """A message that came with a priority. Its copies are sent with the same priority.
 
     Attributes:
-        priority: 1 to 255. 0 is the same as none.
+        priority: 1 to 255; 0 is the same as no priority.
     """
 
     priority: int
 
 
 def _single(text: str) -> bytes:
-    """A short string; empty when it is not short."""
+    """Return a short string with its length; empty bytes if the text is over 255 bytes."""
     data = text.encode()
     return bytes((len(data),)) + data if len(data) <= 255 else b""
 
 
-#: A short string that most messages share: a type, a source.
+#: `_single` with a cache, for texts that many messages share: a type, a source.
 _repeated: Final[Callable[[str], bytes]] = BoundedCache(_single).__getitem__
 
 
@@ -114,15 +115,15 @@ _BACK: Final[tuple[tuple[str, int, Callable[[str], bytes]], ...]] = (
 
 
 def encode(message: Message) -> bytes:
-    """The flags and values of a message's content header.
+    """Return the flags and values of a message's content header.
 
     Raises:
-        Unsendable: a header's name is over 255 bytes, or a text is no valid Unicode.
+        Unsendable: the name of a header is over 255 bytes, or a text is not valid Unicode.
     """
     try:
         return _encode(message)
     except UnicodeEncodeError as error:
-        raise Unsendable(f"its metadata holds a lone surrogate, which no wire carries: {error.reason}.") from None
+        raise Unsendable(f"its metadata holds a lone surrogate, which cannot be sent: {error.reason}.") from None
 
 
 def _encode(message: Message) -> bytes:
@@ -146,7 +147,7 @@ def _encode(message: Message) -> bytes:
 def _texts(
     message: Message, properties: tuple[tuple[str, int, Callable[[str], bytes]], ...], long: list[str]
 ) -> tuple[int, list[bytes]]:
-    """Flags and values of these properties; the names of those over 255 bytes are added to `long`."""
+    """Return the flags and values of these properties; add the names of those over 255 bytes to `long`."""
     flags, values = 0, []
     for name, flag, make in properties:
         if (value := getattr(message, name)) is None:
@@ -160,7 +161,7 @@ def _texts(
 
 
 def _headers(message: Message, long: list[str]) -> bytes:
-    """The headers as a field table: the user's own, then ours."""
+    """Return the headers as a field table: first those of the user, then ours."""
     items: list[bytes] = []
     for name, value in message.headers.items():
         lower = name.lower()
@@ -216,17 +217,18 @@ def decode(
     topic: str | None = None,
     redelivered: bool = True,
 ) -> tuple[Message, int]:
-    """The message, and the broker's delivery count (0 where it sent none).
+    """Return the message, and the broker's delivery count (0 if it sent none).
 
-    It never fails, whatever a sender may write: each field is read by itself, and what cannot be read is left out.
+    This never fails, whatever a sender writes: each field is read by itself, and a field that cannot be read is left
+    out.
 
     Parameters:
         data: flags and values of the content header.
-        new_id: gives an id to a message that came without one.
-        topic: what another program published it under. Our own messages name their topic in a header, and so do
-            their copies.
-        redelivered: the broker has delivered it before. If not, a count in its headers was copied from another queue,
-            and is ignored.
+        new_id: makes an id for a message without one.
+        topic: the routing key under which another program published the message. Our own messages and their copies
+            name their topic in a header.
+        redelivered: whether the broker has delivered the message before. If not, a count in its headers was copied
+            from another queue, and is ignored.
     """
     fields, table = _split(data)
     headers, ours, count, deaths = _sort(table)
@@ -248,14 +250,14 @@ def decode(
 
 @lru_cache(maxsize=256)
 def _layout(flags: int) -> tuple[tuple[int, str, str], ...]:
-    """The properties of a content header with these flags, in order: (flag, encoding, our field)."""
+    """Return the properties of a content header with these flags, in order: (flag, encoding, our field)."""
     return tuple((flag, how, name) for flag, how, name in _LAYOUT if flags & flag)
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The native properties by our field names, and the encoded headers; both end where the data is malformed.
+    """Return the properties by our field names, and the encoded headers; both end where the data is malformed.
 
-    This does the same as `places` without a generator, because it runs for every message that is received.
+    This does the same as `places`, but without a generator, because it runs for every message that is received.
     """
     fields: dict[str, Any] = {}
     table = b""
@@ -285,7 +287,7 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def places(data: bytes) -> Iterator[tuple[int, str, str, int, int]]:
-    """Each property of a content header, up to where the header is malformed.
+    """Yield each property of a content header, up to where the header is malformed.
 
     Yields:
         flag, encoding, our field, begin and end.
@@ -308,12 +310,12 @@ def places(data: bytes) -> Iterator[tuple[int, str, str, int, int]]:
 
 
 def _priority(data: bytes) -> int:
-    """The priority in a content header; 0 where it has none."""
+    """Return the priority in a content header; 0 if it has none."""
     return next((data[start] for flag, _, _, start, _ in places(data) if flag == PRIORITY), 0)
 
 
 def _sort(table: bytes) -> tuple[dict[str, str], dict[str, str], int, object]:
-    """The user's headers, ours, the delivery count and x-death, up to the first entry whose end is unknown."""
+    """Return the user's headers, ours, the delivery count and x-death, up to the first malformed entry."""
     headers: dict[str, str] = {}
     ours: dict[str, str] = {}
     others: dict[str, object] = {}
@@ -322,7 +324,7 @@ def _sort(table: bytes) -> tuple[dict[str, str], dict[str, str], int, object]:
         while position < end:
             start = position + 1
             begin = start + table[position]
-            is_text = table[begin] == STRING  # as nearly every header is
+            is_text = table[begin] == STRING  # nearly every header is
             position = begin + 5 + LONG.unpack_from(table, begin + 1)[0] if is_text else end_of(table, begin)
             if position > end:
                 break
@@ -330,7 +332,7 @@ def _sort(table: bytes) -> tuple[dict[str, str], dict[str, str], int, object]:
             if is_text:
                 value: object = table[begin + 5 : position].decode("utf-8", "backslashreplace")
             elif name == "x-death" and _only_delayed(table[begin + 5 : position]):
-                continue  # to decode the deaths of a message that was only delayed would take longer than all else
+                continue  # decoding the deaths of a message that was only delayed would take longer than all else
             else:
                 value = field_value(table, begin, position)
             if name.startswith(PREFIX):
@@ -352,12 +354,12 @@ def _count(value: object) -> int:
 
 
 def _only_delayed(array: bytes) -> bool:
-    """The broker has done nothing with the message but hold it until it was due."""
+    """Whether all deaths of a message happened in our delay queues, so that it was only delayed."""
     return array.count(IN_QUEUE) == array.count(IN_DELAY)
 
 
 def _death(deaths: object) -> ErrorDetails | None:
-    """Why the broker itself dead-lettered the message; passing through our delay queues does not count."""
+    """Return why the broker itself dead-lettered the message; None if it only passed through our delay queues."""
     for death in deaths if isinstance(deaths, list) else ():
         if not isinstance(death, Mapping):
             continue
@@ -390,16 +392,16 @@ _REASONS: Final = {
 }
 
 
-# --- what is published again as it came -----------------------------------------------------------------
+# --- messages that are published again unchanged --------------------------------------------------------
 
 
 def without_counts(data: bytes, *, user: str | None = None, routed: bool = True) -> bytes:
-    """The content header for publishing a message again, without what the broker has written into it.
+    """Return the content header for publishing a message again, without the counts that the broker has added.
 
     Parameters:
-        data: flags and values, as they came.
-        user: who publishes; the broker refuses a message that names somebody else (user_id).
-        routed: keep CC, by which the broker would route copies.
+        data: flags and values, as they were received.
+        user: the user who publishes; the broker refuses a message that names another user (user_id).
+        routed: whether to keep the header CC, by which the broker routes copies.
     """
     dropped = {DELIVERY_COUNT.encode(), ACQUIRED_COUNT.encode()} | (set() if routed else {b"CC"})
     flags = SHORT.unpack_from(data)[0]

@@ -1,1 +1,1 @@
-"""Receiving and settling."""
+"""The consumer: receives and settles."""

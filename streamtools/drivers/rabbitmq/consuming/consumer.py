@@ -1,4 +1,4 @@
-"""RabbitMQConsumer: consumes one queue, over one connection for receiving and one for sending."""
+"""RabbitMQConsumer: consumes one queue; it receives over one shared connection, and sends over another."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from streamtools.verdicts import Copy
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds that deferred messages gather for, at most; the delay chain may be late by as much again.
+#: The most seconds that delayed messages wait for each other; the delay chain may be late by the same time again.
 GATHER_TIMEOUT: Final = 0.05
-#: A header that deliveries of a stream have, and no others.
+#: A header that only deliveries of a stream have.
 STREAM_OFFSET: Final = b"\x0fx-stream-offset"
 
 
 class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     """Receives from RabbitMQ. Options: `QueueOptions`.
 
-    A quorum queue counts deliveries, and the count tells of messages that ended their process. So the consumer begins
-    with one message at a time; see `Isolation`. A classic queue counts nothing: there it takes its whole prefetch at
-    once.
+    A quorum queue counts the deliveries of a message, and a high count shows that the message may have killed its
+    process. So the consumer begins with one message at a time; see `Isolation`. A classic queue counts nothing: from
+    there it takes its whole prefetch at once.
     """
 
     features = FEATURES
@@ -49,11 +49,11 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
     settings: RabbitMQSettings
     options: QueueOptions
     _subscription: Subscription | None = None
-    #: The queue existed when it was opened last, and the user has not closed the consumer since.
+    #: Whether the queue existed at the last opening, and the user has not closed the consumer since.
     _was_open = False
-    #: The log says that the queue is gone, and that it is waited for.
+    #: Whether we have logged that the queue is gone and that we wait for it.
     _says_gone = False
-    #: The log says that retries wait here.
+    #: Whether we have logged that retries wait in this process.
     _says_early = False
 
     def __init__(self, queue: str, **options: Unpack[RabbitMQConsumerParameters]) -> None:
@@ -70,17 +70,17 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         try:
             await self._subscribe()
         except MissingQueue as error:
-            makes_it = self.declare is True and error.queue == self.queue  # it was deleted while we opened
+            makes_it = self.declare is True and error.queue == self.queue  # the queue was deleted while we opened
             if not self._was_open and not makes_it:
                 raise
             raise self._gone(error) from error
         self._was_open, self._says_gone = True, False
 
     def _gone(self, error: MissingQueue) -> ConnectError:
-        """An error that passes once somebody makes the queue again."""
+        """Return a temporary error: somebody may create the queue again."""
         if not self._says_gone:
             self._says_gone = True
-            log.warning("%r: %s It was there before, so it is waited for.", self, error)
+            log.warning("%r: %s It existed before, so the consumer waits for it.", self, error)
         return ConnectError(str(error))
 
     async def _subscribe(self) -> None:
@@ -97,7 +97,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         await self._subscription.begin(self._forgotten)
 
     async def _declare(self, declarations: Declarations) -> Queue | None:
-        """Declare queue, error queue and bindings; the queue as it is, or None where we may not look."""
+        """Declare queue, error queue and bindings; return the real queue, or None if we may not ask for it."""
         if self.declare == "passive" and not await declarations.exists(self.queue):
             raise missing(self.queue, declarations.where)
         await declarations.declare_error_queue(
@@ -140,11 +140,11 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             return taken
 
     def _is_handled_alone(self) -> bool:
-        """The handler at work needs no other message beside its own."""
+        """Whether a handler is running that needs no other message."""
         return self.concurrency == 1 and self.ack == "after" and self.in_flight > 0
 
     def _keep_pace(self, channel: ConsumerChannel, taken: Sequence[Delivery]) -> None:
-        """Let deferred messages gather where they come one by one, and nothing else with them."""
+        """If only delayed messages come, and they come one by one, let the next ones gather for a moment."""
         singly = 2 * len(taken) < self.prefetch
         if singly and all(delivery.message.deliver_at is not None for delivery in taken):
             self._pace.woke(len(taken))
@@ -158,12 +158,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             raise QueueError(f"The queue {self.queue!r} cannot be consumed: {STREAM}.")
 
     def _delivery(self, subscription: Subscription, raw: Raw) -> Delivery:
-        """The delivery of a message; its token is the channel that it came on, and its tag there."""
+        """Return the delivery of a message; its token is its channel and its tag on that channel."""
         tag, redelivered, data, body, topic = raw
         is_counted = redelivered and subscription.is_counted
         message, count = properties.decode(data, body, self.queue, self._new_id, topic=topic, redelivered=is_counted)
         if redelivered and count < 1:
-            subscription.is_counted = False  # a quorum queue writes a count on whatever it delivers again
+            subscription.is_counted = False  # a quorum queue would have added a count to a redelivery
             count = 1
         return Delivery(message, (subscription.channel, tag), count)
 
@@ -175,7 +175,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
 
     async def _publish(self, messages: Sequence[Message], settlements: Sequence[Settlement]) -> None:
         subscription, (channel, _) = self._subscription, settlements[0].delivery.token
-        if subscription is None or channel is not self._live_channel():  # it ended before the replies were sent
+        if subscription is None or channel is not self._live_channel():  # the channel ended before we could send
             raise self._lost(len(settlements))
         try:
             await subscription.sender.publish(messages)
@@ -184,7 +184,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
                 self._note_early(error, settlements)
             raise
         except ConnectError as error:
-            # The connection that receives is not affected: this is tried again.
+            # The connection that receives still works, so the engine sends these messages again.
             raise SendError(str(error), unknown=[message.id for message in messages], messages=messages) from error
 
     async def _acknowledge(self, deliveries: Sequence[Delivery]) -> None:
@@ -195,12 +195,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
             raise self._lost(stale)
 
     async def _release(self, deliveries: Sequence[Delivery]) -> None:
-        tags, _ = self._tags(deliveries)  # what came over a connection that has ended went back with it
+        tags, _ = self._tags(deliveries)  # deliveries of an ended connection have gone back already
         if self._subscription is not None and tags:
             await self._subscription.settle((), tags)
 
     def _tags(self, deliveries: Sequence[Delivery]) -> tuple[list[int], int]:
-        """The tags of what can be settled, and the number of those that came over a connection that has ended."""
+        """Return the tags of the deliveries that can be settled, and the number of those of an ended connection."""
         live, tags, stale = self._live_channel(), list[int](), 0
         for delivery in deliveries:
             channel, tag = delivery.token
@@ -213,7 +213,7 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         return tags, stale
 
     def _live_channel(self) -> ConsumerChannel | None:
-        """The channel that receives; None when it has ended."""
+        """Return the channel that receives; None if it has ended."""
         channel = self._subscription.channel if self._subscription is not None else None
         return channel if channel is not None and channel.error is None else None
 
@@ -224,12 +224,12 @@ class RabbitMQConsumer(Consumer, protocol="rabbitmq"):
         )
 
     def _note_early(self, refused: SendError, settlements: Sequence[Settlement]) -> None:
-        """Say once that retries wait here, where no queue of the broker's can hold them until they are due."""
+        """Log once that retries wait in this process, because no queue of the broker can hold them until then."""
         copies = [m for s in settlements if s.verdict.kind.copy is Copy.RETRY for m in s.outgoing]
         if not self._says_early and refused.among(copies, refused.early):
             self._says_early = True
             log.warning(
-                "%r: a message that is to be retried after a delay waits for that in this process, beside others: %s",
+                "%r: a message waits in this process for its retry, and others may have to wait with it: %s",
                 self, refused,
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""One consumer's channel: deliveries come in, acknowledgements go out."""
+"""ConsumerChannel: the channel of one consumer, which receives deliveries and sends acknowledgements."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from streamtools.drivers.rabbitmq.errors import CLIENT_ERRORS, channel_error, is
 from streamtools.drivers.rabbitmq.topology.queues import missing
 from streamtools.errors import ConnectionLost, QueueError, StreamToolsError
 
-#: The largest prefetch that basic.qos can say; 0 stands for no limit.
+#: The largest prefetch that basic.qos can carry; 0 means no limit.
 PREFETCH_MAX = 65_535
-#: Bytes of a consumer's name in its tag, at most; AMQP takes 255 with the number behind it.
+#: The most bytes of a consumer's name in its tag; AMQP allows 255, including the number after the name.
 NAME_MAX = 200
 
-#: A delivery as it arrived: tag, redelivered, properties, body, and the topic where it came by an exchange.
+#: A delivery as it arrived: tag, redelivered, properties, body, and its topic if it came by an exchange.
 Raw = tuple[int, bool, bytes, bytes, str | None]
 
 
@@ -31,10 +31,10 @@ class ConsumerChannel(Channel):
     """Receives one queue.
 
     Parameters:
-        connection: the connection.
+        connection: the connection of the channel.
         channel: the library's channel, opened without confirms.
         queue: the queue's name.
-        name: what the broker shows the consumer as.
+        name: the name of the consumer that the broker shows.
     """
 
     error: ConnectionLost | None
@@ -48,12 +48,12 @@ class ConsumerChannel(Channel):
         self._numbers = count(1)
         self._waiter: asyncio.Future[None] | None = None
         self._wrong: QueueError | None = None
-        #: Messages gather, and nobody is woken for them.
+        #: While true, messages gather, and do not wake the consumer.
         self._resting = False
         self._loop = asyncio.get_running_loop()
-        #: What runs beside receiving.
+        #: Tasks that run while the channel receives.
         self.tasks: set[asyncio.Task[None]] = set()
-        #: Every tag below is settled; of those above, these are.
+        #: Every tag below `_low` is settled; above it, only the tags in `_settled` are.
         self._low = 1
         self._settled: set[int] = set()
         self._high = 0
@@ -68,15 +68,15 @@ class ConsumerChannel(Channel):
     # --- the consumer -------------------------------------------------------------------------------
 
     async def consume(self, prefetch: int) -> None:
-        """Add a consumer with this prefetch; those that there are go on.
+        """Add a consumer with this prefetch; earlier consumers of this channel go on.
 
         Raises:
             QueueError: there is no such queue, or we may not read it.
-            ConnectError: its node is down, or another client is its only consumer for now.
+            ConnectError: the queue's node is down, or another client has exclusive use of the queue.
             ConnectionLost: the channel or the connection has ended.
         """
         limit = prefetch if prefetch <= PREFETCH_MAX else 0
-        # We choose the tag before the answer comes: the first delivery may be settled earlier than that.
+        # We choose the tag ourselves: the first delivery may come, and be settled, before the broker's answer.
         tag = f"{self._name}-{next(self._numbers)}"
         self._consumer_tags.append(tag)
         try:
@@ -89,8 +89,8 @@ class ConsumerChannel(Channel):
     async def widen(self, prefetch: int) -> None:
         """Change the prefetch; messages in hand stay in hand.
 
-        The broker cannot change the limit of a consumer. So a second consumer takes the place of the first, and
-        begins before the first one ends: an auto-delete queue would end with its last consumer.
+        The broker cannot change the limit of a consumer. So a second consumer replaces the first one. It begins
+        before the first one ends, because an auto-delete queue is deleted with its last consumer.
 
         Raises:
             ConnectionLost: the channel or the connection has ended.
@@ -100,7 +100,7 @@ class ConsumerChannel(Channel):
         await self._cancel(first)
 
     async def cancel(self) -> None:
-        """Have the broker deliver no more; messages in hand stay in hand.
+        """Stop the deliveries; messages in hand stay in hand.
 
         Raises:
             ConnectionLost: the channel or the connection has ended.
@@ -118,7 +118,7 @@ class ConsumerChannel(Channel):
                 raise self._ended_by(error) from error
 
     def _ended_by(self, error: BaseException) -> BaseException:
-        """The error to raise for this one. The library closes a channel whose request is given up."""
+        """Return the error to raise. If the request was given up, end the channel, as the library does."""
         if isinstance(error, ChannelNotFoundEntity) and is_missing(error):
             return missing(self.queue, self.connection.where)
         if isinstance(error, StreamToolsError) or not isinstance(error, CLIENT_ERRORS):
@@ -127,7 +127,7 @@ class ConsumerChannel(Channel):
         return channel_error(error, self.connection.where)
 
     def beside(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> asyncio.Task[None]:
-        """Run this beside receiving; an error of it ends the channel, and whoever receives learns of it."""
+        """Run a function in a task of this channel; its error ends the channel and reaches the receiver."""
         task = asyncio.create_task(self._guarded(work, *arguments))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -139,10 +139,10 @@ class ConsumerChannel(Channel):
         except StreamToolsError as error:
             self.end(error)
 
-    # --- what arrives -------------------------------------------------------------------------------
+    # --- deliveries ---------------------------------------------------------------------------------
 
     def deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
-        if tag != self._high + 1:  # the broker would wait for the acknowledgement of one that we do not have
+        if tag != self._high + 1:  # a delivery is missing, whose acknowledgement the broker would wait for
             raise ValueError(f"delivery {tag} after delivery {self._high}")
         self._high = tag
         self.buffer.append((tag, redelivered, properties, body, self.topic))
@@ -150,18 +150,18 @@ class ConsumerChannel(Channel):
             self._wake()
 
     def end(self, error: StreamToolsError) -> None:
-        """End the channel with this error of something that ran beside receiving."""
+        """End the channel with the error of a task of this channel."""
         if isinstance(error, QueueError) and isinstance(error.__cause__, ChannelAccessRefused):
-            self._wrong = error  # a missing queue is made again instead
+            self._wrong = error  # for a missing queue the consumer opens again, and declares it
         if self.error is None:
             self.error = ConnectionLost(str(error))
         self._on_end()
 
     async def arrival(self) -> None:
-        """Wait until something is in the buffer.
+        """Wait until a delivery is in the buffer.
 
         Raises:
-            ConnectionLost: the channel has ended; what is in the buffer is the broker's again.
+            ConnectionLost: the channel has ended; the broker delivers the messages in the buffer again.
         """
         while (not self.buffer or self._resting) and self.error is None:
             self._waiter = self._loop.create_future()
@@ -172,7 +172,7 @@ class ConsumerChannel(Channel):
         self.check()
 
     def rest(self, seconds: float) -> None:
-        """Let messages gather for so many seconds: nobody is woken for them."""
+        """Let messages gather for some seconds, without waking the consumer."""
         self._resting = True
         self._loop.call_later(seconds, self._end_rest)
 
@@ -182,7 +182,7 @@ class ConsumerChannel(Channel):
             self._wake()
 
     def check(self) -> None:
-        """Raise ConnectionLost when the channel has ended, and what is wrong with the queue if that is known."""
+        """Raise ConnectionLost if the channel has ended, or the error of the queue if that is known."""
         if self._wrong is not None:
             raise QueueError(str(self._wrong)) from self._wrong
         if self.error is not None:
@@ -199,37 +199,37 @@ class ConsumerChannel(Channel):
 
     @property
     def in_hand(self) -> int:
-        """Deliveries that are not settled."""
+        """The number of deliveries that are not settled."""
         return self._high + 1 - self._low - len(self._settled)
 
     @property
     def arrived(self) -> int:
-        """Deliveries so far."""
+        """The number of deliveries so far."""
         return self._high
 
     def is_settled(self, tag: int) -> bool:
-        """This delivery has been acknowledged or given back."""
+        """Whether this delivery was acknowledged or given back."""
         return tag < self._low or tag in self._settled
 
     def settle(self, acks: Iterable[int], releases: Iterable[int] = ()) -> None:
-        """Acknowledge and give back; what is settled already is left out.
+        """Acknowledge some deliveries and give others back; skip those that are settled already.
 
-        One frame acknowledges all deliveries up to the first that is not settled. Later ones are acknowledged singly:
-        they must not count against the prefetch while an early one takes its time. What is given back goes to the
-        queue's end (RabbitMQ does so in quorum queues without a delivery limit); only a channel that is closed
-        returns everything to the front, in order.
+        One frame acknowledges all deliveries up to the first one that is not settled. Later ones are acknowledged one
+        by one, so that they do not count against the prefetch while an early one takes long. Messages that are given
+        back go to the end of the queue (RabbitMQ does so in quorum queues without a delivery limit). Only when the
+        channel is closed do they go to the front, in order.
         """
         done = sorted(tag for tag in set(acks) if not self.is_settled(tag))
         out = self._ack(done) if done else []
         if back := sorted(tag for tag in set(releases) if not self.is_settled(tag)):
             out += self._release(back)
-        if out and self.error is None:  # its number may be used again
+        if out and self.error is None:  # after the end, another channel may have this number
             self.connection.write(b"".join(out))
 
     def _ack(self, tags: list[int]) -> list[bytes]:
         self._mark(tags)
         low, number = self._low, self.number
-        # The tag of a multiple ack must itself be outstanding: else the broker acks past it.
+        # The tag of a multiple ack must itself be unacknowledged, or the broker acknowledges more than this.
         upto = max((tag for tag in tags if tag < low), default=None)
         out = [] if upto is None else [frames.ack_frame(number, upto, multiple=True)]
         return out + [frames.ack_frame(number, tag, multiple=False) for tag in tags if tag >= low]

@@ -1,8 +1,8 @@
-"""One message at a time, until one comes that cannot have ended a process.
+"""Isolation: receives one message at a time while each may be a poison message.
 
-The delivery count rises for every message that a dead consumer held, not only for the one that killed it. So a
-consumer begins with a prefetch of one, and takes its whole prefetch once it meets a message that nobody died with;
-then the messages around one that ends the process do not share its count.
+When a process dies, the delivery count rises for every message that its consumer had in hand, not only for the one
+that killed it. So a consumer begins with a prefetch of one. It takes its whole prefetch when a message comes that has
+no such count. So the neighbours of a poison message do not get its count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from streamtools.drivers.rabbitmq.consuming.consumer_channel import ConsumerChan
 from streamtools.drivers.rabbitmq.topology.queues import Queue
 from streamtools.engine.loop import SUSPECT
 
-#: Seconds for which a suspect that is not settled stays alone, even if more messages are asked for.
+#: A suspect that is not settled stays alone for this many seconds, even if the consumer asks for more messages.
 ALONE_TIMEOUT: Final = 5.0
 
 
@@ -23,42 +23,42 @@ class Isolation:
     """Decides how many messages a channel may have in hand.
 
     Parameters:
-        prefetch: how many, once a message has come that is no suspect.
-        queue: the queue as it is; None where we may not look.
-        is_ordered: the consumer handles messages in order.
+        prefetch: the number after the first message that is not a suspect.
+        queue: the real queue; None if we may not ask for it.
+        is_ordered: whether the consumer handles messages in order.
 
     Attributes:
-        is_narrow: every message that has come so far is a suspect.
-        widens_after: one has come that is not, and is to be settled before more is taken.
+        is_narrow: whether every message so far is a suspect.
+        widens_after: whether a message has come that is not a suspect, and must be settled before more are received.
     """
 
     def __init__(self, channel: ConsumerChannel, prefetch: int, queue: Queue | None, *, is_ordered: bool) -> None:
         self._channel = channel
         self._prefetch = prefetch
         self._is_ordered = is_ordered
-        #: Another process may become the queue's consumer as soon as this one pauses.
+        #: If true, another process may become the active consumer as soon as this one pauses.
         self._may_be_single_active = queue is None or queue.is_single_active
-        #: In a classic queue, which counts no deliveries, nobody is a suspect.
+        #: A classic queue counts no deliveries, so none of its messages is a suspect.
         self.is_narrow: bool = prefetch > 1 and not (queue is not None and queue.is_classic)
         self.widens_after: bool = False
         self._widening: asyncio.Task[None] | None = None
-        #: Until when the messages that were handed over last stay alone, on the loop's clock.
+        #: Until when the last received messages stay alone, on the loop's clock.
         self._alone_until = 0.0
 
     @property
     def prefetch(self) -> int:
-        """Messages that the broker may have us hold now."""
+        """The number of messages that we may have in hand now."""
         return 1 if self.is_narrow or self.widens_after else self._prefetch
 
     async def arrival(self, is_handled_alone: Callable[[], bool]) -> bool:
-        """Wait for a delivery; False when the prefetch has been raised, or is about to be: wait again.
+        """Wait for a delivery; return False if the prefetch was raised or is being raised: then call this again.
 
-        It is raised for those that hold their message and ask for more: a handler that gathers several messages
-        before it settles them, and a loop that keeps a message whose copy the broker refuses. With one message at a
-        time they would wait for ever.
+        The prefetch is raised if the consumer keeps its message and asks for more: a handler may gather several
+        messages before it settles them, or the loop may hold a message whose copy the broker refuses. With a prefetch
+        of one they would wait for ever.
 
         Parameters:
-            is_handled_alone: the handler needs no other message beside its own.
+            is_handled_alone: returns whether a handler is running that needs no other message.
         """
         if self._widening is not None:
             await asyncio.wait({self._widening})
@@ -82,28 +82,28 @@ class Isolation:
         return True
 
     def raises_prefetch(self, count: int) -> bool:
-        """Raise the prefetch if a message that was delivered so often is no suspect; True while that is under way.
+        """Raise the prefetch if a message with this delivery count is not a suspect; return True while that goes on.
 
-        The message is handed over only then: were it settled before, the broker would deliver the next to the
-        consumer that is about to be cancelled, and may take it back behind later ones (seen on 3.10).
+        The message is passed on only after that. If it was settled earlier, the broker would deliver the next message
+        to the consumer that is being cancelled, and might put it back behind later messages (seen on 3.10).
         """
         if count >= SUSPECT:
             return False
         self.is_narrow = False
         if self._is_ordered or self._may_be_single_active:
-            # Another process may become the active one while nobody consumes here: this message is
-            # handled first, alone, and the rest is taken once it is done.
+            # While nobody consumes here, another process may become the active consumer. So this message is handled
+            # first, alone, and the prefetch is raised when it is done.
             self.widens_after = True
             return False
         self._widening = self._channel.beside(self._widen)
         return True
 
     def handed_over(self) -> None:
-        """Note that messages were handed to the consumer."""
+        """Note that messages were passed on to the consumer."""
         self._alone_until = asyncio.get_running_loop().time() + ALONE_TIMEOUT
 
     async def widen_and_settle(self, acks: Sequence[int]) -> None:
-        """Raise the prefetch, which was put off until now, and acknowledge.
+        """Raise the prefetch, which was postponed until now, and acknowledge.
 
         Raises:
             ConnectionLost: the channel has ended.
@@ -118,13 +118,10 @@ class Isolation:
         self._channel.settle(acks)
 
     async def stop(self, timeout: float) -> int:
-        """Do not change the prefetch any more.
+        """Stop changing the prefetch, and return it.
 
         Parameters:
-            timeout: seconds for a change that is under way.
-
-        Returns:
-            the prefetch.
+            timeout: the seconds to wait for a change that has begun.
         """
         prefetch = self.prefetch
         self.is_narrow = False

@@ -1,4 +1,4 @@
-"""What a consumer has while it is connected. It ends with its channel; the next one takes nothing over from it."""
+"""Subscription: everything that a consumer has while it is connected; after a reconnect there is a new one."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from streamtools.drivers.rabbitmq.topology.queues import Queue
 from streamtools.engine.tasks.cancellation import asked_to_stop
 from streamtools.errors import QueueError, StreamToolsError
 
-#: Before the name of the exclusive queue that is the lock of an ordered one.
+#: An exclusive queue whose name begins with this is the lock of an ordered queue.
 LOCK_PREFIX: Final = "streamtools.order."
 #: Seconds between two tries for the lock of an ordered queue; a standby takes over within this time.
 LOCK_POLL_INTERVAL: Final = 1.0
-#: Seconds for messages that are on their way to a consumer that stops; other consumers may get them instead.
+#: A consumer that stops waits this many seconds for messages that are on their way to it.
 DRAIN_TIMEOUT: Final = 1.0
 #: Seconds between two questions whether the queue is empty.
 DRAIN_POLL_INTERVAL: Final = 0.005
-#: Seconds for a change of the prefetch that is under way when the consumer stops.
+#: A consumer that stops waits this many seconds for a change of its prefetch that has begun.
 STOP_TIMEOUT: Final = 5.0
 
 
 class Subscription:
-    """A lease of a connection, a channel on it, and what goes on there.
+    """A lease of a connection, a channel on it, and the work on that channel.
 
     Parameters:
-        queue: the queue as it is; None where we may not look.
+        queue: the real queue; None if we may not ask for it.
         owner: the consumer.
 
     Attributes:
-        sender: publishes what is sent before a delivery is settled.
-        is_counted: the queue counts deliveries, as far as is known; else a count in a header was copied by somebody.
-        is_checked: the first delivery of the channel was looked at.
+        sender: publishes the messages that are sent before a delivery is settled.
+        is_counted: whether the queue counts deliveries, as far as is known. If not, a count in a header was copied
+            from another queue.
+        is_checked: whether the first delivery of the channel was checked.
     """
 
     def __init__(
@@ -60,16 +61,16 @@ class Subscription:
         has_lock = self._is_ordered and not needs_no_lock(channel.queue, queue, owner.declare)
         self._lock = BrokerLock(lease.connection, LOCK_PREFIX, channel.queue) if has_lock else None
         self._turn: asyncio.Task[None] | None = None
-        #: Nothing is taken in any more, by a stop or a cancellation; the channel is about to be closed.
+        #: True from a stop on: nothing more is received, and the channel will be closed.
         self._is_ending = False
-        #: Set while that lasts: nothing is on its way to us any more.
+        #: Set when, after that, no message is on its way to us any more.
         self._calm = asyncio.Event()
 
     async def begin(self, forgotten: ForgottenConsumer) -> None:
-        """Have the queue deliver, once the lock is ours.
+        """Begin to consume; if the queue has a lock, wait for it first.
 
         Parameters:
-            forgotten: looks after a channel to which nothing is delivered.
+            forgotten: checks a channel that gets no deliveries.
         """
         if self._lock is None:
             await self.channel.consume(self.isolation.prefetch)
@@ -86,31 +87,31 @@ class Subscription:
         return self._is_ending or self._stopping.is_set()
 
     async def settle(self, acks: Sequence[int], releases: Sequence[int]) -> None:
-        """Acknowledge and give back.
+        """Acknowledge some deliveries, and give others back.
 
         Raises:
             ConnectionLost: the channel has ended.
         """
         if self._is_ending:
             await self._calm.wait()
-        self.channel.check()  # it may have ended while the copies were confirmed
+        self.channel.check()  # the channel may have ended while the copies were confirmed
         ends = self._is_ending or self._stopping.is_set()
         if self.isolation.widens_after and acks and not releases and not ends:
             await self.isolation.widen_and_settle(acks)
-        else:  # what is given back while we stop stays with us until the channel is closed; see `_take_no_more`
+        else:  # while we stop, messages are given back only by closing the channel; see `_take_no_more`
             self.channel.settle(acks, () if ends else releases)
         await self.channel.connection.drain()
 
     # --- the end ------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
-        """Take nothing in any more; what is in hand can still be settled."""
+        """Stop receiving; messages in hand can still be settled."""
         if self.channel.error is not None:
             return
         self._is_ending = True
         stopping = self._take_no_more()
         try:
-            if asked_to_stop():  # the program ends: it does not wait long for a broker that has fallen silent
+            if asked_to_stop():  # the program ends: do not wait long for a broker that does not answer
                 await _by(asyncio.get_running_loop().time() + CLOSE_TIMEOUT, stopping)
             else:
                 await stopping
@@ -122,22 +123,24 @@ class Subscription:
             self._turn.cancel()
             await asyncio.wait({self._turn})
         prefetch = await self.isolation.stop(STOP_TIMEOUT)
-        # Messages that have arrived, and those that the loop gives back, stay with us until the channel is closed:
-        # then they go to the front of the queue, in order. Given back now, they would go to its end.
+        # We keep the messages that have arrived, and those that the loop releases, until the channel is closed. Then
+        # they go to the front of the queue, in order. If we gave them back now, they would go to its end.
         if not self._is_ordered and not (self._queue is not None and self._queue.is_single_active):
             await self._drain(prefetch)
             await self.channel.cancel()
-        # Else another process would become the active consumer, and overtake the messages that we still hold. So the
-        # broker goes on delivering, up to the prefetch, and nobody takes these messages.
+        # A single active consumer is not cancelled: another process would become the active consumer, and would
+        # overtake the messages that we still hold. The broker delivers up to the prefetch, and we keep these
+        # messages.
 
     async def _drain(self, prefetch: int) -> None:
-        """Wait until nothing is on its way to us: what crosses with a cancel goes to the queue's end (seen on 3.10).
+        """Wait until no message is on its way to us.
 
-        Nothing is on its way once we hold as much as we asked for and acknowledge nothing, or the queue is empty.
+        A message that is on its way while we cancel goes to the end of the queue (seen on 3.10). None is on its way
+        if we hold a full prefetch and acknowledge nothing, or if the queue is empty.
         """
         channel, loop = self.channel, asyncio.get_running_loop()
         deadline = loop.time() + DRAIN_TIMEOUT
-        with suppress(QueueError):  # it was deleted
+        with suppress(QueueError):  # the queue was deleted
             while channel.in_hand < prefetch and channel.error is None and loop.time() < deadline:
                 ready, _ = await Declarations(channel.connection).count(channel.queue)
                 if not ready:
@@ -145,10 +148,10 @@ class Subscription:
                 await asyncio.sleep(DRAIN_POLL_INTERVAL)
 
     async def close(self, *, deletes: bool) -> None:
-        """Close the channel; what was not settled goes back to the queue.
+        """Close the channel; messages that are not settled go back to the queue.
 
         Parameters:
-            deletes: delete the queue, unless somebody else consumes it.
+            deletes: whether to delete the queue if nobody else consumes it.
         """
         self._calm.set()
         self.sender.stop()
@@ -156,14 +159,14 @@ class Subscription:
         try:
             await _by(deadline, self._close_channel())
             if self._lock is not None:
-                await _by(deadline, self._lock.release())  # now: the next must find what we held
+                await _by(deadline, self._lock.release())  # only now, when our messages are back in the queue
             if deletes:
                 await _by(deadline, Declarations(self.channel.connection).delete_unused(self.channel.queue))
         finally:
             await asyncio.gather(self.sender.close(), self._lease.release())
 
     async def _close_channel(self) -> None:
-        """Close the channel, also if we are cancelled meanwhile; others go on using its connection."""
+        """Close the channel, even if we are cancelled meanwhile, because others go on using its connection."""
         tasks = set(self.channel.tasks)
         try:
             await self._last_acknowledgements()
@@ -177,17 +180,17 @@ class Subscription:
             await asyncio.wait({closing})
 
     async def _last_acknowledgements(self) -> None:
-        # The channel of a quorum queue sends 32 acknowledgements at a time, and forgets the others when it is closed
-        # right after them (seen on 3.10); a cancel waits for the queue.
-        # A classic queue with a single active consumer crashes at the next message once that one is cancelled
-        # while it has its whole prefetch in hand and another waits (seen on 3.10); it forgets nothing.
+        # In the broker, the channel of a quorum queue passes on 32 acknowledgements at a time. If it is closed, it
+        # forgets those that it has not passed on (seen on 3.10). The answer to a cancel comes after them.
+        # A classic queue forgets nothing. But if it has a single active consumer, it crashes if that one is cancelled
+        # with its whole prefetch in hand while another one waits (seen on 3.10).
         if not self._is_ordered and not (self._queue is not None and self._queue.is_classic):
-            with suppress(StreamToolsError):  # what is lost with the connection comes again
+            with suppress(StreamToolsError):  # if the connection is lost, the messages are delivered again
                 await self.channel.cancel()
 
 
 async def _by(deadline: float, work: Coroutine[Any, Any, None]) -> None:
-    """Await this until then, on the loop's clock: what a silent broker does not answer ends with the connection."""
+    """Await some work until a deadline on the loop's clock; give up silently if the broker does not answer."""
     with suppress(TimeoutError):
         async with asyncio.timeout_at(deadline):
             await work

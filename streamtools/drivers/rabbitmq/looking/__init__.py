@@ -1,1 +1,1 @@
-"""For operators: queues listed, looked at and changed."""
+"""The operator's side: lists, reads and changes queues."""

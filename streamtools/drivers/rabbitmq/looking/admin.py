@@ -1,4 +1,4 @@
-"""RabbitMQAdmin: queues by AMQP, and the list of them by the management API."""
+"""RabbitMQAdmin: lists queues by the management API, and does everything else by AMQP."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from streamtools.settings import RabbitMQSettings
 
 
 class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
-    """Looks at RabbitMQ's queues and changes them.
+    """Administers the queues of RabbitMQ.
 
-    `list` asks the management plugin (its numbers are up to 5 seconds old); everything else is AMQP.
+    `list` asks the management plugin, whose numbers are up to 5 seconds old. Everything else uses AMQP.
     """
 
     settings_class: ClassVar[type[RabbitMQSettings]] = RabbitMQSettings
@@ -38,7 +38,7 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Queues that are known not to be streams.
+        #: Queues of which we know that they are not streams.
         self._no_streams: set[str] = set()
 
     async def _open(self) -> None:
@@ -79,7 +79,7 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
         await self._request(queue, "queue_delete")
 
     async def _purge(self, queue: str) -> int:
-        await self._refuse_stream(queue, "purged")  # the broker would end the connection, which others share
+        await self._refuse_stream(queue, "purged")  # the broker would close the connection, which others use too
         answer = await self._request(queue, "queue_purge")
         return int(answer.message_count or 0)
 
@@ -89,7 +89,7 @@ class RabbitMQAdmin(QueueAdmin, protocol="rabbitmq"):
         return QueueInfo(name=queue, ready=ready, consumers=consumers)
 
     async def _refuse_stream(self, queue: str, use: str) -> None:
-        """Raise QueueError for a stream: nothing waits in it, and the broker's number for it may be out of date."""
+        """Raise QueueError for a stream: no message waits in it, and the broker's count for it may be out of date."""
         if queue not in self._no_streams:
             probably = work_queue(queue, ProducerOptions(), "error")
             with suppress(ConnectionLost):  # RabbitMQ 4 may end the connection instead; see rare.unworded_difference

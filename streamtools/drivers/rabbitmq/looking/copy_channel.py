@@ -1,4 +1,4 @@
-"""A channel that publishes messages again, byte for byte as they came."""
+"""CopyChannel: publishes messages again, byte for byte as they were received."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from streamtools.drivers.rabbitmq.amqp import frames
 from streamtools.drivers.rabbitmq.amqp.channel import Channel
 from streamtools.drivers.rabbitmq.amqp.connection import Connection
 
-#: Messages written before the socket is waited for.
+#: After this many messages, we wait until the socket has room.
 PIECE: Final = 100
 
 
 class Copy(NamedTuple):
-    """A message as it is on the wire.
+    """A message in the form in which it is on the wire.
 
     Attributes:
-        data: flags and values of its content header.
+        data: the flags and values of its content header.
     """
 
     exchange: str
@@ -33,14 +33,14 @@ class CopyChannel(Channel):
     """Publishes with confirms.
 
     Attributes:
-        unroutable: messages that reached no queue.
+        unroutable: the number of messages that reached no queue.
     """
 
     def __init__(self, connection: Connection, library: AbstractChannel) -> None:
         super().__init__(connection, library)
         self._next = 1
         self._low = 1
-        #: Tags that the broker has not answered yet, and those that it did not take.
+        #: The tags that the broker has not answered yet, and the tags that it refused.
         self._open: set[int] = set()
         self._refused: set[int] = set()
         self._answered = asyncio.Event()
@@ -54,13 +54,13 @@ class CopyChannel(Channel):
         return copies
 
     async def publish(self, messages: Sequence[Copy], timeout: float) -> set[int]:
-        """Publish these, in order; the places of those that no queue has taken.
+        """Publish messages in order, and return the positions of those that the broker refused.
 
         Parameters:
-            timeout: seconds without an answer after which this gives up.
+            timeout: give up after this many seconds without an answer.
 
         Raises:
-            TimeoutError: the broker has stopped to answer.
+            TimeoutError: the broker has stopped answering.
             ConnectionLost: the channel has ended.
         """
         first = self._next
@@ -96,7 +96,7 @@ class CopyChannel(Channel):
         self._answered.set()
 
     def returned(self, routing_key: str, properties: bytes, body: bytes) -> None:
-        """It reached no queue, though the broker confirms it."""
+        """Count a message that reached no queue; the broker confirms it nevertheless."""
         self.unroutable += 1
 
     def _on_end(self) -> None:

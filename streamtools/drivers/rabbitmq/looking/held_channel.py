@@ -1,4 +1,4 @@
-"""A channel that takes messages as they are on the wire, and keeps them in hand."""
+"""HeldChannel: receives messages unchanged, and keeps them in hand."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _GET: Final = Struct(">IH")
 
 @dataclass(slots=True)
 class Held:
-    """A message in hand, as it is on the wire.
+    """A message in hand, in the form in which it is on the wire.
 
     Attributes:
-        exchange: where it was published to.
+        exchange: the exchange that it was published to.
         key: its routing key.
-        data: flags and values of its content header.
-        topic: its routing key as a text, where it came by an exchange that is not ours.
-        settled: it is acknowledged.
+        data: the flags and values of its content header.
+        topic: its routing key as text, if it came by an exchange that is not ours.
+        settled: whether it was acknowledged.
     """
 
     channel: HeldChannel
@@ -49,13 +49,13 @@ class Held:
 
 
 class HeldChannel(Channel):
-    """Takes messages of one queue, and keeps them in hand until they are acknowledged or it is closed.
+    """Receives messages of one queue, and keeps them in hand until they are acknowledged or the channel is closed.
 
     Parameters:
-        gets: take them by basic.get, without a consumer: some queues end with their last consumer.
+        gets: whether to receive by basic.get, without a consumer; some queues are deleted with their last consumer.
 
     Attributes:
-        due: deliveries that were asked for and have not come.
+        due: the number of deliveries that were asked for and have not come.
     """
 
     topic: str | None
@@ -68,36 +68,36 @@ class HeldChannel(Channel):
         self._arrived = asyncio.Event()
         self._consumers: list[str] = []
         self._exchange = self._key = b""
-        #: What has arrived and was not taken out yet; None for "the queue is empty".
+        #: Messages that have arrived and were not returned yet; None stands for the answer "the queue is empty".
         self._buffer: deque[Held | None] = deque()
 
     @classmethod
     async def open(cls, connection: Connection, queue: str, *, gets: bool) -> HeldChannel:
-        """Open a channel; nothing is taken yet."""
+        """Open a channel, without receiving anything yet."""
         channel = cls(connection, await connection.channels.open(confirms=False), queue, gets=gets)
         connection.attach(channel)
         return channel
 
     async def take(self, number: int, timeout: float | None) -> list[Held]:
-        """Up to so many messages, as soon as one has come; none where the queue seems to be empty.
+        """Return up to `number` messages as soon as one has come; return none if the queue seems to be empty.
 
         Parameters:
-            timeout: seconds for the first delivery; None for no limit. A queue that is asked by basic.get says at
-                once when it is empty.
+            timeout: the seconds to wait for the first delivery; None for no limit. To basic.get, an empty queue
+                answers at once.
 
         Raises:
             ConnectionLost: the channel has ended.
         """
         if self._gets:
             return await self._get(number)
-        if self.due <= 0:  # while one consumer has room, the order holds
+        if self.due <= 0:  # a second consumer would disturb the order while the first one still has room
             self.due = number
             await self._consume(number)
         await self._arrival(timeout)
         return self.drain()
 
     def drain(self) -> list[Held]:
-        """What has come meanwhile."""
+        """Return the messages that have come meanwhile."""
         found = [held for held in self._buffer if held is not None]
         self._buffer.clear()
         self.due -= len(found)
@@ -107,7 +107,7 @@ class HeldChannel(Channel):
         payload = _GET.pack(GET, 0) + shortstr(self._queue) + b"\0"
         self.connection.write((HEAD.pack(METHOD, self.number, len(payload)) + payload + b"\xce") * number)
         found: list[Held] = []
-        for _ in range(number):  # each answer is waited for, so that it cannot be taken for that to a later request
+        for _ in range(number):  # wait for every answer, so that none is taken for the answer to a later request
             await self._arrival(None)
             if (held := self._buffer.popleft()) is not None:
                 found.append(held)
@@ -120,7 +120,7 @@ class HeldChannel(Channel):
         await self._call(self._library.basic_consume(self._queue, ignore, consumer_tag=tag))
 
     async def cancel(self) -> None:
-        """Have no more delivered. Acknowledgements that were sent before are with the queue when this returns."""
+        """Stop the deliveries. When this returns, the queue has all acknowledgements that were sent before."""
         consumers, self._consumers = self._consumers, []
         for tag in consumers:
             await self._call(self._library.basic_cancel(tag))
@@ -135,7 +135,7 @@ class HeldChannel(Channel):
             self.check()
 
     def acknowledge(self, held: Iterable[Held]) -> None:
-        """Acknowledge these, each by itself."""
+        """Acknowledge messages one by one."""
         out = []
         for one in held:
             if not one.settled:
@@ -144,18 +144,19 @@ class HeldChannel(Channel):
         self.connection.write(b"".join(out))
 
     def acknowledge_to(self, last: Held) -> None:
-        """Acknowledge this one, which is not settled, and all that came before it."""
+        """Acknowledge a message that is not settled, and all that came before it."""
         self.connection.write(frames.ack_frame(self.number, last.tag, multiple=True))
 
     async def close(self) -> None:
-        """Close the channel: what is not acknowledged goes back to the front of its queue, in order."""
+        """Close the channel; messages that are not acknowledged go back to the front of the queue, in order."""
         if self.error is None:
             await self._call(self._library.close())
 
     async def _call(self, request: Awaitable[object]) -> None:
-        """Await a request to its end, also if we are cancelled.
+        """Await a request until it ends, even if we are cancelled.
 
-        The library closes a channel whose request is cancelled; what is in hand would go back, and be counted.
+        If a request is cancelled, the library closes the channel: the messages in hand would go back to the queue,
+        which counts that.
         """
         asked = asyncio.ensure_future(self.connection.call(request))
         try:

@@ -1,4 +1,4 @@
-"""RabbitMQ's management API: over TLS if the broker's address is amqps."""
+"""Management: asks RabbitMQ's management API; over TLS if the broker's address is amqps."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _clear: Final[set[str]] = set()
 
 
 class Management:
-    """Asks the management plugin, with the user of the URL, or the one in `management_url`.
+    """Asks the management plugin, as the user in `management_url`, or else as the user of the broker's URL.
 
     Parameters:
-        settings: where the broker is; `amqps` means TLS here too, with the same authority and certificate.
+        settings: the settings of the broker; with `amqps` this uses TLS too, with the same authority and certificate.
     """
 
     def __init__(self, settings: RabbitMQSettings) -> None:
@@ -38,13 +38,13 @@ class Management:
         self._where = f"{self._base.scheme} API of RabbitMQ at {self._base.host}:{self._base.port}"
 
     async def get(self, path: str) -> Any:
-        """The answer to a GET request, as Python objects.
+        """Return the answer to a GET request, as Python objects.
 
         Parameters:
-            path: behind `/api/`.
+            path: the path after `/api/`.
 
         Raises:
-            ConnectError: it does not answer, refuses us, or its certificate is not trusted.
+            ConnectError: the plugin does not answer, refuses the request, or shows a certificate that is not trusted.
             ConfigurationError: a certificate file cannot be read.
         """
         tls = await self._tls()
@@ -58,7 +58,7 @@ class Management:
                 if answer.status != 200:
                     raise self._refusal(answer.status)
                 return await answer.json()
-        except ConnectError:  # an OSError too
+        except ConnectError:  # it is a subclass of OSError
             raise
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._failure(error) from error
@@ -89,7 +89,8 @@ class Management:
                 permanent=True,
             )
         hint = (
-            "Of a broker at amqps:// it is asked over TLS, at port 15671 (management.ssl.* in rabbitmq.conf). "
+            "Because the broker's URL is amqps://, the API is asked over TLS, at port 15671 (management.ssl.* in "
+            "rabbitmq.conf). "
             if self._base.scheme == "https" and self._settings.management_url is None
             else ""
         )
@@ -101,7 +102,7 @@ class Management:
 
 
 def _target(settings: RabbitMQSettings) -> tuple[URL, str, str]:
-    """The address without a user, the user, and the Authorization header."""
+    """Return the address without a user, the user, and the Authorization header."""
     given = settings.management_url
     if given is None:
         scheme = "https" if settings.tls else "http"

@@ -1,4 +1,4 @@
-"""Messages that were taken out of a queue to be looked at are published again, and only then acknowledged."""
+"""PutBack: publishes copies of messages that an operator has read, and acknowledges the originals after that."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from streamtools.drivers.rabbitmq.looking.held_channel import Held, HeldChannel
 from streamtools.drivers.rabbitmq.topology.broker_lock import BrokerLock
 from streamtools.errors import ConnectionLost, QueueError
 
-#: Before the name of the lock of those who look at a queue, and of the exchange by which some copies go.
+#: The names of the lock of a queue's readers, and of the exchange for some of the copies, begin with this.
 PREFIX: Final = "streamtools.look."
-#: Seconds to wait for another look at the same queue, and between two tries.
+#: Seconds to wait until another reader of the same queue has ended, and seconds between two tries.
 LOCK_TIMEOUT: Final = 30.0
 LOCK_POLL_INTERVAL: Final = 0.05
-#: Seconds for the first confirmation, and for each further one.
+#: Seconds to wait for the confirmation of a trial message, and of a copy.
 TRIAL_TIMEOUT: Final = 5.0
 CONFIRM_TIMEOUT: Final = 30.0
-#: Seconds between tries of copies that a queue did not take just now (it has no leader for a moment).
+#: Seconds between tries of copies that a queue has refused for the moment (it may have no leader).
 RETRY_DELAYS: Final = (0.1, 0.3, 1.0)
 #: The broker's code for a permission that is missing.
 REFUSED: Final = 403
 
 
 class PutBack:
-    """Puts copies of messages at a queue's end. One look at a time has it.
+    """Puts copies of messages at the end of a queue. Only one reader of a queue at a time may do so.
 
     Parameters:
-        connection: of this look alone.
-        user: who publishes.
+        connection: a connection that only this reader uses.
+        user: the user who publishes.
     """
 
     def __init__(self, connection: Connection, queue: str, user: str) -> None:
@@ -45,26 +45,27 @@ class PutBack:
         self._user = user
         self._lock = BrokerLock(connection, PREFIX, queue)
         self._copies: CopyChannel | None = None
-        #: The exchange by which copies keep their routing key; None while there is none, empty where none is allowed.
+        #: The exchange by which copies keep their routing key; None if not made yet, empty if we may not make one.
         self._detour: str | None = None
 
     async def open(self) -> None:
-        """Make sure that copies can be published, and wait until nobody else looks at the queue.
+        """Check that we can publish copies, and wait until nobody else reads the queue.
 
         Raises:
-            QueueError: another look has not ended, or we may not publish.
+            QueueError: another reader has not ended, or we may not publish.
         """
         self._copies = await CopyChannel.open(self._connection)
         await self._try_publishing(self._copies)
-        # The lock comes last: during an alarm the broker does not notice the end of a connection that has published.
+        # The lock comes last: during an alarm, the broker does not notice that a connection has ended which has
+        # published, and would keep its lock.
         await self._wait_for_others()
 
     async def put(self, held: Sequence[Held]) -> None:
-        """Publish these in order, and acknowledge those that the broker holds then.
+        """Publish copies in order, and acknowledge the originals whose copies the broker holds.
 
         Raises:
-            QueueError: the queue does not take all of them.
-            ConnectionLost: the connection has ended; what was not acknowledged goes back to the queue.
+            QueueError: the queue does not accept all of them.
+            ConnectionLost: the connection has ended; messages that were not acknowledged go back to the queue.
         """
         if self._copies is None or self._copies.error is not None:
             self._copies = await CopyChannel.open(self._connection)
@@ -84,11 +85,11 @@ class PutBack:
             for place, one in enumerate(held):
                 if place not in refused:
                     one.channel.acknowledge([one])
-            raise self._unable(f"it takes no more messages ({len(refused)} of {len(held)} were refused)")
+            raise self._unable(f"it accepts no more messages ({len(refused)} of {len(held)} were refused)")
         _acknowledge(held)
 
     async def _publish(self, copies: CopyChannel, messages: Sequence[Copy]) -> set[int]:
-        """The places of those that the queue does not take."""
+        """Publish messages, and return the positions of those that the queue refuses again and again."""
         refused = await copies.publish(messages, CONFIRM_TIMEOUT)
         for delay in RETRY_DELAYS:
             if not refused:
@@ -100,10 +101,10 @@ class PutBack:
         return refused
 
     async def _copy(self, held: Held) -> Copy:
-        """What is published for this message.
+        """Return the copy of a message.
 
-        What came by an exchange of the user's goes by one of ours, which is bound to this queue alone: so it keeps
-        its routing key, and CC routes it nowhere else.
+        If the message came by an exchange of the user, its copy goes by one of ours that is bound to this queue only.
+        So it keeps its routing key, and the header CC does not route it to other queues.
         """
         came_by_theirs = held.exchange and not held.exchange.startswith(OWN_EXCHANGES)
         if came_by_theirs or b"\x02CC" in held.data:
@@ -116,7 +117,7 @@ class PutBack:
         return Copy("", self._queue.encode(), data, held.body)
 
     async def _make_detour(self) -> str:
-        """An exchange that is bound to the queue; empty where we may not make one."""
+        """Make an exchange that is bound to the queue, and return its name; empty if we may not make one."""
         name, request = self._lock.name, self._connection.request
         try:
             await request(
@@ -129,7 +130,7 @@ class PutBack:
         try:
             await request(lambda channel: channel.queue_bind(self._queue, name), expects=(ChannelAccessRefused,))
         except ChannelAccessRefused:
-            await self._remove_detour()  # without a binding it does not end by itself
+            await self._remove_detour()  # without a binding it would not be deleted automatically
             return ""
         return name
 
@@ -144,24 +145,24 @@ class PutBack:
                 await self._lock.acquire(LOCK_POLL_INTERVAL)
         except TimeoutError:
             raise QueueError(
-                f"Somebody else looks at the queue {self._queue!r} (streamtools receive --follow?) and has its "
-                "messages in hand. Try again when that look has ended."
+                f"Somebody else is reading the queue {self._queue!r} (streamtools receive --follow?) and has its "
+                "messages in hand. Try again when that has ended."
             ) from None
         except QueueError as error:
             if not isinstance(error.__cause__, ChannelAccessRefused):
                 raise
-            # A user who may make no queue looks without a lock.
+            # A user who may not create queues reads without a lock.
 
     async def _try_publishing(self, copies: CopyChannel) -> None:
-        """Publish two messages that reach no queue: to learn later that we may not would be too late."""
+        """Publish two messages that reach no queue, to find out in time whether we may publish at all."""
         nowhere = Copy("", (PREFIX + secrets.token_hex(8)).encode(), b"\0\0", b"")
         try:
-            for _ in range(2):  # during an alarm the broker takes the first message of a connection, and no other
+            for _ in range(2):  # during an alarm the broker accepts only the first message of a connection
                 await copies.publish([nowhere], TRIAL_TIMEOUT)
         except TimeoutError:
             why = self._connection.blocked or "no answer"
             raise QueueError(
-                f"RabbitMQ at {self._connection.where} takes no messages now ({why}), so what is looked at in "
+                f"RabbitMQ at {self._connection.where} takes no messages now ({why}), so messages that are read from "
                 f"{self._queue!r} could not be put back. Try again when it does: rabbitmq-diagnostics alarms."
             ) from None
         except ConnectionLost as error:
@@ -169,21 +170,21 @@ class PutBack:
                 raise
             raise QueueError(
                 f"The user {self._user!r} may not write to the default exchange of RabbitMQ at "
-                f"{self._connection.where}. To look at {self._queue!r} that is needed: a quorum queue counts what "
-                "comes back to it, so its messages are put back as copies. Allow it: rabbitmqctl set_permissions "
+                f"{self._connection.where}. Reading {self._queue!r} needs that permission: a quorum queue counts "
+                "messages that come back, so they are put back as copies. Allow it: rabbitmqctl set_permissions "
                 "with a write pattern that matches amq.default."
             ) from error
         copies.unroutable = 0
 
     def _unable(self, why: str) -> QueueError:
         return QueueError(
-            f"What was looked at in {self._queue!r} could not be put back as copies: {why}. It is in the queue "
-            "again, which has counted that as a delivery."
+            f"The messages that were read from {self._queue!r} could not be put back as copies: {why}. They are in "
+            "the queue again, which has counted that as a delivery."
         )
 
 
 def _acknowledge(held: Sequence[Held]) -> None:
-    """One frame for each channel: all that came there before its last one is copied, or settled."""
+    """Send one acknowledgement for each channel: everything that came on it so far is copied or settled."""
     last: dict[HeldChannel, Held] = {}
     for one in held:
         if one.channel not in last or last[one.channel].tag < one.tag:

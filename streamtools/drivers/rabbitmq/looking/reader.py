@@ -1,11 +1,12 @@
-"""RabbitMQReader: looks at a queue's messages, and leaves the queue as it was.
+"""RabbitMQReader: reads the messages of a queue, and leaves the queue unchanged.
 
-A classic queue takes messages back to their places and does not count that. A quorum queue counts each message that
-comes back, in whatever way (basic.nack, basic.recover, a channel or a connection that ends), and moves or drops it
-after its delivery limit, which is 20 by default from RabbitMQ 4 on, and may be 0. So nothing is given back to a
-quorum queue: the reader takes all messages, publishes a copy of each, byte for byte and in order, waits until the
-broker holds the copies, and then acknowledges the messages that it took. It learns the type of the queue before it
-takes anything; a queue whose type it may not ask for is treated like a quorum queue. docs/adr/021 says why.
+A classic queue puts messages that are given back into their places, and does not count that. A quorum queue counts
+each message that comes back in any way (basic.nack, basic.recover, the end of a channel or a connection). After its
+delivery limit it moves or drops the message; the limit is 20 by default from RabbitMQ 4 on, and may be 0. So the
+reader gives nothing back to a quorum queue. It receives all messages, publishes a copy of each, byte for byte and in
+order, waits until the broker holds the copies, and then acknowledges the originals. It finds out the type of the
+queue before it receives anything. If it may not ask for the type, it does the same as for a quorum queue.
+docs/adr/021 says why.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from streamtools.errors import Closed, ConnectionLost, QueueError
 from streamtools.message import Message, id_generator
 from streamtools.settings import RabbitMQSettings
 
-#: The broker's codes for a queue that does not exist, and for one that gives nothing out to basic.get.
+#: The broker's codes for a queue that does not exist, and for one that refuses basic.get.
 NOT_FOUND: Final = 404
 LOCKED: Final = 405
-#: Messages that are asked for first; after that, nine times as many as have come.
+#: The reader first asks for FIRST messages, then for GROWTH times as many as have come.
 FIRST: Final = 10
 GROWTH: Final = 9
-#: Messages in hand at once, and their bytes; a queue that holds more is copied in parts.
+#: The most messages in hand, and their bytes; a longer queue is copied in parts.
 MOST: Final = 10_000
 MOST_BYTES: Final = 64 * 1024 * 1024
-#: Seconds without a message after which the queue is taken to have no more for us.
+#: If no message comes for this many seconds, the queue has no more for us.
 SILENCE_TIMEOUT: Final = 1.0
 #: Seconds between two questions to an empty queue.
 POLL_INTERVAL: Final = 0.1
 
 
 class RabbitMQReader:
-    """Holds messages in hand while they are looked at; those that are not settled stay in the queue unchanged.
+    """Holds messages in hand while an operator reads them; those that are not settled stay in the queue unchanged.
 
     Parameters:
-        most: the most messages that are looked at.
+        most: the most messages to read.
     """
 
     def __init__(self, queue: str, settings: RabbitMQSettings, *, most: int, client_id: str | None) -> None:
@@ -62,30 +63,30 @@ class RabbitMQReader:
         self._sender = Sender(settings, client_id, Limits(), declares=True)
         self._putback: PutBack | None = None
         self._channel: HeldChannel | None = None
-        #: Messages that were taken, in the queue's order, and how many of them `receive` has returned.
+        #: The messages in hand, in the queue's order, and how many of them `receive` has returned.
         self._held: list[Held] = []
         self._seen = 0
-        #: The queue may count messages that are given back.
+        #: Whether the queue may count messages that are given back.
         self._counts = True
-        #: Messages are taken by basic.get, because the queue may end with its last consumer.
+        #: Whether to receive by basic.get, because the queue may be deleted with its last consumer.
         self._gets = True
-        #: The queue has a single active consumer: a second consumer of ours would get nothing.
+        #: Whether the queue has a single active consumer: then a second consumer of ours would get nothing.
         self._alone = False
 
     # --- for the admin ------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect, and wait until nobody else looks at the queue.
+        """Connect, and wait until nobody else reads the queue.
 
         Raises:
-            QueueError: there is no such queue, it is a stream, another look has not ended, or what is looked at could
-                not be put back.
+            QueueError: there is no such queue, it is a stream, another reader has not ended, or messages could not be
+                put back.
         """
         self._connection = connection = await open_connection(self._settings, self._name)
         try:
             try:
                 await self._learn(connection)
-            except ConnectionLost:  # see rare.unworded_difference; its type stays unknown
+            except ConnectionLost:  # see rare.unworded_difference; the type of the queue stays unknown
                 await connection.close()
                 self._connection = connection = await open_connection(self._settings, self._name)
             self._putback = PutBack(connection, self._queue, self._settings.username)
@@ -96,10 +97,10 @@ class RabbitMQReader:
             raise
 
     async def receive(self, max_messages: int = 1, *, timeout: float | None = None) -> list[Delivery]:
-        """The next messages, as soon as one is there; none when none came within `timeout` seconds.
+        """Return the next messages as soon as one is there; return none if none comes within `timeout` seconds.
 
         Parameters:
-            timeout: seconds; None waits for ever.
+            timeout: the seconds to wait; None waits for ever.
         """
         wanted = min(max_messages, self._most - self._seen)
         if wanted > 0 and len(self._held) == self._seen:
@@ -113,7 +114,7 @@ class RabbitMQReader:
         return [self._delivery(held) for held in new]
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
-        # Some may be settled already, in a call in which another one was refused.
+        # An earlier call in which one settlement was refused may have settled some of these already.
         settlements = [s for s in settlements if not s.delivery.token.settled]
         done, refused = await publish_first(self._publish, settlements)
         if self._channel is not None:
@@ -125,16 +126,16 @@ class RabbitMQReader:
         await self._sender.publish(messages)
 
     async def _stop(self) -> None:
-        # The channel of a quorum queue sends 32 acknowledgements at a time, and forgets the others when it is closed.
-        # The answer to a cancel comes after them.
+        # In the broker, the channel of a quorum queue passes on 32 acknowledgements at a time, and forgets the others
+        # if it is closed. The answer to a cancel comes after them.
         if self._channel is not None and self._channel.error is None:
             await self._channel.cancel()
 
     async def close(self) -> None:
-        """Put everything that is not settled back, and disconnect.
+        """Put all messages that are not settled back, and disconnect.
 
         Raises:
-            QueueError: the broker did not take the copies; what was in hand goes back to the queue, which counts it.
+            QueueError: the broker refused the copies; the messages in hand go back to the queue, which counts that.
         """
         try:
             if self._channel is not None and self._channel.error is None:
@@ -142,10 +143,10 @@ class RabbitMQReader:
         finally:
             await self._disconnect()
 
-    # --- taking -------------------------------------------------------------------------------------
+    # --- receiving ----------------------------------------------------------------------------------
 
     async def _learn(self, connection: Connection) -> None:
-        """Learn the type of the queue before anything is taken; without permission it stays unknown."""
+        """Find out the type of the queue before anything is received; without permission it stays unknown."""
         probably = work_queue(self._queue, QueueOptions(), "error")
         if (queue := await Declarations(connection).as_it_is(probably, "passive", "looked at")) is not None:
             self._counts = not queue.is_classic
@@ -159,7 +160,7 @@ class RabbitMQReader:
         return Delivery(message, held, count or int(held.redelivered))
 
     async def _take(self, number: int, deadline: float) -> bool:
-        """Take up to so many more messages, as soon as one has come; False: the queue is empty, ask again later."""
+        """Receive up to `number` more messages, as soon as one has come; return False if the queue is empty."""
         channel = self._opened()
         if not self._gets:
             number = MOST if self._alone else min(number, max(FIRST, GROWTH * len(self._held)))
@@ -173,7 +174,11 @@ class RabbitMQReader:
         return len(self._held) > self._seen
 
     async def _reopen(self, channel: HeldChannel) -> None:
-        """Go on with a consumer: a quorum queue with a single active consumer refuses basic.get, as a stream does."""
+        """Continue with a consumer if the queue has refused basic.get: it has a single active consumer.
+
+        Raises:
+            QueueError: the queue refused for another reason: it is missing, or it is a stream.
+        """
         if channel.code == NOT_FOUND:
             raise missing(self._queue, self._opened_connection().where)
         if "stream queue" in self._opened_connection().said:
@@ -196,10 +201,10 @@ class RabbitMQReader:
             raise Closed(f"The look at {self._queue!r} was closed.")
         return self._connection
 
-    # --- leaving it as it was -----------------------------------------------------------------------
+    # --- putting back -------------------------------------------------------------------------------
 
     async def _leave(self, channel: HeldChannel) -> None:
-        """Put what is not settled back into the queue, in its order."""
+        """Put the messages that are not settled back into the queue, in their order."""
         if not self._counts:
             await channel.close()
             return
@@ -221,9 +226,9 @@ class RabbitMQReader:
         await self._put_back(left)
 
     async def _leave_in_parts(self, left: list[Held], total: int) -> None:
-        """Copy all messages of a queue that has more than we want in hand, in parts.
+        """Copy all messages of a queue in parts, because it has more than we may have in hand.
 
-        Once as many are copied as the queue had, it has its order again.
+        When as many messages are copied as the queue had, they are in their old order again.
         """
         while left:
             await self._put_back(left)
@@ -235,7 +240,7 @@ class RabbitMQReader:
             await self._putback.put(left)
 
     async def _rest(self, number: int, room: int) -> list[Held]:
-        """Up to so many messages that are still in the queue, and about as many bytes, over another channel."""
+        """Receive further messages of the queue over another channel, up to `number` and about `room` bytes."""
         found: list[Held] = []
         if number <= 0 or room <= 0:
             return found
@@ -243,7 +248,7 @@ class RabbitMQReader:
         while len(found) < number and _bytes(found) < room:
             new = await channel.take(_next(found, number, room), SILENCE_TIMEOUT)
             if not new:
-                break  # somebody else has them
+                break  # somebody else has received them
             found += new
         await channel.cancel()
         return found + channel.drain()
@@ -262,7 +267,7 @@ class RabbitMQReader:
 
 
 def _next(found: Sequence[Held], number: int, room: int) -> int:
-    """How many more messages to ask for, when so many, and about as many bytes, may be in hand."""
+    """Return how many more messages to ask for, if `number` messages and about `room` bytes may be in hand."""
     fit = room // (_bytes(found) // len(found) + 1) - len(found) if found else FIRST
     return min(number - len(found), max(1, fit), max(FIRST, GROWTH * len(found)))
 

@@ -1,1 +1,1 @@
-"""Sending with confirms."""
+"""The producer: publishes with confirms."""

@@ -1,4 +1,4 @@
-"""What one call publishes, and what became of it."""
+"""Batch: the messages of one call of `publish`, and their results."""
 
 from __future__ import annotations
 
@@ -8,49 +8,50 @@ from typing import Final
 
 from streamtools.message import Message
 
-#: Bytes that RabbitMQ 3.8 to 3.13 takes in one body (max_message_size); 4.0 takes 16 MiB by default.
+#: The most bytes of a body in RabbitMQ 3.8 to 3.13 (max_message_size); 4.0 allows 16 MiB by default.
 BODY_MAX: Final = 128 * 1024 * 1024
 #: "message size 20000000 is larger than configured max size 16777216"
 _TOO_LARGE: Final = re.compile(r"message size \d+ .*max size (\d+)")
 
 #: "access to topic 'a.b' in exchange 'shop' in vhost '/' refused", "no exchange 'shop' in vhost '/'"
 EXCHANGE: Final = re.compile(r"(?:topic '(?P<topic>[^']*)' in )?exchange '(?P<name>[^']*)'")
-#: What the broker calls the default exchange.
+#: The broker's name for the default exchange.
 DEFAULT: Final = "amq.default"
 
 
 class NeverSent(str):
-    """Why a message can never be sent as it is."""
+    """The reason why a message can never be sent unchanged."""
 
     __slots__ = ()
 
 
 class TooEarly(str):
-    """Why nothing can hold a message until it is due; then it can be sent."""
+    """The reason why no queue can hold a message until it is due; when it is due it can be sent."""
 
     __slots__ = ()
 
 
 class Limits:
-    """What the broker is known to take; kept over reconnects.
+    """The limits of the broker, as far as we know them; they are kept over reconnects.
 
     Attributes:
-        body: bytes in one body, at most.
+        body: the most bytes of one body.
     """
 
     def __init__(self) -> None:
         self.body: int = BODY_MAX
 
     def learn(self, why: str) -> None:
-        """Learn from the text with which the broker closed a channel: a body over the limit is not sent again."""
+        """Learn a limit from the text with which the broker closed a channel, so that we keep to it next time."""
         if found := _TOO_LARGE.search(why):
             self.body = min(self.body, int(found[1]))
 
 
 class Batch:
-    """What one call publishes, until all of it is confirmed.
+    """The messages of one call, until all of them are confirmed.
 
-    Its keys are `id(message)`. The messages' own ids may occur twice: other programs do so, and copies keep theirs.
+    Its keys are `id(message)`. The ids of the messages cannot be keys: other programs may use one twice, and copies
+    have the id of their original.
     """
 
     __slots__ = (
@@ -61,43 +62,43 @@ class Batch:
     def __init__(self, future: asyncio.Future[None]) -> None:
         self.future: asyncio.Future[None] = future
         self.left: int = 0
-        #: Message -> why AMQP cannot carry it, or the broker does not route or allow it.
+        #: Message -> why AMQP cannot carry it, or why the broker does not route or allow it.
         self.refused: dict[int, str] = {}
-        #: Those refused that reached no queue.
+        #: The refused messages that reached no queue.
         self.unrouted: set[int] = set()
-        #: Message -> why its queue did not take it.
+        #: Message -> why its queue did not accept it for now.
         self.nacked: dict[int, str] = {}
-        #: Message -> why the channel ended that it was sent over; one of these messages may be the cause.
+        #: Message -> why its channel ended; one of these messages may be the cause.
         self.suspects: dict[int, str] = {}
-        #: Trying again can help after what ended the channel.
+        #: Whether the cause of the channel's end is temporary.
         self.passes: bool = False
-        #: Those that the broker may hold.
+        #: The messages that the broker may hold.
         self.doubtful: set[int] = set()
-        #: What was written: (first tag, messages).
+        #: The messages that were written, each list with the tag of its first message.
         self.spans: list[tuple[int, list[Message]]] = []
-        #: Message -> the last word of its route through the delay chain, if it is due later.
+        #: Delayed message -> the last word of its routing key in the delay chain.
         self.delay_targets: dict[int, str] = {}
-        #: Message -> the level of the delay chain that it was sent to, and its routing key.
+        #: Delayed message -> the level of the delay chain that it was sent to, and its routing key.
         self.delay_routes: dict[int, tuple[str, str]] = {}
 
     @property
     def again(self) -> dict[int, str]:
-        """Message -> why it is to be sent again."""
+        """Message -> why it must be sent again."""
         return self.nacked | self.suspects if self.suspects else self.nacked
 
     def is_held_back(self, message: Message) -> bool:
-        """It is not written, because something that it needs is missing."""
+        """Whether a message must not be written, because something that it needs is missing."""
         return id(message) in self.refused or id(message) in self.nacked
 
     def message(self, tag: int) -> Message:
-        """The message that was written under this tag."""
+        """Return the message that was written under this tag."""
         return next(m[tag - first] for first, m in self.spans if first <= tag < first + len(m))
 
     def doubt(self, message: Message, why: str, *, alone: bool) -> None:
-        """A channel has ended, and with it the confirmation of this message.
+        """Note that a channel has ended before it confirmed a message.
 
         Parameters:
-            alone: it may be the one that ended the channel.
+            alone: whether this message may be the cause, so that it must be sent alone.
         """
         self.doubtful.add(id(message))
         if alone:
@@ -106,10 +107,10 @@ class Batch:
             self.nacked[id(message)] = why
 
     def is_meant(self, text: str, message: Message, limits: Limits) -> bool:
-        """The broker's words say that it ended the channel because of this message.
+        """Whether the broker's text says that it closed the channel because of this message.
 
         Parameters:
-            limits: what has been learned from them already.
+            limits: the limits, which have been learned from this text already.
         """
         if (named := EXCHANGE.search(text)) is None:
             return len(message.body or b"") > limits.body
@@ -119,7 +120,7 @@ class Batch:
         return named["name"] == exchange and named["topic"] in (None, message.queue)
 
     def judge(self, message: Message) -> None:
-        """Note that this message has ended a channel on which it was alone."""
+        """Note that the broker has closed a channel on which this message was alone."""
         why = self.suspects.pop(id(message))
         if self.passes:
             self.nacked[id(message)] = why
@@ -128,13 +129,13 @@ class Batch:
             self.doubtful.discard(id(message))
 
     def take_over(self, other: Batch) -> None:
-        """Add what became of another part of the same call."""
+        """Add the results of another part of the same call."""
         self.refused |= other.refused
         self.nacked |= other.nacked
         self.suspects |= other.suspects
         self.doubtful |= other.doubtful
 
     def settle_if_done(self) -> None:
-        """Wake the caller when nothing is outstanding."""
+        """Wake the caller if no message is outstanding."""
         if self.left == 0 and not self.future.done():
             self.future.set_result(None)

@@ -1,4 +1,4 @@
-"""Messages as frames for one channel."""
+"""Encoder: writes messages as frames for one channel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamtools.drivers.rabbitmq.publishing.batch import Batch, Limits
 from streamtools.drivers.rabbitmq.topology.delay_chain import DelayChain
 from streamtools.message import Message
 
-#: Routes that are remembered with their encoded frames.
+#: The most routes whose encoded frames are remembered.
 ROUTES: Final = 1000
 
 
@@ -19,9 +19,9 @@ class Encoder:
     """Encodes messages, and remembers the frames that name their routes.
 
     Parameters:
-        number: the channel's.
-        frame_max: bytes of a frame, at most.
-        limits: what the broker is known to take.
+        number: the number of the channel.
+        frame_max: the most bytes of a frame.
+        limits: the limits of the broker.
         chain: the queues of delayed messages.
     """
 
@@ -33,10 +33,10 @@ class Encoder:
         self._routes: dict[tuple[str, str], bytes] = {}
 
     def encode(self, message: Message, batch: Batch) -> bytes:
-        """All frames of a message.
+        """Return all frames of a message.
 
         Raises:
-            Unsendable: AMQP cannot carry it, or this broker does not take it.
+            Unsendable: AMQP cannot carry the message, or its body is too large for this broker.
         """
         body, number, frame_max = message.body, self._number, self._frame_max
         if body is None:
@@ -44,7 +44,7 @@ class Encoder:
         if len(body) > self.limits.body:
             raise Unsendable(
                 f"its body is {len(body)} bytes; this broker takes {self.limits.body} (max_message_size). "
-                "Store it elsewhere and send where it is."
+                "Store the data elsewhere, and send its address."
             )
         header = frames.header_frame(number, properties.encode(message), len(body), frame_max)
         return self._route(message, batch) + header + frames.body_frames(number, body, frame_max)
@@ -52,7 +52,7 @@ class Encoder:
     def _route(self, message: Message, batch: Batch) -> bytes:
         if batch.delay_targets and (target := batch.delay_targets.get(id(message))) is not None:
             delayed = self._chain.route((message.deliver_at or 0.0) - time.time(), target)
-            if delayed[1]:  # else it has become due meanwhile
+            if delayed[1]:  # if empty, the message has become due meanwhile
                 batch.delay_routes[id(message)] = delayed
         if batch.delay_routes and id(message) in batch.delay_routes:
             return frames.publish_frame(self._number, *batch.delay_routes[id(message)])

@@ -55,10 +55,10 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
     async def _open(self) -> None:
         await self._close()
         self._lease = lease = await sending(self.settings, self.client_id)
-        # The base class gives up after send_timeout without knowing why; so be earlier and say it.
+        # The publisher gives up a little before the base class, because its error names the reason.
         patience = self.send_timeout * 0.9
         publisher = Publisher(lease.shared, self._limits, patience=patience, declares=self.declares_exchanges)
-        if lease.connection.blocked:  # it answers no request, either, until it takes messages again
+        if lease.connection.blocked:  # then it answers no requests either, until it accepts messages again
             await self._declare_elsewhere()
         else:
             await self._declare(Declarations(lease.connection))
@@ -77,14 +77,15 @@ class RabbitMQProducer(Producer, protocol="rabbitmq"):
             return
         name = self.options.error_queue_of(self.queue)
         try:
-            # A queue that exists is used as it is, but for what was asked for: its consumers say what it should be.
+            # An existing queue is used unchanged, because its consumers decide what it has; only options that the
+            # user gave are checked.
             if self.declare is True and not await declarations.exists(self.queue):
                 await declarations.declare_error_queue(
                     error_queue(name, self.options), self.options.error_declare_or(True)
                 )
             await declarations.declare(work_queue(self.queue, self.options, name), self.declare)
         except ConnectError as error:
-            # It exists, for a consumer's connection alone, which may be our own; anybody may send to it.
+            # The queue exists, and is exclusive to a consumer's connection; but everybody may send to it.
             if not isinstance(error.__cause__, ChannelLockedResource):
                 raise
 

@@ -1,4 +1,4 @@
-"""Publishing over the connection that sends, on a new channel after one has ended or a queue has refused."""
+"""Publisher: publishes over the shared connection, on a new channel after one has ended or a queue has refused."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.errors import ConnectError, ConnectionLost, SendError
 from streamtools.message import Message
 
-#: Seconds between tries of what a queue did not take; the last one again and again.
+#: Seconds between two tries to send messages that a queue has refused; the last number is used again and again.
 RETRY_DELAYS: Final = (0.05, 0.15, 0.5, 1.5)
 
 
 class Publisher:
-    """Publishes for one consumer or producer, and again what a queue did not take.
+    """Publishes for one consumer or producer, and sends refused messages again.
 
-    A quorum queue that has no leader for a moment (it was just declared, or its leader's node is gone) refuses
-    messages in the same way as a full queue. If that happens to the first message of a channel, all later messages of
-    this channel are refused too, while another channel of the same connection works (seen on 3.10). So each try has a
-    new channel.
+    A quorum queue without a leader (it was just declared, or its leader's node is down) refuses messages in the same
+    way as a full queue. If it refuses the first message of a channel, it refuses all later messages of that channel
+    too, while another channel of the same connection works (seen on 3.10). So each try uses a new channel.
 
-    A message that we may not send ends its channel. If it is not clear which message that was, they are sent one by
-    one.
+    If we may not send a message, the broker closes its channel. If it is not clear which message was the cause, the
+    messages are sent one by one.
 
     Parameters:
-        shared: the connection, and what is known of the broker.
-        limits: what the broker is known to take.
-        patience: seconds for which what a queue has not taken is tried again.
-        declares: exchanges and queues of delays that are missing are made.
+        shared: the connection, with the state that its users share.
+        limits: the limits of the broker.
+        patience: refused messages are sent again for this many seconds.
+        declares: whether to create missing exchanges and delay queues.
     """
 
     def __init__(
@@ -55,26 +54,26 @@ class Publisher:
 
     @property
     def error(self) -> ConnectionLost | None:
-        """Why it is of no use any more: its connection has ended."""
+        """Why the publisher cannot be used any more: its connection has ended; else None."""
         return self._connection.lost
 
     async def open(self) -> None:
-        """Open the channel now, instead of with the first message."""
+        """Open the channel now, not with the first message."""
         await self._usable_channel()
 
     def close(self) -> None:
-        """Let go of the channel; whoever is publishing on it is told."""
+        """Close the channel; calls that are publishing on it get an error."""
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.fail("it was closed by us")
             channel.retire()
 
     async def publish(self, messages: Sequence[Message]) -> None:
-        """Return when the broker holds all of them, each in the queue that it names.
+        """Publish messages, and return when the broker holds each in its queue.
 
         Raises:
-            SendError: naming those it does not take; it holds the others.
-            ConnectError: the connection has ended, or something that was needed is out of reach for a while.
+            SendError: the broker refuses the messages that the error names; it holds the others.
+            ConnectError: the connection has ended, or a part of the broker cannot be reached for the moment.
         """
         begun = time.monotonic()
         channel = self._channel
@@ -90,14 +89,14 @@ class Publisher:
     async def _insist(
         self, messages: Sequence[Message], begun: float, batch: Batch, channel: PublisherChannel
     ) -> None:
-        """Publish again what was not taken, and raise SendError for what is refused.
+        """Publish messages that were not accepted again, and raise SendError for those that are refused.
 
         Parameters:
             begun: when the first try began, on the monotonic clock.
-            batch: what became of the messages so far, over this channel.
+            batch: the results of the first try, over `channel`.
         """
         refused, doubtful = dict(batch.refused), set(batch.doubtful)
-        # If the first answer was late, some tries are made all the same.
+        # Even if the first answer was late, some tries are made.
         deadline = max(begun + self._patience, time.monotonic() + min(self._patience, sum(RETRY_DELAYS)))
         for delay in chain(RETRY_DELAYS, repeat(RETRY_DELAYS[-1])):
             if not batch.again or time.monotonic() + delay > deadline:
@@ -126,7 +125,7 @@ class Publisher:
         return batch
 
     async def _look_for_queues(self, messages: Sequence[Message], batch: Batch) -> None:
-        """Send again what came back although its queue exists: the node of a classic queue may be down."""
+        """Mark messages that came back to be sent again if their queue exists: a classic queue's node may be down."""
         for queue in dict.fromkeys(m.queue for m in messages if id(m) in batch.unrouted):
             try:
                 found, why = await Declarations(self._connection).exists(queue), "It is there again."
@@ -140,10 +139,10 @@ class Publisher:
                         del batch.refused[id(message)]
                         batch.nacked[id(message)] = why
 
-    # --- what the broker may not let us send --------------------------------------------------------
+    # --- messages that we may not be allowed to send ------------------------------------------------
 
     async def _try_routes(self, messages: Sequence[Message]) -> tuple[Batch, PublisherChannel]:
-        """Publish in order; the first message to each topic of an exchange over a channel of its own."""
+        """Publish in order; the first message to each topic of an exchange gets its own channel."""
         outcome, before, now = _nothing(), list[Message](), time.time()
         for message in messages:
             exchange = message.exchange
@@ -161,7 +160,7 @@ class Publisher:
         return outcome, channel
 
     async def _one_by_one(self, messages: Sequence[Message], batch: Batch) -> Batch:
-        """Send again, each over its own channel, those that may have ended a channel; one that does so is refused."""
+        """Send each suspect again over its own channel; if that channel ends too, the message is refused."""
         outcome = _nothing()
         for message in messages:
             if id(message) in batch.suspects:
@@ -171,7 +170,7 @@ class Publisher:
         return outcome
 
     async def _alone(self, message: Message) -> Batch:
-        """Publish one message over a channel of its own."""
+        """Publish one message over its own channel."""
         async with self._shared.routes.trying:
             channel = await self._open_channel()
             try:
@@ -187,7 +186,7 @@ class Publisher:
     # --- channels -----------------------------------------------------------------------------------
 
     async def _usable_channel(self, newer_than: PublisherChannel | None = None) -> PublisherChannel:
-        """The channel, or a new one; the old one is closed when nobody uses it any more."""
+        """Return the channel, or a new one; the old one is closed when nobody uses it any more."""
         if self._needs_channel(newer_than):
             async with self._opening:
                 if self._needs_channel(newer_than):
@@ -225,7 +224,7 @@ def _refusal(
 
 
 def _has_exchange(messages: Sequence[Message]) -> bool:
-    for message in messages:  # not any(): most often there is one, and a generator costs more than that
+    for message in messages:  # quicker than any() with a generator, because mostly there is only one message
         if message.exchange is not None:  # noqa: SIM110
             return True
     return False

@@ -1,7 +1,8 @@
-"""Publishing with confirms: many in flight, one future for each batch.
+"""PublisherChannel: publishes with confirms, many messages at a time, with one future for each batch.
 
-A batch is written in chunks while the window has room, each chunk in one piece; the broker confirms in any order,
-singly or up to a number. A message that reaches no queue comes back before it is confirmed, and is then refused.
+A batch is written in chunks, each in one piece, while the window has room. The broker confirms in any order, one
+message or all up to a number. A message that reaches no queue comes back before it is confirmed, and counts as
+refused.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from streamtools.errors import ConfigurationError, ConnectError, ConnectionLost
 from streamtools.exchange import no_subscriber
 from streamtools.message import Message
 
-#: Messages written and not yet confirmed, at most.
+#: The most messages that are written and not confirmed yet.
 WINDOW: Final = 2000
-#: Messages written in one piece.
+#: The number of messages that are written in one piece.
 CHUNK: Final = 100
 
 
@@ -41,15 +42,15 @@ class PublisherChannel(Channel):
     """A channel in confirm mode.
 
     Parameters:
-        shared: the connection, and what is known of the broker.
+        shared: the connection, with the state that its users share.
         library: the client library's channel, opened with confirms.
-        limits: what the broker is known to take.
-        declares: exchanges and queues of delays that are missing are made.
+        limits: the limits of the broker.
+        declares: whether to create missing exchanges and delay queues.
 
     Attributes:
-        pending: the tag of each message that is not confirmed -> its batch.
-        last_tag: the one written last.
-        watch: looks after messages whose confirmation does not come.
+        pending: tag of each message that is not confirmed -> its batch.
+        last_tag: the tag of the message that was written last.
+        watch: handles messages whose confirmations do not come.
     """
 
     error: ConnectionLost | None
@@ -66,13 +67,13 @@ class PublisherChannel(Channel):
         self.last_tag: int = 0
         #: Every tag below is confirmed.
         self._low = 1
-        #: (message id, routing key) -> how many came back and are not confirmed yet.
+        #: (message id, routing key) -> how many such messages came back and are not confirmed yet.
         self._returned: Counter[tuple[str, str]] = Counter()
-        #: Calls of `publish` that have not ended.
+        #: The number of calls of `publish` that have not ended.
         self._users = 0
         self._retired = self._discarded = False
         self._window = Window()
-        #: What many tasks publish in one turn of the event loop, to be written in one piece.
+        #: The frames of all tasks that publish in one turn of the event loop; they are written in one piece.
         self._out: list[bytes] = []
         self.watch: UnconfirmedWatch = UnconfirmedWatch(self)
 
@@ -85,19 +86,19 @@ class PublisherChannel(Channel):
 
     @property
     def limits(self) -> Limits:
-        """What the broker is known to take."""
+        """The limits of the broker."""
         return self._encoder.limits
 
     @property
     def usable(self) -> bool:
-        """More may be written here."""
+        """Whether more messages may be written to this channel."""
         return self.error is None and not self.watch.stuck
 
     async def publish(self, messages: Sequence[Message]) -> Batch:
-        """Publish once; what cannot be sent, and what the broker did not take just now, is named in the batch.
+        """Publish messages once; the batch names those that cannot be sent and those that the broker did not accept.
 
         Raises:
-            ConnectionLost: the connection ended; nothing is known of what was not confirmed.
+            ConnectionLost: the connection ended; the broker may hold messages that it has not confirmed.
         """
         self._users += 1
         try:
@@ -107,7 +108,7 @@ class PublisherChannel(Channel):
             self._close_if_done()
 
     def retire(self) -> None:
-        """Close the channel once nobody publishes on it any more."""
+        """Close the channel when nobody publishes on it any more."""
         self._retired = True
         self._close_if_done()
 
@@ -119,7 +120,7 @@ class PublisherChannel(Channel):
 
     async def _publish(self, messages: Sequence[Message]) -> Batch:
         batch = Batch(self._loop.create_future())
-        # Held open by one until all is written: confirms may come before the last chunk is.
+        # Confirms may come before the last chunk is written, so one extra keeps the batch open until then.
         batch.left = 1
         for start in range(0, len(messages), CHUNK):
             chunk = messages[start : start + CHUNK]
@@ -140,9 +141,9 @@ class PublisherChannel(Channel):
         return batch
 
     async def _prepare(self, message: Message, batch: Batch) -> None:
-        """Make the exchange and the levels of the delay chain that a message needs.
+        """Create the exchange and the delay levels that a message needs.
 
-        A message to an exchange that does not exist would end the channel.
+        If a message went to an exchange that does not exist, the broker would close the channel.
         """
         exchanges, now = self.shared.routes.exchanges, time.time()
         try:
@@ -185,7 +186,7 @@ class PublisherChannel(Channel):
                 continue
             try:
                 out.append(self._encoder.encode(message, batch))
-            except Exception as error:  # Unsendable, or anything else that is wrong with this one message
+            except Exception as error:  # Unsendable, or any other error of this one message
                 batch.refused[id(message)] = NeverSent(f"Message {message.id} cannot be sent: {error}")
             else:
                 written.append(message)
@@ -206,34 +207,34 @@ class PublisherChannel(Channel):
         if out and self.error is None:
             self.connection.write(b"".join(out))
 
-    # --- for those who look after what is not confirmed ---------------------------------------------
+    # --- for UnconfirmedWatch -----------------------------------------------------------------------
 
     async def publish_copy(self, message: Message, delay_route: tuple[str, str] | None) -> bool:
-        """Publish a message once more; whether the broker holds it.
+        """Publish a message once more, and return whether the broker holds it.
 
         Parameters:
-            delay_route: exchange and routing key in the delay chain; None for a message that goes to its queue.
+            delay_route: exchange and routing key in the delay chain; None if the message goes to its queue directly.
         """
         batch = Batch(self._loop.create_future())
         if delay_route is not None:
             batch.delay_routes[id(message)] = delay_route
         self._write([message], batch)
-        self.watch.stop()  # its caller waits for it
+        self.watch.stop()  # the caller itself watches this channel
         await batch.future
         return not batch.refused and not batch.again
 
     def give_back(self, tag: int, why: str) -> None:
-        """Have a message sent again, over a new channel."""
+        """Mark a message to be sent again, over a new channel."""
         batch = self.pending.pop(tag)
         batch.nacked[id(batch.message(tag))] = why
         batch.left -= 1
         batch.settle_if_done()
 
     def wake_all(self) -> None:
-        """Wake all who wait for room: nothing more is written here."""
+        """Wake all tasks that wait for room, because nothing more is written to this channel."""
         self._window.wake_all()
 
-    # --- what the broker says -----------------------------------------------------------------------
+    # --- answers of the broker ----------------------------------------------------------------------
 
     def confirm(self, tag: int, *, multiple: bool, held: bool) -> None:
         if not multiple:
@@ -246,7 +247,7 @@ class PublisherChannel(Channel):
             self._window.wake(WINDOW - len(self.pending))
 
     def confirm_one(self, tag: int, held: bool) -> None:
-        """The broker holds this message, or does not."""
+        """Handle the broker's answer whether it holds one message."""
         batch = self.pending.pop(tag, None)
         if batch is None:
             return
@@ -270,13 +271,13 @@ class PublisherChannel(Channel):
                     batch.unrouted.add(id(message))
         elif message.deliver_at is not None and (back := self._back_from_chain(message)) is not None:
             self._returned -= Counter([back])
-            self.shared.chain.forget()  # so that the next try makes it again
+            self.shared.chain.forget()  # so that the next try creates the queue again
             batch.nacked[id(message)] = (
                 f"The delay of a message to {message.queue!r} needs a queue that is gone from "
                 f"{self.connection.where}: one of {PREFIX}."
             )
         elif not held:
-            # A request's reply does not wait for a full queue: whoever asked chose the address.
+            # A reply does not wait for a full queue, because the requester chose that queue.
             kept = batch.refused if message.intent == "reply" else batch.nacked
             kept[id(message)] = (
                 f"The queue {message.queue!r} at {self.connection.where} does not take it: it is full (x-max-length "
@@ -284,7 +285,7 @@ class PublisherChannel(Channel):
             )
 
     def _back_from_chain(self, message: Message) -> tuple[str, str] | None:
-        """The returned (id, routing key) that is this message's, if it was sent by the delay chain."""
+        """Return the (id, routing key) under which this message came back from the delay chain; None if it did not."""
         found = (r for r in self._returned if r[0] == message.id and is_route(r[1], message))
         return next(found, None)
 
@@ -301,7 +302,7 @@ class PublisherChannel(Channel):
         for batch in dict.fromkeys(self.pending.values()):
             if not batch.future.done():
                 batch.future.set_exception(make(self.connection.where, why))
-                batch.future.exception()  # its caller may have been cancelled
+                batch.future.exception()  # mark it as retrieved: the caller may have been cancelled
         self.pending.clear()
 
     def _on_end(self) -> None:
@@ -309,7 +310,7 @@ class PublisherChannel(Channel):
         self.wake_all()
 
     def refuse(self, code: int, text: str) -> None:
-        """Handle that one message has ended the channel; of the other unconfirmed ones nothing is known."""
+        """Handle that the broker closed the channel because of one message; the results of the others are unknown."""
         if self.error is not None:
             return
         self.limits.learn(text)
@@ -318,7 +319,9 @@ class PublisherChannel(Channel):
         why = f"RabbitMQ at {self.connection.where} {'cannot take it now' if kind.passes else 'refuses it'}: {text}."
         pending, self.pending = self.pending, {}
         meant = {tag for tag, batch in pending.items() if batch.is_meant(text, batch.message(tag), self.limits)}
-        if code == 404 and (named := EXCHANGE.search(text)):  # it is looked for, and made, before the next message
+        if code == 404 and (
+            named := EXCHANGE.search(text)
+        ):  # the next message looks for the exchange, and creates it
             self.shared.routes.forget(named["name"])
             self.shared.chain.forget()
         for tag, batch in pending.items():
@@ -336,7 +339,7 @@ class PublisherChannel(Channel):
         self._on_end()
 
     def _reason(self, why: str, text: str, *, is_delayed: bool) -> str:
-        """Why the broker does not take this message; the class of the text says what can be done."""
+        """Return why the broker refuses this message; the class of the text says when sending it again can help."""
         if EXCHANGE.search(text) is None:
             return NeverSent(why)
         if not is_delayed:

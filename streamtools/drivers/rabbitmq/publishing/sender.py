@@ -1,4 +1,4 @@
-"""What a consumer, or a look at a queue, sends: copies, replies, and messages of handlers."""
+"""Sender: publishes for a consumer or a reader: copies, replies, and messages of handlers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from streamtools.settings import RabbitMQSettings
 
 
 class Sender:
-    """Publishes over the connection that sends, which it leases for the first message, and again once it is lost.
+    """Publishes over the shared connection for sending, which it leases at the first message and after a loss.
 
     Parameters:
-        name: shown by the broker as the connection's; the program's when None.
-        limits: what the broker is known to take.
-        declares: exchanges and queues of delays that are missing are made.
+        name: the name of the connection that the broker shows; None for the program's name.
+        limits: the limits of the broker.
+        declares: whether to create missing exchanges and delay queues.
     """
 
     def __init__(self, settings: RabbitMQSettings, name: str | None, limits: Limits, *, declares: bool) -> None:
@@ -33,10 +33,10 @@ class Sender:
         self._closed = False
 
     async def publish(self, messages: Sequence[Message]) -> None:
-        """Return when the broker holds all of them, each in the queue that it names.
+        """Publish messages, and return when the broker holds each in its queue.
 
         Raises:
-            SendError: naming those it does not take; it holds the others.
+            SendError: the broker refuses the messages that the error names; it holds the others.
             ConnectError: the connection cannot be opened, or has ended.
         """
         publisher = self._publisher
@@ -45,13 +45,13 @@ class Sender:
         await publisher.publish(messages)
 
     def stop(self) -> None:
-        """Let go of the channel; whoever is publishing is told."""
+        """Close the channel; calls that are publishing get an error."""
         self._closed = True
         if self._publisher is not None:
             self._publisher.close()
 
     async def close(self) -> None:
-        """Let go of the channel and the connection. Safe to repeat."""
+        """Close the channel, and release the connection. Safe to repeat."""
         self.stop()
         await self._release()
 

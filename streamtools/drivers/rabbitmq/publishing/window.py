@@ -1,4 +1,4 @@
-"""Senders that wait until fewer messages are unconfirmed."""
+"""Window: lets senders wait while too many messages are unconfirmed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import deque
 
 
 class Window:
-    """Wakes as many of those that wait as there is room for.
+    """Wakes as many waiting senders as there is room for.
 
     Attributes:
-        waiting: a future for each, in order.
+        waiting: a future for each waiting sender, in order.
     """
 
     def __init__(self) -> None:
@@ -24,11 +24,11 @@ class Window:
             await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():
-                self.wake(1)  # it was meant for us; pass it on
+                self.wake(1)  # this sender was woken, but is cancelled: wake the next one
             raise
 
     def wake(self, number: int) -> None:
-        """Wake so many."""
+        """Wake this number of senders."""
         while self.waiting and number > 0:
             waiter = self.waiting.popleft()
             if not waiter.done():
@@ -36,5 +36,5 @@ class Window:
                 number -= 1
 
     def wake_all(self) -> None:
-        """Wake all: there is nothing to wait for any more."""
+        """Wake all senders, because there is nothing to wait for any more."""
         self.wake(len(self.waiting))

@@ -1,1 +1,1 @@
-"""Broker states that are very rare. Each has a file of its own and is reached by one call."""
+"""Very rare states of a broker. Each has its own file, and is handled by one call."""

@@ -1,7 +1,7 @@
-"""A consumer that the broker has forgotten: messages wait in its queue, and none is delivered.
+"""The broker has forgotten a consumer: messages wait in its queue, but none is delivered.
 
-RabbitMQ can forget a consumer, or acknowledgements that would make room for more, when a queue changes its leader
-(github.com/rabbitmq/rabbitmq-server/pull/13095).
+When a queue changes its leader, RabbitMQ can forget a consumer, or acknowledgements that would make room for further
+messages (github.com/rabbitmq/rabbitmq-server/pull/13095).
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from streamtools.drivers.rabbitmq.topology.declarations import Declarations
 from streamtools.drivers.rabbitmq.topology.queues import MissingQueue
 from streamtools.errors import QueueError
 
-#: Seconds between two questions about a queue from which nothing comes.
+#: Seconds between two questions about a queue that delivers nothing.
 SILENCE_POLL_INTERVAL: Final = 30.0
 
 
 class ForgottenConsumer:
-    """Ends a channel to which nothing is delivered, so that the consumer opens another one. It outlives channels."""
+    """Ends a channel that gets no deliveries, so that the consumer opens another one. It outlives the channels."""
 
     def __init__(self) -> None:
-        #: A channel was ended so, and nothing has come since.
+        #: Whether this has ended a channel, and no message has come since.
         self._has_ended_one = False
 
     async def watch(self, channel: ConsumerChannel, is_stopping: Callable[[], bool]) -> None:
-        """Fail the channel when messages wait in the queue, nothing is in hand, and none comes.
+        """End the channel if messages wait in the queue, none is in hand, and none comes.
 
-        Not again before something has come: another consumer may be the only one that the queue delivers to.
+        It does so only once until a message comes: the queue may deliver only to another consumer.
         """
 
         def is_idle() -> bool:
@@ -42,7 +42,7 @@ class ForgottenConsumer:
                 continue
             try:
                 waits = is_idle() and (await Declarations(channel.connection).count(channel.queue))[0] > 0
-            except MissingQueue:  # the broker does not tell each consumer that waits for its turn
+            except MissingQueue:  # the broker does not tell every waiting consumer that the queue was deleted
                 channel.fail("its queue was deleted")
                 return
             except QueueError:

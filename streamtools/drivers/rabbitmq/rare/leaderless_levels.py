@@ -1,7 +1,7 @@
-"""Levels of the delay chain whose queue has no leader: messages are sent without them.
+"""The queue of a delay level has no leader: messages are sent past this level.
 
-A quorum queue that has lost most of its nodes confirms nothing. What needs such a level is held a little longer, by
-the levels above it, until the level is tried again.
+A quorum queue that has lost most of its nodes confirms nothing. Messages that need such a level take the next higher
+levels, which hold them a little longer, until the level is tried again.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Final
 
 from streamtools.drivers.rabbitmq.topology.delay_levels import DOUBLING
 
-#: Seconds for which a level that gave no answer is not used.
+#: A level that gave no answer is not used for this many seconds.
 LEADERLESS_TTL: Final = 300.0
 
 
 class LeaderlessLevels:
-    """The levels that one connection does not use for now.
+    """Remembers which levels one connection does not use for now.
 
     Parameters:
         time: the event loop's clock.
@@ -32,7 +32,7 @@ class LeaderlessLevels:
         self._until[int(name.rpartition(".")[2])] = self._time() + LEADERLESS_TTL
 
     def passable(self, number: int) -> int:
-        """The least number of steps, at least this one, that needs none of these levels."""
+        """Return the least number of steps, at least `number`, that needs none of these levels."""
         if not self._until:
             return number
         self._until = {level: until for level, until in self._until.items() if until > self._time()}

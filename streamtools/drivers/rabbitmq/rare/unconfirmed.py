@@ -1,10 +1,11 @@
-"""A publisher's channel that confirms nothing any more, though its connection lives.
+"""A publisher's channel confirms nothing any more, although its connection works.
 
-A channel whose first message to a queue finds no leader there stands still for 65 s (rabbit_fifo_client in 3.10:
-net_ticktime + 5). And a channel can forget to send again what a queue has not got (seen on 3.10 when the writer of
-its log was killed; github.com/rabbitmq/rabbitmq-server/pull/13095 and /14589 tell of other ways, up to 4.1). So each
-queue concerned is asked over another connection, by a copy of one message: if that is confirmed, it is the channel
-that stands still, and what waits is sent again over a new one; if not, it is the queue.
+If the first message of a channel to a queue finds no leader there, the channel confirms nothing for 65 s
+(rabbit_fifo_client in 3.10: net_ticktime + 5). A channel in the broker can also forget to send messages to a queue
+again (seen on 3.10 when the writer of its log was killed; github.com/rabbitmq/rabbitmq-server/pull/13095 and /14589
+describe other ways, up to 4.1). So we send a copy of one message to each of these queues over another connection. If
+the copy is confirmed, the channel is the cause, and its unconfirmed messages are sent again over a new channel. If
+not, the queue is the cause.
 """
 
 from __future__ import annotations
@@ -18,33 +19,33 @@ from streamtools.drivers.rabbitmq.connections import SharedConnection
 from streamtools.errors import StreamToolsError
 from streamtools.message import Message
 
-if TYPE_CHECKING:  # which has one of these
+if TYPE_CHECKING:  # these modules import this one
     from streamtools.drivers.rabbitmq.publishing.batch import Batch
     from streamtools.drivers.rabbitmq.publishing.publisher_channel import PublisherChannel
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Seconds without a confirmation after which another channel is asked whether it gets one from the same queue. With
-#: TRIAL_TIMEOUT this is less than a sender waits by default, so that it helps.
+#: After this many seconds without a confirmation, a copy is sent over another channel. Together with TRIAL_TIMEOUT
+#: this is less than the default time of a sender, so that it helps in time.
 CONFIRM_TIMEOUT: Final = 15.0
-#: Checks in this time.
+#: The number of checks in CONFIRM_TIMEOUT.
 CHECKS: Final = 4
-#: Seconds for the confirmation of a copy.
+#: Seconds to wait for the confirmation of a copy.
 TRIAL_TIMEOUT: Final = 5.0
-#: Seconds for a confirmation that may be on its way.
+#: Seconds to wait for a confirmation that may be on its way.
 GRACE_TIMEOUT: Final = 1.0
-#: Queues asked at once.
+#: The most queues that get a copy at the same time.
 ASKED: Final = 50
-#: Seconds until a queue that gave no answer is asked again; doubled each time, up to the last.
+#: Seconds until a queue that gave no answer gets another copy; doubled each time, from the first to the last number.
 ASK_INTERVAL: Final = (15.0, 300.0)
 
 
 class UnconfirmedWatch:
-    """Looks after the messages of one channel that are not confirmed.
+    """Handles the messages of one channel whose confirmations do not come.
 
     Attributes:
-        stuck: what was written long ago is not confirmed: nothing more is to be written on this channel.
-        timer: runs until the next check; None while nothing is unconfirmed.
+        stuck: whether messages were not confirmed for long, so that nothing more may be written to this channel.
+        timer: runs until the next check; None while all messages are confirmed.
     """
 
     def __init__(self, channel: PublisherChannel) -> None:
@@ -52,25 +53,25 @@ class UnconfirmedWatch:
         self._loop = asyncio.get_running_loop()
         self.stuck: bool = False
         self.timer: asyncio.TimerHandle | None = None
-        #: The tags that were written last at each of the last checks; 0 while the broker blocked the connection.
+        #: The last written tag at each of the last checks; 0 if the broker blocked the connection then.
         self._checks: deque[int] = deque(maxlen=CHECKS)
-        #: Queues that confirmed nothing here for long: whether they confirmed a copy.
+        #: Queue that confirmed nothing here for long -> whether it confirmed a copy.
         self._answers: dict[str, bool] = {}
-        #: Those that did not: when they are asked again, on the loop's clock, and seconds until then.
+        #: Queue that did not confirm its copy -> when it gets another one, on the loop's clock, and after how long.
         self._ask_at: dict[str, tuple[float, float]] = {}
         self._trial: asyncio.Task[None] | None = None
 
     @property
     def silence(self) -> str:
-        """Why a message is sent again."""
+        """The reason why a message is sent again."""
         return f"A channel of RabbitMQ at {self._channel.connection.where} confirms nothing any more."
 
     def start(self) -> None:
-        """Something was written, and no timer runs."""
+        """Begin to check, because a message was written and no timer runs."""
         self._check_later()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         if self.timer is not None:
             self.timer.cancel()
         if self._trial is not None:
@@ -81,14 +82,14 @@ class UnconfirmedWatch:
         self.timer = self._loop.call_later(CONFIRM_TIMEOUT / CHECKS, self._check)
 
     def _check(self) -> None:
-        """Help what waits for its confirmation since the first of the last checks."""
+        """If the oldest message has waited since the first of the last checks, help the waiting messages."""
         channel = self._channel
         late = self._checks[0] if len(self._checks) == CHECKS else 0
         oldest = next(iter(channel.pending), None)
         if oldest is not None and oldest <= late and not channel.connection.blocked:
             self.stuck = True
             channel.wake_all()
-            self._help(self._checks[-1])  # what was written after it, too
+            self._help(self._checks[-1])  # also messages that were written later
         self.timer = None
         if channel.pending:
             self._check_later()
@@ -96,7 +97,7 @@ class UnconfirmedWatch:
             self._checks.clear()
 
     def _help(self, last: int) -> None:
-        """Of what was written up to `last`, have sent again what need not wait, and ask about the rest."""
+        """For messages up to the tag `last`: send them again if their queue answers; else ask their queue."""
         channel = self._channel
         unknown: dict[str, int] = {}
         for tag, batch in [(tag, batch) for tag, batch in channel.pending.items() if tag <= last]:
@@ -110,13 +111,13 @@ class UnconfirmedWatch:
             self._trial = self._loop.create_task(self._try(unknown, last))
 
     async def _try(self, queues: dict[str, int], last: int) -> None:
-        """Send a copy to each of these queues over another connection, a channel for each; help those that wait."""
+        """Send a copy to each of these queues, each over its own channel of another connection; then help again."""
         ours = self._channel.connection
         try:
             async with asyncio.timeout(CONFIRM_TIMEOUT):
                 connection = await ours.another()
         except (StreamToolsError, TimeoutError):
-            return  # not only ours is in trouble; at the next check it is tried again
+            return  # our connection is not the only one with a problem; the next check tries again
         try:
             other = SharedConnection(connection)
             held = await asyncio.gather(*(self._ask(other, tag) for tag in queues.values()))
@@ -128,7 +129,7 @@ class UnconfirmedWatch:
             await connection.close()
 
     async def _ask(self, other: SharedConnection, tag: int) -> bool | None:
-        """Whether the broker holds a copy of this message; None: it gives no answer."""
+        """Return whether the broker holds a copy of this message; None if it gives no answer."""
         batch = self._channel.pending.get(tag)
         if batch is None:
             return None
@@ -150,8 +151,8 @@ class UnconfirmedWatch:
                 self._channel.confirm_one(tag, True)
         if answering := [queue for (queue, _), holds in waiting.items() if holds is not None]:
             log.warning(
-                "A channel of RabbitMQ at %s does not confirm messages to %s%s, and another one does; what it "
-                "has not confirmed is sent again.",
+                "A channel of RabbitMQ at %s does not confirm messages to %s%s, and another one does; the messages "
+                "that it has not confirmed are sent again.",
                 self._channel.connection.where, ", ".join(map(repr, answering[:5])), ", ..." if answering[5:] else "",
             )  # fmt: skip
 
@@ -169,7 +170,7 @@ class UnconfirmedWatch:
 
 
 def _confirms(message: Message, batch: Batch) -> tuple[str, bool]:
-    """What is to confirm this message, and whether that is a level of the delay chain."""
+    """Return the queue that has to confirm this message, and whether that is a level of the delay chain."""
     if batch.delay_routes and id(message) in batch.delay_routes:
         return batch.delay_routes[id(message)][0], True
     return message.queue if message.exchange is None else f"{message.exchange.name} {message.queue}", False

@@ -1,6 +1,6 @@
-"""Delays that are not possible: this user may not declare the chain, may not send to it, or says declare=False.
+"""Delays are not possible: the user may not declare the delay chain, may not send to it, or sets declare=False.
 
-Each refusal ends a channel, so it is remembered for a while.
+For each refusal the broker closes a channel, so refusals are remembered for a while.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from typing import Final
 
 from streamtools.errors import QueueError
 
-#: Seconds until what was not usable is asked for again.
+#: A refusal is remembered for this many seconds.
 UNUSABLE_TTL: Final = 30.0
 
 
 class Unheld(QueueError):
-    """Nothing can hold a message until it is due: what that needs is missing, or we may not use it."""
+    """No queue can hold a message until it is due: the delay chain is missing, or we may not use it."""
 
 
 class LevelsMissing(Unheld):
-    """Levels of the chain are missing."""
+    """Levels of the delay chain are missing."""
 
 
 class UnusableDelays:
-    """What one connection cannot use for delays.
+    """Remembers which parts of the delay chain one connection cannot use.
 
     Parameters:
         time: the event loop's clock.
@@ -31,12 +31,12 @@ class UnusableDelays:
 
     def __init__(self, time: Callable[[], float]) -> None:
         self._time = time
-        #: A target's word or a number of levels (0: the whole chain), and whether declaring was wanted -> until when
-        #: that is taken to be so, and why.
+        #: (the word of a target or a number of levels, where 0 is the whole chain; whether to declare) -> (until when
+        #: it is remembered, why it cannot be used).
         self._found: dict[tuple[str | int, bool], tuple[float, str]] = {}
 
     def note(self, what: str | int, why: str, *, declares: bool) -> None:
-        """Remember that this target, or so many levels, cannot be used."""
+        """Remember that a target, or this number of levels, cannot be used."""
         self._found[what, declares] = self._time() + UNUSABLE_TTL, why
 
     def forbid(self, why: str) -> None:
@@ -45,11 +45,11 @@ class UnusableDelays:
             self.note(0, why, declares=declares)
 
     def check(self, target: str, levels: int, *, standing: int, declares: bool) -> None:
-        """Raise Unheld if this was found out a moment ago.
+        """Raise Unheld if a refusal of this target or these levels is remembered.
 
         Parameters:
-            levels: how many are needed.
-            standing: how many exist.
+            levels: the number of levels that are needed.
+            standing: the number of levels that exist.
         """
         if not self._found:
             return

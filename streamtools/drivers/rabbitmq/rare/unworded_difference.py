@@ -1,6 +1,7 @@
-"""A queue that cannot be looked at, because RabbitMQ 4 ends the connection that asks.
+"""RabbitMQ 4 closes the connection when we ask what a queue is like.
 
-It should say which argument differs, and fails where its text is longer than 255 bytes and not ASCII alone.
+It should answer which argument differs, but fails if its text is longer than 255 bytes and has other characters than
+ASCII.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from streamtools.drivers.rabbitmq.topology.queues import Queue
 from streamtools.errors import ConnectionLost
 from streamtools.validation.checks import Declare
 
-#: Questions about a queue that may end their connection.
+#: After this many questions about a queue that ended the connection, we do not ask again.
 FAILED_LOOKS: Final = 2
 
 
 class CarefulLook:
-    """Looks at one queue, and not again after it has ended the connection several times."""
+    """Asks what one queue is like; stops asking if that has ended the connection several times."""
 
     def __init__(self) -> None:
         self._failed = 0
 
     async def as_it_is(self, declarations: Declarations, wanted: Queue, declare: Declare) -> Queue | None:
-        """The queue with its real arguments; None without permission, or if it has ended the connection each time.
+        """Return the queue with its real arguments; None if we may not ask, or asking has ended the connection.
 
         Raises:
-            ConnectionLost: it has ended the connection, or that has ended otherwise.
+            ConnectionLost: the connection has ended, by the question or for another reason.
         """
         if self._failed >= FAILED_LOOKS:
             return None

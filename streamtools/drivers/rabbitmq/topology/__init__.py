@@ -1,1 +1,1 @@
-"""Queues, exchanges, bindings and delays: declared, checked and compared."""
+"""Declares, checks and compares queues, exchanges, bindings and delay levels."""

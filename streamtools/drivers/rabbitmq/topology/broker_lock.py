@@ -1,8 +1,9 @@
-"""A lock among all programs that use a broker: an exclusive queue, which belongs to one connection and ends with it.
+"""BrokerLock: a lock among all programs that use a broker. It is an exclusive queue, which one connection owns.
 
-It lets one consumer at a time receive an ordered queue where the queue itself does not: a queue that was declared
-without x-single-active-consumer cannot become one that has it, and quorum queues ignore it when a consumer asks to be
-the only one (seen on RabbitMQ 3.10: a second one is let in). It also lets one program at a time look at a queue.
+With it, only one consumer at a time receives from an ordered queue that does not ensure this itself. Some queues do
+not: x-single-active-consumer cannot be added to an existing queue, and a quorum queue ignores the wish of a consumer
+to be the only one (seen on RabbitMQ 3.10). The lock also lets only one program at a time read a queue for an
+operator.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ class BrokerLock:
     """Held from `acquire()` until `release()`, or until the connection ends.
 
     Parameters:
-        connection: whoever shares it takes turns by a lock of asyncio: an exclusive queue is open to them all.
+        connection: the connection. An exclusive queue does not exclude other users of the same connection, so they
+            take turns by a lock of asyncio.
         prefix: what the lock is for; the name of the exclusive queue begins with it.
         queue: the queue that is locked.
 
     Attributes:
-        name: of the exclusive queue.
+        name: the name of the exclusive queue.
     """
 
     def __init__(self, connection: Connection, prefix: str, queue: str) -> None:
@@ -38,28 +40,28 @@ class BrokerLock:
         self._held = False
 
     async def acquire(self, poll_interval: float) -> None:
-        """Wait until nobody else holds it.
+        """Wait until nobody else holds the lock, and take it.
 
         Parameters:
             poll_interval: seconds between two tries.
 
         Raises:
-            QueueError: we may not make the queue.
+            QueueError: we may not create the queue.
             ConnectionLost: the connection has ended.
         """
         await self._local.acquire()
         self._held = True
-        # Nobody is told when an exclusive queue ends, so there is nothing to wait for but the time.
+        # The broker does not tell anybody when an exclusive queue ends, so we have to ask again and again.
         while not await self._try():  # noqa: ASYNC110
             await asyncio.sleep(poll_interval)
 
     async def release(self) -> None:
-        """Let another have it. Safe to repeat, and while `acquire()` waits (cancel that first)."""
+        """Release the lock. Safe to repeat; cancel a waiting `acquire()` first."""
         if not self._held:
             return
         self._held = False
         try:
-            with suppress(StreamToolsError):  # then it ends with the connection
+            with suppress(StreamToolsError):  # if this fails, the queue is deleted with the connection
                 await self._connection.request(lambda channel: channel.queue_delete(self.name))
         finally:
             self._local.release()

@@ -1,4 +1,4 @@
-"""Queues, exchanges and bindings are declared and checked."""
+"""Declarations: declares and checks queues, exchanges and bindings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from streamtools.validation.checks import Declare
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: Arguments that a queue may differ in before the comparison is given up.
+#: If a queue differs in more arguments than this, we give up comparing.
 MOST_DIFFERENCES: Final = 20
 
 
@@ -52,11 +52,11 @@ class Declarations:
     # --- queues -------------------------------------------------------------------------------------
 
     async def count(self, name: str) -> tuple[int, int]:
-        """Messages that wait in a queue, and its consumers.
+        """Return the number of messages that wait in a queue, and the number of its consumers.
 
         Raises:
             MissingQueue: there is no such queue.
-            ConnectError: it is exclusive to another connection.
+            ConnectError: the queue is exclusive to another connection.
         """
         check_rabbitmq_name(name)
         try:
@@ -67,15 +67,15 @@ class Declarations:
         except ChannelLockedResource as error:
             raise ConnectError(
                 f"The queue {name!r} is exclusive to another connection. If that is one of ours which has ended, "
-                "RabbitMQ notes it after two heartbeats at the latest; else choose another name, or make it without "
-                "exclusive=True."
+                "RabbitMQ notices it after two heartbeats at the latest. If not, choose another name, or create the "
+                "queue without exclusive=True."
             ) from error
         except ChannelNotFoundEntity as error:
             raise self._not_found(name, error) from error
         return answer.message_count or 0, answer.consumer_count or 0
 
     async def exists(self, name: str) -> bool:
-        """There is a queue of this name."""
+        """Return whether there is a queue of this name."""
         try:
             await self.count(name)
         except MissingQueue:
@@ -83,10 +83,10 @@ class Declarations:
         return True
 
     async def declare(self, queue: Queue, declare: Declare) -> Queue:
-        """Declare or check a queue; the queue as it is now, without arguments where they are not known.
+        """Declare or check a queue, and return the real queue; without arguments if they are not known.
 
         Raises:
-            QueueError: it is missing, or differs in what the user asked for.
+            QueueError: the queue is missing, or differs in an option that the user gave.
         """
         if declare is False:
             return queue
@@ -98,16 +98,16 @@ class Declarations:
         return await self._agree(queue) or replace(queue, arguments={})
 
     async def declare_error_queue(self, queue: Queue, declare: Declare) -> None:
-        """Declare or check an error queue, and the queue behind it."""
+        """Declare or check an error queue, and the queue for its undeliverable messages."""
         if declare is True and not await self.exists(queue.name):
             await self.declare_undeliverable()
         await self.declare(queue, declare)
 
     async def declare_undeliverable(self) -> None:
-        """Make the queue for messages that would have nowhere else to go; one that exists is used as it is.
+        """Create the queue for undeliverable messages; if it exists, use it unchanged.
 
-        From RabbitMQ 4 on a quorum queue drops what was delivered more than 20 times, unless an argument lifts that
-        limit. RabbitMQ 3 has no limit by default, and with that argument would drop all.
+        From RabbitMQ 4 on, a quorum queue drops messages that were delivered more than 20 times, unless an argument
+        removes that limit. RabbitMQ 3 has no limit by default, and with that argument it would drop all messages.
         """
         if await self.exists(UNDELIVERABLE):
             return
@@ -123,13 +123,15 @@ class Declarations:
             await self._connection.request(lambda channel: channel.queue_delete(name, if_unused=True))
 
     async def as_it_is(self, queue: Queue, declare: Declare, use: str = "consumed") -> Queue | None:
-        """An existing queue with its real arguments, found out by declaring it; None without permission or an answer.
+        """Return an existing queue with its real arguments; None if we may not ask, or the broker does not tell.
+
+        To find out the arguments we declare the queue, and the broker answers which argument differs.
 
         Parameters:
-            queue: what it probably is, which saves questions.
-            declare: with anything but True, a queue that is deleted meanwhile is not made: it is declared with a type
-                that does not exist. The broker compares the type last.
-            use: what is to be done with it, for the error.
+            queue: the queue as it probably is; a good guess saves questions.
+            declare: if this is not True, we declare a type that does not exist, so that a queue that is deleted
+                meanwhile is not created again. The broker compares the type last.
+            use: what the caller wants to do with the queue, for the error text.
 
         Raises:
             QueueError: there is no such queue, or it is a stream.
@@ -140,7 +142,7 @@ class Declarations:
         except (QueueError, ConnectError) as error:
             if isinstance(error.__cause__, ChannelAccessRefused | ChannelLockedResource):
                 return None
-            if isinstance(error.__cause__, ChannelPreconditionFailed):  # of the type that does not exist
+            if isinstance(error.__cause__, ChannelPreconditionFailed):  # because that type does not exist
                 raise missing(queue.name, self.where) from error.__cause__
             raise
         if found is not None and found.arguments.get(TYPE) == "stream":
@@ -148,10 +150,12 @@ class Declarations:
         return found
 
     async def _agree(self, queue: Queue, *, ends_with_type: bool = False) -> Queue | None:
-        """Declare a queue with every value that the broker says is different; None if it does not tell one.
+        """Declare a queue, each time with the value that the broker says is different, until it agrees.
+
+        Return the queue; None if the broker does not tell a value.
 
         Parameters:
-            ends_with_type: the type is compared last: do not declare again once it is known.
+            ends_with_type: whether to stop when the type is known, which the broker compares last.
         """
         for _ in range(MOST_DIFFERENCES):
             if (refusal := await self._refusal_of(queue)) is None:
@@ -167,7 +171,7 @@ class Declarations:
         )
 
     async def _refusal_of(self, queue: Queue) -> ChannelPreconditionFailed | None:
-        """Declare a queue; what the broker says where it exists with other arguments."""
+        """Declare a queue; return the broker's error if it exists with other arguments, else None."""
 
         def ask(channel: AbstractChannel) -> Any:
             return channel.queue_declare(
@@ -190,17 +194,17 @@ class Declarations:
     # --- exchanges and bindings ---------------------------------------------------------------------
 
     async def declare_exchange(self, exchange: Exchange, declare: Declare = True) -> None:
-        """Make a durable exchange if it is missing; one that exists is used as it is.
+        """Create a durable exchange if it is missing; if it exists, use it unchanged.
 
         Raises:
-            QueueError: it exists with another type, or it is missing and not to be made.
+            QueueError: the exchange exists with another type, or is missing and `declare` is not True.
         """
         if declare is True:
             await self._make_exchange(exchange)
         elif not await self.has_exchange(exchange.name):
             raise QueueError(
-                f"There is no exchange {exchange.name!r} at {self.where}. Make it, or use declare=True to "
-                "have it made."
+                f"There is no exchange {exchange.name!r} at {self.where}. Create it, or use declare=True, which "
+                "creates it."
             )
 
     async def _make_exchange(self, exchange: Exchange) -> None:
@@ -211,16 +215,16 @@ class Declarations:
                 expects=(ChannelAccessRefused, ChannelPreconditionFailed),
             )
         except ChannelAccessRefused as error:
-            if not await self.has_exchange(name):  # one that exists can be used; its type cannot be compared
+            if not await self.has_exchange(name):  # an existing exchange can be used, but its type is not checked
                 raise errors.channel_error(error, self.where) from error
         except ChannelPreconditionFailed as error:
             differs, _, current = errors.difference(error) or ("", "", "")
-            # Only the type matters: whether it is durable and has arguments is its owner's choice.
+            # Only the type matters: its owner decides whether it is durable, and which arguments it has.
             if differs == "type" and (found := errors.value(current)) in TYPES:
                 raise another_type(exchange, str(found)) from error
 
     async def has_exchange(self, name: str) -> bool:
-        """There is an exchange of this name."""
+        """Return whether there is an exchange of this name."""
         try:
             await self._connection.request(
                 lambda channel: channel.exchange_declare(name, passive=True), expects=(ChannelNotFoundEntity,)
@@ -230,7 +234,7 @@ class Declarations:
         return True
 
     async def bind(self, queue: str, binding: Binding, declare: Declare = True) -> None:
-        """Have a queue get the messages of a topic; safe to repeat. Nothing is done with declare=False.
+        """Bind a queue to a topic of an exchange. Safe to repeat. With declare=False this does nothing.
 
         Raises:
             QueueError: there is no such queue, or the exchange has another type.
@@ -247,26 +251,26 @@ class Declarations:
             raise self._not_found(queue, error) from error
 
     async def unbind(self, queue: str, binding: Binding) -> None:
-        """Remove a binding; safe to repeat, and without the queue or the exchange."""
+        """Remove a binding. Safe to repeat, and if the queue or the exchange does not exist."""
         await self._connection.request(
             lambda channel: channel.queue_unbind(queue, binding.exchange.name, binding.topic)
         )
 
 
 def needs_no_lock(name: str, queue: Queue | None, declare: Declare) -> bool:
-    """False if the consumer must take a lock so that only one consumer at a time receives.
+    """Whether a consumer of an ordered queue receives without a lock; False if it must take one first.
 
     Parameters:
-        queue: the queue as it is; None where we may not look.
-        declare: of the consumer.
+        queue: the real queue; None if we may not ask for it.
+        declare: the consumer's `declare`.
     """
     if queue is None:
         log.info(
-            "This user may not check whether the queue %r has %s. It should: else each process that consumes it "
-            "has an order of its own.", name, SINGLE_ACTIVE,
+            "This user may not check whether the queue %r has %s. If the queue does not have it, several processes "
+            "that consume it do not keep one order.", name, SINGLE_ACTIVE,
         )  # fmt: skip
         return True
-    if not queue.is_single_active and declare is False:  # then no lock can be made either: it is a queue
+    if not queue.is_single_active and declare is False:  # the lock is a queue, which we may not declare then
         log.warning(
             "The queue %r has no %s, and with declare=False no lock queue is declared either: run only one consumer "
             "of it, or give it that argument.", name, SINGLE_ACTIVE,

@@ -1,19 +1,19 @@
 """Delay without a plugin: a chain of levels, each of which holds a message for twice as long as the one before.
 
-Level n is a topic exchange and a queue whose messages expire after 100 ms x 2^n. The routing key of a
-delayed message says in binary which levels hold it, lowest first, and ends in a word that stands for
-its target: `0.1.1.orders` is held 400 ms and 200 ms. It enters at its highest level; each exchange
-reads one digit: 1 goes into its queue, which dead-letters to the exchange below when the time is up,
-0 goes to the exchange below at once. The last exchange is bound to each target by its word. So the
-cost does not depend on the delay, nor on how many messages wait. A target that is a topic of an exchange has a
-queue of its own there, whose messages expire at once and are dead-lettered to that exchange under that topic.
+Level n is a topic exchange and a queue whose messages expire after 100 ms x 2^n. The routing key of a delayed message
+says in binary which levels hold it, lowest first, and ends in a word that stands for its target: `0.1.1.orders` is
+held for 400 ms and 200 ms. The message enters at its highest level. The exchange of each level reads one digit: with
+1 the message goes into the level's queue, which dead-letters it to the exchange below when the time is over; with 0
+it goes to the exchange below at once. The last exchange is bound to each target by its word. So the work does not
+depend on the delay, nor on the number of waiting messages. If a target is a topic of an exchange, it has a queue of
+its own, whose messages expire at once and are dead-lettered to that exchange under that topic.
 
-No hop can lose a message: quorum queues, at-least-once dead-lettering (which needs reject-publish), and an
-alternate exchange behind the last one: a target that is gone sends its messages to
-`streamtools.undeliverable`, where 32 of them cannot stall a whole level.
+No step can lose a message. The queues are quorum queues and dead-letter at least once (which needs reject-publish).
+The last exchange has an alternate exchange: if a target is gone, its messages go to `streamtools.undeliverable`.
+Otherwise 32 of them would block a whole level.
 
-A queue's time to live is a 32-bit number of milliseconds, so levels stop doubling at 2^25 x 100 ms
-(39 days); eight further levels of that length come on top: 388 days together.
+A queue's time to live is a 32-bit number of milliseconds, so levels stop doubling at 2^25 x 100 ms (39 days). Eight
+further levels of that length come on top: 388 days together.
 
 https://www.rabbitmq.com/docs/quorum-queues#dead-lettering, /docs/ttl, /docs/ae
 """
@@ -46,15 +46,15 @@ from streamtools.drivers.rabbitmq.topology.queues import AT_LEAST_ONCE, UNDELIVE
 from streamtools.errors import ConnectError, QueueError
 from streamtools.message import Message
 
-#: Seconds for which a target that was found and bound is taken to be so.
+#: After this many seconds, a target is checked and bound again before its next use.
 TARGET_TTL: Final = 30.0
-#: Seconds after which the levels are declared again before the next use: an operator may have deleted one.
+#: After this many seconds, the levels are declared again before their next use: an operator may have deleted one.
 LEVELS_TTL: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of the chain: the names of its queues and exchanges, and the requests that make it, in order."""
+    """A part of the chain: the names of its queues and exchanges, and the requests that create them, in order."""
 
     queues: tuple[str, ...]
     exchanges: tuple[str, ...]
@@ -62,33 +62,33 @@ class _Part:
 
 
 class DelayChain:
-    """The chain as one connection sees it: levels declared and targets bound when they are first needed.
+    """Declares the levels and binds the targets over one connection, when they are first needed.
 
     Attributes:
-        leaderless: levels that are not used for now.
+        leaderless: the levels that are not used for now.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._declarations = Declarations(connection)
         self._time = asyncio.get_running_loop().time
-        #: Levels that exist, from the lowest on.
+        #: The number of levels that exist, from the lowest on.
         self._levels = 0
-        #: When they are to be declared again.
+        #: When the levels must be declared again.
         self._renew_at = 0.0
-        #: The word of a target -> until when it is taken to be bound.
+        #: The word of a target -> until when we assume that it is bound.
         self._targets: dict[str, float] = {}
-        #: We may make queues and exchanges here, as far as is known; else those that exist are used.
+        #: Whether we may create queues and exchanges, as far as is known; if not, we use those that exist.
         self._may_make = True
         self.leaderless: LeaderlessLevels = LeaderlessLevels(self._time)
         self._unusable = UnusableDelays(self._time)
         self._lock = asyncio.Lock()
 
     def route(self, delay: float, target: str) -> tuple[str, str]:
-        """The exchange and the routing key for a message due in `delay` seconds; two empty strings when it is due.
+        """Return exchange and routing key for a message due in `delay` seconds; two empty strings if it is due now.
 
         Parameters:
-            target: what `prepare` returned.
+            target: the word that `prepare` returned.
         """
         number = steps(delay)
         if number == 0:
@@ -96,29 +96,29 @@ class DelayChain:
         bits = digits(self.leaderless.passable(number))
         # `prepare` declared the levels a moment earlier, for a delay that was a little longer.
         if len(bits) > self._levels:
-            bits = digits(number)  # a level became leaderless since then
+            bits = digits(number)  # meanwhile a level has become leaderless
         return level_name(len(bits) - 1), ".".join((*bits, target))
 
     def forget(self) -> None:
-        """Declare and bind all of it again before the next message: some of it is gone."""
+        """Declare and bind everything again before the next message, because a part of the chain is gone."""
         self._levels = 0
         self._targets.clear()
 
     def forbid(self, why: str) -> None:
-        """We may not send to the chain; ask again after a while."""
+        """Note that we may not send to the chain; it is tried again after a while."""
         self._unusable.forbid(why)
 
     async def prepare(self, message: Message, now: float, *, declares: bool = True) -> str:
-        """Make sure that the chain exists for this message; the word of its target.
+        """Make sure that the chain exists for a message, and return the word of its target.
 
         Parameters:
-            now: seconds since the epoch.
-            declares: what is missing is made; else only what exists is used, and the target is bound to it.
+            now: the present time, in seconds since the epoch.
+            declares: whether to create missing levels; if not, existing ones are used, and the target is bound.
 
         Raises:
-            Unheld: the chain is missing and not to be made, or we may not use it.
+            Unheld: the chain is missing and `declares` is false, or we may not use it.
             QueueError: the target does not exist.
-            ConfigurationError: its name cannot be used.
+            ConfigurationError: RabbitMQ does not accept the name of the target.
             Unsendable: the delay is too long.
             ConnectionLost: the connection has ended.
         """
@@ -152,7 +152,7 @@ class DelayChain:
             onwards = {"x-dead-letter-exchange": message.exchange.name, "x-dead-letter-routing-key": queue}
             queue = f"{PREFIX}.to.{target[1:]}"
             await self._ensure(_hop(queue, onwards), declares=declares)
-        # "#" stands for the digits, however many: the word is always the last, and has no dot.
+        # "#" matches any number of digits; the word is always the last, and has no dot.
         await self._connection.request(lambda channel: channel.queue_bind(queue, OUT, f"#.{target}"))
         self._targets[target] = self._time() + TARGET_TTL
 
@@ -162,7 +162,7 @@ class DelayChain:
         except ConnectError as error:
             if not isinstance(error.__cause__, ChannelLockedResource):
                 raise
-            # It exists, but only the connection that it is exclusive to may bind it.
+            # The queue exists, but only the connection that owns it may bind it.
             raise Unheld(
                 f"The queue {queue!r} is exclusive to another connection, so a delayed message cannot be sent to it. "
                 "Use Retry(delay=0), or a queue that is not exclusive."
@@ -173,14 +173,14 @@ class DelayChain:
     # --- levels -------------------------------------------------------------------------------------
 
     async def _declare(self, levels: int, *, declares: bool) -> None:
-        """Declare what is missing, from the end of the chain upwards: a level is used when all below exist."""
+        """Declare missing levels from the end of the chain upwards, because a level needs all levels below it."""
         if self._renew_at < self._time():
             levels, self._levels, self._may_make = max(levels, self._levels), 0, True
         if levels <= self._levels:
             return
         if self._levels == 0:
             if declares:
-                with suppress(QueueError):  # we may not make it; if it is missing, that is found out below
+                with suppress(QueueError):  # we may not create the queue; `_ensure` checks that it exists
                     await self._declarations.declare_undeliverable()
             await self._ensure(_END, declares=declares)
             self._renew_at = self._time() + LEVELS_TTL
@@ -189,7 +189,7 @@ class DelayChain:
             self._levels = level + 1
 
     async def _ensure(self, part: _Part, *, declares: bool) -> None:
-        """Make a part of the chain; where that is not wanted, or not allowed, check that it exists."""
+        """Create a part of the chain; if we must not or may not, check that it exists."""
         if declares and self._may_make:
             try:
                 for request in part.requests:
@@ -212,8 +212,8 @@ class DelayChain:
         )
         if not declares:
             return LevelsMissing(
-                f"{missing}and without declare=True none are made. Use declare=True, which leaves a queue that "
-                "exists as it is; have somebody else send one message with the same delay; or send without a delay."
+                f"{missing}and without declare=True they are not created. Use declare=True, which does not change a "
+                "queue that exists; let somebody else send one message with the same delay; or send without a delay."
             )
         return LevelsMissing(
             f"{missing}and this user may not declare them. Have another user send one message with the same delay, "
@@ -239,12 +239,12 @@ def _level(level: int) -> _Part:
 
 
 def _hop(name: str, onwards: dict[str, Any]) -> _Part:
-    """The queue from which what is due goes to an exchange, which exists."""
+    """Return the queue from which due messages go to an existing exchange."""
     arguments = {**AT_LEAST_ONCE, "x-message-ttl": 1, **onwards}
     return _Part((name,), (), (lambda channel: channel.queue_declare(name, durable=True, arguments=arguments),))
 
 
-#: What is behind the lowest level.
+#: The part below the lowest level.
 _END: Final = _Part(
     (UNDELIVERABLE,),
     (UNDELIVERABLE, OUT),

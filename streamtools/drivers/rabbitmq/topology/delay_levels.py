@@ -1,4 +1,4 @@
-"""Which levels of the delay chain hold a message for how long. Nothing here speaks to a broker."""
+"""Computes which levels of the delay chain hold a message; this module does not use a broker."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from streamtools.drivers.rabbitmq.amqp.frames import Unsendable
 from streamtools.drivers.rabbitmq.names import check_rabbitmq_name
 from streamtools.message import Message
 
-#: Seconds of the lowest level.
+#: One step: the lowest level holds a message for this many seconds.
 STEP: Final = 0.1
-#: Levels whose time doubles.
+#: The number of levels of which each is twice as long as the one below.
 DOUBLING: Final = 26
-#: Further levels, each as long as the last of those.
+#: The number of further levels, each as long as the last doubled one.
 LAPS: Final = 8
-#: Steps of one of these.
+#: The steps of each of these further levels.
 LAP: Final = 1 << (DOUBLING - 1)
-#: The most steps that the chain can hold a message.
+#: The most steps for which the chain can hold a message.
 MOST: Final = (1 << DOUBLING) - 1 + LAPS * LAP
-#: Seconds added, so that rounding in the broker's clock makes nothing early.
+#: These seconds are added, so that rounding in the broker's clock makes no message early.
 MARGIN: Final = 0.005
 
 PREFIX: Final = "streamtools.delay"
-#: The exchange behind the lowest level.
+#: The exchange below the lowest level.
 OUT: Final = f"{PREFIX}.out"
 _PLAIN_WORD: Final = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 def level_name(level: int) -> str:
-    """The name of a level's exchange and queue."""
+    """Return the name of a level's exchange and queue."""
     return f"{PREFIX}.{level:02d}"
 
 
 def level_time(level: int) -> int:
-    """How long a level holds a message, in milliseconds."""
+    """Return how long a level holds a message, in milliseconds."""
     return 100 << min(level, DOUBLING - 1)
 
 
 def steps(delay: float) -> int:
-    """The steps that hold a message for at least `delay` seconds; 0 for none.
+    """Return the number of steps that hold a message for at least `delay` seconds; 0 if there is no delay.
 
     Raises:
-        Unsendable: longer than the chain can hold it.
+        Unsendable: the delay is longer than the chain can hold a message.
     """
-    fits = delay <= MOST * STEP  # which infinity does not, nor what is not a number
+    fits = delay <= MOST * STEP  # false for infinity and for NaN
     number = ceil((delay + MARGIN) / STEP) if fits and delay > 0 else 0
     if not fits or number > MOST:
         raise Unsendable(
@@ -57,7 +57,7 @@ def steps(delay: float) -> int:
 
 
 def digits(number: int) -> list[str]:
-    """Which levels hold a message for so many steps, lowest first, up to the highest that does."""
+    """Return a digit for each level, lowest first: "1" if it holds a message that waits for `number` steps."""
     laps = max(0, -(-(number - (1 << DOUBLING) + 1) // LAP))
     rest = number - laps * LAP
     doubling = [str(rest >> level & 1) for level in range(DOUBLING if laps else rest.bit_length())]
@@ -65,17 +65,17 @@ def digits(number: int) -> list[str]:
 
 
 def word(target: str) -> str:
-    """One word of a routing key that stands for a target, whatever characters that has."""
+    """Return one word of a routing key that stands for a target, whatever characters the target has."""
     if _PLAIN_WORD.fullmatch(target):
         return target
     return "~" + blake2b(target.encode(), digest_size=16).hexdigest()
 
 
 def target_word(message: Message) -> str:
-    """The word for where a message goes when it is due.
+    """Return the word for the target of a message: the queue or the topic it goes to when it is due.
 
     Raises:
-        ConfigurationError: it is a queue whose name RabbitMQ does not take.
+        ConfigurationError: RabbitMQ does not accept the name of the queue.
     """
     if message.exchange is None:
         check_rabbitmq_name(message.queue)
@@ -84,6 +84,6 @@ def target_word(message: Message) -> str:
 
 
 def is_route(key: str, message: Message) -> bool:
-    """Whether this routing key is one through the chain to this message's target."""
+    """Whether a routing key leads through the delay chain to the target of this message."""
     held, _, target = key.rpartition(".")  # the word has no dot
     return held != "" and set(held) <= set("01.") and target == target_word(message)

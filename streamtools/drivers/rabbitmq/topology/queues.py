@@ -1,4 +1,4 @@
-"""What a queue is like: as it is wanted, and as the broker says that it is."""
+"""Queue: describes a queue, as we want it or as the broker says that it is."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from streamtools.errors import QueueError
 
 TYPE: Final = "x-queue-type"
 SINGLE_ACTIVE: Final = "x-single-active-consumer"
-#: The queue for messages that would have nowhere else to go.
+#: The queue for messages that cannot be delivered to any other queue.
 UNDELIVERABLE: Final = "streamtools.undeliverable"
-#: Arguments of a queue that dead-letters without losing anything.
+#: The arguments of a queue that loses no message when it dead-letters.
 AT_LEAST_ONCE: Final[dict[str, Any]] = {
     TYPE: "quorum",
     "x-dead-letter-strategy": "at-least-once",
@@ -26,18 +26,18 @@ STREAM: Final = (
     "a stream is not a queue: acknowledged messages stay in it, and the next reader gets them again. Write "
     'queue_type="quorum", or bind a queue of yours to the exchange that feeds the stream'
 )
-#: What the broker compares besides arguments.
+#: The properties that the broker compares in addition to the arguments.
 _FLAGS: Final = ("durable", "exclusive", "auto_delete")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queue:
-    """One queue, as it is wanted or as it is.
+    """One queue, as we want it or as it really is.
 
     Attributes:
         arguments: all arguments, ours and the user's.
-        explicit: the broker's names of what the user asked for, each with the option that asks for it. Only there is
-            a difference an error.
+        explicit: the broker's name of each argument that the user gave -> the option for it. Only in these arguments
+            is a difference an error.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Queue:
 
     @property
     def is_classic(self) -> bool:
-        """It does not count deliveries."""
+        """Whether it is a classic queue, which does not count deliveries."""
         return self.arguments.get(TYPE) in (None, "classic")
 
     @property
     def is_single_active(self) -> bool:
-        """It delivers to one consumer at a time."""
+        """Whether it delivers to one consumer at a time."""
         return self.arguments.get(SINGLE_ACTIVE) is True
 
 
@@ -62,7 +62,7 @@ class MissingQueue(QueueError):
     """There is no such queue.
 
     Attributes:
-        queue: its name.
+        queue: the name of the queue.
     """
 
     def __init__(self, message: str, queue: str) -> None:
@@ -71,37 +71,37 @@ class MissingQueue(QueueError):
 
 
 def missing(name: str, where: str) -> MissingQueue:
-    """The error for a queue that does not exist; it says what to do."""
+    """Return the error for a queue that does not exist; it says what to do."""
     return MissingQueue(
-        f"There is no queue {name!r} at {where}. Check the name and the virtual host, or make it: "
-        f"streamtools queues create {name}. Or use declare=True to have it made.",
+        f"There is no queue {name!r} at {where}. Check the name and the virtual host, or create the queue: "
+        f"streamtools queues create {name}. Or use declare=True, which creates it.",
         name,
     )
 
 
 def nowhere_to_send(name: str, where: str) -> str:
-    """What a sender is told about a queue that does not exist."""
+    """Return what a sender is told about a queue that does not exist."""
     return f"There is no queue {name!r} at {where}. Open a consumer of it first, or a producer with declare=True."
 
 
 def adapted(queue: Queue, error: ChannelPreconditionFailed, where: str) -> Queue | None:
-    """The queue with the one value that the broker says is different; None if its words do not tell that value.
+    """Return the queue with the value that the broker says is different; None if its text does not tell the value.
 
     Raises:
-        QueueError: the user asked for the other value, or the broker refuses the queue for another reason.
+        QueueError: the user gave the other value, or the broker refuses the queue for another reason.
     """
     found = errors.difference(error)
     if found is None:
         raise QueueError(
-            f"RabbitMQ at {where} does not make the queue {queue.name!r}: {errors.plain(error)}"
+            f"RabbitMQ at {where} does not create the queue {queue.name!r}: {errors.plain(error)}"
         ) from error
     name, asked, current = found
     if (option := queue.explicit.get(name)) is not None:
         raise QueueError(
             f"The queue {queue.name!r} exists with another {option}=: {name} is {current or 'another'}, and "
-            f"{asked or queue.arguments.get(name)} is asked for. Three ways out: leave {option}= away and use "
-            "it as it is; choose another queue name; or move its messages elsewhere and delete it (streamtools "
-            f"queues delete {queue.name}). If a producer of yours makes it first, write Producer({queue.name!r}, "
+            f"{asked or queue.arguments.get(name)} is asked for. Three ways out: leave {option}= out and use the "
+            "queue unchanged; choose another queue name; or move its messages elsewhere and delete it (streamtools "
+            f"queues delete {queue.name}). If a producer of yours creates it first, write Producer({queue.name!r}, "
             "declare=False), or give it the same options."
         ) from error
     if not current:
@@ -113,7 +113,7 @@ def adapted(queue: Queue, error: ChannelPreconditionFailed, where: str) -> Queue
 
 
 def _with_other_value(queue: Queue, name: str) -> Queue | None:
-    """The queue with the only other value that can be meant, or without the argument; None if there are several."""
+    """Return the queue with the only other possible value, or without the argument; None if several are possible."""
     if name in _FLAGS:
         return _with_flag(queue, name, not getattr(queue, name))
     if name == SINGLE_ACTIVE:
