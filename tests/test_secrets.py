@@ -444,7 +444,7 @@ def test_a_url_in_the_wrong_place_is_repeated_without_its_password(
 
 def test_a_password_in_an_argument_is_warned_of_once_and_still_works(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["doctor", "--url", at("amqp", "127.0.0.1:1/?connect_timeout=0.1")])
-    assert result.stderr.count("a password in --url is seen by every user") == 1
+    assert result.stderr.count("every user of this machine can see a password in --url") == 1
     assert "--url @FILE" in result.stderr and "STREAMTOOLS_URL" in result.stderr
     assert not shown(result.output + result.stderr, user=USER)
 
@@ -467,7 +467,7 @@ def test_what_is_warned_of(url: str, warned: bool, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["run", "nothing:at_all", "--url", url])
     assert result.exit_code == 2
-    assert ("is seen by every user" in result.stderr) is warned
+    assert ("every user of this machine can see" in result.stderr) is warned
 
 
 def test_the_url_can_stand_in_a_file_or_on_standard_input(tmp_path: Path) -> None:
@@ -480,7 +480,7 @@ def test_the_url_can_stand_in_a_file_or_on_standard_input(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "text"), [(None, "No such file"), (b"", "no URL stands there"), (b"\xff\xfe\x00", "is no text")]
+    ("content", "text"), [(None, "No such file"), (b"", "contains no URL"), (b"\xff\xfe\x00", "is not a text")]
 )
 def test_a_file_without_a_url_is_wrong_usage(tmp_path: Path, content: bytes | None, text: str) -> None:
     if content is not None:

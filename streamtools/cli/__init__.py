@@ -9,14 +9,14 @@ from io import TextIOWrapper
 from types import FrameType
 from typing import Final, NoReturn
 
-#: What the extra `cli` brings.
+#: The packages that the extra `cli` installs.
 PACKAGES: Final = ("typer", "rich")
 
 
 def main() -> None:
-    """Run the command line; ends the process with 0 (done), 1 (it failed) or 2 (wrong usage)."""
+    """Run the command line, and end the process with 0 (done), 1 (failed) or 2 (wrong usage)."""
     runs = sys.argv[1:2] == ["run"]
-    # Importing takes a second. Nothing has begun by then, so a signal ends the process at once.
+    # Importing takes a second. Until then nothing has begun, so a signal ends the process at once.
     signal.signal(signal.SIGTERM, _end_well if runs else _end)
     signal.signal(signal.SIGINT, _end_well if runs else _end)
     from importlib.util import find_spec
@@ -32,11 +32,11 @@ def main() -> None:
 
     from streamtools.cli.app import app
 
-    for stream in (sys.stdout, sys.stderr):  # a message may hold what the terminal's encoding lacks
+    for stream in (sys.stdout, sys.stderr):  # a message may hold characters that the terminal's encoding lacks
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
-    # The command itself says what fails; the client library would log each attempt as an error, too.
+    # The command itself prints errors; the client library would log each attempt as an error too.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     if not runs:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -45,10 +45,10 @@ def main() -> None:
 
 
 def _end_well(number: int, frame: FrameType | None) -> NoReturn:
-    """End a service that has not begun."""
+    """End `streamtools run` with 0, because the service has not begun."""
     os._exit(0)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """End a command that has not begun."""
+    """End another command with the signal's exit code, because it has not begun."""
     os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""The commands, put together. Each one's own module says what it does."""
+"""Puts the commands together; each command has its own module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from streamtools.text.installation import DISTRIBUTION
 
 
 class _Commands(TyperGroup):
-    """The commands; what the parser of options repeats of what was typed is shown as everything else is."""
+    """The commands. If the parser of options quotes what was typed in an error, that is escaped too."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         """Read the options before the command's name."""
@@ -39,7 +39,7 @@ def _harmless_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told: Any = error  # a ClickException, of the parser that typer brings along or of click
+        told: Any = error  # a ClickException, of click or of the copy of it in typer
         if hasattr(told, "format_message") and isinstance(told.message, str):
             told.message = harmless(told.message)
         raise

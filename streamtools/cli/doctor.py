@@ -1,4 +1,4 @@
-"""`streamtools doctor`: checks what messages need, and says what to do about what is missing."""
+"""`streamtools doctor`: checks the configuration and the connection, and says how to fix what is wrong."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from streamtools.text.installation import DISTRIBUTION
 if TYPE_CHECKING:
     from streamtools.features import Features
 
-#: What is useful everywhere.
+#: Libraries that every protocol uses.
 COMMON: Final = ("pydantic", "uvloop")
-#: Seconds for one step.
+#: The most seconds of one step.
 STEP_TIMEOUT: Final = 10.0
 
 State = Literal["ok", "warning", "failed", "skipped"]
@@ -31,10 +31,10 @@ State = Literal["ok", "warning", "failed", "skipped"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing looked at.
+    """The result of one check.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         state: the result.
         found: the result in words.
         next: the line to type next, if something is wrong.
@@ -65,21 +65,21 @@ def doctor(*, url: Url = None, json: Json = False) -> None:
 
 
 class Doctor:
-    """Runs one check after the other, and skips those that depend on one that failed."""
+    """Runs one check after the other; if a check fails, those that depend on it are skipped."""
 
     def __init__(self, url: str | None) -> None:
         self._given = url
         self._url = address(url)
-        #: What was found so far.
+        #: The results so far.
         self.checks: list[Check] = []
 
     def prepare(self) -> bool:
-        """Check what needs no connection; False if connecting cannot work."""
+        """Run the checks that need no connection; return False if connecting cannot work."""
         self._software()
         return self._address() and self._driver()
 
     async def talk(self) -> None:
-        """Check what only the broker can tell."""
+        """Run the checks that need the broker."""
         if await self._step("connection", self._connect):
             await self._step("round trip", self._probe)
             await self._step("admin", self._look)
@@ -133,7 +133,7 @@ class Doctor:
     # --- with a connection ----------------------------------------------------------------------
 
     async def _step(self, name: str, step: Callable[[], Awaitable[tuple[State, str]]]) -> bool:
-        """Run one check that talks to the broker; an error is its result."""
+        """Run one check that needs the broker; an error becomes its result."""
         from streamtools.errors import StreamToolsError
 
         try:
@@ -147,13 +147,13 @@ class Doctor:
     def _advice(self, name: str) -> str:
         if name == "connection" and source(self._given) == "the default":
             return f"export {URL_VARIABLE}=..., if the broker is elsewhere"
-        return f"streamtools doctor{' --url ...' if self._given else ''}, once that is mended"
+        return f"streamtools doctor{' --url ...' if self._given else ''}, after you have fixed that"
 
     async def _connect(self) -> tuple[State, str]:
         from streamtools.producer import Producer
 
         if self._features.listens:
-            return "skipped", "this protocol has no broker: a consumer listens there once it runs"
+            return "skipped", "this protocol has no broker: a running consumer listens at that address"
         begin = time.monotonic()
         producer = Producer(self._queue("connection"), url=self._url, declare=False, send_timeout=STEP_TIMEOUT)
         async with producer:
@@ -164,7 +164,7 @@ class Doctor:
         from streamtools.producer import Producer
 
         if self._features.listens:
-            return "skipped", "needs a running consumer"
+            return "skipped", "it needs a running consumer"
         queue = self._queue("probe")
         try:
             async with (
@@ -193,7 +193,7 @@ class Doctor:
             except ConnectError as error:
                 if any(check.state == "failed" for check in self.checks):
                     raise
-                # The messages' own connection works: it was tried above.
+                # The connection for messages works, as the checks before have shown.
                 return "warning", f"{error} Everything but listing queues works without it."
         waiting = sum(info.ready + (info.delayed or 0) for info in infos)
         text = f"{output.counted(len(infos), 'queue')}, "
@@ -210,7 +210,7 @@ class Doctor:
         from streamtools.admin import QueueAdmin
         from streamtools.errors import StreamToolsError
 
-        with suppress(StreamToolsError):  # never made; or the connection is gone, and the check says so
+        with suppress(StreamToolsError):  # it was never created, or the connection is gone, which the check reports
             async with QueueAdmin(url=self._url) as admin:
                 await admin.delete(queue)
 

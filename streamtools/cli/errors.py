@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from streamtools.message import Message
     from streamtools.redrive import ErrorFilter, ErrorGroup, Progress
 
-#: Messages that are looked at, at most, before something is listed, shown, moved or deleted.
+#: The most messages that are read before something is listed, shown, moved or deleted.
 PEEK_LIMIT: Final = 10_000
 
 
@@ -139,7 +139,7 @@ def redrive(
 
 
 def _allow(chosen: Movable, targets: Mapping[str, int], where: str, *, own: str | None) -> None:
-    """Allow the queues that the operator confirms; without a question, the one whose own error queue `own` is."""
+    """Allow the queues that the operator confirms; if `own` is given, allow the queue of this error queue unasked."""
     if own is not None:
         chosen.allow_own(own)
     elif targets:
@@ -199,13 +199,13 @@ def purge(
 
 
 def _say_what_is_missing(ids: Sequence[str] | None, queue: str, number: int, limit: int | None) -> None:
-    """End with 1 if ids were given that are not there: a script must not take that for success."""
+    """End with exit code 1 if some of the given ids were not found, so that a script notices it."""
     if (missing := len(set(ids or ())) - number) > 0 and limit is None:
-        output.fail(f"{queue!r} holds no message that is meant by {missing} of the ids.")
+        output.fail(f"{queue!r} holds no message for {missing} of the ids.")
 
 
 def _with_bar(url: str | None, queue: str, work: Callable[[QueueAdmin, Progress], Awaitable[int]]) -> int:
-    """Do the work, with a progress bar that counts the messages looked at."""
+    """Do the work, with a progress bar that counts the messages."""
     with output.Bar(f"Going through {queue}") as bar:
 
         async def watched(admin: QueueAdmin) -> int:

@@ -1,12 +1,12 @@
-"""The health of several workers at one port: their parent process serves it, and asks the workers.
+"""Serves the health of several workers at one port: their parent process listens, and asks the workers.
 
-A socket pair connects it with each worker. Lines of JSON go over it:
+A socket pair connects the parent with each worker. Both send lines of JSON:
 
-    worker -> parent   {"address": ["127.0.0.1", 8080]}    where the service wants its health port; null when it ends
+    worker -> parent   {"address": ["127.0.0.1", 8080]}    the health port that the service wants; null when it ends
     parent -> worker   {"ask": 7}
-    worker -> parent   {"ask": 7, "report": {...}}          as HealthReport.as_dict()
+    worker -> parent   {"ask": 7, "report": {...}}          the result of HealthReport.as_dict()
 
-When its end is closed, a worker knows that its parent has ended, even by kill -9.
+When the parent ends, even by kill -9, the socket is closed, and the worker notices it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from typing import Any, Final, Protocol
 
 from streamtools.observability.health import HealthReport, HealthServer
 
-#: Seconds within which a worker whose event loop runs answers.
+#: A worker must answer within this many seconds; if not, its event loop is blocked.
 ANSWER_TIMEOUT: Final = 1.0
 
 Address = tuple[str, int]
 
 
 class ToParent:
-    """A worker's end: it answers its parent, and ends this process when the parent has ended.
+    """The worker's end of the socket: answers the parent, and ends this process when the parent has ended.
 
     Parameters:
-        descriptor: of the socket that the parent has handed down.
+        descriptor: the descriptor of the socket that the parent has passed on.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -43,7 +43,7 @@ class ToParent:
         threading.Thread(target=self._listen, name="streamtools-parent", daemon=True).start()
 
     def endpoint(self, host: str, port: int, report: Callable[[], HealthReport]) -> _Endpoint:
-        """What the runner of this worker uses in place of a health port of its own."""
+        """Return what the runner of this worker uses instead of its own health port."""
         self._endpoint = _Endpoint(self, host, port, report)
         return self._endpoint
 
@@ -52,7 +52,7 @@ class ToParent:
         try:
             self._socket.sendall(json.dumps(what).encode() + b"\n")
         except OSError:
-            return  # the parent is gone, and the thread is about to notice
+            return  # the parent has ended, which the thread will notice
 
     def _listen(self) -> None:
         with self._socket.makefile("rb") as lines:
@@ -63,7 +63,7 @@ class ToParent:
 
 
 class _Endpoint:
-    """Takes the place of the health server in a runner."""
+    """Replaces the health server of a runner."""
 
     def __init__(self, parent: ToParent, host: str, port: int, report: Callable[[], HealthReport]) -> None:
         self.host = host
@@ -73,17 +73,17 @@ class _Endpoint:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
-        """Have the parent listen."""
+        """Tell the parent at which address to listen."""
         self._loop = asyncio.get_running_loop()
         self._parent.tell({"address": [self.host, self.port]})
 
     async def stop(self) -> None:
-        """Have the parent ask this worker no more. Safe to repeat."""
+        """Tell the parent not to ask this worker any more. Safe to repeat."""
         self._loop = None
         self._parent.tell({"address": None})
 
     def asked(self, number: int) -> None:
-        """Answer from the event loop, so that a blocked one is noticed."""
+        """Answer from the event loop; if the loop is blocked, no answer comes."""
         if (loop := self._loop) is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self._answer, number)
 
@@ -92,10 +92,10 @@ class _Endpoint:
 
 
 class ToWorker:
-    """The parent's end for one worker process.
+    """The parent's end of the socket to one worker process.
 
     Attributes:
-        descriptor: of the worker's end, to be handed down.
+        descriptor: the descriptor of the worker's end, which the worker process inherits.
     """
 
     def __init__(self, told: Callable[[Address | None], None]) -> None:
@@ -108,7 +108,7 @@ class ToWorker:
         self._writer: asyncio.StreamWriter | None = None
 
     async def begin(self) -> None:
-        """Begin to read what the worker says; the worker has the other end by now."""
+        """Begin to read what the worker sends; call this when the worker process has its end."""
         self._theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=self._ours)
         self._reading = asyncio.create_task(self._read(reader), name="streamtools-worker-health")
@@ -122,7 +122,7 @@ class ToWorker:
                 future.set_result(said["report"])
 
     async def ask(self) -> dict[str, Any] | None:
-        """The worker's report; None when it does not answer."""
+        """Return the worker's report; None if it does not answer."""
         if self._writer is None or self._writer.is_closing():
             return None
         number = next(self._numbers)
@@ -150,13 +150,13 @@ class ToWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerHealth:
-    """One worker.
+    """The health of one worker.
 
     Attributes:
-        worker: its number.
-        pid: its process; None while there is none.
-        state: "dead", "starting", "running", "stopping", or "silent": its event loop does not answer.
-        loops: as in `HealthReport.as_dict()`.
+        worker: the number of the worker.
+        pid: its process; None if there is none.
+        state: "dead", "starting", "running", "stopping", or "silent", if its event loop does not answer.
+        loops: the loops in its report, see `HealthReport.as_dict()`.
     """
 
     worker: int
@@ -169,41 +169,41 @@ class WorkerHealth:
 
 @dataclass(frozen=True, slots=True)
 class WorkersReport:
-    """Every worker of a command."""
+    """The health of all workers of a command."""
 
     workers: Sequence[WorkerHealth]
 
     @property
     def live(self) -> bool:
-        """Every running worker answers, and none has a dead loop. A worker that died does not count."""
+        """Whether every running worker answers and has no dead loop. A worker that has died does not count."""
         return all(worker.live for worker in self.workers)
 
     @property
     def ready(self) -> bool:
-        """Every worker is there, and each of its loops is connected and running."""
+        """Whether every worker runs, and all their loops are connected and running."""
         return all(worker.ready for worker in self.workers)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON data; `loops` has those of all workers."""
+        """Return the report as JSON data; `loops` has the loops of all workers."""
         workers = [{n: getattr(w, n) for n in ("worker", "pid", "state", "live", "ready")} for w in self.workers]
         loops = [{"worker": w.worker, **loop} for w in self.workers for loop in w.loops]
         return {"live": self.live, "ready": self.ready, "workers": workers, "loops": loops}
 
 
 class Reporting(Protocol):
-    """A worker, as its health endpoints know it."""
+    """The part of a worker that its health endpoints use."""
 
-    #: Its health port: the one that its last process named, until the next process names one.
+    #: Its health port: the one that its last process named; None if none has named one yet.
     address: Address | None
 
     async def health(self) -> WorkerHealth: ...
 
 
 class WorkersHealth:
-    """The ports at which workers want to be asked, served for as long as the command runs.
+    """Serves the health ports that the workers name, as long as the command runs.
 
-    Usually all name the same port, and its report is about all of them. A worker that has not named a port yet is in
-    the report of every port.
+    Usually all workers name the same port, and its report has all of them. A worker that has not named a port yet is
+    in the report of every port.
     """
 
     def __init__(self, workers: Sequence[Reporting]) -> None:
@@ -211,10 +211,10 @@ class WorkersHealth:
         self._servers: dict[Address, HealthServer] = {}
 
     async def serve(self, address: Address) -> None:
-        """Listen there, if we do not yet.
+        """Listen at an address, unless we do so already.
 
         Raises:
-            ConnectError: the port is taken.
+            ConnectError: another process uses the port.
             ConfigurationError: the tokens cannot be used.
         """
         if address not in self._servers:

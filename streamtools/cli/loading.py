@@ -1,4 +1,4 @@
-"""Finding what `module:name` names, for `streamtools run` and `streamtools schema`."""
+"""Finds the object that `module:name` names, for `streamtools run` and `streamtools schema`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from streamtools.errors import ConfigurationError, FeatureError, suggest
 from streamtools.routing import ConsumerFactory
 from streamtools.runner import ConsumerRunner
 
-#: What can be run, as a runner or inside one.
+#: The types of objects that can be run, as a runner or inside one.
 RUNNABLE: Final = (ConsumerRunner, ConsumerFactory, HandlerFactory, Bus, Consumer, BoundHandler)
 
 
 def load(target: str) -> ConsumerRunner:
-    """The runner that `module:name` names; anything else that can run is put into one.
+    """Return the runner that `module:name` names; any other object that can run is put into a runner.
 
     Raises:
-        ConfigurationError: there is no such module or name in it, or it is nothing that can run.
-        Exception: what the module raises when it is imported.
+        ConfigurationError: there is no such module, the module has no such name, or the object cannot run.
+        Exception: the module raised it when it was imported.
     """
     return _runner(find(target, "run", RUNNABLE), target)
 
 
 def load_contract(target: str) -> type[Contract]:
-    """The command or event that `module:Name` names.
+    """Return the command or event that `module:Name` names.
 
     Raises:
-        ConfigurationError: there is no such module or name in it, or it is neither.
-        Exception: what the module raises when it is imported.
+        ConfigurationError: there is no such module, the module has no such name, or it is no command or event.
+        Exception: the module raised it when it was imported.
     """
     found = find(target, "describe", (Contract,))
     if isinstance(found, type) and issubclass(found, Contract):
@@ -45,15 +45,15 @@ def load_contract(target: str) -> type[Contract]:
 
 
 def find(target: str, do: str, kinds: tuple[type, ...]) -> Any:
-    """What `module:name` names. The working directory is searched first, as `python -m` does.
+    """Return the object that `module:name` names. The working directory is searched first, as `python -m` does.
 
     Parameters:
-        do: what is to be done with it, for errors.
-        kinds: of what it is to be an instance or a subclass, for errors.
+        do: a verb that says what the command does with the object, for error texts.
+        kinds: the object should be an instance or a subclass of one of these, for error texts.
 
     Raises:
-        ConfigurationError: there is no such module or name in it.
-        Exception: what the module raises when it is imported.
+        ConfigurationError: there is no such module, or the module has no such name.
+        Exception: the module raised it when it was imported.
     """
     name, _, path = target.partition(":")
     if not name or name.endswith(".py") or "/" in name:
@@ -69,16 +69,16 @@ def find(target: str, do: str, kinds: tuple[type, ...]) -> Any:
 
 
 def check_shared(runner: ConsumerRunner) -> None:
-    """Refuse to run beside other processes what they cannot share.
+    """Check that several processes can run this runner together.
 
     Raises:
-        FeatureError: a consumer's protocol does not let several processes share a queue.
+        FeatureError: the protocol of a consumer does not let several processes share a queue.
     """
     for consumer in runner.consumers:
         if not consumer.features.processes:
             raise FeatureError(
-                f"{consumer.protocol!r} consumers do not share {consumer.queue!r} among processes: leave --workers "
-                "away, or raise concurrency=; sqlite and rabbitmq share."
+                f"{consumer.protocol!r} consumers in several processes cannot share {consumer.queue!r}: leave "
+                "--workers out and raise concurrency=, or use sqlite or rabbitmq."
             )
 
 
@@ -90,7 +90,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # If the module is there, and does not find another one, the user sees the whole traceback.
+        # If the module itself exists, but imports one that does not, the user sees the whole traceback.
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise
         raise ConfigurationError(

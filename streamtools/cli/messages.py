@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from streamtools.message import Message
     from streamtools.producer import Producer
 
-#: Messages that are sent or received at once.
+#: The number of messages that are sent or received together.
 BATCH: Final = 500
-#: Messages that `receive` can hold at once while it only looks.
+#: The most messages that `receive` holds without --ack.
 HOLD: Final = 1_000
-#: Messages that `receive` shows when it is not told how many, and does not follow.
+#: The number of messages that `receive` shows without --max and --follow.
 SHOWN: Final = 10
 
 Header = Annotated[list[str] | None, typer.Option("--header", "-H", metavar="NAME=VALUE", help="May be repeated.")]
@@ -88,9 +88,9 @@ def _headers(texts: Sequence[str]) -> dict[str, str]:
 
 
 class Template:
-    """What the messages of one command have in common; makes them from bytes.
+    """Makes the messages of one command from bytes, with the fields that they have in common.
 
-    Not `Producer.send(data)`: JSON is to arrive as it was typed, not parsed and written anew.
+    `Producer.send(data)` would parse JSON and write it again, but it must arrive as it was typed.
     """
 
     def __init__(self, fields: Mapping[str, Any], *, delay: float, ttl: float | None, raw: bool) -> None:
@@ -107,7 +107,7 @@ class Template:
         self._new_id = id_generator()
 
     def check(self, producer: Producer) -> None:
-        """Raise if the protocol cannot do what is asked.
+        """Check that the protocol can do what the options ask for.
 
         Raises:
             FeatureError: the protocol cannot delay messages.
@@ -115,10 +115,10 @@ class Template:
         if self._delay and not producer.features.delay:
             from streamtools.errors import FeatureError
 
-            raise FeatureError(f"{producer.protocol!r} cannot delay messages: leave --delay away.")
+            raise FeatureError(f"{producer.protocol!r} cannot delay messages: leave --delay out.")
 
     def make(self, body: bytes, queue: str) -> Message:
-        """A message with this body."""
+        """Return a message with this body."""
         from streamtools.message import Message
 
         now = time.time()
@@ -142,7 +142,7 @@ class Template:
         if why is None:
             return codec.JSON
         if body.lstrip()[:1] in (b"{", b"["):
-            output.note(f"note: the payload is not JSON ({why}), so it goes as text.")
+            output.note(f"note: the payload is not JSON ({why}), so it is sent as text.")
         try:
             body.decode()
         except UnicodeDecodeError:
@@ -150,27 +150,27 @@ class Template:
         return codec.TEXT
 
     def check_lines(self, file: Path) -> None:
-        """Every line of a file is JSON, unless they go raw.
+        """Check that every line of a file is JSON; with --raw any line is accepted.
 
         Raises:
-            typer.Exit: one is not.
+            typer.Exit: a line is not JSON.
         """
         with file.open("rb") as stream:
             for number, line in _lines(stream):
                 self.check_line(number, line)
 
     def check_line(self, number: int, line: bytes) -> None:
-        """A line is JSON, unless it goes raw.
+        """Check that a line is JSON; with --raw any line is accepted.
 
         Raises:
-            typer.Exit: it is not.
+            typer.Exit: the line is not JSON.
         """
         if not self._raw and (why := why_not_json(line)):
-            output.fail(f"line {number} is not JSON: {why}. Mend it, or send the lines as they are with --raw.")
+            output.fail(f"line {number} is not JSON: {why}. Correct it, or send the lines unchanged with --raw.")
 
 
 def why_not_json(data: bytes) -> str | None:
-    """What is wrong with this JSON; None when nothing is."""
+    """Return what is wrong with this JSON; None if nothing is wrong."""
     try:
         json_module.loads(data, parse_constant=_not_json)
     except (ValueError, RecursionError) as error:
@@ -186,7 +186,7 @@ def _producer(queue: str, url: str | None) -> Producer:
     from streamtools.producer import Producer
 
     if address(url).startswith("asyncio:"):
-        output.note("note: asyncio:// queues live within one process; nothing else will ever see this message.")
+        output.note("note: asyncio:// queues exist only inside this process; no other program gets this message.")
     return Producer(queue, url=address(url))
 
 
@@ -204,7 +204,7 @@ async def _send_lines(
     lines = _lines(stream)
     async with producer:
         template.check(producer)
-        # In a thread: standard input may keep us waiting, and the connection must stay alive meanwhile.
+        # Read in a thread: standard input may block, and the connection must stay alive meanwhile.
         while batch := await asyncio.to_thread(lambda: list(islice(lines, BATCH))):
             for number, line in batch:
                 template.check_line(number, line)
@@ -217,12 +217,12 @@ async def _send_lines(
 
 
 def open_lines(file: Path) -> AbstractContextManager[BinaryIO]:
-    """The file, or standard input for `-`, which stays open."""
+    """Return the open file; for `-` standard input, which is not closed at the end."""
     return nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")
 
 
 def _check_file(file: Path, template: Template) -> int | None:
-    """Check every line of a file before the first is sent; its size, None for standard input."""
+    """Check every line of a file before the first is sent; return the file's size, None for standard input."""
     if str(file) == "-":
         return None
     try:
@@ -269,7 +269,7 @@ def receive(
     with plain_errors():
         viewer = Viewer(queue, address(url), limit, show, ack=ack)
     if (where := viewer.listens_at) is not None:
-        output.note(f"note: {where} has no queues to look into: this command listens there itself for what is sent.")
+        output.note(f"note: {where} has no queues to read: this command itself listens there for messages.")
     try:
         drive(viewer.run(None if follow else timeout))
     except typer.Exit as end:
@@ -283,9 +283,9 @@ class Viewer:
     """Receives and shows messages.
 
     Parameters:
-        limit: this many at most.
-        show: prints one.
-        ack: take each out of the queue once it is shown.
+        limit: the most messages to show; None for no limit.
+        show: prints a message.
+        ack: whether to remove each message from the queue after it was shown.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class Viewer:
         self._show = show
         self._ack = ack
         self._limit = limit
-        #: The most that is shown: without --ack, what can be held unacknowledged.
+        #: The most messages to show; without --ack, not more than can be held unacknowledged.
         self._most = limit if ack else min(limit or HOLD, HOLD)
         self._prefetch = min(self._most or BATCH, HOLD)
         self._consumer = Consumer(queue, url=url, declare=False, prefetch=self._prefetch)
@@ -309,11 +309,11 @@ class Viewer:
 
     @property
     def listens_at(self) -> str | None:
-        """The address at which this command listens itself, for protocols without a broker; None for others."""
+        """The address at which this command itself listens, for protocols without a broker; None for others."""
         return self._consumer.settings.safe_url if self._consumer.features.listens else None
 
     async def run(self, timeout: float | None) -> None:
-        """Until as many as wanted are shown, or none came for `timeout` seconds."""
+        """Show messages until the limit is reached, or until none comes for `timeout` seconds."""
         await self._source.open()
         try:
             while (room := self._room()) > 0:
@@ -324,7 +324,7 @@ class Viewer:
         finally:
             await self._source.close()
         if not self._ack and self._shown == HOLD != self._limit:
-            output.note(f"note: {HOLD:,} messages are held, and no more fit; take them out with --ack.")
+            output.note(f"note: {HOLD:,} messages are held, which is the most; with --ack they leave the queue.")
 
     def _room(self) -> int:
         left = self._prefetch if self._most is None else self._most - self._shown
@@ -334,12 +334,12 @@ class Viewer:
         for delivery in batch:
             self._show(delivery)
             self._shown += 1
-        sys.stdout.flush()  # if nobody reads it any more, this raises, and nothing is acknowledged
+        sys.stdout.flush()  # if nobody reads our output any more, this raises, and nothing is acknowledged
         if self._ack:
             await asyncio.gather(*(delivery.ack() for delivery in batch))
 
     def summary(self) -> None:
-        """Say how many were shown, and where they are now."""
+        """Print how many messages were shown, and whether they are still in the queue."""
         if not self._shown:
             output.note(f"{self._queue} has no message that is due.")
         else:
@@ -348,7 +348,7 @@ class Viewer:
 
 
 def as_data(message: Message) -> dict[str, Any]:
-    """A message as JSON data, without what is unset; a body that is not text in base64."""
+    """Return a message as JSON data, without fields that are not set; a body that is not text is in base64."""
     fields = ("id", "queue", "type", "source", "content_type", "correlation_id", "reply_to", "intent")
     data: dict[str, Any] = {name: value for name in fields if (value := getattr(message, name)) is not None}
     if message.key is not None:
@@ -367,7 +367,7 @@ def _body(message: Message) -> dict[str, Any]:
     if message.body is None:
         return {"tombstone": True}
     if (message.content_type or "json").partition(";")[0].endswith("json"):
-        # If it is not JSON after all, or is nested too deeply to be written again, it is shown as text.
+        # If the body is not JSON after all, or is nested too deeply to be written again, it is shown as text.
         with suppress(ValueError, RecursionError):
             payload = json_module.loads(message.body, parse_constant=_not_json)
             json_module.dumps(payload, indent=2)
@@ -378,7 +378,7 @@ def _body(message: Message) -> dict[str, Any]:
 
 
 def body_text(message: Message) -> str:
-    """The body for a person."""
+    """Return the body as a person reads it."""
     body = _body(message)
     if "payload" in body:
         return json_module.dumps(body["payload"], ensure_ascii=False, indent=2)

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 #: Exit codes.
 FAILED = 1
 USAGE = 2
-#: Characters of one cell of a table: what a message says of itself may have any number.
+#: The most characters of one cell of a table; a text of a message may have any number.
 CELL: Final = 500
-#: The user and the password in a URL, not the words that stand for them in hints. A path has but one "/".
+#: Matches the user and the password in a URL, but not the words "user:password" in hints. A path has only one "/".
 PASSWORD: Final = re.compile(r"(?<=:/)/?(?!/?user:password@)[^\s/:@]*:\S+(?=@)")
-#: Beginnings of file names: frames of these files lie between a command and the service's own code.
+#: Beginnings of file names: in a traceback, frames of these files stand between a command and the service's own code.
 MACHINERY: Final = (
     str(Path(__file__).parents[1]) + os.sep,
     *(str(Path(str(module.__file__)).parent) + os.sep for module in (asyncio, importlib)),
@@ -44,7 +44,7 @@ MACHINERY: Final = (
 )
 
 
-#: What the head of a message begins with.
+#: Matches the beginning of the line with which we print a message's head.
 _HEAD: Final = re.compile("^---", re.MULTILINE)
 
 
@@ -70,28 +70,28 @@ def say(text: str = "") -> None:
 
 
 def say_block(text: str) -> None:
-    """Print a text of a message, which may have several lines; none of them looks like the head of a message."""
+    """Print a text of a message, which may have several lines; change lines that look like the head of a message."""
     print(_HEAD.sub("  ---", escaped(text, lines=True)))
 
 
 def note(text: str) -> None:
-    """Say something to the person at the terminal, on one line, without the password of a URL in it."""
+    """Print a note for the person at the terminal, on one line, without passwords in URLs."""
     print(harmless(text), file=sys.stderr, flush=True)
 
 
 def harmless(text: str) -> str:
-    """A text for the terminal: on one line, without the password of a URL in it."""
+    """Return a text that is safe for a terminal: on one line, without passwords in URLs."""
     return escaped(PASSWORD.sub("***", text))
 
 
 def fail(text: str, code: int = FAILED) -> NoReturn:
-    """Say what is wrong, and end with this exit code."""
+    """Print an error, and end with this exit code."""
     note(f"error: {text}")
     raise typer.Exit(code)
 
 
 def print_trace(error: Exception) -> None:
-    """Print the traceback of a service's error, from the service's own code on; all of it without such code."""
+    """Print the traceback of a service's error from the service's own code on; all of it if it has no such code."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(MACHINERY):
         trace = trace.tb_next
@@ -101,12 +101,12 @@ def print_trace(error: Exception) -> None:
 
 
 def print_json(data: Any) -> None:
-    """One JSON document, on one line; what cannot be seen, and lone surrogates, as JSON's own escapes."""
+    """Print a JSON document on one line; invisible characters and lone surrogates are escaped."""
     print(visible_json(json.dumps(data, ensure_ascii=False, default=str)), flush=True)
 
 
 def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
-    """An empty table; the columns named in `right` are aligned there."""
+    """Return an empty table; the columns in `right` are aligned to the right."""
     from rich import box
     from rich.table import Table
 
@@ -126,7 +126,7 @@ def print_table(made: Table, rows: Iterable[Sequence[object]]) -> None:
 
 
 class Bar:
-    """A progress bar on stderr, removed at the end; without a terminal there is none."""
+    """A progress bar on stderr, which disappears at the end. Without a terminal there is no bar."""
 
     def __init__(self, text: str) -> None:
         from rich.progress import Progress
@@ -151,7 +151,7 @@ class Bar:
 
 
 def cell(value: object) -> str:
-    """A value as a person reads it; `-` for what is not known."""
+    """Return a value as a person reads it; `-` if it is not known."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -163,18 +163,18 @@ def cell(value: object) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things in words, such as "1 message" or "2,000 messages"."""
+    """Return a number with its noun, such as "1 message" or "2,000 messages"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def moment(seconds: float | None) -> str | None:
-    """Seconds since the epoch as RFC 3339 in UTC."""
+    """Return seconds since the epoch as RFC 3339 in UTC; None if that is not a time."""
     seconds = read_time(seconds)
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if seconds else None
 
 
 def age(seconds: float | None) -> str:
-    """A span of time, in its largest unit."""
+    """Return a span of time in its largest unit."""
     if seconds is None:
         return "-"
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -184,7 +184,7 @@ def age(seconds: float | None) -> str:
 
 
 def at_terminal() -> bool:
-    """There is a person to ask."""
+    """Whether there is a person at a terminal, who can be asked."""
     return sys.stdin.isatty()
 
 
@@ -192,7 +192,7 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask before something that cannot be undone.
 
     Raises:
-        typer.Exit: the answer is no, or there is no one to ask.
+        typer.Exit: the answer is no, or there is nobody to ask.
     """
     if yes:
         return

@@ -83,7 +83,7 @@ def stats(
             await asyncio.sleep(watch)
 
     if not json:
-        output.out()  # loads what draws tables, before the loop runs
+        output.out()  # import the library for tables before the event loop runs
     at(url, look)
 
 
@@ -231,7 +231,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 async def _groups(admin: QueueAdmin, name: str) -> Sequence[GroupInfo] | None:
-    """The groups of a queue; None where the protocol has nothing of the kind."""
+    """Return the groups of a queue; None if the protocol has no groups."""
     try:
         return await admin.groups(name)
     except FeatureError:
@@ -250,7 +250,7 @@ def _described(settings: QueueSettings) -> str:
 
 
 def _finite(settings: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
+    """Replace infinity, which JSON does not have, by None."""
     return {name: None if value == math.inf else value for name, value in settings.items()}
 
 

@@ -1,4 +1,4 @@
-"""Noticing that a .py file changed, by its modification time."""
+"""Notices changed .py files by their modification times."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Final
 
-#: Seconds between two looks.
+#: Seconds between two checks.
 POLL_INTERVAL: Final = 0.5
-#: Directories without sources of the user's.
+#: Directories that contain no sources of the user.
 SKIPPED: Final = frozenset({"__pycache__", "node_modules", "site-packages", "build", "dist"})
 
 Stamps = dict[str, int]
 
 
 async def changes(directory: Path) -> AsyncIterator[str]:
-    """The name of a file under `directory` whenever one was changed, added or removed; never ends."""
+    """Yield the name of a file under `directory` whenever one is changed, added or removed; never end."""
     before = await asyncio.to_thread(_stamps, directory)
     while True:
-        # By polling: to be notified of changes would need another package on each operating system.
+        # We poll, because notifications of changes would need another package on each operating system.
         await asyncio.sleep(POLL_INTERVAL)
         now = await asyncio.to_thread(_stamps, directory)
         if now != before:

@@ -1,4 +1,4 @@
-"""`streamtools run`: a service, in this process or in worker processes."""
+"""`streamtools run`: runs a service, in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def _run_workers(target: str, number: int, log_level: str, *, reload: bool) -> i
 
 def _log_to_stderr(level: str, several: bool) -> None:
     process = " %(process)d" if several else ""
-    # At INFO the client library has eight lines of its own for each consumer that joins its group.
+    # At INFO, the client library logs eight lines for each consumer that joins its group.
     logging.getLogger("aiokafka").setLevel(logging.WARNING if level == "info" else level.upper())
-    # Only where the service's own module has not set up logging: basicConfig leaves handlers alone.
+    # If the service's own module sets up logging, it replaces or keeps this.
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format=f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s"
     )

@@ -12,7 +12,7 @@ from streamtools.cli.session import service_errors
 if TYPE_CHECKING:
     from streamtools.bus.contracts import Contract
 
-#: https://json-schema.org/draft/2020-12: what pydantic writes.
+#: The dialect of JSON Schema that pydantic writes.
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -34,7 +34,7 @@ def schema(
 
 
 def describe(contract: type[Contract]) -> dict[str, Any]:
-    """A contract's JSON Schema, with its terms."""
+    """Return the JSON Schema of a contract, with its name, version and queue or topic."""
     from streamtools.bus.contracts import Command
 
     terms = contract.__terms__

@@ -1,4 +1,4 @@
-"""What all commands share: the broker's address, and running a coroutine whose errors are plain lines."""
+"""For all commands: finds the broker's address, and runs a coroutine and prints its errors as plain lines."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ T = TypeVar("T")
 
 
 def _read_url(given: str | None) -> str | None:
-    """The URL that `--url` gives, or that stands in the file it names."""
+    """Return the URL that `--url` gives, or the URL in the file that it names."""
     if given is None or not given.startswith("@"):
         if given is not None and _holds_secret(given):
             note(
-                f"warning: a password in --url is seen by every user of this machine (ps). Put the URL into "
+                f"warning: every user of this machine can see a password in --url (ps). Put the URL into "
                 f"{URL_VARIABLE}, or into a file of yours and write --url @FILE (@- for standard input)."
             )
         return given
     try:
         text = sys.stdin.readline() if given == "@-" else Path(given[1:]).read_text()
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "it is no text"
+        why = getattr(error, "strerror", None) or "it is not a text"
         fail(f"--url {given}: the file with the URL cannot be read: {why}.", USAGE)
     if not (url := text.strip()):
-        fail(f"--url {given}: no URL stands there.", USAGE)
+        fail(f"--url {given}: it contains no URL.", USAGE)
     return url
 
 
@@ -67,34 +67,34 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def address(url: str | None) -> str:
-    """The URL to work at."""
+    """Return the URL to use: the given one, or the default."""
     return url or default_url()
 
 
 def source(url: str | None) -> str:
-    """Where the URL comes from."""
+    """Return where the URL comes from, in words."""
     if url:
         return "--url"
     return URL_VARIABLE if os.environ.get(URL_VARIABLE) else "the default"
 
 
 def export(url: str | None) -> None:
-    """Make `--url` the address of this process and of those it starts, without showing it in their arguments."""
+    """Make `--url` the address of this process and of those it starts, without passing it as an argument."""
     if url:
         os.environ[URL_VARIABLE] = url
 
 
 def drive(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine; what goes wrong becomes one line on stderr and an exit code.
+    """Run a command's coroutine; an error becomes one line on stderr and an exit code.
 
     Raises:
-        typer.Exit: with 1 when it failed, 2 when what was asked for cannot be, 128 + the signal's number.
+        typer.Exit: with 1 if the command failed, 2 for wrong usage, 128 + the number of a signal that ended it.
     """
     with plain_errors():
         try:
             return asyncio.run(_until_signal(work))
         except BrokenPipeError:
-            # Whoever read our output has seen enough. Python would complain once more when it flushes.
+            # The program that read our output has ended. Python would raise again when it flushes stdout.
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
@@ -106,10 +106,10 @@ def drive(work: Coroutine[Any, Any, T]) -> T:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Our own errors as one line on stderr and an exit code, without a traceback.
+    """Print our own errors as one line on stderr, without a traceback, and end with an exit code.
 
     Raises:
-        typer.Exit: with 1 when it failed, 2 when what was asked for cannot be.
+        typer.Exit: with 1 if the command failed, 2 for wrong usage.
     """
     try:
         yield
@@ -121,10 +121,10 @@ def plain_errors() -> Iterator[None]:
 
 @contextmanager
 def service_errors() -> Iterator[None]:
-    """As `plain_errors`; what the service's own code raises has its traceback, without ours around it.
+    """Do what `plain_errors` does; print errors of the service's own code with their traceback, without our frames.
 
     Raises:
-        typer.Exit: with 1 when it failed, 2 when what was asked for cannot be.
+        typer.Exit: with 1 if the command failed, 2 for wrong usage.
     """
     with plain_errors():
         try:
@@ -137,30 +137,30 @@ def service_errors() -> Iterator[None]:
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code for an error: 2 for what was typed wrong, 1 for what went wrong."""
+    """Return the exit code for an error: 2 for wrong usage, 1 for any other failure."""
     return USAGE if isinstance(error, ConfigurationError) and not isinstance(error, QueueError) else FAILED
 
 
 async def _until_signal(work: Coroutine[Any, Any, T]) -> T:
-    # SIGTERM ends a command as Ctrl-C does: what it holds goes back to the broker.
+    # SIGTERM ends a command as Ctrl-C does: messages in hand go back to the broker.
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
-    with suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread, not on this system
+    with suppress(ValueError, RuntimeError, NotImplementedError):  # not possible in other threads, or on this system
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
     return await task
 
 
 def safe_address(url: str | None) -> str:
-    """The address without a password, for people.
+    """Return the address without a password, to show it to people.
 
     Raises:
-        ConfigurationError: it cannot be read, or no protocol has its scheme.
+        ConfigurationError: the address cannot be read, or no protocol has its scheme.
     """
     from streamtools.producer import PRODUCERS
 
     where = address(url)
     protocol = PRODUCERS.protocol(where)
-    # A built-in protocol's settings are known without its driver, which may miss its client library.
+    # The settings of a built-in protocol are known without its driver, whose client library may not be installed.
     builtin = {known.protocol: known for known in ProtocolSettings.__subclasses__()}
     settings = builtin.get(protocol) or PRODUCERS[protocol].settings_class
     return settings.from_url(where).safe_url

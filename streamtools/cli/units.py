@@ -1,4 +1,4 @@
-"""Spans of time, sizes and places as people type them: 90s, 7d, 1.5GB, beginning, 2h."""
+"""Reads spans of time, sizes and places as people type them: 90s, 7d, 1.5GB, beginning, 2h."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ BYTES: Final = {
     "": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40
 }  # fmt: skip
 _AMOUNT: Final = re.compile(r"(\d+(?:\.\d+)?) *([a-zA-Z]*)")
-#: Instead of an amount.
+#: The words for no limit.
 FOREVER: Final = "forever"
 UNLIMITED: Final = "unlimited"
 
 
 def seconds(text: str) -> float:
-    """`90s`, `30min`, `12h`, `7d`, `2w`, or `forever`.
+    """Return the seconds of a text such as `90s`, `30min`, `12h`, `7d`, `2w`, or `forever`.
 
     Raises:
-        ConfigurationError: it is none of these.
+        ConfigurationError: the text is not a span of time.
     """
     return math.inf if text == FOREVER else _amount(text, SECONDS, f"90s, 30min, 12h, 7d, 2w or {FOREVER}")
 
 
 def size(text: str) -> float:
-    """`500`, `64MB`, `1.5GiB`, in whole bytes, or `unlimited`.
+    """Return the whole bytes of a text such as `500`, `64MB`, `1.5GiB`, or `unlimited`.
 
     Raises:
-        ConfigurationError: it is none of these.
+        ConfigurationError: the text is not a size.
     """
     return math.inf if text == UNLIMITED else int(_amount(text, BYTES, f"64MB, 1.5GiB, 5000 or {UNLIMITED}"))
 
 
 def place(text: str) -> Place:
-    """`beginning`, `end`, an offset (`1200`), a time (`2026-01-31T08:00`), or how long ago (`2h`).
+    """Read a place: `beginning`, `end`, an offset (`1200`), a time (`2026-01-31T08:00`), or how long ago (`2h`).
 
     Raises:
-        ConfigurationError: it is none of these.
+        ConfigurationError: the text is not a place.
     """
     if text == "beginning":
         return "beginning"
@@ -62,7 +62,7 @@ def place(text: str) -> Place:
 
 
 def show_size(number: float) -> str:
-    """A number of bytes, for people."""
+    """Return a number of bytes as people read it."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if number >= factor:
             return f"{number / factor:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Worker processes: started, watched, started again when they die, and ended together."""
+"""Starts worker processes, watches them, starts them again when they die, and ends them together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from streamtools.settings import WORKER_VARIABLE
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: How often one worker is started again within RESTART_WINDOW seconds.
+#: A worker is started again this often within RESTART_WINDOW seconds.
 RESTARTS: Final = 5
 RESTART_WINDOW: Final = 60.0
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -35,8 +35,8 @@ class Worker:
     """One worker process and its successors.
 
     Parameters:
-        number: its number, from 0 on, which it reads in STREAMTOOLS_WORKER.
-        command: what to start; `--parent FD` is added.
+        number: its number, from 0 on, which the process finds in STREAMTOOLS_WORKER.
+        command: the command line of the process; `--parent FD` is added.
         told: called when a process names its health port.
     """
 
@@ -46,7 +46,7 @@ class Worker:
         self._command = command
         self._told = told
         self._link: ToWorker | None = None
-        #: The present process has named its health port, and has not begun to end.
+        #: Whether the present process has named its health port, and has not begun to end.
         self._answers = False
         self._stops = False
         self._deaths: deque[float] = deque()
@@ -56,8 +56,8 @@ class Worker:
         """Start the process."""
         self._answers = self._stops = False
         link = self._link = ToWorker(self._is_told)
-        # A process group of its own: Ctrl-C at the terminal must reach a worker once, from us, because a
-        # second signal ends it at once.
+        # Each worker is in its own process group, so that Ctrl-C at the terminal reaches only us. We pass it on once;
+        # a second signal would end the worker at once.
         self.process = await asyncio.create_subprocess_exec(
             *self._command,
             "--parent",
@@ -73,18 +73,18 @@ class Worker:
     def signal(self, number: int) -> None:
         """Send a signal to the process, if it runs."""
         if self.process is not None and self.process.returncode is None:
-            with suppress(ProcessLookupError):  # it ended this moment
+            with suppress(ProcessLookupError):  # the process has just ended
                 self.process.send_signal(number)
 
     async def ended(self) -> int:
-        """Wait for the process; its exit code, negative for a signal."""
+        """Wait until the process has ended, and return its exit code, which is negative for a signal."""
         code = await self.process.wait() if self.process is not None else 0
         if self._link is not None:
             await self._link.close()
         return code
 
     async def health(self) -> WorkerHealth:
-        """How it is."""
+        """Return the health of the worker."""
         process, link = self.process, self._link
         if process is None or process.returncode is not None or link is None:
             return WorkerHealth(worker=self.number, pid=None, state="dead", live=True, ready=False)
@@ -102,7 +102,7 @@ class Worker:
             self._told(address)
 
     def pause(self) -> float | None:
-        """The seconds to wait before it is started again; None when that was done too often."""
+        """Return the seconds to wait before the next start; None if it was started too often."""
         now = time.monotonic()
         self._deaths.append(now)
         while self._deaths[0] < now - RESTART_WINDOW:
@@ -111,14 +111,14 @@ class Worker:
 
 
 class Workers:
-    """A number of workers, supervised.
+    """Supervises a number of workers.
 
     A worker that dies is started again after a growing pause, RESTARTS times within RESTART_WINDOW seconds. If it
     dies again, or if one ends because of wrong usage, all are ended. SIGTERM and SIGINT are passed on.
 
     Parameters:
-        command: the worker's command line.
-        number: how many.
+        command: the command line of a worker.
+        number: how many workers.
         changes: yields the names of changed files. At each change the workers are replaced; a worker that dies is
             started again only at the next one.
     """
@@ -133,11 +133,11 @@ class Workers:
         self._trouble: asyncio.Future[None] | None = None
         self._stop = asyncio.Event()
         self._generation = 0
-        #: Set, and replaced by a new one, when a file changes; set for good when we stop.
+        #: Set and replaced by a new event when a file changes; set for good when we stop.
         self._changed = asyncio.Event()
 
     async def run(self) -> int:
-        """Until a signal, or until the workers cannot go on; the exit code."""
+        """Run the workers until a signal, or until they cannot go on, and return the exit code."""
         loop = asyncio.get_running_loop()
         before = {number: signal.getsignal(number) for number in SIGNALS}
         for number in SIGNALS:
@@ -162,7 +162,7 @@ class Workers:
             self._trouble.set_exception(WorkersEnded(str(error)) if isinstance(error, StreamToolsError) else error)
 
     def _end(self) -> None:
-        # A second signal is passed on as well: it ends the workers at once.
+        # A second signal is passed on too: it ends the workers at once.
         self._stop.set()
         self._changed.set()
         self._signal_all()
@@ -178,7 +178,7 @@ class Workers:
         if self._changes is not None:
             others.append(asyncio.create_task(self._replace(self._changes())))
         await asyncio.wait({*watching, *others}, return_when=asyncio.FIRST_COMPLETED)
-        if not self._stop.is_set():  # a signal has ended them already, and a second one would not be gentle
+        if not self._stop.is_set():  # if it is set, they have got a signal, and a second one would end them at once
             self._end()
         results = await asyncio.gather(*watching, return_exceptions=True)
         for other in others:
@@ -188,23 +188,23 @@ class Workers:
 
     async def _replace(self, changes: AsyncIterator[str]) -> None:
         async for what in changes:
-            log.info("%s changed; starting the workers anew.", what)
+            log.info("%s changed; starting the workers again.", what)
             self._generation += 1
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
             self._signal_all()
 
     async def _watch(self, worker: Worker) -> int:
-        """Keep one worker running until we stop; its last exit code.
+        """Keep one worker running until we stop, and return its last exit code.
 
         Raises:
-            WorkersEnded: it dies again and again.
+            WorkersEnded: the worker dies again and again.
         """
         while True:
             generation, changed = self._generation, self._changed
             await worker.start()
             if self._stop.is_set() or generation != self._generation:
-                worker.signal(signal.SIGTERM)  # it came while the process was being made
+                worker.signal(signal.SIGTERM)  # the stop or the change came while the process was being started
             code = await worker.ended()
             if self._stop.is_set() or (code == USAGE and self._changes is None):
                 return code
@@ -230,7 +230,7 @@ class Workers:
 
 
 def _exit_code(results: Sequence[int | BaseException]) -> int:
-    """0 when every worker ended well; one that was stopped before it could catch the signal did."""
+    """Return 0 if every worker ended well; a worker that SIGTERM ended before it could handle it counts as well."""
     for result in results:
         if isinstance(result, WorkersEnded):
             log.error("%s", result)

@@ -1,4 +1,4 @@
-"""Ends: actions for the end; all are done, even if some of them fail or hang."""
+"""CleanupStack: runs actions at the end; all of them run, even if some fail or hang."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 
 class CleanupStack:
-    """Actions for the end; the last one added is done first."""
+    """Actions to run at the end; the last one that was added runs first."""
 
     def __init__(self) -> None:
         self._ends: list[tuple[str, Callable[[], Awaitable[Any]], Callable[[], float]]] = []
 
     def add(self, name: str, end: Callable[[], Awaitable[Any]], limit: Callable[[], float]) -> None:
-        """Have something done at the end.
+        """Add an action.
 
         Parameters:
-            name: what it is, for an error.
-            end: does it.
-            limit: the seconds that it may take, asked when it begins.
+            name: names the action in an error.
+            end: the action.
+            limit: called when the action begins; returns the seconds that it may take.
         """
         self._ends.append((name, end, limit))
 
     async def run(self) -> list[BaseException]:
-        """Do all of them, even if one fails or takes too long; collect the errors."""
+        """Run all actions, even if one fails or takes too long, and return the errors."""
         errors: list[BaseException] = []
         while self._ends:
             name, end, limit = self._ends.pop()
@@ -46,10 +46,10 @@ async def _within(seconds: float, name: str, end: Callable[[], Awaitable[Any]]) 
 
 
 def raise_all(errors: Sequence[BaseException], several: str) -> None:
-    """Raise what failed: one error as it is, several as a group.
+    """Raise the errors: a single error itself, several as a group.
 
     Parameters:
-        several: what a group of them says.
+        several: the text of the group.
     """
     for error in errors:
         if isinstance(error, asyncio.CancelledError):

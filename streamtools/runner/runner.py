@@ -27,12 +27,12 @@ from streamtools.validation.checks import Seconds, check_count, check_place, che
 
 log: logging.Logger = logging.getLogger("streamtools")
 
-#: What runs before the first message or after the last one: a function, `async def` or `def`.
+#: A function, `async def` or `def`, that runs before the first message or after the last one.
 Hook = Callable[[], Awaitable[Any] | Any]
 
 
 class Resource(Protocol):
-    """What is opened before the first message and closed after the last."""
+    """An object that is opened before the first message and closed after the last."""
 
     async def open(self) -> Any: ...
     async def close(self) -> None: ...
@@ -40,7 +40,7 @@ class Resource(Protocol):
 
 @runtime_checkable
 class Service(Protocol):
-    """What brings handlers and their resources: a HandlerFactory, a bus."""
+    """A source of handlers and their resources: a HandlerFactory, a bus."""
 
     @property
     def bound(self) -> Sequence[BoundHandler]: ...
@@ -49,7 +49,7 @@ class Service(Protocol):
 
 
 class Endpoint(Protocol):
-    """Where the health of a runner is asked for."""
+    """The place at which others ask for the health of a runner."""
 
     host: str
     port: int
@@ -58,18 +58,18 @@ class Endpoint(Protocol):
     async def stop(self) -> None: ...
 
 
-#: What a runner takes.
+#: The sources that a runner takes.
 Source = ConsumerFactory | Service | Consumer | BoundHandler | Producer
-#: Threads for `asyncio.to_thread` at most.
+#: The most threads for `asyncio.to_thread`.
 THREADS: Final = 32
-#: Seconds that closing connections may take beyond the shutdown deadline.
+#: Seconds that closing connections may take after the shutdown deadline.
 CLOSE_TIMEOUT: Final = 5.0
-#: Seconds between cancelling a hook and interrupting it.
+#: Seconds from the cancellation of a hook to its interruption.
 INTERRUPT_DELAY: Final = 1.0
 
 
 class _InLoop:
-    """A runner in one event loop."""
+    """The state of a runner in one event loop."""
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
@@ -77,17 +77,17 @@ class _InLoop:
         self.ready: asyncio.Event = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self.serving = False
-        #: Signals end it.
+        #: Whether signals end the runner.
         self.signals = False
         self._deadline: float | None = None
 
     def begin(self, *, signals: bool) -> None:
-        """It serves from now on."""
+        """Note that the runner serves from now on."""
         self.serving, self.signals, self._deadline = True, signals, None
         self.stop.clear()
 
     def rest(self, shutdown_timeout: float) -> float:
-        """The seconds that are left for the shutdown, which begins with the first call."""
+        """Return the seconds that are left for the shutdown; the first call begins the shutdown."""
         now = time.monotonic()
         if self._deadline is None:
             self._deadline = now + shutdown_timeout
@@ -156,10 +156,10 @@ class ConsumerRunner:
     # --- for users ------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run until SIGTERM or SIGINT; on uvloop where it is installed.
+        """Run until SIGTERM or SIGINT; use uvloop if it is installed.
 
         Raises:
-            Exception: what ended the runner, when it was not a signal; the process then exits with 1.
+            Exception: the error that ended the runner, if no signal did; the process then exits with 1.
         """
         with heeded(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.get_loop().set_default_executor(DefaultThreads(THREADS, CLOSE_TIMEOUT))
@@ -169,13 +169,13 @@ class ConsumerRunner:
         """Run inside a running loop, until a signal, `stop()`, or a failure.
 
         Parameters:
-            signals: end on SIGTERM and SIGINT (in the main thread), from the first moment on; the handlers of
-                before are put back. A second signal ends the process at once. Several runners in one event loop end
-                together.
+            signals: whether SIGTERM and SIGINT end the runner (in the main thread). At the end the signal handlers of
+                before are restored. A second signal ends the process at once. A signal ends all runners of an event
+                loop together.
 
         Raises:
-            ConfigurationError: it runs already, here or in another event loop, or there is nothing to run.
-            Exception: what ended the runner, when it was not stopped.
+            ConfigurationError: the runner runs already, here or in another event loop, or there is nothing to run.
+            Exception: the error that ended the runner.
             ExceptionGroup: several loops, or several hooks, failed.
         """
         if not self._handlers:
@@ -202,7 +202,7 @@ class ConsumerRunner:
         """Wait until every loop is connected and running.
 
         Raises:
-            Exception: what ended the runner before that.
+            Exception: the error that ended the runner before that.
         """
         here = self._in.here()
         waiting = asyncio.create_task(here.ready.wait())
@@ -214,10 +214,11 @@ class ConsumerRunner:
             here.task.result()
 
     def report_to(self, make: Callable[[str, int, Callable[[], HealthReport]], Endpoint]) -> None:
-        """Have something else than a port of this process tell how it is, where a `health_port` was asked for.
+        """Report the health to another place instead of a port of this process; only if `health_port` was given.
 
         Parameters:
-            make: what is started and stopped instead, of host, port and report.
+            make: makes the object that is started and stopped instead of the health server, from host, port and
+                report.
         """
         if self._health is not None:
             self._health = make(self._health.host, self._health.port, self.health)
@@ -228,7 +229,7 @@ class ConsumerRunner:
         return [handler.consumer for handler in self._handlers]
 
     def health(self) -> HealthReport:
-        """How every loop is doing."""
+        """Return the health of every loop."""
         return HealthReport(loops=[supervisor.health() for supervisor in self._supervisors])
 
     async def __aenter__(self) -> Self:
@@ -236,7 +237,7 @@ class ConsumerRunner:
         here.task = asyncio.create_task(self.serve(signals=False), name="streamtools-runner")
         try:
             await self.ready()
-        except BaseException:  # nobody will leave a block that was never entered
+        except BaseException:  # `__aexit__` is not called after this
             here.task.cancel()
             await asyncio.wait({here.task})
             raise
@@ -251,7 +252,7 @@ class ConsumerRunner:
         if task is not None:
             await task
 
-    # --- how it runs ----------------------------------------------------------------------------
+    # --- running --------------------------------------------------------------------------------
 
     async def _serve_alone(self) -> None:
         try:
@@ -259,17 +260,17 @@ class ConsumerRunner:
         finally:
             others = asyncio.all_tasks() - {asyncio.current_task()}
             if left := await end(others, CLOSE_TIMEOUT):
-                log.error("%d tasks ignore that they are cancelled; they are left behind.", left)
+                log.error("%d tasks ignore their cancellation; they are left behind.", left)
 
     async def _serve(self, here: _InLoop) -> None:
         ends, failure = CleanupStack(), None
         try:
             async with until(here.stop):
-                if not here.stop.is_set():  # a signal came before
+                if not here.stop.is_set():  # if it is set, a signal has come already
                     await self._enter(here, ends)
             if not here.stop.is_set():
                 await self._supervise(here)
-        except Interrupted:  # a signal, while a hook blocked the event loop
+        except Interrupted:  # a signal came while a hook blocked the event loop
             pass
         except BaseException as error:
             failure = error
@@ -305,10 +306,10 @@ class ConsumerRunner:
         return max(here.rest(self.shutdown_timeout), CLOSE_TIMEOUT)
 
     async def _end(self, hook: Hook, name: str, here: _InLoop) -> None:
-        """Call a hook of `on_shutdown`; one that blocks the event loop is interrupted when its time is over."""
+        """Call a hook of `on_shutdown`; if it blocks the event loop, interrupt it when its time is over."""
         seconds = self._limit(here)
         try:
-            # Later than it is cancelled, where that is possible.
+            # A hook that does not block is cancelled before that.
             with Interruptible(seconds=seconds + INTERRUPT_DELAY) as limited:
                 await _call(hook, limited)
         except Interrupted:

@@ -1,4 +1,4 @@
-"""Supervisor: runs one handler's loop, and again when it ends by an error."""
+"""Supervisor: runs the loop of one handler, and restarts it after an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log: logging.Logger = logging.getLogger("streamtools")
 
 
 class Supervisor:
-    """Runs one handler's loop, and again when it ends by an error, within a budget."""
+    """Runs the loop of one handler, and restarts it after an error, up to a number of times."""
 
     def __init__(self, handler: BoundHandler, *, restarts: int, window: float) -> None:
         self.handler = handler
@@ -31,24 +31,25 @@ class Supervisor:
         self._stopping = False
 
     def stop(self, grace: float) -> None:
-        """Take no more messages in; handlers at work have `grace` seconds."""
+        """Stop receiving; running handlers have `grace` seconds to finish."""
         self._stopping = True
-        if self.state != "dead":  # what has ended is not to be told: it would end at once when it is run again
+        if self.state != "dead":  # a consumer that has ended must not be stopped: its next run would end at once
             self.state = "draining"
             self.consumer.stop(grace)
 
     async def run(self) -> None:
-        """Until stopped.
+        """Run until stopped.
 
         Raises:
-            Exception: what ended the loop, when it never started, cannot recover, or the budget is used up.
+            Exception: the error that ended the loop, if the loop never started, cannot recover, or has ended too
+                often.
         """
         try:
             while not self._stopping:
                 await self._run_once()
         except BaseException as error:
             self.state = "dead"
-            if isinstance(error, Exception):  # beside a host's own work nobody may await it before the end
+            if isinstance(error, Exception):  # log it now: perhaps nobody awaits this task before the end
                 log.error("The loop of %s cannot go on, and the runner ends: %s", self.handler.name, error)  # noqa: TRY400
             raise
         self.state = "stopped"
@@ -81,7 +82,7 @@ class Supervisor:
         return len(self._recent) <= self._budget
 
     def health(self) -> LoopHealth:
-        """How the loop is doing."""
+        """Return the health of the loop."""
         progress = self.consumer.progress
         return LoopHealth(
             queue=self.consumer.queue,

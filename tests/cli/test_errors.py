@@ -88,7 +88,7 @@ class TestShow:
         result = cli("errors", command[0], "nobody", *command[1:])
 
         assert result.exit_code == 1
-        assert "holds no message that is meant by 1 of the ids" in result.stderr
+        assert "holds no message for 1 of the ids" in result.stderr
 
     def test_of_an_unknown_id_ends_with_1(self, cli: Cli) -> None:
         result = cli("errors", "show", "nobody")

@@ -218,7 +218,7 @@ class TestWorkers:
         running = start("run", "shop.service:runner", "--workers", "2", "--url", "asyncio://")
 
         assert running.wait() == 2
-        assert "leave --workers away" in running.output
+        assert "leave --workers out" in running.output
 
     def test_a_service_that_dies_again_and_again_ends_the_command_with_1(self, start: Start, tmp_path: Path) -> None:
         (tmp_path / "shop" / "service.py").write_text(SERVICE + "\nos._exit(3)\n")

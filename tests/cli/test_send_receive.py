@@ -44,7 +44,7 @@ def test_what_looks_like_json_and_is_none_is_pointed_out(cli: Cli, text: str, no
     result = cli("send", "orders", text)
 
     assert result.exit_code == 0
-    assert ("is not JSON" in result.stderr and "goes as text" in result.stderr) == noted
+    assert ("is not JSON" in result.stderr and "is sent as text" in result.stderr) == noted
 
 
 def test_raw_bytes_come_from_standard_input(cli: Cli, url: str) -> None:
@@ -221,4 +221,4 @@ def test_who_looks_where_there_is_no_broker_is_told_who_listens(cli: Cli) -> Non
     result = cli("receive", "orders", "--url", "http://127.0.0.1:0", "--timeout", "0.1")
 
     assert result.exit_code == 0, result.output
-    assert "http://127.0.0.1:0 has no queues to look into: this command listens there itself" in result.stderr
+    assert "http://127.0.0.1:0 has no queues to read: this command itself listens there" in result.stderr

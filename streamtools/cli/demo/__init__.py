@@ -1,1 +1,1 @@
-"""The demo: a service of three handlers on 3,000 order events, the same on every protocol."""
+"""The demo: a service of three handlers, which handles 3,000 order events on any protocol."""

@@ -1,4 +1,4 @@
-"""`streamtools demo`, and what it prints."""
+"""`streamtools demo`: runs the demo, and prints what happens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from streamtools.cli.demo.tally import Result
     from streamtools.redrive import ErrorGroup
 
-#: The embedded default: a temporary file, so that nothing is left behind.
+#: With this address the demo uses a temporary file, so that nothing is left behind.
 EMBEDDED: Final = "sqlite://"
 COLUMNS: Final = ("sent", "handled", "retried", "dead-lettered", "redriven")
 
@@ -65,7 +65,7 @@ def _place(url: str | None) -> Iterator[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Log nothing: lines about each retry and rejection would hide what the demo says."""
+    """Log nothing: lines about each retry and rejection would hide the output of the demo."""
     log = logging.getLogger("streamtools")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -102,7 +102,7 @@ class Teller:
         self._text = ""
         self._begin = 0.0
         self._bar: Progress | None = None
-        self._new_bar = _bars()  # imports what it needs now, not while messages wait
+        self._new_bar = _bars()  # this imports the library now, not while messages wait
 
     def __enter__(self) -> None:
         pass
@@ -125,7 +125,7 @@ class Teller:
             self._bar.update(self._bar.task_ids[0], completed=done)
 
     def errors(self, groups: Sequence[ErrorGroup]) -> None:
-        """What the error queue holds, as `streamtools errors list` shows it."""
+        """Print the content of the error queue, as `streamtools errors list` shows it."""
         self._end()
         self._number += 1
         print(f"{self._number}  The error queue holds what no retry could help:")
@@ -151,7 +151,7 @@ def _bars() -> Callable[[], Progress]:
     console = output.out()
 
     def make() -> Progress:
-        # Transient: when a phase ends its line replaces the bar, in the order of the story.
+        # The bar is transient: when a phase ends, its line replaces the bar.
         columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), MofNCompleteColumn()
         return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
@@ -179,7 +179,7 @@ def _print_result(result: Result) -> None:
 
 
 def _command() -> str:
-    """The command to type next: in a checkout `make`, which installs the client library, too."""
+    """Return the command to type next: in a checkout `make`, which also installs the client library."""
     if Path("Makefile").is_file() and Path("streamtools", "cli", "demo").is_dir():
         return "make"
     return "streamtools" if sys.argv[0].endswith("/streamtools") else "python -m streamtools"

@@ -1,4 +1,4 @@
-"""The demo's course: send, handle, look at what failed, put it back, count."""
+"""The steps of the demo: send, handle, show what failed, redrive it, count."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from streamtools.message import Message
 from streamtools.producer import Producer
 from streamtools.redrive import ErrorFilter, ErrorGroup, group_errors, redrive
 
-#: Events sent in one confirmed batch.
+#: The number of events in one confirmed batch.
 BATCH: Final = 500
 #: The warehouse that is closed at first, in Tromsø.
 CLOSED: Final = "TOS-1"
-#: What an operator would type after `streamtools errors redrive --filter`.
+#: The filter that an operator would type after `streamtools errors redrive --filter`.
 FILTER: Final = "exception=WarehouseClosed"
-#: Seconds between two looks at a queue's depth, and for how long.
+#: Seconds between two questions for a queue's depth, and the most seconds to ask.
 POLL_INTERVAL: Final = 0.05
 POLL_TIMEOUT: Final = 10.0
 
 
 class Narrator(Protocol):
-    """Says what happens."""
+    """Prints what happens."""
 
     def phase(self, text: str, total: int) -> None:
-        """A phase begins, of `total` messages."""
+        """Begin a phase of `total` messages."""
 
     def progress(self, done: int) -> None:
-        """So many of them are done."""
+        """Show how many messages of the phase are done."""
 
     def errors(self, groups: Sequence[ErrorGroup]) -> None:
-        """What the error queue holds."""
+        """Show the content of the error queue."""
 
 
 def load() -> list[bytes]:
-    """The order events, one JSON line each.
+    """Return the order events, one JSON line each.
 
     The file is `examples/data/orders.jsonl`, where readers find it. A wheel has a copy beside this module.
     """
@@ -57,7 +57,7 @@ def load() -> list[bytes]:
 
 
 def prepare(url: str) -> Course:
-    """The demo at `url`, on queues of its own.
+    """Prepare the demo at `url`, with queues of its own.
 
     Raises:
         ConfigurationError: the URL cannot be used, or its protocol has no error queue.
@@ -71,7 +71,7 @@ class Course:
 
     Parameters:
         queues: names that nothing else uses.
-        admin: not open yet.
+        admin: a QueueAdmin that is not open yet.
         events: the lines to send.
     """
 
@@ -85,10 +85,10 @@ class Course:
         self._sent = 0
 
     async def run(self, narrator: Narrator) -> Result:
-        """All phases; the queues are deleted at the end, whatever happens.
+        """Run all phases, and delete the queues at the end, whatever happens.
 
         Raises:
-            StreamToolsError: the broker cannot be reached, or refuses something.
+            StreamToolsError: the broker cannot be reached, or refuses an operation.
         """
         self._narrator = narrator
         async with self._admin:
@@ -96,7 +96,7 @@ class Course:
                 return await self._run()
             finally:
                 for name in (*self._queues, self._queues.error):
-                    with suppress(QueueError):  # it was never made
+                    with suppress(QueueError):  # the queue was never created
                         await self._admin.delete(name)
 
     async def _run(self) -> Result:
@@ -118,7 +118,7 @@ class Course:
                 self._narrator.progress(self._sent)
 
     def _message(self, number: int, line: bytes) -> Message:
-        # Not `producer.send(data)`: the lines are to arrive byte for byte, broken or not.
+        # Not `producer.send(data)`, because the lines must arrive byte for byte, even invalid ones.
         return Message(
             body=line,
             queue=self._queues.orders,
@@ -162,9 +162,9 @@ class Course:
         return moved
 
     async def _depth(self, expected: int) -> int:
-        """The error queue's depth, once it is as expected, or POLL_TIMEOUT seconds later."""
+        """Return the depth of the error queue as soon as it is as expected, or after POLL_TIMEOUT seconds."""
         deadline = time.monotonic() + POLL_TIMEOUT
-        # No broker says when its count is up to date, so it is asked again and again.
+        # No broker says whether its count is up to date, so we ask again and again.
         while (depth := (await self._admin.stats(self._queues.error)).ready) != expected:
             if time.monotonic() > deadline:
                 break

@@ -1,4 +1,4 @@
-"""What the demo's three handlers receive."""
+"""The messages that the three handlers of the demo receive."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class Order(BaseModel):
 
 
 class Payment(BaseModel):
-    """An order that is to be paid."""
+    """An order that has to be paid."""
 
     order: Order
 
 
 class Shipment(BaseModel):
-    """A paid order that is to leave its warehouse."""
+    """A paid order that has to leave its warehouse."""
 
     order_id: str
     warehouse: str

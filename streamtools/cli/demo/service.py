@@ -14,42 +14,42 @@ from streamtools.routing import ConsumerFactory
 from streamtools.runner import ConsumerRunner
 from streamtools.types import Middleware
 
-#: Handlers of one queue at once: while one waits for its send to be confirmed, the others go on.
+#: Handlers of one queue that run at the same time: while one waits for a confirmation, the others go on.
 CONCURRENCY: Final = 50
-#: The card company is asked again after a fraction of a second.
+#: After a fraction of a second the card company is asked again.
 RETRY: Final = Retry(retries=5, delay=0.2)
 
 
 class CardCompanyBusy(Exception):
-    """The card company did not answer in time; it will, if asked again."""
+    """The card company did not answer in time; it will answer if it is asked again."""
 
 
 class WarehouseClosed(Reject):
-    """Nobody is there to pack: an operator is to put the shipment back once somebody is."""
+    """Nobody is in the warehouse; an operator has to redrive the shipment when it is open."""
 
 
 class Warehouses:
-    """Which warehouses are closed."""
+    """Knows which warehouses are closed."""
 
     def __init__(self, *closed: str) -> None:
         self._closed = set(closed)
 
     def open(self, name: str) -> None:
-        """From now on somebody packs there."""
+        """Open a warehouse."""
         self._closed.discard(name)
 
     def check(self, name: str) -> None:
-        """Raise unless somebody packs there.
+        """Check that a warehouse is open.
 
         Raises:
-            WarehouseClosed: nobody does.
+            WarehouseClosed: the warehouse is closed.
         """
         if name in self._closed:
             raise WarehouseClosed(f"The warehouse {name} is closed.")
 
 
 class Queues:
-    """The demo's queue names: those of one run share a prefix and meet no other run's."""
+    """The names of the demo's queues; each run has its own prefix, so that runs do not disturb each other."""
 
     def __init__(self, prefix: str) -> None:
         self.orders: str = f"{prefix}.orders"
@@ -62,7 +62,7 @@ class Queues:
 
 
 def build(url: str, queues: Queues, warehouses: Warehouses, watch: Middleware) -> ConsumerRunner:
-    """The service, ready to run.
+    """Return the service, ready to run.
 
     Parameters:
         watch: counts what happens, for the demo's table.
@@ -75,7 +75,7 @@ def build(url: str, queues: Queues, warehouses: Warehouses, watch: Middleware) -
 
     @consumers.route(queues.orders)
     async def order(msg: Order) -> None:
-        # The id is made of the order's own, so that an order that is handled twice is paid once.
+        # The id of the payment is made from the id of the order, so that an order that is handled twice is paid once.
         await payments.send(Payment(order=msg), id=f"payment-{msg.order_id}", type="demo.Payment")
 
     @consumers.route(queues.payments)
@@ -96,7 +96,7 @@ def charge(order: Order, attempt: int) -> None:
     """Charge the customer's card: one in ten needs a second attempt, one in a hundred a third.
 
     Raises:
-        CardCompanyBusy: ask again.
+        CardCompanyBusy: the card company has to be asked again.
     """
     needed = 3 if order.number % 100 == 7 else 2 if order.number % 10 == 7 else 1
     if attempt < needed:

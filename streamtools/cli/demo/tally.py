@@ -1,4 +1,4 @@
-"""What happened to each message of the demo, counted by id, so that one delivered twice counts once."""
+"""Counts what happened to the messages of the demo, by their ids: a message that is delivered twice counts once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamtools.errors import DecodeError, HandlerError, Reject
 from streamtools.message import Message
 from streamtools.types import Handler
 
-#: Seconds without any event after which the demo says that something is wrong.
+#: If nothing happens for this many seconds, the demo ends with an error.
 EVENT_TIMEOUT: Final = 30.0
 
 
@@ -46,13 +46,13 @@ class Tally:
         """Wait until `finished()` is true.
 
         Raises:
-            HandlerError: nothing happens any more.
+            HandlerError: nothing has happened for EVENT_TIMEOUT seconds.
         """
         while not finished():
             self._changed.clear()
             if not await is_set_within(self._changed, EVENT_TIMEOUT):
                 raise HandlerError(
-                    f"The demo heard of no message for {EVENT_TIMEOUT:g} s: is another program at work on its queues?"
+                    f"No message was handled for {EVENT_TIMEOUT:g} s. Does another program consume the demo's queues?"
                 )
 
 
@@ -78,19 +78,19 @@ class Row:
 
     @property
     def adds_up(self) -> bool:
-        """Every message sent was handled, or is still in the error queue."""
+        """Whether every message that was sent was handled, or is still in the error queue."""
         return self.sent == self.handled + self.dead_lettered - self.redriven
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What the demo ends with.
+    """The result of the demo.
 
     Attributes:
         url: where it ran, without a password.
         rows: one for each queue, in the order of the service.
         left: messages in the error queue at the end, as the broker counts them.
-        seconds: from the first send to the last settlement.
+        seconds: the time from the first send to the last settlement.
     """
 
     url: str
@@ -106,11 +106,11 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """Messages handled in a second, each of them sent, confirmed, received and acknowledged."""
+        """The messages that were sent, confirmed, received, handled and acknowledged per second."""
         return self.total.handled / self.seconds
 
     @property
     def adds_up(self) -> bool:
-        """No message is missing and none is there twice."""
+        """Whether no message is missing and none exists twice."""
         total = self.total
         return all(row.adds_up for row in self.rows) and self.left == total.dead_lettered - total.redriven

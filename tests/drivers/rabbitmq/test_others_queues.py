@@ -401,8 +401,7 @@ async def test_a_delay_without_declaring_uses_what_stands_and_else_is_refused(
     url = rabbitmq_vhost.url
     async with RabbitMQProducer("orders", url=url, declare=declare) as sender:
         for _ in range(2):
-            with pytest.raises(SendError, match="without declare=True they are not created. Use declare=True") as
-            caught:
+            with pytest.raises(SendError, match="without declare=True they are not created. Use") as caught:
                 await sender.send(b"later", delay=0.2)
             assert caught.value.early == caught.value.refused != ()
         assert _made(rabbitmq_vhost) == {"orders"}

@@ -285,7 +285,7 @@ class PublisherChannel(Channel):
             )
 
     def _back_from_chain(self, message: Message) -> tuple[str, str] | None:
-        """Return the (id, routing key) under which this message came back from the delay chain; None if it did not."""
+        """Return the (id, routing key) under which this message came back from the delay chain, or None."""
         found = (r for r in self._returned if r[0] == message.id and is_route(r[1], message))
         return next(found, None)
 
