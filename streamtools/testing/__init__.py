@@ -1,6 +1,6 @@
-"""For tests: `Harness` runs a service's real handlers, `ConformanceSuite` proves a driver.
+"""For tests: `Harness` runs a service's real handlers, `ConformanceSuite` tests a driver.
 
-`Harness` needs nothing but streamtools; `ConformanceSuite` needs the extra `testing`.
+`Harness` needs only streamtools; `ConformanceSuite` needs the extra `testing`.
 """
 
 import sys
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ConformanceSuite", "Harness", "eventually"]
 
-#: What the suite needs of the extra.
+#: The packages of the extra that the suite needs.
 PACKAGES: Final = ("pytest", "pytest_asyncio")
 _SUITE: Final = "streamtools.testing.conformance"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ConformanceSuite":  # loaded when first asked for: it needs pytest
+    if name == "ConformanceSuite":  # imported at its first use, because it needs pytest
         missing = [package for package in PACKAGES if find_spec(package) is None]
         if missing:
             raise ModuleNotFoundError(

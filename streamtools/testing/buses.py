@@ -1,4 +1,4 @@
-"""A bus in a harness: at the harness's own address, and everything else as it is."""
+"""Runs a bus in a harness: only its address is replaced, by the one of the harness."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from streamtools.message import Message
 
 @asynccontextmanager
 async def moved(bus: Bus, url: str) -> AsyncIterator[None]:
-    """Until its end the bus sends, asks and subscribes at another address; to start or stop it does nothing.
+    """Let a bus send, request and subscribe at another address in this block; `start` and `stop` do nothing there.
 
-    What its own protocol cannot do is refused all the same.
+    Operations that its own protocol does not support are still refused.
     """
 
     async def start() -> Bus:
@@ -40,7 +40,7 @@ async def moved(bus: Bus, url: str) -> AsyncIterator[None]:
 
 
 class BusProbe:
-    """A bus as a source of a harness, like a routed handler."""
+    """Makes a bus a source of a harness, like a routed handler."""
 
     def __init__(self, bus: Bus) -> None:
         self.loop: BoundHandler = bus.bound[0]
@@ -50,27 +50,27 @@ class BusProbe:
         self.options: dict[str, Any] = bus._transport.options
 
     def build(self, url: str) -> Consumer:
-        """The consumer of its queue; the bus has been moved to `url`."""
+        """Return the consumer of the bus's queue; the bus has been moved to `url` before."""
         return self.bus.consumer
 
     @property
     def bindings(self) -> list[Binding]:
-        """What the queue is bound to now."""
+        """The present bindings of the queue."""
         return [*self.bus._subscriptions]
 
 
 def parts_of(settlement: Settlement) -> list[Settlement]:
-    """What each handler made of a message."""
+    """Return the settlement of each handler of a message."""
     return [part for _, part in settlement.parts] if isinstance(settlement, Shared) else [settlement]
 
 
 def type_of(payload: object) -> str | None:
-    """The name on the wire of a contract."""
+    """Return the name of a contract on the wire; None if the payload is not a contract."""
     return payload.__terms__.name if isinstance(payload, Contract) else None
 
 
 def is_of(message: Message, what: str | type | None) -> bool:
-    """Whether a message went to this queue or topic, or is of this contract."""
+    """Whether a message went to this queue or topic, or has this contract."""
     if isinstance(what, type) and issubclass(what, Contract):
         return message.type == what.__terms__.name
     return what is None or message.queue == what

@@ -54,22 +54,21 @@ class Harness:
         assert service.sent("payments") == [{"order": 1}]
     ```
 
-    The handlers run with their own concurrency, retries, middleware and order; the address and the
-    protocol are replaced. Inside the block no Producer connects to a broker, whatever its URL is: what it sends to a
-    queue with a handler is handled here, and everything that it sends is recorded in `sent`. Receipts have no
-    answers, also over HTTP. Use one harness at a time, in all threads together.
+    The handlers run with their own concurrency, retries, middleware and order; the address and the protocol are
+    replaced. Inside the block no Producer connects to a broker, whatever its URL is. Its messages to a queue with a
+    handler are handled here, and all its messages are recorded in `sent`. Receipts have no answers, also over HTTP.
+    Only one harness can be used at a time, in all threads together.
 
-    A bus publishes to the buses in the same harness, and can send requests to them. What they send is in `sent`,
-    `deferred`, `published` and `replied`, whoever receives it. It is no error here if nobody has subscribed, or a
-    queue is missing. Starting
-    or stopping the bus does nothing inside the block.
+    A bus publishes to the buses in the same harness, and can send requests to them. Their messages are recorded in
+    `sent`, `deferred`, `published` and `replied`, whoever receives them. It is not an error here if nobody has
+    subscribed, or if a queue is missing. Starting or stopping the bus does nothing inside the block.
 
     Parameters:
         sources: factories, single routed handlers, buses.
-        delays: wait for the delays of retries and of `send(delay=)`. Otherwise everything comes at once: up to a
-            hundred attempts, and up to ten deferred messages in a chain; what a handler defers to itself after that
-            stays in `deferred`.
-        timeout: seconds that `settled` waits.
+        delays: whether to wait for the delays of retries and of `send(delay=)`. If not, messages are delivered at
+            once: up to a hundred attempts, and up to ten deferred messages in a chain. Messages that a handler defers
+            after that are only recorded in `deferred`.
+        timeout: the seconds that `settled` waits.
 
     Raises:
         ConfigurationError: two handlers would have to share a queue; or, when the block begins, another harness is in
@@ -90,11 +89,11 @@ class Harness:
         self._tasks: list[asyncio.Task[None]] = []
         self._handled: list[tuple[Message, Any]] = []
         self._sent: list[Message] = []
-        #: How often a message, and what has caused it, was deferred; by its id.
+        #: Id of a message -> how often it and the messages that caused it were deferred.
         self._deferrals: dict[str, int] = {}
-        #: Messages as they were run again, in order; `.attempt` counts, `.error` says why.
+        #: The messages of all attempts after the first, in order; `.attempt` is their number, `.error` says why.
         self.retried: list[Message] = []
-        #: Messages as they stand in the error queue; `.error` says why.
+        #: The messages in the error queue; `.error` says why they were rejected.
         self.rejected: list[Message] = []
         #: Messages that were dropped, or had expired.
         self.dropped: list[Message] = []
@@ -115,7 +114,7 @@ class Harness:
         correlation_id: str | None = None,
         reply_to: str | None = None,
     ) -> Receipt:
-        """Send one message to a handler; parameters as for `Producer.send`.
+        """Send one message to a handler. The parameters are those of `Producer.send`.
 
         Raises:
             ConfigurationError: no handler is routed from this queue.
@@ -130,11 +129,11 @@ class Harness:
         return (await self._put([producer._encode(payload, id, common)]))[0]
 
     async def settled(self) -> None:
-        """Wait until every message has come to an end, with its retries and the messages that it caused.
+        """Wait until all messages are settled, with their retries and the messages that they caused.
 
         Raises:
-            TimeoutError: with the names of the messages that hang.
-            Exception: what ended a loop.
+            TimeoutError: some messages are not settled in time; the error names them.
+            Exception: the error that ended a consumer.
         """
         try:
             await eventually(self._is_settled, timeout=self._timeout)
@@ -147,7 +146,7 @@ class Harness:
     @overload
     def handled(self, what: str | None = None) -> list[Any]: ...
     def handled(self, what: str | type | None = None) -> list[Any]:
-        """The payloads whose handler has returned, in order, as they were sent.
+        """Return the payloads whose handlers have returned, in order, as they were sent.
 
         Parameters:
             what: a queue, for its payloads only; or a Command or Event, for its messages as objects of that class.
@@ -155,7 +154,7 @@ class Harness:
         return [_payload(message, what) for message, _ in self._handled if is_of(message, what)]
 
     def results(self, what: str | type | None = None) -> list[Any]:
-        """What the handlers returned, in the order of `handled`."""
+        """Return the results of the handlers, in the order of `handled`."""
         return [result for message, result in self._handled if is_of(message, what)]
 
     @overload
@@ -163,11 +162,11 @@ class Harness:
     @overload
     def sent(self, what: str | None = None) -> list[Any]: ...
     def sent(self, what: str | type | None = None) -> list[Any]:
-        """The payloads that Producers and buses have sent within the block, in order; parameters as for `handled`."""
+        """Return the payloads that Producers and buses have sent in the block; `what` is the same as in `handled`."""
         return [_payload(message, what) for message in self.sent_messages(what)]
 
     def sent_messages(self, what: str | type | None = None) -> list[Message]:
-        """The same as whole messages, with headers and metadata."""
+        """Return the same as `sent`, but as whole messages, with headers and metadata."""
         return self._gone(what, lambda message: message.intent not in ("event", "reply"))
 
     @overload
@@ -175,7 +174,7 @@ class Harness:
     @overload
     def deferred(self, what: str | None = None) -> list[Any]: ...
     def deferred(self, what: str | type | None = None) -> list[Any]:
-        """The payloads in `sent` that were sent for later."""
+        """Return the payloads in `sent` that were deferred."""
         return [_payload(message, what) for message in self.sent_messages(what) if message.deliver_at is not None]
 
     @overload
@@ -183,7 +182,7 @@ class Harness:
     @overload
     def published(self, what: str | None = None) -> list[Any]: ...
     def published(self, what: str | type | None = None) -> list[Any]:
-        """The events that buses have published within the block, whoever has subscribed.
+        """Return the events that buses have published in the block, whoever has subscribed.
 
         Parameters:
             what: a topic, for its events only; or an Event, for objects of that class.
@@ -195,7 +194,7 @@ class Harness:
     @overload
     def replied(self, what: str | None = None) -> list[Any]: ...
     def replied(self, what: str | type | None = None) -> list[Any]:
-        """What handlers have replied, or returned to requests; parameters as for `handled`, by the asker's queue."""
+        """Return the replies of handlers; `what` is the same as in `handled`, but queues are those of requesters."""
         return [_payload(message, what) for message in self._gone(what, lambda m: m.intent == "reply")]
 
     def _gone(self, what: str | type | None, chosen: Callable[[Message], bool]) -> list[Message]:
@@ -220,7 +219,7 @@ class Harness:
     ) -> None:
         await self._end()
 
-    # --- how it works ---------------------------------------------------------------------------
+    # --- running --------------------------------------------------------------------------------
 
     @property
     def _queues(self) -> set[str]:
@@ -229,7 +228,7 @@ class Harness:
     def _is_settled(self) -> bool:
         for task in self._tasks:
             if task.done():
-                task.result()  # a loop that ended by itself tells why
+                task.result()  # raises the error that ended the loop
         return not any(watched.busy for watched in self._consumers)
 
     def _producer(self, queue: str) -> Producer:
@@ -242,7 +241,7 @@ class Harness:
         return await self._put(batch)
 
     async def _put(self, batch: Sequence[Message]) -> list[Receipt]:
-        """To the handlers, and to who asked; what has neither is only kept."""
+        """Send messages to handlers and requesters in this harness; messages to others are only recorded."""
         if self._consumers:
             producer = self._producer(self._consumers[0].consumer.queue)
             await producer._open()
@@ -252,7 +251,7 @@ class Harness:
         return [Receipt(message.id, message.queue) for message in batch]
 
     def _leaving(self, batch: Iterable[Message], cause: Message | None) -> list[Message]:
-        """Messages as they go on here, each awaited where it is to be handled."""
+        """Return the messages to send in this harness, and let their consumers expect them."""
         going = [m for m in batch if self._delays or self._deferred(m, cause) <= DEFERRALS]
         leaving = [m.replace(mandatory=False, deliver_at=m.deliver_at if self._delays else None) for m in going]
         for message in leaving:
@@ -277,13 +276,13 @@ class Harness:
             watched.consumer.stop(0)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._stack.aclose()
-        async with QueueAdmin(url=self._url) as admin:  # queues of this protocol live as long as the process
+        async with QueueAdmin(url=self._url) as admin:  # in-process queues would exist until the process ends
             for queue in await admin.list():
                 await admin.delete(queue.name)
 
 
 class _Watched:
-    """One route's consumer, and what it has not settled yet."""
+    """The consumer of one route, and the messages that it has not settled yet."""
 
     def __init__(self, harness: Harness, route: Route | BusProbe) -> None:
         self.pending: Counter[str] = Counter()
@@ -298,7 +297,7 @@ class _Watched:
             self.consumer.make_dispatcher = self._make_dispatcher  # type: ignore[method-assign]
 
     def has(self, message: Message) -> bool:
-        """Whether a message comes here."""
+        """Whether this consumer receives a message."""
         if message.exchange is None:
             return message.queue == self.consumer.queue
         bindings = self._route.bindings if isinstance(self._route, BusProbe) else self.consumer.bindings
@@ -309,19 +308,19 @@ class _Watched:
 
     @property
     def busy(self) -> bool:
-        """A message is not settled yet, or is being handled."""
+        """Whether a message is not settled yet, or is being handled."""
         loop = self.consumer._loop
         return self.pending.total() > 0 or (loop is not None and loop.in_hand > 0)
 
     def hanging(self) -> str:
-        """What has come to no end, for an error."""
+        """Return the messages that are not settled, for an error text."""
         if not self.busy:
             return ""
         ids = ", ".join(self.pending) or "none that waits"
         return f"{self._route.name} of {self.consumer.queue!r}: {ids} ({self.consumer.in_flight} at work)"
 
     async def start(self) -> asyncio.Task[None]:
-        """Run the loop; returns once it receives."""
+        """Run the consumer's loop, and return its task when the loop receives."""
         self.consumer._settle = self._record  # type: ignore[method-assign]
         started = asyncio.Event()
         handler = self._route.loop if isinstance(self._route, BusProbe) else self._route
@@ -354,7 +353,7 @@ class _Watched:
     def _note(self, settlement: Settlement) -> None:
         message, kind, harness = settlement.delivery.message, settlement.verdict.kind, self._harness
         if kind.gives_back or kind.copy is Copy.RETRY or not self.pending[message.id]:
-            return  # it comes again, or a second verdict
+            return  # the message is delivered again, or this is a second verdict on it
         self.pending -= Counter([message.id])
         for copy in _apart(settlement)[0]:
             harness._expect(copy)
@@ -365,13 +364,13 @@ class _Watched:
         message, kind = part.delivery.message, part.verdict.kind
         match kind:
             case VerdictKind.ACK:
-                if self.consumer.ack != "on_receive":  # else its handler has not begun
+                if self.consumer.ack != "on_receive":  # with "on_receive" its handler has not begun yet
                     self._harness._handled.append((message, part.result))
             case VerdictKind.REJECT:
                 self._harness.rejected += _apart(part)[0]
             case VerdictKind.DROP:
                 self._harness.dropped.append(message)
-            case VerdictKind.RETRY | VerdictKind.RELEASE:  # of one of several handlers: it comes again
+            case VerdictKind.RETRY | VerdictKind.RELEASE:  # one of several handlers: the message is delivered again
                 pass
             case _:
                 assert_never(kind)
@@ -390,7 +389,7 @@ def _at_once(retry: Retry) -> Retry:
 
 
 def _apart(settlement: Settlement) -> tuple[list[Message], list[Message]]:
-    """Copies of the message itself, and what its handlers sent."""
+    """Return the copies of the message itself, and the messages that its handlers sent."""
     own = settlement.delivery.message.id
     copies = [m for m in settlement.outgoing if m.id == own]
     return copies, [m for m in settlement.outgoing if m.id != own]
@@ -403,7 +402,7 @@ def _routes(source: object) -> Sequence[Route | BusProbe]:
         return [each for each in source.all if isinstance(each, Route)]
     if isinstance(source, Bus):
         return [BusProbe(source)] if source.bound else []
-    raise ConfigurationError(f"A harness runs factories, routed handlers and buses, and {source!r} is none of them.")
+    raise ConfigurationError(f"A harness runs factories, routed handlers and buses, but not {source!r}.")
 
 
 def _distinct(routes: Iterable[Route | BusProbe]) -> list[Route | BusProbe]:
@@ -422,8 +421,8 @@ def _distinct(routes: Iterable[Route | BusProbe]) -> list[Route | BusProbe]:
 def _alone() -> Iterator[None]:
     if not _turn.acquire(blocking=False):
         raise ConfigurationError(
-            "Another harness is at work, and takes what every Producer of this process sends: end its block first, "
-            "or give one harness all of it: Harness(consumers, bus). Tests in threads take turns by a threading.Lock."
+            "Another harness is in use, and records what every Producer of this process sends. End its block first, "
+            "or give one harness all sources: Harness(consumers, bus). Tests in threads need a threading.Lock."
         )
     try:
         yield
@@ -432,7 +431,7 @@ def _alone() -> Iterator[None]:
 
 
 def _redirected(take: Callable[[Sequence[Message]], Awaitable[list[Receipt]]]) -> ExitStack:
-    """Until it is closed every Producer sends to `take`, and connects nowhere."""
+    """Let every Producer send to `take`, without connecting, until the returned stack is closed."""
     touched: list[Producer] = []
 
     async def connect(self: Producer, deadline: float) -> None:
@@ -448,7 +447,7 @@ def _redirected(take: Callable[[Sequence[Message]], Awaitable[list[Receipt]]]) -
 
     def forget() -> None:
         for producer in touched:
-            producer._connected = False  # it never was
+            producer._connected = False  # it was never connected to a broker
 
     stack = ExitStack()
     stack.callback(forget)

@@ -1,4 +1,4 @@
-"""Waiting for what can only be looked at, with a deadline; never for a length of time."""
+"""Waits for conditions that can only be checked again and again; a test should never sleep for a fixed time."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sized
 from typing import Final
 
-#: Seconds after which what should have happened has not; long, for busy machines.
+#: After this many seconds a condition has failed; it is long, because machines may be busy.
 TIMEOUT: Final = 30.0
-#: Seconds between two looks.
+#: Seconds between two checks.
 POLL_INTERVAL: Final = 0.005
 
 
 async def eventually(
     condition: Callable[[], object | Awaitable[object]], what: str = "", *, timeout: float = TIMEOUT
 ) -> None:
-    """Wait until `condition()` is true; the look in between costs 5 ms.
+    """Wait until `condition()` is true; check it every 5 ms.
 
     Parameters:
         condition: a function, `def` or `async def`.
-        what: named in the error.
-        timeout: seconds.
+        what: names the condition in the error.
+        timeout: the most seconds to wait.
 
     Raises:
-        TimeoutError: it has not become true.
+        TimeoutError: the condition has not become true.
     """
     try:
         async with asyncio.timeout(timeout):
@@ -34,10 +34,10 @@ async def eventually(
 
 
 async def reaches(items: Sized, number: int, what: str = "items") -> None:
-    """Wait until `items` holds so many.
+    """Wait until `items` has at least `number` items.
 
     Raises:
-        TimeoutError: it holds fewer.
+        TimeoutError: it still has fewer.
     """
     await eventually(lambda: len(items) >= number, f"{number} {what}")
 
@@ -48,5 +48,5 @@ async def _holds(condition: Callable[[], object | Awaitable[object]]) -> bool:
 
 
 def _source(condition: Callable[..., object]) -> str:
-    code = getattr(condition, "__code__", None)  # not the text itself: reading the file would block
+    code = getattr(condition, "__code__", None)  # names the line only, because reading the file would block
     return repr(condition) if code is None else f"the condition at {code.co_filename}:{code.co_firstlineno}"

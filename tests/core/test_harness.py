@@ -210,7 +210,7 @@ async def test_a_second_harness_at_the_same_time_says_so_and_disturbs_nothing() 
 
     async with Harness(consumers) as service:
         for again in (use(others), asyncio.to_thread(asyncio.run, use(others))):
-            with pytest.raises(ConfigurationError, match="Another harness is at work"):
+            with pytest.raises(ConfigurationError, match="Another harness is in use"):
                 await again
         await Producer("orders").send(2)
         await service.settled()
@@ -266,9 +266,7 @@ async def test_a_routed_method_runs_with_its_object() -> None:
 
 
 def test_what_is_no_handler_is_refused_with_what_to_do_instead() -> None:
-    with pytest.raises(
-        ConfigurationError, match="factories, routed handlers and buses, and <AsyncIOProducer .* is none"
-    ):
+    with pytest.raises(ConfigurationError, match="factories, routed handlers and buses, but not <AsyncIOProducer"):
         Harness(Producer("orders", url="asyncio://"))  # type: ignore[arg-type]
 
 

@@ -11,16 +11,17 @@ class TestSQLite(ConformanceSuite):
         return f"sqlite:///{tmp_path}/queues.db"
 ```
 
-The driver's `Features` steer it: a case that means nothing for a protocol is skipped, saying which
-feature excludes it. Each case has a queue name of its own, so one broker may serve all of them. Where the
-broker's connections can be cut, a fixture `cut` lets the suite do so. A process that has messages in hand is killed
-with -9: a fixture `kill_url` says where they come back soon. Only real brokers prove anything.
+The driver's `Features` decide which cases run: if a case does not apply to a protocol, it is skipped, and names the
+feature that excludes it. Each case has its own queue name, so one broker can serve all of them. If your test can cut
+the connections to the broker, write a fixture `cut` that does it. The suite also kills a process with messages in
+hand; the fixture `kill_url` is an address where such messages come back soon. Only tests with real brokers prove
+anything.
 
     sending.py · receiving.py · handling.py · failing.py · ordering.py · killed.py · loops.py · administration.py ·
     topics.py · foreign.py    the cases
-    stage.py      what a case opens, sends and receives with
-    cases.py      fixtures, and what Features exclude
-    payloads.py   what is sent
+    stage.py      opens producers and consumers, sends and receives, for the cases
+    cases.py      the fixtures, and the rules by which Features exclude cases
+    payloads.py   the payloads, bodies, names and headers that cases send
 """
 
 from __future__ import annotations

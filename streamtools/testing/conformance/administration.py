@@ -1,4 +1,4 @@
-"""Cases of administration: what an operator sees and does."""
+"""Cases of administration: what an operator sees and can do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamtools.testing.waiting import eventually
 
 
 class AdministrationCases(Cases):
-    """What a QueueAdmin promises."""
+    """The promises of a QueueAdmin."""
 
     @needs("admin")
     async def test_a_queue_is_made_listed_and_deleted(self, stage: Stage) -> None:

@@ -1,4 +1,4 @@
-"""What a class of cases stands on: its fixtures, and which cases a protocol's Features exclude."""
+"""The base of all cases: the fixtures, and the rules by which a protocol's Features exclude cases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Case = TypeVar("Case", bound=Callable[..., Any])
 
 
 def needs(*names: str) -> Callable[[Case], Case]:
-    """This case means nothing where one of these Features is False."""
+    """Skip this case if one of these Features is False."""
 
     def mark(case: Case) -> Case:
         case.needs = names  # type: ignore[attr-defined]
@@ -30,7 +30,7 @@ def needs(*names: str) -> Callable[[Case], Case]:
 
 
 def except_with(name: str, why: str) -> Callable[[Case], Case]:
-    """This case means nothing where this Feature is True."""
+    """Skip this case if this Feature is True."""
 
     def mark(case: Case) -> Case:
         case.excluded = {**getattr(case, "excluded", {}), name: why}  # type: ignore[attr-defined]
@@ -48,29 +48,29 @@ class Cases:
 
     @property
     def features(self) -> Features:
-        """What the protocol can do."""
+        """The features of the protocol."""
         return CONSUMER_LOOPS[self.protocol].features
 
     @pytest.fixture
     def url(self) -> str | ProtocolSettings:
-        """Where the broker is. Write this fixture in your class."""
+        """The address of the broker. Write this fixture in your class."""
         raise TypeError(f"{type(self).__name__} does not say where its broker is: write a fixture named url.")
 
     @pytest.fixture
     def queue(self) -> str:
-        """A name that no other case uses."""
+        """A queue name that no other case uses."""
         return f"orders-{secrets.token_hex(4)}"
 
     @pytest_asyncio.fixture
     async def stage(self, url: str | ProtocolSettings, queue: str) -> AsyncIterator[Stage]:
-        """What a case opens, sends and receives with."""
+        """The stage, with which a case opens, sends and receives."""
         stage = Stage(self.protocol, url, queue)
         yield stage
         await stage.close()
 
     @pytest.fixture(autouse=True)
     def _skip_what_features_exclude(self, request: pytest.FixtureRequest) -> None:
-        features = self.features  # loads the driver's module here, outside the event loop
+        features = self.features  # this imports the driver's module here, outside the event loop
         for name in getattr(request.function, "needs", ()):
             if not getattr(features, name):
                 pytest.skip(f"{self.protocol!r} says {name}=False")

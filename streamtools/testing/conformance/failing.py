@@ -53,7 +53,7 @@ RAISED: dict[str, BaseException] = {
 
 
 class FailingCases(Cases):
-    """What becomes of a message whose handler fails."""
+    """The promises about messages whose handlers fail."""
 
     async def test_a_failed_message_is_run_again_until_it_works(self, stage: Stage) -> None:
         seen: list[Message] = []

@@ -1,11 +1,11 @@
-"""Cases of other programs: whatever stands in a message costs that message alone.
+"""Cases of messages from other programs: whatever a message contains, no other message is affected.
 
 A driver's test class says what another program may send, as a hypothesis strategy, and publishes it without
 streamtools:
 
 ```python
 class TestBoxes(ConformanceSuite):
-    foreign = st.dictionaries(st.text(), st.binary())    # what stands beside a body, in any form of yours
+    foreign = st.dictionaries(st.text(), st.binary())    # everything except the body, in any form that you choose
 
     async def publish_foreign(self, stage: Stage, letters: Sequence[Letter]) -> Collection[int]:
         for letter in letters:
@@ -13,8 +13,8 @@ class TestBoxes(ConformanceSuite):
         return ()
 ```
 
-`STREAMTOOLS_FOREIGN=2000` makes so many messages in each case instead of a few dozen, and
-`STREAMTOOLS_FOREIGN_SEED=7` others.
+`STREAMTOOLS_FOREIGN=2000` makes 2,000 messages in each case instead of a few dozen, and `STREAMTOOLS_FOREIGN_SEED=7`
+makes other messages.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from streamtools.testing.conformance.cases import Cases, needs
 from streamtools.testing.conformance.stage import Stage
 from streamtools.testing.waiting import eventually
 
-#: Messages in each case, unless the environment says another number.
+#: The number of messages in each case, unless the environment sets another.
 FEW: Final = 40
 COUNT, SEED = "STREAMTOOLS_FOREIGN", "STREAMTOOLS_FOREIGN_SEED"
-#: Messages that are published together.
+#: The number of messages that are published together.
 TOGETHER: Final = 200
-#: Seconds for a hundred messages, at most.
+#: The most seconds for a hundred messages.
 HUNDRED_TIMEOUT: Final = 20.0
 
 
@@ -57,9 +57,9 @@ class Letter:
     """A message of another program.
 
     Attributes:
-        number: which one it is.
-        body: its bytes, in which the number stands; None for a tombstone.
-        beside: what stands beside the body, as the driver's strategy has made it.
+        number: the number of the message.
+        body: its bytes, which contain the number; None for a tombstone.
+        beside: everything except the body, as the driver's strategy has made it.
     """
 
     number: int
@@ -78,7 +78,7 @@ def _event(number: int) -> bytes:
     return json.dumps(event).encode()
 
 
-#: Bodies of all sorts, of one number each.
+#: Bodies of many kinds; each contains its number.
 BODIES: Final[dict[str, Callable[[int], bytes]]] = {
     "JSON": lambda n: b'{"n": %d}' % n,
     "text": lambda n: b"plain text %d" % n,
@@ -94,7 +94,7 @@ BODIES: Final[dict[str, Callable[[int], bytes]]] = {
     "a batch of events": lambda n: b"[" + _event(n) + b"]",
     "large": lambda n: (b"%d " % n) * 4000,
 }
-#: What a handler that fails may raise.
+#: The errors that a failing handler raises.
 FAILURES: Final[Sequence[Callable[[], BaseException]]] = (
     lambda: ValueError("wrong"),
     lambda: Reject("no: \udcff \x1b[31m"),
@@ -104,7 +104,7 @@ FAILURES: Final[Sequence[Callable[[], BaseException]]] = (
 
 
 class Ledger:
-    """What became of each letter: a handler that fails for every second one, and keeps what it was given."""
+    """A handler that fails for every second letter, and counts the bodies that it handles."""
 
     def __init__(self, letters: Iterable[Letter], *, failing: bool = True) -> None:
         #: A tombstone has no number, so that all of them fail.
@@ -121,13 +121,13 @@ class Ledger:
 
 
 class ForeignCases(Cases):
-    """Whatever other programs send is handled, or in the error queue with its bytes; everything else goes on."""
+    """Every message of another program is handled, or goes to the error queue unchanged; no other is affected."""
 
     #: A hypothesis strategy of what may stand beside a body; None where nobody else can send.
     foreign: ClassVar[Any] = None
 
     async def publish_foreign(self, stage: Stage, letters: Sequence[Letter]) -> Collection[int]:
-        """Publish these to the queue of `stage`, as another program would.
+        """Publish letters to the queue of `stage`, as another program would.
 
         Returns:
             The numbers of those that were not taken, as whoever sent them was told.
@@ -135,11 +135,11 @@ class ForeignCases(Cases):
         raise TypeError(f"{type(self).__name__} does not say how others publish: write its publish_foreign().")
 
     async def look_at_foreign(self, stage: Stage, queue: str) -> None:
-        """Look at a queue that holds such messages by further means, such as commands; nothing may change."""
+        """Read the queue by further means, such as commands; this must not change the queue."""
 
     @pytest.fixture
     def letters(self) -> list[Letter]:
-        """What others send in this case."""
+        """The letters that other programs send in this case."""
         if self.foreign is None:
             pytest.skip(f"{type(self).__name__} says nothing of what others send (foreign)")
         count, seed = int(os.environ.get(COUNT, FEW)), int(os.environ.get(SEED, "0"))
@@ -193,7 +193,7 @@ class ForeignCases(Cases):
             yield
 
     async def _publish(self, stage: Stage, letters: Sequence[Letter]) -> Counter[bytes | None]:
-        """Publish them; the bodies of those that were taken."""
+        """Publish letters, and return the bodies of those that the broker accepted."""
         refused: set[int] = set()
         for start in range(0, len(letters), TOGETHER):
             refused.update(await self.publish_foreign(stage, letters[start : start + TOGETHER]))
@@ -202,7 +202,7 @@ class ForeignCases(Cases):
     async def _all_are_somewhere(
         self, stage: Stage, ledger: Ledger, sent: Counter[bytes | None]
     ) -> Counter[bytes | None]:
-        """Wait until each was handled or has failed, once; the bodies of those that failed."""
+        """Wait until each letter was handled or rejected once, and return the bodies of the rejected ones."""
         if not self.features.error_queue or not self.features.admin:
             await eventually(lambda: ledger.handled == sent, "each that was taken was handled")
             return Counter()
@@ -223,7 +223,7 @@ class ForeignCases(Cases):
         return found
 
     async def _goes_on(self, stage: Stage, ledger: Ledger) -> None:
-        """The consumer is as able as before."""
+        """Check that the consumer works as before."""
         await stage.send({"after": "all of them"})
         body = b'{"after":"all of them"}'
         await eventually(lambda: ledger.handled.pop(body, 0), "what is sent afterwards is handled")
@@ -255,7 +255,7 @@ async def _holds(admin: QueueAdmin, queue: str, number: int) -> bool:
 
 
 def draw_letters(beside: Any, count: int, *, tombstones: bool, seed: int = 0) -> list[Letter]:
-    """So many letters, drawn once for all: what is on a broker cannot be made smaller afterwards.
+    """Draw letters once for all cases: messages on a broker cannot be made smaller afterwards.
 
     Parameters:
         beside: the strategy of what stands beside a body.

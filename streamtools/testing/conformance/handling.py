@@ -1,4 +1,4 @@
-"""Cases of handling: what a handler may be, run at once, acknowledged, stopped."""
+"""Cases of handling: kinds of handlers, concurrency, acknowledgement, stopping."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from streamtools.types import Handler
 
 
 class HandlingCases(Cases):
-    """What a consumer with a handler promises."""
+    """The promises of a consumer with a handler."""
 
     async def test_the_annotation_decides_what_a_handler_is_given(self, stage: Stage) -> None:
         seen: list[Any] = []

@@ -1,4 +1,4 @@
-"""Another process that has messages in hand until it is killed.
+"""A process that takes messages into hand, and keeps them until it is killed.
 
 `python -m streamtools.testing.conformance.holder MODULE PROTOCOL URL QUEUE NUMBER by_hand|in_handlers`
 """
@@ -15,7 +15,7 @@ from streamtools.delivery import Delivery
 
 
 async def hold(protocol: str, url: str, queue: str, number: int, how: str) -> None:
-    """Take so many messages into hand, say so on the standard output, and keep them."""
+    """Take `number` messages into hand, print a line about it, and keep them."""
     consumer = CONSUMER_LOOPS[protocol](
         queue, url=url, concurrency=number, prefetch=number, error_queue="{queue}.error"
     )
@@ -38,7 +38,7 @@ async def hold(protocol: str, url: str, queue: str, number: int, how: str) -> No
 
 
 def main() -> None:
-    """Hold what the command line says."""
+    """Read the command line, and hold messages."""
     module, *words = sys.argv[1:]
     importlib.import_module(module)
     asyncio.run(hold(words[0], words[1], words[2], int(words[3]), words[4]))

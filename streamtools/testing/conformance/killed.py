@@ -28,7 +28,7 @@ Kill = Callable[[Stage, str], Awaitable[None]]
 
 
 class KilledCases(Cases):
-    """What was in the hands of a process that is no more comes back."""
+    """Messages in the hand of a process that was killed are delivered again."""
 
     @pytest.fixture
     def kill_url(self, url: str | ProtocolSettings) -> str:
@@ -42,14 +42,14 @@ class KilledCases(Cases):
 
     @pytest_asyncio.fixture
     async def kill_stage(self, kill_url: str, queue: str) -> AsyncIterator[Stage]:
-        """As `stage`, at `kill_url`."""
+        """A stage like `stage`, at `kill_url`."""
         stage = Stage(self.protocol, kill_url, queue)
         yield stage
         await stage.close()
 
     @pytest.fixture
     def kill(self) -> Kill:
-        """Starts a process that takes HELD messages of the stage's queue into hand, and kills it."""
+        """A function that starts a process, lets it take HELD messages of the stage into hand, and kills it."""
         return kill_holder
 
     @needs("processes", "redelivery")
@@ -90,7 +90,7 @@ class KilledCases(Cases):
 
 
 async def kill_holder(stage: Stage, how: str) -> None:
-    """Have another process take HELD messages into hand, and kill it.
+    """Start a process that takes HELD messages into hand, and kill it.
 
     Parameters:
         how: "by_hand", by `receive`, or "in_handlers", which do not return.

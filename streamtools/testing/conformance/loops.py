@@ -1,4 +1,4 @@
-"""Cases of event loops: objects of a module are used in one after the other, and in several at once."""
+"""Cases of event loops: global objects are used in one event loop after the other, and in several at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALL: Final = "its messages are calls, which nobody receives by hand later"
 
 
 class LoopCases(Cases):
-    """A producer and a consumer that were made in no event loop work in any number of them."""
+    """A producer and a consumer that are created outside of an event loop can be used in any number of loops."""
 
     async def test_a_handler_runs_in_one_event_loop_after_the_other(self, stage: Stage) -> None:
         producer, consumer, inbox = stage.new_producer(), stage.new_consumer(), Inbox()
@@ -92,7 +92,7 @@ async def in_a_loop_of_its_own(work: Callable[[], Coroutine[Any, Any, Any]]) -> 
 
 
 async def _make(consumer: Consumer) -> None:
-    """Open and close it, so that there is a queue, and a group."""
+    """Open and close a consumer, so that the queue and the group exist."""
     await consumer.open()
     await consumer.close()
 

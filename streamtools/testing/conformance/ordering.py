@@ -21,7 +21,7 @@ EACH = 12
 
 
 class OrderingCases(Cases):
-    """What holds its place, and who has what."""
+    """The promises of `ordered_by`."""
 
     @needs("ordered")
     async def test_messages_of_one_key_stay_in_order_though_some_are_retried(self, stage: Stage) -> None:
@@ -111,7 +111,7 @@ class OrderingCases(Cases):
 
 
 class GroupCases(Cases):
-    """Groups: each has every message, its consumers share them."""
+    """Each group gets every message, and the consumers of a group share them."""
 
     async def test_a_group_that_the_protocol_does_not_have_is_refused_at_once(self, stage: Stage) -> None:
         if self.features.groups:
@@ -214,11 +214,14 @@ async def _holds(admin: QueueAdmin, queue: str, number: int) -> bool:
 
 
 class ConnectionCases(Cases):
-    """Connections that are cut under way."""
+    """Connections that are cut while messages are sent and received."""
 
     @pytest.fixture
     def cut(self) -> Callable[[], Awaitable[None]] | None:
-        """Cuts every connection to the broker, which must be back at once. Write this fixture where it can be."""
+        """A function that cuts every connection to the broker; the broker must be reachable again at once.
+
+        Write this fixture if your test can do so.
+        """
         return None
 
     async def test_both_sides_resume_when_their_connections_are_cut(

@@ -1,4 +1,4 @@
-"""Cases of receiving by hand: pulling, iterating, settling, closing."""
+"""Cases of receiving without a handler: pulling, iterating, settling, closing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTLING = tuple(kind.value for kind in VerdictKind)
 
 
 class ReceivingCases(Cases):
-    """What a consumer without a handler promises."""
+    """The promises of a consumer without a handler."""
 
     async def test_what_is_sent_is_received_and_once_acknowledged_gone(self, stage: Stage) -> None:
         consumer = await stage.consumer()

@@ -1,4 +1,4 @@
-"""Cases of sending: what arrives, what is confirmed, what is refused."""
+"""Cases of sending: which messages arrive, are confirmed, and are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEVER = [math.nan, math.inf, -math.inf, 1.7e12, -1e300]
 
 
 class SendingCases(Cases):
-    """What a producer promises."""
+    """The promises of a producer."""
 
     @pytest.mark.parametrize("kind", PAYLOADS)
     async def test_a_payload_comes_back_as_it_was_sent(self, stage: Stage, kind: str) -> None:

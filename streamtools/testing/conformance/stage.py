@@ -1,4 +1,4 @@
-"""The stage: what a case opens, sends and receives with; all of it is closed at the end."""
+"""Stage: opens, sends and receives for a case, and closes everything at the end."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from streamtools.testing.waiting import TIMEOUT, eventually
 if TYPE_CHECKING:
     from streamtools.settings import ProtocolSettings
 
-#: Retries that cost no time.
+#: Two retries without a delay.
 QUICK: Final = Retry(retries=2, delay=0, jitter=0)
-#: Straight to the error queue.
+#: No retry: a failed message goes to the error queue.
 NEVER: Final = Retry(retries=0)
-#: Again and again.
+#: Retries without an end and without a delay.
 ALWAYS: Final = Retry(retries=None, delay=0, jitter=0)
-#: Each queue has an error queue of its own here, so that cases do not meet in one.
+#: Each queue has its own error queue, so that cases do not share one.
 ERRORS: Final = "{queue}.error"
 
 
 class Sent:
-    """A send: over before a case goes on where the broker holds the message, under way where it is a call."""
+    """A send. With a broker it is finished when a case gets it; over HTTP it may still wait for its answer."""
 
     def __init__(self, task: asyncio.Task[list[Receipt]]) -> None:
         self.task = task
 
     def __await__(self) -> Generator[Any, None, list[Receipt]]:
-        """The receipts, once there are any."""
+        """Wait for the receipts."""
         return self._receipts().__await__()
 
     async def _receipts(self) -> list[Receipt]:
@@ -47,12 +47,12 @@ class Sent:
 
 
 class Stage:
-    """One queue of the case's own, and everything opened on it.
+    """The queue of one case, and everything that the case opens on it.
 
     Parameters:
         protocol: the driver's name in the registries.
-        url: where.
-        queue: a name that no other case uses.
+        url: the address of the broker.
+        queue: a queue name that no other case uses.
     """
 
     def __init__(self, protocol: str, url: str | ProtocolSettings, queue: str) -> None:
@@ -64,16 +64,16 @@ class Stage:
         self._sends: list[asyncio.Task[list[Receipt]]] = []
         self._sender: Producer | None = None
 
-    # --- making ---------------------------------------------------------------------------------
+    # --- opening --------------------------------------------------------------------------------
 
     def new_producer(self, queue: str | None = None, **options: Any) -> Producer:
-        """A producer that is not open yet."""
+        """Return a producer that is not open yet."""
         producer = PRODUCERS[self.protocol](queue or self.queue, **{"url": self.url, **options})
         self._stack.push_async_callback(producer.close)
         return producer
 
     def new_consumer(self, queue: str | None = None, **options: Any) -> Consumer:
-        """A consumer that is not open yet; its group is of the case's own, as members meet whatever they read."""
+        """Return a consumer that is not open yet. Each case has its own group names, so that groups do not mix."""
         defaults = {"url": self.url, "retry": QUICK, "error_queue": ERRORS}
         if (group := options.get("group")) is not None:
             options["group"] = f"{group}-{self.queue}"
@@ -82,18 +82,18 @@ class Stage:
         return consumer
 
     async def producer(self, queue: str | None = None, **options: Any) -> Producer:
-        """An open producer."""
+        """Return an open producer."""
         return await self.new_producer(queue, **options).open()
 
     async def consumer(self, queue: str | None = None, **options: Any) -> Consumer:
-        """An open consumer, to receive by hand."""
+        """Return an open consumer, to receive without a handler."""
         return await self.new_consumer(queue, **options).open()
 
     @asynccontextmanager
     async def running(
         self, handler: Callable[..., Any], queue: str | None = None, *, grace: float = TIMEOUT, **options: Any
     ) -> AsyncIterator[Consumer]:
-        """A consumer whose loop runs `handler`; it is stopped gracefully at the end."""
+        """Run a consumer with `handler` in this block, and stop it gracefully at the end."""
         consumer = self.new_consumer(queue, **options)
         task = await self.start(consumer, handler)
         try:
@@ -104,7 +104,7 @@ class Stage:
                 await task
 
     async def start(self, consumer: Consumer, handler: Callable[..., Any]) -> asyncio.Task[None]:
-        """Run the consumer's loop; returns once it receives."""
+        """Run the consumer's loop, and return its task when the loop receives."""
         started = asyncio.Event()
         bound = consumer.handler or consumer()(handler)
         task = asyncio.create_task(consumer.run(bound, on_started=started.set))
@@ -117,7 +117,7 @@ class Stage:
         return task
 
     async def admin(self) -> QueueAdmin:
-        """An open admin."""
+        """Return an open admin."""
         admin = await ADMINS[self.protocol](url=self.url).open()
         self._stack.push_async_callback(admin.close)
         return admin
@@ -134,7 +134,7 @@ class Stage:
         return await self._begin(send())
 
     async def send_many(self, payloads: Iterable[object], *, by: Producer | None = None, **options: Any) -> Sent:
-        """Send many, one after the other."""
+        """Send many messages, one after the other."""
         producer = by or await self._default_producer()
         return await self._begin(producer.send_many(payloads, **options))
 
@@ -151,10 +151,10 @@ class Stage:
             await sent
         return sent
 
-    # --- looking --------------------------------------------------------------------------------
+    # --- receiving ------------------------------------------------------------------------------
 
     async def take(self, consumer: Consumer, number: int) -> list[Delivery]:
-        """Receive exactly so many by hand."""
+        """Receive exactly `number` deliveries without a handler."""
         taken: list[Delivery] = []
         async with asyncio.timeout(TIMEOUT):
             while len(taken) < number:
@@ -162,7 +162,7 @@ class Stage:
         return taken
 
     async def errors(self, number: int, queue: str | None = None) -> list[Message]:
-        """Take exactly so many from the error queue."""
+        """Receive and acknowledge exactly `number` messages of the error queue."""
         consumer = await self.consumer(queue or f"{self.queue}.error", error_queue="unused")
         taken = await self.take(consumer, number)
         for delivery in taken:
@@ -171,9 +171,9 @@ class Stage:
         return [delivery.message for delivery in taken]
 
     async def rejected(self, sent: Sent) -> Message | None:
-        """Wait until the message of this send was rejected: as it stands in the error queue, where there is one.
+        """Wait until the message of a send was rejected, and return it from the error queue.
 
-        Where a call is answered the sender is told, and keeps the message.
+        Over HTTP there is no error queue: the sender gets the error, and this returns None.
         """
         if self.features.error_queue:
             return (await self.errors(1))[0]
@@ -185,7 +185,7 @@ class Stage:
         raise AssertionError("The handler rejected the message and its sender was not told.")
 
     async def nothing_waits(self, queue: str | None = None) -> None:
-        """Make sure that no message can be received; close other consumers before."""
+        """Check that no message can be received; close all other consumers before."""
         consumer = await self.consumer(queue, error_queue="unused")
         found = await consumer.receive(10, timeout=0)
         await consumer.close()
@@ -194,7 +194,7 @@ class Stage:
     # --- the end --------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Close all that was opened."""
+        """Close everything that was opened."""
         for task in self._sends:
             task.cancel()
         await asyncio.gather(*self._sends, return_exceptions=True)
@@ -203,7 +203,7 @@ class Stage:
 
 
 class Inbox:
-    """A handler that keeps what it is given."""
+    """A handler that keeps its payloads."""
 
     def __init__(self, answer: Callable[[Any], Any] | None = None) -> None:
         self.items: list[Any] = []
@@ -214,7 +214,7 @@ class Inbox:
         return self._answer(msg) if self._answer is not None else None
 
     async def holds(self, number: int) -> list[Any]:
-        """Wait for so many; what came."""
+        """Wait for this number of messages, and return all payloads."""
         await eventually(lambda: len(self.items) >= number, f"{number} messages handled, there are {len(self.items)}")
         return self.items
 
@@ -227,7 +227,7 @@ class Envelopes(Inbox):
 
 
 class Gate:
-    """A handler that waits until it is let through."""
+    """A handler that waits until the case opens the gate."""
 
     def __init__(self) -> None:
         self.entered: list[Any] = []
@@ -240,12 +240,12 @@ class Gate:
         self.left.append(msg)
 
     async def holds(self, number: int) -> None:
-        """Wait until so many have entered."""
+        """Wait until this number of handlers have entered."""
         await eventually(lambda: len(self.entered) >= number, f"{number} handlers at work")
 
 
 async def gather(*work: Awaitable[Any]) -> Sequence[Any]:
-    """All of it at once, with a deadline."""
+    """Await everything at the same time, with a deadline."""
     async with asyncio.timeout(2 * TIMEOUT):
         return await asyncio.gather(*work)
 

@@ -1,4 +1,4 @@
-"""Cases of exchanges: which queues have a message that is sent to a topic."""
+"""Cases of exchanges: which queues get a message that is published under a topic."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ ROUTES: Final[list[tuple[ExchangeType, str, list[str], list[str]]]] = [
 
 
 def new_exchange(type: ExchangeType = "topic") -> Exchange:  # noqa: A002
-    """An exchange that no other case uses."""
+    """Return an exchange that no other case uses."""
     return Exchange(f"case-{secrets.token_hex(4)}", type=type)
 
 
 def to(exchange: Exchange, topic: str, body: bytes = b"x", **fields: Any) -> Message:
-    """A message to a topic."""
+    """Return a message to a topic."""
     return Message(body=body, queue=topic, exchange=exchange, id=secrets.token_hex(8), **fields)
 
 
 class TopicCases(Cases):
-    """What is published reaches each queue that asked for it, once, and is an error where none did."""
+    """An event reaches every bound queue once; if no queue is bound, publishing it is an error."""
 
     @needs("topics")
     @pytest.mark.parametrize(("kind", "pattern", "yes", "no"), ROUTES)
