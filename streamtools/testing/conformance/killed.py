@@ -67,6 +67,8 @@ class KilledCases(Cases):
                 back += await consumer.receive(HELD)
         assert sorted(int(d.message.body or b"-1") for d in back) == list(range(HELD))
         assert {delivery.message.attempt for delivery in back} == {1}
+        if self.features.delivery_count:
+            assert all(delivery.redeliveries for delivery in back), "the broker counts deliveries"
         await consumer.ack_many(back)
         await consumer.close()
         await kill_stage.nothing_waits()

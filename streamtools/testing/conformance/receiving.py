@@ -8,12 +8,13 @@ from contextlib import suppress
 
 import pytest
 
-from streamtools.delivery import Delivery
-from streamtools.errors import Closed, StreamToolsError
-from streamtools.testing.conformance.cases import Cases, except_with
+from streamtools.delivery import Delivery, Settlement
+from streamtools.errors import Closed, SendError, StreamToolsError
+from streamtools.message import Message
+from streamtools.testing.conformance.cases import Cases, except_with, needs
 from streamtools.testing.conformance.stage import Inbox, Stage, gather
 from streamtools.testing.waiting import TIMEOUT, eventually
-from streamtools.verdicts import VerdictKind
+from streamtools.verdicts import ACK, VerdictKind
 
 SETTLING = tuple(kind.value for kind in VerdictKind)
 
@@ -181,6 +182,32 @@ class ReceivingCases(Cases):
         await stage.nothing_waits()
         if first == "reject" and self.features.error_queue:
             assert len(await stage.errors(1)) == 1
+
+    @needs("missing_queue")
+    @except_with("reply", "what a handler sends leaves before its message is answered")
+    async def test_of_settlements_refused_in_part_the_others_are_settled(self, stage: Stage) -> None:
+        consumer, there = await stage.consumer(), f"{stage.queue}-there"
+        await (await stage.consumer(there, error_queue="unused")).close()
+        await stage.send_many(["kept", "settled"])
+        kept, settled = await stage.take(consumer, 2)
+        outgoing = [
+            Message(body=b"1", queue=queue, id=queue, content_type="application/json")
+            for queue in (f"{stage.queue}-missing", there)
+        ]
+        settlements = [Settlement(each, ACK, (sent,)) for each, sent in zip((kept, settled), outgoing, strict=True)]
+        with pytest.raises(SendError) as caught:
+            await consumer._settle(settlements)
+        refused = {*caught.value.refused, *caught.value.unknown}
+        assert outgoing[0].id in refused
+        await consumer.close()
+        second = await stage.consumer()
+        [again] = await stage.take(second, 1)
+        assert again.message.id == kept.message.id
+        await again.ack()
+        await second.close()
+        if outgoing[1].id not in refused and not self.features.atomic:  # it need not name those of other deliveries
+            await stage.take(await stage.consumer(there, error_queue="unused"), 1)
+            await stage.nothing_waits()
 
     async def test_what_is_released_comes_back_as_it_was(self, stage: Stage) -> None:
         consumer = await stage.consumer()
