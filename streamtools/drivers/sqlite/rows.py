@@ -9,7 +9,6 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from operator import attrgetter
 from typing import Any, Final
 
 from pydantic_core import CoreSchema, SchemaValidator, ValidationError, core_schema, from_json, to_json
@@ -26,7 +25,6 @@ FIELDS: Final = (
     "id", "type", "source", "time", "content_type", "content_encoding", "correlation_id", "causation_id",
     "reply_to", "intent", "key", "handler", "topic", "version", "deliver_at", "expires_at",
 )  # fmt: skip
-_FIELDS: Final = attrgetter(*FIELDS)
 #: How `meta` begins.
 _HEAD: Final = '{"id":'
 #: In `meta` instead of the key, where it is no text: the key in base64.
@@ -127,7 +125,7 @@ def encode_all(batch: Sequence[Message]) -> list[Rows]:
         ValueError: as `encode` does.
     """
     if not isinstance(batch, Drafts):
-        return [encode(message) for message in batch]
+        return [*map(encode, batch)]
     first = encode(batch[0])
     tail = first.metas[0][len(_HEAD) + len(to_json(batch.ids[0]).decode()) :]
     ids = to_json(batch.ids).decode()[1:-1].split(",")  # we have made them: none has a comma
@@ -146,8 +144,10 @@ def encode(message: Message, *, lane: int | None = None, origin: int | None = No
     """
     if message.body is None:
         raise ValueError("SQLite cannot carry a message without a body (a tombstone); kafka:// can")
-    values = zip(FIELDS, _FIELDS(message), strict=True)
-    fields: dict[str, Any] = {name: value for name, value in values if value is not None}
+    fields: dict[str, Any] = {}
+    for name in FIELDS:
+        if (value := getattr(message, name)) is not None:
+            fields[name] = value
     if isinstance(message.key, bytes):
         del fields["key"]
         fields[KEY_BYTES] = b64encode(message.key).decode()

@@ -200,8 +200,10 @@ class Tables:
     def insert(self, batches: Sequence[Rows], now: float) -> list[Rows]:
         """Write rows, one copy for each lane that they go to; returned are those that must and cannot."""
         # The lanes are those of the last time, unless the generation says otherwise.
-        number = sum([len(rows.metas) for rows in batches])
-        last, delayed, copies = self._take_ids(number), False, 0
+        number = copies = 0
+        for rows in batches:
+            number += len(rows.metas)
+        last, delayed = self._take_ids(number), False
         absent: list[Rows] = []
         spread: list[tuple[Rows, int]] = []
         for rows in batches:
@@ -266,8 +268,9 @@ class Tables:
             target, number = rows.target, first + len(written)
             key = sql.NO_KEY if target.key is None else target.key
             due = sql.NO_DUE if target.due is None else target.due
-            bodies = [bytearray(body) if len(body) < SMALL else body for body in rows.bodies]
-            ids = range(number, number + len(bodies))
+            small = max(map(len, rows.bodies)) < SMALL
+            bodies = map(bytearray, rows.bodies) if small else rows.bodies
+            ids = range(number, number + len(rows.metas))
             written += zip(ids, repeat(lane), repeat(key), repeat(due), rows.metas, bodies, strict=False)
         for start in range(0, len(written), sql.SIZES[-1]):
             some = written[start : start + sql.SIZES[-1]]
