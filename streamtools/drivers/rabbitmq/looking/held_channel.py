@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from struct import Struct
@@ -34,6 +34,7 @@ class Held:
         key: its routing key.
         data: the flags and values of its content header.
         topic: its routing key as text, if it came by an exchange that is not ours.
+        consumer: the tag of the consumer that got it; empty if it came by basic.get.
         settled: whether it was acknowledged.
     """
 
@@ -45,6 +46,7 @@ class Held:
     data: bytes
     body: bytes
     topic: str | None = None
+    consumer: bytes = b""
     settled: bool = False
 
 
@@ -67,7 +69,11 @@ class HeldChannel(Channel):
         self.due: int = 0
         self._arrived = asyncio.Event()
         self._consumers: list[str] = []
-        self._exchange = self._key = b""
+        #: How many consumers there have been.
+        self._number = 0
+        #: Whether acknowledgements were sent one by one, which the queue may not have yet.
+        self._single = False
+        self._exchange = self._key = self._consumer = b""
         #: Messages that have arrived and were not returned yet; None stands for the answer "the queue is empty".
         self._buffer: deque[Held | None] = deque()
 
@@ -114,16 +120,31 @@ class HeldChannel(Channel):
         return found
 
     async def _consume(self, prefetch: int) -> None:
-        tag = f"streamtools-look-{len(self._consumers)}"
+        tag = f"streamtools-look-{self._number}"
+        self._number += 1
         await self._call(self._library.basic_qos(prefetch_count=prefetch))
         self._consumers.append(tag)
         await self._call(self._library.basic_consume(self._queue, ignore, consumer_tag=tag))
 
-    async def cancel(self) -> None:
-        """Stop the deliveries. When this returns, the queue has all acknowledgements that were sent before."""
+    async def cancel(self, *, flush: bool = False) -> None:
+        """Stop the deliveries.
+
+        Cancel before anything is acknowledged: an acknowledgement makes room for another message, and what a quorum
+        queue hands out while the cancel is on its way reaches nobody; it goes back, counted, when the channel ends.
+
+        Parameters:
+            flush: when this returns, the queue has all acknowledgements that were sent before, also those that were
+                sent one by one. For that, a consumer may have to take one more message.
+        """
+        if flush and self._single and not self._consumers:
+            await self._consume(1)
         consumers, self._consumers = self._consumers, []
+        if consumers:  # what is on its way arrives before the answer
+            await self._call(self._library.basic_qos(prefetch_count=1))
+            self._single = False
         for tag in consumers:
             await self._call(self._library.basic_cancel(tag))
+        self.due = len(self._buffer)
 
     async def _arrival(self, timeout: float | None) -> None:
         with suppress(TimeoutError):
@@ -141,7 +162,14 @@ class HeldChannel(Channel):
             if not one.settled:
                 one.settled = True
                 out.append(frames.ack_frame(self.number, one.tag, multiple=False))
+        self._single = self._single or bool(out)
         self.connection.write(b"".join(out))
+
+    def acknowledge_all(self, held: Sequence[Held]) -> None:
+        """Acknowledge these, by one frame: all that came before the last one is settled, or one of them."""
+        for one in held:
+            one.settled = True
+        self.acknowledge_to(max(held, key=lambda one: one.tag))
 
     def acknowledge_to(self, last: Held) -> None:
         """Acknowledge a message that is not settled, and all that came before it."""
@@ -180,7 +208,7 @@ class HeldChannel(Channel):
             return True
         if method not in (GET_OK, frames.DELIVER):
             return super()._take_method(data, start)
-        position = start + 4 if method == GET_OK else start + 5 + data[start + 4]
+        self._consumer, position = (b"", start + 4) if method == GET_OK else _short(data, start + 4)
         (self._tag,) = LONGLONG.unpack_from(data, position)
         self._redelivered = data[position + 8] & 1 == 1
         self.topic = frames.delivered_topic(data, position + 9)
@@ -192,7 +220,8 @@ class HeldChannel(Channel):
     def _complete(self, body: bytes) -> None:
         self._method = 0
         data, self._properties = self._properties, b""
-        self._arrive(Held(self, self._tag, self._redelivered, self._exchange, self._key, data, body, self.topic))
+        where = (self._exchange, self._key)
+        self._arrive(Held(self, self._tag, self._redelivered, *where, data, body, self.topic, self._consumer))
 
     def _arrive(self, held: Held | None) -> None:
         self._buffer.append(held)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from streamtools.delivery import Delivery, Settlement, publish_first
@@ -40,6 +40,10 @@ GROWTH: Final = 9
 #: The most messages in hand, and their bytes; a longer queue is copied in parts.
 MOST: Final = 10_000
 MOST_BYTES: Final = 64 * 1024 * 1024
+#: Messages of at most so many consumers are acknowledged at once.
+CONSUMERS: Final = 12
+#: Who asks for at least so many messages at once is going through the queue.
+BATCH: Final = 100
 #: If no message comes for this many seconds, the queue has no more for us.
 SILENCE_TIMEOUT: Final = 1.0
 #: Seconds between two questions to an empty queue.
@@ -63,9 +67,10 @@ class RabbitMQReader:
         self._sender = Sender(settings, client_id, Limits(), declares=True)
         self._putback: PutBack | None = None
         self._channel: HeldChannel | None = None
-        #: The messages in hand, in the queue's order, and how many of them `receive` has returned.
+        #: The messages in hand, in the queue's order; how many of them `receive` has returned, and how many messages
+        #: it has returned in all.
         self._held: list[Held] = []
-        self._seen = 0
+        self._seen = self._given = 0
         #: Whether the queue may count messages that are given back.
         self._counts = True
         #: Whether to receive by basic.get, because the queue may be deleted with its last consumer.
@@ -102,7 +107,7 @@ class RabbitMQReader:
         Parameters:
             timeout: the seconds to wait; None waits for ever.
         """
-        wanted = min(max_messages, self._most - self._seen)
+        wanted = min(max_messages, self._most - self._given)
         if wanted > 0 and len(self._held) == self._seen:
             deadline = math.inf if timeout is None else time.monotonic() + timeout
             while not await self._take(wanted, deadline):
@@ -111,6 +116,7 @@ class RabbitMQReader:
                 await asyncio.sleep(POLL_INTERVAL)
         new = self._held[self._seen : self._seen + max(0, wanted)]
         self._seen += len(new)
+        self._given += len(new)
         return [self._delivery(held) for held in new]
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
@@ -118,9 +124,28 @@ class RabbitMQReader:
         settlements = [s for s in settlements if not s.delivery.token.settled]
         done, refused = await publish_first(self._publish, settlements)
         if self._channel is not None:
-            self._channel.acknowledge(s.delivery.token for s in done)
+            await self._acknowledge(self._channel, [s.delivery.token for s in done])
         if refused is not None:
             raise refused
+
+    async def _acknowledge(self, channel: HeldChannel, done: Sequence[Held]) -> None:
+        if not self._gets and not self._alone:
+            await channel.cancel()
+        tags = {held.tag for held in done}
+        first_left = next((held.tag for held in self._held if not held.settled and held.tag not in tags), math.inf)
+        if done and max(tags) < first_left:
+            channel.acknowledge_all(done)
+        else:
+            channel.acknowledge(done)
+        self._forget_settled()
+
+    def _forget_settled(self) -> None:
+        """Let go of what was settled, once it is half of what is held."""
+        settled = sum(held.settled for held in self._held[: self._seen])
+        if 2 * settled > self._seen:
+            left = [held for held in self._held[: self._seen] if not held.settled]
+            self._held[: self._seen] = left
+            self._seen = len(left)
 
     async def _publish(self, messages: Sequence[Message], _settlements: Sequence[Settlement]) -> None:
         await self._sender.publish(messages)
@@ -129,7 +154,7 @@ class RabbitMQReader:
         # In the broker, the channel of a quorum queue passes on 32 acknowledgements at a time, and forgets the others
         # if it is closed. The answer to a cancel comes after them.
         if self._channel is not None and self._channel.error is None:
-            await self._channel.cancel()
+            await self._channel.cancel(flush=not self._gets)
 
     async def close(self) -> None:
         """Put all messages that are not settled back, and disconnect.
@@ -163,7 +188,7 @@ class RabbitMQReader:
         """Receive up to `number` more messages, as soon as one has come; return False if the queue is empty."""
         channel = self._opened()
         if not self._gets:
-            number = MOST if self._alone else min(number, max(FIRST, GROWTH * len(self._held)))
+            number = MOST if self._alone else self._more(number)
         left = None if deadline == math.inf else max(SILENCE_TIMEOUT, deadline - time.monotonic())
         try:
             self._held += await channel.take(number, left)
@@ -172,6 +197,12 @@ class RabbitMQReader:
                 raise
             await self._reopen(channel)
         return len(self._held) > self._seen
+
+    def _more(self, wanted: int) -> int:
+        """How many to take. Each time is a consumer, and there should be few; but who asks for few gets few."""
+        if wanted < BATCH:
+            return wanted
+        return min(self._most - self._given, MOST, max(FIRST, GROWTH * self._given))
 
     async def _reopen(self, channel: HeldChannel) -> None:
         """Continue with a consumer if the queue has refused basic.get: it has a single active consumer.
@@ -236,8 +267,14 @@ class RabbitMQReader:
             left = await self._rest(min(total, MOST), MOST_BYTES)
 
     async def _put_back(self, left: Sequence[Held]) -> None:
-        if self._putback is not None:
-            await self._putback.put(left)
+        """Put these back, in parts: acknowledging those of one consumer is one command for the queue.
+
+        The broker's channel sends 32 commands, and forgets the others if it ends before the queue has answered. The
+        queue has answered the commands for one part when it confirms the copies of the next one.
+        """
+        for part in _by_consumers(left):
+            if self._putback is not None:
+                await self._putback.put(part)
 
     async def _rest(self, number: int, room: int) -> list[Held]:
         """Receive further messages of the queue over another channel, up to `number` and about `room` bytes."""
@@ -264,6 +301,20 @@ class RabbitMQReader:
         finally:
             if connection is not None:
                 await connection.close()
+
+
+def _by_consumers(held: Sequence[Held]) -> Iterator[Sequence[Held]]:
+    """Parts of what is held, in order, each of a few consumers."""
+    part, consumers = list[Held](), set[tuple[int, bytes]]()
+    for one in held:
+        consumer = one.channel.number, one.consumer
+        if consumer not in consumers and len(consumers) == CONSUMERS:
+            yield part
+            part, consumers = [], set()
+        part.append(one)
+        consumers.add(consumer)
+    if part:
+        yield part
 
 
 def _next(found: Sequence[Held], number: int, room: int) -> int:
