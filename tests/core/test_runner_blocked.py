@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamtools.engine.tasks.signals import SAME_SIGNAL_TIMEOUT
-from tests.core.test_runner_ends import SOON, ends, process, said
+from tests.core.test_runner_ends import SOON, ends, process, said, sleeps
 
 BLOCKING = """
 import asyncio, os, sys, time
@@ -92,6 +92,7 @@ async def test_a_handler_that_blocks_the_loop_is_interrupted_when_its_time_is_ov
         pytest.importorskip("uvloop")
     with process(tmp_path, BLOCKING, how, "handler") as running:
         await said(running, "blocks")
+        await sleeps(running)
         code, output, errors, took = await ends(running, signal.SIGTERM)
     assert (code, took < 20) == (0, True), (took, errors)
     assert output.splitlines() == ["last", "divided"]
@@ -106,6 +107,7 @@ async def test_a_second_signal_ends_at_once_what_blocks_the_loop(tmp_path: Path,
             await said(running, "handled")
             running.send_signal(number)
         await said(running, "blocks")
+        await sleeps(running)
         if what == "handler":
             running.send_signal(number)
         await asyncio.sleep(4 * SAME_SIGNAL_TIMEOUT)  # sooner, it is the same signal
@@ -124,7 +126,8 @@ def say(text):
 
 def works(there):
     there.send("begun")
-    time.sleep(600)
+    while True:  # not one long sleep: a signal that comes just before it is seen after it
+        time.sleep(0.1)
 
 @consumers.route("orders")
 async def handle(number):

@@ -95,6 +95,17 @@ async def said(running: subprocess.Popen[str], line: str) -> None:
         assert found, f"it ended without {line!r}: {await asyncio.to_thread(running.communicate)}"
 
 
+async def sleeps(running: subprocess.Popen[str]) -> None:
+    """Wait until its main thread is in a system call that blocks.
+
+    Python sees a signal that comes between two of its instructions, or while such a call waits. One that comes in the
+    few microseconds just before the call is seen after it.
+    """
+    status = Path(f"/proc/{running.pid}/stat")
+    while (await asyncio.to_thread(status.read_text)).rpartition(")")[2].split()[0] != "S":
+        await asyncio.sleep(0.01)
+
+
 async def ends(running: subprocess.Popen[str], number: int) -> tuple[int, str, str, float]:
     """Signal it; its exit code, what it has said since, and the seconds that it took."""
     start = time.monotonic()
@@ -146,6 +157,7 @@ async def test_a_signal_while_an_on_startup_hook_waits(tmp_path: Path, how: str,
     arguments = () if how == "script" else ("-m", "streamtools", "run", "script:runner")
     with process(tmp_path, script, *arguments) as running:
         await said(running, "waits")
+        await sleeps(running)
         code, output, errors, took = await ends(running, number)
     assert (code, took < SOON) == (0, True), (took, errors)
     assert output.splitlines() == (["after", "ended"] if how == "script" else ["after"])
@@ -160,6 +172,7 @@ async def test_a_signal_while_the_command_imports_the_service(
     script = 'import os, time\nos.write(1, b"waits\\n")\ntime.sleep(600)\n'
     with process(tmp_path, script, "-m", "streamtools", "run", "script:runner", *options) as running:
         await said(running, "waits")
+        await sleeps(running)
         code, _, errors, took = await ends(running, number)
     assert (code, took < SOON) == (0, True), (took, errors)
     assert "Traceback" not in errors
