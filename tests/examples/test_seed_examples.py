@@ -234,7 +234,7 @@ def test_a_pair_is_of_one_protocol_or_has_http_in_front(producer: str, consumer_
     if producer in (consumer_loop, "HTTPHandler"):
         assert HandlerFactory(entry)["queue_1"].producer.protocol == PRODUCERS[producer].protocol
     else:
-        with pytest.raises(ConfigurationError, match=r"Queue 'queue_1': .* does not reach .*HTTPHandler"):
+        with pytest.raises(ConfigurationError, match=r"Queue 'queue_1': .* cannot send to .*HTTPHandler"):
             HandlerFactory(entry)
 
 
