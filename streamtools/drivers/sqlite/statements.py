@@ -91,8 +91,8 @@ LAST_ID: Final = (
     "generation FROM sequence"
 )
 #: Lets go of a range of ids if a claim has all of it in hand, and of nothing otherwise. The parameters: the first id,
-#: the last id, the claim, and how many they are.
+#: the last id, both again, the claim, and how many they are. (Numbered ones are deprecated from Python 3.12 on.)
 REMOVE_RANGE: Final = (
-    "DELETE FROM held WHERE id BETWEEN ?1 AND ?2 "
-    "AND (SELECT count(*) FROM held WHERE id BETWEEN ?1 AND ?2 AND claim = ?3) = ?4"
+    "DELETE FROM held WHERE id BETWEEN ? AND ? "
+    "AND (SELECT count(*) FROM held WHERE id BETWEEN ? AND ? AND claim = ?) = ?"
 )

@@ -375,7 +375,7 @@ class Tables:
         first, last = min(ids), max(ids)
         number = last - first + 1
         # Mostly the ids have no gap and all are in hand: then no message needs to be looked up among them.
-        if number == len({*ids}) and self.run(sql.REMOVE_RANGE, (first, last, claim, number)).rowcount:
+        if number == len({*ids}) and self.run(sql.REMOVE_RANGE, (first, last, first, last, claim, number)).rowcount:
             self.run("DELETE FROM messages WHERE id BETWEEN ? AND ?", (first, last))
             return number
         given = {"claim": claim, "ids": to_json(ids).decode()}
