@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import statistics
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -22,11 +21,11 @@ from typing import Any
 from faststream.rabbit import Channel, ExchangeType, QueueType, RabbitBroker, RabbitExchange, RabbitQueue
 from pydantic import BaseModel
 
+from benchmarks.nodes import rabbitmq_url
 from benchmarks.rounds import Contender, Stopwatch, compare
 from streamtools import ADMINS, Bus, Command, Consumer, Event, Message, MessageContext
 from streamtools.codec import JSON
 from streamtools.message import id_generator
-from tests.brokers.rabbitmq import RabbitMQNode
 
 MESSAGES = 20_000
 ON_RABBITMQ = 10_000
@@ -271,12 +270,9 @@ def main(names: list[str]) -> None:
     names = names or ["cost", "rabbitmq"]
     if "cost" in names:
         cost()
-    if "rabbitmq" not in names:
-        return
-    if url := os.environ.get("STREAMTOOLS_TEST_RABBITMQ_URL"):
-        return rabbitmq(url)
-    with RabbitMQNode() as node:
-        rabbitmq(node.url)
+    if "rabbitmq" in names:
+        with rabbitmq_url() as url:
+            rabbitmq(url)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -24,9 +23,9 @@ import aio_pika
 import aiormq
 from faststream.rabbit import Channel, QueueType, RabbitBroker, RabbitQueue
 
+from benchmarks.nodes import rabbitmq_url
 from benchmarks.rounds import Contender, Stopwatch, compare
 from streamtools import Consumer, Producer
-from tests.brokers.rabbitmq import RabbitMQNode
 
 MESSAGES = 10_000
 BODY = b"x" * 256
@@ -211,10 +210,8 @@ def _contender(
 def main(rounds: int = 5) -> None:
     """Measure, and say whether the goals are met."""
     logging.disable(logging.WARNING)
-    if url := os.environ.get("STREAMTOOLS_TEST_RABBITMQ_URL"):
-        return _measure(url, rounds)
-    with RabbitMQNode() as node:
-        _measure(node.url, rounds)
+    with rabbitmq_url() as url:
+        _measure(url, rounds)
 
 
 def _measure(url: str, rounds: int) -> None:

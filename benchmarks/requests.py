@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import statistics
 import sys
 import time
@@ -26,10 +25,10 @@ import aio_pika
 from faststream.rabbit import Channel, QueueType, RabbitBroker, RabbitQueue
 from pydantic import BaseModel
 
+from benchmarks.nodes import rabbitmq_url
 from benchmarks.rounds import Contender, Stopwatch, compare
 from streamtools import ADMINS, Bus, Command
 from streamtools.message import id_generator
-from tests.brokers.rabbitmq import RabbitMQNode
 
 TASKS = 100
 TOGETHER = 1_000
@@ -246,12 +245,9 @@ def main(names: list[str]) -> None:
     names = names or ["process", "rabbitmq"]
     if "process" in names:
         process()
-    if "rabbitmq" not in names:
-        return
-    if url := os.environ.get("STREAMTOOLS_TEST_RABBITMQ_URL"):
-        return rabbitmq(url)
-    with RabbitMQNode() as node:
-        rabbitmq(node.url)
+    if "rabbitmq" in names:
+        with rabbitmq_url() as url:
+            rabbitmq(url)
 
 
 if __name__ == "__main__":

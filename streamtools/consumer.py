@@ -93,7 +93,7 @@ class Consumer(ConsumerHooks, Endpoint):
 
     _run: ConsumerRun
     _puller: Puller
-    _reads: Reads
+    _reads: Reads | None
 
     def __init_subclass__(cls, protocol: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -146,7 +146,6 @@ class Consumer(ConsumerHooks, Endpoint):
         self._read_options(options, Consumer.__init__)
         self.handler: BoundHandler | None = None  # set here: in the class, type checkers would bind it to self
         self._run, self._puller = ConsumerRun(self), Puller(self, self.make_dispatcher(_no_handler, "by hand"))
-        self._reads = Reads(self._read)
 
     # --- for users ------------------------------------------------------------------------------
 
@@ -331,7 +330,7 @@ class Consumer(ConsumerHooks, Endpoint):
 
     async def _close_driver(self) -> None:
         try:
-            await self._reads.end()
+            await self._end_reads()
         finally:
             await self._close()
 

@@ -153,7 +153,8 @@ class ConsumerHooks(EndpointHooks):
 
     poll_timeout: ClassVar[float] = 0.25
     drops_expired: ClassVar[bool] = True
-    _reads: Reads
+    #: None where the driver defines `_receive` itself, and while nothing was read.
+    _reads: Reads | None = None
 
     @required
     async def _read(self, limit: int) -> Sequence[Delivery]:
@@ -177,7 +178,14 @@ class ConsumerHooks(EndpointHooks):
         Raises:
             ConnectionLost: the connection ended.
         """
+        if self._reads is None:
+            self._reads = Reads(self._read)
         return await self._reads.take(limit)
+
+    async def _end_reads(self) -> Sequence[Delivery]:
+        """End `_read`; return the deliveries that it has returned and nobody has received."""
+        reads, self._reads = self._reads, None
+        return [] if reads is None else await reads.end()
 
     async def _poll(self, limit: int) -> Sequence[Delivery]:
         """What is there now, at most `limit`; as it stands, what `_receive` finds within `poll_timeout` seconds.
@@ -285,7 +293,7 @@ class ConsumerHooks(EndpointHooks):
 
         As it stands, it ends `_read`, and gives back what that has returned and nobody has received.
         """
-        if kept := await self._reads.end():
+        if kept := await self._end_reads():
             await self._settle([Settlement(delivery, RELEASE) for delivery in kept])
 
     def _ordering_key(self, delivery: Delivery) -> Hashable:

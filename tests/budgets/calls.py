@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -30,6 +30,21 @@ PACKAGE = os.path.dirname(streamtools.__file__)
 
 #: Calls for each message, by function: "engine/loop.py Loop._work", or the name of a library.
 Calls = dict[str, float]
+
+
+def output_of(command: Sequence[str], timeout: float) -> str:
+    """What a counting process prints; its hashes are the same each time.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"Counting failed: {done.stderr[-4000:]}")
+    return done.stdout
 
 
 class CallCounter:
@@ -97,18 +112,9 @@ def count(protocol: str, url: str, journeys: Iterable[str]) -> dict[str, Calls]:
     Raises:
         RuntimeError: it failed.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, protocol, url, *journeys],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "0"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
+    found: dict[str, Calls] = json.loads(
+        output_of([sys.executable, "-m", __name__, protocol, url, *journeys], timeout=100)
     )
-    if done.returncode:
-        raise RuntimeError(f"Counting the calls failed: {done.stderr[-4000:]}")
-    found: dict[str, Calls] = json.loads(done.stdout)
     return found
 
 

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,10 +20,10 @@ from pathlib import Path
 from streamtools.drivers.http import HTTPConsumer
 from streamtools.drivers.sqlite import SQLiteConsumer
 from streamtools.engine import loop
+from tests.budgets.calls import output_of
 from tests.budgets.journeys import BODY, JOURNEYS, Journey, Meter
 
 FEW, MANY = 100, 300
-ROOT = Path(__file__).parents[2]
 #: Imported before any is counted.
 DRIVERS = HTTPConsumer, SQLiteConsumer
 #: By protocol, the journeys that are counted.
@@ -67,19 +66,9 @@ def count() -> dict[str, float]:
         RuntimeError: it failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            ["valgrind", "--tool=cachegrind", "--cache-sim=no", f"--cachegrind-out-file={folder}/%p"]
-            + [sys.executable, "-m", "tests.budgets.instructions", folder],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": "0"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"Counting the instructions failed: {done.stderr[-4000:]}")
-        runs: dict[str, list[int]] = json.loads(done.stdout)
+        valgrind = ["valgrind", "--tool=cachegrind", "--cache-sim=no", f"--cachegrind-out-file={folder}/%p"]
+        command = [*valgrind, sys.executable, "-m", "tests.budgets.instructions", folder]
+        runs: dict[str, list[int]] = json.loads(output_of(command, timeout=300))
         few_and_many = {name: [_instructions(Path(folder, str(pid))) for pid in pids] for name, pids in runs.items()}
     found = {name: (many - few) / (MANY - FEW) for name, (few, many) in few_and_many.items()}
     return {name: number / found[BY_HAND] for name, number in found.items() if name != BY_HAND}

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from struct import Struct
 from typing import Final
 
@@ -23,6 +24,8 @@ GET: Final = 60 << 16 | 70
 GET_OK: Final = 60 << 16 | 71
 GET_EMPTY: Final = 60 << 16 | 72
 _GET: Final = Struct(">IH")
+#: Numbers of consumers; one that was cancelled leaves its number to no other.
+_numbers: Final = count(1)
 
 
 @dataclass(slots=True)
@@ -69,8 +72,6 @@ class HeldChannel(Channel):
         self.due: int = 0
         self._arrived = asyncio.Event()
         self._consumers: list[str] = []
-        #: How many consumers there have been.
-        self._number = 0
         #: Whether acknowledgements were sent one by one, which the queue may not have yet.
         self._single = False
         self._exchange = self._key = self._consumer = b""
@@ -120,8 +121,7 @@ class HeldChannel(Channel):
         return found
 
     async def _consume(self, prefetch: int) -> None:
-        tag = f"streamtools-look-{self._number}"
-        self._number += 1
+        tag = f"streamtools-look-{next(_numbers)}"
         await self._call(self._library.basic_qos(prefetch_count=prefetch))
         self._consumers.append(tag)
         await self._call(self._library.basic_consume(self._queue, ignore, consumer_tag=tag))
