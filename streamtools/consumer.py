@@ -330,7 +330,8 @@ class Consumer(ConsumerHooks, Endpoint):
 
     async def _close_driver(self) -> None:
         try:
-            await self._end_reads()
+            if self._reads is not None:
+                await self._reads.end()
         finally:
             await self._close()
 

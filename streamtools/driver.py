@@ -182,11 +182,6 @@ class ConsumerHooks(EndpointHooks):
             self._reads = Reads(self._read)
         return await self._reads.take(limit)
 
-    async def _end_reads(self) -> Sequence[Delivery]:
-        """End `_read`; return the deliveries that it has returned and nobody has received."""
-        reads, self._reads = self._reads, None
-        return [] if reads is None else await reads.end()
-
     async def _poll(self, limit: int) -> Sequence[Delivery]:
         """What is there now, at most `limit`; as it stands, what `_receive` finds within `poll_timeout` seconds.
 
@@ -293,7 +288,7 @@ class ConsumerHooks(EndpointHooks):
 
         As it stands, it ends `_read`, and gives back what that has returned and nobody has received.
         """
-        if kept := await self._end_reads():
+        if self._reads is not None and (kept := await self._reads.end()):
             await self._settle([Settlement(delivery, RELEASE) for delivery in kept])
 
     def _ordering_key(self, delivery: Delivery) -> Hashable:

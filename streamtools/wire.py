@@ -171,7 +171,8 @@ def encode_meta(message: Message, *, prefix: str = "", skip: frozenset[str] = fr
 
 
 def _encode_error(error: ErrorDetails, prefix: str) -> dict[str, str]:
-    meta = {prefix + name: getattr(error, field) for field, name in ERROR_TEXT.items() if getattr(error, field)}
+    meta = {prefix + name: text for field, name in ERROR_TEXT.items() if (text := getattr(error, field))}
+    meta[prefix + ERROR_TEXT["queue"]] = error.queue  # also if it is empty: by this name the details are found
     meta |= {prefix + name: to_rfc3339(getattr(error, field)) for field, name in ERROR_TIMES.items()}
     meta[prefix + ERROR_ATTEMPTS] = str(error.attempts)
     return meta

@@ -108,6 +108,11 @@ def test_whatever_is_read_can_be_written_again(text: str) -> None:
     json.dumps(encode_meta(message), ensure_ascii=False).encode()
 
 
+def test_an_error_without_a_queue_is_read_again() -> None:
+    message = Message(body=b"", queue="q", id="1", error=ErrorDetails(queue="", reason="r"))
+    assert decode_meta(encode_meta(message))["error"] == message.error
+
+
 @given(st.binary())
 def test_a_key_of_any_bytes_is_the_same_bytes_again(raw: bytes) -> None:
     key = read_key(raw)
